@@ -1,0 +1,1 @@
+"""One model writing: prefill, chunks of tokens, scoring, batched generation."""

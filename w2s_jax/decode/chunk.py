@@ -1,0 +1,102 @@
+"""The token loop: K successors of L tokens for every hypothesis, one or several models reading.
+
+What mixes the models' logits is passed in; selection and scoring are not here.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from w2s_jax.decode.reader import read_stems, read_step, start_chunk
+from w2s_jax.models.cache import KV, KVCache
+from w2s_jax.models.model import Model
+from w2s_jax.ops.sampling import Sampling, choose, shortlist
+from w2s_jax.pytrees import pytree
+
+Logits = tuple[Array, ...]
+"""Float32 logits of the same rows, one array for each model that reads."""
+
+
+@pytree()
+class Chunk:
+    """A sampled chunk: tokens int32 [P, R, L]; values float32 [P, R, L] or None, what `value` said
+    of each token; caches with the hypotheses' last tokens committed and buffers [P, R, L − 1, G, C]
+    a layer with the keys and values of all but the last token, one of each for every model."""
+
+    tokens: Array
+    values: Array | None
+    caches: tuple[KVCache, ...]
+    buffers: tuple[tuple[KV, ...] | KV, ...]
+
+
+def draw_keys(
+    key: Key[Array, ""], row_ids: Int[Array, " P"], positions: Int[Array, " P"], lanes: int
+) -> Key[Array, "P R"]:
+    """The key of each draw, from seed, row id, position in the response and lane (w·K + k).
+
+    It does not depend on the other slots, so neither do a response's draws.
+    """
+
+    def slot(row_id: Array, position: Array) -> Array:
+        at = jax.random.fold_in(jax.random.fold_in(key, row_id), position)
+        return jax.vmap(lambda lane: jax.random.fold_in(at, lane))(jnp.arange(lanes))
+
+    return jax.vmap(slot)(row_ids, positions)
+
+
+def sample_chunk(
+    models: tuple[Model, ...],
+    caches: tuple[KVCache, ...],
+    last: Int[Array, "P W"],
+    *,
+    mix: Callable[[Logits], Array],
+    value: Callable[[Logits, Array], Array] | None,
+    keys: Callable[[Int[Array, ""]], Key[Array, "P R"]],
+    sampling: Sampling,
+    successors: int,
+    length: int,
+) -> Chunk:
+    """Sample `length` tokens for each of `successors` rows of every hypothesis.
+
+    `mix` turns the models' logits [.., V] into those sampled from; `value` (optional) gives a
+    float32 number for each drawn token [..] from the models' logits; `keys(t)` are the draws' keys
+    for the t-th token. The hypotheses' last tokens are read once, not once per successor, and the
+    chunk's last token is not read at all.
+    """
+    slots, hypotheses = last.shape
+    rows = hypotheses * successors
+    stems = [read_stems(m, cache, last) for m, cache in zip(models, caches, strict=True)]
+    caches = tuple(cache for _, cache in stems)
+    first = tuple(jnp.expand_dims(logits, 2) for logits, _ in stems)
+    values, ids = shortlist(mix(first), sampling)
+    grouped = keys(jnp.int32(0)).reshape(slots, hypotheses, successors)
+    tokens = choose(values, ids, grouped)
+    said = None if value is None else value(first, tokens).reshape(slots, rows)
+    tokens = tokens.reshape(slots, rows)
+    buffers = tuple(start_chunk(m, slots, rows, length - 1) for m in models)
+    if length == 1:
+        return Chunk(tokens[..., None], None if said is None else said[..., None], caches, buffers)
+
+    def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
+        buffers, tokens = carry
+        reads = [
+            read_step(m, cache, buffer, tokens, t - 1)
+            for m, cache, buffer in zip(models, caches, buffers, strict=True)
+        ]
+        logits = tuple(logits for logits, _ in reads)
+        drawn = choose(*shortlist(mix(logits), sampling), keys(t))
+        out = None if value is None else value(logits, drawn)
+        return (tuple(buffer for _, buffer in reads), drawn), (drawn, out)
+
+    (buffers, _), (later, later_said) = jax.lax.scan(
+        step, (buffers, tokens), jnp.arange(1, length, dtype=jnp.int32)
+    )
+    return Chunk(
+        _append(tokens, later), None if said is None else _append(said, later_said), caches, buffers
+    )
+
+
+def _append(first: Array, later: Array) -> Array:
+    return jnp.concatenate([first[..., None], jnp.moveaxis(later, 0, -1)], axis=-1)

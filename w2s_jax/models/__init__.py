@@ -1,0 +1,1 @@
+"""One decoder family and one encoder: their configs, parameters and checkpoints."""

@@ -1,0 +1,117 @@
+"""The key/value cache in three parts: a slot's prefix, its hypotheses' committed response, a chunk.
+
+Shapes, writes and the reorder between chunks. What is attended to is in `decoder.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.pytrees import pytree
+
+
+@pytree()
+class KV:
+    """Keys and values of one part, one array each or, for stacked layers, with a leading N axis.
+
+    prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L, G, C].
+    """
+
+    keys: Array
+    values: Array
+
+
+@pytree()
+class KVCache:
+    """What one model remembers of the slots under search, between chunks.
+
+    prefix and committed hold a KV per layer (a tuple), or one KV stacked over layers.
+    prefix_length [P] and committed_length [P, W] count the valid entries; entries beyond them are
+    arbitrary. The committed part begins with the prompt's last token, so that the tokens whose
+    next-token logits a chunk needs first are always those of the hypotheses.
+    """
+
+    prefix: tuple[KV, ...] | KV
+    committed: tuple[KV, ...] | KV
+    prefix_length: Array
+    committed_length: Array
+
+
+def empty_part(
+    config: ModelConfig, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool
+) -> tuple[KV, ...] | KV:
+    """Zeros for one part of every layer; `shape` is the part's shape without [G, C]."""
+    full = (*shape, config.kv_heads, config.head_width)
+    if stacked:
+        full = (config.layers, *full)
+        return KV(jnp.zeros(full, dtype), jnp.zeros(full, dtype))
+    return tuple(KV(jnp.zeros(full, dtype), jnp.zeros(full, dtype)) for _ in range(config.layers))
+
+
+def empty_cache(
+    config: ModelConfig,
+    *,
+    slots: int,
+    hypotheses: int,
+    prefix_capacity: int,
+    committed_capacity: int,
+    dtype: jnp.dtype,
+    stacked: bool,
+) -> KVCache:
+    """A cache of zeros with room for `prefix_capacity` + `committed_capacity` tokens a hypothesis."""
+    return KVCache(
+        prefix=empty_part(config, (slots, prefix_capacity), dtype, stacked),
+        committed=empty_part(config, (slots, hypotheses, committed_capacity), dtype, stacked),
+        prefix_length=jnp.zeros((slots,), jnp.int32),
+        committed_length=jnp.zeros((slots, hypotheses), jnp.int32),
+    )
+
+
+def write_committed(
+    committed: Float[Array, "P W T G C"],
+    new: Float[Array, "P W n G C"],
+    start: Int[Array, "P W"],
+) -> Float[Array, "P W T G C"]:
+    """Write n entries of each hypothesis from its own start; what would pass T is dropped."""
+    slots, hypotheses, count = new.shape[:3]
+    index = start[:, :, None] + jnp.arange(count)
+    slot = jnp.arange(slots)[:, None, None]
+    hypothesis = jnp.arange(hypotheses)[None, :, None]
+    return committed.at[slot, hypothesis, index].set(
+        new, mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def commit_chunk(
+    cache: KVCache,
+    chunk: tuple[KV, ...] | KV | None,
+    *,
+    parents: Int[Array, "P W"] | None,
+    rows: Int[Array, "P W"],
+    count: int,
+) -> KVCache:
+    """The cache of the kept hypotheses: each parent's response, then its kept row's chunk.
+
+    parents names the old hypothesis of each new one (None: every one is its own, nothing moves);
+    rows the successor of which the first `count` entries of chunk [P, R, ., G, C] are appended.
+    The prefix is untouched.
+    """
+    lengths = cache.committed_length
+    if parents is not None:
+        lengths = jnp.take_along_axis(lengths, parents, axis=1)
+
+    def move(committed: Array, written: Array | None) -> Array:
+        if parents is not None:
+            committed = jnp.take_along_axis(committed, parents[:, :, None, None, None], axis=1)
+        if written is None:
+            return committed
+        kept = jnp.take_along_axis(written[:, :, :count], rows[:, :, None, None, None], axis=1)
+        return write_committed(committed, kept, lengths)
+
+    over = jax.vmap if isinstance(cache.committed, KV) else lambda f: f
+    if count:
+        committed = jax.tree.map(over(move), cache.committed, chunk)
+    else:
+        committed = jax.tree.map(over(lambda old: move(old, None)), cache.committed)
+    return KVCache(cache.prefix, committed, cache.prefix_length, lengths + count)

@@ -1,0 +1,104 @@
+"""The frozen description of a decoder. What config.json says of it is `models/config_json.py`."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.config_json import read_fields, write_fields
+from w2s_jax.ops.rotary import Rope
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape and kinds; hashable, so it may be static under jit.
+
+    Letters as in the shapes of arrays: D width, N layers, H heads, G kv_heads, C head_width,
+    F mlp_width, V vocab_size.
+
+    norm_offset: the norm multiplies by `norm_offset + scale` (Gemma: 1).
+    attention_scale: factor on query·key; None means `head_width ** -0.5`.
+    sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
+        None sees all. The empty tuple means None in every layer.
+    eos_ids: any of them ends a response.
+
+    Raises InputError when fields contradict each other.
+    """
+
+    architecture: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    max_positions: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0
+    position: Literal["rotary", "learned"] = "rotary"
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    query_key_norm: bool = False
+    post_norms: bool = False
+    tied_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    sliding_windows: tuple[int | None, ...] = ()
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if not any(self.sliding_windows):
+            object.__setattr__(self, "sliding_windows", ())
+        elif len(self.sliding_windows) != self.layers:
+            raise InputError(
+                f"{len(self.sliding_windows)} sliding windows for {self.layers} layers; "
+                "give one per layer"
+            )
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
+            )
+        if self.position == "rotary" and self.head_width % 2:
+            raise InputError(f"rotary heads need an even width, not {self.head_width}")
+
+    @classmethod
+    def from_hf(
+        cls, hf: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+    ) -> "ModelConfig":
+        """Read the contents of a config.json, with transformers' defaults for what it omits.
+
+        The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
+
+        Raises InputError for an architecture, rope kind or activation that is not supported, for a
+        malformed field, and for a field that would change the logits and is not honoured here.
+        """
+        return cls(**read_fields(hf, generation_config or {}))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a config.json that `from_hf` and transformers (4.41 and later) read back.
+
+        Raises InputError naming the fields that the architecture's config.json cannot express.
+        """
+        hf = write_fields(self)
+        written = ModelConfig.from_hf(hf)
+        lost = [
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(written, field.name)
+        ]
+        if lost:
+            raise InputError(
+                f"config.json of {self.architecture} cannot express this model's {', '.join(lost)}"
+            )
+        return hf

@@ -1,0 +1,248 @@
+"""The decoder's layers as thin Flax linen modules, told everything by their ModelConfig.
+
+One block serves training, prefill, token steps and scoring; `Layout` says which new tokens share
+keys. Running the whole stack is in `forward.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from w2s_jax.models.cache import KV, write_committed
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops import attention
+from w2s_jax.ops.norms import layer_norm, rms_norm
+from w2s_jax.ops.rotary import rotate, rotation
+from w2s_jax.pytrees import pytree
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the M new tokens of each hypothesis are arranged: [stem?][successor 0][successor 1]...
+
+    The stem is one token of the hypothesis itself; it is written to the committed part and seen by
+    all its successors. Each of the `successors` then has `length` tokens of its own.
+    A plain sequence is Layout(False, 1, X); a token step of K successors is Layout(False, K, 1).
+    """
+
+    stem: bool
+    successors: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """M, the new tokens of one hypothesis."""
+        return int(self.stem) + self.successors * self.length
+
+
+@pytree()
+class View:
+    """What new tokens may see beside themselves, for all layers of one call.
+
+    masks: for every distinct sliding window, one mask a part, in the order prefix, committed,
+    chunk (None where that part is absent). stem_start [P, W] is where stems are written,
+    chunk_start (a scalar) where branch tokens are written in a chunk buffer.
+    """
+
+    masks: tuple[tuple[Array | None, Array | None, Array | None], ...]
+    stem_start: Array | None
+    chunk_start: Array | None
+
+
+@pytree()
+class LayerKV:
+    """One layer's keys and values of the three parts; None where a part is absent."""
+
+    prefix: KV | None
+    committed: KV | None
+    chunk: KV | None
+
+
+class Linear(nn.Module):
+    """Contracts the last `contract` axes of x with the kernel's first ones."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    contract: int = 1
+    bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        initialise = nn.initializers.normal(0.02)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(initialise, self.axes), self.shape, self.dtype
+        )
+        out = jnp.tensordot(x, kernel, axes=self.contract)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contract :])
+            out = out + self.param("bias", zeros, self.shape[self.contract :], self.dtype)
+        return out
+
+
+class Norm(nn.Module):
+    """The config's norm over the last axis."""
+
+    config: ModelConfig
+    axis: str = "embed"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, shape = self.config, (x.shape[-1],)
+        start = nn.initializers.constant(1.0 - config.norm_offset)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(start, (self.axis,)), shape, self.dtype
+        )
+        if config.norm == "rms":
+            return rms_norm(x, scale, epsilon=config.norm_epsilon, offset=config.norm_offset)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+        bias = self.param("bias", zeros, shape, self.dtype)
+        return layer_norm(x, scale, bias, epsilon=config.norm_epsilon)
+
+
+class Attention(nn.Module):
+    """Self-attention of the new tokens over prefix, committed response and chunk."""
+
+    config: ModelConfig
+    layout: Layout
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, turn: tuple[Array, Array] | None, kv: LayerKV, masks: tuple, view: View
+    ) -> tuple[Array, LayerKV]:
+        config = self.config
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            shape, axes = (config.width, heads, config.head_width), ("embed", axis, "head_width")
+            return Linear(shape, axes, bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+
+        query = project("query", config.heads, "heads")
+        key = project("key", config.kv_heads, "kv_heads")
+        value = project("value", config.kv_heads, "kv_heads")
+        if config.query_key_norm:
+            query = Norm(config, "head_width", self.dtype, name="query_norm")(query)
+            key = Norm(config, "head_width", self.dtype, name="key_norm")(key)
+        if turn is not None:
+            query, key = rotate(query, *turn), rotate(key, *turn)
+        kv = _extend(kv, KV(key, value), self.layout, view)
+        mixed = _attend(query, kv, masks, self.layout, config).astype(x.dtype)
+        shape = (config.heads, config.head_width, config.width)
+        axes = ("heads", "head_width", "embed")
+        out = Linear(shape, axes, contract=2, bias=config.out_bias, dtype=self.dtype, name="out")
+        return out(mixed), kv
+
+
+def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
+    """Put the stems' keys and values into the committed part, the branches' into the chunk."""
+    stem, branches = jax.tree.map(lambda x: x[:, :, : int(layout.stem)], new), None
+    committed = kv.committed
+    if layout.stem:
+        committed = jax.tree.map(
+            lambda old, fresh: write_committed(old, fresh, view.stem_start), kv.committed, stem
+        )
+    if layout.successors * layout.length:
+        branches = jax.tree.map(lambda x: _branches(x, layout), new)
+        if kv.chunk is not None:
+            branches = jax.tree.map(
+                lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(
+                    old, fresh, view.chunk_start, axis=2
+                ),
+                kv.chunk,
+                branches,
+            )
+    return LayerKV(kv.prefix, committed, branches)
+
+
+def _branches(x: Array, layout: Layout) -> Array:
+    """[P, W, M, ...] without its stems, as rows [P, W·K, length, ...]."""
+    slots, hypotheses = x.shape[:2]
+    rows = hypotheses * layout.successors
+    return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
+
+
+def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: ModelConfig) -> Array:
+    slots, hypotheses, count = query.shape[:3]
+    scale = config.attention_scale
+    scale = config.head_width**-0.5 if scale is None else scale
+    part = functools.partial(attention.attend_part, scale=scale, softcap=config.attention_softcap)
+    partials = []
+    if kv.prefix is not None:
+        shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
+        keys, values = kv.prefix.keys[:, None], kv.prefix.values[:, None]
+        prefix = part(shared, keys, values, masks[0])
+        partials.append(prefix.reshape(slots, hypotheses, count))
+    if kv.committed is not None:
+        partials.append(part(query, kv.committed.keys, kv.committed.values, masks[1]))
+    if kv.chunk is not None:
+        rows = _branches(query, layout)
+        own = part(rows, kv.chunk.keys, kv.chunk.values, masks[2])
+        own = own.reshape(slots, hypotheses, layout.successors * layout.length)
+        if layout.stem:
+            own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)
+        partials.append(own)
+    return attention.merge(partials)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer, gated or plain."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        into, out = (config.width, config.mlp_width), (config.mlp_width, config.width)
+
+        def wide(name: str) -> Array:
+            return Linear(
+                into, ("embed", "mlp"), bias=config.mlp_bias, dtype=self.dtype, name=name
+            )(x)
+
+        hidden = (
+            activation(wide("gate")) * wide("up") if config.gated_mlp else activation(wide("up"))
+        )
+        return Linear(out, ("mlp", "embed"), bias=config.mlp_bias, dtype=self.dtype, name="down")(
+            hidden
+        )
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each behind its norm and added to the stream."""
+
+    config: ModelConfig
+    layout: Layout
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, turn: tuple[Array, Array] | None, kv: LayerKV, masks: tuple, view: View
+    ) -> tuple[Array, LayerKV]:
+        config = self.config
+        normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
+        mixed, kv = Attention(config, self.layout, self.dtype, name="attention")(
+            normed, turn, kv, masks, view
+        )
+        if config.post_norms:
+            mixed = Norm(config, dtype=self.dtype, name="post_attention_norm")(mixed)
+        x = x + mixed
+        normed = Norm(config, dtype=self.dtype, name="mlp_norm")(x)
+        mixed = MLP(config, self.dtype, name="mlp")(normed)
+        if config.post_norms:
+            mixed = Norm(config, dtype=self.dtype, name="post_mlp_norm")(mixed)
+        return x + mixed, kv

@@ -1,0 +1,162 @@
+"""Classifier checkpoints in the layout of transformers' DistilBertForSequenceClassification.
+
+Files and tensors are read and written by `models/huggingface.py`; here are the names and shapes.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
+from w2s_jax.models.huggingface import CONFIG, locate, open_tensors, read_json, write_checkpoint
+
+ARCHITECTURE = "DistilBertForSequenceClassification"
+_BODY = "distilbert."
+
+_OUTER = {
+    "embed": _BODY + "embeddings.word_embeddings",
+    "positions": _BODY + "embeddings.position_embeddings",
+    "embed_norm": _BODY + "embeddings.LayerNorm",
+    "pre_classifier": "pre_classifier",
+    "classifier": "classifier",
+}
+_LAYER = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "out": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "up": "ffn.lin1",
+    "down": "ffn.lin2",
+    "mlp_norm": "output_layer_norm",
+}
+
+
+def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classifier:
+    """Load a classifier from a directory or a hub id; `dtype` None keeps the stored one.
+
+    Raises InputError for a missing directory or file, another architecture, an activation other
+    than GELU, and any tensor missing, misshapen or too many.
+    """
+    directory = locate(path_or_hub_id)
+    hf = read_json(directory / CONFIG)
+    config = _from_hf(hf, directory)
+    tensors = open_tensors(directory)
+    shapes = jax.eval_shape(lambda key: init_classifier(config, key), jax.random.key(0)).params
+    leaves = {}
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        name = _stored_name(path)
+        if name not in tensors:
+            raise InputError(f"{directory}: tensor {name} is missing")
+        values = tensors.pop(name)[...]
+        expected = _stored_shape(path, leaf.shape)
+        if values.shape != expected:
+            raise InputError(
+                f"{directory}: tensor {name} has shape {values.shape}, not {expected}"
+            )
+        leaves[path] = jnp.asarray(_to_ours(path, values, leaf.shape), dtype)
+    if tensors:
+        raise InputError(f"{directory}: tensor {min(tensors)} is no part of a {ARCHITECTURE}")
+    return Classifier(config, unflatten_dict(leaves, sep="/"))
+
+
+def save_classifier(
+    classifier: Classifier, directory: str | Path, *, tokenizer: Any = None
+) -> None:
+    """Write config.json and model.safetensors, as transformers and `load_classifier` read them.
+
+    `tokenizer` (anything with `save_pretrained`) is written beside them. Raises InputError when
+    the directory is not writable.
+    """
+    leaves = {
+        _stored_name(path): _to_stored(path, np.asarray(leaf))
+        for path, leaf in flatten_dict(classifier.params, sep="/").items()
+    }
+    dtype = next(iter(leaves.values())).dtype.name
+    sizes = {name: leaf.nbytes for name, leaf in leaves.items()}
+    hf = _to_hf(classifier.config) | {"torch_dtype": dtype}
+    write_checkpoint(directory, hf, sizes, leaves.__getitem__)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+
+
+def _stored_name(path: str) -> str:
+    *parts, kind = path.split("/")
+    suffix = "bias" if kind == "bias" else "weight"
+    layer = re.fullmatch(r"layers_(\d+)", parts[0])
+    if layer is None:
+        return f"{_OUTER[parts[0]]}.{suffix}"
+    return f"{_BODY}transformer.layer.{layer[1]}.{_LAYER[parts[1]]}.{suffix}"
+
+
+def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Torch keeps linear weights as [out, in], heads merged with their width."""
+    if path.endswith("/kernel"):
+        inputs = shape[:-1] if path.endswith("/out/kernel") else shape[:1]
+        size = int(np.prod(inputs))
+        return (int(np.prod(shape)) // size, size)
+    return (int(np.prod(shape)),) if path.endswith("/bias") else shape
+
+
+def _to_stored(path: str, leaf: np.ndarray) -> np.ndarray:
+    shape = _stored_shape(path, leaf.shape)
+    return leaf.reshape(shape[::-1]).T if path.endswith("/kernel") else leaf.reshape(shape)
+
+
+def _to_ours(path: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return (values.T if path.endswith("/kernel") else values).reshape(shape)
+
+
+def _from_hf(hf: Mapping[str, Any], directory: Path) -> EncoderConfig:
+    if hf.get("model_type") != "distilbert":
+        found = hf.get("model_type")
+        raise InputError(f"{directory / CONFIG}: model_type {found!r} is not 'distilbert'")
+    activation = hf.get("activation", "gelu")
+    if activation != "gelu":
+        raise InputError(f"{directory / CONFIG}: activation {activation!r} is not 'gelu'")
+    names = hf.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return EncoderConfig(
+        vocab_size=hf.get("vocab_size", 30522),
+        width=hf.get("dim", 768),
+        layers=hf.get("n_layers", 6),
+        heads=hf.get("n_heads", 12),
+        mlp_width=hf.get("hidden_dim", 3072),
+        max_positions=hf.get("max_position_embeddings", 512),
+        labels=len(names),
+        dropout=hf.get("dropout", 0.1),
+        attention_dropout=hf.get("attention_dropout", 0.1),
+        head_dropout=hf.get("seq_classif_dropout", 0.2),
+        initializer_range=hf.get("initializer_range", 0.02),
+        pad_id=hf.get("pad_token_id") or 0,
+        label_names=tuple(names[key] for key in sorted(names, key=int)),
+    )
+
+
+def _to_hf(config: EncoderConfig) -> dict[str, Any]:
+    names = config.label_names or tuple(f"LABEL_{i}" for i in range(config.labels))
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "distilbert",
+        "activation": "gelu",
+        "vocab_size": config.vocab_size,
+        "dim": config.width,
+        "n_layers": config.layers,
+        "n_heads": config.heads,
+        "hidden_dim": config.mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "seq_classif_dropout": config.head_dropout,
+        "initializer_range": config.initializer_range,
+        "pad_token_id": config.pad_id,
+        "sinusoidal_pos_embds": False,
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

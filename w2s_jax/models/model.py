@@ -1,0 +1,79 @@
+"""The model value: a config and its parameters, callable on tokens. No files, no tokenizer."""
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jaxtyping import Array, Bool, Float, Int
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.decoder import Layout
+from w2s_jax.models.forward import forward, initial_params, logits
+from w2s_jax.pytrees import pytree
+
+
+@pytree(static=("config",))
+class Model:
+    """A decoder: a static config and a plain nested dict of parameters, as one pytree.
+
+    The layout of the parameters (per layer, or stacked for a scan) is read from the dict itself.
+    """
+
+    config: ModelConfig
+    params: dict
+
+    @property
+    def scan_layers(self) -> bool:
+        """Whether the layers are stacked on a leading axis."""
+        return "layers" in self.params
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The parameters' dtype."""
+        return jnp.dtype(self.params["embed"]["embedding"].dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None = None
+    ) -> Float[Array, "B X V"]:
+        """Float32 next-token logits at every position.
+
+        `mask` is False on padding, on either side; padding is not seen and takes no position.
+        """
+        return _logits(self, tokens, mask)
+
+
+def init_model(
+    config: ModelConfig, key: Array, *, dtype: jnp.dtype = jnp.float32, scan_layers: bool = False
+) -> Model:
+    """A model with random parameters (normal, 0.02; norms at one, biases at zero)."""
+    return Model(config, meta.unbox(initial_params(config, key, jnp.dtype(dtype), scan_layers)))
+
+
+def abstract_model(
+    config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, scan_layers: bool = False
+) -> tuple[Model, dict]:
+    """Shapes and dtypes of a model's parameters, and a dict of their logical axes (tuples of names).
+
+    Nothing is allocated.
+    """
+    boxed = jax.eval_shape(
+        lambda: initial_params(config, jax.random.key(0), jnp.dtype(dtype), scan_layers)
+    )
+    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
+    axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+    return Model(config, meta.unbox(boxed)), axes
+
+
+def hidden_states(
+    model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None = None
+) -> Float[Array, "B X D"]:
+    """The states after the last norm, before the head; for losses that never hold all logits."""
+    layout = Layout(False, 1, tokens.shape[1])
+    masked = None if mask is None else mask[:, None]
+    return forward(model.config, model.params, tokens[:, None], layout, mask=masked).hidden[:, 0]
+
+
+@jax.jit
+def _logits(
+    model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None
+) -> Float[Array, "B X V"]:
+    return logits(model.config, model.params, hidden_states(model, tokens, mask))

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: attention, norms, sampling, shardings. No Flax, no files, no tokenizer."""

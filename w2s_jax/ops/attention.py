@@ -1,0 +1,108 @@
+"""Attention over parts: partial softmaxes of shared keys and values, merged by log-sum-exp.
+
+Arrays in, arrays out. What a part means (prefix, committed, chunk) is decided by the caller.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from w2s_jax.pytrees import pytree
+
+MASKED = -1e30
+"""Score of a masked key: finite, so that a fully masked part merges with weight zero, not NaN."""
+
+
+@pytree()
+class Partial:
+    """An unnormalised softmax over some of the keys, all float32.
+
+    weighted [P A m H C]: sum of exp(score − maximum)·value; total [P A m H]: sum of
+    exp(score − maximum); maximum [P A m H].
+    """
+
+    weighted: Array
+    total: Array
+    maximum: Array
+
+    def reshape(self, *groups: int) -> "Partial":
+        """The same partial with its leading (slot, group, query) axes laid out as `groups`."""
+        heads, width = self.weighted.shape[-2:]
+        return Partial(
+            self.weighted.reshape(*groups, heads, width),
+            self.total.reshape(*groups, heads),
+            self.maximum.reshape(*groups, heads),
+        )
+
+
+def attend_part(
+    query: Float[Array, "P A m H C"],
+    keys: Float[Array, "P A J G C"],
+    values: Float[Array, "P A J G C"],
+    mask: Bool[Array, "#P #A #m J"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Partial:
+    """Partial attention of m queries in each of A groups over the J keys that the group shares.
+
+    Query heads H are a multiple of key heads G. Scores and sums are float32, as is the result.
+    `mask` is True where a query may see a key. `softcap` c maps a score s to c·tanh(s/c)
+    (arXiv 2408.00118). Rows of a group share one read of its keys: they join the query axis.
+    """
+    slots, groups, count, heads, width = query.shape
+    kv_heads = keys.shape[3]
+    grouped = query.reshape(slots, groups, count, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("pamghc,pajgc->pagmhj", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None, :, None, :], scores, MASKED)
+    maximum = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - maximum[..., None])
+    total = jnp.sum(weights, axis=-1)
+    weighted = jnp.einsum(
+        "pagmhj,pajgc->pamghc",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    shape = (slots, groups, count, heads)
+    return Partial(
+        weighted.reshape(*shape, width),
+        jnp.moveaxis(total, 2, 3).reshape(shape),
+        jnp.moveaxis(maximum, 2, 3).reshape(shape),
+    )
+
+
+def unseen(like: Float[Array, "P A m H C"]) -> Partial:
+    """The partial of queries that see no key of a part; it merges with weight zero."""
+    zeros = jnp.zeros(like.shape, jnp.float32)
+    return Partial(zeros, zeros[..., 0], zeros[..., 0] + MASKED)
+
+
+def concatenate(partials: Sequence[Partial], axis: int) -> Partial:
+    """Partials of different queries side by side along one of the leading axes."""
+    return Partial(
+        jnp.concatenate([p.weighted for p in partials], axis),
+        jnp.concatenate([p.total for p in partials], axis),
+        jnp.concatenate([p.maximum for p in partials], axis),
+    )
+
+
+def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
+    """Softmax attention over the union of the parts' keys, float32, by log-sum-exp.
+
+    Every query must see at least one key in one of the parts.
+    """
+    if len(partials) == 1:
+        return partials[0].weighted / partials[0].total[..., None]
+    maximum = partials[0].maximum
+    for partial in partials[1:]:
+        maximum = jnp.maximum(maximum, partial.maximum)
+    factors = [jnp.exp(partial.maximum - maximum) for partial in partials]
+    pairs = list(zip(factors, partials, strict=True))
+    total = sum(factor * partial.total for factor, partial in pairs)
+    weighted = sum(factor[..., None] * partial.weighted for factor, partial in pairs)
+    return weighted / total[..., None]

@@ -1,0 +1,21 @@
+"""Search: proposers × scorers × selectors, the jitted step, and the run over many prompts."""
+
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.guides import Guide, SearchModels, search_models
+from w2s_jax.search.run import Hypothesis, SearchResult, search
+from w2s_jax.search.state import SearchState, insert_prompt, start_search
+from w2s_jax.search.step import search_step
+
+__all__ = [
+    "Guide",
+    "Hypothesis",
+    "SearchConfig",
+    "SearchModels",
+    "SearchResult",
+    "SearchState",
+    "insert_prompt",
+    "search",
+    "search_models",
+    "search_step",
+    "start_search",
+]

@@ -1,0 +1,45 @@
+"""The models of a search: the policy and the guides that steer it."""
+
+from collections.abc import Sequence
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.model import Model
+from w2s_jax.pytrees import pytree
+
+
+@pytree()
+class Guide:
+    """A tuned and an untuned model whose log-ratio is the implicit reward, and its weight.
+
+    implicit reward(y|x) = log p_tuned(y|x) − log p_untuned(y|x); arXiv 2405.19262 eq. 5.
+    """
+
+    tuned: Model
+    untuned: Model
+    weight: float = 1.0
+
+
+@pytree()
+class SearchModels:
+    """A policy and any number of guides over one vocabulary."""
+
+    policy: Model
+    guides: tuple[Guide, ...]
+
+
+def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> SearchModels:
+    """Check that all models have logits over the policy's token ids, and bundle them.
+
+    A guide's vocabulary may be padded to a larger size; equality of the token maps themselves is
+    for whoever holds the tokenizers to check (`text.tokenizer.same_vocabulary`).
+    Raises InputError for a guide with fewer logits than the policy.
+    """
+    chosen = (guides,) if isinstance(guides, Guide) else tuple(guides or ())
+    for index, guide in enumerate(chosen):
+        for role, model in (("tuned", guide.tuned), ("untuned", guide.untuned)):
+            if model.config.vocab_size != policy.config.vocab_size:
+                raise InputError(
+                    f"guide {index}: the {role} model has {model.config.vocab_size} logits, the "
+                    f"policy {policy.config.vocab_size}; token-level guidance needs one vocabulary"
+                )
+    return SearchModels(policy, chosen)
