@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from w2s_jax.decode.reader import read_stems, read_step, start_chunk
-from w2s_jax.models.cache import KV, KVCache
+from w2s_jax.models.cache import KVCache, LayersKV
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling, choose, shortlist
 from w2s_jax.pytrees import pytree
@@ -28,7 +28,7 @@ class Chunk:
     tokens: Array
     values: Array | None
     caches: tuple[KVCache, ...]
-    buffers: tuple[tuple[KV, ...] | KV, ...]
+    buffers: tuple[LayersKV, ...]
 
 
 def draw_keys(

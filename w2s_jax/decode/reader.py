@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from w2s_jax.models.cache import KV, KVCache, empty_cache, empty_part
+from w2s_jax.models.cache import KVCache, LayersKV, empty_cache, empty_part
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import forward, logits
 from w2s_jax.models.model import Model
@@ -69,7 +69,7 @@ def read_stems(
     return logits(model.config, model.params, read.hidden[:, :, 0]), read.cache
 
 
-def start_chunk(model: Model, slots: int, rows: int, length: int) -> tuple[KV, ...] | KV:
+def start_chunk(model: Model, slots: int, rows: int, length: int) -> LayersKV:
     """An empty chunk buffer for token steps, [P, R, length, G, C] a layer."""
     return empty_part(model.config, (slots, rows, length), model.dtype, model.scan_layers)
 
@@ -77,10 +77,10 @@ def start_chunk(model: Model, slots: int, rows: int, length: int) -> tuple[KV, .
 def read_step(
     model: Model,
     cache: KVCache,
-    chunk: tuple[KV, ...] | KV,
+    chunk: LayersKV,
     tokens: Int[Array, "P R"],
     start: Int[Array, ""],
-) -> tuple[Float[Array, "P R V"], tuple[KV, ...] | KV]:
+) -> tuple[Float[Array, "P R V"], LayersKV]:
     """Read one token of every row, the `start`-th of the chunk, behind its hypothesis.
 
     Returns float32 logits of what follows and the chunk buffer with the token's keys and values.
@@ -99,7 +99,7 @@ def read_step(
 
 def read_chunk(
     model: Model, cache: KVCache, last: Int[Array, "P W"], tokens: Int[Array, "P R n"]
-) -> tuple[Float[Array, "P R n"], KVCache, tuple[KV, ...] | KV | None]:
+) -> tuple[Float[Array, "P R n"], KVCache, LayersKV | None]:
     """Score n tokens of every row in one teacher-forced call.
 
     Reads each hypothesis's last token once and its successors' first n − 1 tokens; the n-th needs

@@ -5,6 +5,7 @@ Shapes, writes and the reorder between chunks. What is attended to is in `decode
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from w2s_jax.models.config import ModelConfig
@@ -22,6 +23,10 @@ class KV:
     values: Array
 
 
+LayersKV = tuple[KV, ...] | KV
+"""One part for every layer: a tuple in the per-layer layout, one stacked KV in the other."""
+
+
 @pytree()
 class KVCache:
     """What one model remembers of the slots under search, between chunks.
@@ -32,15 +37,15 @@ class KVCache:
     next-token logits a chunk needs first are always those of the hypotheses.
     """
 
-    prefix: tuple[KV, ...] | KV
-    committed: tuple[KV, ...] | KV
+    prefix: LayersKV
+    committed: LayersKV
     prefix_length: Array
     committed_length: Array
 
 
 def empty_part(
-    config: ModelConfig, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool
-) -> tuple[KV, ...] | KV:
+    config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike, stacked: bool
+) -> LayersKV:
     """Zeros for one part of every layer; `shape` is the part's shape without [G, C]."""
     full = (*shape, config.kv_heads, config.head_width)
     if stacked:
@@ -56,7 +61,7 @@ def empty_cache(
     hypotheses: int,
     prefix_capacity: int,
     committed_capacity: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     stacked: bool,
 ) -> KVCache:
     """A cache of zeros with room for `prefix_capacity` + `committed_capacity` tokens a hypothesis."""
@@ -85,7 +90,7 @@ def write_committed(
 
 def commit_chunk(
     cache: KVCache,
-    chunk: tuple[KV, ...] | KV | None,
+    chunk: LayersKV | None,
     *,
     parents: Int[Array, "P W"] | None,
     rows: Int[Array, "P W"],

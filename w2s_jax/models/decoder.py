@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from w2s_jax.models.cache import KV, write_committed
@@ -77,7 +78,7 @@ class Linear(nn.Module):
     axes: tuple[str, ...]
     contract: int = 1
     bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,7 +98,7 @@ class Norm(nn.Module):
 
     config: ModelConfig
     axis: str = "embed"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -118,7 +119,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     layout: Layout
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -201,7 +202,7 @@ class MLP(nn.Module):
     """The feed-forward layer, gated or plain."""
 
     config: ModelConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -227,7 +228,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     layout: Layout
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(

@@ -3,8 +3,6 @@
 Reading and writing checkpoint directories is in models/encoder_huggingface.py; training is in train/.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

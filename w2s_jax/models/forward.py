@@ -6,10 +6,11 @@ Pure functions of (config, params, tokens, caches). The user's value is in `mode
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.models.cache import KV, KVCache
+from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
 from w2s_jax.ops.rotary import rotation
@@ -24,7 +25,7 @@ class Forward:
 
     hidden: Array
     cache: KVCache | None
-    chunk: tuple[KV, ...] | KV | None
+    chunk: LayersKV | None
 
 
 def forward(
@@ -34,7 +35,7 @@ def forward(
     layout: Layout,
     *,
     cache: KVCache | None = None,
-    chunk: tuple[KV, ...] | KV | None = None,
+    chunk: LayersKV | None = None,
     chunk_start: Int[Array, ""] | None = None,
     mask: Bool[Array, "P W M"] | None = None,
 ) -> Forward:
@@ -95,7 +96,7 @@ def logits(
     return out
 
 
-def initial_params(config: ModelConfig, key: Array, dtype: jnp.dtype, scan_layers: bool) -> dict:
+def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layers: bool) -> dict:
     """Random parameters, boxed with their logical axes (`flax.core.meta`).
 
     Call under `jax.eval_shape` for shapes and axes alone; `meta.unbox` strips the boxes.
@@ -130,7 +131,7 @@ def initial_params(config: ModelConfig, key: Array, dtype: jnp.dtype, scan_layer
     return params
 
 
-def _initial_block(config: ModelConfig, key: Array, dtype: jnp.dtype) -> dict:
+def _initial_block(config: ModelConfig, key: Array, dtype: DTypeLike) -> dict:
     layout = Layout(False, 1, 1)
     x = jnp.zeros((1, 1, 1, config.width), dtype)
     turn = None
@@ -157,7 +158,7 @@ def _run_layers(
     cache: KVCache | None,
     chunk: tuple[KV, ...] | None,
     view: View,
-) -> tuple[Array, tuple, tuple]:
+) -> tuple[Array, tuple[KV, ...] | None, tuple[KV, ...] | None]:
     block = Block(config, layout, x.dtype)
     committed, chunks = [], []
     _, window_of = _windows(config)
@@ -171,7 +172,13 @@ def _run_layers(
         x, kv = block.apply({"params": params[f"layers_{i}"]}, x, turn, kv, masks, view)
         committed.append(kv.committed)
         chunks.append(kv.chunk)
-    return x, tuple(committed), tuple(chunks)
+    return x, _present(committed), _present(chunks)
+
+
+def _present(parts: list[KV | None]) -> tuple[KV, ...] | None:
+    """The layers' parts, or None where the call has no such part."""
+    held = tuple(part for part in parts if part is not None)
+    return held or None
 
 
 def _run_stacked(
@@ -241,7 +248,7 @@ def _choose(masks: tuple, window: Array) -> tuple:
     return tuple(pick(*choices) for choices in zip(*masks, strict=True))
 
 
-def _first(chunk: tuple[KV, ...] | KV) -> KV:
+def _first(chunk: LayersKV) -> KV:
     """One layer's chunk, or the stacked chunk without its layer axis's extent counted."""
     if isinstance(chunk, KV):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), chunk)

@@ -4,6 +4,8 @@ No code from a checkpoint is run: pickle files are refused and nothing trusts re
 tensor is which is in `models/names.py`, what config.json means in `models/config_json.py`.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -43,6 +45,7 @@ TOKENIZER_PATTERNS = (
 _PATTERNS = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, *TOKENIZER_PATTERNS)
 
 Index = tuple[slice, ...]
+Reader = Callable[[Index], np.ndarray]
 Tensors = dict[str, Any]  # safetensors' slices: get_shape(), get_dtype() and [...] read lazily
 
 
@@ -52,7 +55,7 @@ class _Parameter:
 
     shape: tuple[int, ...]
     axes: Axes
-    read: Callable[[Index], np.ndarray]
+    read: Reader
 
 
 def load_model(
@@ -126,7 +129,7 @@ def save_model(
     leaves = _unstacked(flatten_dict(model.params, sep="/"), config.layers)
     stored = stored_parameters(config, leaves)
     parts: dict[str, list[str]] = {}
-    for path, row in stored.items():
+    for path, row in sorted(stored.items(), key=lambda item: item[1].part or 0):
         parts.setdefault(row.name, []).append(path)
 
     def fetch(name: str) -> np.ndarray:
@@ -218,30 +221,39 @@ def write_checkpoint(
 ) -> None:
     """Write config.json, generation_config.json and the tensors `fetch(name)` as safetensors.
 
-    `sizes` gives every tensor's bytes; above `max_shard_bytes` the files are sharded. Each file is
-    written under another name and renamed, config.json last: a directory without one is unfinished.
+    `sizes` gives every tensor's bytes; above `max_shard_bytes` the files are sharded. Everything is
+    written beside its place first, then renamed, config.json last: an interrupted write leaves the
+    old checkpoint, or at worst a directory that is refused for its missing config.json.
     Raises InputError when the directory is not writable.
     """
     directory = Path(directory)
     shards = _shards(sizes, max_shard_bytes)
-    token_ids = {key: hf[key] for key in hf if key.endswith("_token_id") and hf[key] is not None}
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    tokens = {key: hf[key] for key in hf if key.endswith("_token_id") and hf[key] is not None}
+    texts = ({INDEX: index} if len(shards) > 1 else {}) | {GENERATION_CONFIG: tokens, CONFIG: hf}
+    places = {file: directory / f".{file}.part" for file in (*shards, *texts)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in (CONFIG, INDEX, *(path.name for path in directory.glob("model*.safetensors"))):
-            (directory / old).unlink(missing_ok=True)
+        for file, value in texts.items():
+            places[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file, names in shards.items():
             tensors = {name: np.ascontiguousarray(fetch(name)) for name in names}
-            temporary = directory / f".{file}.part"
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            os.replace(temporary, directory / file)
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            _write_json(directory / INDEX, index)
-        _write_json(directory / GENERATION_CONFIG, token_ids)
-        _write_json(directory / CONFIG, hf)
+            save_file(tensors, places[file], metadata={"format": "pt"})
+            # safetensors leaves its files readable to their owner alone.
+            places[file].chmod(places[CONFIG].stat().st_mode)
+        for old in (directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")):
+            old.unlink(missing_ok=True)
+        for file, place in places.items():
+            os.replace(place, directory / file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write a checkpoint to {directory}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            for place in places.values():
+                place.unlink(missing_ok=True)
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
@@ -260,12 +272,6 @@ def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[st
         f"model-{number:05d}-of-{len(groups):05d}.safetensors": names
         for number, names in enumerate(groups, start=1)
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _other_weights(directory: Path) -> str:
@@ -406,9 +412,13 @@ def _stacked(per_layer: Mapping[str, _Parameter], layers: int) -> dict[str, _Par
             parameters[f"{STACKED}/{rest}"] = _Parameter(
                 (layers, *parameter.shape),
                 ("layers", *parameter.axes),
-                lambda index, readers=readers: np.stack([r(index[1:]) for r in readers[index[0]]]),
+                functools.partial(_read_stacked, readers),
             )
     return parameters
+
+
+def _read_stacked(readers: list[Reader], index: Index) -> np.ndarray:
+    return np.stack([read(index[1:]) for read in readers[index[0]]])
 
 
 def _unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[[], np.ndarray]]:
@@ -417,12 +427,15 @@ def _unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable
     for path, leaf in flat.items():
         kind, _, rest = path.partition("/")
         if kind != STACKED:
-            fetchers[path] = lambda leaf=leaf: np.asarray(leaf)
+            fetchers[path] = functools.partial(np.asarray, leaf)
             continue
         for layer in range(layers):
-            name = f"{layer_name(layer)}/{rest}"
-            fetchers[name] = lambda leaf=leaf, layer=layer: np.asarray(leaf[layer])
+            fetchers[f"{layer_name(layer)}/{rest}"] = functools.partial(_fetch_layer, leaf, layer)
     return fetchers
+
+
+def _fetch_layer(leaf: jax.Array, layer: int) -> np.ndarray:
+    return np.asarray(leaf[layer])
 
 
 def _shardings(
@@ -443,7 +456,8 @@ def _materialise(
         return jnp.asarray(parameter.read((slice(None),) * len(parameter.shape)), dtype)
     replicas: dict[tuple, np.ndarray] = {}
 
-    def shard(index: Index) -> np.ndarray:
+    def shard(index: Index | None) -> np.ndarray:
+        index = index or ()
         key = tuple((part.start, part.stop) for part in index)
         if key not in replicas:
             replicas[key] = parameter.read(index).astype(dtype)

@@ -15,7 +15,7 @@ def layer_name(layer: int) -> str:
 
 
 def stack_layers(params: dict, layers: int) -> dict:
-    """The same parameters with `layers_{i}` subtrees stacked on a leading axis [N, ...] as `layers`.
+    """The same parameters with the `layers_{i}` subtrees stacked as `layers`, [N, ...] each leaf.
 
     Stacked parameters are returned as they are.
     """

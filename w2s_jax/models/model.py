@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
@@ -32,7 +34,9 @@ class Model:
         return jnp.dtype(self.params["embed"]["embedding"].dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None = None
+        self,
+        tokens: Int[Array | np.ndarray, "B X"],
+        mask: Bool[Array | np.ndarray, "B X"] | None = None,
     ) -> Float[Array, "B X V"]:
         """Float32 next-token logits at every position.
 
@@ -42,14 +46,14 @@ class Model:
 
 
 def init_model(
-    config: ModelConfig, key: Array, *, dtype: jnp.dtype = jnp.float32, scan_layers: bool = False
+    config: ModelConfig, key: Array, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> Model:
     """A model with random parameters (normal, 0.02; norms at one, biases at zero)."""
     return Model(config, meta.unbox(initial_params(config, key, jnp.dtype(dtype), scan_layers)))
 
 
 def abstract_model(
-    config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, scan_layers: bool = False
+    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> tuple[Model, dict]:
     """Shapes and dtypes of a model's parameters, and a dict of their logical axes (tuples of names).
 

@@ -109,7 +109,7 @@ _BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 
 
 def stored_parameters(config: ModelConfig, paths: Iterable[str]) -> dict[str, Stored]:
-    """For each parameter path of the per-layer layout ("layers_3/mlp/up/kernel"), where it is kept."""
+    """Where each parameter of the per-layer layout ("layers_3/mlp/up/kernel") is kept."""
     table = _TABLES.get(config.architecture, _ROTARY)
     stored = {}
     for path in paths:

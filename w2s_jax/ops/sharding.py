@@ -116,10 +116,10 @@ def resolve(
     """The sharding of an array whose dimensions carry these logical axes (None: never split).
 
     Raises InputError, saying `name`, for an unknown logical or mesh axis, for one mesh axis used
-    twice (of size 1 too, so that small meshes catch it) and for a dimension the mesh does not divide.
+    twice (of size 1 too, so that small meshes catch it), for a dimension the mesh does not divide.
     """
     if len(axes) != len(shape):
-        raise InputError(f"{name}: {len(axes)} logical axes {axes} for {len(shape)} dimensions {shape}")
+        raise InputError(f"{name}: {len(axes)} logical axes {axes} for an array of shape {shape}")
     used: dict[str, str] = {}
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -135,7 +135,7 @@ def resolve(
                 )
             if target in used:
                 raise InputError(
-                    f"{name}: {used[target]} and {axis} both go to mesh axis {target!r}; map one to None"
+                    f"{name}: {used[target]} and {axis} both go to mesh axis {target!r}"
                 )
             used[target] = str(axis)
         parts = math.prod(mesh.shape[target] for target in targets)
@@ -164,7 +164,7 @@ def resolve_tree(axes: Any, shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh
 
 
 def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
-    """x held to the sharding of its logical axes inside jit; without a mesh, x as it is."""
+    """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, resolve(axes, rules, mesh, x.shape))

@@ -1,7 +1,7 @@
 """Proposers: which models read token by token, and the logits that successors are sampled from."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -13,6 +13,7 @@ from w2s_jax.ops.logprobs import token_logprobs
 from w2s_jax.search.guides import SearchModels
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """Extends hypotheses by tokens drawn from mixed logits. A frozen, hashable value."""
 

@@ -1,7 +1,7 @@
 """Scorers: which models read a proposed chunk, and the score of each of its tokens."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,6 +11,7 @@ from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.proposers import implicit_reward
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Values hypotheses by a sum over the tokens of their responses. A frozen, hashable value."""
 

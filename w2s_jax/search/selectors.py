@@ -1,7 +1,7 @@
 """Selectors: which candidates become the hypotheses of the next chunk."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class Candidates:
     scores: Array
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Keeps W of the candidates. A frozen, hashable value."""
 

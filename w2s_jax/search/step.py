@@ -9,14 +9,14 @@ from jaxtyping import Array, Int
 
 from w2s_jax.decode.chunk import draw_keys, sample_chunk
 from w2s_jax.decode.reader import read_chunk
-from w2s_jax.models.cache import KV, KVCache, commit_chunk
+from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.selectors import Candidates
 from w2s_jax.search.state import SearchState
 
-Buffers = tuple[tuple[KV, ...] | KV | None, ...]
+Buffers = tuple[LayersKV | None, ...]
 
 
 @pytree()

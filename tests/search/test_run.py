@@ -1,0 +1,154 @@
+"""The host's side: results, refilled slots, stop strings, wrong input."""
+
+import numpy as np
+import pytest
+
+from tests.tiny import EOS, VOCAB, tiny_model
+from w2s_jax.errors import InputError
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search import Guide, SearchConfig, search
+from w2s_jax.search.presets import METHODS, cbs, preset, sample
+from w2s_jax.search.run import buckets
+from w2s_jax.search.stops import cut, kept_tokens
+
+PLAIN = Sampling(1.0)
+LETTERS = "<>|$abcdefghijklmnopqrs"
+
+
+def decode(tokens):
+    return "".join(LETTERS[token] for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_model(0, layers=1)
+
+
+@pytest.fixture(scope="module")
+def guide():
+    return Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
+
+
+def test_results_come_in_order_and_are_reported_as_they_finish(policy):
+    prompts = [[4 + i] for i in range(7)]
+    seen = []
+    config = sample(max_new_tokens=8, sampling=PLAIN, slots=3, chunk_length=2)
+    results = search(policy, None, prompts, config, row_ids=range(50, 57), on_result=seen.append)
+    assert [result.row_id for result in results] == list(range(50, 57))
+    assert sorted(seen, key=lambda result: result.row_id) == results
+    for result in results:
+        assert result.best.finished == (result.best.tokens[-1] == EOS)
+        assert result.best.finished or len(result.best.tokens) == 8
+
+
+def test_prompts_are_grouped_by_power_of_two():
+    assert buckets([1, 17, 18, 33, 34, 5]) == {16: [0, 1, 5], 32: [2, 3], 64: [4]}
+
+
+def test_no_prompts_no_results(policy):
+    assert search(policy, None, [], sample(max_new_tokens=2)) == []
+
+
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_a_stop_string_ends_the_response_before_it(policy, guide, length):
+    prompts = [[4 + i, 9] for i in range(4)]
+    free = search(policy, guide, prompts, cbs(1, 1, 10, max_new_tokens=10, sampling=PLAIN))
+    text = decode(free[0].best.tokens)
+    stop = text[3:5]
+    config = cbs(1, 1, length, max_new_tokens=10, sampling=PLAIN, stop=(stop,))
+    stopped = search(policy, guide, prompts, config, decode=decode)
+    for before, after in zip(free, stopped, strict=True):
+        kept = cut(decode(before.best.tokens), (stop,))
+        expected = decode(before.best.tokens) if kept is None else kept
+        assert decode(after.best.tokens) == expected
+        assert after.best.finished == (kept is not None or before.best.finished)
+    # The score counts the kept tokens only: it equals that of a run cut by length there.
+    short = len(stopped[0].best.tokens)
+    assert short == text.find(stop)
+    cut_off = search(
+        policy, guide, prompts[:1], cbs(1, 1, 10, max_new_tokens=max(short, 1), sampling=PLAIN)
+    )
+    if short:
+        assert stopped[0].best.score == pytest.approx(cut_off[0].best.score, abs=1e-4)
+    else:
+        assert stopped[0].best.score == 0.0
+
+
+def test_kept_tokens_counts_a_token_that_holds_both():
+    pieces = ["ab", "cST", "OP", "d"]
+    text = lambda tokens: "".join(pieces[token] for token in tokens)  # noqa: E731
+    assert kept_tokens([0, 1, 2, 3], text, ("STOP",)) == 2
+    assert kept_tokens([0, 3], text, ("STOP",)) is None
+    assert kept_tokens([0, 1], text, ("ab",)) == 0
+    assert cut("a\nb\n", ("b", "\n")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beam_width": 0}, "beam_width"),
+        ({"successors": 0}, "successors"),
+        ({"chunk_length": -1}, "chunk_length"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"slots": 0}, "slots"),
+        ({"stop": ("",)}, "stop string is empty"),
+    ],
+)
+def test_sizes_below_one_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        SearchConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_sampling_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**fields)
+
+
+def test_wrong_prompts_are_refused(policy, guide):
+    config = cbs(2, 2, 2, max_new_tokens=4)
+    with pytest.raises(InputError, match="row 1: the prompt has no tokens"):
+        search(policy, guide, [[4], []], config)
+    with pytest.raises(InputError, match="outside the vocabulary of 23"):
+        search(policy, guide, [[VOCAB]], config)
+    with pytest.raises(InputError, match="126 tokens and 4 new ones do not fit the policy's 128"):
+        search(policy, guide, [[4] * 126], config)
+    with pytest.raises(InputError, match="decode"):
+        search(policy, guide, [[4]], cbs(stop=("x",)))
+    with pytest.raises(InputError, match="at least one guide"):
+        search(policy, None, [[4]], config)
+    with pytest.raises(InputError, match="2 row ids for 1 prompts"):
+        search(policy, guide, [[4]], config, row_ids=[1, 2])
+    small = Guide(tiny_model(5, layers=1, vocab_size=20), tiny_model(6, layers=1))
+    with pytest.raises(InputError, match="the tuned model has 20 logits, the policy 23"):
+        search(policy, small, [[4]], config)
+
+
+def test_presets_by_name():
+    assert {preset(method).proposer.values_tokens for method in METHODS} == {False, True}
+    assert preset("bon", n=7).beam_width == 7
+    assert preset("cbs", w=2, k=3, l=9).rows == 6
+    with pytest.raises(InputError, match="none of cbs, bon, eft, sample"):
+        preset("beam")
+
+
+def test_a_response_fills_whole_chunks_only_as_far_as_it_must():
+    assert preset("sample", max_new_tokens=50).capacity == 52
+    assert preset("cbs", max_new_tokens=50).capacity == 50
+    assert preset("cbs", l=100, max_new_tokens=7).capacity == 7
+
+
+def test_a_longer_prompt_than_the_bucket_is_read_whole(policy):
+    long = np.random.default_rng(3).integers(4, VOCAB, 60).tolist()
+    config = sample(max_new_tokens=3, sampling=Sampling(0.0), slots=1)
+    (result,) = search(policy, None, [long], config)
+    logits = policy(np.asarray([long], np.int32))
+    assert result.best.tokens[0] == int(np.argmax(logits[0, -1]))
