@@ -73,6 +73,23 @@ def empty_cache(
     )
 
 
+def cache_axes(cache: KVCache) -> KVCache:
+    """The logical axes of a cache's arrays, in its own structure."""
+    stacked = isinstance(cache.prefix, KV)
+
+    def part(layers: LayersKV, *axes: str) -> LayersKV:
+        names = (*(("layers",) if stacked else ()), *axes, "kv_heads", "head_width")
+        kv = KV(names, names)  # type: ignore[arg-type]
+        return kv if isinstance(layers, KV) else (kv,) * len(layers)
+
+    return KVCache(
+        part(cache.prefix, "slots", "prefix"),
+        part(cache.committed, "slots", "hypotheses", "committed"),
+        ("slots",),  # type: ignore[arg-type]
+        ("slots", "hypotheses"),  # type: ignore[arg-type]
+    )
+
+
 def write_committed(
     committed: Float[Array, "P W T G C"],
     new: Float[Array, "P W n G C"],

@@ -1,6 +1,6 @@
-"""The DistilBERT-class encoder with a sequence-classification head: config, Flax module, classifier value.
+"""The DistilBERT-class encoder that classifies sequences: config, Flax module, classifier value.
 
-Reading and writing checkpoint directories is in models/encoder_huggingface.py; training is in train/.
+Checkpoint directories are read and written in models/encoder_huggingface.py.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of a DistilBERT classifier (arXiv 1910.01108); fields follow DESIGN's dimension letters."""
+    """Shape of a DistilBERT classifier (arXiv 1910.01108) and its dropout rates."""
 
     vocab_size: int
     width: int
@@ -97,12 +97,14 @@ class Encoder(nn.Module):
 
 @pytree(static=("config",))
 class Classifier:
-    """An encoder's config with its parameters; calling it maps right-padded tokens to label logits."""
+    """An encoder's config and parameters; calling it maps right-padded tokens to label logits."""
 
     config: EncoderConfig
     params: Params
 
-    def __call__(self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> Float32[Array, "B labels"]:
+    def __call__(
+        self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]
+    ) -> Float32[Array, "B labels"]:
         return Encoder(self.config).apply({"params": self.params}, tokens, mask)
 
 

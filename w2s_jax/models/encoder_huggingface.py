@@ -58,9 +58,7 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
         values = tensors.pop(name)[...]
         expected = _stored_shape(path, leaf.shape)
         if values.shape != expected:
-            raise InputError(
-                f"{directory}: tensor {name} has shape {values.shape}, not {expected}"
-            )
+            raise InputError(f"{directory}: tensor {name} has shape {values.shape}, not {expected}")
         leaves[path] = jnp.asarray(_to_ours(path, values, leaf.shape), dtype)
     if tensors:
         raise InputError(f"{directory}: tensor {min(tensors)} is no part of a {ARCHITECTURE}")

@@ -69,8 +69,7 @@ def load_model(
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
     dtype: of the parameters; None keeps that of the checkpoint's embedding.
-    mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say; no
-        device and no host ever holds a whole one.
+    mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
 
     Raises InputError for a missing directory, config.json or safetensors, an architecture that is
@@ -353,8 +352,9 @@ def _match(
 def _equal(one: Any, other: Any) -> bool:
     if one.get_shape() != other.get_shape():
         return False
-    rows, step = one.get_shape()[0], 4096
-    return all(np.array_equal(one[i : i + step], other[i : i + step]) for i in range(0, rows, step))
+    rows = one.get_shape()[0]
+    blocks = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _parameter_dtype(dtype: Any, embedding: Any) -> jnp.dtype:

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from flax.core import meta
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import forward, initial_params, logits
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, resolve_tree
 from w2s_jax.pytrees import pytree
 
 
@@ -65,6 +67,16 @@ def abstract_model(
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
     axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
     return Model(config, meta.unbox(boxed)), axes
+
+
+def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model:
+    """The same model with its parameters split over a mesh as the rules say.
+
+    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    """
+    _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)
+    shardings = resolve_tree(axes, model.params, rules, mesh)
+    return Model(model.config, jax.device_put(model.params, shardings))
 
 
 def hidden_states(

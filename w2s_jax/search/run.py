@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import Guide, SearchModels, search_models
@@ -53,15 +55,19 @@ def search(
     row_ids: Sequence[int] | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     on_result: Callable[[SearchResult], None] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
 ) -> list[SearchResult]:
     """Search a response for every prompt (token ids); results in the order of the prompts.
 
     row_ids (by default 0, 1, ...) with config.seed decide a prompt's draws, whatever is searched
     beside it. decode turns token ids into text and is needed for stop strings. on_result is called
-    with each result as soon as its prompt is done, in the order of finishing.
+    with each result as soon as its prompt is done, in the order of finishing. mesh (the models')
+    splits the slots over its devices as the rules say.
 
     Raises InputError for an empty prompt, token ids outside the vocabulary, a prompt that leaves
-    no room for max_new_tokens in a model's positions, and stop strings without decode.
+    no room for max_new_tokens in a model's positions, stop strings without decode, and a mesh that
+    does not divide the slots or the heads.
     """
     models = search_models(policy, guides)
     ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
@@ -74,7 +80,9 @@ def search(
     slots = config.slots or max(1, min(DEFAULT_SLOTS, len(prompts)))
     results: dict[int, SearchResult] = {}
     for capacity, members in buckets([len(prompt) for prompt in prompts]).items():
-        state = start_search(models, config, slots=slots, prefix_capacity=capacity)
+        state = start_search(
+            models, config, slots=slots, prefix_capacity=capacity, mesh=mesh, rules=rules
+        )
         rows = [(index, ids[index], prompts[index]) for index in members]
         for index, result in _run_bucket(models, state, capacity, rows, decode):
             results[index] = result

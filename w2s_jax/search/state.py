@@ -1,17 +1,21 @@
 """The state of a search: what every slot's hypotheses are, and every reader's cache."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from w2s_jax.decode.reader import prefill, start_cache
-from w2s_jax.models.cache import KVCache
+from w2s_jax.models.cache import KVCache, cache_axes
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, constrain
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 
 
-@pytree(static=("config",))
+@pytree(static=("config", "mesh", "rules"))
 class SearchState:
     """P slots under search, each with its own progress; donated from step to step.
 
@@ -21,7 +25,8 @@ class SearchState:
     token to be read next. tokens int32 and token_scores float32 [P, W, T], of which lengths int32
     [P, W] count; beyond that they are arbitrary. scores float32 [P, W]: sums of the counted token
     scores. finished bool [P, W]: ended by EOS or a stop string. proposer, scorer: one cache for
-    each model that the proposer, the scorer reads.
+    each model that the proposer, the scorer reads. With a mesh the slots, and the caches' heads,
+    are split over it as the rules say.
     """
 
     key: Array
@@ -37,6 +42,8 @@ class SearchState:
     proposer: tuple[KVCache, ...]
     scorer: tuple[KVCache, ...]
     config: SearchConfig
+    mesh: Mesh | None = None
+    rules: Rules = DEFAULT_RULES
 
     @property
     def done(self) -> Array:
@@ -46,9 +53,18 @@ class SearchState:
 
 
 def start_search(
-    models: SearchModels, config: SearchConfig, *, slots: int, prefix_capacity: int
+    models: SearchModels,
+    config: SearchConfig,
+    *,
+    slots: int,
+    prefix_capacity: int,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
 ) -> SearchState:
-    """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens."""
+    """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens.
+
+    Raises InputError where the mesh does not divide the slots or the key/value heads.
+    """
 
     def caches(readers: tuple) -> tuple[KVCache, ...]:
         return tuple(
@@ -63,7 +79,7 @@ def start_search(
         )
 
     each = (slots, config.beam_width)
-    return SearchState(
+    state = SearchState(
         key=jax.random.key(config.seed),
         row_ids=jnp.zeros(slots, jnp.int32),
         active=jnp.zeros(slots, bool),
@@ -77,6 +93,39 @@ def start_search(
         proposer=caches(config.proposer.readers(models)),
         scorer=caches(config.scorer.readers(models)),
         config=config,
+        mesh=mesh,
+        rules=rules,
+    )
+    # Placed by a program, so that the shardings are written as those of later steps will be.
+    return state if mesh is None else jax.jit(hold, donate_argnums=0)(state)
+
+
+def state_axes(state: SearchState) -> SearchState:
+    """The logical axes of every array of a state, in its own structure."""
+    slot, each = ("slots",), ("slots", "hypotheses")
+    return replace(
+        state,
+        key=(),
+        row_ids=slot,
+        active=slot,
+        base=slot,
+        last=each,
+        tokens=(*each, "committed"),
+        token_scores=(*each, "committed"),
+        lengths=each,
+        scores=each,
+        finished=each,
+        proposer=tuple(cache_axes(cache) for cache in state.proposer),
+        scorer=tuple(cache_axes(cache) for cache in state.scorer),
+    )
+
+
+def hold(state: SearchState) -> SearchState:
+    """Inside a program: the state with every array held to its sharding."""
+    if state.mesh is None:
+        return state
+    return jax.tree.map(
+        lambda array, axes: constrain(array, axes, state.rules, state.mesh), state, state_axes(state)
     )
 
 
@@ -100,24 +149,22 @@ def insert_prompt(
             for model, cache in zip(readers, caches, strict=True)
         )
 
-    return SearchState(
-        key=state.key,
-        row_ids=state.row_ids.at[slot].set(row_id),
-        active=state.active.at[slot].set(True),
-        base=state.base.at[slot].set(0),
-        last=state.last.at[slot].set(prompt[length - 1]),
-        tokens=state.tokens,
-        token_scores=state.token_scores,
-        lengths=state.lengths.at[slot].set(0),
-        scores=state.scores.at[slot].set(0.0),
-        finished=state.finished.at[slot].set(False),
-        proposer=fill(config.proposer.readers(models), state.proposer),
-        scorer=fill(config.scorer.readers(models), state.scorer),
-        config=config,
+    return hold(
+        replace(
+            state,
+            row_ids=state.row_ids.at[slot].set(row_id),
+            active=state.active.at[slot].set(True),
+            base=state.base.at[slot].set(0),
+            last=state.last.at[slot].set(prompt[length - 1]),
+            lengths=state.lengths.at[slot].set(0),
+            scores=state.scores.at[slot].set(0.0),
+            finished=state.finished.at[slot].set(False),
+            proposer=fill(config.proposer.readers(models), state.proposer),
+            scorer=fill(config.scorer.readers(models), state.scorer),
+        )
     )
 
 
 def release(state: SearchState, slot: Array) -> SearchState:
     """Mark a slot as empty."""
-    fields = dict(vars(state))
-    return SearchState(**{**fields, "active": state.active.at[slot].set(False)})
+    return hold(replace(state, active=state.active.at[slot].set(False)))

@@ -14,7 +14,7 @@ from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.selectors import Candidates
-from w2s_jax.search.state import SearchState
+from w2s_jax.search.state import SearchState, hold
 
 Buffers = tuple[LayersKV | None, ...]
 
@@ -155,7 +155,7 @@ def select(state: SearchState, proposal: Proposal, scored: Scored) -> SearchStat
 
     tokens = of_row(proposal.tokens)
     extends = is_row & ~of_parent(state.finished)
-    return replace(
+    kept = replace(
         state,
         base=state.base + jnp.where(state.active, length, 0),
         last=tokens[..., -1],
@@ -169,6 +169,7 @@ def select(state: SearchState, proposal: Proposal, scored: Scored) -> SearchStat
         proposer=commit(state.proposer, proposal.buffers),
         scorer=commit(state.scorer, scored.buffers),
     )
+    return hold(kept)
 
 
 def _candidate_scores(state: SearchState, proposal: Proposal, scored: Scored) -> Array:

@@ -1,0 +1,44 @@
+"""The benchmark end to end at a small size, and its wrong options."""
+
+import json
+
+import pytest
+
+from w2s_jax.bench.search import Options, check, run
+from w2s_jax.errors import InputError
+
+SMALL = {
+    "policy_layers": 1,
+    "policy_width": 64,
+    "guide_layers": 1,
+    "guide_width": 64,
+    "vocab": 32,
+    "max_new_tokens": 4,
+    "chunk_length": 2,
+    "prompt_tokens": 3,
+    "batch_size": 2,
+    "repeats": 1,
+}
+
+
+def test_figures_are_printed_and_written(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    figures = run(Options(**SMALL), json_path=path)
+    written = json.loads(path.read_text())
+    assert written["options"]["batch_size"] == 2
+    assert written["prompts_per_second"] == figures.prompts_per_second > 0
+    assert figures.tokens_per_second == pytest.approx(4 * figures.prompts_per_second)
+    assert figures.floor_share == pytest.approx(
+        sum(figures.floor_seconds.values()) / (2 * figures.seconds_per_prompt)
+    )
+    assert set(figures.phase_seconds) == {"prefill", "proposing", "scoring", "selecting"}
+    assert "share of the floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("policy_width", 100), ("batch_size", 0), ("repeats", 0), ("vocab", 1), ("beam_width", 0)],
+)
+def test_wrong_options_are_refused(field, value):
+    with pytest.raises(InputError):
+        check(Options(**{field: value}))

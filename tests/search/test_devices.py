@@ -1,0 +1,50 @@
+"""Eight devices find what one finds, in a process of its own with virtual CPU devices."""
+
+CODE = """
+import jax, numpy as np
+from tests.tiny import tiny_model
+from w2s_jax.errors import InputError
+from w2s_jax.models.model import shard_model
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.search import Guide, search, search_models, start_search, search_step, insert_prompt
+from w2s_jax.search.presets import cbs, eft
+
+assert jax.device_count() == 8
+rng = np.random.default_rng(0)
+prompts = [rng.integers(4, 24, size).tolist() for size in (3, 9, 1, 6, 12)]
+shape = {"vocab_size": 24, "layers": 1}
+for scan, spec in ((False, "data=2,fsdp=2,tensor=2"), (True, "data=4,tensor=2")):
+    mesh = make_mesh(spec)
+    models = [tiny_model(seed, scan_layers=scan, **shape) for seed in range(3)]
+    for config in (
+        cbs(2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=4),
+        eft(0.5, max_new_tokens=5, sampling=Sampling(1.0), slots=4),
+    ):
+        one = search(models[0], Guide(*models[1:]), prompts, config)
+        policy, tuned, untuned = (shard_model(model, mesh) for model in models)
+        many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
+        for left, right in zip(one, many, strict=True):
+            assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
+            scores = [[h.score for h in r.hypotheses] for r in (left, right)]
+            np.testing.assert_allclose(*scores, atol=2e-4)
+
+bundle = search_models(policy, Guide(tuned, untuned))
+config = cbs(2, 2, 3, max_new_tokens=7, slots=4)
+state = start_search(bundle, config, slots=4, prefix_capacity=16, mesh=mesh)
+before = jax.tree.map(lambda x: x.sharding, state)
+after = jax.tree.map(lambda x: x.sharding, search_step(bundle, state))
+jax.tree.map(np.testing.assert_equal, before, after)
+assert before.proposer[0].prefix.keys.spec[3] == "tensor", before.proposer[0].prefix.keys
+try:
+    start_search(bundle, config, slots=3, prefix_capacity=16, mesh=mesh)
+except InputError as error:
+    assert "slots of size 3 is not divisible" in str(error)
+else:
+    raise AssertionError("a mesh that does not divide the slots must be refused")
+print("same")
+"""
+
+
+def test_eight_devices_equal_one(run_python):
+    assert run_python(CODE, devices=8).endswith("same\n")

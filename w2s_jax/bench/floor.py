@@ -1,0 +1,139 @@
+"""The floor of a search: the least time its matmuls and its bytes can take on this machine.
+
+Counts follow from shapes alone; the two rates they are divided by are measured. Nothing is searched
+here.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.search.config import SearchConfig
+
+PHASES = ("prefill", "proposing", "scoring", "selecting")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matmul operations (a multiply and an add are two) and bytes that cannot be avoided."""
+
+    operations: int | float = 0.0
+    bytes: int | float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second: matmul operations, and bytes moved to or from memory."""
+
+    operations: float
+    bytes: float
+
+    def seconds(self, work: Work) -> float:
+        """The larger of the work's operations and its bytes over their rates."""
+        return max(work.operations / self.operations, work.bytes / self.bytes)
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Parameters in the matmuls of all layers; each costs a token two operations."""
+    attention = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
+    mlp = config.width * config.mlp_width * (3 if config.gated_mlp else 2)
+    return config.layers * (attention + mlp)
+
+
+def read_work(
+    config: ModelConfig, size: int, *, rows: int, context: float, cached: int, scored: int
+) -> Work:
+    """One call that reads `rows` tokens, each behind `context` tokens, with `size` bytes a number.
+
+    `cached` counts the cached tokens that must be read (those shared by rows once), `scored` the
+    tokens whose logits are needed.
+    """
+    weights = layer_parameters(config)
+    head = config.width * config.vocab_size if scored else 0
+    attention = 4 * config.layers * config.heads * config.head_width * rows * context
+    entry = 2 * config.layers * config.kv_heads * config.head_width
+    return Work(
+        2 * weights * rows + 2 * head * scored + attention,
+        size * (weights + head + entry * (cached + rows)) + 4 * config.vocab_size * scored,
+    )
+
+
+def search_work(
+    policy: ModelConfig,
+    guides: tuple[ModelConfig, ...],
+    config: SearchConfig,
+    *,
+    prompt_tokens: int,
+    slots: int,
+    size: int,
+) -> dict[str, Work]:
+    """The work of each phase of one batch: `slots` prompts through CBS with a log-ratio scorer."""
+    width, rows, length = config.beam_width, config.rows, config.length
+    prefix = prompt_tokens - 1
+    work = dict.fromkeys(PHASES, Work())
+    for model in (policy, *guides):
+        behind = {"context": prefix / 2, "cached": 0, "scored": 0}
+        work["prefill"] += read_work(model, size, rows=slots * prefix, **behind)
+    for chunk in range(config.chunks):
+        committed = chunk * length
+        behind_slots = slots * (prefix + width * committed)
+        work["proposing"] += read_work(
+            policy,
+            size,
+            rows=slots * width,
+            context=float(prefix + committed),
+            cached=behind_slots,
+            scored=slots * width,
+        )
+        for step in range(1, length):
+            work["proposing"] += read_work(
+                policy,
+                size,
+                rows=slots * rows,
+                context=float(prefix + committed + step),
+                cached=behind_slots + slots * (width + rows * (step - 1)),
+                scored=slots * rows,
+            )
+        tokens = slots * (width + rows * (length - 1))
+        for guide in guides:
+            work["scoring"] += read_work(
+                guide,
+                size,
+                rows=tokens,
+                context=prefix + committed + length / 2,
+                cached=behind_slots,
+                scored=tokens,
+            )
+        if chunk + 1 < config.chunks:
+            moved = slots * width * (committed + length)
+            entries = sum(2 * m.layers * m.kv_heads * m.head_width for m in (policy, *guides))
+            work["selecting"] += Work(0.0, 2 * size * entries * moved)
+    return work
+
+
+def measure_rates(dtype: DTypeLike, *, side: int = 2048, megabytes: int = 256) -> Rates:
+    """Measure both rates: a side³ matmul in `dtype`, and an array read and written once."""
+    square = jnp.ones((side, side), dtype)
+    matmul = best_seconds(jax.jit(lambda a: a @ a), square)
+    long = jnp.ones(megabytes * 2**18, jnp.float32)
+    copy = best_seconds(jax.jit(lambda a: a + 1), long)
+    return Rates(2 * side**3 / matmul, 2 * long.nbytes / copy)
+
+
+def best_seconds(run: Callable, *arguments: object, repeats: int = 5) -> float:
+    """The least wall time of a call, compilation left out."""
+    jax.block_until_ready(run(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,239 @@
+"""The search benchmark: random weights of named shapes, timed whole and phase by phase.
+
+What the floor counts is in `floor.py`.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work
+from w2s_jax.errors import InputError
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import init_model
+from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.presets import cbs
+from w2s_jax.search.run import buckets
+from w2s_jax.text.rows import check_writable
+
+HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """The shapes and sizes of a run; sizes count tokens, layers, prompts."""
+
+    policy_layers: int = 12
+    policy_width: int = 768
+    guide_layers: int = 4
+    guide_width: int = 256
+    vocab: int = 8192
+    beam_width: int = 4
+    successors: int = 4
+    chunk_length: int = 5
+    max_new_tokens: int = 50
+    prompt_tokens: int = 13
+    batch_size: int = 1
+    dtype: str = "float32"
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured. Seconds are of one batch; a floor is the least such time."""
+
+    prompts_per_second: float
+    tokens_per_second: float
+    seconds_per_prompt: float
+    compile_seconds: float
+    phase_seconds: dict[str, float]
+    floor_seconds: dict[str, float]
+    floor_share: float
+    matmul_operations_per_second: float
+    bytes_per_second: float
+
+
+def run(options: Options, *, json_path: str | Path | None = None) -> Figures:
+    """Measure, print a table, and write the figures as JSON where a path is given.
+
+    Raises InputError for sizes out of range and for a path that cannot be written.
+    """
+    config = check(options)
+    if json_path is not None:
+        check_writable(Path(json_path))
+    figures = measure(options, config)
+    report(Console(), options, figures)
+    if json_path is not None:
+        text = json.dumps({"options": asdict(options), **asdict(figures)}, indent=2)
+        Path(json_path).write_text(text + "\n")
+    return figures
+
+
+def check(options: Options) -> SearchConfig:
+    """The search that the options describe."""
+    for name, least in (
+        ("policy_layers", 1),
+        ("guide_layers", 1),
+        ("vocab", 2),
+        ("prompt_tokens", 1),
+        ("batch_size", 1),
+        ("repeats", 1),
+    ):
+        if getattr(options, name) < least:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is {getattr(options, name)}; it must be at least {least}")
+    for name in ("policy_width", "guide_width"):
+        if getattr(options, name) < HEAD_WIDTH or getattr(options, name) % HEAD_WIDTH:
+            flag = name.replace("_", "-")
+            raise InputError(
+                f"--{flag} is {getattr(options, name)}; it must be a multiple of {HEAD_WIDTH}, the "
+                "width of a head"
+            )
+    return cbs(
+        options.beam_width,
+        options.successors,
+        options.chunk_length,
+        max_new_tokens=options.max_new_tokens,
+        slots=options.batch_size,
+        eos_ids=(),
+    )
+
+
+def shape(options: Options, layers: int, width: int) -> ModelConfig:
+    """A GPT-2-shaped decoder with room for the prompt and the response."""
+    return ModelConfig(
+        architecture="gpt2",
+        vocab_size=options.vocab,
+        width=width,
+        layers=layers,
+        heads=width // HEAD_WIDTH,
+        kv_heads=width // HEAD_WIDTH,
+        head_width=HEAD_WIDTH,
+        mlp_width=4 * width,
+        max_positions=options.prompt_tokens + options.max_new_tokens,
+        norm="layer",
+        position="learned",
+        activation="gelu_tanh",
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied_embeddings=True,
+    )
+
+
+def measure(options: Options, config: SearchConfig) -> Figures:
+    """Time whole searches (the median of the repeats), then the phases of one, and the rates."""
+    dtype = jnp.dtype(options.dtype)
+    policy_shape = shape(options, options.policy_layers, options.policy_width)
+    guide_shape = shape(options, options.guide_layers, options.guide_width)
+    policy = init_model(policy_shape, jax.random.key(0), dtype=dtype)
+    guide = Guide(*(init_model(guide_shape, jax.random.key(i), dtype=dtype) for i in (1, 2)))
+    generator = np.random.default_rng(0)
+    size = (options.batch_size, options.prompt_tokens)
+    prompts = generator.integers(0, options.vocab, size).tolist()
+
+    def whole() -> float:
+        start = time.perf_counter()
+        search(policy, guide, prompts, config)
+        return time.perf_counter() - start
+
+    first = whole()
+    seconds = statistics.median(whole() for _ in range(options.repeats))
+    rates = measure_rates(dtype)
+    work = search_work(
+        policy_shape,
+        (guide_shape, guide_shape),
+        config,
+        prompt_tokens=options.prompt_tokens,
+        slots=options.batch_size,
+        size=dtype.itemsize,
+    )
+    floors = {phase: rates.seconds(work[phase]) for phase in PHASES}
+    return Figures(
+        prompts_per_second=options.batch_size / seconds,
+        tokens_per_second=options.batch_size * options.max_new_tokens / seconds,
+        seconds_per_prompt=seconds / options.batch_size,
+        compile_seconds=first - seconds,
+        phase_seconds=phase_seconds(SearchModels(policy, (guide,)), prompts, config),
+        floor_seconds=floors,
+        floor_share=sum(floors.values()) / seconds,
+        matmul_operations_per_second=rates.operations,
+        bytes_per_second=rates.bytes,
+    )
+
+
+def phase_seconds(
+    models: SearchModels, prompts: list[list[int]], config: SearchConfig
+) -> dict[str, float]:
+    """Seconds of each phase of one batch, every phase a program of its own.
+
+    The search runs propose, score and select as one program, so their sum may exceed its time.
+    """
+    programs = {
+        "prefill": partial(jax.jit, donate_argnums=1)(insert_prompt),
+        "proposing": partial(jax.jit, donate_argnums=1)(step.propose),
+        "scoring": partial(jax.jit, donate_argnums=1)(step.score),
+        "selecting": partial(jax.jit, donate_argnums=0)(step.select),
+    }
+    capacity = next(iter(buckets([len(prompts[0])])))
+
+    def once() -> dict[str, float]:
+        seconds = dict.fromkeys(PHASES, 0.0)
+
+        def timed(phase: str, *arguments: Any) -> Any:
+            start = time.perf_counter()
+            out = jax.block_until_ready(programs[phase](*arguments))
+            seconds[phase] += time.perf_counter() - start
+            return out
+
+        state = start_search(models, config, slots=len(prompts), prefix_capacity=capacity)
+        for slot, prompt in enumerate(prompts):
+            padded = np.zeros(capacity + 1, np.int32)
+            padded[: len(prompt)] = prompt
+            numbers = (np.int32(slot), np.int32(slot), padded, np.int32(len(prompt)))
+            state = timed("prefill", models, state, *numbers)
+        for _ in range(config.chunks):
+            state, proposal = timed("proposing", models, state)
+            state, scored = timed("scoring", models, state, proposal)
+            state = timed("selecting", state, proposal, scored)
+        return seconds
+
+    once()
+    return once()
+
+
+def report(console: Console, options: Options, figures: Figures) -> None:
+    """Print the figures as a table of phases under a line of totals."""
+    console.print(
+        f"policy {options.policy_layers} × {options.policy_width}, guides {options.guide_layers} × "
+        f"{options.guide_width}, vocabulary {options.vocab}, {options.dtype}; W/K/L "
+        f"{options.beam_width}/{options.successors}/{options.chunk_length}, "
+        f"{options.prompt_tokens} + {options.max_new_tokens} tokens, batch {options.batch_size}"
+    )
+    console.print(
+        f"{figures.seconds_per_prompt:.3f} s per prompt, {figures.prompts_per_second:.3g} prompts/s, "
+        f"{figures.tokens_per_second:.3g} response tokens/s, compilation "
+        f"{figures.compile_seconds:.1f} s"
+    )
+    table = Table("phase", "seconds", "floor, seconds", "share of floor")
+    for phase in PHASES:
+        took, floor = figures.phase_seconds[phase], figures.floor_seconds[phase]
+        table.add_row(phase, f"{took:.3f}", f"{floor:.3f}", f"{floor / took:.0%}")
+    console.print(table)
+    rates = Rates(figures.matmul_operations_per_second, figures.bytes_per_second)
+    console.print(
+        f"share of the floor {figures.floor_share:.0%}, at {rates.operations / 1e9:.0f} GFLOP/s in "
+        f"matmuls and {rates.bytes / 1e9:.1f} GB/s of memory, both measured in this run"
+    )
