@@ -1,9 +1,12 @@
 """Tiny random models with sharp distributions, for tests of decoding and search."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.model import Model, init_model
+from w2s_jax.models.layout import stack_layers
+from w2s_jax.models.model import Model, abstract_model
 
 VOCAB = 23
 EOS = 3
@@ -26,11 +29,18 @@ def tiny_config(**fields) -> ModelConfig:
 
 
 def tiny_model(seed: int, *, scan_layers: bool = False, sharpness: float = 12.0, **fields) -> Model:
-    """Random weights scaled up, so that log-probs differ enough to tell choices apart."""
-    model = init_model(tiny_config(**fields), jax.random.key(seed), scan_layers=False)
-    params = jax.tree.map(lambda x: x * sharpness if x.ndim > 1 else x, model.params)
-    if scan_layers:
-        from w2s_jax.models.layout import stack_layers
+    """Random weights large enough that log-probs differ and choices can be told apart.
 
-        params = stack_layers(params, model.config.layers)
-    return Model(model.config, params)
+    Both layouts of a seed hold the same numbers. Drawn in NumPy: nothing is compiled.
+    """
+    config = tiny_config(**fields)
+    shapes, _ = abstract_model(config)
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.asarray(1.0 + 0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+        return jnp.asarray(0.02 * sharpness * rng.normal(size=leaf.shape), leaf.dtype)
+
+    params = jax.tree.map(fill, shapes.params)
+    return Model(config, stack_layers(params, config.layers) if scan_layers else params)

@@ -51,7 +51,11 @@ def init_model(
     config: ModelConfig, key: Array, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> Model:
     """A model with random parameters (normal, 0.02; norms at one, biases at zero)."""
-    return Model(config, meta.unbox(initial_params(config, key, jnp.dtype(dtype), scan_layers)))
+
+    def draw(key: Array) -> dict:
+        return meta.unbox(initial_params(config, key, jnp.dtype(dtype), scan_layers))
+
+    return Model(config, jax.jit(draw)(key))
 
 
 def abstract_model(

@@ -1,0 +1,155 @@
+import dataclasses
+import importlib
+
+import pytest
+
+import w2s_jax
+from w2s_jax.cli.main import COMMANDS, main, parse
+from w2s_jax.errors import InputError
+
+SEARCH = ["search", "--policy", "P", "--prompts", "in.jsonl", "--output", "out.jsonl"]
+
+
+def test_version_and_overview(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"w2s {w2s_jax.__version__}\n"
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for words in COMMANDS:
+        assert " ".join(words) in overview
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_has_help_for_every_flag(words, capsys):
+    module, name, _ = COMMANDS[words]
+    command = getattr(importlib.import_module(f"w2s_jax.cli.{module}"), name)
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(command):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert command.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["srch"], "unknown command 'srch'; the commands are demo, search, bench search"),
+        (["bench"], "unknown command 'bench'"),
+        (["bench", "--repeats", "2"], "unknown command 'bench'"),
+        ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),
+        ([*SEARCH, "--w", "0"], "--w is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(args, problem, capsys):
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {problem}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["search"], [*SEARCH, "--w", "four"], [*SEARCH, "--beem", "3"]])
+def test_wrong_flags_exit_with_status_2(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    from w2s_jax.cli.search import Search
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "run", interrupted)
+    assert main(SEARCH) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_short_and_long_flags_are_the_same():
+    short = parse([*SEARCH, "--w", "2", "--k", "3", "--l", "7", "--n", "9"])
+    long = ["--beam-width", "2", "--successors", "3", "--chunk-length", "7", "--samples", "9"]
+    assert parse([*SEARCH, *long]) == short
+    assert dataclasses.asdict(short)["chunk_length"] == 7
+
+
+@pytest.mark.parametrize("spelling", ["w: 2", "beam_width: 2", "beam-width: 2"])
+def test_a_config_file_gives_values_and_flags_override_them(tmp_path, spelling):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"{spelling}\nl: 7\nstop: [\"\\n\", '--x']\nreference_quirks: true\ntemperature: 1\n"
+        "policy: from-file\ntuned: null\n"
+    )
+    command = parse([*SEARCH, "--config", str(file), "--chunk-length", "9"])
+    assert command.beam_width == 2
+    assert command.chunk_length == 9
+    assert command.stop == ("\n", "--x")
+    assert command.reference_quirks is True
+    assert command.temperature == 1.0
+    assert command.policy == "P"
+    assert command.tuned is None
+
+    command = parse(
+        [*SEARCH, f"--config={file}", "--stop", "END", "--no-reference-quirks", "--w=5"]
+    )
+    assert command.stop == ("END",)
+    assert command.reference_quirks is False
+    assert command.beam_width == 5
+
+
+def test_a_config_file_may_give_required_flags(tmp_path):
+    file = tmp_path / "all.yaml"
+    file.write_text("policy: P\nprompts: in.jsonl\noutput: out.jsonl\n")
+    assert parse(["search", "--config", str(file)]) == dataclasses.replace(
+        parse(SEARCH), config=str(file)
+    )
+
+
+def test_built_in_configs_are_found_by_name():
+    command = parse([*SEARCH, "--config", "cbs-instructions"])
+    assert (command.beam_width, command.successors, command.chunk_length) == (2, 2, 30)
+    assert command.max_new_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("w: [", "not YAML"),
+        ("- w\n", "not a mapping"),
+        ("", "not a mapping"),
+        ("beam_widht: 3\n", "unknown key 'beam_widht'; perhaps beam-width"),
+    ],
+)
+def test_wrong_config_files(tmp_path, content, problem):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=problem) as error:
+        parse([*SEARCH, "--config", str(file)])
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_config_name_lists_the_known_ones():
+    with pytest.raises(InputError, match="names: .*cbs-sentiment"):
+        parse([*SEARCH, "--config", "nonsense"])
+
+
+QUICK = """
+import sys
+from w2s_jax.cli.main import main
+try:
+    main(["search", "--help"])
+except SystemExit:
+    pass
+main(["--version"])
+heavy = {"jax", "flax", "transformers", "numpy", "yaml"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_loads_nothing_heavy(run_python):
+    run_python(QUICK)

@@ -1,0 +1,272 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from w2s_jax.cli.main import main
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.model import init_model
+from w2s_jax.text.bpe import save_bpe, train_bpe
+from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import load_tokenizer
+
+POSITIONS = 96
+VOCABULARY = 300
+PROMPTS = [
+    {"prompt": "A film", "id": i, "note": {"kept": True}} if i % 2 else {"prompt": "We" * i}
+    for i in range(7)
+]
+SMALL = ["--w=2", "--k=2", "--l=3", "--n=3", "--max-new-tokens=8", "--batch-size=2"]
+
+
+def tiny(directory: Path, seed: int, *, text: str = "a film of the sea", **changes: int) -> str:
+    """A random llama with a byte-level tokenizer, saved as a checkpoint folder."""
+    shape = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
+    shape |= {"vocab_size": VOCABULARY, "max_positions": POSITIONS} | changes
+    config = ModelConfig(architecture="llama", eos_ids=(0,), **shape)
+    save_bpe(train_bpe([text] * 50, VOCABULARY), directory, max_length=POSITIONS)
+    model = init_model(config, jax.random.key(seed))
+    # Larger weights than a fresh model's, so that its distributions are far from uniform.
+    params = jax.tree.map(lambda leaf: leaf * 8, model.params)
+    save_model(type(model)(config, params), directory, tokenizer=load_tokenizer(directory))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Flags that name a policy, a tuned and an untuned model of one vocabulary."""
+    root = tmp_path_factory.mktemp("models")
+    roles = ("policy", "tuned", "untuned")
+    folders = {role: tiny(root / role, seed) for seed, role in enumerate(roles)}
+    return [word for role, folder in folders.items() for word in (f"--{role}", folder)]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    return tmp_path / "in.jsonl"
+
+
+def search(models, prompts, output, *flags):
+    files = ["--prompts", str(prompts), "--output", str(output)]
+    return main(["search", *models, *files, *SMALL, *flags])
+
+
+@pytest.mark.parametrize(("method", "kept"), [("cbs", 2), ("bon", 3), ("eft", 1), ("sample", 1)])
+def test_every_method_answers_all_rows_in_order(models, prompts, tmp_path, method, kept):
+    assert search(models, prompts, tmp_path / "out.jsonl", "--method", method) == 0
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in PROMPTS]
+    assert [row.get("id") for row in rows] == [row.get("id") for row in PROMPTS]
+    assert rows[1]["note"] == {"kept": True}
+    for row in rows:
+        assert list(row)[:4] == ["prompt", "response", "score", "hypotheses"]
+        scores = [hypothesis["score"] for hypothesis in row["hypotheses"]]
+        assert len(scores) == kept
+        assert scores == sorted(scores, reverse=True)
+        assert row["hypotheses"][0] == {"response": row["response"], "score": row["score"]}
+    assert any(row["response"] for row in rows)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+def test_the_same_command_gives_the_same_file_and_another_seed_another(models, prompts, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        out = tmp_path / f"{name}.jsonl"
+        assert search(models, prompts, out, "--method", "eft", "--seed", seed) == 0
+    first, second, third = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abc")
+    assert first == second != third
+
+
+def test_a_stop_string_ends_a_response_and_is_not_part_of_it(models, prompts, tmp_path):
+    assert search(models, prompts, tmp_path / "free.jsonl", "--method", "sample") == 0
+    letters = {letter for row in read_jsonl(tmp_path / "free.jsonl") for letter in row["response"]}
+    stop = sorted(letters & set("abcdefghijklmnopqrstuvwxyz "))[0]
+    out = tmp_path / "stopped.jsonl"
+    assert search(models, prompts, out, "--method", "sample", "--stop", stop) == 0
+    free, stopped = read_jsonl(tmp_path / "free.jsonl"), read_jsonl(out)
+    assert [row["response"].split(stop)[0] for row in free] == [row["response"] for row in stopped]
+
+
+def test_the_method_sample_needs_no_guide(models, prompts, tmp_path):
+    assert search(models[:2], prompts, tmp_path / "out.jsonl", "--method", "sample") == 0
+
+
+KILLED = """
+import os, signal, sys
+from w2s_jax.cli.main import main
+from w2s_jax.text.journal import Journal
+append, count = Journal.append, 0
+def append_and_die(self, row_id, row):
+    global count
+    append(self, row_id, row)
+    count += 1
+    if count == 3:
+        with open(self.path, "ab") as file:
+            file.write(b'{"row_id": 6, "row": {"prom')
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.append = append_and_die
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(models, prompts, tmp_path):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert search(models, prompts, whole) == 0
+    flags = ["search", *models, "--prompts", str(prompts), "--output", str(killed), *SMALL]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *flags],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    journal = Path(f"{killed}.journal")
+    assert len(journal.read_bytes().splitlines()) == 1 + 3 + 1
+    assert main(flags) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+def test_other_settings_do_not_take_up_a_journal_but_another_batch_size_does(
+    models, prompts, tmp_path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    assert search(models, prompts, out) == 0
+    rows = read_jsonl(out)
+    out.unlink()
+    from w2s_jax.cli.search import Search
+    from w2s_jax.text.journal import journal_path, open_journal
+
+    def flags(**changes):
+        return Search(
+            policy=models[1], tuned=models[3], untuned=models[5],
+            prompts=str(prompts), output=str(out),
+            beam_width=2, successors=2, chunk_length=3, samples=3, max_new_tokens=8, **changes,
+        )  # fmt: skip
+
+    journal = open_journal(journal_path(out), flags(batch_size=2).fingerprint())
+    for row_id, row in enumerate(rows):
+        journal.append(row_id, row)
+    assert search(models, prompts, out, "--seed", "3") == 2
+    assert "seed: 0 there, 3 here" in capsys.readouterr().err
+    assert journal.path.exists()
+    assert search(models, prompts, out, "--batch-size", "5") == 0
+    assert read_jsonl(out) == rows
+
+
+def replaced(models, role, folder):
+    """The same flags with another checkpoint in one role."""
+    place = models.index(f"--{role}") + 1
+    return [*models[:place], str(folder), *models[place + 1 :]]
+
+
+def one_error(capsys, status):
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w", "0"], "--w is 0; it must be at least 1"),
+        (["--k", "0"], "--k is 0; it must be at least 1"),
+        (["--l", "-1"], "--l is -1; it must be at least 1"),
+        (["--n", "0"], "--n is 0; it must be at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--temperature", "-0.5"], "temperature is -0.5"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--top-p", "0"], "top_p is 0"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--mesh", "data=3"], "multiply to 3, which must equal the"),
+        (["--mesh", "model=1"], "axis 'model' is not one of data, fsdp, tensor"),
+        (["--max-new-tokens", "90"], "line 5: a prompt of"),
+    ],
+)
+def test_values_out_of_range(models, prompts, tmp_path, capsys, flags, message):
+    status = search(models, prompts, tmp_path / "out.jsonl", *flags)
+    assert message in one_error(capsys, status)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n', "line 3: not JSON"),
+        ('{"prompt": "a"}\n"b"\n', "line 2: not a JSON object"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": ["b"]}\n', 'line 2: "prompt" is list'),
+        (json.dumps({"prompt": "long " * 90}), "line 1: a prompt of"),
+    ],
+)
+def test_wrong_prompt_files(models, tmp_path, capsys, content, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(content)
+    error = one_error(capsys, search(models, path, tmp_path / "out.jsonl"))
+    assert message in error
+    assert str(path) in error
+
+
+def test_a_missing_prompt_file(models, tmp_path, capsys):
+    status = search(models, tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    assert "none.jsonl: cannot be read" in one_error(capsys, status)
+
+
+def test_unwritable_outputs(models, prompts, tmp_path, capsys):
+    for output in (tmp_path, prompts / "out.jsonl", "/dev/null"):
+        assert "cannot be written" in one_error(capsys, search(models, prompts, output))
+    assert "is the file of prompts" in one_error(capsys, search(models, prompts, prompts))
+    assert read_jsonl(prompts) == PROMPTS
+
+
+def test_checkpoints_that_are_not_there(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    for role in ("policy", "tuned", "untuned"):
+        missing = replaced(models, role, tmp_path / "nowhere")
+        assert "nowhere" in one_error(capsys, search(missing, prompts, out))
+    status = search(models[:4], prompts, out)
+    assert "--method cbs needs --untuned" in one_error(capsys, status)
+
+
+def test_a_checkpoint_without_safetensors(models, prompts, tmp_path, capsys):
+    folder = Path(tiny(tmp_path / "empty", 0))
+    (folder / "model.safetensors").unlink()
+    error = one_error(capsys, search(replaced(models, "tuned", folder), prompts, tmp_path / "out"))
+    assert "safetensors" in error
+    assert str(folder) in error
+
+
+def test_an_unknown_architecture(models, prompts, tmp_path, capsys):
+    folder = Path(tiny(tmp_path / "odd", 0))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    error = one_error(capsys, search(replaced(models, "policy", folder), prompts, tmp_path / "out"))
+    assert "mamba" in error.lower()
+
+
+def test_vocabularies_that_differ(models, prompts, tmp_path, capsys):
+    folder = tiny(tmp_path / "other", 0, text="quite another text")
+    error = one_error(
+        capsys, search(replaced(models, "untuned", folder), prompts, tmp_path / "out")
+    )
+    assert "--policy" in error
+    assert "--untuned" in error
+    assert "different vocabularies" in error
+
+
+def test_a_prompt_too_long_for_a_guide_alone(models, prompts, tmp_path, capsys):
+    folder = tiny(tmp_path / "short", 0, max_positions=12)
+    error = one_error(capsys, search(replaced(models, "tuned", folder), prompts, tmp_path / "out"))
+    assert "12 positions of the tuned model" in error

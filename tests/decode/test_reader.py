@@ -1,0 +1,118 @@
+"""Reading by parts – prefix, last tokens, token steps, chunks – against one full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import VOCAB, tiny_model
+from w2s_jax.decode.reader import (
+    prefill,
+    read_chunk,
+    read_stems,
+    read_step,
+    start_cache,
+    start_chunk,
+)
+from w2s_jax.models.cache import commit_chunk
+
+KINDS = {
+    "rotary": {},
+    "stacked": {"scan_layers": True},
+    "sliding windows": {"sliding_windows": (3, None)},
+    "sliding windows, stacked": {"sliding_windows": (3, None), "scan_layers": True},
+    "learned positions": {
+        "position": "learned",
+        "norm": "layer",
+        "gated_mlp": False,
+        "tied_embeddings": True,
+    },
+    "soft-caps": {"attention_softcap": 5.0, "final_softcap": 4.0, "post_norms": True},
+}
+SLOTS, WIDTH, COUNT, LENGTH = 2, 2, 2, 3
+ROWS = WIDTH * COUNT
+
+
+def full_logprobs(model, prompt, response):
+    """[len(response), V]: log-probs before each token of the response."""
+    logits = model(np.asarray([[*prompt, *response]], np.int32))[0]
+    return jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_by_parts_equals_one_full_pass(kind):
+    """Two chunks with a reorder between them, ragged prompts, token by token and teacher-forced."""
+    model = tiny_model(0, sharpness=6.0, **KINDS[kind])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, size).tolist() for size in (5, 2)]
+    chunks = jnp.asarray(rng.integers(0, VOCAB, (2, SLOTS, ROWS, LENGTH)))
+    # Chunk 0's kept rows: both of one hypothesis in slot 0, crossed over in slot 1.
+    rows = jnp.asarray([[1, 0], [3, 1]])
+    parents = rows // COUNT
+
+    def start():
+        cache = start_cache(
+            model, slots=SLOTS, hypotheses=WIDTH, prefix_capacity=6, committed_capacity=2 * LENGTH
+        )
+        for slot, prompt in enumerate(prompts):
+            padded = jnp.zeros(6, jnp.int32).at[: len(prompt)].set(jnp.asarray(prompt))
+            cache = prefill(model, cache, jnp.int32(slot), padded, jnp.int32(len(prompt)))
+        return cache
+
+    def by_steps(cache, last, tokens):
+        logits, cache = read_stems(model, cache, last)
+        out = [jnp.repeat(logits, COUNT, axis=1)]
+        chunk = start_chunk(model, SLOTS, ROWS, LENGTH - 1)
+        for i in range(LENGTH - 1):
+            logits, chunk = read_step(model, cache, chunk, tokens[:, :, i], jnp.int32(i))
+            out.append(logits)
+        logprobs = jax.nn.log_softmax(jnp.stack(out, axis=2))
+        return jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0], cache, chunk
+
+    def by_chunk(cache, last, tokens):
+        return read_chunk(model, cache, last, tokens)
+
+    for read in (by_steps, by_chunk):
+        cache = start()
+        last = jnp.asarray([[prompt[-1]] * WIDTH for prompt in prompts])
+        seen, cache, chunk = jax.jit(read)(cache, last, chunks[0])
+        for slot, prompt in enumerate(prompts):
+            for row in range(ROWS):
+                tokens = chunks[0, slot, row]
+                expected = full_logprobs(model, prompt, tokens)[jnp.arange(LENGTH), tokens]
+                np.testing.assert_allclose(seen[slot, row], expected, atol=1e-4)
+        cache = commit_chunk(cache, chunk, parents=parents, rows=rows, count=LENGTH - 1)
+        kept = jnp.take_along_axis(chunks[0], rows[..., None], axis=1)
+        seen, cache, chunk = jax.jit(read)(cache, kept[..., -1], chunks[1])
+        for slot, prompt in enumerate(prompts):
+            for row in range(ROWS):
+                whole = [*kept[slot, row // COUNT].tolist(), *chunks[1, slot, row].tolist()]
+                expected = full_logprobs(model, prompt, whole)[jnp.arange(2 * LENGTH), jnp.asarray(whole)]
+                np.testing.assert_allclose(seen[slot, row], expected[LENGTH:], atol=1e-4)
+
+
+def test_a_refilled_slot_forgets_and_its_neighbours_do_not():
+    model = tiny_model(0)
+    cache = start_cache(
+        model, slots=2, hypotheses=1, prefix_capacity=4, committed_capacity=3
+    )
+    first, second = jnp.asarray([5, 6, 7, 8]), jnp.asarray([9, 4, 0, 0])
+    for slot in (0, 1):
+        cache = prefill(model, cache, jnp.int32(slot), first, jnp.int32(4))
+    _, cache = read_stems(model, cache, jnp.asarray([[8], [8]]))
+    cache = prefill(model, cache, jnp.int32(0), second, jnp.int32(2))
+    assert cache.prefix_length.tolist() == [1, 3]
+    assert cache.committed_length.tolist() == [[0], [1]]
+    logits, _ = read_stems(model, cache, jnp.asarray([[4], [11]]))
+    np.testing.assert_allclose(logits[0, 0], model(second[None, :2])[0, -1], atol=1e-4)
+    longer = jnp.asarray([[5, 6, 7, 8, 11]])
+    np.testing.assert_allclose(logits[1, 0], model(longer)[0, -1], atol=1e-4)
+
+
+def test_what_passes_the_capacity_is_dropped():
+    model = tiny_model(0, layers=1)
+    cache = start_cache(model, slots=1, hypotheses=1, prefix_capacity=2, committed_capacity=1)
+    cache = prefill(model, cache, jnp.int32(0), jnp.asarray([4, 5]), jnp.int32(2))
+    _, once = read_stems(model, cache, jnp.asarray([[5]]))
+    _, twice = read_stems(model, once, jnp.asarray([[6]]))
+    np.testing.assert_array_equal(once.committed[0].keys, twice.committed[0].keys)

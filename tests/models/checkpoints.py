@@ -1,0 +1,192 @@
+"""Tiny random checkpoints of every architecture, made with transformers and torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SMALL = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+SMALL_GPT2 = {
+    "vocab_size": 61,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return SMALL | changes
+
+
+# name: (architecture, arguments of its transformers config). Sliding windows are shorter than the
+# sequences they are tried on.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", SMALL_GPT2),
+    "gpt2_variant": (
+        "gpt2",
+        SMALL_GPT2
+        | {
+            "n_inner": 36,
+            "activation_function": "relu",
+            "scale_attn_weights": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llama": ("llama", small()),
+    "llama_grouped": (
+        "llama",
+        small(
+            num_key_value_heads=2,
+            head_dim=16,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            vocab_size=67,
+        ),
+    ),
+    "llama_3_1": ("llama", small(num_key_value_heads=1, head_dim=12, rope_parameters=LLAMA3_ROPE)),
+    "llama_linear": ("llama", small(rope_parameters={"rope_type": "linear", "factor": 2.5})),
+    "mistral": ("mistral", small(num_key_value_heads=2, sliding_window=5)),
+    "mistral_full": ("mistral", small(sliding_window=None, head_dim=8, hidden_act="gelu")),
+    "qwen2": (
+        "qwen2",
+        small(
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=1,
+        ),
+    ),
+    "qwen2_yarn": ("qwen2", small(tie_word_embeddings=True, rope_parameters=YARN_ROPE)),
+    "qwen2_yarn_tuned": (
+        "qwen2",
+        small(
+            rope_parameters=YARN_ROPE
+            | {"attention_factor": 0.8, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
+        ),
+    ),
+    "qwen3": ("qwen3", small(num_key_value_heads=2, head_dim=10, tie_word_embeddings=True)),
+    "qwen3_biased": (
+        "qwen3",
+        small(
+            attention_bias=True,
+            head_dim=6,
+            use_sliding_window=True,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+    "gemma": ("gemma", small(num_key_value_heads=1, head_dim=16)),
+    "gemma_untied": ("gemma", small(head_dim=6, tie_word_embeddings=False, attention_bias=True)),
+    "gemma2": (
+        "gemma2",
+        small(
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=20,
+            sliding_window=4,
+            final_logit_softcapping=3.0,
+            attn_logit_softcapping=2.0,
+        ),
+    ),
+    "gemma2_uncapped": (
+        "gemma2",
+        small(
+            head_dim=12,
+            query_pre_attn_scalar=12,
+            sliding_window=6,
+            layer_types=["full_attention", "sliding_attention"],
+            final_logit_softcapping=None,
+            attn_logit_softcapping=None,
+        ),
+    ),
+}
+
+
+def build(case: str, seed: int = 0) -> Any:
+    """A transformers model of the case in evaluation mode, every parameter random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, arguments = CASES[case]
+    config = AutoConfig.for_model(architecture, **json.loads(json.dumps(arguments)))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Matrices of unit gain and vectors near one, so that no part of the model is idle.
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.uniform_(0.2, 1.2)
+    return model
+
+
+def logits_of(model: Any, tokens: Any) -> Any:
+    """Float32 logits [B, X, V] of a transformers model as a NumPy array."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of transformers 5 as its versions of 2023-24 would have written it."""
+    hf = dict(hf)
+    hf["torch_dtype"] = hf.pop("dtype")
+    rope = hf.pop("rope_parameters", None)
+    if rope is not None:
+        rope = dict(rope)
+        hf["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type")
+        key = "rope_type" if kind == "llama3" else "type"  # the older name of the key
+        hf["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+    if hf["model_type"] == "gemma":
+        hf |= {"hidden_act": "gelu", "hidden_activation": None}
+    if "layer_types" in hf and hf["layer_types"] == _layer_types_of_2024(hf):
+        hf.pop("layer_types")
+    return hf
+
+
+def _layer_types_of_2024(hf: dict[str, Any]) -> list[str]:
+    if hf["model_type"] == "gemma2":
+        windowed = [layer % 2 == 0 for layer in range(hf["num_hidden_layers"])]
+    else:
+        first = hf.get("max_window_layers", 0) if hf.get("use_sliding_window") else 10**6
+        windowed = [layer >= first for layer in range(hf["num_hidden_layers"])]
+    return ["sliding_attention" if window else "full_attention" for window in windowed]
+
+
+def rewrite_as_of_2024(directory: Path) -> None:
+    """Replace a checkpoint's config.json by the older form of the same."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(as_of_2024(json.loads(path.read_text())), indent=2))

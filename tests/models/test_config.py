@@ -1,0 +1,217 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops.rotary import Rope
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 100,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+}
+
+
+def read(**changes):
+    return ModelConfig.from_hf(LLAMA | changes)
+
+
+def golden(case, name="config.json"):
+    return json.loads((GOLDEN / case / name).read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_styles_of_config_json_say_the_same(case):
+    assert ModelConfig.from_hf(golden(case)) == ModelConfig.from_hf(
+        golden(case, "config_2024.json")
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_to_hf_is_read_back_as_the_same_config(case):
+    config = ModelConfig.from_hf(golden(case))
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope": Rope(theta=5e5)},
+        {"rope": Rope(kind="linear", factor=2.0)},
+        {"rope": Rope(1e6, "yarn", factor=4.0, original_max_positions=32, truncate=False)},
+        {"rope": Rope(1e6, "yarn", factor=4.0, original_max_positions=32, attention_factor=0.5)},
+        {"rope": Rope(5e5, "llama3", 8.0, 1.0, 4.0, original_max_positions=32)},
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+        {"tied_embeddings": True, "head_width": 6, "kv_heads": 2},
+        {"eos_ids": (), "bos_id": None, "pad_id": 3},
+        {"eos_ids": (5, 6, 7), "activation": "relu"},
+    ],
+)
+def test_every_kind_of_llama_survives_config_json(changes):
+    config = dataclasses.replace(read(), **changes)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_defaults_of_llama():
+    config = read()
+    assert (config.kv_heads, config.head_width, config.max_positions) == (4, 8, 2048)
+    assert (config.norm_epsilon, config.rope, config.activation) == (1e-6, Rope(), "silu")
+    assert (config.tied_embeddings, config.bos_id, config.eos_ids) == (False, 1, (2,))
+    assert config.sliding_windows == ()
+
+
+def test_defaults_of_gpt2():
+    config = ModelConfig.from_hf(GPT2)
+    assert (config.mlp_width, config.activation, config.norm) == (128, "gelu_tanh", "layer")
+    assert (config.position, config.gated_mlp, config.tied_embeddings) == ("learned", False, True)
+    assert config.qkv_bias
+    assert config.out_bias
+    assert config.mlp_bias
+    assert config.eos_ids == (50256,)
+
+
+def test_defaults_of_mistral():
+    config = read(model_type="mistral", num_attention_heads=16)
+    assert (config.kv_heads, config.sliding_windows) == (8, (4096,) * 4)
+    assert (
+        read(model_type="mistral", num_key_value_heads=4, sliding_window=None).sliding_windows == ()
+    )
+
+
+def test_gemma_ties_embeddings_and_means_tanh_by_gelu():
+    config = read(model_type="gemma", hidden_act="gelu", hidden_activation=None)
+    assert config.tied_embeddings
+    assert config.activation == "gelu_tanh"
+    assert (config.head_width, config.norm_offset) == (256, 1.0)
+    assert config.embedding_multiplier == 32**0.5
+
+
+def test_gemma2_alternates_windows_from_the_first_layer():
+    config = read(model_type="gemma2", sliding_window=7, query_pre_attn_scalar=144)
+    assert config.sliding_windows == (7, None, 7, None)
+    assert (config.attention_softcap, config.final_softcap) == (50.0, 30.0)
+    assert config.attention_scale == 144**-0.5
+    assert config.post_norms
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_qwen_windows_begin_after_the_full_layers(architecture):
+    windowed = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    assert read(model_type=architecture, **windowed).sliding_windows == (None, None, None, 9)
+    kinds = ["full_attention", "sliding_attention"] * 2
+    explicit = read(model_type=architecture, **windowed, layer_types=kinds)
+    assert explicit.sliding_windows == (None, 9, None, 9)
+    off = read(model_type=architecture, **windowed | {"use_sliding_window": False})
+    assert off.sliding_windows == ()
+
+
+def test_qwen2_has_biases_and_qwen3_query_key_norms():
+    assert (read(model_type="qwen2").qkv_bias, read(model_type="qwen2").out_bias) == (True, False)
+    assert read(model_type="qwen3").query_key_norm
+    assert read(model_type="qwen3").head_width == 128
+
+
+def test_end_of_sequence_ids_are_merged_with_the_generation_config():
+    config = ModelConfig.from_hf(LLAMA | {"eos_token_id": 9}, {"eos_token_id": [7, 9]})
+    assert config.eos_ids == (9, 7)
+    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": [3, 4]}).eos_ids == (3, 4)
+    assert read(pad_token_id=-1).pad_id is None
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_scaling_under_both_names_of_its_kind(key):
+    config = read(rope_theta=500.0, rope_scaling={key: "linear", "factor": 3})
+    assert config.rope == Rope(500.0, "linear", 3.0)
+
+
+def test_yarn_takes_its_attention_factor_from_mscale():
+    scaling = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5}
+    rope = read(rope_scaling=scaling, original_max_position_embeddings=64).rope
+    assert rope.attention_factor == pytest.approx(1.3688879 / 1.1844440)
+    assert rope.original_max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (LLAMA | {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gpt2, "),
+        ({}, "model_type None is not supported"),
+        (LLAMA | {"hidden_act": "mish"}, "activation 'mish' is not supported; supported: silu"),
+        (
+            LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope kind 'dynamic' is not supported; supported: default, linear, llama3, yarn",
+        ),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a number"),
+        (
+            LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters differs by layer",
+        ),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (LLAMA | {"hidden_size": "32"}, "hidden_size is '32'; it must be a positive whole number"),
+        (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (LLAMA | {"rms_norm_eps": None}, "rms_norm_eps is None; it must be a number"),
+        (LLAMA | {"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be one token id"),
+        ({"model_type": "llama", "vocab_size": 3}, "hidden_size is missing"),
+        (LLAMA | {"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
+        (LLAMA | {"head_dim": 5}, "even width, not 5"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention is set"),
+        (GPT2 | {"n_head": 5}, "n_embd is 32, not a multiple of n_head, 5"),
+        (
+            LLAMA | {"model_type": "gemma2", "layer_types": ["full_attention"]},
+            "must name one of full_attention, sliding_attention for each of 4 layers",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named_in_one_line(hf, message):
+    with pytest.raises(InputError) as error:
+        ModelConfig.from_hf(hf)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"sliding_windows": (4, None, None, None)}, "sliding_windows"),
+        ({"query_key_norm": True}, "query_key_norm"),
+        ({"attention_scale": 1.0, "final_softcap": 5.0}, "attention_scale, final_softcap"),
+        ({"qkv_bias": True}, "out_bias"),
+    ],
+)
+def test_what_config_json_cannot_express_is_named(changes, fields):
+    with pytest.raises(InputError, match=f"llama cannot express this model's {fields}"):
+        dataclasses.replace(read(), **changes).to_hf()
+
+
+def test_an_architecture_of_ones_own_has_no_config_json():
+    with pytest.raises(InputError, match="architecture 'mine' has no config.json"):
+        dataclasses.replace(read(), architecture="mine").to_hf()
+
+
+def test_windows_come_one_per_layer():
+    with pytest.raises(InputError, match="2 sliding windows for 4 layers"):
+        dataclasses.replace(read(), sliding_windows=(4, None))
+
+
+def test_windows_that_are_all_open_are_none():
+    assert dataclasses.replace(read(), sliding_windows=(None,) * 4) == read()

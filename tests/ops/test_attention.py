@@ -1,0 +1,102 @@
+"""Attention over parts against plain softmax attention in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w2s_jax.ops.attention import attend_part, concatenate, merge, unseen
+
+
+def plain(query, keys, values, mask, scale, softcap=None):
+    """One slot, one group: query [m H C], keys [J G C], mask [m J], in float64."""
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    keys = np.repeat(keys, heads // kv_heads, axis=1).astype(np.float64)
+    values = np.repeat(values, heads // kv_heads, axis=1).astype(np.float64)
+    scores = np.einsum("mhc,jhc->mhj", query.astype(np.float64), keys) * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(mask[:, None, :], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("mhj,jhc->mhc", weights / weights.sum(-1, keepdims=True), values)
+
+
+def batch(array):
+    return jnp.asarray(array)[None, None]
+
+
+@given(
+    split=st.integers(0, 9),
+    seed=st.integers(0, 2**16),
+    magnitude=st.sampled_from([0.1, 1.0, 30.0]),
+    softcap=st.sampled_from([None, 5.0]),
+)
+def test_parts_merge_to_the_whole(split, seed, magnitude, softcap):
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(3, 4, 8)).astype(np.float32) * magnitude
+    keys, values = rng.normal(size=(2, 9, 2, 8)).astype(np.float32)
+    mask = rng.random((3, 9)) < 0.5
+    mask[np.arange(3), rng.integers(0, 9, 3)] = True
+    parts = [
+        attend_part(
+            batch(query),
+            batch(keys[piece]),
+            batch(values[piece]),
+            batch(mask[:, piece]),
+            scale=0.3,
+            softcap=softcap,
+        )
+        for piece in (slice(0, split), slice(split, 9))
+        if keys[piece].size
+    ]
+    expected = plain(query, keys, values, mask, 0.3, softcap)
+    np.testing.assert_allclose(merge(parts)[0, 0], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_rows_of_a_group_share_its_keys():
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 3, 5, 4, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 3, 7, 4, 8)).astype(np.float32)
+    mask = np.ones((2, 1, 1, 7), bool)
+    out = merge([attend_part(*map(jnp.asarray, (query, keys, values, mask)), scale=1.0)])
+    for slot in range(2):
+        for group in range(3):
+            pieces = (array[slot, group] for array in (query, keys, values))
+            expected = plain(*pieces, np.ones((5, 7), bool), 1.0)
+            np.testing.assert_allclose(out[slot, group], expected, atol=1e-5)
+
+
+def test_a_part_that_is_not_seen_has_no_weight():
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(1, 1, 2, 2, 4)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 1, 1, 3, 2, 4)), jnp.float32)
+    seen = attend_part(query, keys, values, jnp.ones((1, 1, 1, 3), bool), scale=1.0)
+    masked = attend_part(query, keys, values * 1e6, jnp.zeros((1, 1, 1, 3), bool), scale=1.0)
+    for other in (masked, unseen(query)):
+        np.testing.assert_array_equal(merge([seen, other]), merge([seen]))
+
+
+def test_partials_stand_side_by_side():
+    rng = np.random.default_rng(1)
+    query = jnp.asarray(rng.normal(size=(1, 2, 3, 2, 4)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 1, 2, 5, 2, 4)), jnp.float32)
+    mask = jnp.ones((1, 1, 1, 5), bool)
+    whole = attend_part(query, keys, values, mask, scale=1.0)
+    pieces = [
+        attend_part(part, keys, values, mask, scale=1.0) for part in (query[:, :, :1], query[:, :, 1:])
+    ]
+    np.testing.assert_allclose(merge([concatenate(pieces, 2)]), merge([whole]), rtol=1e-6)
+    regrouped = whole.reshape(1, 1, 6)
+    np.testing.assert_array_equal(merge([regrouped])[0, 0], merge([whole])[0].reshape(6, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    rng = np.random.default_rng(2)
+    query, keys, values = (jnp.asarray(rng.normal(size=(1, 1, 64, 2, 16)), dtype) for _ in range(3))
+    out = merge([attend_part(query, keys, values, jnp.ones((1, 1, 1, 64), bool), scale=0.25)])
+    assert out.dtype == jnp.float32
+    wide = (np.asarray(x[0, 0], np.float32) for x in (query, keys, values))
+    expected = plain(*wide, np.ones((64, 64), bool), 0.25)
+    np.testing.assert_allclose(out[0, 0], expected, atol=5e-3)

@@ -1,0 +1,156 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax.errors import InputError
+from w2s_jax.ops.sharding import (
+    DEFAULT_RULES,
+    MESH_AXES,
+    constrain,
+    make_mesh,
+    mesh_shape,
+    resolve,
+    resolve_tree,
+)
+
+MESH = AbstractMesh((2, 2, 4), MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "shape"),
+    [
+        ("data=2,fsdp=2,tensor=2", 8, (2, 2, 2)),
+        ("tensor=4, data=2", 8, (2, 1, 4)),
+        ("fsdp=-1", 8, (1, 8, 1)),
+        ("data=-1,tensor=2", 8, (4, 1, 2)),
+        ("data=-1,tensor=8", 8, (1, 1, 8)),
+        ("", 1, (1, 1, 1)),
+    ],
+)
+def test_mesh_shape(spec, devices, shape):
+    assert mesh_shape(spec, devices) == shape
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+def test_an_open_axis_takes_what_the_others_leave(data, fsdp, tensor):
+    spec = f"fsdp={fsdp},data=-1,tensor={tensor}"
+    assert mesh_shape(spec, data * fsdp * tensor) == (data, fsdp, tensor)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("data=3", "multiply to 3, which must equal the 8 devices"),
+        ("data=2", "multiply to 2, which must equal the 8 devices"),
+        ("data=-1,tensor=3", "multiply to 3, which must divide the 8 devices"),
+        ("data=-1,fsdp=-1", "data and fsdp are -1; only one"),
+        ("model=8", "axis 'model' is not one of data, fsdp, tensor"),
+        ("data=2,data=4", "axis 'data' is named twice"),
+        ("data=0", "data is '0'; it must be 1 or above, or -1"),
+        ("data=-2", "data is '-2'"),
+        ("data=two", "data is 'two'"),
+        ("data", "data is ''"),
+    ],
+)
+def test_wrong_mesh_specs(spec, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        mesh_shape(spec, 8)
+    assert repr(spec) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("vocab", "embed"), (64, 8), P("tensor", "fsdp")),
+        (("embed", "heads", "head_width"), (8, 4, 3), P("fsdp", "tensor", None)),
+        (("layers", "embed", "mlp"), (3, 8, 16), P(None, "fsdp", "tensor")),
+        (("slots", "prefix", "kv_heads"), (4, 7, 4), P(("data", "fsdp"), None, "tensor")),
+        ((None, "embed"), (5, 8), P(None, "fsdp")),
+        ((), (), P()),
+    ],
+)
+def test_resolve(axes, shape, spec):
+    assert resolve(axes, DEFAULT_RULES, MESH, shape).spec == spec
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "message"),
+    [
+        (("embed", "slots"), (8, 4), "embed and slots both go to mesh axis 'fsdp'"),
+        (("heads", "mlp"), (4, 8), "heads and mlp both go to mesh axis 'tensor'"),
+        (("embed", "width"), (8, 4), "unknown logical axis 'width'; the rules know vocab, embed"),
+        (("kv_heads", "embed"), (2, 8), "kv_heads of size 2 is not divisible by mesh tensor 4"),
+        (("slots",), (6,), "slots of size 6 is not divisible by mesh data 2 × fsdp 2"),
+        (("embed",), (8, 8), "1 logical axes ('embed',) for an array of shape (8, 8)"),
+    ],
+)
+def test_wrong_axes_name_everything(axes, shape, message):
+    with pytest.raises(InputError, match=f"^layers_0/kernel: .*{re.escape(message)}"):
+        resolve(axes, DEFAULT_RULES, MESH, shape, name="layers_0/kernel")
+
+
+def test_a_collision_is_an_error_on_one_device_too():
+    with pytest.raises(InputError, match="both go to mesh axis 'tensor'"):
+        resolve(("heads", "mlp"), DEFAULT_RULES, AbstractMesh((1, 1, 1), MESH_AXES), (4, 4))
+
+
+def test_rules_are_values_that_change_by_replacement():
+    rules = DEFAULT_RULES.replace(kv_heads=None, mlp=("fsdp", "tensor"), embed=None)
+    assert resolve(("embed", "mlp"), rules, MESH, (8, 16)).spec == P(None, ("fsdp", "tensor"))
+    assert DEFAULT_RULES.mesh_axes("kv_heads") == ("tensor",)
+    assert hash(rules) != hash(DEFAULT_RULES)
+    with pytest.raises(InputError, match="mlp goes to mesh axis 'expert'; the mesh has data"):
+        resolve(("mlp",), rules.replace(mlp="expert"), MESH, (8,))
+
+
+def test_resolve_tree_names_the_leaf():
+    axes = {"embed": {"embedding": ("vocab", "embed")}, "head": {"kernel": ("embed", "vocab")}}
+    shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    odd = jax.ShapeDtypeStruct((8, 63), jnp.float32)
+    specs = resolve_tree(
+        axes, {"embed": {"embedding": shape}, "head": {"kernel": shape}}, DEFAULT_RULES, MESH
+    )
+    assert specs["embed"]["embedding"].spec == P("tensor", "fsdp")
+    assert specs["head"]["kernel"].spec == P("fsdp", "tensor")
+    with pytest.raises(InputError, match="^head/kernel: vocab of size 63"):
+        resolve_tree(
+            axes, {"embed": {"embedding": shape}, "head": {"kernel": odd}}, DEFAULT_RULES, MESH
+        )
+
+
+def test_constrain_without_a_mesh_is_the_identity():
+    x = jnp.ones((3, 5))
+    assert constrain(x, ("slots", "embed"), DEFAULT_RULES, None) is x
+
+
+def test_one_device_mesh():
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.size == 1
+
+
+EIGHT_DEVICES = """
+import jax, jax.numpy as jnp
+from w2s_jax.ops.sharding import DEFAULT_RULES, constrain, make_mesh, resolve
+mesh = make_mesh("data=2,fsdp=-1,tensor=2")
+assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+split = resolve(("embed", "mlp"), DEFAULT_RULES, mesh, (8, 4))
+kernel = jax.device_put(jnp.arange(32.0).reshape(8, 4), split)
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 2)}
+x = jnp.arange(64.0).reshape(8, 8)
+step = jax.jit(lambda x, w: constrain(x @ w, ("slots", "mlp"), DEFAULT_RULES, mesh))
+out = step(x, kernel)
+assert {shard.data.shape for shard in out.addressable_shards} == {(2, 2)}
+assert jnp.array_equal(jax.device_get(out), jax.device_get(x) @ jax.device_get(kernel))
+print("sharded", len(jax.devices()))
+"""
+
+
+def test_arrays_land_on_eight_devices(run_python):
+    assert run_python(EIGHT_DEVICES, devices=8).strip() == "sharded 8"

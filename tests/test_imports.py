@@ -1,0 +1,111 @@
+"""Which room may import which, read from the syntax tree; and that importing is cheap."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import w2s_jax
+
+PACKAGE = Path(w2s_jax.__file__).parent
+TOP = {"errors", "pytrees"}  # leaves that every room may use
+
+BELOW_DECODE = {"ops", "models", "text"}
+BELOW_EVALUATE = {*BELOW_DECODE, "decode", "search", "train"}
+ALLOWED = {
+    "ops": set(),
+    "text": set(),
+    "models": {"ops"},
+    "decode": BELOW_DECODE,
+    "search": {*BELOW_DECODE, "decode"},
+    "train": BELOW_DECODE,
+    "evaluate": BELOW_EVALUATE,
+    "serve": BELOW_EVALUATE,
+    "bench": BELOW_EVALUATE,
+    "plan": BELOW_EVALUATE,
+    "demo": {*BELOW_EVALUATE, "evaluate"},  # the demo shows gold rewards
+    "reasoning": {*BELOW_EVALUATE, "evaluate"},
+    "cli": {*BELOW_EVALUATE, "evaluate", "serve", "bench", "plan", "demo", "reasoning"},
+}
+
+# Libraries that are heavy, or whose types must not spread: where their imports may stand.
+HOMES = {
+    "transformers": ("models/huggingface.py", "text/"),
+    "safetensors": ("models/huggingface.py", "text/"),
+    "huggingface_hub": ("models/huggingface.py", "text/"),
+    "orbax": ("train/checkpoint.py",),
+    "flax": ("models/",),
+    "torch": (),
+}
+
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(module: str) -> Iterator[str]:
+    """Dotted names a module imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted name inside the package: "w2s_jax.ops.norms" is in "ops"."""
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if "/" in name])
+def test_rooms_import_only_what_is_below_them(module):
+    room = module.split("/")[0]
+    used = {room_of(name) for name in imports(module) if name.startswith("w2s_jax.")}
+    beyond = used - ALLOWED[room] - TOP - {room, "__version__"}
+    assert not beyond, f"{module} imports from {sorted(beyond)}"
+
+
+@pytest.mark.parametrize("module", sorted(TOP))
+def test_the_leaves_import_no_room(module):
+    assert not [name for name in imports(f"{module}.py") if name.startswith("w2s_jax.")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_stay_in_their_homes(module):
+    for name in imports(module):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or module.startswith(homes), f"{module} imports {name}"
+        assert not name.startswith("flax.nnx"), f"{module} imports {name}"
+
+
+CHEAP = """
+import sys
+import w2s_jax
+assert w2s_jax.__version__ and dir(w2s_jax)
+heavy = {"jax", "flax", "transformers", "orbax", "torch", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_importing_the_package_is_cheap(run_python):
+    run_python(CHEAP)
+
+
+NO_DEVICE = """
+import sys
+from w2s_jax import *
+from w2s_jax.search import search
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+heavy = {"orbax", "torch", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_public_names_load_without_a_device(run_python):
+    run_python(NO_DEVICE)
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = w2s_jax.nonsense

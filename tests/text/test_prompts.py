@@ -1,0 +1,76 @@
+import types
+
+import pytest
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.bpe import save_bpe, train_bpe
+from w2s_jax.text.prompts import decode_response, decode_tokens, encode_prompt
+from w2s_jax.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_bpe(train_bpe(["the sea , and a film of it ."] * 20, 290), directory, max_length=64)
+    return load_tokenizer(directory)
+
+
+def test_a_prompt_keeps_the_special_tokens_of_its_tokenizer(tokenizer):
+    assert encode_prompt(tokenizer, "a film")[0] == tokenizer.bos_token_id
+    assert encode_prompt(tokenizer, "") == [tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize(("bos", "eos", "tokens"), [(5, 7, [5]), (None, 7, [7])])
+def test_a_prompt_is_never_empty(bos, eos, tokens):
+    class Bare:
+        bos_token_id = bos
+        eos_token_id = eos
+
+        def __call__(self, text, **_):
+            return types.SimpleNamespace(input_ids=[])
+
+    assert encode_prompt(Bare(), "") == tokens
+    Bare.bos_token_id = Bare.eos_token_id = None
+    with pytest.raises(InputError, match="neither a BOS nor an EOS"):
+        encode_prompt(Bare(), "")
+
+
+@pytest.mark.parametrize("response", [" of the sea .", "s", " , 'quoted' é 電影", "", "\n\nA b"])
+def test_a_response_is_what_its_tokens_add_to_the_prompt(tokenizer, response):
+    prompt = encode_prompt(tokenizer, "the film")
+    tokens = tokenizer(response, add_special_tokens=False).input_ids
+    assert decode_response(tokenizer, prompt, tokens) == response
+    assert decode_response(tokenizer, prompt, [*tokens, tokenizer.eos_token_id]) == response
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((), " of the sea . And"),
+        ((".",), " of the sea "),
+        (("sea", " the"), " of"),
+        (("x",), " of the sea . And"),
+    ],
+)
+def test_a_response_ends_before_the_first_stop_string(tokenizer, stop, text):
+    prompt = encode_prompt(tokenizer, "a film")
+    tokens = tokenizer(" of the sea . And", add_special_tokens=False).input_ids
+    assert decode_response(tokenizer, prompt, tokens, stop) == text
+
+
+def test_a_half_written_character_does_not_swallow_the_response(tokenizer):
+    prompt = encode_prompt(tokenizer, "the film é")
+    cut, rest = prompt[:-1], prompt[-1:]
+    assert decode_tokens(tokenizer, cut).endswith("�")
+    assert decode_response(tokenizer, cut, rest)
+
+
+def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
+    folder = shared_data / "tokenizers" / "llama2"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    tokenizer = load_tokenizer(folder)
+    whole = encode_prompt(tokenizer, "The movie was great")
+    prompt = encode_prompt(tokenizer, "The movie")
+    assert whole[: len(prompt)] == prompt
+    assert decode_response(tokenizer, prompt, whole[len(prompt) :]) == " was great"

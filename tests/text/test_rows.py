@@ -1,0 +1,119 @@
+import gzip
+import json
+import lzma
+import os
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.rows import check_writable, json_line, read_jsonl, write_jsonl
+
+ROWS = [{"prompt": "A film of β and 電影", "n": 1}, {"prompt": "two\nlines", "a": {"b": [1, None]}}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.xz"])
+def test_rows_come_back_as_they_were_written(tmp_path, name):
+    write_jsonl(tmp_path / name, ROWS)
+    assert read_jsonl(tmp_path / name) == ROWS
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_the_suffix_says_how_a_file_is_compressed(tmp_path):
+    for name, opener in (("a.gz", gzip.open), ("a.xz", lzma.open)):
+        write_jsonl(tmp_path / name, ROWS)
+        with opener(tmp_path / name) as file:
+            assert json.loads(file.readline()) == ROWS[0]
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_jsonl(tmp_path / name, ROWS)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_any_row_is_one_line(row):
+    line = json_line(row)
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == row
+
+
+def test_text_without_a_utf8_form_survives():
+    assert json.loads(json_line({"text": "\ud800"})) == {"text": "\ud800"}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("tail", ["", "\n", "\n\n  \n"])
+def test_line_endings_and_blank_ends_do_not_matter(tmp_path, ending, tail):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes((ending.join(json.dumps(row) for row in ROWS) + tail).encode())
+    assert read_jsonl(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n{"a": \n', "line 3: not JSON: Expecting value at column 6"),
+        (b'{"a": 1}\n\n{"a": 2}\n', "line 2: an empty line"),
+        (b'{"a": 1}\n[1, 2]\n', "line 2: not a JSON object but list"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not UTF-8 (invalid start byte at byte 8)"),
+        (b"", "no rows; one JSON object a line is needed"),
+        (b"\n \n", "no rows"),
+    ],
+)
+def test_a_malformed_file_names_its_line(tmp_path, content, message):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_jsonl(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: cannot be read \(No such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        read_jsonl(tmp_path)
+    sound = gzip.compress(b'{"a": 1}\n' * 1000)
+    for name, content in (("cut.gz", sound[:20]), ("plain.gz", b"{}\n"), ("plain.xz", b"{}\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(name)):
+            read_jsonl(tmp_path / name)
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for path, message in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "file" / "out.jsonl", "file is not a folder"),
+        (tmp_path / "file" / "deep" / "out.jsonl", "deep is not a folder"),
+        ("/dev/null", "not a regular file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_writable(path)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_checking_makes_the_folder_and_leaves_nothing_else(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "out.jsonl")
+    assert os.listdir(tmp_path / "new" / "deep") == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write_jsonl(path, ROWS)
+    with pytest.raises(TypeError):
+        write_jsonl(path, [{"not json": {1, 2}}])
+    assert read_jsonl(path) == ROWS
+    assert os.listdir(tmp_path) == ["out.jsonl"]

@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2s_jax.errors import InputError
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
+
+PARAMS = {
+    "embed": {"embedding": jnp.ones((5, 4))},
+    "layers_0": {
+        "norm": {"scale": jnp.ones(4)},
+        "attention": {
+            "query": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))},
+            "out": {"kernel": jnp.ones((2, 2, 4))},
+        },
+        "mlp": {"up": {"kernel": jnp.ones((4, 8))}},
+    },
+}
+
+
+def rates(config, steps, at):
+    schedule = make_schedule(config, steps)
+    return [float(schedule(step)) for step in at]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0]),
+        ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0]),
+        ("trapezoid", [0, 0.5, 1, 1, 1, 0]),
+    ],
+)
+def test_schedules_warm_up_and_then_fall(kind, expected):
+    config = OptimizerConfig(learning_rate=1.0, schedule=kind, warmup=0.2, decay=0.4)
+    np.testing.assert_allclose(rates(config, 100, [0, 10, 20, 40, 60, 100]), expected, atol=1e-6)
+
+
+def test_a_trapezoid_is_the_same_before_its_fall_whatever_the_steps():
+    config = OptimizerConfig(schedule="trapezoid", warmup=10.0, decay=0.5)
+    np.testing.assert_array_equal(rates(config, 100, range(50)), rates(config, 400, range(50)))
+
+
+def test_the_rate_falls_to_its_final_share():
+    config = OptimizerConfig(learning_rate=2.0, schedule="linear", warmup=0.0, final=0.1)
+    np.testing.assert_allclose(rates(config, 50, [50, 80]), 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "ends"), [("adamw", ("kernel", "embedding")), ("muon", "kernel")])
+def test_weight_decay_spares_norms_and_biases(name, ends):
+    config = OptimizerConfig(name=name, schedule="constant", warmup=0.0, weight_decay=0.5)
+    optimizer = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    moved = {
+        "/".join(entry.key for entry in path): bool(jnp.any(leaf != 0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {path for path, decayed in moved.items() if decayed} == {
+        path for path in moved if path.endswith(ends)
+    }
+
+
+def test_muon_orthogonalises_layer_matrices():
+    config = OptimizerConfig(
+        name="muon", learning_rate=1.0, muon_learning_rate=1.0, schedule="constant", warmup=0.0,
+        max_grad_norm=None,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, 10)
+    gradient = jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), PARAMS
+    )
+    updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
+    attention = updates["layers_0"]["attention"]
+    for kernel in (attention["query"]["kernel"], attention["out"]["kernel"]):
+        values = np.linalg.svd(np.asarray(kernel).reshape(4, 4), compute_uv=False)
+        assert 0.3 < values.min() <= values.max() < 1.5
+
+
+def test_the_global_norm_is_clipped_before_the_update():
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="constant", warmup=0.0, max_grad_norm=1e-12
+    )
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    # Adam would move every weight by 1; a gradient far below its epsilon moves almost nothing.
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(updates)) < 1e-3
+
+
+@pytest.mark.parametrize("wrong", [{"warmup": -1.0}, {"decay": 0.0}, {"learning_rate": 0.0}])
+def test_wrong_settings_are_told(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        OptimizerConfig(**wrong)

@@ -1,0 +1,1 @@
+"""Tokenizers, files of rows, journals and batches. No model code."""

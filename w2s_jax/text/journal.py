@@ -1,0 +1,129 @@
+"""The journal of a long job: finished rows on disk at once, whatever happens next.
+
+A file of JSON lines. The first holds the job's fingerprint (its inputs and settings), each other
+one a row under its id. Knows nothing of what rows mean, nor how they are computed.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.rows import Row, check_writable, json_line, sync_folder, write_jsonl
+
+HEADER = "w2s_journal"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A journal in a sound state; made by `open_journal`. One process writes it at a time."""
+
+    path: Path
+    fingerprint: dict[str, Any]
+
+    def append(self, row_id: int, row: Mapping[str, Any]) -> None:
+        """Add a finished row; it is on the disk when this returns. The first one makes the file."""
+        with self.path.open("ab") as file:
+            new = file.tell() == 0
+            header = json_line({HEADER: 1, "fingerprint": self.fingerprint}) if new else b""
+            file.write(header + json_line({"row_id": row_id, "row": row}))
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(self.path.parent)
+
+    def read(self) -> dict[int, Row]:
+        """The finished rows by id, without a half-written last line.
+
+        Raises InputError for a line that is damaged anywhere else.
+        """
+        return _read(self.path)[1] if self.path.exists() else {}
+
+    def merge(self, output: str | Path) -> None:
+        """Write all rows to `output` in the order of their ids, then remove the journal.
+
+        A kill in between leaves the journal, and merging it again gives the same file.
+        """
+        rows = self.read()
+        write_jsonl(output, (rows[row_id] for row_id in sorted(rows)))
+        self.path.unlink(missing_ok=True)
+
+
+def journal_path(output: str | Path) -> Path:
+    """Where the journal of a job lies: beside its output, as OUTPUT.journal."""
+    return Path(f"{output}.journal")
+
+
+def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
+    """The journal of a job, with the rows of an earlier run if there are any.
+
+    A half-written last line is cut away. `fingerprint` tells jobs apart: JSON values by name.
+    Raises InputError where the journal holds rows of a job with another fingerprint (saying what
+    differs), is damaged or cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    wanted = json.loads(json.dumps(fingerprint))
+    if path.exists():
+        found, rows, end = _read(path)
+        if rows and found != wanted:
+            raise InputError(
+                f"{path}: holds {len(rows)} finished rows of a run with other settings "
+                f"({_differences(found, wanted)}); go on with those, or delete it to start anew"
+            )
+        if not rows:
+            path.unlink()
+        elif end < path.stat().st_size:
+            _truncate(path, end)
+    return Journal(path, wanted)
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], int]:
+    """(fingerprint, None without a whole header; rows by id; bytes to the end of the last row)."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    fingerprint: dict[str, Any] | None = None
+    rows: dict[int, Row] = {}
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
+            entry = json.loads(line)
+            if number == 1:
+                if entry[HEADER] != 1:
+                    raise ValueError(f"version {entry[HEADER]}")
+                fingerprint = dict(entry["fingerprint"])
+            else:
+                rows[int(entry["row_id"])] = dict(entry["row"])
+        except (ValueError, TypeError, KeyError):
+            last = number == len(lines)
+            if last and (number > 1 or not line.endswith(b"\n")):
+                break
+            raise InputError(
+                f"{path} line {number}: not a line of a journal; move the file away to start anew"
+            ) from None
+        end += len(line)
+    return fingerprint, rows, end
+
+
+def _truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _differences(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+    found = found or {}
+    names = sorted({*found, *wanted})
+    return ", ".join(
+        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    )

@@ -1,0 +1,120 @@
+"""JSON-lines files of rows, plain or compressed, read with errors that name the line.
+
+One line is one row and blank lines are not allowed, so the row at index i stands on line i + 1.
+Writing is atomic. What a row must hold is for its reader to say.
+"""
+
+import gzip
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from w2s_jax.errors import InputError
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """All rows of a .jsonl, .jsonl.gz or .jsonl.xz file, in order.
+
+    Raises InputError for a missing, unreadable or empty file and, naming the line, for one that is
+    not a JSON object in UTF-8.
+    """
+    path = Path(path)
+    try:
+        data = _decompress(path, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{path}: not a sound {path.suffix} file ({error})") from None
+    lines = data.rstrip().split(b"\n")
+    if lines == [b""]:
+        raise InputError(f"{path}: no rows; one JSON object a line is needed")
+    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows one a line, compressed as the suffix says; the file appears whole or not at all.
+
+    Raises InputError where the file cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    data = b"".join(json_line(row) for row in rows)
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    elif path.suffix == ".xz":
+        data = lzma.compress(data)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    sync_folder(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure, before long work, that a file can be written at `path`; makes its folder.
+
+    Raises InputError where it cannot.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        taken = path.exists() and not path.is_file()
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path}: cannot be written ({path.parent} is not a folder)") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    if taken:
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise InputError(f"{path}: cannot be written (it is {kind}); name a file")
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as one line of UTF-8 JSON; text that has no UTF-8 form (lone surrogates) is escaped."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new or renamed entry of a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _decompress(path: Path, data: bytes) -> bytes:
+    if path.suffix == ".gz":
+        return gzip.decompress(data)
+    return lzma.decompress(data) if path.suffix == ".xz" else data
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        fault = (
+            f"not JSON: {error.msg} at column {error.colno}" if line.strip() else "an empty line"
+        )
+        raise InputError(f"{where}: {fault}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
+    return row

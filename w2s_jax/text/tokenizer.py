@@ -1,0 +1,113 @@
+"""Tokenizers of checkpoints, loaded so that they do what their own files say.
+
+Returns transformers' tokenizers. transformers is imported on the first load, not with this module.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from w2s_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PATTERNS = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+]
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint directory, or of a Hugging Face id through its local cache.
+
+    Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model.
+    Runs no code from the checkpoint.
+
+    Raises InputError when there is no directory, no tokenizer in it, or the files are damaged.
+    """
+    directory = _locate(path_or_hub_id)
+    try:
+        tokenizer = _load(directory)
+    except InputError:
+        raise
+    except Exception as error:  # the parsers of tokenizers raise bare Exception
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{directory}: the tokenizer's vocabulary is empty")
+    return tokenizer
+
+
+def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+    """Whether two tokenizers map the same tokens to the same ids.
+
+    Sizes do not tell: models pad their embeddings, and different tokenizers may have one size.
+    """
+    return one.get_vocab() == other.get_vocab()
+
+
+def _locate(path_or_hub_id: str | Path) -> Path:
+    path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is a file; give the directory that holds the tokenizer")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise InputError(f"{name}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{name}: no such directory, and as a Hugging Face id it is neither cached nor "
+            f"reachable ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _load(directory: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+    holds = {path.name for path in directory.iterdir()}
+    options = {}
+    if "tokenizer_config.json" in holds:
+        options = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if "tokenizer.json" in holds:
+        # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
+        # encodes as "leading". This class keeps to the file, whatever class the config names.
+        return PreTrainedTokenizerFast.from_pretrained(str(directory))
+    if {"vocab.json", "merges.txt"} <= holds:
+        named = AutoTokenizer if "tokenizer_class" in options else GPT2Tokenizer
+        return named.from_pretrained(str(directory), trust_remote_code=False)
+    if "tokenizer.model" in holds:
+        return _load_spm(directory, options)
+    raise InputError(
+        f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
+        "tokenizer.model"
+    )
+
+
+def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    from w2s_jax.text.spm import read_spm
+
+    backend, special = read_spm(directory / "tokenizer.model", options)
+    added = directory / "added_tokens.json"
+    if added.is_file():
+        ids = json.loads(added.read_text(encoding="utf-8"))
+        backend.add_tokens(sorted(ids, key=ids.get))
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = options.get(role)
+        if token is not None:
+            special[role] = token["content"] if isinstance(token, dict) else token
+    kept = {key: options[key] for key in ("chat_template", "model_max_length") if key in options}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
