@@ -5,8 +5,8 @@ placeholders that would fail them.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
@@ -22,7 +22,9 @@ def pytree(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
         names = [field.name for field in dataclasses.fields(frozen)]  # type: ignore[arg-type]
         dynamic = tuple(name for name in names if name not in static)
 
-        def flatten_with_keys(value: T) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], tuple]:
+        def flatten_with_keys(
+            value: T,
+        ) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], tuple]:
             children = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in dynamic]
             return children, tuple(getattr(value, name) for name in static)
 
@@ -32,7 +34,7 @@ def pytree(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
                 tuple(getattr(value, name) for name in static),
             )
 
-        def unflatten(aux: tuple, children: tuple) -> T:
+        def unflatten(aux: tuple, children: Iterable[Any]) -> T:
             value = object.__new__(frozen)
             for name, child in zip((*dynamic, *static), (*children, *aux), strict=True):
                 object.__setattr__(value, name, child)

@@ -31,9 +31,7 @@ def test_operations_of_a_forward_pass_agree_with_the_compiler():
     model, tokens = tiny_model(0, width=64, mlp_width=256, head_width=16), 32
     run = jax.jit(lambda model, x: model(x)).lower(model, jnp.zeros((1, tokens), jnp.int32))
     counted = run.compile().cost_analysis()["flops"]
-    work = read_work(
-        model.config, 4, rows=tokens, context=float(tokens), cached=0, scored=tokens
-    )
+    work = read_work(model.config, 4, rows=tokens, context=float(tokens), cached=0, scored=tokens)
     assert work.operations == pytest.approx(counted, rel=0.15)
 
 

@@ -87,15 +87,15 @@ def test_reading_by_parts_equals_one_full_pass(kind):
         for slot, prompt in enumerate(prompts):
             for row in range(ROWS):
                 whole = [*kept[slot, row // COUNT].tolist(), *chunks[1, slot, row].tolist()]
-                expected = full_logprobs(model, prompt, whole)[jnp.arange(2 * LENGTH), jnp.asarray(whole)]
+                expected = full_logprobs(model, prompt, whole)[
+                    jnp.arange(2 * LENGTH), jnp.asarray(whole)
+                ]
                 np.testing.assert_allclose(seen[slot, row], expected[LENGTH:], atol=1e-4)
 
 
 def test_a_refilled_slot_forgets_and_its_neighbours_do_not():
     model = tiny_model(0)
-    cache = start_cache(
-        model, slots=2, hypotheses=1, prefix_capacity=4, committed_capacity=3
-    )
+    cache = start_cache(model, slots=2, hypotheses=1, prefix_capacity=4, committed_capacity=3)
     first, second = jnp.asarray([5, 6, 7, 8]), jnp.asarray([9, 4, 0, 0])
     for slot in (0, 1):
         cache = prefill(model, cache, jnp.int32(slot), first, jnp.int32(4))

@@ -84,7 +84,8 @@ def test_partials_stand_side_by_side():
     mask = jnp.ones((1, 1, 1, 5), bool)
     whole = attend_part(query, keys, values, mask, scale=1.0)
     pieces = [
-        attend_part(part, keys, values, mask, scale=1.0) for part in (query[:, :, :1], query[:, :, 1:])
+        attend_part(part, keys, values, mask, scale=1.0)
+        for part in (query[:, :, :1], query[:, :, 1:])
     ]
     np.testing.assert_allclose(merge([concatenate(pieces, 2)]), merge([whole]), rtol=1e-6)
     regrouped = whole.reshape(1, 1, 6)

@@ -52,7 +52,9 @@ def test_greedy_takes_the_first_of_the_largest():
 
 
 def test_the_likeliest_token_always_stays():
-    np.testing.assert_array_equal(nucleus(LOGITS[jnp.argsort(-LOGITS)], 1e-9) > -jnp.inf, [1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(
+        nucleus(LOGITS[jnp.argsort(-LOGITS)], 1e-9) > -jnp.inf, [1, 0, 0, 0, 0, 0]
+    )
 
 
 def test_draws_share_a_shortlist_and_keep_their_own_keys():

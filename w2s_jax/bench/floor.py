@@ -80,8 +80,9 @@ def search_work(
     prefix = prompt_tokens - 1
     work = dict.fromkeys(PHASES, Work())
     for model in (policy, *guides):
-        behind = {"context": prefix / 2, "cached": 0, "scored": 0}
-        work["prefill"] += read_work(model, size, rows=slots * prefix, **behind)
+        work["prefill"] += read_work(
+            model, size, rows=slots * prefix, context=prefix / 2, cached=0, scored=0
+        )
     for chunk in range(config.chunks):
         committed = chunk * length
         behind_slots = slots * (prefix + width * committed)

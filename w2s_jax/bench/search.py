@@ -139,7 +139,8 @@ def measure(options: Options, config: SearchConfig) -> Figures:
     policy_shape = shape(options, options.policy_layers, options.policy_width)
     guide_shape = shape(options, options.guide_layers, options.guide_width)
     policy = init_model(policy_shape, jax.random.key(0), dtype=dtype)
-    guide = Guide(*(init_model(guide_shape, jax.random.key(i), dtype=dtype) for i in (1, 2)))
+    tuned, untuned = (init_model(guide_shape, jax.random.key(i), dtype=dtype) for i in (1, 2))
+    guide = Guide(tuned, untuned)
     generator = np.random.default_rng(0)
     size = (options.batch_size, options.prompt_tokens)
     prompts = generator.integers(0, options.vocab, size).tolist()
@@ -223,9 +224,10 @@ def report(console: Console, options: Options, figures: Figures) -> None:
         f"{options.prompt_tokens} + {options.max_new_tokens} tokens, batch {options.batch_size}"
     )
     console.print(
-        f"{figures.seconds_per_prompt:.3f} s per prompt, {figures.prompts_per_second:.3g} prompts/s, "
-        f"{figures.tokens_per_second:.3g} response tokens/s, compilation "
-        f"{figures.compile_seconds:.1f} s"
+        f"{figures.seconds_per_prompt:.3f} s per prompt, "
+        f"{figures.prompts_per_second:.3g} prompts/s, "
+        f"{figures.tokens_per_second:.3g} response tokens/s, "
+        f"compilation {figures.compile_seconds:.1f} s"
     )
     table = Table("phase", "seconds", "floor, seconds", "share of floor")
     for phase in PHASES:

@@ -21,9 +21,12 @@ Logits = tuple[Array, ...]
 
 @pytree()
 class Chunk:
-    """A sampled chunk: tokens int32 [P, R, L]; values float32 [P, R, L] or None, what `value` said
-    of each token; caches with the hypotheses' last tokens committed and buffers [P, R, L − 1, G, C]
-    a layer with the keys and values of all but the last token, one of each for every model."""
+    """A sampled chunk.
+
+    tokens int32 [P, R, L]; values float32 [P, R, L] or None, what `value` said of each token; for
+    every model a cache with the hypotheses' last tokens committed, and a buffer [P, R, L − 1, G, C]
+    a layer with the keys and values of all but the chunk's last token.
+    """
 
     tokens: Array
     values: Array | None

@@ -125,7 +125,7 @@ def read_chunk(
 
 
 def _targets(tokens: Int[Array, "P R n"], hypotheses: int) -> Int[Array, "P W M K"]:
-    """What follows each token that is read: the K first tokens after a stem, one token elsewhere."""
+    """What follows each token that is read: K first tokens after a stem, one token elsewhere."""
     slots, rows, count = tokens.shape
     successors = rows // hypotheses
     grouped = tokens.reshape(slots, hypotheses, successors, count)

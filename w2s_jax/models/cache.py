@@ -64,7 +64,7 @@ def empty_cache(
     dtype: DTypeLike,
     stacked: bool,
 ) -> KVCache:
-    """A cache of zeros with room for `prefix_capacity` + `committed_capacity` tokens a hypothesis."""
+    """A cache of zeros with room for prefix_capacity + committed_capacity tokens a hypothesis."""
     return KVCache(
         prefix=empty_part(config, (slots, prefix_capacity), dtype, stacked),
         committed=empty_part(config, (slots, hypotheses, committed_capacity), dtype, stacked),

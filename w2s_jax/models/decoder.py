@@ -4,9 +4,9 @@ One block serves training, prefill, token steps and scoring; `Layout` says which
 keys. Running the whole stack is in `forward.py`.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -18,13 +18,13 @@ from w2s_jax.models.cache import KV, write_committed
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops import attention
 from w2s_jax.ops.norms import layer_norm, rms_norm
-from w2s_jax.ops.rotary import rotate, rotation
+from w2s_jax.ops.rotary import rotate
 from w2s_jax.pytrees import pytree
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
 
@@ -149,23 +149,23 @@ class Attention(nn.Module):
 
 def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
     """Put the stems' keys and values into the committed part, the branches' into the chunk."""
-    stem, branches = jax.tree.map(lambda x: x[:, :, : int(layout.stem)], new), None
-    committed = kv.committed
+    committed, branches = kv.committed, None
     if layout.stem:
-        committed = jax.tree.map(
-            lambda old, fresh: write_committed(old, fresh, view.stem_start), kv.committed, stem
-        )
+        start = _given(view.stem_start)
+        stem = jax.tree.map(lambda x: x[:, :, :1], new)
+        committed = jax.tree.map(partial(write_committed, start=start), committed, stem)
     if layout.successors * layout.length:
         branches = jax.tree.map(lambda x: _branches(x, layout), new)
         if kv.chunk is not None:
-            branches = jax.tree.map(
-                lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(
-                    old, fresh, view.chunk_start, axis=2
-                ),
-                kv.chunk,
-                branches,
-            )
+            start = _given(view.chunk_start)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+            branches = jax.tree.map(write, kv.chunk, branches)
     return LayerKV(kv.prefix, committed, branches)
+
+
+def _given(start: Array | None) -> Array:
+    assert start is not None, "a part that is written to needs the place to write at"
+    return start
 
 
 def _branches(x: Array, layout: Layout) -> Array:
@@ -179,18 +179,18 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
     slots, hypotheses, count = query.shape[:3]
     scale = config.attention_scale
     scale = config.head_width**-0.5 if scale is None else scale
-    part = functools.partial(attention.attend_part, scale=scale, softcap=config.attention_softcap)
+    attend = partial(attention.attend_part, scale=scale, softcap=config.attention_softcap)
     partials = []
     if kv.prefix is not None:
         shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
         keys, values = kv.prefix.keys[:, None], kv.prefix.values[:, None]
-        prefix = part(shared, keys, values, masks[0])
+        prefix = attend(shared, keys, values, masks[0])
         partials.append(prefix.reshape(slots, hypotheses, count))
     if kv.committed is not None:
-        partials.append(part(query, kv.committed.keys, kv.committed.values, masks[1]))
+        partials.append(attend(query, kv.committed.keys, kv.committed.values, masks[1]))
     if kv.chunk is not None:
         rows = _branches(query, layout)
-        own = part(rows, kv.chunk.keys, kv.chunk.values, masks[2])
+        own = attend(rows, kv.chunk.keys, kv.chunk.values, masks[2])
         own = own.reshape(slots, hypotheses, layout.successors * layout.length)
         if layout.stem:
             own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.pytrees import pytree
@@ -76,7 +77,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"], train: bool = False
+        self,
+        tokens: Int[Array | np.ndarray, "B X"],
+        mask: Bool[Array | np.ndarray, "B X"],
+        train: bool = False,
     ) -> Float32[Array, "B labels"]:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
@@ -103,7 +107,7 @@ class Classifier:
     params: Params
 
     def __call__(
-        self, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]
+        self, tokens: Int[Array | np.ndarray, "B X"], mask: Bool[Array | np.ndarray, "B X"]
     ) -> Float32[Array, "B labels"]:
         return Encoder(self.config).apply({"params": self.params}, tokens, mask)
 

@@ -3,11 +3,13 @@
 Pure functions of (config, params, tokens, caches). The user's value is in `model.py`.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from flax.core import meta
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.cache import KV, KVCache, LayersKV
@@ -19,9 +21,11 @@ from w2s_jax.pytrees import pytree
 
 @pytree()
 class Forward:
-    """The result of one pass: final hidden states [P, W, M, D] after the last norm; the cache with
-    the stems committed (None without a cache); the branch tokens' keys and values, [P, R, L, G, C]
-    a layer (a tuple, or stacked)."""
+    """The result of one pass.
+
+    hidden [P, W, M, D]: states after the last norm. cache: with the stems committed (None without a
+    cache). chunk: the branch tokens' keys and values, [P, R, L, G, C] a layer.
+    """
 
     hidden: Array
     cache: KVCache | None
@@ -156,16 +160,18 @@ def _run_layers(
     turn: tuple[Array, Array] | None,
     layout: Layout,
     cache: KVCache | None,
-    chunk: tuple[KV, ...] | None,
+    chunk: Any,
     view: View,
-) -> tuple[Array, tuple[KV, ...] | None, tuple[KV, ...] | None]:
+) -> tuple[Array, Any, Any]:
     block = Block(config, layout, x.dtype)
+    prefix: Any = None if cache is None else cache.prefix
+    old: Any = None if cache is None else cache.committed
     committed, chunks = [], []
     _, window_of = _windows(config)
     for i in range(config.layers):
         kv = LayerKV(
-            None if cache is None else cache.prefix[i],
-            None if cache is None else cache.committed[i],
+            None if prefix is None else prefix[i],
+            None if old is None else old[i],
             None if chunk is None else chunk[i],
         )
         masks = view.masks[window_of[i]]
@@ -188,9 +194,9 @@ def _run_stacked(
     turn: tuple[Array, Array] | None,
     layout: Layout,
     cache: KVCache | None,
-    chunk: KV | None,
+    chunk: Any,
     view: View,
-) -> tuple[Array, KV | None, KV | None]:
+) -> tuple[Array, Any, Any]:
     """Scan over stacked layers; parts that are written ride in the carry and change in place.
 
     Writing a cache through scanned inputs and outputs would cost a full extra copy of it.
@@ -239,13 +245,14 @@ def _choose(masks: tuple, window: Array) -> tuple:
     if len(masks) == 1:
         return masks[0]
 
-    def pick(*choices: Array | None) -> Array | None:
-        if choices[0] is None:
+    def pick(part: tuple[Array | None, ...]) -> Array | None:
+        choices = [choice for choice in part if choice is not None]
+        if not choices:
             return None
         shape = jnp.broadcast_shapes(*(choice.shape for choice in choices))
         return jnp.stack([jnp.broadcast_to(choice, shape) for choice in choices])[window]
 
-    return tuple(pick(*choices) for choices in zip(*masks, strict=True))
+    return tuple(pick(part) for part in zip(*masks, strict=True))
 
 
 def _first(chunk: LayersKV) -> KV:

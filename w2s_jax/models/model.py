@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from flax.core import meta
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.config import ModelConfig
@@ -61,7 +61,7 @@ def init_model(
 def abstract_model(
     config: ModelConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> tuple[Model, dict]:
-    """Shapes and dtypes of a model's parameters, and a dict of their logical axes (tuples of names).
+    """Shapes and dtypes of a model's parameters, and their logical axes as tuples of names.
 
     Nothing is allocated.
     """

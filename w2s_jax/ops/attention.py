@@ -103,6 +103,7 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
         maximum = jnp.maximum(maximum, partial.maximum)
     factors = [jnp.exp(partial.maximum - maximum) for partial in partials]
     pairs = list(zip(factors, partials, strict=True))
-    total = sum(factor * partial.total for factor, partial in pairs)
-    weighted = sum(factor[..., None] * partial.weighted for factor, partial in pairs)
+    zero = jnp.zeros((), jnp.float32)
+    total = sum((factor * partial.total for factor, partial in pairs), zero)
+    weighted = sum((factor[..., None] * partial.weighted for factor, partial in pairs), zero)
     return weighted / total[..., None]

@@ -28,7 +28,7 @@ def layer_norm(
     *,
     epsilon: float,
 ) -> Float[Array, "*batch D"]:
-    """Layer norm with scale and bias, in float32, returned in x's dtype. Source: arXiv 1607.06450."""
+    """Layer norm with scale and bias, in float32, returned in x's dtype; arXiv 1607.06450."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)

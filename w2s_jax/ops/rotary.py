@@ -99,7 +99,7 @@ def rotate(
     cosine: Float[Array, "*batch half"],
     sine: Float[Array, "*batch half"],
 ) -> Float[Array, "*batch heads C"]:
-    """Rotate queries or keys by their positions' angles; float32 inside, returned in their dtype."""
+    """Rotate queries or keys by their positions' angles; float32 inside, their dtype outside."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[..., None, :], sine[..., None, :]
     turned = jnp.concatenate(

@@ -30,9 +30,7 @@ class Sampling:
             raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
-def nucleus(
-    sorted_logits: Float[Array, "*rows V"], top_p: float
-) -> Float[Array, "*rows V"]:
+def nucleus(sorted_logits: Float[Array, "*rows V"], top_p: float) -> Float[Array, "*rows V"]:
     """Mask (−inf) what follows the smallest head of descending logits whose mass reaches top_p.
 
     The most probable token always stays. Source: arXiv 1904.09751.
@@ -74,7 +72,9 @@ def choose(
     if width == 1:
         choice = jnp.zeros(keys.shape, jnp.int32)
     else:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (width,), jnp.float32))(keys.reshape(-1))
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (width,), jnp.float32))(
+            keys.reshape(-1)
+        )
         choice = jnp.argmax(values + noise.reshape(*keys.shape, width), axis=-1).astype(jnp.int32)
     if ids is None:
         return choice

@@ -56,7 +56,14 @@ def sample(n: int = 1, **settings: Any) -> SearchConfig:
 
 
 def preset(
-    method: str, *, w: int = 4, k: int = 4, l: int = 5, n: int = 16, beta: float = 1.0, **settings: Any  # noqa: E741
+    method: str,
+    *,
+    w: int = 4,
+    k: int = 4,
+    l: int = 5,  # noqa: E741
+    n: int = 16,
+    beta: float = 1.0,
+    **settings: Any,
 ) -> SearchConfig:
     """The settings of a method by name; each reads of w, k, l, n, beta what its paper defines.
 

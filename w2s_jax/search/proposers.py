@@ -86,13 +86,11 @@ class EFTProposer:
     def value(
         self, models: SearchModels, logits: Logits, tokens: Int[Array, "*rows"]
     ) -> Float[Array, "*rows"]:
-        return implicit_reward(
-            models, tuple(token_logprobs(x, tokens) for x in logits[1:])
-        )
+        return implicit_reward(models, tuple(token_logprobs(x, tokens) for x in logits[1:]))
 
 
 def implicit_reward(models: SearchModels, logprobs: tuple[Array, ...]) -> Float[Array, "*rows"]:
-    """Σ_i w_i·(log p_tuned_i − log p_untuned_i) of tokens; logprobs in the order tuned, untuned, ..."""
+    """Σ_i w_i·(log p_tuned_i − log p_untuned_i) ; logprobs go tuned, untuned, tuned, ..."""
     tuned, untuned = logprobs[0::2], logprobs[1::2]
     total = None
     for guide, up, down in zip(models.guides, tuned, untuned, strict=True):

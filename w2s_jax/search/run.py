@@ -25,8 +25,10 @@ DEFAULT_SLOTS = 8
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A response: its token ids (an EOS included), score, and whether EOS or a stop string ended
-    it (else max_new_tokens did)."""
+    """A response: its token ids, an EOS included, and its score.
+
+    finished: EOS or a stop string ended it; otherwise max_new_tokens did.
+    """
 
     tokens: tuple[int, ...]
     score: float
@@ -106,14 +108,16 @@ def check_prompt(
         positions = model.config.max_positions
         if len(prompt) + config.max_new_tokens > positions:
             raise InputError(
-                f"{where}: a prompt of {len(prompt)} tokens and {config.max_new_tokens} new ones do "
-                f"not fit the {name}'s {positions} positions; shorten it or lower max_new_tokens"
+                f"{where}: a prompt of {len(prompt)} tokens and {config.max_new_tokens} new ones "
+                f"do not fit the {name}'s {positions} positions; shorten it or lower max_new_tokens"
             )
 
 
 def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """Indices of the prompts by prefix capacity: powers of two from 16 that hold all but the last
-    token. One program is compiled for each."""
+    """Indices of the prompts by the prefix capacity they need; a program is compiled for each.
+
+    Capacities are powers of two, from 16, that hold all of a prompt but its last token.
+    """
     grouped: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         capacity = SMALLEST_BUCKET
@@ -155,10 +159,10 @@ def _run_bucket(
         if not done.any():
             continue
         kept = jax.device_get((state.tokens, state.lengths, state.scores, state.finished))
-        for slot in np.flatnonzero(done):
-            index, row_id = held[int(slot)]
+        for slot in np.flatnonzero(done).tolist():
+            index, row_id = held[slot]
             yield index, _result(row_id, *(array[slot] for array in kept))
-            state = refill(state, int(slot))
+            state = refill(state, slot)
 
 
 def _step(

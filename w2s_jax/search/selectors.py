@@ -29,9 +29,7 @@ class Selector(Protocol):
     def reorders(self) -> bool:
         """Whether a hypothesis may descend from another one; if not, no cache is moved."""
 
-    def select(
-        self, candidates: Candidates, hypotheses: int, successors: int
-    ) -> Int[Array, "P W"]:
+    def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         """Indices into the candidates, best first unless hypotheses stay in place."""
 
 
@@ -43,9 +41,7 @@ class TopW:
     def reorders(self) -> bool:
         return True
 
-    def select(
-        self, candidates: Candidates, hypotheses: int, successors: int
-    ) -> Int[Array, "P W"]:
+    def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         return jax.lax.top_k(candidates.scores, hypotheses)[1].astype(jnp.int32)
 
 
@@ -60,9 +56,7 @@ class KeepAll:
     def reorders(self) -> bool:
         return False
 
-    def select(
-        self, candidates: Candidates, hypotheses: int, successors: int
-    ) -> Int[Array, "P W"]:
+    def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         if successors != 1:
             raise ValueError(f"KeepAll keeps one successor a hypothesis, not {successors}")
         own = jnp.arange(hypotheses, dtype=jnp.int32)

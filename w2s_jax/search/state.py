@@ -1,6 +1,7 @@
 """The state of a search: what every slot's hypotheses are, and every reader's cache."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,21 +104,13 @@ def start_search(
 def state_axes(state: SearchState) -> SearchState:
     """The logical axes of every array of a state, in its own structure."""
     slot, each = ("slots",), ("slots", "hypotheses")
-    return replace(
-        state,
-        key=(),
-        row_ids=slot,
-        active=slot,
-        base=slot,
-        last=each,
-        tokens=(*each, "committed"),
-        token_scores=(*each, "committed"),
-        lengths=each,
-        scores=each,
-        finished=each,
-        proposer=tuple(cache_axes(cache) for cache in state.proposer),
-        scorer=tuple(cache_axes(cache) for cache in state.scorer),
-    )
+    axes: dict[str, Any] = {"key": ()}
+    axes |= dict.fromkeys(("row_ids", "active", "base"), slot)
+    axes |= dict.fromkeys(("last", "lengths", "scores", "finished"), each)
+    axes |= dict.fromkeys(("tokens", "token_scores"), (*each, "committed"))
+    for readers in ("proposer", "scorer"):
+        axes[readers] = tuple(cache_axes(cache) for cache in getattr(state, readers))
+    return replace(state, **axes)
 
 
 def hold(state: SearchState) -> SearchState:
@@ -125,7 +118,9 @@ def hold(state: SearchState) -> SearchState:
     if state.mesh is None:
         return state
     return jax.tree.map(
-        lambda array, axes: constrain(array, axes, state.rules, state.mesh), state, state_axes(state)
+        lambda array, axes: constrain(array, axes, state.rules, state.mesh),
+        state,
+        state_axes(state),
     )
 
 

@@ -1,4 +1,7 @@
-"""One chunk for all slots: propose, score, select. Pure functions; `search_step` is their program."""
+"""One chunk for all slots – propose, score, select – as pure functions and as one program.
+
+The loop over chunks and what reaches the host are in `run.py`.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -38,8 +41,11 @@ class Proposal:
 
 @pytree()
 class Scored:
-    """What the scorer says of a proposal: token_scores float32 [P, R, L]; end_scores float32 [P, R]
-    or None, to be added where a row is cut by length (reference_quirks); its models' buffers."""
+    """What the scorer says of a proposal.
+
+    token_scores float32 [P, R, L]; end_scores float32 [P, R] or None, to be added where a row is
+    cut by length (reference_quirks); buffers: the chunk's keys and values for each of its models.
+    """
 
     token_scores: Array
     end_scores: Array | None
@@ -160,9 +166,7 @@ def select(state: SearchState, proposal: Proposal, scored: Scored) -> SearchStat
         base=state.base + jnp.where(state.active, length, 0),
         last=tokens[..., -1],
         tokens=_write(of_parent(state.tokens), tokens, state.base),
-        token_scores=_write(
-            of_parent(state.token_scores), of_row(scored.token_scores), state.base
-        ),
+        token_scores=_write(of_parent(state.token_scores), of_row(scored.token_scores), state.base),
         lengths=jnp.where(extends, of_row(proposal.lengths), of_parent(state.lengths)),
         scores=jnp.take_along_axis(candidates.scores, chosen, axis=1),
         finished=jnp.where(extends, of_row(proposal.finished), of_parent(state.finished)),

@@ -1,0 +1,1 @@
+"""The command line `w2s`: one thin module per command."""

@@ -1,0 +1,51 @@
+"""`w2s bench search`: the flags of the search benchmark. The measuring is in w2s_jax/bench."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+
+@dataclass(frozen=True)
+class BenchSearch:
+    """Measure chunk-level beam search on random weights.
+
+    Prints prompts and tokens per second, the time in
+    prefill, proposing, scoring and selecting, compile time, and the share of the roofline floor.
+    """
+
+    policy_layers: int = 12
+    """Layers of the policy."""
+    policy_width: int = 768
+    """Width of the policy."""
+    guide_layers: int = 4
+    """Layers of the tuned and of the untuned model."""
+    guide_width: int = 256
+    """Width of the tuned and of the untuned model."""
+    vocab: int = 8192
+    """Vocabulary size of all three."""
+    beam_width: Annotated[int, arg(aliases=["--w"])] = 4
+    """W, hypotheses kept."""
+    successors: Annotated[int, arg(aliases=["--k"])] = 4
+    """K, successors sampled from each hypothesis."""
+    chunk_length: Annotated[int, arg(aliases=["--l"])] = 5
+    """L, tokens in a chunk."""
+    max_new_tokens: int = 50
+    """Tokens in a response."""
+    prompt_tokens: int = 13
+    """Tokens in a prompt."""
+    batch_size: int = 1
+    """Prompts searched side by side."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights."""
+    repeats: int = 3
+    """Timed runs; the median is reported."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write the figures to FILE as JSON."""
+
+    def run(self) -> None:
+        """Run the benchmark and print its figures."""
+        from w2s_jax.bench import search
+
+        options = {name: value for name, value in asdict(self).items() if name != "json"}
+        search.run(search.Options(**options), json_path=self.json)

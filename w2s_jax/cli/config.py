@@ -1,0 +1,109 @@
+"""Config files: YAML values of a command's flags, which flags on the command line override.
+
+A file becomes flags put before the user's own, so that both are checked by the same rules.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import w2s_jax
+from w2s_jax.errors import InputError
+
+FLAG = "--config"
+
+
+def find_config(flags: Sequence[str], *, folder: str) -> Path | None:
+    """The file that `--config FILE` or `--config NAME` names in these flags; None without the flag.
+
+    A name stands for `NAME.yaml` among the package's configs, in `folder`. Raises InputError for a
+    file or a name that is not there.
+    """
+    asked = None
+    for place, flag in enumerate(flags):
+        if flag == FLAG:
+            asked = flags[place + 1] if place + 1 < len(flags) else None
+        elif flag.startswith(f"{FLAG}="):
+            asked = flag.removeprefix(f"{FLAG}=")
+    if asked is None:
+        return None
+    if Path(asked).suffix in (".yaml", ".yml"):
+        if not Path(asked).is_file():
+            raise InputError(f"--config {asked}: no such file")
+        return Path(asked)
+    named = configs_folder() / folder / f"{asked}.yaml"
+    if not named.is_file():
+        known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml"))) or "none"
+        raise InputError(f"--config {asked}: neither a .yaml file nor one of the names: {known}")
+    return named
+
+
+def configs_folder() -> Path:
+    """Where the package's configs lie: inside it when installed, beside it in a checkout."""
+    package = Path(w2s_jax.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list[str]:
+    """The flags a config file stands for, without those that `flags` gives itself.
+
+    Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`). Raises InputError for
+    a file that is not YAML, is not a mapping or holds an unknown key.
+    """
+    names = flag_names(command)
+    given = {names.get(_plain(flag)) for flag in flags if flag.startswith("--")}
+    expanded: list[str] = []
+    for key, value in _read_yaml(source).items():
+        field = names.get(_plain(str(key)))
+        if field is None:
+            near = difflib.get_close_matches(_plain(str(key)), names, n=1)
+            hint = f"; perhaps {near[0]}" if near else ""
+            raise InputError(f"{source}: unknown key {key!r}{hint}")
+        if field not in given and value is not None:
+            expanded += _as_flags(field.replace("_", "-"), value)
+    return expanded
+
+
+def flag_names(command: type[Any]) -> dict[str, str]:
+    """Every spelling of a command's flags, without dashes before it, and the field it sets."""
+    names: dict[str, str] = {}
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        aliases = [
+            alias
+            for note in getattr(hints[field.name], "__metadata__", ())
+            for alias in getattr(note, "aliases", None) or ()
+        ]
+        for name in (field.name, f"no-{field.name}", *aliases):
+            names[_plain(name)] = field.name
+    return names
+
+
+def _plain(flag: str) -> str:
+    return flag.split("=")[0].lstrip("-").replace("_", "-")
+
+
+def _as_flags(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [flag for item in value for flag in _as_flags(name, item)]
+    return [f"--{name}={value}"]
+
+
+def _read_yaml(source: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(source.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: not a mapping of flags to values")
+    return values

@@ -1,0 +1,107 @@
+"""The entry point `w2s`: finds the command, reads its flags, tells errors in one line.
+
+A command is a frozen dataclass with a `run` method, in a module imported only when asked for.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import w2s_jax
+from w2s_jax.cli.config import config_flags, find_config
+from w2s_jax.errors import InputError
+
+# Words of a command: (module, class, one line of help).
+COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
+    ("demo",): ("demo", "Demo", "steer a small built-in model and show what it gains"),
+    ("search",): ("search", "Search", "answer a file of prompts, steered by two small models"),
+    ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
+}
+
+INTERRUPTED = 130
+WRONG_INPUT = 2
+
+
+@typing.runtime_checkable
+class Command(Protocol):
+    """What every command is."""
+
+    def run(self) -> None:
+        """Do the work; raises InputError for wrong input."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        print(f"w2s {w2s_jax.__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else WRONG_INPUT
+    try:
+        parse(args).run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parse(args: Sequence[str]) -> Command:
+    """The command that a command line asks for, its config file under its flags.
+
+    Raises InputError for an unknown command and a wrong config file; exits with status 2, after a
+    message, where flags are wrong, and with 0 after --help.
+    """
+    words = _words(args)
+    module, name, _ = COMMANDS[words]
+    command = getattr(importlib.import_module(f"w2s_jax.cli.{module}"), name)
+    flags = list(args[len(words) :])
+    source = find_config(flags, folder="/".join(words)) if _takes_config(command) else None
+    preset = config_flags(source, command, flags) if source else []
+    return _read_flags(command, [*preset, *flags], words)
+
+
+def _words(args: Sequence[str]) -> tuple[str, ...]:
+    for words in COMMANDS:
+        if tuple(args[: len(words)]) == words:
+            return words
+    asked = [arg for arg in args[:2] if not arg.startswith("-")]
+    known = ", ".join(" ".join(words) for words in COMMANDS)
+    raise InputError(f"unknown command {' '.join(asked)!r}; the commands are {known}")
+
+
+def _takes_config(command: type) -> bool:
+    return any(field.name == "config" for field in dataclasses.fields(command))
+
+
+def _read_flags(command: type[Any], flags: list[str], words: tuple[str, ...]) -> Command:
+    import tyro
+
+    about = inspect.cleandoc(command.__doc__ or "")
+    read = tyro.cli(command, args=flags, prog=" ".join(("w2s", *words)), description=about)
+    return typing.cast(Command, read)
+
+
+def _overview() -> str:
+    names = {words: " ".join(words) for words in COMMANDS}
+    width = max(map(len, names.values()))
+    lines = [f"  {names[words]:{width}}  {COMMANDS[words][2]}" for words in COMMANDS]
+    return "\n".join(
+        [
+            "usage: w2s COMMAND [flags]    (w2s COMMAND --help lists its flags)",
+            "",
+            "Weak-to-strong alignment: small tuned models steer large frozen ones.",
+            "",
+            *lines,
+            "",
+            "  --version  print the version",
+        ]
+    )

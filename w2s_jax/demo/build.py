@@ -1,0 +1,161 @@
+"""Rebuilds the embedded default from the IMDb reviews, stage by stage.
+
+    python -m w2s_jax.demo.build --config configs/demo/recipe.yaml --work DIR
+
+A stage that is done is not run again; one that was killed goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2s_jax.demo.corpus import Corpus, build_corpus, load_corpus, read_reviews
+from w2s_jax.demo.export import ASSETS, export
+from w2s_jax.demo.gold import opening_accuracy, train_gold
+from w2s_jax.demo.language import held_out_loss, train_language
+from w2s_jax.demo.preferences import load_pairs, pair_logprobs, sample_pairs, tune
+from w2s_jax.demo.recipe import Recipe, read_recipe
+from w2s_jax.errors import InputError
+from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
+from w2s_jax.models.huggingface import load_model, save_model
+from w2s_jax.models.model import Model
+from w2s_jax.text.bpe import PADDING
+from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.train.loop import read_metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A recipe with the folders it works in; each method that is a stage returns its figures."""
+
+    recipe: Recipe
+    data: Path
+    work: Path
+    assets: Path
+
+    def corpus(self) -> dict[str, Any]:
+        """Tokenizer and token arrays: `language` (train and unsup), `train` and `test`."""
+        length = self.recipe.policy.max_positions
+        return build_corpus(
+            self.data / "imdb", self.work, self.recipe.vocab_size, max_length=length
+        )
+
+    def gold(self) -> dict[str, Any]:
+        """The gold classifier and its accuracy on the openings of the test reviews."""
+        classifier = train_gold(
+            self.recipe.gold, self._corpus("train"), self.recipe.vocab_size, self.work / "gold"
+        )
+        save_classifier(classifier, self.work / "gold" / "model")
+        return {"test_accuracy_openings": opening_accuracy(classifier, self._corpus("test"))}
+
+    def policy(self) -> dict[str, Any]:
+        """The policy."""
+        return self._language("policy")
+
+    def untuned(self) -> dict[str, Any]:
+        """The untuned guide."""
+        return self._language("untuned")
+
+    def preferences(self) -> dict[str, Any]:
+        """Pairs sampled from the untuned guide and labelled by the gold reward."""
+        reviews = read_reviews(self.data / "imdb" / "train.jsonl.xz")
+        output = self.work / "preferences" / "pairs.jsonl"
+        sample_pairs(
+            self.recipe.preferences,
+            self._model("untuned"),
+            self._gold(),
+            self._tokenizer(),
+            [review.text for review in reviews],
+            output,
+        )
+        rows = [json.loads(line)["rewards"] for line in output.read_text().splitlines()]
+        agree = sum(chosen > rejected for chosen, rejected in rows)
+        return {"pairs": len(rows), "chosen_has_higher_reward": agree / len(rows)}
+
+    def tuned(self) -> dict[str, Any]:
+        """The tuned guide and the accuracy of its implicit reward on held-out pairs."""
+        untuned = self._model("untuned")
+        pad_id = self._tokenizer().convert_tokens_to_ids(PADDING)
+        pairs = load_pairs(self.work / "preferences" / "pairs.jsonl", pad_id)
+        model = tune(self.recipe.tuned, untuned, pairs, self.work / "tuned")
+        save_model(model, self.work / "tuned" / "model")
+        held_out = pairs.part(-self.recipe.tuned.held_out)
+        rewards = pair_logprobs(model, held_out) - pair_logprobs(untuned, held_out)
+        return {"held_out_accuracy": float((rewards[:, 0] > rewards[:, 1]).mean())}
+
+    def export(self) -> dict[str, Any]:
+        """The four models in bfloat16 with their tokenizer, checked again as exported."""
+        return export(self.work, self.assets, self._tokenizer(), self._corpus("test"))
+
+    def _language(self, name: str) -> dict[str, Any]:
+        config, held_out = getattr(self.recipe, name), self._corpus("test")
+        model = train_language(
+            config, self._corpus("language"), held_out, self.recipe.vocab_size, self.work / name
+        )
+        save_model(model, self.work / name / "model")
+        return {"test_loss": held_out_loss(model, held_out, batches=64)}
+
+    def _corpus(self, name: str) -> Corpus:
+        return load_corpus(self.work / "corpus" / name)
+
+    def _model(self, name: str) -> Model:
+        return load_model(self.work / name / "model")
+
+    def _gold(self) -> Classifier:
+        return load_classifier(self.work / "gold" / "model")
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.work / "tokenizer")
+
+
+STAGES = ("corpus", "gold", "policy", "untuned", "preferences", "tuned", "export")
+
+
+def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None = None) -> None:
+    """Run the stages in order (or the one named), each recorded in `WORK/STAGE/done.json`."""
+    job = Build(recipe, data, work, assets)
+    for stage in STAGES if only is None else (only,):
+        done = work / stage / "done.json"
+        if done.is_file():
+            log.info("%s: done before", stage)
+            continue
+        log.info("%s: started", stage)
+        started = time.monotonic()
+        run: Callable[[], dict[str, Any]] = getattr(job, stage)
+        figures = run()
+        rows = read_metrics(work / stage)
+        trained = {"trained_seconds": rows[-1]["seconds"]} if rows else {}
+        record = {"seconds": round(time.monotonic() - started, 1), **trained, **figures}
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps(record, indent=2) + "\n")
+        log.info("%s: %s", stage, json.dumps(record))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description="Rebuild the models of the embedded default.")
+    parser.add_argument("--config", type=Path, required=True, help="the recipe (YAML)")
+    parser.add_argument("--work", type=Path, required=True, help="folder of caches and checkpoints")
+    parser.add_argument("--data", type=Path, help="folder that holds imdb/ (default: W2S_DATA)")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="where the models go")
+    parser.add_argument("--only", choices=STAGES, help="run this stage alone")
+    flags = parser.parse_args(arguments)
+    data = flags.data or Path(os.environ.get("W2S_DATA", "../shared/data"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        build(read_recipe(flags.config), data, flags.work, flags.assets, flags.only)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

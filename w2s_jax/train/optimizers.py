@@ -1,0 +1,127 @@
+"""Optimizers and learning-rate schedules from one frozen config, built as optax chains.
+
+Gradient clipping is part of the chain; gradient accumulation is in step.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from w2s_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) or Muon for the matrices of the layers with AdamW for the rest.
+
+    `learning_rate` is the peak, `muon_learning_rate` that of the matrices under Muon. `warmup` is
+    a share of the steps, or their number when above 1; `final` is a share of the peak. A
+    trapezoid stays at the peak until the last `decay` share of the steps, so their number may be
+    settled on the way.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine", "trapezoid"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.3
+    final: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    muon_learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise InputError(f"warmup {self.warmup} must not be negative")
+        if not 0 < self.decay <= 1:
+            raise InputError(
+                f"decay {self.decay} must be a share of the steps, above 0 and up to 1"
+            )
+        if self.learning_rate <= 0:
+            raise InputError(f"learning_rate {self.learning_rate} must be above 0")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 to the peak, then as `config.schedule` says."""
+    peak = config.learning_rate
+    warmup = round(config.warmup if config.warmup > 1 else config.warmup * steps)
+    rest = max(steps - warmup, 1)
+    after: Callable[[Any], Any]
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * config.final, rest)
+    elif config.schedule == "trapezoid":
+        falling = min(round(config.decay * steps), rest)
+        after = optax.linear_schedule(peak, peak * config.final, falling, rest - falling)
+    else:
+        after = optax.cosine_decay_schedule(peak, rest, config.final)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole chain: global-norm clip, then the named optimizer with its schedule over `steps`.
+
+    Weight decay never reaches biases and norms; under Muon it reaches the layers' kernels alone.
+    """
+    schedule = make_schedule(config, steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule,
+            config.b1,
+            config.b2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        )
+    else:
+        update = _muon(config, schedule)
+    if config.max_grad_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+
+
+def _decayed(params: Any) -> Any:
+    """True for the leaves that weight decay reaches."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
+
+
+def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (orthogonalised momentum) at its own peak; both peaks follow one schedule."""
+    ratio = config.muon_learning_rate / config.learning_rate
+    return muon(
+        lambda step: ratio * schedule(step),
+        eps=config.epsilon,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=schedule,
+        weight_decay=config.weight_decay / ratio,
+        weight_decay_mask=_decayed,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which axes of a layer's kernel go in and which come out; None leaves the leaf to AdamW."""
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or not path[0].key.startswith("layers"):
+            return None
+        if leaf.ndim == 3:
+            return (
+                MuonDimensionNumbers((0, 1), 2)
+                if path[-2].key == "out"
+                else MuonDimensionNumbers(0, (1, 2))
+            )
+        return MuonDimensionNumbers(0, 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
