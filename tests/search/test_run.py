@@ -1,10 +1,14 @@
 """The host's side: results, refilled slots, stop strings, wrong input."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
+from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.presets import METHODS, cbs, preset, sample
@@ -127,9 +131,30 @@ def test_wrong_prompts_are_refused(policy, guide):
         search(policy, None, [[4]], config)
     with pytest.raises(InputError, match="2 row ids for 1 prompts"):
         search(policy, guide, [[4]], config, row_ids=[1, 2])
-    small = Guide(tiny_model(5, layers=1, vocab_size=20), tiny_model(6, layers=1))
-    with pytest.raises(InputError, match="the tuned model has 20 logits, the policy 23"):
-        search(policy, small, [[4]], config)
+    other = Guide(tiny_model(5, layers=1, vocab_size=2000), tiny_model(6, layers=1))
+    with pytest.raises(InputError, match="the tuned model has 2000 logits, the policy 23"):
+        search(policy, other, [[4]], config)
+
+
+@pytest.mark.parametrize("method", ["cbs", "eft"])
+def test_padded_vocabularies_are_one_and_padding_is_never_proposed(policy, guide, method):
+    def padded(model, size):
+        table = model.params["embed"]["embedding"]
+        table = jnp.pad(table, ((0, size - VOCAB), (0, 0)))
+        head = jnp.pad(model.params["head"]["kernel"], ((0, 0), (0, size - VOCAB)))
+        params = model.params | {"embed": {"embedding": table}, "head": {"kernel": head}}
+        return Model(dataclasses.replace(model.config, vocab_size=size), params)
+
+    prompts = [[4 + i] for i in range(6)]
+    config = preset(method, w=2, k=2, l=3, max_new_tokens=12, sampling=Sampling(3.0))
+    wide = Guide(padded(guide.tuned, 30), padded(guide.untuned, VOCAB))
+    for results in (
+        search(padded(policy, 40), guide, prompts, config),
+        search(policy, wide, prompts, config),
+    ):
+        drawn = {t for result in results for h in result.hypotheses for t in h.tokens}
+        assert len(drawn) > VOCAB // 2
+        assert max(drawn) < VOCAB
 
 
 def test_presets_by_name():

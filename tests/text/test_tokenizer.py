@@ -160,10 +160,17 @@ def test_vocabularies_are_compared_by_token_not_by_size(tmp_path, byte_level):
     def swap(vocab):
         vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
 
+    def extend(count):
+        return lambda vocab: vocab.update({f"extra{i}": len(vocab) + i for i in range(count)})
+
     plain, same, swapped = variant("1", dict), variant("2", dict), variant("3", swap)
+    longer, far_longer = variant("4", extend(2)), variant("5", extend(300))
     assert len(plain) == len(swapped)
     assert same_vocabulary(plain, same)
     assert not same_vocabulary(plain, swapped)
+    assert same_vocabulary(plain, longer)
+    assert same_vocabulary(longer, plain)
+    assert not same_vocabulary(plain, far_longer)
 
 
 def write(name, content):

@@ -30,7 +30,7 @@ from w2s_jax.text.bpe import PADDING
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train.loop import read_metrics
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("w2s_jax.demo.build")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=STAGES, help="run this stage alone")
     flags = parser.parse_args(arguments)
     data = flags.data or Path(os.environ.get("W2S_DATA", "../shared/data"))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("w2s_jax").setLevel(logging.INFO)
     try:
         build(read_recipe(flags.config), data, flags.work, flags.assets, flags.only)
     except InputError as error:

@@ -4,7 +4,6 @@ Holds no training; the arrays are what the stages of build.py draw their batches
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +57,11 @@ class Corpus:
         """Token ids of one review."""
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
-    def subset(self, indices: Iterable[int]) -> "Corpus":
+    def subset(self, indices: Int64[np.ndarray, " m"]) -> "Corpus":
         """The reviews at `indices`, in that order."""
-        parts = [self.review(i) for i in indices]
-        labels = self.labels[np.asarray(list(indices), dtype=np.int64)]
+        parts = [self.review(int(i)) for i in indices]
         starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return Corpus(np.concatenate(parts), starts, labels)
+        return Corpus(np.concatenate(parts), starts, self.labels[indices])
 
 
 def encode_reviews(tokenizer: Tokenizer, reviews: list[Review], *, batch: int = 2000) -> Corpus:

@@ -26,18 +26,27 @@ class SearchModels:
     policy: Model
     guides: tuple[Guide, ...]
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that every model knows; only these are proposed. Embeddings may be padded."""
+        members = [self.policy, *(m for g in self.guides for m in (g.tuned, g.untuned))]
+        return min(model.config.vocab_size for model in members)
+
+
+LARGEST_PADDING = 1024
+
 
 def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> SearchModels:
-    """Check that all models have logits over the policy's token ids, and bundle them.
+    """Bundle the models of a search, whose vocabularies must be one.
 
-    A guide's vocabulary may be padded to a larger size; equality of the token maps themselves is
-    for whoever holds the tokenizers to check (`text.tokenizer.same_vocabulary`).
-    Raises InputError for a guide with fewer logits than the policy.
+    Padding may make their sizes differ. Whether the token maps are equal is for whoever holds the
+    tokenizers to check (`text.tokenizer.same_vocabulary`).
+    Raises InputError where the sizes differ by more than padding does (1024).
     """
     chosen = (guides,) if isinstance(guides, Guide) else tuple(guides or ())
     for index, guide in enumerate(chosen):
         for role, model in (("tuned", guide.tuned), ("untuned", guide.untuned)):
-            if model.config.vocab_size != policy.config.vocab_size:
+            if abs(model.config.vocab_size - policy.config.vocab_size) > LARGEST_PADDING:
                 raise InputError(
                     f"guide {index}: the {role} model has {model.config.vocab_size} logits, the "
                     f"policy {policy.config.vocab_size}; token-level guidance needs one vocabulary"

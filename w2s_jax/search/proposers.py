@@ -45,7 +45,7 @@ class PolicyProposer:
         return (models.policy,)
 
     def mix(self, models: SearchModels, logits: Logits) -> Float[Array, "*rows V"]:
-        return logits[0]
+        return logits[0][..., : models.vocabulary]
 
     def value(
         self, models: SearchModels, logits: Logits, tokens: Int[Array, "*rows"]
@@ -77,9 +77,11 @@ class EFTProposer:
         return (models.policy, *(model for pair in pairs for model in pair))
 
     def mix(self, models: SearchModels, logits: Logits) -> Float[Array, "*rows V"]:
-        mixed = jax.nn.log_softmax(logits[0], axis=-1)
-        for i, guide in enumerate(models.guides):
-            tuned, untuned = (jax.nn.log_softmax(x, axis=-1) for x in logits[1 + 2 * i : 3 + 2 * i])
+        policy, *others = (
+            jax.nn.log_softmax(x, axis=-1)[..., : models.vocabulary] for x in logits
+        )
+        mixed = policy
+        for guide, tuned, untuned in zip(models.guides, others[0::2], others[1::2], strict=True):
             mixed = mixed + self.beta * guide.weight * (tuned - untuned)
         return mixed
 

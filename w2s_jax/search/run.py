@@ -99,7 +99,7 @@ def check_prompt(
     """Raise InputError, naming `where`, for a prompt that the models cannot be searched behind."""
     if not len(prompt):
         raise InputError(f"{where}: the prompt has no tokens; give at least one (BOS, say)")
-    vocabulary = models.policy.config.vocab_size
+    vocabulary = models.vocabulary
     if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise InputError(f"{where}: a token id lies outside the vocabulary of {vocabulary}")
     pairs = [(f"tuned model {i}", g.tuned) for i, g in enumerate(models.guides)]
@@ -193,5 +193,5 @@ def _result(row_id: int, tokens: Any, lengths: Any, scores: Any, finished: Any) 
 _insert = partial(jax.jit, donate_argnums=1)(insert_prompt)
 _release = partial(jax.jit, donate_argnums=0)(release)
 _propose = partial(jax.jit, donate_argnums=1)(step.propose)
-_conclude = partial(jax.jit, donate_argnums=(1, 2))(step.conclude)
+_conclude = partial(jax.jit, donate_argnums=1)(step.conclude)
 _done = jax.jit(lambda state: state.done)

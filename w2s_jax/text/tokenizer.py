@@ -13,6 +13,8 @@ from w2s_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# More tokens than this on one side make another vocabulary, not an extended one.
+_ADDED_TOKENS = 256
 _PATTERNS = [
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,11 +47,13 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
-    """Whether two tokenizers map the same tokens to the same ids.
+    """Whether every token that both could write has one id, and one map holds the other.
 
-    Sizes do not tell: models pad their embeddings, and different tokenizers may have one size.
+    Sizes do not tell: models pad their embeddings, different tokenizers may have one size, and a
+    fine-tuned model often gained a token or two (a padding token, say) behind its origin's.
     """
-    return one.get_vocab() == other.get_vocab()
+    smaller, larger = sorted((one.get_vocab(), other.get_vocab()), key=len)
+    return smaller.items() <= larger.items() and len(larger) - len(smaller) <= _ADDED_TOKENS
 
 
 def _locate(path_or_hub_id: str | Path) -> Path:

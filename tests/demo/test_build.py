@@ -1,0 +1,129 @@
+import json
+import lzma
+
+import numpy as np
+import pytest
+import yaml
+
+from w2s_jax.demo.build import STAGES, main
+from w2s_jax.demo.corpus import clean, read_reviews
+from w2s_jax.demo.preferences import opening_words, preference
+from w2s_jax.demo.recipe import read_recipe
+from w2s_jax.errors import InputError
+
+TINY_LANGUAGE = {
+    "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "steps": 3, "rows": 2, "length": 16,
+    "max_positions": 64,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 300,
+    "gold": {
+        "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "widths": [8], "rows": 4, "steps": 2,
+        "held_out": 4,
+    },
+    "policy": TINY_LANGUAGE,
+    "untuned": TINY_LANGUAGE | {"optimizer": {"name": "muon"}},
+    "preferences": {"pairs": 12, "new_tokens": 4, "slots": 4, "block": 6},
+    "tuned": {"epochs": 1, "rows": 4, "held_out": 4},
+}  # fmt: skip
+
+
+def reviews(name):
+    rng = np.random.default_rng(len(name))
+    words = ["a", "good", "bad", "film", "<br /><br />", "the", "plot", "so-so", name]
+    for i in range(20):
+        text = f"{i} " + " ".join(rng.choice(words, 12))
+        yield {"text": text} | ({} if name == "unsup" else {"label": i % 2})
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "imdb"
+    folder.mkdir(parents=True)
+    for name in ("train", "unsup", "test"):
+        with lzma.open(folder / f"{name}.jsonl.xz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in reviews(name))
+    return folder.parent
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.mark.slow
+def test_the_recipe_builds_every_model_and_a_second_run_does_nothing(data, recipe, tmp_path):
+    work, assets = tmp_path / "work", tmp_path / "assets"
+    arguments = [f"--{k}={v}" for k, v in
+                 {"config": recipe, "work": work, "data": data, "assets": assets}.items()]  # fmt: skip
+    main(arguments)
+    card = json.loads((assets / "card.json").read_text())
+    assert set(card["stages"]) == set(STAGES) - {"export"}
+    assert {"gold", "policy", "untuned", "tuned", "bytes"} == set(card["exported"])
+    for name in ("gold", "policy", "untuned", "tuned"):
+        held = {path.name for path in (assets / name).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= held
+    rows = [json.loads(line) for line in (work / "preferences" / "pairs.jsonl").open()]
+    assert len(rows) == 12
+    assert all({"prompt", "chosen", "rejected", "rewards"} <= row.keys() for row in rows)
+
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_line_breaks_and_blanks_are_cleaned():
+    assert clean("One. <br /><br />Two<br>three  \t four ") == "One.\nTwo\nthree four"
+
+
+def test_duplicates_are_read_once(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    rows = [{"text": "a<br />b", "label": 1}, {"text": "a\nb"}, {"text": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(review.text, review.label) for review in read_reviews(path)] == [("a\nb", 1), ("c", -1)]
+
+
+def test_a_prompt_is_the_first_words_as_written():
+    assert opening_words("This film, well\nit is", 3) == "This film, well\nit"
+    assert opening_words("Short", 5) == "Short"
+
+
+def test_preferences_follow_bradley_terry():
+    rng = np.random.default_rng(0)
+    gap = np.array([0.3, -0.7], np.float32)
+    first = np.mean([preference(gap, rng)[0] == 0 for _ in range(4000)])
+    assert first == pytest.approx(1 / (1 + np.exp(-1.0)), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"police": {}}, "unknown field 'police'"),
+        ({"policy": {"width": 8}}, "policy: field 'layers' is missing"),
+        ({"vocab_size": "many"}, "vocab_size: 'many' is no int"),
+        ({"tuned": {"optimizer": {"name": "sgd"}}}, "optimizer: name: 'sgd' is none of adamw, muon"),
+        ({"tuned": {"optimizer": {"warmup": -1}}}, "warmup -1.0 must not be negative"),
+        ({"gold": 3}, "gold: expected fields of GoldConfig"),
+    ],
+)
+def test_a_wrong_recipe_is_told_with_its_place(tmp_path, change, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(InputError, match=message) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_missing_reviews_are_told_and_end_with_status_two(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([f"--config={recipe}", f"--work={tmp_path / 'work'}", f"--data={tmp_path / 'none'}"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "train.jsonl.xz" in error
+
+
+def test_the_shipped_recipe_is_readable():
+    read_recipe("configs/demo/recipe.yaml")
