@@ -1,5 +1,6 @@
 import json
 import lzma
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,8 +57,7 @@ def recipe(tmp_path):
 @pytest.mark.slow
 def test_the_recipe_builds_every_model_and_a_second_run_does_nothing(data, recipe, tmp_path):
     work, assets = tmp_path / "work", tmp_path / "assets"
-    arguments = [f"--{k}={v}" for k, v in
-                 {"config": recipe, "work": work, "data": data, "assets": assets}.items()]  # fmt: skip
+    arguments = [f"--config={recipe}", f"--work={work}", f"--data={data}", f"--assets={assets}"]
     main(arguments)
     card = json.loads((assets / "card.json").read_text())
     assert set(card["stages"]) == set(STAGES) - {"export"}
@@ -82,7 +82,10 @@ def test_duplicates_are_read_once(tmp_path):
     path = tmp_path / "reviews.jsonl"
     rows = [{"text": "a<br />b", "label": 1}, {"text": "a\nb"}, {"text": "c"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(review.text, review.label) for review in read_reviews(path)] == [("a\nb", 1), ("c", -1)]
+    assert [(review.text, review.label) for review in read_reviews(path)] == [
+        ("a\nb", 1),
+        ("c", -1),
+    ]
 
 
 def test_a_prompt_is_the_first_words_as_written():
@@ -103,7 +106,10 @@ def test_preferences_follow_bradley_terry():
         ({"police": {}}, "unknown field 'police'"),
         ({"policy": {"width": 8}}, "policy: field 'layers' is missing"),
         ({"vocab_size": "many"}, "vocab_size: 'many' is no int"),
-        ({"tuned": {"optimizer": {"name": "sgd"}}}, "optimizer: name: 'sgd' is none of adamw, muon"),
+        (
+            {"tuned": {"optimizer": {"name": "sgd"}}},
+            "optimizer: name: 'sgd' is none of adamw, muon",
+        ),
         ({"tuned": {"optimizer": {"warmup": -1}}}, "warmup -1.0 must not be negative"),
         ({"gold": 3}, "gold: expected fields of GoldConfig"),
     ],
@@ -126,4 +132,4 @@ def test_missing_reviews_are_told_and_end_with_status_two(recipe, tmp_path, caps
 
 
 def test_the_shipped_recipe_is_readable():
-    read_recipe("configs/demo/recipe.yaml")
+    read_recipe(Path(__file__).parents[2] / "configs" / "demo" / "recipe.yaml")

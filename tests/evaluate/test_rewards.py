@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,8 +30,8 @@ def classifier():
 def test_a_reward_is_the_positive_logit_minus_the_negative_one(classifier, tokenizer):
     rewards = gold_rewards(classifier, tokenizer, TEXTS, batch_size=2)
     for text, reward in zip(TEXTS, rewards, strict=True):
-        tokens = np.array([tokenizer(text)["input_ids"][:64]], np.int32)
-        logits = classifier(tokens, np.ones(tokens.shape, bool))[0]
+        tokens = jnp.array([tokenizer(text)["input_ids"][:64]])
+        logits = classifier(tokens, jnp.ones(tokens.shape, bool))[0]
         np.testing.assert_allclose(reward, logits[POSITIVE] - logits[NEGATIVE], atol=1e-5)
 
 

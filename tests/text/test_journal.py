@@ -34,9 +34,19 @@ def test_merging_writes_rows_in_input_order_and_removes_the_journal(path, tmp_pa
     journal = open_journal(path, JOB)
     for row_id in (3, 1, 0, 2):
         journal.append(row_id, {"id": row_id})
-    journal.merge(tmp_path / "out.jsonl")
+    journal.merge(tmp_path / "out.jsonl", 4)
     assert read_jsonl(tmp_path / "out.jsonl") == [{"id": 0}, {"id": 1}, {"id": 2}, {"id": 3}]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_an_incomplete_journal_is_not_merged(path, tmp_path):
+    journal = open_journal(path, JOB)
+    journal.append(0, {"id": 0})
+    journal.append(2, {"id": 2})
+    with pytest.raises(InputError, match="2 of 4 rows are missing, first 1"):
+        journal.merge(tmp_path / "out.jsonl", 4)
+    assert sorted(journal.read()) == [0, 2]
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @given(st.integers(1, 400))

@@ -105,7 +105,7 @@ class Search:
                 job = (tokenizer, rows, config, journal)
                 search_rows(policy, guide, *job, prompts=prompts, on_row=bar.update)
         seconds = time.monotonic() - started
-        journal.merge(self.output)
+        journal.merge(self.output, len(rows))
         print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")
 
     def search_config(self) -> "SearchConfig":

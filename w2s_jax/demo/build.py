@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from w2s_jax.demo.corpus import Corpus, build_corpus, load_corpus, read_reviews
 from w2s_jax.demo.export import ASSETS, export
 from w2s_jax.demo.gold import opening_accuracy, train_gold
@@ -26,7 +28,8 @@ from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.model import Model
-from w2s_jax.text.bpe import PADDING
+from w2s_jax.text.bpe import PAD_ID
+from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train.loop import read_metrics
 
@@ -67,25 +70,29 @@ class Build:
 
     def preferences(self) -> dict[str, Any]:
         """Pairs sampled from the untuned guide and labelled by the gold reward."""
-        reviews = read_reviews(self.data / "imdb" / "train.jsonl.xz")
         output = self.work / "preferences" / "pairs.jsonl"
-        sample_pairs(
-            self.recipe.preferences,
-            self._model("untuned"),
-            self._gold(),
-            self._tokenizer(),
-            [review.text for review in reviews],
-            output,
-        )
-        rows = [json.loads(line)["rewards"] for line in output.read_text().splitlines()]
-        agree = sum(chosen > rejected for chosen, rejected in rows)
-        return {"pairs": len(rows), "chosen_has_higher_reward": agree / len(rows)}
+        if not output.is_file():
+            reviews = read_reviews(self.data / "imdb" / "train.jsonl.xz")
+            sample_pairs(
+                self.recipe.preferences,
+                self._model("untuned"),
+                self._gold(),
+                self._tokenizer(),
+                [review.text for review in reviews],
+                output,
+            )
+        rewards = np.array([row["rewards"] for row in read_jsonl(output)])
+        return {
+            "pairs": len(rewards),
+            "mean_reward": float(rewards.mean()),
+            "mean_gap": float(np.abs(rewards[:, 0] - rewards[:, 1]).mean()),
+            "chosen_has_higher_reward": float((rewards[:, 0] > rewards[:, 1]).mean()),
+        }
 
     def tuned(self) -> dict[str, Any]:
         """The tuned guide and the accuracy of its implicit reward on held-out pairs."""
         untuned = self._model("untuned")
-        pad_id = self._tokenizer().convert_tokens_to_ids(PADDING)
-        pairs = load_pairs(self.work / "preferences" / "pairs.jsonl", pad_id)
+        pairs = load_pairs(self.work / "preferences" / "pairs.jsonl", PAD_ID)
         model = tune(self.recipe.tuned, untuned, pairs, self.work / "tuned")
         save_model(model, self.work / "tuned" / "model")
         held_out = pairs.part(-self.recipe.tuned.held_out)

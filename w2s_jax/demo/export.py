@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from w2s_jax.demo.corpus import Corpus
-from w2s_jax.demo.gold import END_ID, opening_accuracy, review_accuracy
+from w2s_jax.demo.gold import opening_accuracy, review_accuracy
 from w2s_jax.demo.language import held_out_loss
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.models.encoder import Classifier
@@ -23,6 +23,7 @@ from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import sample
 from w2s_jax.search.run import search
+from w2s_jax.text.bpe import END_ID
 
 ASSETS = Path(__file__).parent / "assets"
 LANGUAGE_MODELS = ("policy", "untuned", "tuned")
@@ -69,7 +70,7 @@ def sampled_rewards(
     model: Model, gold: Classifier, tokenizer: Any, corpus: Corpus, *, prompts: int
 ) -> Float[np.ndarray, " n"]:
     """Gold rewards of one plain sample (temperature 1, 50 tokens) for each of the first prompts."""
-    heads = [[END_ID, *map(int, corpus.review(i)[:8])] for i in range(prompts)]
+    heads = [[END_ID, *map(int, corpus.review(i)[:8])] for i in range(min(prompts, len(corpus)))]
     settings = sample(sampling=Sampling(1.0), max_new_tokens=50, slots=64)
     results = search(model, None, heads, settings)
     texts = [

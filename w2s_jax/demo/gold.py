@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.text.batches import Crops, pad_rows
+from w2s_jax.text.bpe import END_ID, PAD_ID
 from w2s_jax.train.loop import train
 from w2s_jax.train.losses import classification
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 from w2s_jax.train.step import Metrics, init_state, make_train_step
 
-END_ID, PAD_ID = 0, 1
 REVIEW_WINDOW, OPENING_WINDOW = 192, 64
 
 

@@ -14,12 +14,11 @@ from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, init_model
 from w2s_jax.text.batches import Windows
+from w2s_jax.text.bpe import END_ID, PAD_ID
 from w2s_jax.train.loop import train
 from w2s_jax.train.objectives import next_token_logprobs, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 from w2s_jax.train.step import init_state, make_train_step
-
-END_ID, PAD_ID = 0, 1
 
 
 @dataclass(frozen=True)
@@ -87,5 +86,5 @@ def held_out_loss(model: Model, corpus: Corpus, *, batches: int = 8) -> float:
 
 
 @jax.jit
-def _window_loss(model: Model, tokens: Int[np.ndarray, "B X"]) -> Float[Array, ""]:
+def _window_loss(model: Model, tokens: Int[Array, "B X"]) -> Float[Array, ""]:
     return -next_token_logprobs(model, tokens).mean()

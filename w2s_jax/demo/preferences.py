@@ -112,7 +112,7 @@ def sample_pairs(
                 "tokens": [encoded[i], *(ids[side] for side in order)],
             }
             journal.append(i, row)
-    journal.merge(output)
+    journal.merge(output, len(prompts))
 
 
 def preference(rewards: Float[np.ndarray, "2"], rng: np.random.Generator) -> tuple[int, int]:
@@ -171,8 +171,8 @@ def pair_logprobs(model: Model, pairs: PairArrays, rows: int = 64) -> Float[np.n
 @jax.jit
 def _logprobs(
     model: Model,
-    tokens: Int[np.ndarray, "B X"],
-    mask: Bool[np.ndarray, "B X"],
-    targets: Bool[np.ndarray, "B X"],
+    tokens: Int[Array, "B X"],
+    mask: Bool[Array, "B X"],
+    targets: Bool[Array, "B X"],
 ) -> Float[Array, " B"]:
     return response_logprobs(model, tokens, mask, targets)

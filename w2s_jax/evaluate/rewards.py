@@ -26,9 +26,12 @@ def gold_rewards(
     Rows are padded to `batch_size` and to powers of two of tokens, so few programs are compiled,
     each once.
     """
-    encoded: list[list[int]] = tokenizer(list(texts))["input_ids"] if len(texts) else []
+    limit = classifier.config.max_positions
+    encoded: list[list[int]] = []
+    if len(texts):
+        encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     rewards = np.zeros(len(encoded), np.float32)
-    widths = np.array([_width(len(row), classifier.config.max_positions) for row in encoded])
+    widths = np.array([_width(len(row), limit) for row in encoded])
     for width in sorted(set(widths.tolist())):
         rows = np.flatnonzero(widths == width)
         for first in range(0, len(rows), batch_size):
@@ -46,7 +49,7 @@ def _width(length: int, limit: int) -> int:
 
 @jax.jit
 def _preference(
-    classifier: Classifier, tokens: Int[np.ndarray, "B X"], mask: Bool[np.ndarray, "B X"]
+    classifier: Classifier, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]
 ) -> Float[Array, " B"]:
     logits = classifier(tokens, mask)
     return logits[:, POSITIVE] - logits[:, NEGATIVE]

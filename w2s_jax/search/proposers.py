@@ -77,9 +77,7 @@ class EFTProposer:
         return (models.policy, *(model for pair in pairs for model in pair))
 
     def mix(self, models: SearchModels, logits: Logits) -> Float[Array, "*rows V"]:
-        policy, *others = (
-            jax.nn.log_softmax(x, axis=-1)[..., : models.vocabulary] for x in logits
-        )
+        policy, *others = (jax.nn.log_softmax(x, axis=-1)[..., : models.vocabulary] for x in logits)
         mixed = policy
         for guide, tuned, untuned in zip(models.guides, others[0::2], others[1::2], strict=True):
             mixed = mixed + self.beta * guide.weight * (tuned - untuned)

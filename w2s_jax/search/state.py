@@ -93,7 +93,8 @@ def start_search(
         finished=jnp.zeros(each, bool),
         proposer=caches(config.proposer.readers(models)),
         scorer=caches(config.scorer.readers(models)),
-        config=config,
+        # The program depends on neither; without them, another seed does not compile it again.
+        config=replace(config, seed=0, slots=None),
         mesh=mesh,
         rules=rules,
     )

@@ -14,11 +14,12 @@ from w2s_jax.errors import InputError
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
+END_ID, PAD_ID = 0, 1
 BYTES = 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
-    """Learn a byte-level BPE in which id 0 is END_OF_TEXT and id 1 PADDING.
+    """Learn a byte-level BPE in which END_OF_TEXT has id END_ID and PADDING id PAD_ID.
 
     Every string can be encoded and decodes to itself. Encoding with special tokens puts
     END_OF_TEXT in front, so the same ids open a document for a language model and give a

@@ -42,13 +42,20 @@ class Journal:
         """
         return _read(self.path)[1] if self.path.exists() else {}
 
-    def merge(self, output: str | Path) -> None:
-        """Write all rows to `output` in the order of their ids, then remove the journal.
+    def merge(self, output: str | Path, count: int) -> None:
+        """Write the rows 0 to count − 1 to `output`, in this order, then remove the journal.
 
-        A kill in between leaves the journal, and merging it again gives the same file.
+        A kill in between leaves the journal, and merging it again gives the same file. Raises
+        InputError, and writes nothing, where rows are missing.
         """
         rows = self.read()
-        write_jsonl(output, (rows[row_id] for row_id in sorted(rows)))
+        missing = [row_id for row_id in range(count) if row_id not in rows]
+        if missing:
+            raise InputError(
+                f"{self.path}: {len(missing)} of {count} rows are missing, first {missing[0]}; "
+                "run again, one process at a time"
+            )
+        write_jsonl(output, (rows[row_id] for row_id in range(count)))
         self.path.unlink(missing_ok=True)
 
 
