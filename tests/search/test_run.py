@@ -13,7 +13,8 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.presets import METHODS, cbs, preset, sample
 from w2s_jax.search.run import buckets
-from w2s_jax.search.stops import cut, kept_tokens
+from w2s_jax.search.stops import kept_tokens
+from w2s_jax.text.prompts import cut
 
 PLAIN = Sampling(1.0)
 LETTERS = "<>|$abcdefghijklmnopqrs"

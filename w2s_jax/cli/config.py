@@ -57,12 +57,24 @@ def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list
     names = flag_names(command)
     given = {names.get(_plain(flag)) for flag in flags if flag.startswith("--")}
     expanded: list[str] = []
+    taken: dict[str, Any] = {}
+    hints = typing.get_type_hints(command, include_extras=True)
     for key, value in _read_yaml(source).items():
         field = names.get(_plain(str(key)))
+        if field == "config" or _plain(str(key)).startswith("no-"):
+            raise InputError(
+                f"{source}: key {key!r} is for the command line; give a flag's own name"
+            )
         if field is None:
             near = difflib.get_close_matches(_plain(str(key)), names, n=1)
             hint = f"; perhaps {near[0]}" if near else ""
             raise InputError(f"{source}: unknown key {key!r}{hint}")
+        if field in taken:
+            raise InputError(f"{source}: {key!r} and {taken[field]!r} set the same flag")
+        taken[field] = key
+        several = "tuple" in str(hints[field])
+        if isinstance(value, dict) or (isinstance(value, list) and not several):
+            raise InputError(f"{source}: {key!r} is a {type(value).__name__}; it takes one value")
         if field not in given and value is not None:
             expanded += _as_flags(field.replace("_", "-"), value)
     return expanded

@@ -23,6 +23,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
 }
 
 INTERRUPTED = 130
+FAILED = 1
 WRONG_INPUT = 2
 
 
@@ -51,7 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = _out_of_resources(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return FAILED
     return 0
+
+
+def _out_of_resources(error: Exception) -> str | None:
+    """One line for what the machine could not do; None for a fault of the program."""
+    first = str(error).strip().split("\n")[0]
+    if isinstance(error, OSError):
+        return f"{error.strerror or first}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        return f"out of memory ({first[:200]}); try a smaller --batch-size or other sizes"
+    return None
 
 
 def parse(args: Sequence[str]) -> Command:

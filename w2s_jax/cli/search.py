@@ -1,8 +1,9 @@
 """`w2s search`: a file of prompts in, one of responses out. The searching is in w2s_jax/search."""
 
 import hashlib
+import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,6 +82,7 @@ class Search:
         from w2s_jax.ops.sharding import make_mesh
         from w2s_jax.search.files import check_lengths, encode_rows, search_rows
         from w2s_jax.text.journal import journal_path, open_journal
+        from w2s_jax.text.prompts import special_stops
         from w2s_jax.text.rows import check_writable, read_jsonl
 
         config = self.search_config()
@@ -94,7 +96,11 @@ class Search:
         prompts = encode_rows(tokenizer, rows, self.prompts)
         check_lengths(prompts, config.max_new_tokens, models, self.prompts)
         mesh = make_mesh(self.mesh) if self.mesh else None
-        journal = open_journal(journal_path(self.output), self.fingerprint())
+        texts, ids = special_stops(tokenizer, self.stop)
+        eos_ids = (*models["policy"].eos_ids, *ids)
+        slots = min(self.batch_size, len(rows))
+        config = replace(config, stop=texts, eos_ids=eos_ids, slots=slots)
+        journal = open_journal(journal_path(self.output), self.fingerprint(rows))
 
         waiting = len(rows) - len(journal.read())
         started = time.monotonic()
@@ -103,7 +109,7 @@ class Search:
             done = len(rows) - waiting
             with tqdm(total=len(rows), initial=done, unit="prompt", disable=None) as bar:
                 job = (tokenizer, rows, config, journal)
-                search_rows(policy, guide, *job, prompts=prompts, on_row=bar.update)
+                search_rows(policy, guide, *job, prompts=prompts, on_row=bar.update, mesh=mesh)
         seconds = time.monotonic() - started
         journal.merge(self.output, len(rows))
         print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")
@@ -149,18 +155,20 @@ class Search:
             raise InputError(f"--method {self.method} needs {' and '.join(missing)}")
         return {role: path for role, path in given.items() if path is not None}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What the rows of a journal depend on: the flags that matter, and the prompts' content."""
+    def fingerprint(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the rows of a journal depend on: flags, the input rows, the checkpoints' files."""
         flags = {
             flag: value for flag, value in asdict(self).items() if flag not in NOT_IN_FINGERPRINT
         }
         folders = {
-            role: str(Path(path).resolve())
+            role: Path(path).resolve()
             for role, path in self.checkpoints().items()
             if Path(path).is_dir()
         }
-        content = hashlib.sha256(Path(self.prompts).read_bytes()).hexdigest()
-        return flags | folders | {"prompts_sha256": content[:16]}
+        files = {f"{role}_files": weights_stamp(folder) for role, folder in folders.items()}
+        paths = {role: str(folder) for role, folder in folders.items()}
+        content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return flags | paths | files | {"prompts_sha256": content[:16]}
 
     def load(self, mesh: "Mesh | None") -> tuple["Model", "Guide | None"]:
         """The policy, and the guide if the method has one; a checkpoint named twice loads once."""
@@ -179,6 +187,13 @@ class Search:
         if self.method == "sample":
             return policy, None
         return policy, Guide(models[checkpoints["tuned"]], models[checkpoints["untuned"]])
+
+
+def weights_stamp(folder: Path) -> str:
+    """A short hash of the names, sizes and times of a checkpoint's files."""
+    files = sorted((*folder.glob("*.json"), *folder.glob("*.safetensors")))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def load_one_vocabulary(checkpoints: dict[str, str]) -> Any:

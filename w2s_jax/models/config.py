@@ -9,6 +9,18 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import read_fields, write_fields
 from w2s_jax.ops.rotary import Rope
 
+_SIZES = (
+    "vocab_size",
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_width",
+    "mlp_width",
+    "max_positions",
+)
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -65,6 +77,11 @@ class ModelConfig:
                 f"{len(self.sliding_windows)} sliding windows for {self.layers} layers; "
                 "give one per layer"
             )
+        for name in _SIZES:
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise InputError(f"{name} is {getattr(self, name)}; it must lie in 1 .. {_LARGEST}")
+        if self.layers > _MOST_LAYERS:
+            raise InputError(f"{self.layers} layers; at most {_MOST_LAYERS} are supported")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"

@@ -42,6 +42,7 @@ TOKENIZER_PATTERNS = (
     "vocab*",
     "merges.txt",
 )
+LONGEST_PATH = 4000
 _PATTERNS = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, *TOKENIZER_PATTERNS)
 
 Index = tuple[slice, ...]
@@ -108,6 +109,8 @@ def load_config(path_or_hub_id: str | Path) -> ModelConfig:
         return ModelConfig.from_hf(hf, generation_config)
     except InputError as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{directory / CONFIG}: a field has the wrong type ({error})") from None
 
 
 def save_model(
@@ -150,12 +153,13 @@ def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) ->
 
     Only files that match `patterns` are fetched. Raises InputError when there is neither.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    if len(name) > LONGEST_PATH:
+        raise InputError(f"{name[:40]}...: a path of {len(name)} characters is too long")
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{path} is a file; give the directory that holds {CONFIG}")
-    name = str(path_or_hub_id)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise InputError(f"{name}: no such directory")
     try:
@@ -174,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent}: no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -193,6 +197,8 @@ def open_tensors(directory: Path) -> Tensors:
         if not (directory / INDEX).is_file():
             raise InputError(f"{directory}: no {SINGLE} or {INDEX}{_other_weights(directory)}")
         weight_map = read_json(directory / INDEX).get("weight_map") or {}
+        if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+            raise InputError(f"{directory / INDEX}: weight_map must map tensor names to file names")
         names = sorted(set(weight_map.values()))
     tensors: Tensors = {}
     for name in names:
@@ -253,6 +259,10 @@ def write_checkpoint(
         with contextlib.suppress(OSError):
             for place in places.values():
                 place.unlink(missing_ok=True)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

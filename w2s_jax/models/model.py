@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import forward, initial_params, logits
@@ -43,7 +44,12 @@ class Model:
         """Float32 next-token logits at every position.
 
         `mask` is False on padding, on either side; padding is not seen and takes no position.
+        Raises InputError for more tokens than learned positions.
         """
+        if self.config.position == "learned" and tokens.shape[1] > self.config.max_positions:
+            raise InputError(
+                f"{tokens.shape[1]} tokens for a model of {self.config.max_positions} positions"
+            )
         return _logits(self, tokens, mask)
 
 

@@ -1,5 +1,6 @@
 """Drawing tokens from logits: temperature, top-k, top-p and the Gumbel draw from explicit keys."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -22,8 +23,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or above")
         if not 0 < self.top_p <= 1:

@@ -48,6 +48,8 @@ class SearchConfig:
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must lie in 0 .. 2**32 - 1")
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty; give at least one character")
         if self.scorer.needs_values and not self.proposer.values_tokens:

@@ -6,6 +6,8 @@ Reads no checkpoint and no file of rows; that is the caller's part.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
@@ -61,6 +63,7 @@ def search_rows(
     *,
     prompts: Sequence[Sequence[int]],
     on_row: Callable[[], None] = lambda: None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Search every row that the journal does not hold yet; `on_row` is called after each.
 
@@ -83,6 +86,7 @@ def search_rows(
         row_ids=waiting,
         decode=lambda tokens: decode_tokens(tokenizer, tokens),
         on_result=keep,
+        mesh=mesh,
     )
 
 

@@ -1,5 +1,6 @@
 """Proposers: which models read token by token, and the logits that successors are sampled from."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -65,8 +66,8 @@ class EFTProposer:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise InputError(f"beta is {self.beta}; it must be 0 or above")
+        if not 0 <= self.beta < math.inf:
+            raise InputError(f"beta is {self.beta}; it must be 0 or above, and finite")
 
     @property
     def values_tokens(self) -> bool:

@@ -1,6 +1,6 @@
 """The host's side of a search: prompts into slots, chunks until all are done, results out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,6 +77,7 @@ def search(
         raise InputError(f"{len(ids)} row ids for {len(prompts)} prompts; give one each")
     if config.stop and decode is None:
         raise InputError("stop strings need `decode`, which turns token ids into text")
+    step.search_eos(models, config)
     for row_id, prompt in zip(ids, prompts, strict=True):
         check_prompt(models, config, prompt, f"row {row_id}")
     slots = config.slots or max(1, min(DEFAULT_SLOTS, len(prompts)))
@@ -136,15 +137,15 @@ def _run_bucket(
 ) -> Iterator[tuple[int, SearchResult]]:
     """Yield (index, result) as prompts finish; a slot is refilled as soon as it is free."""
     waiting = iter(rows)
-    held: dict[int, tuple[int, int]] = {}
+    held: dict[int, tuple[int, int, Sequence[int]]] = {}
 
     def refill(state: SearchState, slot: int) -> SearchState:
         row = next(waiting, None)
         if row is None:
             held.pop(slot, None)
             return _release(state, slot)
-        index, row_id, prompt = row
-        held[slot] = (index, row_id)
+        _, row_id, prompt = row
+        held[slot] = row
         padded = np.zeros(capacity + 1, np.int32)
         padded[: len(prompt)] = prompt
         # A row id may be any int; the key folds in 32 bits of it.
@@ -154,30 +155,38 @@ def _run_bucket(
     for slot in range(state.active.shape[0]):
         state = refill(state, slot)
     while held:
-        state = _step(models, state, decode)
+        state = _step(models, state, decode, {slot: row[2] for slot, row in held.items()})
         done = np.asarray(_done(state))
         if not done.any():
             continue
         kept = jax.device_get((state.tokens, state.lengths, state.scores, state.finished))
         for slot in np.flatnonzero(done).tolist():
-            index, row_id = held[slot]
+            index, row_id, _ = held[slot]
             yield index, _result(row_id, *(array[slot] for array in kept))
             state = refill(state, slot)
 
 
 def _step(
-    models: SearchModels, state: SearchState, decode: Callable[[Sequence[int]], str] | None
+    models: SearchModels,
+    state: SearchState,
+    decode: Callable[[Sequence[int]], str] | None,
+    prompts: Mapping[int, Sequence[int]],
 ) -> SearchState:
     if not state.config.stop:
         return step.search_step(models, state)
     assert decode is not None
     state, proposal = _propose(models, state)
-    lengths, finished = apply_stops(state, proposal, decode)
+    lengths, finished = apply_stops(state, proposal, prompts, decode)
     proposal = replace(proposal, lengths=jnp.asarray(lengths), finished=jnp.asarray(finished))
     return _conclude(models, state, proposal)
 
 
 def _result(row_id: int, tokens: Any, lengths: Any, scores: Any, finished: Any) -> SearchResult:
+    if not np.isfinite(scores).all():
+        raise InputError(
+            f"row {row_id}: a score is not a finite number; a model's weights may be damaged, or "
+            "overflow in this dtype"
+        )
     order = np.argsort(-scores, kind="stable")
     hypotheses = tuple(
         Hypothesis(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from w2s_jax.decode.chunk import draw_keys, sample_chunk
 from w2s_jax.decode.reader import read_chunk
+from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
@@ -53,8 +54,18 @@ class Scored:
 
 
 def search_eos(models: SearchModels, config: SearchConfig) -> tuple[int, ...]:
-    """The token ids that end a response: the config's, or else the policy's."""
-    return models.policy.config.eos_ids if config.eos_ids is None else config.eos_ids
+    """The token ids that end a response: the config's, or else the policy's, that all models know.
+
+    Raises InputError where there are such ids and none of them can be proposed.
+    """
+    ids = models.policy.config.eos_ids if config.eos_ids is None else config.eos_ids
+    known = tuple(eos for eos in ids if 0 <= eos < models.vocabulary)
+    if ids and not known:
+        raise InputError(
+            f"no EOS id of {ids} is among the {models.vocabulary} token ids that all models share; "
+            "give others as eos_ids (() for none)"
+        )
+    return known
 
 
 def propose(models: SearchModels, state: SearchState) -> tuple[SearchState, Proposal]:

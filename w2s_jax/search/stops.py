@@ -1,17 +1,13 @@
 """Stop strings: the one hop of a search through text. Ends at token ids are found on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal
-
-
-def cut(text: str, stop: Sequence[str]) -> str | None:
-    """The text before the first stop string in it, or None where there is none."""
-    starts = [start for start in (text.find(string) for string in stop) if start >= 0]
-    return text[: min(starts)] if starts else None
+from w2s_jax.text.prompts import cut, text_behind
 
 
 def kept_tokens(
@@ -36,20 +32,27 @@ def kept_tokens(
 
 
 def apply_stops(
-    state: SearchState, proposal: Proposal, decode: Callable[[Sequence[int]], str]
+    state: SearchState,
+    proposal: Proposal,
+    prompts: Mapping[int, Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The proposal's lengths and finished flags, [P, R] on the host, with stop strings heeded."""
+    """The proposal's lengths and finished flags, [P, R] on the host, with stop strings heeded.
+
+    prompts holds the prompt of every slot in use; responses are read behind theirs.
+    """
     arrays = (state.tokens, state.base, state.active, state.finished, proposal.tokens)
     before, base, active, over, new = (np.asarray(array) for array in arrays)
     lengths, finished = np.array(proposal.lengths), np.array(proposal.finished)
-    for slot in np.flatnonzero(active):
+    for slot in np.flatnonzero(active).tolist():
+        text = partial(text_behind, decode, prompts[slot])
         for row in range(lengths.shape[1]):
             parent = row // state.config.successors
             if over[slot, parent]:
                 continue
             response = np.concatenate([before[slot, parent, : base[slot]], new[slot, row]])
             response = response[: lengths[slot, row]].tolist()
-            kept = kept_tokens(response, decode, state.config.stop)
+            kept = kept_tokens(response, text, state.config.stop)
             if kept is not None:
                 lengths[slot, row], finished[slot, row] = kept, True
     return lengths, finished

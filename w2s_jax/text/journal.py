@@ -82,6 +82,8 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
                 f"({_differences(found, wanted)}); go on with those, or delete it to start anew"
             )
         if not rows:
+            if not _begins_as_journal(path):
+                raise InputError(f"{path}: not a journal; move the file away to start anew")
             path.unlink()
         elif end < path.stat().st_size:
             _truncate(path, end)
@@ -117,6 +119,14 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], int]:
             ) from None
         end += len(line)
     return fingerprint, rows, end
+
+
+def _begins_as_journal(path: Path) -> bool:
+    """Whether a file is empty or holds the beginning, at least, of a journal's first line."""
+    start = f'{{"{HEADER}"'.encode()
+    with path.open("rb") as file:
+        held = file.read(len(start))
+    return start.startswith(held)
 
 
 def _truncate(path: Path, size: int) -> None:

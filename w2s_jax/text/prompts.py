@@ -1,6 +1,7 @@
 """Prompts into token ids, response tokens back into text, behind any transformers tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from w2s_jax.errors import InputError
@@ -12,6 +13,10 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     A prompt without tokens becomes the BOS token, or EOS where there is no BOS. Raises InputError
     where there is neither.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not text: {error.reason}") from None
     tokens = list(tokenizer(prompt, verbose=False).input_ids)
     if tokens:
         return tokens
@@ -35,9 +40,30 @@ def decode_response(
 
     Read behind the prompt, because some tokenizers drop a leading space from text of its own.
     """
-    before = decode_tokens(tokenizer, prompt)
-    whole = decode_tokens(tokenizer, [*prompt, *tokens])
-    added = whole.removeprefix(before) if whole.startswith(before) else None
-    text = decode_tokens(tokenizer, tokens) if added is None else added
-    ends = [end for end in map(text.find, stop) if end >= 0]
-    return text[: min(ends)] if ends else text
+    text = text_behind(partial(decode_tokens, tokenizer), prompt, tokens)
+    kept = cut(text, stop)
+    return text if kept is None else kept
+
+
+def text_behind(
+    decode: Callable[[Sequence[int]], str], prompt: Sequence[int], tokens: Sequence[int]
+) -> str:
+    """The text that tokens add to their prompt's; that of the tokens alone where it cannot be told.
+
+    It cannot where the prompt's text changes with what follows, as inside a multi-byte character.
+    """
+    before, whole = decode(prompt), decode([*prompt, *tokens])
+    return whole.removeprefix(before) if whole.startswith(before) else decode(tokens)
+
+
+def cut(text: str, stop: Sequence[str]) -> str | None:
+    """The text before the first stop string in it, or None where there is none."""
+    starts = [start for start in map(text.find, stop) if start >= 0]
+    return text[: min(starts)] if starts else None
+
+
+def special_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings as (text to look for, token ids): a special token never shows in the text."""
+    special = set(tokenizer.all_special_tokens)
+    ids = tuple(tokenizer.convert_tokens_to_ids(text) for text in stop if text in special)
+    return tuple(text for text in stop if text not in special), ids

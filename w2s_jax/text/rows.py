@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
         data = _decompress(path, path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, lzma.LZMAError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: not a sound {path.suffix} file ({error})") from None
     lines = data.rstrip().split(b"\n")
     if lines == [b""]:
@@ -115,6 +116,8 @@ def _parse(line: bytes, where: str) -> Row:
         raise InputError(f"{where}: {fault}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON beyond what can be read ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
     return row

@@ -116,12 +116,9 @@ def _muon_dimensions(params: Any) -> Any:
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         if path[-1].key != "kernel" or not path[0].key.startswith("layers"):
             return None
-        if leaf.ndim == 3:
-            return (
-                MuonDimensionNumbers((0, 1), 2)
-                if path[-2].key == "out"
-                else MuonDimensionNumbers(0, (1, 2))
-            )
-        return MuonDimensionNumbers(0, 1)
+        # Stacked layers have a leading axis, along which every matrix stands by itself.
+        axes = tuple(range(leaf.ndim))[path[0].key == "layers" :]
+        ins = 2 if path[-2].key == "out" else 1
+        return MuonDimensionNumbers(axes[:ins], axes[ins:])
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
