@@ -41,6 +41,8 @@ def test_every_command_has_help_for_every_flag(words, capsys):
         (["bench", "--repeats", "2"], "unknown command 'bench'"),
         ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),
         ([*SEARCH, "--w", "0"], "--w is 0; it must be at least 1"),
+        ([*SEARCH, "--method", "sample", "--seed", "-1"], "seed is -1"),
+        ([*SEARCH, "--method", "sample", "--temperature", "inf"], "temperature is inf"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(args, problem, capsys):
@@ -122,6 +124,11 @@ def test_built_in_configs_are_found_by_name():
         ("- w\n", "not a mapping"),
         ("", "not a mapping"),
         ("beam_widht: 3\n", "unknown key 'beam_widht'; perhaps beam-width"),
+        ("no-reference-quirks: true", "is for the command line"),
+        ("config: other.yaml", "is for the command line"),
+        ("w: [1, 2]", "'w' is a list; it takes one value"),
+        ("stop: {a: b}", "'stop' is a dict; it takes one value"),
+        ("w: 1\nbeam-width: 2", "'beam-width' and 'w' set the same flag"),
     ],
 )
 def test_wrong_config_files(tmp_path, content, problem):
@@ -153,3 +160,36 @@ assert not heavy, heavy
 
 def test_help_loads_nothing_heavy(run_python):
     run_python(QUICK)
+
+
+def test_the_module_is_the_command(run_python):
+    code = "import runpy, sys; sys.argv = ['w2s', '--version']; runpy.run_module('w2s_jax')"
+    assert run_python(
+        f"try:\n    {code}\nexcept SystemExit as stop:\n    assert not stop.code"
+    ) == (f"w2s {w2s_jax.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "out.jsonl"), "No space left on device: out.jsonl"),
+        (MemoryError("3 TB"), "out of memory (3 TB); try a smaller --batch-size or other sizes"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 TB"), "out of memory (RESOURCE_EXHAUSTED: 3 TB)"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(monkeypatch, capsys, error, line):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("w2s_jax.cli.main.parse", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    def fail(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("w2s_jax.cli.main.parse", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["demo"])

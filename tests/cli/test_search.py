@@ -165,6 +165,21 @@ def test_other_settings_do_not_take_up_a_journal_but_another_batch_size_does(
     assert again[-1]["score"] == pytest.approx(rows[-1]["score"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_a_mesh_splits_the_slots_and_changes_no_response(models, prompts, tmp_path, run_python):
+    single, split = tmp_path / "single.jsonl", tmp_path / "split.jsonl"
+    assert search(models, prompts, single) == 0
+    files = ["--prompts", str(prompts), "--output", str(split)]
+    flags = ["search", *models, *files, *SMALL, "--batch-size", "2"]
+    code = "from w2s_jax.cli.main import main; print('status', main({!r}))"
+    for mesh, status in (("data=2", 0), ("tensor=2", 2)):
+        out = run_python(code.format([*flags, "--mesh", mesh]), devices=2)
+        assert f"status {status}" in out, out
+        if status == 0:
+            found = [row["response"] for row in read_jsonl(split)]
+            assert found == [row["response"] for row in read_jsonl(single)]
+
+
 def replaced(models, role, folder):
     """The same flags with another checkpoint in one role."""
     place = models.index(f"--{role}") + 1

@@ -6,6 +6,7 @@ import pytest
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface import load_config
 from w2s_jax.ops.rotary import Rope
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -215,3 +216,21 @@ def test_windows_come_one_per_layer():
 
 def test_windows_that_are_all_open_are_none():
     assert dataclasses.replace(read(), sliding_windows=(None,) * 4) == read()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": "x"},
+        {"hidden_act": ["silu"]},
+        {"num_attention_heads": 64, "num_key_value_heads": 64},
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 0},
+    ],
+)
+def test_fields_of_the_wrong_type_or_size_are_one_line(tmp_path, changes):
+    hf = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4} | changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(InputError, match=r"config\.json") as error:
+        load_config(tmp_path)
+    assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import VOCAB, tiny_config, tiny_model
+from w2s_jax.errors import InputError
 from w2s_jax.models.forward import initial_params
 from w2s_jax.models.model import Model, abstract_model, hidden_states, init_model
 
@@ -28,6 +29,12 @@ def test_padding_on_either_side_changes_nothing(position, before):
     mask = np.concatenate([pad < 0, real] if before else [real, pad < 0], axis=1)
     logits = model(tokens, mask)[:, 3:] if before else model(tokens, mask)[:, :7]
     np.testing.assert_allclose(logits, model(TOKENS), atol=1e-4)
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    model = tiny_model(0, layers=1, position="learned", max_positions=6)
+    with pytest.raises(InputError, match="7 tokens for a model of 6 positions"):
+        model(TOKENS)
 
 
 def test_no_token_sees_the_future():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,6 +117,66 @@ def test_sizes_below_one_are_refused(fields, message):
 def test_sampling_values_out_of_range_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         Sampling(**fields)
+
+
+def test_a_stop_string_is_looked_for_behind_the_prompt(policy):
+    """As with tokenizers that drop a text's leading space: alone, a response reads differently."""
+
+    def bare(tokens):
+        return decode(tokens)[1:]
+
+    config = sample(max_new_tokens=6, sampling=Sampling(0.0))
+    prompts = [[10 + i] for i in range(6)]
+    free = search(policy, None, prompts, config)
+    texts = [decode(result.best.tokens) for result in free]
+    stop = texts[0][:2]
+    stopped = search(policy, None, prompts, dataclasses.replace(config, stop=(stop,)), decode=bare)
+    assert stopped[0].best.tokens == ()
+    assert stopped[0].best.finished
+
+
+def test_eos_ids_that_no_model_shares_are_refused(guide):
+    wide = tiny_model(0, layers=1, vocab_size=30, eos_ids=(29,))
+    config = cbs(2, 2, 2, max_new_tokens=4, reference_quirks=True)
+    with pytest.raises(InputError, match="no EOS id"):
+        search(wide, guide, [[4]], config)
+    both = dataclasses.replace(config, eos_ids=(29, EOS))
+    (result,) = search(wide, guide, [[4]], both)
+    assert np.isfinite(result.best.score)
+
+
+def test_scores_that_are_not_finite_name_their_row(policy, guide):
+    broken = Model(guide.tuned.config, jax.tree.map(lambda x: x * jnp.nan, guide.tuned.params))
+    with pytest.raises(InputError, match="row 7: a score is not a finite number"):
+        search(policy, Guide(broken, guide.untuned), [[4]], cbs(2, 2, 2), row_ids=[7])
+
+
+def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy, guide):
+    prompts = [[4 + i] for i in range(6)]
+    config = cbs(1, 1, 3, max_new_tokens=12, sampling=PLAIN, eos_ids=())
+    free = search(policy, guide, prompts, config)
+    ends = {free[0].best.tokens[3], free[1].best.tokens[5]}
+    several = dataclasses.replace(config, eos_ids=tuple(ends))
+    for whole, cut_off in zip(free, search(policy, guide, prompts, several), strict=True):
+        places = [i for i, token in enumerate(whole.best.tokens) if token in ends]
+        length = places[0] + 1 if places else 12
+        assert cut_off.best.tokens == whole.best.tokens[:length]
+        assert cut_off.best.finished == bool(places)
+
+
+def test_bfloat16_models_are_searched(policy, guide):
+    def half(model):
+        return Model(model.config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+
+    config = cbs(2, 2, 3, max_new_tokens=6)
+    halves = Guide(half(guide.tuned), half(guide.untuned))
+    (result,) = search(half(policy), halves, [[4, 5]], config)
+    tokens = np.asarray([[4, 5, *result.best.tokens]])
+    steps = []
+    for model in (guide.tuned, guide.untuned):
+        logprobs = jax.nn.log_softmax(half(model)(tokens)[0])
+        steps.append(logprobs[jnp.arange(1, tokens.shape[1] - 1), tokens[0, 2:]].sum())
+    assert result.best.score == pytest.approx(float(steps[0] - steps[1]), abs=0.15)
 
 
 def test_wrong_prompts_are_refused(policy, guide):

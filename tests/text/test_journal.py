@@ -125,6 +125,13 @@ def test_a_half_written_header_is_no_journal(path):
     assert open_journal(path, JOB).read() == {}
 
 
+def test_a_foreign_file_is_never_removed(path):
+    path.write_text("my notes, without a line's end")
+    with pytest.raises(InputError, match="not a journal"):
+        open_journal(path, {})
+    assert path.read_text() == "my notes, without a line's end"
+
+
 def test_an_unwritable_place_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -4,7 +4,7 @@ import pytest
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.prompts import decode_response, decode_tokens, encode_prompt
+from w2s_jax.text.prompts import decode_response, decode_tokens, encode_prompt, special_stops
 from w2s_jax.text.tokenizer import load_tokenizer
 
 
@@ -74,3 +74,15 @@ def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
     prompt = encode_prompt(tokenizer, "The movie")
     assert whole[: len(prompt)] == prompt
     assert decode_response(tokenizer, prompt, whole[len(prompt) :]) == " was great"
+
+
+def test_text_without_a_utf8_form_is_refused(tokenizer):
+    with pytest.raises(InputError, match="not text"):
+        encode_prompt(tokenizer, "\ud800x")
+
+
+def test_stops_that_are_special_tokens_become_ids(tokenizer):
+    special = tokenizer.all_special_tokens[0]
+    texts, ids = special_stops(tokenizer, ("\n", special))
+    assert texts == ("\n",)
+    assert ids == (tokenizer.convert_tokens_to_ids(special),)

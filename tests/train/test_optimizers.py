@@ -79,6 +79,35 @@ def test_muon_orthogonalises_layer_matrices():
         assert 0.3 < values.min() <= values.max() < 1.5
 
 
+def test_muon_treats_stacked_layers_as_single_ones():
+    rng = np.random.default_rng(0)
+    shapes = {"mlp": {"up": (4, 6)}, "attention": {"query": (4, 2, 3), "out": (2, 3, 4)}}
+    layers = [
+        {
+            room: {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}}
+            for room, kernels in shapes.items()
+            for name, shape in kernels.items()
+        }
+        for _ in range(2)
+    ]
+    stacked = {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    optimizer = make_optimizer(OptimizerConfig(name="muon", max_grad_norm=None), 10)
+
+    def update(params):
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(params, state, params)
+        return updates
+
+    alone = update({f"layers_{i}": layer for i, layer in enumerate(layers)})
+    together = jax.tree.map(lambda *x: jnp.stack(x), alone["layers_0"], alone["layers_1"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        update(stacked)["layers"],
+        together,
+    )
+
+
 def test_the_global_norm_is_clipped_before_the_update():
     config = OptimizerConfig(
         learning_rate=1.0, schedule="constant", warmup=0.0, max_grad_norm=1e-12
