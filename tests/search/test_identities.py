@@ -123,12 +123,20 @@ def test_stacked_layers_search_the_same(guide):
     np.testing.assert_allclose(scores_of(results[1]), scores_of(results[0]), atol=1e-4)
 
 
-def test_a_finished_hypothesis_is_kept_once(policy, guide):
-    config = cbs(4, 4, 2, max_new_tokens=12, sampling=Sampling(2.0))
-    for result in search(policy, guide, PROMPTS, config):
-        finished = [h.tokens for h in result.hypotheses if h.finished]
-        # Two rows may draw the same end from the same parent; one hypothesis never yields copies.
-        assert len(set(finished)) >= min(len(finished), 2)
+def test_a_finished_hypothesis_is_kept_once_and_with_the_quirks_fills_the_beam(policy, guide):
+    prompts = [[4 + i] for i in range(8)]
+
+    def copies(quirks):
+        config = cbs(3, 2, 2, max_new_tokens=12, sampling=PLAIN, reference_quirks=quirks)
+        kept = [
+            [h.tokens for h in result.hypotheses if h.finished]
+            for result in search(policy, guide, prompts, config)
+        ]
+        assert any(kept), "no response ends by EOS here; change the seed"
+        return sum(len(tokens) - len(set(tokens)) for tokens in kept)
+
+    assert copies(quirks=False) == 0
+    assert copies(quirks=True) > 0
 
 
 def test_keep_all_needs_one_successor(policy, guide):
