@@ -81,7 +81,7 @@ class Search:
         from w2s_jax.models.huggingface import load_config
         from w2s_jax.ops.sharding import make_mesh
         from w2s_jax.search.files import check_lengths, encode_rows, search_rows
-        from w2s_jax.text.journal import journal_path, open_journal
+        from w2s_jax.text.journal import held, journal_path, open_journal
         from w2s_jax.text.prompts import special_stops
         from w2s_jax.text.rows import check_writable, read_jsonl
 
@@ -100,19 +100,20 @@ class Search:
         eos_ids = (*models["policy"].eos_ids, *ids)
         slots = min(self.batch_size, len(rows))
         config = replace(config, stop=texts, eos_ids=eos_ids, slots=slots)
-        journal = open_journal(journal_path(self.output), self.fingerprint(rows))
+        with held(journal_path(self.output)):
+            journal = open_journal(journal_path(self.output), self.fingerprint(rows))
 
-        waiting = len(rows) - len(journal.read())
-        started = time.monotonic()
-        if waiting:
-            policy, guide = self.load(mesh)
-            done = len(rows) - waiting
-            with tqdm(total=len(rows), initial=done, unit="prompt", disable=None) as bar:
-                job = (tokenizer, rows, config, journal)
-                search_rows(policy, guide, *job, prompts=prompts, on_row=bar.update, mesh=mesh)
-        seconds = time.monotonic() - started
-        journal.merge(self.output, len(rows))
-        print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")
+            waiting = len(rows) - len(journal.read())
+            started = time.monotonic()
+            if waiting:
+                policy, guide = self.load(mesh)
+                done = len(rows) - waiting
+                with tqdm(total=len(rows), initial=done, unit="prompt", disable=None) as bar:
+                    job = (tokenizer, rows, config, journal)
+                    search_rows(policy, guide, *job, prompts=prompts, on_row=bar.update, mesh=mesh)
+            seconds = time.monotonic() - started
+            journal.merge(self.output, len(rows))
+            print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")
 
     def search_config(self) -> "SearchConfig":
         """The search these flags describe; InputError for a value out of range."""

@@ -4,9 +4,11 @@ A file of JSON lines. The first holds the job's fingerprint (its inputs and sett
 one a row under its id. Knows nothing of what rows mean, nor how they are computed.
 """
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,29 @@ class Journal:
 def journal_path(output: str | Path) -> Path:
     """Where the journal of a job lies: beside its output, as OUTPUT.journal."""
     return Path(f"{output}.journal")
+
+
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[None]:
+    """Keep other runs off the journal at `path` while the block runs.
+
+    The lock ends with the process, however it ends. Raises InputError where another run holds it,
+    and where no file can be made there.
+    """
+    path = Path(path)
+    check_writable(path)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path}: another run is writing this output; wait for it, or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
