@@ -11,7 +11,8 @@ class Demo:
     """Steer a small built-in policy on openings of film reviews, and measure each method's gain.
 
     Compares plain sampling, best-of-16, emulated fine-tuning and chunk-level beam search by the
-    reward of a sentiment classifier that none of them sees while decoding. Writes results.jsonl and summary.json.
+    reward of a sentiment classifier that none of them sees while decoding. Writes results.jsonl and
+    summary.json.
     """
 
     output: Annotated[str, arg(metavar="DIR")] = "demo"
