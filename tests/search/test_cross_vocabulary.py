@@ -1,11 +1,10 @@
 """Guides of other vocabularies: every score is that of a plain encoding of the whole text."""
 
-from dataclasses import dataclass, field
-
 import jax
 import numpy as np
 import pytest
 
+from tests.search.recorded import Recorded
 from tests.tiny import tiny_model
 from tests.vocabularies import REAL, real_tokenizer
 from w2s_jax.ops.sampling import Sampling
@@ -17,29 +16,6 @@ from w2s_jax.text.prompts import decode_tokens, encode_prompt
 
 PROMPTS = ("The film", "Émigré naïve – 日本", "A line\n  then", "", " x", "don", "🎬🎬 wow")
 PADDED = 256
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A scorer that remembers what it was asked and what it said."""
-
-    inner: TextLogRatio
-    seen: list = field(default_factory=list)
-    weight: float = 1.0
-
-    def start(self, *sizes):
-        return self.inner.start(*sizes)
-
-    def insert(self, memory, slot, conversation):
-        return self.inner.insert(memory, slot, conversation)
-
-    def score(self, memory, candidates):
-        memory, scores = self.inner.score(memory, candidates)
-        self.seen.extend(zip(candidates, scores.tolist(), strict=True))
-        return memory, scores
-
-    def keep(self, memory, parents, rows):
-        return self.inner.keep(memory, parents, rows)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,15 @@
 """Scorers of texts that read with models, and what a search tells of its chunks."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
@@ -87,32 +87,6 @@ def model_of(seed, tokenizer):
 
 def text_model(seed, tokenizer, name):
     return TextModel(model_of(seed, tokenizer), load_template(tokenizer, name, where="test"))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A scorer that remembers what it was asked and what it said."""
-
-    inner: Any
-    seen: list = field(default_factory=list)
-
-    @property
-    def weight(self):
-        return self.inner.weight
-
-    def start(self, *sizes):
-        return self.inner.start(*sizes)
-
-    def insert(self, memory, slot, conversation):
-        return self.inner.insert(memory, slot, conversation)
-
-    def score(self, memory, candidates):
-        memory, scores = self.inner.score(memory, candidates)
-        self.seen.extend(zip(candidates, scores.tolist(), strict=True))
-        return memory, scores
-
-    def keep(self, memory, parents, rows):
-        return self.inner.keep(memory, parents, rows)
 
 
 def searched(policy, config, scorers, *, guide=None, on_chunk=None):

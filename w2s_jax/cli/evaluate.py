@@ -189,13 +189,11 @@ class Evaluate:
 
     def load(self) -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
-        import jax
-
+        from w2s_jax.models.huggingface import quickest_dtype
         from w2s_jax.models.reward_huggingface import load_reward_model
         from w2s_jax.ops.sharding import make_mesh
 
-        stored_but_on_cpu = "float32" if jax.default_backend() == "cpu" else None
-        dtype = stored_but_on_cpu if self.dtype == "auto" else self.dtype
+        dtype = quickest_dtype() if self.dtype == "auto" else self.dtype
         mesh = make_mesh(self.mesh) if self.mesh else None
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)
 

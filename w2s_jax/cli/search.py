@@ -143,7 +143,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
         needs = f"--method {self.method}" if self.mixes else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
         questions = encode_questions(plan, rows, source, max_new_tokens=config.max_new_tokens)
-        functions = [] if self.method == "sample" else self.functions()
+        functions = self.functions()
         mesh = make_mesh(self.mesh) if self.mesh else None
         texts, ids = special_stops(plan.tokenizer, self.stop)
         slots = min(self.batch_size, len(rows))
@@ -202,7 +202,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
             plan.check_length(conversation, config.max_new_tokens, where)
-        functions, meter = [] if self.method == "sample" else self.functions(), Meter()
+        functions, meter = self.functions(), Meter()
         patience = Patience(self.concurrency, self.timeout, self.attempts)
         policy = open_policy(endpoint, config, render, patience=patience, meter=meter)
         config = replace(config, slots=min(self.batch_size, len(rows)))

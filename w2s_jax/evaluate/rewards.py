@@ -15,7 +15,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.labels import contrast, label_names
-from w2s_jax.text.batches import pad_rows
+from w2s_jax.text.batches import pad_rows, power_of_two
 
 _NARROWEST = 32
 
@@ -81,7 +81,7 @@ def rewards(
 
 
 def _width(length: int, limit: int) -> int:
-    return min(limit, max(_NARROWEST, 1 << (max(length, 1) - 1).bit_length()))
+    return min(limit, power_of_two(length, _NARROWEST))
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
-from w2s_jax.search.run import search
+from w2s_jax.search.run import of_guides, search
 from w2s_jax.text.chat import Conversation
 from w2s_jax.text.prompts import decode_response, decode_tokens, special_stops
 
@@ -106,7 +106,7 @@ class Steered:
 
         on_text hears each one, with its row id, as it is done. Raises InputError as `search` does.
         """
-        tokenizer, members = self.plan.tokenizer, len(self.models.members)
+        tokenizer = self.plan.tokenizer
         texts, ids = special_stops(tokenizer, decoding.stop)
         config = replace(
             self.config,
@@ -118,7 +118,6 @@ class Steered:
             slots=min(self.batch_size, len(questions)),
         )
         prompts = [question.prompts for question in questions]
-        others = [own[1:] if len(own) > 1 else own * (members - 1) for own in prompts]
         policys = {question.row_id: question.prompts[0] for question in questions}
 
         def text(result: SearchResult) -> str:
@@ -130,7 +129,7 @@ class Steered:
             self.models.guides,
             [own[0] for own in prompts],
             config,
-            guide_prompts=others if any(len(own) > 1 for own in prompts) else None,
+            guide_prompts=of_guides(prompts, len(self.models.members)),
             scorers=self.steering.scorers,
             conversations=[question.conversation for question in questions],
             row_ids=[question.row_id for question in questions],

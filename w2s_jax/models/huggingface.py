@@ -118,6 +118,14 @@ def load_parameters(
     return unflatten_dict(params, sep="/")
 
 
+def quickest_dtype() -> str | None:
+    """What to load weights as where nothing else is asked for: as stored, float32 on a CPU.
+
+    CPUs compute slowly in the half-sized types that checkpoints hold.
+    """
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint, from its config.json and generation_config.json.
 

@@ -106,7 +106,7 @@ class Plan:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """What ends a response: the policy's EOS ids and the end of a turn in its template."""
-        return _eos_ids(self.configs["policy"], self.templates["policy"])
+        return ending_ids(self.configs["policy"], self.templates["policy"])
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -232,7 +232,8 @@ def _template_names(sources: Sources) -> dict[str, str]:
     return dict(zip(sources.checkpoints, names, strict=True))
 
 
-def _eos_ids(config: ModelConfig, template: Template) -> tuple[int, ...]:
+def ending_ids(config: ModelConfig, template: Template) -> tuple[int, ...]:
+    """What ends a response: a policy's EOS ids and the end of a turn in its template."""
     ids, turn = config.eos_ids, template.eos_id
     return ids if turn is None or turn in ids else (*ids, turn)
 
@@ -262,7 +263,7 @@ def _on_device(
 ) -> tuple[bool, ...]:
     eos_ids: tuple[int, ...] = ()
     if sources.policy is not None:
-        eos_ids = _eos_ids(configs["policy"], templates["policy"])
+        eos_ids = ending_ids(configs["policy"], templates["policy"])
     roles = iter([role for role in templates if "tuned" in role])
     found = []
     for tuned, untuned in zip(roles, roles, strict=True):
@@ -298,13 +299,10 @@ def load(plan: Plan, *, dtype: str | None = None, mesh: Mesh | None = None) -> S
     dtype None is as stored, but float32 on a CPU, where that is faster. Raises InputError for
     checkpoints that cannot be read.
     """
-    import jax
-
-    from w2s_jax.models.huggingface import load_model
+    from w2s_jax.models.huggingface import load_model, quickest_dtype
     from w2s_jax.models.reward_huggingface import load_reward_model
 
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"
+    dtype = dtype or quickest_dtype()
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     decoders = {checkpoints[role] for role in plan.configs}
     models = {path: load_model(path, dtype=dtype, mesh=mesh) for path in sorted(decoders)}

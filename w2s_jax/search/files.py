@@ -12,14 +12,13 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.search.checkpoints import Plan, Steering
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.hop import INCOMPLETE
 from w2s_jax.search.judges import TextLogRatio
 from w2s_jax.search.results import ChunkTrace, Hypothesis, SearchResult
-from w2s_jax.search.run import search
+from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.traces import TRACE, trace_row
 from w2s_jax.text.chat import Conversation, conversation_of
 from w2s_jax.text.journal import Journal
-from w2s_jax.text.prompts import decode_response, decode_tokens, token_texts
+from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens, token_texts
 from w2s_jax.text.rows import Row
 
 Prompts = tuple[tuple[int, ...], ...]
@@ -96,16 +95,13 @@ def search_rows(
         journal.append(index, row)
         on_row(row)
 
-    several = any(len(questions.prompts[index]) > 1 for index in waiting)
-    count = len(steering.models.members)
+    prompts = [questions.prompts[index] for index in waiting]
     search(
         steering.models.policy,
         steering.models.guides,
-        [questions.prompts[index][0] for index in waiting],
+        [own[0] for own in prompts],
         config,
-        guide_prompts=[_of_guides(questions.prompts[i], count) for i in waiting]
-        if several
-        else None,
+        guide_prompts=of_guides(prompts, len(steering.models.members)),
         scorers=steering.scorers,
         conversations=[questions.conversations[index] for index in waiting],
         row_ids=waiting,
@@ -116,10 +112,6 @@ def search_rows(
         else None,
         mesh=mesh,
     )
-
-
-def _of_guides(prompts: Prompts, members: int) -> Prompts:
-    return prompts[1:] if len(prompts) > 1 else prompts * (members - 1)
 
 
 def answer(

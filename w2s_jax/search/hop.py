@@ -15,15 +15,12 @@ from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection
 from w2s_jax.search.texts import Candidate, TextScorer
-from w2s_jax.text.prompts import cut, text_behind
+from w2s_jax.text.prompts import INCOMPLETE, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT = 32
 """A response is decoded behind at most this many of its prompt's last tokens."""
-
-INCOMPLETE = "\ufffd"
-"""How tokenizers write the bytes of a character that is not complete yet."""
 
 
 @dataclass(frozen=True)

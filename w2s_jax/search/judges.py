@@ -28,7 +28,7 @@ from w2s_jax.search.reading import (
     start_reading,
 )
 from w2s_jax.search.texts import Candidate
-from w2s_jax.text.batches import pad_rows
+from w2s_jax.text.batches import pad_rows, power_of_two
 from w2s_jax.text.chat import Conversation, Template, plain
 from w2s_jax.text.prompts import decode_tokens, token_texts
 
@@ -156,8 +156,8 @@ class RewardScorer:
         rows = self.template.tokenizer(texts, verbose=False)["input_ids"]
         # The response decides, so what does not fit is left out at the prompt's start.
         rows = [row if len(row) <= limit else [row[0], *row[1 - limit :]] for row in rows]
-        width = min(limit, _power(max(map(len, rows)), 32))
-        filled = [*rows, *[rows[0]] * (_power(len(rows), 8) - len(rows))]
+        width = min(limit, power_of_two(max(map(len, rows)), 32))
+        filled = [*rows, *[rows[0]] * (power_of_two(len(rows), 8) - len(rows))]
         tokens, mask = pad_rows(filled, width, model.config.pad_id)
         logits = np.asarray(_classify(model, tokens, mask))[: len(rows)]
         return logits @ self._contrast
@@ -186,10 +186,6 @@ def encode_candidates(
         for candidate, tokens in zip(some, rows, strict=True):
             encoded[candidate.slot, candidate.row] = tokens + end * candidate.finished
     return {(c.slot, c.row): encoded[c.slot, c.row] for c in candidates}
-
-
-def _power(count: int, least: int) -> int:
-    return max(least, 1 << (count - 1).bit_length())
 
 
 _classify = jax.jit(lambda model, tokens, mask: model(tokens, mask))

@@ -19,11 +19,10 @@ from w2s_jax.models.model import Model, hidden_states
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.proposers import Proposer
-from w2s_jax.text.batches import pad_rows
+from w2s_jax.text.batches import pad_rows, power_of_two
 
 BLOCK_BYTES = 1 << 27
 """Float32 logits that are alive at a time, over all models, where a call needs more than these."""
-_NARROWEST = 16
 _PADDING = 0
 
 
@@ -126,8 +125,8 @@ def score_responses(
     width = [max(map(len, row.prompts)) + len(row.tokens) - 1 for row in responses]
     waiting = sorted(range(len(responses)), key=lambda index: -width[index])
     while waiting:
-        padded = _power(width[waiting[0]])
-        batch = [index for index in waiting[:batch_size] if _power(width[index]) == padded]
+        padded = padded_width(width[waiting[0]])
+        batch = [index for index in waiting[:batch_size] if padded_width(width[index]) == padded]
         waiting = waiting[len(batch) :]
         rows = [responses[index] for index in batch]
         rows += [rows[-1]] * (batch_size - len(rows))
@@ -173,9 +172,9 @@ def _betas(proposer: Proposer, rows: int) -> np.ndarray:
     return np.full(rows, getattr(proposer, "beta", 0.0), np.float32)
 
 
-def _power(length: int) -> int:
+def padded_width(length: int) -> int:
     """The width that a row of `length` tokens is padded to."""
-    return max(_NARROWEST, 1 << (length - 1).bit_length())
+    return power_of_two(length, 16)
 
 
 def _score_batch(
@@ -186,7 +185,7 @@ def _score_batch(
     top: int,
 ) -> Likelihoods:
     """The device's part for one batch. Models that read the same prompt share one array."""
-    count = min(width, _power(max(len(row.tokens) for row in rows)))
+    count = min(width, padded_width(max(len(row.tokens) for row in rows)))
     targets, real = pad_rows([row.tokens for row in rows], count, _PADDING)
     several = any(len(row.prompts) > 1 for row in rows)
     betas = _betas(proposer, len(rows))

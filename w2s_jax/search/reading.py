@@ -16,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from w2s_jax.decode.reader import LOGIT_BYTES, prefill, read_chunk, start_cache
+from w2s_jax.decode.reader import prefill, read_chunk, start_cache
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
 from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward, logits
+from w2s_jax.models.forward import forward
 from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import blocked_token_logprobs
+from w2s_jax.models.model import Model
+from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.likelihood import padded_width, token_likelihoods
+from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.sizes import bucket
+from w2s_jax.text.batches import pad_rows
 
 log = logging.getLogger(__name__)
 
@@ -352,9 +355,9 @@ def _grow(reading: Reading, **needed: int) -> Reading:
 
 def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """Float32 log-probabilities of all tokens but the first, read without a cache."""
-    padded = np.zeros((1, bucket(len(tokens) + 1)), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return np.asarray(_alone(model, padded))[: len(tokens) - 1]
+    padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
+    found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
+    return np.asarray(found.logprobs)[0, 1 : len(tokens)]
 
 
 def _sum_alone(model: Model, tokens: np.ndarray) -> float:
@@ -362,9 +365,7 @@ def _sum_alone(model: Model, tokens: np.ndarray) -> float:
 
 
 def _logits_alone(model: RewardModel, tokens: np.ndarray) -> np.ndarray:
-    padded = np.zeros((1, bucket(len(tokens) + 1)), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return np.asarray(model(padded, np.arange(padded.shape[1])[None] < len(tokens)))[0]
+    return np.asarray(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
 
 
 def _last_states(
@@ -386,14 +387,6 @@ def _last_states(
     ends = jnp.take_along_axis(behind, at, axis=2)[:, :, 0]
     assert read.cache is not None
     return jnp.where((counts > 0)[..., None], ends, stems), read.cache, read.chunk
-
-
-@jax.jit
-def _alone(model: Model, tokens: Any) -> Array:
-    hidden = hidden_states(model, tokens)[0, :-1]
-    head = partial(logits, model.config, model.params)
-    block = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
-    return blocked_token_logprobs(hidden, tokens[0, 1:, None], head, block=block)[:, 0]
 
 
 @partial(jax.jit, donate_argnums=1)

@@ -98,6 +98,18 @@ def search(
     return [found[index] for index in range(len(prompts))]
 
 
+def of_guides(
+    prompts: Sequence[Sequence[Sequence[int]]], members: int
+) -> list[Sequence[Sequence[int]]] | None:
+    """`guide_prompts` of prompts that are one sequence for all members or one each.
+
+    None where none of them is more than one.
+    """
+    if all(len(own) == 1 for own in prompts):
+        return None
+    return [own[1:] if len(own) > 1 else [own[0]] * (members - 1) for own in prompts]
+
+
 def _of_members(
     prompt: Sequence[int], others: Sequence[Sequence[int]] | None
 ) -> tuple[tuple[int, ...], ...]:

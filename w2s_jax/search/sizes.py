@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from w2s_jax.text.batches import power_of_two
+
 SMALLEST_BUCKET = 16
 
 
@@ -10,10 +12,7 @@ def bucket(length: int) -> int:
 
     It holds all of the prompt but its last token.
     """
-    capacity = SMALLEST_BUCKET
-    while capacity < length - 1:
-        capacity *= 2
-    return capacity
+    return power_of_two(length - 1, SMALLEST_BUCKET)
 
 
 def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:

@@ -16,6 +16,7 @@ from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.text_run import Continuation, Extension
 from w2s_jax.serve.retry import NO_KEY, Answer, Meter, Patience, Usage, ask_all
 from w2s_jax.text.chat import Conversation
+from w2s_jax.text.prompts import INCOMPLETE
 
 Prompt = str | tuple[int, ...]
 
@@ -245,7 +246,7 @@ def _continuations(answer: Answer, max_tokens: int) -> list[Continuation]:
         if choice.finish == "length":
             # A chunk may end inside a character; its bytes cannot be sent back, so it is written
             # anew by the next chunk.
-            text = choice.text.rstrip("\ufffd")
+            text = choice.text.rstrip(INCOMPLETE)
             found.append(Continuation(text, False, max_tokens, trail=choice.ids))
             continue
         share = -(-left // others)

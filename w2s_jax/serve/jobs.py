@@ -12,6 +12,7 @@ from typing import Any
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import presets
+from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.results import Request
@@ -20,6 +21,7 @@ from w2s_jax.search.texts import TextScorer
 from w2s_jax.serve.errors import ApiError, malformed, too_large, unsupported
 from w2s_jax.serve.schema import Chat, Completion, Generation
 from w2s_jax.serve.settings import Defaults, Limits
+from w2s_jax.text.batches import power_of_two
 from w2s_jax.text.chat import Conversation, Message, Template
 from w2s_jax.text.prompts import decode_tokens, special_stops
 
@@ -133,8 +135,7 @@ class Served:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """What ends a response: the policy's ids and the end of a turn in its template."""
-        ids, turn = self.models.policy.config.eos_ids, self.template.eos_id
-        return ids if turn is None or turn in ids else (*ids, turn)
+        return ending_ids(self.models.policy.config, self.template)
 
 
 class Reader:
@@ -365,18 +366,12 @@ def capacity_for(tokens: int, most: int) -> int:
     """The room for new tokens that a program is compiled with: 1, or powers of two from 16."""
     if tokens == 1:
         return 1
-    capacity = _SMALLEST_CAPACITY
-    while capacity < tokens:
-        capacity *= 2
-    return max(min(capacity, most), tokens)
+    return max(min(power_of_two(tokens, _SMALLEST_CAPACITY), most), tokens)
 
 
 def prefix_for(tokens: int) -> int:
     """The room for all but a prompt's last token: powers of two from 64."""
-    prefix = _SMALLEST_PREFIX
-    while prefix < tokens - 1:
-        prefix *= 2
-    return prefix
+    return power_of_two(tokens - 1, _SMALLEST_PREFIX)
 
 
 def _each(body: Generation, name: str, count: int) -> list[int]:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from w2s_jax.text.prompts import cut, decode_tokens, text_behind
+from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens
 
-_UNFINISHED = "\ufffd"
 # Enough of a prompt for what follows to decode as it does behind all of it.
 _TAIL = 64
 _WINDOW = 8
@@ -16,9 +15,7 @@ def response_text(
     tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str]
 ) -> str:
     """The text that tokens add to a prompt's, up to the first stop string."""
-    text = text_behind(partial(decode_tokens, tokenizer), prompt[-_TAIL:], tokens)
-    kept = cut(text, stop)
-    return text if kept is None else kept
+    return decode_response(tokenizer, prompt[-_TAIL:], tokens, stop)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
@@ -27,7 +24,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
     Left out are a character whose bytes are not all there, which decodes to U+FFFD until they are,
     and an end that may be the beginning of a stop string.
     """
-    text = text.rstrip(_UNFINISHED)
+    text = text.rstrip(INCOMPLETE)
     longest = max(map(len, stop), default=1) - 1
     for start in range(max(0, len(text) - longest), len(text)):
         if any(one.startswith(text[start:]) for one in stop):
@@ -60,7 +57,7 @@ class TokenTexts:
         r"""A token's own text, its leading space included; "bytes:\xe2" for half a character."""
         before, whole = self._alone(self._anchor), self._alone([*self._anchor, token])
         text = whole.removeprefix(before) if whole.startswith(before) else self._alone([token])
-        if _UNFINISHED not in text:
+        if INCOMPLETE not in text:
             return text
         name = str(self.tokenizer.convert_ids_to_tokens(token))
         if name.startswith("<0x"):
@@ -77,9 +74,9 @@ class TokenTexts:
         for index in range(len(tokens)):
             offsets.append(length)
             before, now = decode(tokens[start:index]), decode(tokens[start : index + 1])
-            if now.endswith(_UNFINISHED):
+            if now.endswith(INCOMPLETE):
                 continue
-            length += max(0, len(now) - len(before.rstrip(_UNFINISHED)))
+            length += max(0, len(now) - len(before.rstrip(INCOMPLETE)))
             start = max(start, index + 1 - _WINDOW)
         return offsets
 

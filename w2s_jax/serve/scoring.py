@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from w2s_jax.search.likelihood import Response
+from w2s_jax.search.likelihood import Response, padded_width
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.serve.events import Choice
 from w2s_jax.serve.jobs import Job
-
-_NARROWEST = 16
 
 
 def proposer_of(job: Job) -> Proposer:
@@ -33,4 +31,4 @@ def kind_of(job: Job, choices: Sequence[Choice]) -> tuple[type, int]:
     """Jobs of one kind are scored by one program; some choice must have tokens."""
     rows = [row for row in responses_of(job, choices) if row]
     width = max(max(map(len, row.prompts)) + len(row.tokens) - 1 for row in rows)
-    return type(proposer_of(job)), max(_NARROWEST, 1 << (width - 1).bit_length())
+    return type(proposer_of(job)), padded_width(width)

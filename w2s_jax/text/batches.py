@@ -32,6 +32,14 @@ def shuffled(size: int, seed: int) -> Callable[[int], int]:
     return lambda position: int(epoch(position // size)[position % size])
 
 
+def power_of_two(count: int, least: int) -> int:
+    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
+
+    What is padded to such sizes takes few shapes, and so few programs.
+    """
+    return max(least, 1 << (max(count, 1) - 1).bit_length())
+
+
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
 ) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 
+INCOMPLETE = "\ufffd"
+"""How tokenizers write the bytes of a character that is not complete yet."""
+
 _CONTEXT = 16
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
@@ -75,7 +78,7 @@ def token_texts(
     for token in tokens:
         waiting.append(token)
         text = text_behind(decode, before, waiting)
-        if text.endswith("\ufffd") and len(waiting) < _LONGEST_CHARACTER:
+        if text.endswith(INCOMPLETE) and len(waiting) < _LONGEST_CHARACTER:
             texts.append("")
             continue
         texts.append(text)
