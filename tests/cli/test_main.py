@@ -1,7 +1,9 @@
 import dataclasses
 import importlib
+import typing
 
 import pytest
+from tyro.conf import Positional
 
 import w2s_jax
 from w2s_jax.cli.main import COMMANDS, main, parse
@@ -28,15 +30,20 @@ def test_every_command_has_help_for_every_flag(words, capsys):
         main([*words, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
-        assert f"--{field.name.replace('_', '-')}" in text
+        notes = getattr(hints[field.name], "__metadata__", ())
+        wanted = f"--{field.name.replace('_', '-')}"
+        if Positional in notes:
+            wanted = next(note.metavar for note in notes if hasattr(note, "metavar"))
+        assert wanted in text
     assert command.__dataclass_params__.frozen
 
 
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
-        (["srch"], "unknown command 'srch'; the commands are demo, search, eval"),
+        (["srch"], "unknown command 'srch'; the commands are demo, search, sft, dpo, plot,"),
         (["bench"], "bench is followed by another word: bench search"),
         (["bench", "--repeats", "2"], "bench is followed by another word: bench search"),
         ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),

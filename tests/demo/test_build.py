@@ -1,22 +1,27 @@
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from w2s_jax.demo.build import STAGES, main
-from w2s_jax.demo.corpus import build_corpus, clean, load_corpus, read_reviews
-from w2s_jax.demo.preferences import opening_words, preference, reencode_pairs
-from w2s_jax.demo.recipe import read_recipe
+from w2s_jax.demo import build
+from w2s_jax.demo.build import check_done, main
+from w2s_jax.demo.corpus import build_corpus, clean, read_reviews
+from w2s_jax.demo.preferences import opening_words, preference, write_training_pairs
+from w2s_jax.demo.recipe import Recipe, differences, from_mapping, read_recipe, stage_settings
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import END_ID, PAD_ID, save_bpe, train_bpe
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.bpe import END_ID
+from w2s_jax.text.rows import read_jsonl, write_jsonl
 
+TINY_SFT = {"max_steps": 3, "batch_size": 2, "max_length": 16, "truncation": "split"}
 TINY_LANGUAGE = {
-    "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "steps": 3, "rows": 2, "length": 16,
-    "max_positions": 64,
+    "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "max_positions": 64, "sft": TINY_SFT
+}  # fmt: skip
+TINY_DPO = {
+    "batch_size": 4, "max_length": 32, "held_out": 4, "append_eos": False, "equal_pairs": "drop"
 }  # fmt: skip
 TINY = {
     "vocab_size": 300,
@@ -25,9 +30,9 @@ TINY = {
         "held_out": 4,
     },
     "policy": TINY_LANGUAGE,
-    "untuned": TINY_LANGUAGE | {"optimizer": {"name": "muon"}},
+    "untuned": TINY_LANGUAGE | {"sft": TINY_SFT | {"optimizer": "muon"}},
     "preferences": {"pairs": 12, "new_tokens": 4, "slots": 4, "block": 6},
-    "tuned": {"epochs": 1, "rows": 4, "held_out": 4},
+    "tuned": {"dpo": TINY_DPO},
     "other_guides": [
         {
             "name": "other",
@@ -35,9 +40,19 @@ TINY = {
             "reviews": 15,
             "untuned": TINY_LANGUAGE
             | {"architecture": "mistral", "kv_heads": 1, "sliding_window": 8},
-            "tuned": {"epochs": 1, "rows": 4, "held_out": 4},
+            "tuned": {"dpo": TINY_DPO},
         }
     ],
+}  # fmt: skip
+
+EXPERIMENT = {
+    "other_guides": [],
+    "export": False,
+    "direct": {"dpo": TINY_DPO},
+    "evaluation": {
+        "prompts": 3, "new_tokens": 4, "beam_width": 2, "successors": 2, "chunk_length": 2,
+        "samples": 3, "slots": 2, "block": 2,
+    },
 }  # fmt: skip
 
 
@@ -73,7 +88,9 @@ def test_the_recipe_builds_every_model_and_a_second_run_does_nothing(data, recip
     main(arguments)
     card = json.loads((assets / "card.json").read_text())
     others = {"other/corpus", "other/untuned", "other/tuned"}
-    assert set(card["stages"]) == set(STAGES) - {"export"} | others
+    own = {"corpus", "gold", "policy", "untuned", "preferences", "tuned"}
+    assert set(card["stages"]) == own | others
+    assert not any("config" in stage for stage in card["stages"].values())
     models = ("gold", "policy", "untuned", "tuned", "other-untuned", "other-tuned")
     assert {*models, "bytes"} == set(card["exported"])
     for name in models:
@@ -87,45 +104,173 @@ def test_the_recipe_builds_every_model_and_a_second_run_does_nothing(data, recip
     assert len(rows) == 12
     assert all({"prompt", "chosen", "rejected", "rewards"} <= row.keys() for row in rows)
 
-    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    before = times(work)
     main(arguments)
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == before
+    assert times(work) == before
+
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text(yaml.safe_dump({"extends": recipe.name} | EXPERIMENT))
+    main([f"--config={experiment}", *arguments[1:]])
+    shared = {path: time for path, time in times(work).items() if path in before}
+    assert shared == before
+    folder = work / "evaluation"
+    methods = ("base", "bon", "eft", "cbs", "tuned_policy")
+    found = json.loads((folder / "results.json").read_text())
+    assert tuple(found["methods"]) == methods
+    for name in methods:
+        rows = read_jsonl(folder / "responses" / f"{name}.jsonl")
+        assert len(rows) == found["prompts"] == 3
+        mean = np.mean([row["gold_reward"] for row in rows])
+        assert found["methods"][name]["gold_reward"]["mean"] == pytest.approx(mean)
+    assert len((folder / "table.md").read_text().splitlines()) == 2 + len(methods)
+    assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
+    assert sorted(path.name for path in (folder / "responses").iterdir()) == sorted(
+        f"{name}.jsonl" for name in methods
+    )
+    weights = {
+        name: (work / name / "model/model.safetensors").read_bytes()
+        for name in ("policy", "tuned_policy")
+    }
+    assert weights["policy"] != weights["tuned_policy"]
+    before = times(work)
+    main([f"--config={experiment}", *arguments[1:]])
+    assert times(work) == before
 
 
-def test_pairs_in_another_vocabulary_hold_the_same_texts(tmp_path):
-    save_bpe(train_bpe(["a fine film of fine films"] * 9, 280), tmp_path, max_length=64)
-    tokenizer = load_tokenizer(tmp_path)
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def done_by(recipe, work, *stages):
+    """The records of stages as if `recipe` had made them."""
+    settings = stage_settings(from_mapping(Recipe, recipe, "recipe"))
+    for stage in stages:
+        (work / stage).mkdir(parents=True)
+        (work / stage / "done.json").write_text(json.dumps({"config": settings[stage]}))
+
+
+def test_stages_done_by_another_recipe_are_refused(data, recipe, tmp_path, capsys, monkeypatch):
+    work = tmp_path / "work"
+    made = ("corpus", "gold", "policy", "untuned", "preferences", "tuned", "other/tuned")
+    done_by(TINY, work, *made)
+    other = TINY | {"untuned": TINY_LANGUAGE | {"sft": TINY_SFT | {"max_steps": 4}}}
+    recipe.write_text(yaml.safe_dump(other))
+    monkeypatch.delattr(build.Build, "export")
+    with pytest.raises(SystemExit) as end:
+        main([f"--config={recipe}", f"--work={work}", f"--data={data}"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    folders = " ".join(
+        str(work / name) for name in ("untuned", "preferences", "tuned", "other/tuned")
+    )
+    assert error == (
+        "error: stages were done by another recipe (untuned.sft.max_steps is 4, was 3; "
+        f"untuned.sft.optimizer is None, was 'muon'); to redo, delete {folders}\n"
+    )
+
+
+def test_a_stage_alone_is_named_and_those_without_a_record_are_taken(tmp_path):
+    settings = stage_settings(from_mapping(Recipe, TINY, "recipe"))
+    done_by(TINY, tmp_path, "tuned")
+    for stage in ("corpus", "untuned"):
+        (tmp_path / stage).mkdir()
+    (tmp_path / "corpus" / "done.json").write_text('{"seconds": 3.0}')
+    check_done(tmp_path, settings)
+    changed = TINY | {"tuned": {"dpo": TINY_DPO | {"beta": 0.2}}}
+    with pytest.raises(InputError) as error:
+        check_done(tmp_path, stage_settings(from_mapping(Recipe, changed, "recipe")))
+    expected = "stage tuned was done by another recipe (tuned.dpo.beta is 0.2, was None); to redo, "
+    assert str(error.value) == f"{expected}delete {tmp_path / 'tuned'}"
+
+
+def test_a_stage_depends_on_what_it_reads_and_on_nothing_else():
+    def changed(change):
+        before = stage_settings(
+            from_mapping(Recipe, TINY | EXPERIMENT | {"other_guides": TINY["other_guides"]}, "a")
+        )
+        after = stage_settings(
+            from_mapping(
+                Recipe, TINY | EXPERIMENT | {"other_guides": TINY["other_guides"]} | change, "b"
+            )
+        )
+        return {stage for stage in before if before[stage] != after[stage]}
+
+    evaluated = {"evaluation"}
+    assert changed({"evaluation": {"prompts": 7}}) == evaluated
+    assert changed({"direct": {"dpo": {}}}) == evaluated | {"tuned_policy"}
+    assert changed({"tuned": {"dpo": {}}}) == evaluated | {"tuned", "export"}
+    pairs = {"preferences", "tuned", "tuned_policy", "evaluation", "export"}
+    assert changed({"preferences": {}}) == pairs | {"other/tuned", "other/export"}
+    assert changed({"policy": TINY_LANGUAGE | {"layers": 2}}) == {
+        "policy",
+        "tuned_policy",
+        "evaluation",
+        "export",
+    }
+    assert changed({"export": False}) == set()
+    assert "gold" in changed({"vocab_size": 301})
+    guide = TINY["other_guides"][0]
+    assert changed({"other_guides": [guide | {"reviews": 14}]}) == {
+        f"other/{name}" for name in ("corpus", "untuned", "tuned", "export")
+    }
+
+
+def test_differences_are_named_by_their_place():
+    found = {"a": {"b": 1, "c": [1]}, "gone": True}
+    wanted = {"a": {"b": 2, "c": [1]}, "new": "x"}
+    assert differences(found, wanted) == [
+        "a.b is 2, was 1",
+        "new is 'x', was None",
+        "gone is None, was True",
+    ]
+    assert differences(found, found) == []
+
+
+def test_stages_of_the_experiment_are_there_where_the_recipe_names_them(tmp_path):
+    def stages(change):
+        recipe = from_mapping(Recipe, TINY | change, "recipe")
+        return tuple(build.Build(recipe, tmp_path, tmp_path, tmp_path).stages())
+
+    plain = ("corpus", "gold", "policy", "untuned", "preferences", "tuned")
+    guide = ("other/corpus", "other/untuned", "other/tuned")
+    assert stages({}) == (*plain, "export", *guide, "other/export")
+    assert stages({"export": False}) == (*plain, *guide)
+    assert stages(EXPERIMENT) == (*plain, "tuned_policy", "evaluation")
+    assert stages({"evaluation": {}, "other_guides": []}) == (*plain, "evaluation", "export")
+
+
+def test_a_recipe_extends_another_from_its_folder(recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"extends": recipe.name, "vocab_size": 310} | EXPERIMENT))
+    found, base = read_recipe(other), read_recipe(recipe)
+    assert (found.vocab_size, found.other_guides, found.export) == (310, (), False)
+    assert (found.policy, found.tuned) == (base.policy, base.tuned)
+    other.write_text("extends: none.yaml\n")
+    with pytest.raises(InputError, match=r"none.yaml: cannot be read"):
+        read_recipe(other)
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_trained(
+    data, recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    recipe.write_text(yaml.safe_dump(TINY | EXPERIMENT))
+    with pytest.raises(SystemExit):
+        main([f"--config={recipe}", f"--work={tmp_path / 'work'}", f"--data={data}"])
+    assert "pip install 'w2s-jax[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_training_pairs_end_where_the_samples_did(tmp_path):
     rows = [
-        {
-            "prompt": "a fine",
-            "chosen": " film",
-            "rejected": " sea, no end",
-            "tokens": [[9], [8, 0], [7]],
-        },
-        # The first response goes on inside a token of the prompt: none of it is a prompt's.
-        {"prompt": "the fil", "chosen": "ms of", "rejected": "l", "tokens": [[9], [8], [7, 0]]},
+        {"prompt": "a", "chosen": " film", "rejected": " sea", "tokens": [[9], [8, END_ID], [7]]},
         {"prompt": "left out", "chosen": "", "rejected": " x", "tokens": [[9], [], [7]]},
     ]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = reencode_pairs(path, tokenizer, PAD_ID)
-    assert len(pairs) == 2
-    for row, tokens, mask, targets in zip(
-        rows, pairs.tokens, pairs.mask, pairs.targets, strict=False
-    ):
-        for side, name in enumerate(("chosen", "rejected")):
-            ids = tokens[side][mask[side]].tolist()
-            whole = row["prompt"] + row[name]
-            assert tokenizer.decode(ids, skip_special_tokens=True) == whole
-            ended = row["tokens"][1 + side][-1] == END_ID
-            assert (ids[-1] == END_ID) == ended
-            assert ids == tokenizer(whole)["input_ids"] + [END_ID] * ended
-        before = [
-            side[: target.argmax()].tolist() for side, target in zip(tokens, targets, strict=True)
-        ]
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        assert before[0] == before[1] == prompt[: len(before[0])]
-    assert pairs.targets[0, 0].argmax() == len(tokenizer("a fine")["input_ids"])
+    write_jsonl(path, rows)
+    assert write_training_pairs(path, "<end>", tmp_path / "training.jsonl") == 1
+    expected = [{"prompt": "a", "chosen": " film<end>", "rejected": " sea"}]
+    assert read_jsonl(tmp_path / "training.jsonl") == expected
 
 
 def test_a_part_of_the_reviews_is_the_same_each_time(data, tmp_path):
@@ -138,8 +283,10 @@ def test_a_part_of_the_reviews_is_the_same_each_time(data, tmp_path):
     assert counts[0] == counts[1]
     assert set(counts[0]) == {"language"}
     assert counts[0]["language"]["reviews"] == 7
-    one, two = (load_corpus(tmp_path / name / "corpus" / "language") for name in ("one", "two"))
-    np.testing.assert_array_equal(one.tokens, two.tokens)
+    one, two = (
+        read_jsonl(tmp_path / name / "corpus" / "language.jsonl") for name in ("one", "two")
+    )
+    assert one == two
 
 
 def test_a_stage_that_is_not_there_is_told_with_those_that_are(data, recipe, tmp_path, capsys):
@@ -182,10 +329,13 @@ def test_preferences_follow_bradley_terry():
         ({"policy": {"width": 8}}, "policy: field 'layers' is missing"),
         ({"vocab_size": "many"}, "vocab_size: 'many' is no int"),
         (
-            {"tuned": {"optimizer": {"name": "sgd"}}},
-            "optimizer: name: 'sgd' is none of adamw, muon",
+            {"gold": TINY["gold"] | {"optimizer": {"name": "adam"}}},
+            "optimizer: name: 'adam' is none of adamw, ",
         ),
-        ({"tuned": {"optimizer": {"warmup": -1}}}, "warmup -1.0 must not be negative"),
+        (
+            {"gold": TINY["gold"] | {"optimizer": {"warmup": -1}}},
+            "warmup -1.0 must not be negative",
+        ),
         ({"gold": 3}, "gold: expected fields of GoldConfig"),
         ({"other_guides": [{"name": "x"}]}, "other_guides: field 'vocab_size' is missing"),
         ({"policy": TINY_LANGUAGE | {"architecture": "rnn"}}, "'rnn' is none of llama, mistral"),
@@ -208,5 +358,13 @@ def test_missing_reviews_are_told_and_end_with_status_two(recipe, tmp_path, caps
     assert "train.jsonl.xz" in error
 
 
-def test_the_shipped_recipe_is_readable():
-    read_recipe(Path(__file__).parents[2] / "configs" / "demo" / "recipe.yaml")
+def test_the_shipped_recipes_are_readable_and_share_their_stages():
+    folder = Path(__file__).parents[2] / "configs" / "demo"
+    demo, experiment = (read_recipe(folder / f"{name}.yaml") for name in ("recipe", "sentiment"))
+    assert demo.direct is demo.evaluation is None
+    assert experiment.direct is not None
+    assert experiment.evaluation is not None
+    assert not experiment.export
+    ours, theirs = stage_settings(experiment), stage_settings(demo)
+    for stage in ("corpus", "gold", "policy", "untuned", "preferences", "tuned"):
+        assert ours[stage] == theirs[stage]

@@ -1,12 +1,13 @@
 """Attention over parts against plain softmax attention in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.ops.attention import attend_part, concatenate, merge, unseen
+from w2s_jax.ops.attention import attend_part, attend_sequence, concatenate, merge, unseen
 
 
 def plain(query, keys, values, mask, scale, softcap=None):
@@ -101,3 +102,26 @@ def test_half_precision_is_summed_in_float32(dtype):
     wide = (np.asarray(x[0, 0], np.float32) for x in (query, keys, values))
     expected = plain(*wide, np.ones((64, 64), bool), 0.25)
     np.testing.assert_allclose(out[0, 0], expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_whole_sequence_has_the_value_and_the_gradient_of_its_parts(softcap):
+    rng = np.random.default_rng(3)
+    query = jnp.asarray(rng.normal(size=(2, 1, 6, 4, 8)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 2, 1, 6, 2, 8)), jnp.float32)
+    mask = jnp.tril(jnp.ones((6, 6), bool))[None, None]
+    slope = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+
+    def parts(*arrays):
+        return merge([attend_part(*arrays, mask, scale=0.5, softcap=softcap)])
+
+    def whole(*arrays):
+        return attend_sequence(*arrays, mask, scale=0.5, softcap=softcap)
+
+    (expected, wanted), (found, pulled) = (
+        (out, pull(slope))
+        for out, pull in (jax.vjp(function, query, keys, values) for function in (parts, whole))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for ours, theirs in zip(pulled, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -94,17 +94,63 @@ def test_a_chunk_reads_only_what_changed(monkeypatch):
     longer = {(0, r): [*texts[0, 2 * (r // K)], 7, 8 + r] for r in range(W * K)}
     sizes = []
 
-    def spy(model, cache, committed, last, tokens):
+    def spy(model, cache, committed, last, tokens, longer, *, first):
         sizes.append((committed.tolist(), tokens.shape))
-        return read(model, cache, committed, last, tokens)
+        return read(model, cache, committed, last, tokens, longer, first=first)
 
-    read = reading_module._read_logprobs
-    monkeypatch.setattr(reading_module, "_read_logprobs", spy)
+    read = reading_module.read_rows
+    monkeypatch.setattr(reading_module, "read_rows", spy)
     _, sums = read_logprobs(MODEL, reading, longer)
     # The prefix holds all of the prompt but its last token; the last token read is read again.
     assert sizes == [([[2, 2]], (1, W * K, L + MERGES))]
     for (_, row), text in longer.items():
         assert sums[0, row] == pytest.approx(whole(MODEL, text, prompt), abs=1e-4)
+
+
+@pytest.mark.parametrize("model", [MODEL, STACKED], ids=["layers", "stacked"])
+@pytest.mark.parametrize(
+    ("count", "widths"), [(4, (5, 2, 4)), (5, (7, 0, 0))], ids=["read on", "too many"]
+)
+def test_rows_longer_than_the_others_are_read_on(model, count, widths, monkeypatch):
+    """Where few rows are longer they alone are read on, and any of them may be kept."""
+    monkeypatch.setattr(reading_module, "CALL_TOKENS", 0)
+    monkeypatch.setattr(reading_module, "COPIED_ENTRIES", 10**6)
+    slots, successors = 2, 4
+    seen = []
+
+    def spy(*given, first):
+        tokens, longer = given[-2:]
+        seen.append((first, tokens.shape[2] - first, longer.shape[1]))
+        return read(*given, first=first)
+
+    read = reading_module.read_rows
+    monkeypatch.setattr(reading_module, "read_rows", spy)
+    generator = np.random.default_rng(count)
+    draw = lambda n: generator.integers(4, VOCAB, n).tolist()  # noqa: E731
+    prompts = [draw(9), draw(3)]
+    reading = start_reading(slots, W, successors, L)
+    for slot, prompt in enumerate(prompts):
+        reading = insert_text(reading, slot, prompt)
+    rows = W * successors
+    kept = {(slot, w): prompts[slot] for slot in range(slots) for w in range(W)}
+    longest = [(0, 1), (0, 2), (1, 7), (0, 6), (1, 0)][:count]
+    for _ in range(3):
+        texts = {
+            # The stem is read again, so that at most 7 tokens lie behind it.
+            (slot, r): [
+                *kept[slot, r // successors],
+                *draw(6 if (slot, r) in longest else 3 + r % 2),
+            ]
+            for slot in range(slots)
+            for r in range(rows)
+        }
+        reading, sums = read_logprobs(model, reading, texts)
+        for (slot, row), text in texts.items():
+            assert sums[slot, row] == pytest.approx(whole(model, text, prompts[slot]), abs=1e-4)
+        places = np.array([[2, 6], [7, 3]])
+        reading = keep_rows(reading, places // successors, places)
+        kept = {(slot, w): texts[slot, places[slot, w]] for slot, w in kept}
+    assert set(seen) == {widths}
 
 
 def test_a_refilled_slot_remembers_nothing():

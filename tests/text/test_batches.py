@@ -1,12 +1,10 @@
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.text.batches import Crops, Windows, pad_rows, shuffled
+from w2s_jax.text.batches import Crops, pad_rows, shuffled
 
 END, PAD = 0, 1
 
@@ -46,10 +44,6 @@ def test_rows_are_padded_and_cut():
     assert mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
 
 
-def windows(**options):
-    return Windows(**({"documents": REVIEWS, "rows": 5, "length": 12, "end_id": END} | options))
-
-
 def crops(**options):
     fixed = {
         "documents": REVIEWS, "labels": np.array([0, 1, 0, 1, 1]), "rows": 5, "widths": (6, 10),
@@ -58,9 +52,8 @@ def crops(**options):
     return Crops(**(fixed | options))
 
 
-@pytest.mark.parametrize("make", [windows, crops])
-def test_a_batch_depends_on_its_step_alone(make):
-    one, other = make(), make()
+def test_a_batch_depends_on_its_step_alone():
+    one, other = crops(), crops()
     later = one(4)
     for step in range(5):
         batch = other(step)
@@ -69,25 +62,6 @@ def test_a_batch_depends_on_its_step_alone(make):
     assert (one(3)["tokens"].shape != later["tokens"].shape) or np.any(
         one(3)["tokens"] != later["tokens"]
     )
-
-
-def test_windows_are_whole_runs_of_reviews_with_ends_between():
-    for step in range(6):
-        batch = windows()(step)
-        assert batch["tokens"].shape == batch["targets"].shape == (5, 12)
-        assert batch["targets"].all()
-        for row in batch["tokens"]:
-            for before, after in pairwise(row):
-                if END in (before, after):
-                    assert after == END or after % 1000 == 100 or before != END
-                else:
-                    assert after == before + 1
-
-
-def test_windows_that_open_begin_with_an_end_and_a_first_token():
-    tokens = windows(openings=1.0)(0)["tokens"]
-    assert np.all(tokens[:, 0] == END)
-    assert sorted(tokens[:, 1]) == [100, 1100, 2100, 3100, 4100]
 
 
 def test_crops_come_with_their_labels_and_one_width_a_step():

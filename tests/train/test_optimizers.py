@@ -48,7 +48,11 @@ def test_the_rate_falls_to_its_final_share():
     np.testing.assert_allclose(rates(config, 50, [50, 80]), 0.2, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "ends"), [("adamw", ("kernel", "embedding")), ("muon", "kernel")])
+WEIGHTS = ("kernel", "embedding")
+DECAYED = dict.fromkeys(("adamw", "adafactor", "lion", "sgd"), WEIGHTS) | {"muon": ("kernel",)}
+
+
+@pytest.mark.parametrize(("name", "ends"), DECAYED.items())
 def test_weight_decay_spares_norms_and_biases(name, ends):
     config = OptimizerConfig(name=name, schedule="constant", warmup=0.0, weight_decay=0.5)
     optimizer = make_optimizer(config, 10)
@@ -61,6 +65,62 @@ def test_weight_decay_spares_norms_and_biases(name, ends):
     assert {path for path, decayed in moved.items() if decayed} == {
         path for path in moved if path.endswith(ends)
     }
+
+
+def gradients():
+    return jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), PARAMS
+    )
+
+
+def updates_of(name, steps=1, **fields):
+    """The last of so many updates by the same gradients, at a learning rate of 0.1."""
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, schedule="constant", warmup=0.0, max_grad_norm=None, **fields
+    )
+    optimizer = make_optimizer(config, 10)
+    state = optimizer.init(PARAMS)
+    for _ in range(steps):
+        updates, state = optimizer.update(gradients(), state, PARAMS)
+    return updates
+
+
+def same(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), left, right)
+
+
+def test_sgd_follows_the_gradient():
+    same(updates_of("sgd"), jax.tree.map(lambda g: -0.1 * g, gradients()))
+
+
+def test_lion_moves_by_the_sign_and_forgets_as_in_its_paper():
+    same(updates_of("lion"), jax.tree.map(lambda g: -0.1 * jnp.sign(g), gradients()))
+    decayed = jax.tree.map(lambda g, p: -0.1 * (jnp.sign(g) + 0.5 * p), gradients(), PARAMS)
+    kernel = lambda tree: tree["layers_0"]["mlp"]["up"]["kernel"]  # noqa: E731
+    same(kernel(updates_of("lion", weight_decay=0.5)), kernel(decayed))
+
+
+def test_adafactor_holds_a_row_and_a_column_of_a_matrix_and_clips_its_update():
+    wide = {"embed": {"embedding": jnp.ones((256, 128))}}
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor", max_grad_norm=None), 10)
+    held = sum(leaf.size for leaf in jax.tree.leaves(optimizer.init(wide)))
+    assert held < 2 * (256 + 128)
+    for leaf in jax.tree.leaves(updates_of("adafactor")):
+        assert float(jnp.sqrt(jnp.mean(leaf**2))) <= 0.1 * 1.001
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_each_optimizer_goes_downhill(name):
+    weights = jnp.full((4, 4), 3.0)
+    params = {"layers_0": {"up": {"kernel": weights}}}
+    config = OptimizerConfig(name=name, learning_rate=0.1, muon_learning_rate=0.1, warmup=0.0)
+    optimizer = make_optimizer(config, 50)
+    state = optimizer.init(params)
+    loss = lambda tree: jnp.mean(tree["layers_0"]["up"]["kernel"] ** 2)  # noqa: E731
+    for _ in range(50):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    assert float(loss(params)) < 0.95 * 9
 
 
 def test_muon_orthogonalises_layer_matrices():

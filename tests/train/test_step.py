@@ -7,7 +7,7 @@ import pytest
 from w2s_jax.train.step import init_state, make_train_step
 
 
-def loss(params, batch, key):
+def loss(params, frozen, batch, key):
     """Masked mean of squared errors: rows of unequal weight, as with tokens."""
     errors = jnp.where(batch["mask"], (batch["x"] @ params["w"] - batch["y"]) ** 2, 0.0)
     weight = batch["mask"].sum()
@@ -15,8 +15,8 @@ def loss(params, batch, key):
     return value, weight, {"loss": value}
 
 
-def noisy(params, batch, key):
-    value, weight, metrics = loss(params, batch, key)
+def noisy(params, frozen, batch, key):
+    value, weight, metrics = loss(params, frozen, batch, key)
     return value + params["w"].sum() * jax.random.normal(key), weight, metrics
 
 
@@ -37,7 +37,7 @@ def run(problem, function, accumulate=1, steps=3):
     step = make_train_step(function, optimizer, accumulate=accumulate)
     state = init_state(params, optimizer, jax.random.key(0))
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, None, batch)
     return state, metrics
 
 

@@ -1,4 +1,4 @@
-"""`w2s bench search`: the flags of the search benchmark. The measuring is in w2s_jax/bench."""
+"""`w2s bench search` and `w2s bench train`: the flags. The measuring is in w2s_jax/bench."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -51,3 +51,50 @@ class BenchSearch:
 
         options = {name: value for name, value in asdict(self).items() if name != "json"}
         search.run(search.Options(**options), json_path=self.json)
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Measure SFT and DPO steps on random weights, and TRL's in the same run.
+
+    Prints seconds of a step, tokens per second, peak memory, and the share of the matmul rate.
+    """
+
+    objectives: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
+    """What is trained for."""
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    """Kind of the model."""
+    layers: int = 12
+    """Layers of the model."""
+    width: int = 768
+    """Width of the model."""
+    vocab: int = 50257
+    """Vocabulary size."""
+    batch_size: int = 8
+    """Rows of a step; DPO has half as many pairs."""
+    length: int = 256
+    """Tokens of a row."""
+    prompt_tokens: int = 64
+    """Of these, tokens of the prompt of a pair."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; the trained weights stay float32."""
+    repeats: int = 3
+    """Timed steps of each round; the median is reported."""
+    rounds: int = 1
+    """How often the trainers take turns."""
+    trl: bool = False
+    """Also measure TRL on the same model, rows and settings."""
+    trl_python: Annotated[str | None, arg(metavar="PROGRAM")] = None
+    """Interpreter that has torch and trl; by default this one."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write the figures to FILE as JSON."""
+
+    def run(self) -> None:
+        """Run the benchmark and print its figures."""
+        import sys
+
+        from w2s_jax.bench import train
+
+        options = {name: value for name, value in asdict(self).items() if name != "json"}
+        options["trl_python"] = self.trl_python or sys.executable
+        train.run(train.Options(**options), json_path=self.json)

@@ -227,8 +227,16 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def weights_stamp(folder: Path) -> str:
-    """A short hash of the names, sizes and times of a checkpoint's files."""
+    """A short hash of the names, sizes and times of a checkpoint's files, and of its base's.
+
+    Raises InputError for an adapter that names no base.
+    """
+    from w2s_jax.models.huggingface import is_adapter
+    from w2s_jax.models.lora_huggingface import base_of
+
     kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
     files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats: list[Any] = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if is_adapter(folder) and Path(base_of(folder)).is_dir():
+        stats.append(weights_stamp(Path(base_of(folder))))
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

@@ -14,11 +14,16 @@ from typing import Any, Protocol
 import w2s_jax
 from w2s_jax.cli.config import config_flags, find_config
 from w2s_jax.errors import InputError
+from w2s_jax.train.stopping import Diverged, Preempted
 
 # Words of a command: (module, class, one line of help).
 COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("demo",): ("demo", "Demo", "steer a small built-in model and show what it gains"),
     ("search",): ("search", "Search", "answer a file of prompts, steered by two small models"),
+    ("sft",): ("sft", "SFT", "fine-tune a model on texts, prompts with completions, or chats"),
+    ("dpo",): ("dpo", "DPO", "tune a model on preferences: DPO, its relatives, KTO, WSPO"),
+    ("plot",): ("plot", "Plot", "draw the curves of training runs"),
+    ("convert",): ("convert", "Convert", "write a checkpoint anew: merge an adapter, change dtype"),
     ("eval",): ("evaluate", "Evaluate", "rewards of a file of responses, and who wins"),
     ("lm-eval",): ("lm_eval", "LMEval", "tasks of lm-evaluation-harness on a steered policy"),
     ("serve",): ("serve", "Serve", "answer OpenAI's API with a steered policy"),
@@ -26,6 +31,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
 }
 
 INTERRUPTED = 130
+PREEMPTED = 75
+"""A run was asked to stop and is saved: EX_TEMPFAIL, "run again"."""
 FAILED = 1
 WRONG_INPUT = 2
 
@@ -52,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,52 +1,64 @@
-"""Rebuilds the embedded default from the IMDb reviews, stage by stage.
+"""Rebuilds the embedded default from the IMDb reviews, stage by stage; runs the experiment on it.
 
     python -m w2s_jax.demo.build --config configs/demo/recipe.yaml --work DIR
+    python -m w2s_jax.demo.build --config configs/demo/sentiment.yaml --work DIR
 
-A stage that is done is not run again; one that was killed goes on from its last checkpoint.
+A stage that is done is not run again; one that was killed goes on from its last checkpoint. A stage
+that was done by other settings is refused.
 """
 
 import argparse
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from w2s_jax.demo.corpus import Corpus, build_corpus, load_corpus, read_reviews
-from w2s_jax.demo.export import ASSETS, export, export_guide
-from w2s_jax.demo.gold import opening_accuracy, train_gold
-from w2s_jax.demo.language import LanguageConfig, held_out_loss, train_language
-from w2s_jax.demo.preferences import (
-    TuneConfig,
-    load_pairs,
-    pair_logprobs,
-    reencode_pairs,
-    sample_pairs,
-    tune,
+from w2s_jax.demo import Demo
+from w2s_jax.demo.corpus import LANGUAGE_TEXTS, Corpus, build_corpus, load_corpus, read_reviews
+from w2s_jax.demo.experiment import decode_all, draw_prompts, experiment_methods, responses_path
+from w2s_jax.demo.experiment_report import (
+    draw_experiment,
+    need_matplotlib,
+    result_table,
+    summarise_experiment,
 )
-from w2s_jax.demo.recipe import OtherGuide, Recipe, read_recipe
+from w2s_jax.demo.export import ASSETS, LANGUAGE_MODELS, export, export_guide
+from w2s_jax.demo.gold import opening_accuracy, train_gold
+from w2s_jax.demo.language import LanguageConfig, held_out_loss, write_start
+from w2s_jax.demo.preferences import TuneConfig, sample_pairs, write_training_pairs
+from w2s_jax.demo.recipe import OtherGuide, Recipe, differences, read_recipe, stage_settings
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
-from w2s_jax.models.huggingface import load_model, save_model
+from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
-from w2s_jax.text.bpe import PAD_ID
-from w2s_jax.text.preferences import PairArrays
+from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train.loop import read_metrics
+from w2s_jax.train.reference import weights_identity
 
 log = logging.getLogger("w2s_jax.demo.build")
 
-STAGES = ("corpus", "gold", "policy", "untuned", "preferences", "tuned", "export")
+PAIRS, TRAINING_PAIRS = "pairs.jsonl", "training.jsonl"
+ACCURACY = "eval/rewards/accuracies"
+STAGES = (
+    "corpus", "gold", "policy", "untuned", "preferences", "tuned", "tuned_policy", "evaluation",
+    "export",
+)  # fmt: skip
 OTHER_STAGES = ("corpus", "untuned", "tuned", "export")
 Stage = Callable[[], dict[str, Any]]
+_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ class Build:
 
     def preferences(self) -> dict[str, Any]:
         """Pairs sampled from the untuned guide and labelled by the gold reward."""
-        output = self.work / "preferences" / "pairs.jsonl"
+        folder = self.work / "preferences"
+        output = folder / PAIRS
         if not output.is_file():
             reviews = read_reviews(self.data / "imdb" / "train.jsonl.xz")
             sample_pairs(
@@ -94,9 +107,11 @@ class Build:
                 [review.text for review in reviews],
                 output,
             )
+        end = self._tokenizer().eos_token
+        kept = write_training_pairs(output, end, folder / TRAINING_PAIRS)
         rewards = np.array([row["rewards"] for row in read_jsonl(output)])
         return {
-            "pairs": len(rewards),
+            "pairs": kept,
             "mean_reward": float(rewards.mean()),
             "mean_gap": float(np.abs(rewards[:, 0] - rewards[:, 1]).mean()),
             "chosen_has_higher_reward": float((rewards[:, 0] > rewards[:, 1]).mean()),
@@ -104,8 +119,38 @@ class Build:
 
     def tuned(self) -> dict[str, Any]:
         """The tuned guide and the accuracy of its implicit reward on held-out pairs."""
-        pairs = load_pairs(self.work / "preferences" / "pairs.jsonl", PAD_ID)
-        return _tuned(self.recipe.tuned, self._model("untuned"), pairs, self.work / "tuned")
+        return _tuned(self.recipe.tuned, self.work, self.work / "preferences")
+
+    def tuned_policy(self) -> dict[str, Any]:
+        """The policy itself, tuned on the same pairs: what search without training is held to."""
+        assert self.recipe.direct is not None
+        pairs = self.work / "preferences"
+        return _tuned(self.recipe.direct, self.work, pairs, "policy", "tuned_policy")
+
+    def evaluation(self) -> dict[str, Any]:
+        """Responses of every method to openings of test reviews, their figures, table, picture."""
+        config, folder = self.recipe.evaluation, self.work / "evaluation"
+        assert config is not None
+        direct = None if self.recipe.direct is None else self._model("tuned_policy")
+        names = ["gold", *LANGUAGE_MODELS, *(["tuned_policy"] if direct is not None else [])]
+        weights = {name: weights_identity(self.work / name / "model") for name in names}
+        policy, untuned, tuned = (self._model(name) for name in LANGUAGE_MODELS)
+        models = Demo(policy, untuned, tuned, self._gold(), self._tokenizer())
+        methods = experiment_methods(config, models, direct)
+        prompts = draw_prompts(config, self._test_reviews())
+        found = decode_all(config, models, methods, prompts, folder, {"weights": weights})
+        headings = {name: method.heading for name, method in methods.items()}
+        rows = {name: rows for name, (_, rows) in found.items()}
+        summary = summarise_experiment(rows, headings, samples=config.samples)
+        table = result_table(summary)
+        write_whole(folder / "results.json", [json.dumps(summary, indent=2).encode(), b"\n"])
+        write_whole(folder / "table.md", [table.encode()])
+        write_whole(folder / "figure.png", [draw_experiment(summary)])
+        # Last, as it removes the journals: until here a kill loses nothing.
+        for name, (journal, _) in found.items():
+            journal.merge(responses_path(folder, name), len(prompts))
+        log.info("evaluation: %s\n%s", folder, table)
+        return {name: row["gold_reward"] for name, row in summary["methods"].items()}
 
     def other_corpus(self, guide: OtherGuide) -> dict[str, Any]:
         """Tokenizer and token arrays of another guide."""
@@ -123,12 +168,8 @@ class Build:
         return _language(guide.untuned, guide.vocab_size, self.work / guide.name, "untuned")
 
     def other_tuned(self, guide: OtherGuide) -> dict[str, Any]:
-        """The tuned model of another guide, by the pairs of the first one, encoded anew."""
-        work = self.work / guide.name
-        path = self.work / "preferences" / "pairs.jsonl"
-        pairs = reencode_pairs(path, load_tokenizer(work / "tokenizer"), PAD_ID)
-        untuned = load_model(work / "untuned" / "model")
-        return _tuned(guide.tuned, untuned, pairs, work / "tuned")
+        """The tuned model of another guide, by the pairs of the first one in its own tokens."""
+        return _tuned(guide.tuned, self.work / guide.name, self.work / "preferences")
 
     def other_export(self, guide: OtherGuide) -> dict[str, Any]:
         """Another guide in bfloat16 with its own tokenizer, checked again as exported."""
@@ -139,10 +180,17 @@ class Build:
         return export(self.work, self.assets)
 
     def stages(self) -> dict[str, Stage]:
-        """All stages by name, in order; those of another guide are named NAME/STAGE."""
-        stages: dict[str, Stage] = {name: getattr(self, name) for name in STAGES}
+        """The recipe's stages by name, in order; those of another guide are named NAME/STAGE."""
+        named = {
+            "tuned_policy": self.recipe.direct is not None,
+            "evaluation": self.recipe.evaluation is not None,
+            "export": self.recipe.export,
+        }
+        stages: dict[str, Stage] = {
+            name: getattr(self, name) for name in STAGES if named.get(name, True)
+        }
         for guide in self.recipe.other_guides:
-            for name in OTHER_STAGES:
+            for name in (name for name in OTHER_STAGES if named.get(name, True)):
                 stages[f"{guide.name}/{name}"] = partial(getattr(self, f"other_{name}"), guide)
         return stages
 
@@ -151,6 +199,13 @@ class Build:
 
     def _corpus(self, name: str) -> Corpus:
         return load_corpus(self.work / "corpus" / name)
+
+    def _test_reviews(self) -> list[str]:
+        train, test = (
+            read_reviews(self.data / "imdb" / f"{name}.jsonl.xz") for name in ("train", "test")
+        )
+        seen = {review.text for review in train}
+        return [review.text for review in test if review.text not in seen]
 
     def _model(self, name: str) -> Model:
         return load_model(self.work / name / "model")
@@ -163,29 +218,54 @@ class Build:
 
 
 def _language(config: LanguageConfig, vocab_size: int, work: Path, name: str) -> dict[str, Any]:
-    corpus, held_out = (load_corpus(work / "corpus" / part) for part in ("language", "test"))
-    model = train_language(config, corpus, held_out, vocab_size, work / name)
-    save_model(model, work / name / "model")
-    return {"test_loss": held_out_loss(model, held_out, batches=64)}
+    folder, texts = work / name, work / "corpus" / LANGUAGE_TEXTS
+    write_start(config, vocab_size, load_tokenizer(work / "tokenizer"), folder / "start")
+    files = {"model": folder / "start", "data": texts, "from_scratch": True}
+    _train("sft", folder, config.sft, files)
+    test = load_corpus(work / "corpus" / "test")
+    return {"test_loss": held_out_loss(load_model(folder / "model"), test)}
 
 
-def _tuned(config: TuneConfig, untuned: Model, pairs: PairArrays, folder: Path) -> dict[str, Any]:
-    model = tune(config, untuned, pairs, folder)
-    save_model(model, folder / "model")
-    held_out = pairs.part(-config.held_out)
-    rewards = pair_logprobs(model, held_out) - pair_logprobs(untuned, held_out)
-    return {"held_out_accuracy": float((rewards[:, 0] > rewards[:, 1]).mean())}
+def _tuned(
+    config: TuneConfig, work: Path, preferences: Path, start: str = "untuned", name: str = "tuned"
+) -> dict[str, Any]:
+    folder = work / name
+    files = {"model": work / start / "model", "data": preferences / TRAINING_PAIRS}
+    _train("dpo", folder, config.dpo, files)
+    accuracies = [row[ACCURACY] for row in read_metrics(folder) if ACCURACY in row]
+    return {"held_out_accuracy": accuracies[-1]} if accuracies else {}
+
+
+def _train(command: str, folder: Path, flags: dict[str, Any], files: dict[str, Any]) -> None:
+    """Run `w2s COMMAND` in a process of its own, by a config file that is kept in its folder.
+
+    Raises SystemExit with its status where it ends with another than 0.
+    """
+    values = {name: value if value is True else str(value) for name, value in files.items()}
+    source = folder / f"{command}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    source.write_text(yaml.safe_dump(flags | values | {"output": str(folder)}, sort_keys=False))
+    words = [sys.executable, "-m", "w2s_jax", command, "--config", str(source)]
+    status = subprocess.run(words, check=False).returncode
+    if status:
+        raise SystemExit(status)
 
 
 def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None = None) -> None:
     """Run the stages in order (or the one named), each recorded in `WORK/STAGE/done.json`.
 
-    Raises InputError for a name that is no stage, and for missing reviews.
+    Raises InputError for a name that is no stage, for stages that were done by other settings, for
+    missing reviews, and for a missing matplotlib where a picture is to be drawn.
     """
     stages = Build(recipe, data, work, assets).stages()
     if only is not None and only not in stages:
         raise InputError(f"no stage {only!r}; there are {', '.join(stages)}")
-    for stage in stages if only is None else (only,):
+    settings = stage_settings(recipe)
+    check_done(work, {stage: settings[stage] for stage in stages})
+    chosen = tuple(stages) if only is None else (only,)
+    if "evaluation" in chosen:
+        need_matplotlib()
+    for stage in chosen:
         done = work / stage / "done.json"
         if done.is_file():
             log.info("%s: done before", stage)
@@ -196,14 +276,35 @@ def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None
         rows = read_metrics(work / stage)
         trained = {"trained_seconds": rows[-1]["seconds"]} if rows else {}
         record = {"seconds": round(time.monotonic() - started, 1), **trained, **figures}
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(record, indent=2) + "\n")
+        kept = record | {"config": settings[stage]}
+        write_whole(done, [json.dumps(kept, indent=2).encode(), b"\n"])
         log.info("%s: %s", stage, json.dumps(record))
+
+
+def check_done(work: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError, naming the stages, where some were done by other settings than these.
+
+    A stage whose done.json tells no settings is taken as it is.
+    """
+    changed: dict[str, list[str]] = {}
+    for stage, wanted in settings.items():
+        done = work / stage / "done.json"
+        found = json.loads(done.read_text()).get("config") if done.is_file() else None
+        if found is not None and found != wanted:
+            changed[stage] = differences(found, dict(wanted))
+    if changed:
+        what = f"stage {next(iter(changed))} was" if len(changed) == 1 else "stages were"
+        texts = list(dict.fromkeys(text for found in changed.values() for text in found))
+        told = "; ".join(texts[:_TOLD]) + (" .." if len(texts) > _TOLD else "")
+        folders = " ".join(str(work / stage) for stage in changed)
+        raise InputError(f"{what} done by another recipe ({told}); to redo, delete {folders}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(description="Rebuild the models of the embedded default.")
+    parser = argparse.ArgumentParser(
+        description="Rebuild the models of the embedded default, or run an experiment on them."
+    )
     parser.add_argument("--config", type=Path, required=True, help="the recipe (YAML)")
     parser.add_argument("--work", type=Path, required=True, help="folder of caches and checkpoints")
     parser.add_argument("--data", type=Path, help="folder that holds imdb/ (default: W2S_DATA)")

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.rows import read_jsonl
+from w2s_jax.text.rows import read_jsonl, write_jsonl
 
 UNLABELLED = -1
+LANGUAGE_TEXTS = "language.jsonl"
 SETS = ("language", "train", "test")
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+")
 _SPACES = re.compile(r"[ \t\r\f\v]+")
@@ -106,9 +107,9 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Write `work/tokenizer` and the named of `work/corpus/{language,train,test}`; returns counts.
 
-    The tokenizer learns from train and unsup. `language` holds both without what is also in test;
-    `train` is the labelled set; `test` leaves out what is also in train. `reviews` limits what is
-    read of train and unsup together, and of test, to that many drawn from each.
+    The tokenizer learns from train and unsup. `language`, rows of text, holds both without what is
+    also in test; `train` is the labelled set; `test` leaves out what is also in train. `reviews`
+    limits what is read of train and unsup together, and of test, to that many drawn from each.
     """
     train, unsup, test = (
         read_reviews(folder / f"{name}.jsonl.xz") for name in ("train", "unsup", "test")
@@ -126,6 +127,12 @@ def build_corpus(
     }
     counts: dict[str, Any] = {}
     for name in sets:
+        if name == "language":
+            texts = [{"text": review.text} for review in found[name]]
+            (work / "corpus").mkdir(parents=True, exist_ok=True)
+            write_jsonl(work / "corpus" / LANGUAGE_TEXTS, texts)
+            counts[name] = {"reviews": len(texts)}
+            continue
         corpus = encode_reviews(tokenizer, found[name])
         save_corpus(corpus, work / "corpus" / name)
         counts[name] = {"reviews": len(corpus), "tokens": int(corpus.tokens.size)}

@@ -80,7 +80,7 @@ def _figures(folder: Path, test: Corpus, gold: Path) -> dict[str, Any]:
     rewards = gold_rewards(judge, load_tokenizer(gold), texts)
     return {
         "parameters": _size(model),
-        "test_loss": held_out_loss(model, test, batches=32),
+        "test_loss": held_out_loss(model, test, reviews=1024),
         "gold_reward": float(rewards.mean()),
         "gold_reward_stderr": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
     }
@@ -111,7 +111,10 @@ def _write_card(work: Path, assets: Path, figures: dict[str, Any]) -> dict[str, 
     card = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "exported": {}}
     for done in [*work.glob("*/done.json"), *work.glob("*/*/done.json")]:
         if done.parent.name != "export":
-            card["stages"][done.parent.relative_to(work).as_posix()] = json.loads(done.read_text())
+            record = json.loads(done.read_text())
+            # The recipe is a file of its own.
+            record.pop("config", None)
+            card["stages"][done.parent.relative_to(work).as_posix()] = record
     weights = sum(file.stat().st_size for file in assets.rglob("*") if file.is_file())
     if weights > LIMIT_BYTES:
         raise RuntimeError(f"the assets hold {weights} bytes, more than {LIMIT_BYTES}")

@@ -16,7 +16,7 @@ from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.text.batches import Crops, pad_rows
 from w2s_jax.text.bpe import END_ID, PAD_ID
-from w2s_jax.train.loop import train
+from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import classification
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 from w2s_jax.train.step import Metrics, init_state, make_train_step
@@ -70,7 +70,9 @@ def train_gold(config: GoldConfig, corpus: Corpus, vocab_size: int, directory: P
     )  # fmt: skip
     encoder = Encoder(shape)
 
-    def loss(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Array, Metrics]:
+    def loss(
+        params: Any, frozen: None, batch: dict[str, Array], key: Array | None
+    ) -> tuple[Array, Array, Metrics]:
         rngs = {"dropout": key}
         logits = encoder.apply(
             {"params": params}, batch["tokens"], batch["mask"], train=True, rngs=rngs
@@ -83,13 +85,13 @@ def train_gold(config: GoldConfig, corpus: Corpus, vocab_size: int, directory: P
         init_state(init_classifier(shape, init_key).params, optimizer, key),
         make_train_step(loss, optimizer),
         batches,
-        steps=config.steps,
+        config=LoopConfig(
+            config.steps, eval_every=config.evaluate_every, save_every=0, save_seconds=60.0
+        ),
         directory=directory,
         evaluate=lambda state: {
             "openings": opening_accuracy(Classifier(shape, state.params), held_out)
         },
-        evaluate_every=config.evaluate_every,
-        name="gold",
     )
     return Classifier(shape, state.params)
 

@@ -1,30 +1,30 @@
-"""Trains the language models of the embedded default: next-token SFT on windows of reviews.
+"""The language models of the embedded default: their shapes, and their loss on held-out reviews.
 
-Holds the stage only; DPO is in demo/preferences.py.
+They are trained by `w2s sft` and `w2s dpo`, which build.py calls.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.model import Model, init_model
-from w2s_jax.text.batches import Windows
+from w2s_jax.models.model import Model
+from w2s_jax.text.batches import pad_rows
 from w2s_jax.text.bpe import END_ID, PAD_ID
-from w2s_jax.train.loop import train
-from w2s_jax.train.objectives import next_token_logprobs, sft_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.step import init_state, make_train_step
+from w2s_jax.train.logprobs import sequence_scores
+
+LOSS_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A small decoder and its training; `rows` × `length` tokens a step.
+    """A small decoder, and the flags of the `w2s sft` that trains it from random weights.
 
     kv_heads None means as many as `heads`; a sliding window holds in every layer.
     """
@@ -33,17 +33,11 @@ class LanguageConfig:
     layers: int
     heads: int
     mlp_width: int
-    steps: int
     architecture: Literal["llama", "mistral"] = "llama"
     kv_heads: int | None = None
     sliding_window: int | None = None
     max_positions: int = 256
-    rows: int = 16
-    length: int = 128
-    openings: float = 0.5
-    evaluate_every: int = 500
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    seed: int = 0
+    sft: dict[str, Any] = field(default_factory=dict)
 
 
 def model_config(config: LanguageConfig, vocab_size: int) -> ModelConfig:
@@ -66,33 +60,26 @@ def model_config(config: LanguageConfig, vocab_size: int) -> ModelConfig:
     )
 
 
-def train_language(
-    config: LanguageConfig, corpus: Corpus, held_out: Corpus, vocab_size: int, directory: Path
-) -> Model:
-    """Train from random weights; `held_out` is for the evaluation rows of metrics.jsonl."""
-    shape = model_config(config, vocab_size)
-    key, init_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = Windows(corpus, config.rows, config.length, END_ID, config.openings, config.seed)
-    state = train(
-        init_state(init_model(shape, init_key).params, optimizer, key),
-        make_train_step(sft_loss(shape), optimizer),
-        batches,
-        steps=config.steps,
-        directory=directory,
-        evaluate=lambda state: {"loss": held_out_loss(Model(shape, state.params), held_out)},
-        evaluate_every=config.evaluate_every,
-        name=directory.name,
-    )
-    return Model(shape, state.params)
+def write_start(config: LanguageConfig, vocab_size: int, tokenizer: Any, folder: Path) -> None:
+    """What `w2s sft --from-scratch` starts from: a config.json and the tokenizer, no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = model_config(config, vocab_size).to_hf()
+    (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))
 
 
-def held_out_loss(model: Model, corpus: Corpus, *, batches: int = 8) -> float:
-    """Mean next-token loss, in nats, over the first 64 tokens of reviews in a fixed order."""
-    windows = Windows(corpus, 32, 64, END_ID, openings=1.0, seed=1)
-    return float(np.mean([_window_loss(model, windows(i)["tokens"]) for i in range(batches)]))
+def held_out_loss(model: Model, corpus: Corpus, *, reviews: int = 2048) -> float:
+    """Mean next-token loss, in nats, over the first 63 tokens of the first reviews."""
+    total = count = 0.0
+    for first in range(0, min(reviews, len(corpus)), LOSS_TOKENS):
+        indices = range(first, min(first + LOSS_TOKENS, len(corpus)))
+        rows = [np.concatenate([[END_ID], corpus.review(i)]) for i in indices]
+        tokens, mask = pad_rows(rows, LOSS_TOKENS, PAD_ID)
+        total -= float(_sum(model, tokens, mask))
+        count += int(mask[:, 1:].sum())
+    return total / count
 
 
 @jax.jit
-def _window_loss(model: Model, tokens: Int[Array, "B X"]) -> Float[Array, ""]:
-    return -next_token_logprobs(model, tokens).mean()
+def _sum(model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> Float[Array, ""]:
+    return sequence_scores(model, tokens, mask.astype(np.int32)).logprobs.sum()

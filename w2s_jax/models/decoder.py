@@ -72,7 +72,11 @@ class LayerKV:
 
 
 class Linear(nn.Module):
-    """Contracts the last `contract` axes of x with the kernel's first ones."""
+    """Contracts the last `contract` axes of x with the kernel's first ones.
+
+    Where the parameters hold an adapter beside the kernel (`models/lora.py`) its product is added;
+    its dropout acts only in calls that are given a "dropout" key.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -90,7 +94,19 @@ class Linear(nn.Module):
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contract :])
             out = out + self.param("bias", zeros, self.shape[self.contract :], self.dtype)
+        if self.has_variable("params", "lora_a"):
+            out = out + self._low_rank(x)
         return out
+
+    def _low_rank(self, x: Array) -> Array:
+        a, b, scale, rate = (
+            self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale", "dropout")
+        )
+        if self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
+            x = jnp.where(kept, x / (1.0 - rate).astype(x.dtype), 0)
+        hidden = scale * jnp.tensordot(x, a.astype(x.dtype), axes=self.contract)
+        return jnp.tensordot(hidden.astype(x.dtype), b.astype(x.dtype), axes=1)
 
 
 class Norm(nn.Module):
@@ -179,7 +195,14 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
     slots, hypotheses, count = query.shape[:3]
     scale = config.attention_scale
     scale = config.head_width**-0.5 if scale is None else scale
-    attend = partial(attention.attend_part, scale=scale, softcap=config.attention_softcap)
+    softcap = config.attention_softcap
+    if kv.chunk is not None and kv.prefix is None and kv.committed is None and not layout.stem:
+        rows = _branches(query, layout)
+        whole = attention.attend_sequence(
+            rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap
+        )
+        return whole.reshape(query.shape)
+    attend = partial(attention.attend_part, scale=scale, softcap=softcap)
     partials = []
     if kv.prefix is not None:
         shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
@@ -210,13 +233,18 @@ class MLP(nn.Module):
         activation = ACTIVATIONS[config.activation]
         into, out = (config.width, config.mlp_width), (config.mlp_width, config.width)
 
+        # A gradient keeps what goes into the activation and nothing of what is inside it.
+        @jax.checkpoint
+        def activate(gate: Array, up: Array | None) -> Array:
+            return activation(gate) if up is None else activation(gate) * up
+
         def wide(name: str) -> Array:
             return Linear(
                 into, ("embed", "mlp"), bias=config.mlp_bias, dtype=self.dtype, name=name
             )(x)
 
         hidden = (
-            activation(wide("gate")) * wide("up") if config.gated_mlp else activation(wide("up"))
+            activate(wide("gate"), wide("up")) if config.gated_mlp else activate(wide("up"), None)
         )
         return Linear(out, ("mlp", "embed"), bias=config.mlp_bias, dtype=self.dtype, name="down")(
             hidden

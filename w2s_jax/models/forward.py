@@ -3,7 +3,8 @@
 Pure functions of (config, params, tokens, caches). The user's value is in `model.py`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,14 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
 from w2s_jax.ops.rotary import rotation
 from w2s_jax.pytrees import pytree
+
+Remat = Literal["none", "full", "dots"]
+"""What a backward pass computes anew in every layer: nothing, all, or all but the matmuls."""
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @pytree()
@@ -42,19 +51,26 @@ def forward(
     chunk: LayersKV | None = None,
     chunk_start: Int[Array, ""] | None = None,
     mask: Bool[Array, "P W M"] | None = None,
+    segments: Int[Array, "P W M"] | None = None,
+    remat: Remat = "none",
+    key: Array | None = None,
 ) -> Forward:
     """Read M new tokens of every hypothesis, arranged as `layout`, behind what the caches hold.
 
     With `chunk` (a buffer [P, R, capacity, G, C] a layer) branch tokens are written at
     `chunk_start` and see the buffer up to themselves; without it they see one another causally.
     `mask` (only without a cache) is False on padding, which is then neither seen nor counted.
+    `segments` (only without a cache, a mask and branches) numbers the documents packed in a row: a
+    token sees its own segment alone, and its position counts from the segment's first token.
+    `remat` says what a gradient of this pass recomputes; `key` switches dropout on, each layer
+    drawing from its own fold.
     """
-    positions = _positions(tokens, layout, cache, chunk_start, mask)
+    positions = _positions(tokens, layout, cache, chunk_start, mask, segments)
     capacity = layout.length if chunk is None else _first(chunk).keys.shape[2]
     windows, _ = _windows(config)
     view = View(
         masks=tuple(
-            _masks(window, positions, layout, cache, capacity, chunk_start, mask)
+            _masks(window, positions, layout, cache, capacity, chunk_start, mask, segments)
             for window in windows
         ),
         stem_start=None if cache is None else cache.committed_length,
@@ -65,7 +81,8 @@ def forward(
     if config.position == "rotary":
         turn = rotation(positions, config.rope, config.head_width)
     run = _run_stacked if "layers" in params else _run_layers
-    x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view)
+    apply = _block(Block(config, layout, x.dtype), remat, scanned="layers" in params)
+    x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)
     if cache is not None:
         lengths = cache.committed_length + int(layout.stem)
@@ -146,6 +163,31 @@ def _initial_block(config: ModelConfig, key: Array, dtype: DTypeLike) -> dict:
     return Block(config, layout, dtype).init(key, x, turn, kv, masks, view)["params"]
 
 
+def _block(block: Block, remat: Remat, *, scanned: bool) -> Callable[..., tuple[Array, Any]]:
+    """(layer's params, x, turn, kv, masks, view, dropout key or None) -> (x, kv)."""
+
+    def apply(
+        params: dict,
+        x: Array,
+        turn: tuple[Array, Array] | None,
+        kv: LayerKV,
+        masks: tuple,
+        view: View,
+        key: Array | None,
+    ) -> tuple[Array, LayerKV]:
+        rngs = None if key is None else {"dropout": key}
+        return block.apply({"params": params}, x, turn, kv, masks, view, rngs=rngs)
+
+    if remat == "none":
+        return apply
+    # Inside a scan nothing can be merged with the forward pass, and the guard would cost copies.
+    return jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=not scanned)
+
+
+def _fold(key: Array | None, layer: int | Array) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, layer)
+
+
 def _windows(config: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
     """The distinct sliding windows, and for every layer the index of its own among them."""
     windows = config.sliding_windows or (None,) * config.layers
@@ -162,8 +204,9 @@ def _run_layers(
     cache: KVCache | None,
     chunk: Any,
     view: View,
+    apply: Callable[..., tuple[Array, Any]],
+    key: Array | None,
 ) -> tuple[Array, Any, Any]:
-    block = Block(config, layout, x.dtype)
     prefix: Any = None if cache is None else cache.prefix
     old: Any = None if cache is None else cache.committed
     committed, chunks = [], []
@@ -175,7 +218,7 @@ def _run_layers(
             None if chunk is None else chunk[i],
         )
         masks = view.masks[window_of[i]]
-        x, kv = block.apply({"params": params[f"layers_{i}"]}, x, turn, kv, masks, view)
+        x, kv = apply(params[f"layers_{i}"], x, turn, kv, masks, view, _fold(key, i))
         committed.append(kv.committed)
         chunks.append(kv.chunk)
     return x, _present(committed), _present(chunks)
@@ -196,12 +239,13 @@ def _run_stacked(
     cache: KVCache | None,
     chunk: Any,
     view: View,
+    apply: Callable[..., tuple[Array, Any]],
+    key: Array | None,
 ) -> tuple[Array, Any, Any]:
     """Scan over stacked layers; parts that are written ride in the carry and change in place.
 
     Writing a cache through scanned inputs and outputs would cost a full extra copy of it.
     """
-    block = Block(config, layout, x.dtype)
     committed = None if cache is None else cache.committed
     carried = (committed if layout.stem else None, chunk)
     scanned = (
@@ -220,7 +264,7 @@ def _run_stacked(
             None if buffer is None else _at(buffer, index),
         )
         masks = _choose(view.masks, window)
-        x, kv = block.apply({"params": layer_params}, x, turn, kv, masks, view)
+        x, kv = apply(layer_params, x, turn, kv, masks, view, _fold(key, index))
         fresh = kv.chunk if buffer is None else None
         stems = None if stems is None else _put(stems, kv.committed, index)
         buffer = None if buffer is None else _put(buffer, kv.chunk, index)
@@ -268,8 +312,14 @@ def _positions(
     cache: KVCache | None,
     chunk_start: Array | None,
     mask: Array | None,
+    segments: Array | None,
 ) -> Array:
     """Absolute positions [P, W, M] of the new tokens."""
+    if segments is not None:
+        index = jnp.arange(segments.shape[-1], dtype=jnp.int32)
+        first = segments != jnp.roll(segments, 1, axis=-1)
+        starts = jax.lax.cummax(jnp.where(first, index, 0), axis=segments.ndim - 1)
+        return (index - starts).astype(jnp.int32)
     if mask is not None:
         return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
     stem = int(layout.stem)
@@ -289,6 +339,7 @@ def _masks(
     capacity: int,
     chunk_start: Array | None,
     mask: Array | None,
+    segments: Array | None,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """True where a new token sees a key: prefix [P,1,·,S], committed [P,W,·,T], chunk [·,·,L,J]."""
     prefix = committed = chunk = None
@@ -314,6 +365,8 @@ def _masks(
         chunk = chunk[None, None]
         if mask is not None:
             chunk = chunk & mask.reshape(-1, 1, 1, layout.length)
+        if segments is not None:
+            chunk = chunk & (segments[..., :, None] == segments[..., None, :])
     return prefix, committed, chunk
 
 

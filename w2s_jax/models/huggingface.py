@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,17 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
 )
 LONGEST_PATH = 4000
-_PATTERNS = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, *TOKENIZER_PATTERNS)
+# An adapter's, which stand in the place of config.json and model.safetensors.
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+_PATTERNS = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "model*.safetensors",
+    INDEX,
+    ADAPTER_CONFIG,
+    ADAPTER,
+    *TOKENIZER_PATTERNS,
+)
 
 
 def load_model(
@@ -65,6 +75,7 @@ def load_model(
 ) -> Model:
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
+    A directory of a LoRA adapter gives the base that it names with the adapter merged into it.
     dtype: of the parameters; None keeps that of the checkpoint's embedding.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
@@ -73,6 +84,10 @@ def load_model(
     not supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
     """
     directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        from w2s_jax.models.lora_huggingface import load_adapted
+
+        return load_adapted(directory, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan_layers)
     config = load_config(directory)
     params = load_parameters(
         directory,
@@ -129,9 +144,15 @@ def quickest_dtype() -> str | None:
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint, from its config.json and generation_config.json.
 
+    For an adapter it is that of the base it names.
+
     Raises InputError for a missing or malformed file, and as ModelConfig.from_hf says.
     """
     directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        from w2s_jax.models.lora_huggingface import base_of
+
+        return load_config(base_of(directory))
     hf = read_json(directory / CONFIG)
     generation = directory / GENERATION_CONFIG
     generation_config = read_json(generation) if generation.is_file() else None
@@ -221,6 +242,12 @@ def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) ->
         ) from None
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, and no whole model beside it."""
+    whole = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    return (directory / ADAPTER_CONFIG).is_file() and not whole
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError when it is missing, malformed or no object."""
     try:
@@ -253,7 +280,7 @@ def open_tensors(directory: Path) -> Tensors:
     for name in names:
         if Path(name).name != name:
             raise InputError(f"{directory / INDEX} names {name!r}, a file outside its directory")
-        for tensor, values in _open_file(directory / name).items():
+        for tensor, values in open_file(directory / name).items():
             if tensor in tensors:
                 raise InputError(
                     f"{directory}: tensor {tensor} is in two files, {name} and another"
@@ -280,7 +307,6 @@ def write_checkpoint(
     old checkpoint, or at worst a directory that is refused for its missing config.json.
     Raises InputError when the directory is not writable.
     """
-    directory = Path(directory)
     shards = _shards(sizes, max_shard_bytes)
     index = {
         "metadata": {"total_size": sum(sizes.values())},
@@ -288,22 +314,43 @@ def write_checkpoint(
     }
     tokens = {key: hf[key] for key in hf if key.endswith("_token_id") and hf[key] is not None}
     texts = ({INDEX: index} if len(shards) > 1 else {}) | {GENERATION_CONFIG: tokens, CONFIG: hf}
-    places = {file: directory / f".{file}.part" for file in (*shards, *texts)}
+    old = (CONFIG, INDEX, "model*.safetensors")
+    write_files(directory, shards, fetch, texts, old, sort="a checkpoint")
+
+
+def write_files(
+    directory: str | Path,
+    tensors: Mapping[str, Iterable[str]],
+    fetch: Callable[[str], np.ndarray],
+    texts: Mapping[str, Mapping[str, Any]],
+    old: Iterable[str],
+    *,
+    sort: str,
+) -> None:
+    """Write safetensors files of the tensors `fetch(name)`, and JSON files of `texts`.
+
+    All are written beside their places first, then files that match `old` go and these take their
+    places, in order. Raises InputError, saying what `sort` of files, when that is not possible.
+    """
+    directory = Path(directory)
+    places = {file: directory / f".{file}.part" for file in (*tensors, *texts)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for file, value in texts.items():
             places[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for file, names in shards.items():
-            tensors = {name: np.ascontiguousarray(fetch(name)) for name in names}
-            save_file(tensors, places[file], metadata={"format": "pt"})
+        mode = places[next(iter(texts))].stat().st_mode
+        for file, names in tensors.items():
+            held = {name: np.ascontiguousarray(fetch(name)) for name in names}
+            save_file(held, places[file], metadata={"format": "pt"})
             # safetensors leaves its files readable to their owner alone.
-            places[file].chmod(places[CONFIG].stat().st_mode)
-        for old in (directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")):
-            old.unlink(missing_ok=True)
+            places[file].chmod(mode)
+        for pattern in old:
+            for path in directory.glob(pattern):
+                path.unlink(missing_ok=True)
         for file, place in places.items():
             os.replace(place, directory / file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write a checkpoint to {directory}: {error}") from None
+        raise InputError(f"cannot write {sort} to {directory}: {error}") from None
     finally:
         with contextlib.suppress(OSError):
             for place in places.values():
@@ -339,7 +386,11 @@ def _other_weights(directory: Path) -> str:
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
 
 
-def _open_file(path: Path) -> Tensors:
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file by name; values stay on disk.
+
+    Raises InputError when it is missing or damaged.
+    """
     try:
         file = safe_open(path, framework="numpy")
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

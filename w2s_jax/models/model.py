@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward, initial_params, logits
+from w2s_jax.models.forward import Remat, forward, initial_params, logits
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, resolve_tree
 from w2s_jax.pytrees import pytree
 
@@ -90,12 +90,31 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
 
 
 def hidden_states(
-    model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None = None
+    model: Model,
+    tokens: Int[Array | np.ndarray, "B X"],
+    mask: Bool[Array | np.ndarray, "B X"] | None = None,
+    *,
+    segments: Int[Array | np.ndarray, "B X"] | None = None,
+    remat: Remat = "none",
+    key: Array | None = None,
 ) -> Float[Array, "B X D"]:
-    """The states after the last norm, before the head; for losses that never hold all logits."""
-    layout = Layout(False, 1, tokens.shape[1])
-    masked = None if mask is None else mask[:, None]
-    return forward(model.config, model.params, tokens[:, None], layout, mask=masked).hidden[:, 0]
+    """The states after the last norm, before the head; for losses that never hold all logits.
+
+    `mask` is False on padding. `segments` instead of it: 0 on padding (on the right), 1, 2, .. for
+    the documents packed in a row, of which none sees another. `remat`: what a gradient recomputes
+    in every layer; `key`: draws dropout, where the parameters have any.
+    """
+    read = forward(
+        model.config,
+        model.params,
+        jnp.asarray(tokens)[:, None],
+        Layout(False, 1, tokens.shape[1]),
+        mask=None if mask is None else jnp.asarray(mask)[:, None],
+        segments=None if segments is None else jnp.asarray(segments)[:, None],
+        remat=remat,
+        key=key,
+    )
+    return read.hidden[:, 0]
 
 
 @jax.jit

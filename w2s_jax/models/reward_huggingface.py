@@ -18,14 +18,19 @@ from w2s_jax.models.encoder import Classifier, EncoderConfig
 from w2s_jax.models.encoder_huggingface import encoder_config, load_classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.huggingface import (
+    ADAPTER_CONFIG,
     CONFIG,
+    is_adapter,
     load_config,
+    load_model,
     load_parameters,
     locate,
     open_tensors,
     read_json,
     save_parameters,
 )
+from w2s_jax.models.lora import merge
+from w2s_jax.models.lora_huggingface import base_of, load_adapter
 from w2s_jax.models.names import REWARD_HEADS, Head
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
@@ -36,6 +41,7 @@ SCORE = REWARD_HEADS[0]
 def load_reward_model(
     path_or_hub_id: str | Path,
     *,
+    base: str | Path | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
@@ -45,12 +51,16 @@ def load_reward_model(
 
     The head's tensors tell the layout: `score` of transformers' sequence classifiers,
     `regression_head` of UltraRM (arXiv 2310.01377), `v_head` of Starling-RM, whose decoder may be
-    named `model`, `transformer` or `model.model`. The arguments are as in `load_model`; an encoder
-    is small and stays whole.
+    named `model`, `transformer` or `model.model`. An adapter is merged into `base`, by default the
+    one it names, a reward model or a language model; its head may be in its own files. The other
+    arguments are as in `load_model`; an encoder is small and stays whole.
 
     Raises InputError as `load_model` does, and for a checkpoint with no head that is known here.
     """
     directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        options = {"dtype": dtype, "mesh": mesh, "rules": rules, "scan_layers": scan_layers}
+        return _load_adapted(directory, base_of(directory) if base is None else base, options)
     config = load_reward_config(directory)
     if isinstance(config, EncoderConfig):
         return load_classifier(directory, dtype=dtype)
@@ -75,12 +85,54 @@ def load_reward_model(
     return RewardModel(config, body, params["head"], labels)
 
 
+def is_reward_model(path_or_hub_id: str | Path) -> bool:
+    """Whether a checkpoint has a reward head, or is an adapter of a task or on a base with one."""
+    directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        of_task = read_json(directory / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+        return of_task or is_reward_model(base_of(directory))
+    encoder = read_json(directory / CONFIG).get("model_type") == ENCODER
+    return encoder or any(head.weight in open_tensors(directory) for head in REWARD_HEADS)
+
+
+def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) -> RewardModel:
+    """An adapter merged into its base, with the head of either."""
+    base = locate(base)
+    config = load_reward_config(base)
+    if isinstance(config, EncoderConfig):
+        raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
+    head, old = SCORE, {}
+    labels: tuple[str, ...] = ()
+    if is_reward_model(base):
+        found = load_reward_model(base, **options)
+        assert isinstance(found, RewardModel)
+        params, old, labels = found.params, found.head, found.labels
+        head, _ = _find_head(base, open_tensors(base))
+    else:
+        whole = load_model(base, **options).params
+        params = {name: subtree for name, subtree in whole.items() if name != "head"}
+    options = options | {"dtype": params["embed"]["embedding"].dtype}
+    lora, adapter = load_adapter(directory, config, head=head, **options)
+    new = old | adapter.pop("head", {})
+    if not new:
+        raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
+    return RewardModel(config, merge(params, adapter, lora), new, _adapted_labels(labels, new))
+
+
+def _adapted_labels(labels: tuple[str, ...], head: Mapping[str, Any]) -> tuple[str, ...]:
+    """The base's labels, or transformers' own names where the adapter's head has others."""
+    count = head["kernel"].shape[-1]
+    return labels if len(labels) == count else tuple(f"LABEL_{i}" for i in range(count))
+
+
 def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfig:
     """The config of a reward model, a decoder's or an encoder's, without its weights.
 
     Raises InputError for a missing or malformed file and for a model that is not supported.
     """
     directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        return load_reward_config(base_of(directory))
     kind = read_json(directory / CONFIG).get("model_type")
     if kind == ENCODER:
         return encoder_config(directory)
@@ -101,6 +153,12 @@ def load_reward_labels(path_or_hub_id: str | Path) -> tuple[str, ...]:
     config = load_reward_config(directory)
     if isinstance(config, EncoderConfig):
         return config.label_names
+    if is_adapter(directory):
+        base = locate(base_of(directory))
+        whole = is_reward_model(base)
+        head, labels = _find_head(base, open_tensors(base)) if whole else (SCORE, ())
+        _, adapter = load_adapter(directory, config, head=head)
+        return _adapted_labels(labels, adapter["head"]) if "head" in adapter else labels
     return _find_head(directory, open_tensors(directory))[1]
 
 

@@ -3,8 +3,10 @@
 Arrays in, arrays out. What a part means (prefix, committed, chunk) is decided by the caller.
 """
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -107,3 +109,72 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
     total = sum((factor * partial.total for factor, partial in pairs), zero)
     weighted = sum((factor[..., None] * partial.weighted for factor, partial in pairs), zero)
     return weighted / total[..., None]
+
+
+def attend_sequence(
+    query: Float[Array, "P A m H C"],
+    keys: Float[Array, "P A J G C"],
+    values: Float[Array, "P A J G C"],
+    mask: Bool[Array, "#P #A #m J"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "P A m H C"]:
+    """`merge` of the single part of `attend_part`, with a gradient that keeps no weights.
+
+    Of its own it saves the result and two numbers a query; scores are computed again, as in
+    FlashAttention (arXiv 2205.14135 algorithm 4), here for all keys at once.
+    """
+    return _sequence((scale, softcap), query, keys, values, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sequence(
+    options: tuple[float, float | None], query: Array, keys: Array, values: Array, mask: Array
+) -> Array:
+    return _sequence_forward(options, query, keys, values, mask)[0]
+
+
+def _sequence_forward(
+    options: tuple[float, float | None], query: Array, keys: Array, values: Array, mask: Array
+) -> tuple[Array, tuple]:
+    scale, softcap = options
+    part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
+    out = merge([part])
+    normaliser = part.maximum + jnp.log(part.total)
+    return out, (query, keys, values, mask, out, normaliser)
+
+
+def _sequence_backward(
+    options: tuple[float, float | None], residuals: tuple, slope: Array
+) -> tuple[Array, Array, Array, None]:
+    scale, softcap = options
+    query, keys, values, mask, out, normaliser = residuals
+    slots, groups, count, heads, width = query.shape
+    shape = (slots, groups, count, keys.shape[3], heads // keys.shape[3])
+    grouped, slope, out = (x.reshape(*shape, width) for x in (query, slope, out))
+    normaliser = normaliser.reshape(shape)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = dot("pamghc,pajgc->paghmj", grouped, keys) * scale
+    capped = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    seen = mask[:, :, None, None]
+    shift = jnp.moveaxis(normaliser, 2, 4)[..., None]
+    weights = jnp.where(seen, jnp.exp(capped - shift), 0.0)
+    mean = jnp.moveaxis((slope * out).sum(-1), 2, 4)[..., None]
+    slope = slope.astype(values.dtype)
+    by_values = dot("paghmj,pamghc->pajgc", weights.astype(values.dtype), slope)
+    by_scores = weights * (dot("pamghc,pajgc->paghmj", slope, values) - mean) * scale
+    if softcap is not None:
+        by_scores = by_scores * (1.0 - jnp.square(capped / softcap))
+    by_scores = by_scores.astype(keys.dtype)
+    by_query = dot("paghmj,pajgc->pamghc", by_scores, keys).reshape(query.shape)
+    by_keys = dot("paghmj,pamghc->pajgc", by_scores, grouped)
+    return (
+        by_query.astype(query.dtype),
+        by_keys.astype(keys.dtype),
+        by_values.astype(values.dtype),
+        None,
+    )
+
+
+_sequence.defvjp(_sequence_forward, _sequence_backward)

@@ -1,10 +1,15 @@
 """Float32 log-probabilities of given tokens, without keeping more of the vocabulary than needed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 
 def token_logprobs(
@@ -44,3 +49,254 @@ def blocked_token_logprobs(
     hidden = jnp.pad(hidden, padding).reshape(blocks, block, -1)
     targets = jnp.pad(targets, padding).reshape(blocks, block, width)
     return jax.lax.map(lambda pair: score(*pair), (hidden, targets)).reshape(-1, width)[:rows]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits, and how many rows of these are alive at a time.
+
+    The kernel is [V D] with `vocab_axis` 0 and [D V] with 1; `softcap` c maps a logit z to
+    c·tanh(z/c). At most `block` rows of float32 logits exist at any moment.
+    """
+
+    vocab_axis: int
+    block: int
+    softcap: float | None = None
+
+
+def head_logprobs(
+    head: Head,
+    kernel: Float[Array, "n m"],
+    hidden: Float[Array, "G T D"],
+    tokens: Int[Array, "G T"],
+    counted: Bool[Array, "G T"],
+) -> tuple[Float[Array, "G T"], Bool[Array, "G T"]]:
+    """log softmax(head(hidden))[token] in float32, and whether the token has the largest logit.
+
+    Where `counted` is False they are 0 and False, and blocks without a counted row cost nothing:
+    counted rows are moved together, within each of the G groups (so that a group stays on its
+    devices). The gradient, by hidden and kernel, computes the logits a second time.
+    """
+    return _logprobs(head, kernel, hidden, tokens, counted)
+
+
+def weighted_head_logprobs(
+    head: Head,
+    kernel: Float[Array, "n m"],
+    hidden: Float[Array, "G T D"],
+    tokens: Int[Array, "G T"],
+    weights: Float[Array, "G T"],
+) -> tuple[Float[Array, ""], Float[Array, "G T"], Bool[Array, "G T"]]:
+    """sum(weights · logprobs), with the log-probs and hits of `head_logprobs`, where weights ≠ 0.
+
+    Only the sum has a gradient, by hidden and kernel. As its weights are known when the logits
+    are, the gradient is made in the same pass and no logit is computed twice.
+    """
+    return _weighted(head, kernel, hidden, tokens, weights)
+
+
+class _Order(NamedTuple):
+    """Counted rows first: where each row comes from and goes back to, and the blocks in use."""
+
+    forward: Array
+    back: Array
+    blocks: Array
+    block: int
+
+    def sort(self, rows: Array) -> Array:
+        """Rows [G T ..] in blocks' order, [G blocks·block ..]."""
+        index = self.forward.reshape(*self.forward.shape, *(1,) * (rows.ndim - 2))
+        return jnp.take_along_axis(rows, index, axis=1)
+
+    def restore(self, rows: Array) -> Array:
+        """What `sort` moved, back in its place."""
+        index = self.back.reshape(*self.back.shape, *(1,) * (rows.ndim - 2))
+        return jnp.take_along_axis(rows, index, axis=1)
+
+
+def _order(counted: Array, head: Head) -> _Order:
+    groups, rows = counted.shape
+    block = min(rows, max(1, head.block // groups))
+    count = -(-rows // block)
+    block = -(-rows // count)
+    forward = jnp.argsort(~counted, axis=1, stable=True)
+    back = jnp.argsort(forward, axis=1)
+    # Filling rows repeat the last one, which is never read back.
+    forward = jnp.pad(forward, ((0, 0), (0, count * block - rows)), mode="edge")
+    blocks = (jnp.max(counted.sum(1)) + block - 1) // block
+    return _Order(forward, back, blocks, block)
+
+
+def _cut(rows: Array, block: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(rows, block * size, size, axis=1)
+
+
+def _put(rows: Array, new: Array, block: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(
+        rows, new.astype(rows.dtype), block * new.shape[1], axis=1
+    )
+
+
+def _head_logits(head: Head, kernel: Array, hidden: Array) -> Array:
+    contract = (((hidden.ndim - 1,), (1 - head.vocab_axis,)), ((), ()))
+    out = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=jnp.float32)
+    return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
+
+
+def _read(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
+    """Log-prob of each token, whether it is the likeliest, and the log of the normaliser."""
+    top = logits.max(-1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - normaliser, chosen >= top, normaliser
+
+
+def _by_logits(
+    head: Head, logits: Array, tokens: Array, normaliser: Array, slope: Array, dtype: DTypeLike
+) -> Array:
+    """Gradient by the logits before the soft-cap, of logprobs that weigh `slope` each."""
+    hit = tokens[..., None] == jnp.arange(logits.shape[-1])
+    out = slope[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
+    if head.softcap is not None:
+        out = out * (1.0 - jnp.square(logits / head.softcap))
+    return out.astype(dtype)
+
+
+def _by_hidden(head: Head, kernel: Array, slopes: Array) -> Array:
+    contract = (((2,), (head.vocab_axis,)), ((), ()))
+    return jax.lax.dot_general(slopes, kernel, contract, preferred_element_type=jnp.float32)
+
+
+def _by_kernel(hidden: Array, slopes: Array) -> Array:
+    """[D V]: of the two orders, the one that moves the hidden states and not the slopes."""
+    contract = (((0, 1), (0, 1)), ((), ()))
+    return jax.lax.dot_general(hidden, slopes, contract, preferred_element_type=jnp.float32)
+
+
+def _no_gradient(hidden: Array, head: Head, kernel: Array) -> Array:
+    return jnp.zeros((hidden.shape[-1], kernel.shape[head.vocab_axis]), jnp.float32)
+
+
+def _as_kernel(head: Head, gradient: Array | None, kernel: Array) -> Array | None:
+    if gradient is None:
+        return None
+    return (gradient if head.vocab_axis else gradient.T).astype(kernel.dtype)
+
+
+def _scores(
+    head: Head, kernel: Array, hidden: Array, tokens: Array, order: _Order
+) -> tuple[Array, Array, Array]:
+    """Log-probs, hits and normalisers of sorted rows; zeros in blocks without a counted one."""
+
+    def score(block: Array, out: tuple) -> tuple:
+        states, ids = _cut(hidden, block, order.block), _cut(tokens, block, order.block)
+        found = _read(_head_logits(head, kernel, states), ids)
+        return tuple(_put(rows, new, block) for rows, new in zip(out, found, strict=True))
+
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    out = (zeros, zeros.astype(bool), zeros)
+    return jax.lax.fori_loop(0, order.blocks, score, out)
+
+
+def _shown(order: _Order, counted: Array, logprobs: Array, hits: Array) -> tuple[Array, Array]:
+    return jnp.where(counted, order.restore(logprobs), 0.0), order.restore(hits) & counted
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(
+    head: Head, kernel: Array, hidden: Array, tokens: Array, counted: Array
+) -> tuple[Array, Array]:
+    order = _order(counted, head)
+    logprobs, hits, _ = _scores(head, kernel, order.sort(hidden), order.sort(tokens), order)
+    return _shown(order, counted, logprobs, hits)
+
+
+def _logprobs_forward(
+    head: Head, kernel: Any, hidden: Any, tokens: Any, counted: Any
+) -> tuple[tuple[Array, Array], tuple]:
+    trained = kernel.perturbed
+    kernel, hidden, tokens, counted = (x.value for x in (kernel, hidden, tokens, counted))
+    order = _order(counted, head)
+    logprobs, hits, normaliser = _scores(
+        head, kernel, order.sort(hidden), order.sort(tokens), order
+    )
+    # An empty tuple or None: whether the kernel is trained is part of the residuals' structure.
+    residuals = (kernel, hidden, tokens, counted, normaliser, () if trained else None)
+    return _shown(order, counted, logprobs, hits), residuals
+
+
+def _logprobs_backward(head: Head, residuals: tuple, slopes: tuple) -> tuple:
+    kernel, hidden, tokens, counted, normaliser, trained = residuals
+    slope = slopes[0]
+    if isinstance(slope, SymbolicZero):
+        slope = jnp.zeros(tokens.shape, jnp.float32)
+    order = _order(counted, head)
+    states, ids = order.sort(hidden), order.sort(tokens)
+    slope = order.sort(jnp.where(counted, slope, 0.0))
+    by_kernel = None if trained is None else _no_gradient(hidden, head, kernel)
+
+    def pull(block: Array, out: tuple) -> tuple:
+        by_hidden, by_kernel = out
+        rows = [_cut(x, block, order.block) for x in (states, ids, normaliser, slope)]
+        logits = _head_logits(head, kernel, rows[0])
+        by_logits = _by_logits(head, logits, rows[1], rows[2], rows[3], kernel.dtype)
+        by_hidden = _put(by_hidden, _by_hidden(head, kernel, by_logits), block)
+        if by_kernel is not None:
+            by_kernel = by_kernel + _by_kernel(rows[0], by_logits)
+        return by_hidden, by_kernel
+
+    start = (jnp.zeros_like(states), by_kernel)
+    by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, pull, start)
+    return _as_kernel(head, by_kernel, kernel), order.restore(by_hidden), None, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(
+    head: Head, kernel: Array, hidden: Array, tokens: Array, weights: Array
+) -> tuple[Array, Array, Array]:
+    logprobs, hits = _logprobs(head, kernel, hidden, tokens, weights != 0)
+    return (weights * logprobs).sum(), logprobs, hits
+
+
+def _weighted_forward(
+    head: Head, kernel: Any, hidden: Any, tokens: Any, weights: Any
+) -> tuple[tuple[Array, Array, Array], tuple]:
+    trained = kernel.perturbed
+    kernel, hidden, tokens, weights = (x.value for x in (kernel, hidden, tokens, weights))
+    counted = weights != 0
+    order = _order(counted, head)
+    states, ids = order.sort(hidden), order.sort(tokens)
+    slope = order.sort(weights)
+    by_kernel = _no_gradient(hidden, head, kernel) if trained else None
+
+    def step(block: Array, out: tuple) -> tuple:
+        logprobs, hits, by_hidden, by_kernel = out
+        rows = [_cut(x, block, order.block) for x in (states, ids, slope)]
+        logits = _head_logits(head, kernel, rows[0])
+        found, hit, normaliser = _read(logits, rows[1])
+        by_logits = _by_logits(head, logits, rows[1], normaliser, rows[2], kernel.dtype)
+        if by_kernel is not None:
+            by_kernel = by_kernel + _by_kernel(rows[0], by_logits)
+        by_hidden = _put(by_hidden, _by_hidden(head, kernel, by_logits), block)
+        return _put(logprobs, found, block), _put(hits, hit, block), by_hidden, by_kernel
+
+    zeros = jnp.zeros(ids.shape, jnp.float32)
+    start = (zeros, zeros.astype(bool), jnp.zeros_like(states), by_kernel)
+    logprobs, hits, by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, step, start)
+    shown = _shown(order, counted, logprobs, hits)
+    slopes = (_as_kernel(head, by_kernel, kernel), order.restore(by_hidden))
+    return ((weights * shown[0]).sum(), *shown), slopes
+
+
+def _weighted_backward(head: Head, residuals: tuple, slopes: tuple) -> tuple:
+    slope = slopes[0]
+    if isinstance(slope, SymbolicZero):
+        slope = jnp.zeros((), jnp.float32)
+    by_kernel, by_hidden = (None if x is None else (slope * x).astype(x.dtype) for x in residuals)
+    return by_kernel, by_hidden, None, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)

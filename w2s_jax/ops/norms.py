@@ -1,4 +1,9 @@
-"""Layer normalisations on arrays, computed in float32. No parameters are made here."""
+"""Layer normalisations on arrays, computed in float32. No parameters are made here.
+
+A gradient keeps the input and computes the statistics again.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +21,7 @@ def rms_norm(
 
     `offset` is 1 for Gemma, whose checkpoints store the scale less one. Source: arXiv 1910.07467.
     """
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+    return _rms(epsilon, offset, x, scale)
 
 
 def layer_norm(
@@ -29,8 +32,69 @@ def layer_norm(
     epsilon: float,
 ) -> Float[Array, "*batch D"]:
     """Layer norm with scale and bias, in float32, returned in x's dtype; arXiv 1607.06450."""
+    return _layer(epsilon, x, scale, bias)
+
+
+def _inverse(centred: Array, epsilon: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+
+
+def _rows(x: Array) -> tuple[int, ...]:
+    return tuple(range(x.ndim - 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rms(epsilon: float, offset: float, x: Array, scale: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse(wide, epsilon) * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def _rms_forward(epsilon: float, offset: float, x: Array, scale: Array) -> tuple[Array, tuple]:
+    return _rms(epsilon, offset, x, scale), (x, scale)
+
+
+def _rms_backward(
+    epsilon: float, offset: float, residuals: tuple[Array, Array], slope: Array
+) -> tuple[Array, Array]:
+    x, scale = residuals
+    wide, slope = x.astype(jnp.float32), slope.astype(jnp.float32)
+    inverse = _inverse(wide, epsilon)
+    normed = wide * inverse
+    inner = slope * (offset + scale.astype(jnp.float32))
+    by_x = inverse * (inner - normed * jnp.mean(inner * normed, axis=-1, keepdims=True))
+    return by_x.astype(x.dtype), (slope * normed).sum(_rows(x)).astype(scale.dtype)
+
+
+_rms.defvjp(_rms_forward, _rms_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer(epsilon: float, x: Array, scale: Array, bias: Array) -> Array:
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
-    normed = centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-    return normed.astype(x.dtype)
+    normed = centred * _inverse(centred, epsilon) * scale.astype(jnp.float32)
+    return (normed + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _layer_forward(
+    epsilon: float, x: Array, scale: Array, bias: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _layer(epsilon, x, scale, bias), (x, scale)
+
+
+def _layer_backward(
+    epsilon: float, residuals: tuple[Array, Array], slope: Array
+) -> tuple[Array, Array, Array]:
+    x, scale = residuals
+    wide, slope = x.astype(jnp.float32), slope.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = _inverse(centred, epsilon)
+    normed = centred * inverse
+    inner = slope * scale.astype(jnp.float32)
+    along = normed * jnp.mean(inner * normed, axis=-1, keepdims=True)
+    by_x = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - along)
+    by_scale, by_bias = (slope * normed).sum(_rows(x)), slope.sum(_rows(x))
+    return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(scale.dtype)
+
+
+_layer.defvjp(_layer_forward, _layer_backward)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
 from w2s_jax.search.guides import Guide, SearchModels, search_models
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.texts import TextScorer
@@ -90,13 +91,14 @@ class Plan:
     """Sources whose tokenizers, templates and configs were looked at; no weight is loaded yet.
 
     on_device: for each guide whether it scores the policy's tokens. templates and configs are under
-    the names of `Sources.checkpoints`.
+    the names of `Sources.checkpoints`. adapters: which checkpoints are, by path.
     """
 
     sources: Sources
     templates: Mapping[str, Template]
     configs: Mapping[str, ModelConfig]
     on_device: tuple[bool, ...]
+    adapters: Mapping[str, Adapted] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:
@@ -117,7 +119,7 @@ class Plan:
         return ("policy", *(role for pair in on_device for role in pair))
 
     def notes(self) -> list[str]:
-        """A line for each guide: where it scores, and why there."""
+        """A line for each guide: where it scores, and why there; and for each adapter its base."""
         lines = []
         for index, (guide, here) in enumerate(
             zip(self.sources.guides, self.on_device, strict=True)
@@ -132,6 +134,12 @@ class Plan:
             elif self.sources.score_on == "auto":
                 why = f"{guide.tuned} or {guide.untuned} does not have the policy's vocabulary"
             lines.append(f"{name} scores texts, encoded anew behind its own template: {why}")
+        checkpoints = self.sources.checkpoints
+        for path, adapted in self.adapters.items():
+            role = next(role for role in checkpoints if checkpoints[role] == path)
+            rest = {checkpoints[other] for other in self.configs if role in self.configs} - {path}
+            on = [self.adapters[other].base if other in self.adapters else other for other in rest]
+            lines.append(adapted.note(role, path, on))
         return lines
 
     def prompts(self, conversation: Conversation) -> tuple[tuple[int, ...], ...]:
@@ -207,21 +215,32 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
     InputError for what is missing or unreadable, templates that do not fit, and guides of another
     vocabulary where they must have the policy's.
     """
-    from w2s_jax.models.huggingface import load_config
-
     checkpoints = sources.checkpoints
     names = _template_names(sources)
+    adapters = find_adapters(checkpoints, sources.folders)
     loaded: dict[str, Any] = {}
     templates, configs = {}, {}
     for role, path in checkpoints.items():
         if not role.startswith("reward-model"):
-            configs[role] = load_config(path)
+            configs[role] = _config(path, adapters)
         if path not in loaded:
-            loaded[path] = _shared(load_tokenizer(path), loaded.values())
+            found = load_tokenizer(tokenizer_place(path, adapters))
+            loaded[path] = _shared(found, loaded.values())
         flag = FLAGS[role.split()[0]]
         templates[role] = load_template(loaded[path], names[role], where=flag)
     on_device = _on_device(sources, templates, configs, needs_tokens)
-    return Plan(sources, templates, configs, on_device)
+    return Plan(sources, templates, configs, on_device, adapters)
+
+
+def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
+    from w2s_jax.models.huggingface import load_config
+
+    if path not in adapters:
+        return load_config(path)
+    try:
+        return load_config(adapters[path].base)
+    except InputError as error:
+        raise InputError(f"{path} is an adapter; its base: {error}") from None
 
 
 def _template_names(sources: Sources) -> dict[str, str]:
@@ -294,18 +313,18 @@ def _on_device(
 
 
 def load(plan: Plan, *, dtype: str | None = None, mesh: Mesh | None = None) -> Steering:
-    """Read the weights; a checkpoint that is named twice is read once.
+    """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
 
     dtype None is as stored, but float32 on a CPU, where that is faster. Raises InputError for
     checkpoints that cannot be read.
     """
-    from w2s_jax.models.huggingface import load_model, quickest_dtype
+    from w2s_jax.models.huggingface import quickest_dtype
     from w2s_jax.models.reward_huggingface import load_reward_model
 
     dtype = dtype or quickest_dtype()
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     decoders = {checkpoints[role] for role in plan.configs}
-    models = {path: load_model(path, dtype=dtype, mesh=mesh) for path in sorted(decoders)}
+    models = load_decoders(decoders, plan.adapters, dtype=dtype, mesh=mesh)
     guides: list[Guide] = []
     scorers: list[TextScorer] = []
     names: tuple[list[str], list[str]] = ([], [])
@@ -325,7 +344,9 @@ def load(plan: Plan, *, dtype: str | None = None, mesh: Mesh | None = None) -> S
     judges = [role for role in plan.templates if role.startswith("reward-model")]
     for reward, role in zip(sources.rewards, judges, strict=True):
         names[1].append(Path(reward.path).name)
-        judge = load_reward_model(checkpoints[role], dtype=dtype, mesh=mesh)
+        adapted = plan.adapters.get(checkpoints[role])
+        base = None if adapted is None else adapted.base
+        judge = load_reward_model(checkpoints[role], base=base, dtype=dtype, mesh=mesh)
         scorers.append(RewardScorer(judge, plan.templates[role], reward.weight, reward.label))
     policy = None if sources.policy is None else models[checkpoints["policy"]]
     found = None if policy is None else search_models(policy, guides)

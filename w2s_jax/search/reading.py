@@ -8,34 +8,40 @@ values and log-probabilities; only those behind it are read. Encoding is the cal
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from w2s_jax.decode.reader import prefill, read_chunk, start_cache
+from w2s_jax.decode.reader import start_cache
 from w2s_jax.errors import InputError
-from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
-from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward
+from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
 from w2s_jax.search.proposers import PolicyProposer
+from w2s_jax.search.reading_programs import keep, prefill_slot, read_last, read_rows
 from w2s_jax.search.sizes import bucket
-from w2s_jax.text.batches import pad_rows
+from w2s_jax.text.batches import pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
 
 Place = tuple[int, int]
 """A slot and a row of it."""
 
-MERGES = 3
+MERGES = 2
 """Tokens by which a chunk's encoding may exceed its length before a wider program is needed."""
+
+LONG_SHARE = 4
+"""One of so many rows at most is read on where it is longer than the others."""
+
+CALL_TOKENS = 32
+"""Tokens whose reading takes as long as reading the weights once more (CPU, float32: 24 to 40)."""
+
+COPIED_ENTRIES = 32
+"""Entries of a cache whose copying takes as long as reading a token (CPU, float32, 12 × 768)."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,9 @@ def read_logprobs(
     sums = {place: _sum_alone(model, tokens) for place, tokens in merged.items()}
     pending: dict[Place, Known] = {}
     if rows:
-        reading, plan = _prepare(model, reading, rows)
-        device = (plan.committed, plan.last, plan.tokens)
-        logprobs, cache, buffer = _read_logprobs(model, _cache(reading), *device)
+        reading, plan = _prepare(model, reading, rows, read_on=True)
+        device = (plan.committed, plan.last, plan.tokens, plan.longer)
+        logprobs, cache, buffer = read_rows(model, _cache(reading), *device, first=plan.first)
         read = np.asarray(logprobs)
         for place, tokens in rows.items():
             stem = plan.stems[place]
@@ -132,7 +138,7 @@ def read_rewards(
     if rows:
         reading, plan = _prepare(model.decoder, reading, rows)
         device = (plan.committed, plan.last, plan.tokens, plan.counts)
-        found, cache, buffer = _read_last(model, _cache(reading), *device)
+        found, cache, buffer = read_last(model, _cache(reading), *device)
         read = np.asarray(found)
         for place, tokens in rows.items():
             pending[place] = Known(tokens, np.zeros(len(tokens), np.float32))
@@ -146,7 +152,7 @@ def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Readin
     """The reading of the kept hypotheses, int [P, W]: of which old one, and of which row."""
     if reading.buffer is None or reading.cache is None:
         return reading
-    cache = _keep(reading.cache, reading.buffer, parents, rows)
+    cache = keep(reading.cache, reading.buffer, parents, rows)
     known = tuple(
         tuple(
             reading.pending.get((slot, int(row)), olds[parent])
@@ -174,7 +180,9 @@ class _Plan:
 
     A group is the rows of one hypothesis, under its slot and place.
     committed [P, W]: entries of the committed part that stay, the stem's place; last [P, W]: the
-    stems, which are read again; tokens [P, R, n] and counts [P, R] of what is behind them.
+    stems, which are read again; tokens [P, R, n] and counts [P, R] of what is behind them. Of all
+    rows the first `first` tokens are read, the others of the rows `longer` alone: their slots and
+    places, int32 [2, m], places from R on for none.
     """
 
     groups: dict[Place, int]
@@ -183,6 +191,17 @@ class _Plan:
     last: np.ndarray
     tokens: np.ndarray
     counts: np.ndarray
+    first: int
+    longer: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Of all rows so many first tokens are read, then so many more of `longer` rows."""
+
+    first: int
+    more: int = 0
+    longer: int = 0
 
 
 def _split(
@@ -238,7 +257,7 @@ def _cache(reading: Reading) -> KVCache:
 
 
 def _prepare(
-    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray]
+    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray], *, read_on: bool = False
 ) -> tuple[Reading, _Plan]:
     by_slot: dict[int, list[np.ndarray]] = {}
     for (slot, _), tokens in rows.items():
@@ -246,10 +265,14 @@ def _prepare(
     reading = _read_prompts(model, reading, by_slot)
     groups = _stems(reading, rows)
     stems = {place: groups[place[0], place[1] // reading.successors] for place in rows}
-    most = max(len(tokens) - stems[place] for place, tokens in rows.items())
-    width = _width(reading.width, most)
+    counts = {place: len(tokens) - stems[place] for place, tokens in rows.items()}
+    widths = _widths(reading, list(counts.values()), read_on)
+    width = widths.first + widths.more
     slots, hypotheses = len(reading.prefix), reading.hypotheses
     shape = (slots, hypotheses * reading.successors)
+    longer = np.array([[0], [shape[1]]], np.int32).repeat(widths.longer, axis=1)
+    for i, place in enumerate(p for p, count in counts.items() if count > widths.first):
+        longer[:, i] = place
     needed = max(stems[place] - int(reading.prefix[place[0]]) for place in rows) + width
     reading = _grow(reading, committed=needed)
     # Where nothing is read, the stem is written beyond the cache, and so dropped.
@@ -261,6 +284,8 @@ def _prepare(
         last=np.zeros((slots, hypotheses), np.int32),
         tokens=np.zeros((*shape, width), np.int32),
         counts=np.zeros(shape, np.int32),
+        first=widths.first,
+        longer=longer,
     )
     for place, tokens in rows.items():
         slot, parent, stem = place[0], place[1] // reading.successors, stems[place]
@@ -270,6 +295,33 @@ def _prepare(
         plan.tokens[place][: len(behind)] = behind
         plan.counts[place] = len(behind)
     return reading, plan
+
+
+def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> _Widths:
+    """How to read rows of so many tokens: as wide as the longest, or the longest read on.
+
+    The cheapest, counted in tokens. Where no more than every LONG_SHARE-th row is longer than the
+    others, padding all to its width costs more than a second call, which copies what these attend
+    to.
+    """
+    hypotheses = len(reading.prefix) * reading.hypotheses
+    rows = hypotheses * reading.successors
+    most = max(counts)
+
+    def tokens(first: int) -> int:
+        return hypotheses + rows * (first - 1)
+
+    best = _Widths(_width(reading.width, most))
+    least: float = tokens(best.first)
+    longer = max(1, rows // LONG_SHARE)
+    copied = longer * (_capacity(reading, "prefix") + _capacity(reading, "committed"))
+    limit = min(most, 2 * reading.width) if read_on else 0
+    for first in range(reading.width, limit, max(2, reading.width // 4)):
+        more = power_of_two(most - first, 2)
+        cost = tokens(first) + longer * more + copied / COPIED_ENTRIES + CALL_TOKENS
+        if cost < least and sum(count > first for count in counts) <= longer:
+            best, least = _Widths(first, more, longer), cost
+    return best
 
 
 def _width(usual: int, most: int) -> int:
@@ -307,7 +359,7 @@ def _read_prompts(
         reading = _grow(_allocate(model, reading, shared), prefix=shared - 1)
         padded = np.zeros(_capacity(reading, "prefix"), np.int32)
         padded[: shared - 1] = rows[0][: shared - 1]
-        cache = _prefill(model, _cache(reading), np.int32(slot), padded, np.int32(shared))
+        cache = prefill_slot(model, _cache(reading), np.int32(slot), padded, np.int32(shared))
         prefix, known = reading.prefix.copy(), list(reading.known)
         prefix[slot] = shared - 1
         start = Known(rows[0][:shared], np.zeros(shared, np.float32))
@@ -337,12 +389,14 @@ def _capacity(reading: Reading, part: str) -> int:
 
 
 def _grow(reading: Reading, **needed: int) -> Reading:
-    """The reading with parts of the caches doubled until so many tokens have room."""
+    """The reading with parts of the caches grown, by a third at least, to hold so many tokens."""
     for part, least in needed.items():
         capacity = _capacity(reading, part)
         if capacity >= least:
             continue
-        more = bucket(least + 1) - capacity
+        room = bucket(least + 1)
+        # What is copied at every chunk is worth a size between the powers of two.
+        more = (room if least > room - room // 4 else room - room // 4) - capacity
 
         def widen(array: Array, more: int = more) -> Array:
             return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, more), (0, 0), (0, 0)])
@@ -366,52 +420,3 @@ def _sum_alone(model: Model, tokens: np.ndarray) -> float:
 
 def _logits_alone(model: RewardModel, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
-
-
-def _last_states(
-    model: Model,
-    cache: KVCache,
-    last: Int[Array, "P W"],
-    tokens: Int[Array, "P R n"],
-    counts: Int[Array, "P R"],
-) -> tuple[Float[Array, "P R D"], KVCache, LayersKV | None]:
-    """The state at the last of each row's counted tokens, or at its stem where there is none."""
-    slots, rows, length = tokens.shape
-    hypotheses = last.shape[1]
-    layout = Layout(True, rows // hypotheses, length)
-    new = jnp.concatenate([last[:, :, None], tokens.reshape(slots, hypotheses, -1)], axis=2)
-    read = forward(model.config, model.params, new, layout, cache=cache)
-    stems = jnp.repeat(read.hidden[:, :, 0], layout.successors, axis=1)
-    behind = read.hidden[:, :, 1:].reshape(slots, rows, length, -1)
-    at = jnp.maximum(counts - 1, 0)[..., None, None]
-    ends = jnp.take_along_axis(behind, at, axis=2)[:, :, 0]
-    assert read.cache is not None
-    return jnp.where((counts > 0)[..., None], ends, stems), read.cache, read.chunk
-
-
-@partial(jax.jit, donate_argnums=1)
-def _prefill(model: Model, cache: KVCache, slot: Any, prompt: Any, length: Any) -> KVCache:
-    return prefill(model, cache, slot, prompt, length)
-
-
-@partial(jax.jit, donate_argnums=1)
-def _read_logprobs(
-    model: Model, cache: KVCache, committed: Any, last: Any, tokens: Any
-) -> tuple[Array, KVCache, LayersKV | None]:
-    return read_chunk(model, replace(cache, committed_length=committed), last, tokens)
-
-
-@partial(jax.jit, donate_argnums=1)
-def _read_last(
-    model: RewardModel, cache: KVCache, committed: Any, last: Any, tokens: Any, counts: Any
-) -> tuple[Array, KVCache, LayersKV | None]:
-    cache = replace(cache, committed_length=committed)
-    states, cache, chunk = _last_states(model.decoder, cache, last, tokens, counts)
-    return model.head_of(states), cache, chunk
-
-
-@partial(jax.jit, donate_argnums=0)
-def _keep(cache: KVCache, buffer: LayersKV, parents: Any, rows: Any) -> KVCache:
-    first = buffer if isinstance(buffer, KV) else buffer[0]
-    count = first.keys.shape[-3]
-    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count)

@@ -54,45 +54,6 @@ def pad_rows(
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Language-model batches: windows of one document each, framed as END text END.
-
-    A share `openings` of the rows begins at the document's first token, the others anywhere in
-    it. `batch(step)` holds `tokens` and `targets` [rows, length]; a document that ends early is
-    followed by others picked by the same draw, so that no row is padded.
-    """
-
-    documents: Documents
-    rows: int
-    length: int
-    end_id: int
-    openings: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_order", shuffled(len(self.documents), self.seed))
-
-    def __call__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.seed, 1, step))
-        rows = [self._row(step * self.rows + i, rng) for i in range(self.rows)]
-        tokens = np.stack(rows)
-        return {"tokens": tokens, "targets": np.ones(tokens.shape, bool)}
-
-    def _row(self, position: int, rng: np.random.Generator) -> np.ndarray:
-        end = np.array([self.end_id], np.int32)
-        document = self.documents.review(self._order(position))  # type: ignore[attr-defined]
-        framed = np.concatenate([end, document, end]).astype(np.int32)
-        start = 0 if rng.random() < self.openings else int(rng.integers(len(document)))
-        parts = [framed[start : start + self.length]]
-        missing = self.length - len(parts[0])
-        while missing > 0:
-            document = self.documents.review(int(rng.integers(len(self.documents))))
-            parts.append(np.concatenate([document, end]).astype(np.int32)[:missing])
-            missing -= len(parts[-1])
-        return np.concatenate(parts)
-
-
-@dataclass(frozen=True)
 class Crops:
     """Classification batches: one random crop of every document, opened by `first_id`.
 

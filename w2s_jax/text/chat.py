@@ -69,9 +69,16 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     if field == "prompt" and isinstance(value, str):
         return Conversation(text=value)
     if isinstance(value, list | tuple):
-        return Conversation(messages=_messages(value, f'{where}: "{field}"'))
+        return Conversation(messages=_prompt_messages(value, f'{where}: "{field}"'))
     takes = "text or a list of messages" if field == "prompt" else "a list of messages"
     raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes {takes}')
+
+
+def messages_of(value: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """The messages of a list, whoever speaks last. Raises InputError, beginning with `where`."""
+    if not value:
+        raise InputError(f"{where} is empty; it takes messages such as {_MESSAGE}")
+    return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
 def plain(conversation: Conversation) -> str:
@@ -116,7 +123,7 @@ class Template:
 
         Raises InputError for messages where this takes none, and for a template that fails.
         """
-        if self._as_it_stands(conversation):
+        if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
         if self.name == "none":
@@ -132,10 +139,22 @@ class Template:
         messages = conversation.messages or (Message("user", conversation.text or ""),)
         return self._apply(self.jinja, messages)
 
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """The text of a finished conversation, without the opening of another answer.
+
+        For chat templates and files only: published templates always open an answer. Raises
+        InputError as `render` does.
+        """
+        if self.name in PUBLISHED:
+            raise ValueError(f"the template {self.name} writes no finished conversations")
+        if self.jinja is None:
+            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
+        return self._apply(self.jinja, messages, opened=False)
+
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
         prompt = self.render(conversation)
-        if self._adds_special_tokens(conversation, prompt):
+        if self.adds_special_tokens(conversation, prompt):
             return encode_prompt(self.tokenizer, prompt)
         return self._ids([prompt], False)[0] or encode_prompt(self.tokenizer, "")
 
@@ -152,12 +171,12 @@ class Template:
         if not responses:
             return []
         prompt = self.render(conversation)
-        special = self._adds_special_tokens(conversation, prompt)
+        special = self.adds_special_tokens(conversation, prompt)
         alone, *rows = self._ids([prompt, *(prompt + response for response in responses)], special)
         if not alone:
             start = encode_prompt(self.tokenizer, "")
             return [[*start, *row] for row in rows]
-        behind = _tokens_behind(self.tokenizer) if special else 0
+        behind = tokens_behind(self.tokenizer) if special else 0
         return [row[: len(row) - behind] for row in rows]
 
     @property
@@ -178,19 +197,21 @@ class Template:
             return kind
         return f"{kind}:{hashlib.sha256(self.jinja.encode()).hexdigest()[:16]}"
 
-    def _as_it_stands(self, conversation: Conversation) -> bool:
-        return conversation.text is not None and self.name in ("auto", "none")
-
-    def _adds_special_tokens(self, conversation: Conversation, prompt: str) -> bool:
+    def adds_special_tokens(self, conversation: Conversation, prompt: str) -> bool:
+        """Whether the tokenizer's special tokens go in front of this rendered prompt."""
         bos = self.tokenizer.bos_token
-        is_text = self._as_it_stands(conversation) or self.name in TEXT_TEMPLATES
+        is_text = self.as_it_stands(conversation) or self.name in TEXT_TEMPLATES
         return is_text and not (bos and prompt.startswith(bos))
 
-    def _apply(self, jinja: str, messages: Sequence[Message]) -> str:
+    def as_it_stands(self, conversation: Conversation) -> bool:
+        """Whether this is a text that no template touches."""
+        return conversation.text is not None and self.name in ("auto", "none")
+
+    def _apply(self, jinja: str, messages: Sequence[Message], *, opened: bool = True) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                turns, chat_template=jinja, tokenize=False, add_generation_prompt=True
+                turns, chat_template=jinja, tokenize=False, add_generation_prompt=opened
             )
         except Exception as error:  # a template is a program, and may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -269,10 +290,8 @@ def _instruction(row: Mapping[str, Any], where: str) -> str:
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
-def _messages(value: Sequence[Any], where: str) -> tuple[Message, ...]:
-    if not value:
-        raise InputError(f"{where} is empty; it takes messages such as {_MESSAGE}")
-    messages = tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+def _prompt_messages(value: Sequence[Any], where: str) -> tuple[Message, ...]:
+    messages = messages_of(value, where)
     if messages[-1].role != "user":
         raise InputError(
             f"{where} ends with a message of role {messages[-1].role}; the last one must be the "
@@ -346,7 +365,7 @@ def _check_syntax(template: Template) -> None:
             raise
 
 
-def _tokens_behind(tokenizer: Any) -> int:
+def tokens_behind(tokenizer: Any) -> int:
     """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
     whole = list(tokenizer("a").input_ids)
     text = list(tokenizer("a", add_special_tokens=False).input_ids)

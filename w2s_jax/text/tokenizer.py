@@ -22,18 +22,22 @@ _PATTERNS = [
     "chat_template*",
     "vocab.json",
     "merges.txt",
+    "adapter_config.json",
 ]
+_KINDS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint directory, or of a Hugging Face id through its local cache.
 
     Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model.
-    Runs no code from the checkpoint.
+    An adapter without one has that of the base it names. Runs no code from the checkpoint.
 
     Raises InputError when there is no directory, no tokenizer in it, or the files are damaged.
     """
     directory = _locate(path_or_hub_id)
+    if not holds_tokenizer(directory) and (directory / "adapter_config.json").is_file():
+        return load_tokenizer(_base(directory))
     try:
         tokenizer = _load(directory)
     except InputError:
@@ -44,6 +48,11 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{directory}: the tokenizer's vocabulary is empty")
     return tokenizer
+
+
+def holds_tokenizer(path: str | Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any(all((Path(path).expanduser() / name).is_file() for name in kind) for kind in _KINDS)
 
 
 def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
@@ -75,6 +84,16 @@ def _locate(path_or_hub_id: str | Path) -> Path:
             f"{name}: no such directory, and as a Hugging Face id it is neither cached nor "
             f"reachable ({type(error).__name__}: {reason})"
         ) from None
+
+
+def _base(directory: Path) -> str:
+    """The base that an adapter names; a folder may be relative to the adapter's."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        name = str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{directory}: no tokenizer, and no base named that has one") from None
+    return str(directory / name) if (directory / name).is_dir() else name
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerBase":

@@ -1,45 +1,325 @@
-"""Saving and restoring a TrainState at a step, atomically, with orbax.
+"""Saving and restoring a TrainState at a step, asynchronously and atomically, with orbax.
 
-The only place that imports orbax, and only when a directory is opened.
+The only place that imports orbax, and only when a directory is opened. What makes a step sound is
+its manifest (train/manifest.py).
 """
 
+import contextlib
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from w2s_jax.errors import InputError
+from w2s_jax.train import manifest
 from w2s_jax.train.step import TrainState
+
+log = logging.getLogger(__name__)
+
+Values = dict[str, Any]
+"""JSON values by name: what is saved beside the arrays."""
 
 
 class Checkpoints:
-    """The states saved in a directory; one that is cut off leaves the one before as latest."""
+    """The checkpoints of one run in a folder, written by one run at a time.
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    The last `keep_last` are kept and, with `keep_best`, also the one with the highest score.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: bool = False):
+        self.folder = Path(folder).absolute()
+        self.latest: int | None = None
+        self._keep_last = max(keep_last, 1)
+        self._keep_best = keep_best
+        self._scores: dict[int, float | None] = {}
+        self._manager: Any = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: tuple[int, Future[None]] | None = None
+
+    def restore(
+        self, like: TrainState, identity: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, Values] | None:
+        """The newest sound state, in the shapes, dtypes and shardings of `like`, and its values.
+
+        None where the folder holds no checkpoint. Steps that are not sound are told in a warning
+        and removed once one before them is restored. The arrays of `like` are given up.
+
+        Raises InputError, and removes nothing, where no step is sound, where `identity` differs
+        from the one saved, and where the state is of another kind than `like`.
+        """
+        step, faults = self._newest_sound()
+        if step is None:
+            if faults:
+                told = "; ".join(f"step {at}: {fault}" for at, fault in faults.items())
+                raise InputError(
+                    f"{self.folder}: no checkpoint is sound ({told}); delete it to start anew"
+                )
+            self._clear({})
+            return None
+        restored = _restore(self.folder, step, like, identity)
+        for at, fault in faults.items():
+            log.warning("checkpoint of step %d is passed over: %s; using step %d", at, fault, step)
+        self._clear(faults)
+        self.latest = step
+        for at in manifest.steps_on_disk(self.folder):
+            kept = manifest.read_manifest(self.folder, at)
+            self._scores[at] = kept.score if kept else None
+        return restored
+
+    def save(self, state: TrainState, values: Values, score: float | None = None) -> None:
+        """Begin to write a state under its step number; a step that is there stays as it is.
+
+        Returns when the arrays are on the host, and may be donated: on the CPU, where the host's
+        view is the very buffer, jax leaves a buffer that is viewed to its reader. An earlier save
+        is waited for, and its failure raised.
+        """
         import orbax.checkpoint as ocp
 
-        self._ocp: Any = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
-
-    def save(self, state: TrainState) -> None:
-        """Write the state under its step number and return once it is committed."""
+        self.wait()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self._scores:
             return
-        self._manager.save(step, args=self._ocp.args.StandardSave(state._asdict()))
-        self._manager.wait_until_finished()
+        if self._manager is None:
+            logging.getLogger("absl").addFilter(_not_by_orbax)
+            options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None)
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_names=("state", "values")
+            )
+        try:
+            _check_space(self.folder, state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    values=ocp.args.JsonSave({"json": json.dumps(values)}),
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._running = (step, self._worker.submit(self._finish, step, score))
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """The latest state, in the shapes, dtypes and shardings of `like`; else None."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
-        )
-        saved = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
-        return TrainState(**saved)
+    def set_score(self, step: int, score: float) -> None:
+        """Give a step that is saved already the score of an evaluation that came after it."""
+        self.wait()
+        kept = manifest.read_manifest(self.folder, step)
+        if kept is not None and jax.process_index() == 0:
+            manifest.write_manifest(self.folder, manifest.Manifest(step, kept.files, score))
+        self._scores[step] = score
+
+    def best_score(self) -> float | None:
+        """The highest score among the steps kept, those still being written included."""
+        scores = [score for score in self._scores.values() if score is not None]
+        return max(scores, default=None)
+
+    def check(self) -> None:
+        """Raise what went wrong in a save that has ended; returns at once."""
+        if self._running is not None and self._running[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the save that is running, if any, is whole on disk.
+
+        Raises OSError, in one line, where it could not be written; earlier checkpoints stay.
+        """
+        if self._running is None:
+            return
+        (step, running), self._running = self._running, None
+        try:
+            running.result()
+        except Exception as error:
+            raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Let go of the directory."""
-        self._manager.close()
+        """Wait as `wait` does, and let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            if self._manager is not None:
+                manager, self._manager = self._manager, None
+                try:
+                    manager.close()
+                except Exception as error:  # the save's failure again, which wait() has told
+                    log.debug("closing %s: %s", self.folder, error)
+                logging.getLogger("absl").removeFilter(_not_by_orbax)
+
+    def _newest_sound(self) -> tuple[int | None, dict[int, str]]:
+        """(newest step whose files are as its manifest says, faults of the later ones)."""
+        found, faults = None, {}
+        if jax.process_index() == 0:
+            for step in reversed(manifest.steps_on_disk(self.folder)):
+                fault = manifest.fault(self.folder, step)
+                if fault is None:
+                    found = step
+                    break
+                faults[step] = fault
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            told = multihost_utils.broadcast_one_to_all(
+                np.array([-1 if found is None else found, len(faults)])
+            )
+            found = None if told[0] < 0 else int(told[0])
+            if jax.process_index() and told[1] and found is None:
+                faults = {-1: "see the first host's message"}
+        return found, faults
+
+    def _clear(self, faults: dict[int, str]) -> None:
+        """Remove the steps with faults, and what saves that were cut off left behind."""
+        if jax.process_index() == 0:
+            for step in faults:
+                manifest.remove_step(self.folder, step)
+            for path in manifest.unfinished(self.folder):
+                log.warning("%s was cut off while being written; removed", path.name)
+                shutil.rmtree(path, ignore_errors=True)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("w2s checkpoints cleared")
+
+    def _finish(self, step: int, score: float | None) -> None:
+        """In the background: when a step is committed, write its manifest, then prune."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            manifest.write_manifest(self.folder, manifest.make_manifest(self.folder, step, score))
+        self._scores[step] = score
+        self.latest = step
+        for old in self._surplus():
+            del self._scores[old]
+            if jax.process_index() == 0:
+                manifest.remove_step(self.folder, old)
+
+    def _surplus(self) -> list[int]:
+        steps = sorted(self._scores)
+        kept = set(steps[-self._keep_last :])
+        scored = {step: score for step, score in self._scores.items() if score is not None}
+        if self._keep_best and scored:
+            kept.add(max(scored, key=lambda step: (scored[step], step)))
+        return [step for step in steps if step not in kept]
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        """One line for a save that failed; what it left is removed to give the space back."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()  # nothing writes any more when it is cleared away
+        if jax.process_index() == 0:
+            if manifest.read_manifest(self.folder, step) is None:
+                manifest.remove_step(self.folder, step)
+            for path in manifest.unfinished(self.folder):
+                shutil.rmtree(path, ignore_errors=True)
+        text = " ".join(str(error).split())
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+        why = "the disk is full" if full else f"{type(error).__name__}: {text[:200]}"
+        kept = "none was saved before" if self.latest is None else f"step {self.latest} is intact"
+        told = f"checkpoint of step {step} could not be saved: {why}; {kept}"
+        return OSError(errno.ENOSPC if full else errno.EIO, told, str(self.folder))
+
+
+def read_checkpoint(
+    folder: str | Path, like: TrainState, step: int | None = None, *, best: bool = False
+) -> TrainState:
+    """A saved state: that of `step`, the best by score, or (default) the newest one.
+
+    Raises InputError where it is not there or not sound. The arrays of `like` are given up.
+    """
+    folder = Path(folder).absolute()
+    steps = manifest.steps_on_disk(folder)
+    if best:
+        kept = [manifest.read_manifest(folder, at) for at in steps]
+        scores = {each.step: each.score for each in kept if each and each.score is not None}
+        step = max(scores, key=lambda at: (scores[at], at), default=None)
+    elif step is None:
+        step = max(steps, default=None)
+    if step is None:
+        raise InputError(f"{folder}: no checkpoint{' with a score' if best else ''} is there")
+    fault = manifest.fault(folder, step) if step in steps else "there is no such step"
+    if fault is not None:
+        raise InputError(f"{folder}: step {step}: {fault}; there are {steps}")
+    return _restore(folder, step, like, None)[0]
+
+
+def _restore(
+    folder: Path, step: int, like: TrainState, identity: Mapping[str, Any] | None
+) -> tuple[TrainState, Values]:
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(create=False)
+    manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "values"))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+    )
+    try:
+        held = manager.restore(step, args=ocp.args.Composite(values=ocp.args.JsonRestore()))
+        values: Values = json.loads(held["values"]["json"])
+        if identity is not None:
+            _check_identity(folder, step, values.get("identity", {}), identity)
+        for leaf in jax.tree.leaves(like):
+            leaf.delete()  # so that two states are never in memory at once
+        state = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder}: step {step} holds the state of another model or optimizer ({first}); "
+            "name another directory to start anew"
+        ) from None
+    finally:
+        manager.close()
+    return TrainState(**state["state"]), values
+
+
+def _check_identity(
+    folder: Path, step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    there, here = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    different = [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise InputError(
+            f"{folder}: step {step} is of a run with other settings ({', '.join(different)}); "
+            "go on with those, or name another directory to start anew"
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat
+
+
+def _not_by_orbax(record: logging.LogRecord) -> bool:
+    """False for what orbax logs: pages of traces for a failure that is told here in one line."""
+    return "orbax" not in record.pathname
+
+
+def _check_space(folder: Path, state: TrainState) -> None:
+    """Raise OSError where the disk has no room for a state, before any of it is written.
+
+    orbax compresses, which takes less than a tenth off trained floats.
+    """
+    needed = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves((state.params, state.optimizer))
+        for shard in leaf.addressable_shards
+        if shard.replica_id == 0
+    )
+    if shutil.disk_usage(folder).free < 0.9 * needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed")

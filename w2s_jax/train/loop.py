@@ -1,107 +1,359 @@
-"""The training loop: batches by step number, metrics to a file, checkpoints by the clock, resuming.
+"""The training loop: batches by step number, metrics to a file, checkpoints, resuming, stopping.
 
-Holds no objective: the step and the batches are given.
+Holds no objective: the step and the batches are given. A run killed at any moment goes on, when
+it is started again, to the bits of one that was not.
 """
 
-import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from w2s_jax.errors import InputError
+from w2s_jax.text.journal import held
 from w2s_jax.train.checkpoint import Checkpoints
+from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
+from w2s_jax.train.records import read_metrics as read_metrics
 from w2s_jax.train.step import Batch, TrainState
+from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
+from w2s_jax.train.watch import Meter, Sink, Values, Writer, peak_flops
 
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-BatchAt = Callable[[int], Batch]
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in a run's own."""
+
+StepFunction = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
+"""(state, frozen, batch) -> (state, metrics); the state is donated."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is, and how often it tells, evaluates, samples and saves (0: at the end).
+
+    `save_seconds` saves by the clock too. `keep_best` names a metric of the evaluation rows
+    ("eval/rewards/accuracies"): its best step is saved and kept beside the last `keep_last`. Lower
+    is better for a name that ends in "loss" or begins with "-". `sample_every` 0 means never.
+    """
+
+    steps: int
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 500
+    save_seconds: float | int | None = None
+    keep_last: int = 2
+    keep_best: str | None = None
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
+        for name in ("eval_every", "save_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} must not be negative")
 
 
 def train(
     state: TrainState,
     step: StepFunction,
-    batch_at: BatchAt,
+    batches: Callable[[int], Batch],
     *,
-    steps: int,
+    config: LoopConfig,
     directory: str | Path,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    evaluate_every: int = 0,
-    log_every: int = 20,
-    save_every_seconds: float = 60.0,
-    name: str = "train",
+    frozen: Any = None,
+    identity: Mapping[str, Any] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    sample: Callable[[TrainState], Sequence[Mapping[str, Any]]] | None = None,
+    names: Callable[[int], Sequence[str]] | None = None,
+    schedule: Callable[[int], Any] | None = None,
+    sinks: Sequence[Sink] = (),
+    put: Callable[[Batch], Any] | None = None,
+    flops_per_token: float | int | None = None,
 ) -> TrainState:
-    """Run until `steps`, going on from the latest checkpoint under `directory` if there is one.
+    """Run until `config.steps`, going on from the newest sound checkpoint under `directory`.
 
-    `batch_at(i)` must depend on i alone: then the step number is the data position and a resumed
-    run equals the uninterrupted one. `metrics.jsonl` gets one row every `log_every` steps, with
-    the means since the row before and the seconds spent training over all runs, and one row per
-    evaluation.
+    `batches(i)` (and `names(i)`, its rows' names for errors) must depend on i alone, counted from
+    0: then the step number is the data position. `put` takes a batch to the devices. `step` reads
+    `frozen`, which is never saved. `identity` holds JSON values that must not change between the
+    runs of a directory: settings, the data's hash. `schedule(i)` is the learning rate, for the
+    log alone.
+
+    Writes metrics.jsonl: a row every `log_every` steps, with the means since the row before,
+    `seconds` and `num_tokens` over all runs, `tokens_per_second` and, given the FLOPs that a token
+    costs on a device whose peak is known, `mfu`; and a row per evaluation, its names under "eval/".
+    The rows of `sample` go to samples.jsonl. The arrays of `state` are given up.
+
+    Raises Preempted after SIGTERM or SIGINT, the state saved; Diverged where the loss or the
+    gradient's norm is not finite, nothing saved after; InputError where the directory holds a run
+    of another identity or no sound checkpoint; OSError where a checkpoint cannot be written.
     """
     directory = Path(directory)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    state = checkpoints.restore(state) or state
-    first = int(state.step)
-    log = directory / "metrics.jsonl"
-    earlier = _keep_rows(log, first)
-    started = saved = time.monotonic()
-    pending: list[dict[str, Any]] = []
-    bar = tqdm(total=steps, initial=first, desc=name, disable=not sys.stderr.isatty())
-    with log.open("a") as out:
-
-        def write(i: int, values: dict[str, float]) -> None:
-            seconds = round(earlier + time.monotonic() - started, 2)
-            out.write(json.dumps({"step": i, "seconds": seconds, **values}) + "\n")
-            out.flush()
-
-        for i in range(first, steps):
-            state, metrics = step(state, batch_at(i))
-            pending.append(metrics)
-            bar.update()
-            done = i + 1
-            if done % log_every == 0 or done == steps:
-                write(done, _means(pending))
-                pending = []
-            if evaluate is not None and (
-                done == steps or (evaluate_every and done % evaluate_every == 0)
-            ):
-                write(done, {f"eval/{key}": value for key, value in evaluate(state).items()})
-            if not pending and time.monotonic() - saved > save_every_seconds:
-                checkpoints.save(state)
-                saved = time.monotonic()
-    bar.close()
-    checkpoints.save(state)
-    checkpoints.close()
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(held(directory / METRICS))
+        stop = Stop() if jax.process_count() > 1 else stack.enter_context(Stop())
+        checkpoints = Checkpoints(
+            directory / CHECKPOINTS,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best is not None,
+        )
+        stack.callback(_close_quietly, checkpoints)
+        saved = checkpoints.restore(state, identity or {})
+        state, values = saved or (state, {})
+        run = _Run(
+            config, directory, checkpoints, stop, values, int(state.step),
+            identity=dict(identity or {}), evaluate=evaluate, sample=sample, names=names,
+            schedule=schedule, sinks=sinks, flops_per_token=flops_per_token,
+        )  # fmt: skip
+        stack.callback(run.close)
+        state = run.go(state, step, batches, frozen, put or (lambda batch: batch))
+        checkpoints.close()
     return state
 
 
-def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The rows that `train` wrote."""
-    log = Path(directory) / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+class _Run:
+    """One call of `train` after its restore: what it has told, what it must still save."""
 
+    def __init__(
+        self,
+        config: LoopConfig,
+        directory: Path,
+        checkpoints: Checkpoints,
+        stop: Stop,
+        values: Values,
+        first: int,
+        *,
+        identity: Values,
+        evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+        sample: Callable[[TrainState], Sequence[Mapping[str, Any]]] | None,
+        names: Callable[[int], Sequence[str]] | None,
+        schedule: Callable[[int], Any] | None,
+        sinks: Sequence[Sink],
+        flops_per_token: float | int | None,
+    ):
+        self.config, self.checkpoints, self.stop, self.first = config, checkpoints, stop, first
+        self.identity, self.evaluate, self.sample = identity, evaluate, sample
+        self.names, self.schedule = names, schedule
+        self.due = bool(values.get("due"))
+        self.where = directory / CHECKPOINTS
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.meter = Meter(
+            values.get("meter"),
+            flops_per_token=flops_per_token,
+            peak=peak and peak * jax.device_count(),
+        )
+        self.saved_at = time.monotonic()
+        self.pending: tuple[int, dict[str, Any]] | None = None
+        self.writers: list[Writer] = []
+        self.rows: RowFile | None = None
+        self.samples: RowFile | None = None
+        if jax.process_index() == 0:
+            self._open(directory, sinks)
+        quiet = jax.process_index() != 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=config.steps, initial=first, desc=directory.name, disable=quiet)
 
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    rows = jax.device_get(rows)
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    def _open(self, directory: Path, sinks: Sequence[Sink]) -> None:
+        """Cut the files of rows back to the step the run goes on from, and open them."""
 
+        def keep(row: Values) -> bool:
+            if row["step"] == self.first and self.due:
+                return not any(name.startswith("eval/") for name in row)
+            return row["step"] <= self.first
 
-def _keep_rows(log: Path, step: int) -> float:
-    """Drop rows past the restored step and a half-written one; returns the seconds spent so far."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[str] = []
-    seconds = 0.0
-    for line in log.read_text().splitlines() if log.is_file() else []:
+        cut_back(directory / METRICS, keep)
+        self.rows = RowFile(directory / METRICS)
+        if self.sample is not None:
+            cut_back(directory / SAMPLES, lambda row: row["step"] < self.first + (not self.due))
+            self.samples = RowFile(directory / SAMPLES)
+        self.writers = [sink(directory, self.first) for sink in sinks]
+
+    def go(
+        self,
+        state: TrainState,
+        step: StepFunction,
+        batches: Callable[[int], Batch],
+        frozen: Any,
+        put: Callable[[Batch], Any],
+    ) -> TrainState:
+        """All steps that are left. Metrics are read one step behind, so that no device waits."""
+        if self.due:
+            score = self._look(self.first, state)
+            if score is not None:
+                self.checkpoints.set_score(self.first, score)
+        for i in range(self.first, self.config.steps):
+            state, metrics = step(state, frozen, put(batches(i)))
+            self._settle()
+            self.pending = (i, metrics)
+            self.checkpoints.check()
+            done = i + 1
+            stopping = self._asked(done)
+            looking = self._looks(done)
+            saving = self._saves(done)
+            if not (stopping or looking or saving):
+                continue
+            self._settle()
+            if stopping:
+                self._stop(done, state, due=looking)
+            score = self._look(done, state) if looking else None
+            best = self.checkpoints.best_score()
+            if saving or (score is not None and (best is None or score > best)):
+                self._save(done, state, score)
+        return state
+
+    def _settle(self) -> None:
+        """Read the metrics of the step before, and tell them; raises Diverged."""
+        if self.pending is None:
+            return
+        (i, metrics), self.pending = self.pending, None
+        metrics = jax.device_get(metrics)
+        for name in ("loss", "grad_norm"):
+            if name in metrics and not np.isfinite(metrics[name]).all():
+                raise self._diverged(i, f"{name} is {float(metrics[name])}")
+        self.meter.add(metrics)
+        self.bar.update()
+        done = i + 1
+        if done % self.config.log_every == 0 or done == self.config.steps:
+            values = self.meter.row()
+            if self.schedule is not None:
+                values["learning_rate"] = float(self.schedule(i))
+            self._tell(done, values)
+            shown = {k: values[k] for k in ("loss", "tokens_per_second") if k in values}
+            self.bar.set_postfix(shown)
+
+    def _tell(self, done: int, values: Values) -> None:
+        if self.rows is not None:
+            self.rows.write({"step": done, **values})
+        for writer in self.writers:
+            writer.write(done, values)
+
+    def _looks(self, done: int) -> bool:
+        return self._evaluates(done) or self._samples(done)
+
+    def _evaluates(self, done: int) -> bool:
+        return self.evaluate is not None and self._falls(done, self.config.eval_every)
+
+    def _samples(self, done: int) -> bool:
+        every = self.config.sample_every
+        return self.sample is not None and every > 0 and self._falls(done, every)
+
+    def _saves(self, done: int) -> bool:
+        if self._falls(done, self.config.save_every):
+            return True
+        if self.config.save_seconds is None:
+            return False
+        if jax.process_count() > 1 and done % self.config.log_every:
+            return False  # hosts must agree, and asking each other takes time
+        return _agreed(time.monotonic() - self.saved_at > self.config.save_seconds)
+
+    def _falls(self, done: int, every: int) -> bool:
+        """Whether a thing done every so many steps, and at the end, is due."""
+        return done == self.config.steps or (every > 0 and done % every == 0)
+
+    def _look(self, done: int, state: TrainState) -> float | None:
+        """Evaluate and sample as is due after a step; returns the score for `keep_best`."""
+        score = None
+        self.due = True
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line)
-        seconds = row["seconds"]
-    log.write_text("".join(line + "\n" for line in kept))
-    return seconds
+            with self.meter.paused():
+                if self.evaluate is not None and self._evaluates(done):
+                    with self.stop.interruptible():
+                        values = {f"eval/{k}": float(v) for k, v in self.evaluate(state).items()}
+                    self._tell(done, {"seconds": round(self.meter.seconds(), 2), **values})
+                    score = self._score(values)
+                if self.sample is not None and self._samples(done):
+                    with self.stop.interruptible():
+                        drawn = [{"step": done, **row} for row in self.sample(state)]
+                    if self.samples is not None:
+                        for row in drawn:
+                            self.samples.write(row)
+        except Interrupted:
+            self._stop(done, state, due=True)
+        self.due = False
+        return score
+
+    def _score(self, values: Values) -> float | None:
+        if self.config.keep_best is None:
+            return None
+        name = self.config.keep_best.removeprefix("-")
+        if name not in values:
+            raise InputError(
+                f"keep_best {name!r} is no metric of the evaluation; there are {', '.join(values)}"
+            )
+        value = values[name]
+        if not math.isfinite(value):
+            return None
+        lower = self.config.keep_best.startswith("-") or name.endswith("loss")
+        return -value if lower else value
+
+    def _stop(self, done: int, state: TrainState, *, due: bool) -> None:
+        """Save, and end the run; `due`: what follows this step is for the run that goes on."""
+        self.due = due
+        self._save(done, state, None)
+        self.checkpoints.wait()
+        raise Preempted(done)
+
+    def _save(self, done: int, state: TrainState, score: float | None) -> None:
+        if not bool(_is_finite(state)):
+            raise self._diverged(done - 1, "a parameter is not finite after the update")
+        for file in (self.rows, self.samples):
+            if file is not None:
+                file.sync()
+        values = {"identity": self.identity, "meter": self.meter.saved(), "due": self.due}
+        self.checkpoints.save(state, values, score)
+        self.saved_at = time.monotonic()
+
+    def _diverged(self, i: int, what: str) -> Diverged:
+        _close_quietly(self.checkpoints)  # a save that is running holds a good state
+        rows = tuple(self.names(i)) if self.names is not None else ()
+        return Diverged(i + 1, what, rows, self.checkpoints.latest, str(self.where))
+
+    def _asked(self, done: int) -> bool:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(done)
+        return self.stop.asked
+
+    def close(self) -> None:
+        """Let go of files, bar and sinks."""
+        self.bar.close()
+        for writer in self.writers:
+            writer.close()
+        for file in (self.rows, self.samples):
+            if file is not None:
+                file.close()
+
+
+@jax.jit
+def _is_finite(state: TrainState) -> jax.Array:
+    """Whether no parameter is NaN or infinite and nothing of the optimizer is NaN."""
+    checks = [jnp.isfinite(x).all() for x in _floats(state.params)]
+    checks += [~jnp.isnan(x).any() for x in _floats(state.optimizer)]
+    return jnp.stack(checks).all() if checks else jnp.bool_(True)
+
+
+def _floats(tree: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _agreed(flag: bool) -> bool:
+    """The first host's answer, on every host."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def _close_quietly(checkpoints: Checkpoints) -> None:
+    """End a running save where another error, or none, is on its way; that one is told."""
+    with suppress(OSError):
+        checkpoints.close()

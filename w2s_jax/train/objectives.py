@@ -1,65 +1,229 @@
-"""Binds a decoder to a loss: from a batch of token ids to the value that a step differentiates.
+"""Binds models to losses: from a batch of token ids to the value that a step differentiates.
 
-The formulas themselves are in losses.py. Batches hold `tokens` Int["B X"], `targets` Bool["B X"]
-(tokens whose log-probs count) and, where rows are padded, `mask` Bool["B X"].
+The formulas are in losses.py and its neighbours. Batches hold `tokens` Int["B X"], `segments`
+Int["B X"] (0 on padding) and `targets` Bool["B X"] (tokens whose log-probs count); pairs hold the
+same as ["B 2 X"], chosen first.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.forward import Remat
+from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logprobs import token_logprobs
-from w2s_jax.train import losses
+from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
+from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
+from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics, wspo
 from w2s_jax.train.step import Batch, LossFunction, Metrics
 
+Frozen = Mapping[str, Model]
 
-def next_token_logprobs(
-    model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"] | None = None
-) -> Float[Array, "B X-1"]:
-    """Float32 log p(token | tokens before it) of every token but the first."""
-    return token_logprobs(model(tokens, mask)[:, :-1], tokens[:, 1:])
+BASE, REFERENCE, TUNED, UNTUNED = "base", "reference", "tuned", "untuned"
+"""What `frozen` holds: the base of adapters, the reference, and a guide."""
 
 
-def response_logprobs(
-    model: Model, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"], targets: Bool[Array, "B X"]
-) -> Float[Array, " B"]:
-    """Summed log-prob of each row's targets; one in first place has none and is left out."""
-    return jnp.where(targets[:, 1:], next_token_logprobs(model, tokens, mask), 0.0).sum(-1)
+@dataclass(frozen=True)
+class Policy:
+    """The model in training, as a function of what is trained and what is frozen.
 
-
-def sft_loss(config: ModelConfig) -> LossFunction:
-    """Next-token loss over `targets`, weighted by their number."""
-
-    def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, Array, Metrics]:
-        logprobs = next_token_logprobs(Model(config, params), batch["tokens"], batch.get("mask"))
-        value, metrics = losses.sft(logprobs, batch["targets"][:, 1:])
-        return value, metrics.pop("num_tokens"), metrics
-
-    return loss
-
-
-def dpo_loss(
-    config: ModelConfig, *, beta: float = 0.1, label_smoothing: float = 0.0
-) -> LossFunction:
-    """DPO over pairs laid out side by side: every array of the batch is [B, 2, ..], chosen first.
-
-    `reference` Float["B 2"] holds the reference model's log-probs of the same targets.
+    Without `lora` the parameters are the model's own; with it they are adapters on the frozen
+    base. `remat` says what a layer's backward pass computes again (`models.model.hidden_states`),
+    `groups` into how many parts the mesh cuts a batch.
     """
 
-    def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, Array, Metrics]:
-        model = Model(config, params)
-        rows = [
-            batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "mask", "targets")
-        ]
-        logprobs = response_logprobs(model, *rows).reshape(-1, 2)
-        reference = batch["reference"]
-        value, metrics = losses.dpo(
-            logprobs[:, 0], logprobs[:, 1], reference[:, 0], reference[:, 1],
-            beta=beta, label_smoothing=label_smoothing,
+    config: ModelConfig
+    lora: LoraConfig | None = None
+    remat: Remat = "none"
+    groups: int = 1
+
+    def model(self, params: Any, frozen: Frozen) -> Model:
+        """The model under these parameters; it shares the arrays of a frozen base."""
+        if self.lora is None:
+            return Model(self.config, params)
+        return Model(self.config, attach(frozen[BASE].params, params, self.lora))
+
+    def scores(self, params: Any, frozen: Frozen, batch: Batch, key: Array | None) -> TokenScores:
+        """Scores of every token of a batch [B, X] under the model; `key` is for dropout."""
+        return _scores(self.model(params, frozen), batch, **self.reading(key))
+
+    def reading(self, key: Array | None) -> dict[str, Any]:
+        """How a batch is read in training; without dropout a key would only cost time."""
+        drops = self.lora is not None and self.lora.dropout > 0
+        return {"remat": self.remat, "groups": self.groups, "key": key if drops else None}
+
+
+def reference_of(frozen: Frozen) -> Model:
+    """The reference model: the one given, else the base itself, as adapters start at zero."""
+    return frozen[REFERENCE] if REFERENCE in frozen else frozen[BASE]
+
+
+def response_logprobs(model: Model, batch: Batch) -> Float[Array, "*B"]:
+    """Summed log-probs, in nats, of the targets of each row [*B, X] of a batch."""
+    flat, shape = _flat(_on_device(batch))
+    scores = _scores(model, flat)
+    return jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
+
+
+def sft_loss(policy: Policy) -> LossFunction:
+    """Next-token loss in nats, the mean over the targets of a batch [B, X], which weighs as many.
+
+    Every target weighs the same, so long rows count for more than short ones, as in TRL.
+    """
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
+        batch = _on_device(batch)
+        targets = scored_tokens(batch["segments"], batch["targets"])
+        count = targets.sum().astype(jnp.float32)
+        total, scores = weighted_logprob(
+            policy.model(params, frozen), batch["tokens"], batch["segments"],
+            targets / jnp.maximum(count, 1.0), **policy.reading(key),
         )  # fmt: skip
-        return value, jnp.float32(len(reference)), metrics
+        accuracy = _accuracy(scores, targets)
+        metrics = {"loss": -total, "mean_token_accuracy": accuracy}
+        return -total, count, metrics | {"num_tokens": _read(batch)}
 
     return loss
+
+
+def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
+    """The losses of a PreferenceConfig over pairs [B, 2, X], chosen first; a pair weighs 1.
+
+    Where a loss reads the reference, `reference` Float["B 2"] of the batch holds its log-probs, or
+    else the frozen reference computes them. Losses that tie the pairs of a batch together (aot,
+    bco_pair, and the next-token terms) do so within a micro-batch.
+    """
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
+        batch = _on_device(batch)
+        flat, shape = _flat(batch)
+        scores = policy.scores(params, frozen, flat, key)
+        logprobs = jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
+        lengths = flat["targets"].sum(-1).reshape(shape)
+        reference = None
+        if preference.needs_reference:
+            reference = _reference(frozen, batch)
+        pairs = PairLogprobs(
+            policy_chosen=logprobs[:, 0],
+            policy_rejected=logprobs[:, 1],
+            reference_chosen=None if reference is None else reference[:, 0],
+            reference_rejected=None if reference is None else reference[:, 1],
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+        )
+        values, metrics = preference_loss(preference, pairs)
+        value, weight = values.mean(), jnp.float32(shape[0])
+        accuracy = _accuracy(scores, flat["targets"])
+        metrics |= {"loss": value, "mean_token_accuracy": accuracy, "num_tokens": _read(batch)}
+        return value, weight, metrics
+
+    return loss
+
+
+def kto_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
+    """KTO over rows [B, 2, X]: a response and one of another row behind the same prompt.
+
+    `labels` Bool["B"] says which responses are desirable; `reference` is as in `pair_loss`. The
+    mismatched responses only estimate the divergence, and have no backward pass.
+    """
+    options = preference.options("kto")
+    beta = options["beta"]
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
+        batch = _on_device(batch)
+        own, mismatched = (_side(batch, side) for side in (0, 1))
+        scores = policy.scores(params, frozen, own, key)
+        logprobs = jnp.where(own["targets"], scores.logprobs, 0.0).sum(-1)
+        fixed = policy.model(jax.lax.stop_gradient(params), frozen)
+        reference = _reference(frozen, batch)
+        kl = kto_kl(response_logprobs(fixed, mismatched), reference[:, 1])
+        labels = batch["labels"]
+        values = kto(logprobs, reference[:, 0], labels, kl, **options)
+        metrics = kto_metrics(logprobs, reference[:, 0], labels, kl, beta=beta)
+        value, weight = values.mean(), jnp.float32(len(labels))
+        metrics |= {"loss": value, "num_tokens": _read(batch)}
+        return value, weight, jax.lax.stop_gradient(metrics)
+
+    return loss
+
+
+def wspo_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
+    """WSPO over responses [B, X] under four models: in training, reference, tuned, untuned.
+
+    The guide and the reference are frozen; a response weighs 1.
+    """
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
+        batch = _on_device(batch)
+        scores = policy.scores(params, frozen, batch, key)
+        fixed = [_scores(model, batch).logprobs for model in (
+            reference_of(frozen), frozen[TUNED], frozen[UNTUNED]
+        )]  # fmt: skip
+        targets = batch["targets"]
+        reference, tuned, untuned = map(jax.lax.stop_gradient, fixed)
+        values = wspo(scores.logprobs, reference, tuned, untuned, targets, beta=preference.beta)
+        value, weight = values.mean(), jnp.float32(len(targets))
+        shift = jnp.where(targets, scores.logprobs - reference, 0.0).sum(-1)
+        guide = jnp.where(targets, tuned - untuned, 0.0).sum(-1)
+        metrics = {
+            "loss": value,
+            "rewards/policy": preference.beta * shift.mean(),
+            "rewards/guide": guide.mean(),
+            "mean_token_accuracy": _accuracy(scores, targets),
+            "num_tokens": _read(batch),
+        }
+        return value, weight, jax.lax.stop_gradient(metrics)
+
+    return loss
+
+
+def preference_objective(policy: Policy, preference: PreferenceConfig) -> LossFunction:
+    """The loss function of whatever losses a PreferenceConfig names."""
+    alone: dict[str, Callable[[Policy, PreferenceConfig], LossFunction]] = {
+        "kto": kto_loss, "wspo": wspo_loss
+    }  # fmt: skip
+    return alone.get(preference.loss_type[0], pair_loss)(policy, preference)
+
+
+def _scores(model: Model, batch: Batch, **reading: Any) -> TokenScores:
+    return sequence_scores(
+        model, batch["tokens"], batch["segments"], targets=batch["targets"], **reading
+    )
+
+
+def _on_device(batch: Batch) -> Batch:
+    """Batches may come as NumPy arrays."""
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def _flat(batch: Batch) -> tuple[Batch, tuple[int, ...]]:
+    """The rows [*B, X] of a batch as [B', X], and *B."""
+    shape = batch["tokens"].shape[:-1]
+    names = ("tokens", "segments", "targets")
+    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}, shape
+
+
+def _side(batch: Batch, side: int) -> Batch:
+    return {name: batch[name][:, side] for name in ("tokens", "segments", "targets")}
+
+
+def _reference(frozen: Frozen, batch: Batch) -> Float[Array, "B 2"]:
+    if REFERENCE in batch:
+        return batch[REFERENCE]
+    return jax.lax.stop_gradient(response_logprobs(reference_of(frozen), batch))
+
+
+def _accuracy(scores: TokenScores, targets: Bool[Array, "B X"]) -> Float[Array, ""]:
+    """Share of targets that the model holds likeliest."""
+    right = (scores.correct & targets).sum()
+    return jax.lax.stop_gradient(right / jnp.maximum(targets.sum(), 1))
+
+
+def _read(batch: Batch) -> Float[Array, ""]:
+    """Tokens of a batch, prompts included and padding not."""
+    return (batch["segments"] > 0).sum().astype(jnp.float32)

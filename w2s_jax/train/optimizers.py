@@ -13,10 +13,19 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from w2s_jax.errors import InputError
 
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) or Muon for the matrices of the layers with AdamW for the rest.
+    """Which optimizer, how fast by step, and what is done to gradients before.
+
+    adamw: arXiv 1711.05101. adafactor: arXiv 1804.04235 with the given rate, second moments of
+    matrices factored, updates clipped at 1, no first moment. lion: arXiv 2302.06675. muon: the
+    matrices of the layers orthogonalised, AdamW for the rest. sgd: without momentum.
+
+    `b1` and `b2` serve adamw, lion and muon; b2 None is 0.99 for lion, else 0.999. Weight decay is
+    decoupled and scaled by the learning rate in all of them.
 
     `learning_rate` is the peak, `muon_learning_rate` that of the matrices under Muon. `warmup` is
     a share of the steps, or their number when above 1; `final` is a share of the peak. A
@@ -24,7 +33,7 @@ class OptimizerConfig:
     settled on the way.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: OptimizerName = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear", "cosine", "trapezoid"] = "cosine"
     warmup: float = 0.05
@@ -32,7 +41,7 @@ class OptimizerConfig:
     final: float = 0.0
     weight_decay: float = 0.0
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
     epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
     muon_learning_rate: float = 0.02
@@ -71,21 +80,29 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     Weight decay never reaches biases and norms; under Muon it reaches the layers' kernels alone.
     """
-    schedule = make_schedule(config, steps)
-    if config.name == "adamw":
-        update = optax.adamw(
-            schedule,
-            config.b1,
-            config.b2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        )
-    else:
-        update = _muon(config, schedule)
+    update = _update(config, make_schedule(config, steps))
     if config.max_grad_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+
+
+def _update(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay, b2 = config.weight_decay, config.b2
+    if config.name == "muon":
+        return _muon(config, schedule)
+    if config.name == "lion":
+        b2 = 0.99 if b2 is None else b2
+        return optax.lion(schedule, config.b1, b2, weight_decay=decay, mask=_decayed)
+    if config.name == "adamw":
+        b2 = 0.999 if b2 is None else b2
+        return optax.adamw(
+            schedule, config.b1, b2, config.epsilon, weight_decay=decay, mask=_decayed
+        )
+    parts = [optax.add_decayed_weights(decay, _decayed), optax.scale_by_learning_rate(schedule)]
+    if config.name == "adafactor":
+        # optax.adafactor itself does not scale weight decay by the learning rate.
+        parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *parts]
+    return optax.chain(*parts)
 
 
 def _decayed(params: Any) -> Any:
@@ -102,7 +119,7 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
         lambda step: ratio * schedule(step),
         eps=config.epsilon,
         adam_b1=config.b1,
-        adam_b2=config.b2,
+        adam_b2=0.999 if config.b2 is None else config.b2,
         adam_learning_rate=schedule,
         weight_decay=config.weight_decay / ratio,
         weight_decay_mask=_decayed,

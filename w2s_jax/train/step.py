@@ -9,18 +9,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from w2s_jax.ops.sharding import DEFAULT_RULES
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
 
 
-LossFunction = Callable[[Any, Batch, Array], tuple[Array, Array, Metrics]]
-"""(params, batch, key) -> (mean loss, weight of the mean, metrics).
+LossFunction = Callable[[Any, Any, Batch, Array | None], tuple[Array, Array, Metrics]]
+"""(params, frozen, batch, key) -> (mean loss, weight of the mean, metrics).
 
-The weight says how much the batch counts beside others of the same step: target tokens for SFT,
-pairs for DPO. With it, accumulated gradients equal those of one large batch.
+`frozen` is what the loss reads and does not train: a LoRA base, a reference, guides, or None. The
+weight says how much the batch counts beside others of the same step: target tokens for SFT, pairs
+for DPO. With it, accumulated gradients equal those of one large batch. Metrics are means with the
+same weight; those named in `SUMMED` are sums.
 """
+
+SUMMED = ("num_tokens",)
+"""Metrics of which micro-batches add up."""
 
 
 class TrainState(NamedTuple):
@@ -39,48 +48,91 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array)
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, *, accumulate: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted `(state, batch) -> (state, metrics)` that donates the state.
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A jitted `(state, frozen, batch) -> (state, metrics)` that donates the state alone.
 
     With `accumulate` > 1 the leading axis of every array in the batch is cut into that many equal
-    micro-batches, whose gradients and metrics are averaged by the weights that `loss` returns.
+    micro-batches, whose gradients and metrics are averaged by the weights that `loss` returns. A
+    weight of zero leaves the micro-batch out, whatever its values.
+
+    Parameters and optimizer keep the dtype they have (float32); with `compute_dtype` the loss sees
+    the floating-point leaves of params and frozen in that dtype. With a `mesh`, micro-batches
+    stay spread over its batch axes.
     """
 
-    def value_and_gradient(params: Any, batch: Batch, key: Array) -> tuple[Any, Array, Metrics]:
+    def value_and_gradient(
+        params: Any, frozen: Any, batch: Batch, key: Array
+    ) -> tuple[Any, Array, Metrics]:
         def scalar(params: Any) -> tuple[Array, tuple[Array, Metrics]]:
-            value, weight, metrics = loss(params, batch, key)
+            value, weight, metrics = loss(cast(params, compute_dtype), frozen, batch, key)
             return value, (jnp.asarray(weight, jnp.float32), metrics)
 
         (_, (weight, metrics)), gradient = jax.value_and_grad(scalar, has_aux=True)(params)
         return gradient, weight, metrics
 
-    def accumulated(params: Any, batch: Batch, key: Array) -> tuple[Any, Metrics]:
+    def accumulated(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Any, Metrics]:
         if accumulate == 1:
-            gradient, _, metrics = value_and_gradient(params, batch, key)
+            gradient, _, metrics = value_and_gradient(params, frozen, batch, key)
             return gradient, metrics
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        micro = jax.tree.map(lambda x: _spread(x, accumulate, mesh), batch)
 
         def add(total: Any, item: tuple[Batch, Array]) -> tuple[Any, None]:
-            gradient, weight, metrics = value_and_gradient(params, item[0], item[1])
-            part = jax.tree.map(lambda x: weight * x, (gradient, metrics))
-            return jax.tree.map(jnp.add, total, (*part, weight)), None
+            gradient, weight, metrics = value_and_gradient(params, frozen, item[0], item[1])
+            means, sums = _part(metrics)
+            part = jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0.0), (gradient, means))
+            return jax.tree.map(jnp.add, total, (*part, sums, weight)), None
 
         keys = jax.random.split(key, accumulate)
-        shapes = jax.eval_shape(
-            value_and_gradient, params, jax.tree.map(lambda x: x[0], micro), key
+        first = jax.tree.map(lambda x: x[0], micro)
+        gradient, weight, metrics = jax.eval_shape(value_and_gradient, params, frozen, first, key)
+        start = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
+            (gradient, *_part(metrics), weight),
         )
-        gradient, weight, metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add, (gradient, metrics, weight), (micro, keys))
-        gradient, metrics, weight = total
-        return jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (gradient, metrics))
+        total, _ = jax.lax.scan(add, start, (micro, keys))
+        gradient, means, sums, weight = total
+        gradient, means = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (gradient, means))
+        return gradient, means | sums
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient, metrics = accumulated(state.params, batch, key)
-        metrics["grad_norm"] = optax.tree.norm(gradient)
+        frozen = cast(frozen, compute_dtype)
+        gradient, metrics = accumulated(state.params, frozen, batch, key)
+        metrics = metrics | {"grad_norm": optax.tree.norm(gradient)}
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def cast(tree: Any, dtype: DTypeLike | None) -> Any:
+    """The tree with its floating-point leaves in `dtype` (None: as they are)."""
+    if dtype is None:
+        return tree
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _part(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(means, sums)."""
+    sums = {name: value for name, value in metrics.items() if name in SUMMED}
+    return {name: value for name, value in metrics.items() if name not in sums}, sums
+
+
+def _spread(x: Any, parts: int, mesh: Mesh | None) -> Array:
+    """[n ..] as [parts, n / parts ..], with every part over all devices of the batch axes."""
+    if mesh is None:
+        return jnp.reshape(x, (parts, -1, *x.shape[1:]))
+    axes = DEFAULT_RULES.mesh_axes("batch")
+    out = jnp.reshape(x, (parts, -1, *x.shape[1:]))
+    return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, PartitionSpec(None, axes)))

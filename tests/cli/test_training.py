@@ -1,0 +1,274 @@
+"""`w2s sft` and `w2s dpo` as a user runs them; their numbers are compared with TRL elsewhere."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.cli.test_search import tiny
+from w2s_jax.cli.main import main
+from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.lora_huggingface import load_adapted
+from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.train.loop import read_metrics
+
+PAIRS = [
+    {
+        "prompt": f"film {i} was",
+        "chosen": " so good" * (1 + i % 3),
+        "rejected": " bad" * (1 + i % 2),
+    }
+    for i in range(24)
+]
+SMALL = ["--batch-size=4", "--log-every=1", "--learning-rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("models") / "model", 0)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    return tmp_path / "pairs.jsonl"
+
+
+def run(command, model, data, output, *flags):
+    files = [f"--model={model}", f"--data={data}", f"--output={output}"]
+    return main([command, *files, *SMALL, *flags])
+
+
+def without_times(folder):
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(folder)]
+
+
+def test_three_commands_from_a_preference_file_to_a_steered_policy(model, pairs, tmp_path, capsys):
+    assert run("sft", model, pairs, tmp_path / "untuned") == 0
+    untuned = tmp_path / "untuned" / "model"
+    assert run("dpo", untuned, pairs, tmp_path / "tuned", "--held-out=4", "--epochs=2") == 0
+    tuned = tmp_path / "tuned" / "model"
+    assert f"step 10 written to {tuned}" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "tuned")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    evaluation = rows[-1]
+    assert evaluation["eval/rewards/accuracies"] == 1.0
+    assert {"eval/loss", "eval/rewards/margins", "eval/logps/chosen"} <= evaluation.keys()
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "film 7 was"}])
+    steered = ["search", f"--policy={model}", f"--tuned={tuned}", f"--untuned={untuned}"]
+    files = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    assert main([*steered, *files, "--w=2", "--k=2", "--l=3", "--max-new-tokens=6"]) == 0
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
+    model, pairs, tmp_path, capsys
+):
+    assert run("dpo", model, pairs, tmp_path / "run") == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert run("dpo", model, pairs, tmp_path / "run") == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert run("dpo", model, pairs, tmp_path / "run", "--beta=0.2") == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert "beta" in error
+    write_jsonl(pairs, PAIRS[:20])
+    assert run("dpo", model, pairs, tmp_path / "run") == 2
+    assert "data" in capsys.readouterr().err
+
+
+def test_adapters_are_trained_beside_their_base_and_loaded_with_it(model, pairs, tmp_path):
+    assert run("dpo", model, pairs, tmp_path / "run", "--lora-rank=2", "--lora-dropout=0.1") == 0
+    adapter = tmp_path / "run" / "model"
+    held = {path.name for path in adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= held
+    assert "model.safetensors" not in held
+    base, adapted = load_model(model), load_adapted(adapter)
+    tokens = np.arange(10)[None]
+    assert np.abs(adapted(tokens) - base(tokens)).max() > 1e-3
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_reference_log_probs_are_kept_and_equal_live_ones(model, pairs, tmp_path):
+    cache = f"--cache={tmp_path / 'cache'}"
+    assert run("dpo", model, pairs, tmp_path / "kept", cache) == 0
+    kept = list((tmp_path / "cache").glob("reference-*.npy"))
+    assert len(kept) == 1
+    stamp = kept[0].stat().st_mtime_ns
+    assert run("dpo", model, pairs, tmp_path / "again", cache) == 0
+    assert kept[0].stat().st_mtime_ns == stamp
+    assert without_times(tmp_path / "again") == without_times(tmp_path / "kept")
+    assert run("dpo", model, pairs, tmp_path / "live", cache, "--reference-logprobs=live") == 0
+    for one, other in zip(
+        without_times(tmp_path / "live"), without_times(tmp_path / "kept"), strict=True
+    ):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_training_from_random_weights_with_the_best_step_kept(model, tmp_path, capsys):
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "a film of the sea " * 9}] * 12)
+    start = tmp_path / "start"
+    shutil.copytree(model, start)
+    (start / "model.safetensors").unlink()
+    flags = ["--from-scratch", "--max-length=16", "--truncation=split", "--held-out=8",
+             "--eval-every=2", "--keep-best=-eval/loss", "--epochs=2", "--optimizer=muon",
+             "--sample-every=5", "--sample-prompts=2", "--packing=best-fit"]  # fmt: skip
+    assert run("sft", start, tmp_path / "texts.jsonl", tmp_path / "run", *flags) == 0
+    losses = [row["eval/loss"] for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
+    assert losses[-1] < losses[0] < np.log(300) + 1
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    assert {"step", "prompt", "response"} <= samples[0].keys()
+    assert len({row["step"] for row in samples}) * 2 == len(samples)
+    assert load_model(tmp_path / "run" / "model").dtype == np.float32
+
+
+@pytest.mark.parametrize("loss", ["kto", "wspo", "orpo"])
+def test_other_objectives_run(model, pairs, tmp_path, loss):
+    guide = [f"--tuned={model}", f"--untuned={model}"] if loss == "wspo" else []
+    assert run("dpo", model, pairs, tmp_path / "run", f"--loss-type={loss}", *guide) == 0
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_loss(model, pairs, tmp_path, run_python):
+    assert run("dpo", model, pairs, tmp_path / "one", "--batch-size=8") == 0
+    for mesh in ("data=4,fsdp=2", "data=8"):
+        output = tmp_path / mesh.replace(",", "-")
+        arguments = ["dpo", f"--model={model}", f"--data={pairs}", f"--output={output}", *SMALL,
+                     "--batch-size=8", f"--mesh={mesh}"]  # fmt: skip
+        run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0", devices=8)
+        for one, other in zip(without_times(tmp_path / "one"), without_times(output), strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+            assert one["num_tokens"] == other["num_tokens"]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_with_75_and_the_same_command_goes_on(model, pairs, tmp_path):
+    assert run("dpo", model, pairs, tmp_path / "whole", "--max-steps=2000") == 0
+    words = ["dpo", f"--model={model}", f"--data={pairs}", f"--output={tmp_path / 'run'}", *SMALL,
+             "--max-steps=2000"]  # fmt: skip
+    command = [sys.executable, "-m", "w2s_jax", *words]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.is_file() and log.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "run again to go on" in error
+    assert main(words) == 0
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+def one_error(capsys, status):
+    error = capsys.readouterr().err
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size=5", "--accumulate=2"], "--batch-size 5 is not divisible by 2"),
+        (["--max-length=4096"], "--max-length 4096 is more than the 96 positions"),
+        (["--held-out=24"], "--held-out 24"),
+        (["--lora-alpha=8"], "--lora-alpha has no effect without --lora-rank"),
+        (["--lora-rank=2", "--lora-targets=everything"], "everything"),
+        (["--loss-type=ppo"], "unknown loss type 'ppo'"),
+        (["--loss-type=wspo"], "--loss-type wspo needs --tuned"),
+        (["--tuned=x"], "--tuned has no effect without --loss-type wspo"),
+        (["--loss-type=orpo", "--reference=x"], "reads no reference"),
+        (["--label-smoothing=0.7"], "label_smoothing must be in [0, 0.5)"),
+        (["--epochs=0"], "epochs 0.0 must be above 0"),
+        (["--max-steps=0"], "max_steps 0"),
+        (["--epochs=0.01"], "less than one step"),
+        (["--mesh=data=3"], "mesh 'data=3'"),
+        (["--keep-last=0"], "keep_last 0 must be 1 or more"),
+        (["--learning-rate=0"], "--learning-rate 0.0 must be above 0"),
+        (["--eval-data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--template=nowhere.jinja"], "nowhere.jinja"),
+        (["--keep-best=eval/loss"], "--keep-best needs examples"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(model, pairs, tmp_path, capsys, flags, message):
+    status = run("dpo", model, pairs, tmp_path / "run", *flags)
+    assert message in one_error(capsys, status)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_wrong_rows_are_told_with_their_place(model, pairs, tmp_path, capsys):
+    write_jsonl(pairs, [*PAIRS[:3], {"prompt": "a", "chosen": " b"}])
+    assert "line 4" in one_error(capsys, run("dpo", model, pairs, tmp_path / "run"))
+    write_jsonl(pairs, [*PAIRS[:3], PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}])
+    assert "line 4" in one_error(capsys, run("dpo", model, pairs, tmp_path / "run"))
+    write_jsonl(pairs, [{"question": "a", "answer": "b"}])
+    error = one_error(capsys, run("dpo", model, pairs, tmp_path / "run"))
+    assert "chosen" in error
+    assert "question" in error
+
+
+def test_missing_checkpoints_and_flags(model, pairs, tmp_path, capsys):
+    assert "no such directory" in one_error(capsys, run("sft", tmp_path / "no", pairs, tmp_path))
+    assert "--data is missing" in one_error(capsys, main(["sft", f"--model={model}"]))
+    assert "--model is missing" in one_error(capsys, main(["dpo", f"--data={pairs}"]))
+    other = tiny(tmp_path / "other", 1, text="quite another vocabulary of words")
+    status = run("dpo", model, pairs, tmp_path / "run", f"--reference={other}")
+    assert "another vocabulary" in one_error(capsys, status)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(model, pairs, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    from w2s_jax.models.huggingface import save_model
+    from w2s_jax.models.model import Model
+
+    loaded = load_model(model)
+    params = jax.tree.map(lambda leaf: leaf * np.nan, loaded.params)
+    save_model(Model(loaded.config, params), broken)
+    assert run("sft", broken, pairs, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "loss is nan at step 1" in error
+    assert "pairs.jsonl line " in error
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_loop_can_be_configured_by_a_file(model, pairs, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        json.dumps({"model": str(model), "data": [str(pairs)], "loss_type": ["ipo"],
+                    "output": str(tmp_path / "run"), "batch_size": 8})
+    )  # fmt: skip
+    assert main(["dpo", f"--config={config}"]) == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--lora-rank=2"], ["--loss-type=kto"], ["--reference-logprobs=live"]]
+)
+def test_an_estimate_loads_nothing_and_counts_what_is_known(model, tmp_path, capsys, flags):
+    start = tmp_path / "start"
+    shutil.copytree(model, start)
+    (start / "model.safetensors").unlink()
+    assert (
+        main(["dpo", f"--model={start}", "--estimate", f"--output={tmp_path / 'run'}", *flags]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "gradients and activations" in told
+    assert "total" in told
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,195 @@
+import pytest
+
+from tests.text.chats import chat, text
+from w2s_jax.errors import InputError
+from w2s_jax.text.examples import Example, parser
+
+ASK, YES, NO = (
+    {"role": "user", "content": "ask"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "assistant", "content": "no"},
+)
+HUMAN, GPT = {"from": "human", "value": "ask"}, {"from": "gpt", "value": "yes"}
+GPT_NO = {"from": "gpt", "value": "no"}
+ASKED = chat(("user", "ask"))
+ANSWERED = chat(("assistant", "yes"))
+REFUSED = chat(("assistant", "no"))
+
+
+def parse(kind, row, form="auto"):
+    return parser(kind, form, row, "rows.jsonl")(row, "rows.jsonl line 7")
+
+
+def pair(prompt, chosen, rejected):
+    return Example(prompt, (chosen, rejected), "completion")
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"text": "a", "label": 1}, Example(None, (text("a"),), "all")),
+        (
+            {"messages": [ASK, YES], "prompt": "ask"},
+            Example(None, (chat(("user", "ask"), ("assistant", "yes")),), "all"),
+        ),
+        ({"prompt": "a", "completion": "b"}, Example(text("a"), (text("b"),), "completion")),
+        ({"prompt": "a", "response": "b"}, Example(text("a"), (text("b"),), "completion")),
+        ({"prompt": [ASK], "completion": [YES]}, Example(ASKED, (ANSWERED,), "completion")),
+        ({"prompt": "ask", "completion": [YES]}, Example(ASKED, (ANSWERED,), "completion")),
+        ({"prompt": [ASK], "completion": "yes"}, Example(ASKED, (ANSWERED,), "completion")),
+        ({"content": "a", "output": "b"}, Example(text("a"), (text("b"),), "completion")),
+        (
+            {"instruction": "ask", "input": "it", "output": "yes", "system": "s"},
+            Example(
+                None,
+                (chat(("system", "s"), ("user", "ask\nit"), ("assistant", "yes")),),
+                "assistant",
+            ),
+        ),
+        (
+            {"instruction": "ask", "input": "", "output": "yes", "history": [["a", "b"]]},
+            Example(
+                None,
+                (chat(("user", "a"), ("assistant", "b"), ("user", "ask"), ("assistant", "yes")),),
+                "assistant",
+            ),
+        ),
+        (
+            {"conversations": [HUMAN, GPT], "system": "s"},
+            Example(
+                None, (chat(("system", "s"), ("user", "ask"), ("assistant", "yes")),), "assistant"
+            ),
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            Example(text("a"), (text("b"),), "completion"),
+        ),
+    ],
+)
+def test_sequences(row, example):
+    assert parse("sequences", row) == (example,)
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, pair(text("a"), text("b"), text("c"))),
+        (
+            {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
+            pair(ASKED, ANSWERED, REFUSED),
+        ),
+        ({"prompt": "ask", "chosen": [YES], "rejected": [NO]}, pair(ASKED, ANSWERED, REFUSED)),
+        # A prompt that the sides repeat, as UltraFeedback's.
+        (
+            {"prompt": "ask", "chosen": [ASK, YES], "rejected": [ASK, NO], "messages": [ASK, YES]},
+            pair(ASKED, ANSWERED, REFUSED),
+        ),
+        ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, pair(ASKED, ANSWERED, REFUSED)),
+        (
+            {"chosen": "the sea is", "rejected": "the sun"},
+            pair(text("the s"), text("ea is"), text("un")),
+        ),
+        (
+            {"chosen": "the film of it", "rejected": "the film and"},
+            pair(text("the film"), text(" of it"), text(" and")),
+        ),
+        ({"chosen": "Yes indeed", "rejected": "Yes"}, pair(text("Yes"), text(" indeed"), text(""))),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "chosen": 1},
+            pair(text("a"), text("c"), text("b")),
+        ),
+        ({"instruction": "ask", "output": ["yes", "no"]}, pair(ASKED, ANSWERED, REFUSED)),
+        (
+            {"instruction": "ask", "chosen": "yes", "rejected": "no"},
+            pair(ASKED, ANSWERED, REFUSED),
+        ),
+        (
+            {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_NO},
+            pair(ASKED, ANSWERED, REFUSED),
+        ),
+    ],
+)
+def test_pairs(row, example):
+    assert parse("pairs", row) == (example,)
+
+
+@pytest.mark.parametrize(
+    ("row", "labels"),
+    [
+        ({"prompt": [ASK], "completion": [YES], "label": True}, {"yes": True}),
+        ({"prompt": [ASK], "completion": "yes", "label": 0}, {"yes": False}),
+        ({"instruction": "ask", "output": "yes", "kto_tag": False}, {"yes": False}),
+        ({"conversations": [HUMAN, GPT], "kto_tag": True}, {"yes": True}),
+        ({"prompt": [ASK], "chosen": [YES], "rejected": [NO]}, {"yes": True, "no": False}),
+    ],
+)
+def test_labelled(row, labels):
+    found = parse("labelled", row)
+    assert all(example.prompt == ASKED for example in found)
+    answers = {example.responses[0].messages[0].content: example.label for example in found}
+    assert answers == labels
+
+
+def test_a_named_format_is_read_whatever_else_a_row_holds():
+    row = {"text": "a", "prompt": "b", "completion": "c"}
+    assert parse("sequences", row, "text") == (Example(None, (text("a"),), "all"),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "row", "told"),
+    [
+        ("pairs", "preference", {"prompt": "a", "chosen": "b"},
+         'rows.jsonl: no "rejected"; found "prompt", "chosen"'),
+        ("pairs", "auto", {"prompt": "a", "good": "b", "bad": "c"},
+         'needs "chosen" . "rejected", or .*; found "prompt", "good", "bad"'),
+        ("pairs", "auto", {"text": "a"},
+         'needs .*"chosen" . "rejected".*found "text"'),
+        ("sequences", "auto", {"question": "a", "answer": "b"},
+         'needs .*"prompt" . "completion".*found "question", "answer"'),
+        ("labelled", "auto", {"completion": "b", "label": True},
+         '^rows.jsonl: no "prompt"; found "completion", "label"'),
+        ("pairs", "auto", {"prompt": "a", "chosen": "b"},
+         'needs "chosen" . "rejected", or "prompt" . "responses" . "chosen"; found "prompt"'),
+        ("pairs", "text", {"text": "a"}, "the format text holds no pairs; it takes .*preference"),
+    ],
+)  # fmt: skip
+def test_missing_columns_are_named_with_those_found(kind, form, row, told):
+    with pytest.raises(InputError, match=told):
+        parser(kind, form, row, "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "row", "told"),
+    [
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"},
+         'no "rejected"; found "prompt", "chosen"'),
+        ("pairs", {"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": [ASK, NO]},
+         '"chosen" and "rejected" must both be text'),
+        ("pairs", None, {"prompt": "a", "responses": ["b"], "chosen": 0}, "takes a list of two"),
+        ("pairs", None, {"prompt": "a", "responses": ["b", "c"], "chosen": 2}, '"chosen" is 2'),
+        ("pairs", None, {"prompt": "a", "chosen": 3, "rejected": "b"}, '"chosen" is int'),
+        ("pairs", None, {"instruction": "a", "output": "b"}, "one response; a pair takes"),
+        ("pairs", None, {"instruction": "a", "output": ["b"]}, "the chosen and the rejected one"),
+        ("pairs", None, {"chosen": [ASK, YES], "rejected": [NO]}, "begin differently"),
+        ("pairs", None, {"prompt": [ASK, YES], "chosen": "a", "rejected": "b"}, "ends with a mess"),
+        ("pairs", None, {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": GPT_NO},
+         "must end with what the user says"),
+        ("labelled", None, {"prompt": "a", "completion": "b", "label": "good"},
+         '"label" is \'good\'; it takes true or false'),
+        ("sequences", None, {"text": ["a"]}, '"text" is list; it takes text'),
+        ("sequences", None, {"messages": "a"}, '"messages" is str; it takes a list of messages'),
+        ("sequences", None, {"messages": []}, '"messages" is empty'),
+        ("sequences", None, {"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool'"),
+        ("sequences", None, {"prompt": [ASK], "completion": [ASK, YES]},
+         "must begin with what the assistant says"),
+        ("sequences", None, {"conversations": [HUMAN]}, "must end with gpt's answer"),
+        ("sequences", None, {"conversations": [{"from": "human"}]}, "has no content"),
+        ("sequences", None, {"instruction": "a", "output": "b", "history": ["a"]},
+         '"history" takes pairs'),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named(kind, first, row, told):
+    parse_row = parser(kind, "auto", first or row, "rows.jsonl")
+    with pytest.raises(InputError, match=f"^rows.jsonl line 7.*{told}") as error:
+        parse_row(row, "rows.jsonl line 7")
+    assert "\n" not in str(error.value)

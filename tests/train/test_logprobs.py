@@ -1,0 +1,174 @@
+"""Log-probs of packed rows against each document read alone, whole logits and a softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import VOCAB, tiny_model
+from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.train.logprobs import scored_tokens, sequence_scores, weighted_logprob
+
+SEGMENTS = np.array(
+    [[1] * 12, [1] * 5 + [2] * 4 + [0] * 3, [1] * 3 + [2] * 3 + [3] * 6, [1] * 6 + [0] * 6],
+    np.int32,
+)
+KINDS = {
+    "rotary": {},
+    "windows": {"sliding_windows": (3, None)},
+    "learned": {
+        "architecture": "gpt2", "position": "learned", "norm": "layer", "kv_heads": 4,
+        "gated_mlp": False, "activation": "gelu_tanh", "tied_embeddings": True, "qkv_bias": True,
+        "max_positions": 12,
+    },
+    "soft-capped": {"final_softcap": 4.0, "attention_softcap": 3.0},
+}  # fmt: skip
+FIVE_ROWS = 5 * VOCAB * 4
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, SEGMENTS.shape).astype(np.int32)
+    weights = jnp.asarray(rng.normal(size=SEGMENTS.shape), jnp.float32)
+    return tokens, jnp.where(scored_tokens(SEGMENTS), weights, 0.0)
+
+
+def documents():
+    """(row, its places) of every document."""
+    for row, segments in enumerate(SEGMENTS):
+        for segment in range(1, segments.max() + 1):
+            yield row, np.flatnonzero(segments == segment)
+
+
+def alone(model, tokens):
+    """Log-probs [B, X] with every document read by itself, from whole logits."""
+    out = jnp.zeros(SEGMENTS.shape)
+    for row, places in documents():
+        logprobs = jax.nn.log_softmax(model(tokens[row][places][None]))[0, :-1]
+        chosen = jnp.take_along_axis(logprobs, tokens[row][places][1:, None], axis=1)[:, 0]
+        out = out.at[row, places[1:]].set(chosen)
+    return out
+
+
+def assert_trees_close(left, right, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), left, right)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_their_documents_with_gradients(kind, scan_layers):
+    model = tiny_model(0, scan_layers=scan_layers, sharpness=6.0, **KINDS[kind])
+    tokens, weights = batch()
+
+    @jax.jit
+    def packed(model):
+        scores = sequence_scores(model, tokens, SEGMENTS, block_bytes=FIVE_ROWS)
+        return (weights * scores.logprobs).sum(), scores.logprobs
+
+    @jax.jit
+    def apart(model):
+        logprobs = alone(model, tokens)
+        return (weights * logprobs).sum(), logprobs
+
+    (_, found), gradient = jax.value_and_grad(packed, has_aux=True)(model)
+    (_, expected), wanted = jax.value_and_grad(apart, has_aux=True)(model)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert_trees_close(gradient, wanted, atol=3e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_the_weighted_sum_has_the_same_gradient_whatever_is_recomputed(remat, scan_layers):
+    model = tiny_model(1, scan_layers=scan_layers)
+    tokens, weights = batch()
+
+    def scored(model):
+        scores = sequence_scores(model, tokens, SEGMENTS, remat=remat, groups=2)
+        return (weights * scores.logprobs).sum(), scores
+
+    def summed(model):
+        return weighted_logprob(
+            model, tokens, SEGMENTS, weights, remat="none", block_bytes=FIVE_ROWS
+        )
+
+    (value, scores), gradient = jax.jit(jax.value_and_grad(scored, has_aux=True))(model)
+    (total, same), wanted = jax.jit(jax.value_and_grad(summed, has_aux=True))(model)
+    assert float(value) == pytest.approx(float(total), rel=1e-5)
+    np.testing.assert_allclose(scores.logprobs, same.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(scores.correct, same.correct)
+    assert_trees_close(gradient, wanted, atol=3e-5)
+
+
+def test_only_targets_are_scored_and_hits_are_the_likeliest_tokens():
+    model = tiny_model(2)
+    tokens, _ = batch()
+    targets = np.zeros(SEGMENTS.shape, bool)
+    targets[0, 4:], targets[1, :7] = True, True
+    whole = sequence_scores(model, tokens, SEGMENTS)
+    some = sequence_scores(model, tokens, SEGMENTS, targets=targets, block_bytes=FIVE_ROWS)
+    kept = scored_tokens(SEGMENTS, targets)
+    np.testing.assert_allclose(some.logprobs, np.where(kept, whole.logprobs, 0.0), atol=1e-5)
+    np.testing.assert_array_equal(some.correct, kept & np.asarray(whole.correct))
+    likeliest = np.asarray(model(tokens[:1]))[0, :-1].argmax(-1)
+    np.testing.assert_array_equal(whole.correct[0, 1:], likeliest == tokens[0, 1:])
+
+
+def test_rows_without_a_target_have_zeros_and_a_gradient_of_zero():
+    model = tiny_model(2)
+    tokens, _ = batch()
+    nothing = np.zeros(SEGMENTS.shape, bool)
+
+    def total(model):
+        return sequence_scores(model, tokens, SEGMENTS, targets=nothing).logprobs.sum()
+
+    value, gradient = jax.value_and_grad(total)(model)
+    assert value == 0
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
+
+
+WIDE = {"vocab_size": 4096, "tied_embeddings": True}
+ROWS, LENGTH = 8, 128
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_logits_are_never_in_memory(weighted):
+    abstract, _ = abstract_model(tiny_model(0, **WIDE).config)
+    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+    def loss(model, tokens, segments):
+        if weighted:
+            weights = jnp.ones(tokens.shape)
+            return weighted_logprob(model, tokens, segments, weights, block_bytes=2**20)[0]
+        return sequence_scores(model, tokens, segments, block_bytes=2**20).logprobs.sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(abstract, ids, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < ROWS * LENGTH * 4096 * 4
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_recomputed_layers_take_less_memory(scan_layers):
+    fields = {"layers": 8, "width": 64, "head_width": 16, "mlp_width": 256}
+    abstract, _ = abstract_model(tiny_model(0, **fields).config, scan_layers=scan_layers)
+    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+    def used(remat):
+        def loss(model, tokens, segments):
+            return sequence_scores(model, tokens, segments, remat=remat).logprobs.sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(abstract, ids, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    full, dots, none = used("full"), used("dots"), used("none")
+    assert full < dots < none
+
+
+def test_half_precision_is_close_and_sums_in_float32():
+    model = tiny_model(3, sharpness=4.0)
+    tokens, _ = batch()
+    half = Model(model.config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    scores = sequence_scores(half, tokens, SEGMENTS)
+    assert scores.logprobs.dtype == jnp.float32
+    wide = sequence_scores(model, tokens, SEGMENTS).logprobs
+    np.testing.assert_allclose(scores.logprobs, wide, atol=0.1)
+    gradient = jax.grad(lambda m: sequence_scores(m, tokens, SEGMENTS).logprobs.sum())(half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}

@@ -1,0 +1,421 @@
+"""What the training commands share: from their flags to a trained checkpoint in a run's folder."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from tyro.conf import arg
+
+from w2s_jax.cli.train_flags import DataFlags, LoraFlags, OptimizationFlags, RunFlags
+from w2s_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from w2s_jax.models.config import ModelConfig
+    from w2s_jax.models.model import Model
+    from w2s_jax.text.held_out import Part
+    from w2s_jax.text.training_data import Data, DataConfig
+    from w2s_jax.train.loop import LoopConfig
+    from w2s_jax.train.objectives import Policy
+    from w2s_jax.train.run import RunConfig, Source, Task
+    from w2s_jax.train.step import LossFunction, TrainState
+    from w2s_jax.train.watch import Sink
+
+    Rows = Data | Part
+
+DEFAULT_LENGTH = 1024
+# What an identity holds by content, or what changes no number.
+_ELSEWHERE = {
+    "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
+    "untuned",
+}  # fmt: skip
+MODEL, CACHE = "model", "cache"
+ADAPTER_PEAK = 10
+"""How much higher the learning rate of adapters is by default, as in TRL's documentation."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before data and weights are read."""
+
+    checkpoint: Path
+    config: "ModelConfig"
+    tokenizer: Any
+    policy: "Policy"
+    length: int
+    mesh: "Mesh | None"
+    directory: Path
+    cache_folder: Path | None
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenised data and reference log-probs are kept."""
+        return self.cache_folder or self.directory / CACHE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
+    """A command that trains a model; subclasses say on what, and by which loss."""
+
+    model: Annotated[str | None, arg(metavar="DIR|ID")] = None
+    """Checkpoint that is trained: a folder, or an id on the Hugging Face hub."""
+    from_scratch: bool = False
+    """Take the config and the tokenizer of --model alone, and train from random weights."""
+
+    name: ClassVar[str] = "train"
+    peak: ClassVar[float] = 2e-5
+
+    def run(self) -> None:
+        """Train, going on from what the folder holds, and write the model.
+
+        Raises InputError, before any weight is read, for what is wrong with flags and data.
+        """
+        from w2s_jax.train.run import fine_tune, trainable
+
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        setup = self.prepare()
+        if self.estimate:
+            self.show_estimate(setup)
+            return
+        data, held_out = self.read(setup)
+        model = self.load(setup)
+        task = self.task(setup, model, data, held_out)
+        params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
+        state = fine_tune(
+            task,
+            params,
+            self.run_config(setup),
+            self.loop_config,
+            setup.directory,
+            mesh=setup.mesh,
+            identity=self.identity(setup, task),
+            sinks=self.sinks(),
+            sample=self.sampler(setup, task),
+        )
+        self.save(setup, task, state)
+
+    def load_data(self, config: "DataConfig", tokenizer: Any) -> "Data":
+        """The examples of these files, tokenised."""
+        raise NotImplementedError
+
+    def objective(self, policy: "Policy") -> "LossFunction":
+        """The loss that is trained."""
+        raise NotImplementedError
+
+    def frozen(self, setup: Setup, model: "Model") -> "dict[str, Model]":
+        """The models that the loss reads and does not change."""
+        from w2s_jax.train.objectives import BASE
+
+        return {} if setup.policy.lora is None else {BASE: model}
+
+    def referenced(
+        self, setup: Setup, model: "Model", data: "Rows", held_out: "Rows | None"
+    ) -> "tuple[Source, Source | None]":
+        """The examples with whatever a frozen model says of them before training."""
+        return data, held_out
+
+    def check(self) -> None:
+        """Raises InputError for flags that do not go together."""
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise InputError(f"--learning-rate {self.learning_rate} must be above 0")
+        if self.keep_best is not None and not (self.held_out or self.eval_data):
+            raise InputError("--keep-best needs examples to evaluate on: --held-out or --eval-data")
+
+    def prepare(self) -> Setup:
+        """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
+        from w2s_jax.models.huggingface import load_config, locate
+        from w2s_jax.ops.sharding import make_mesh
+        from w2s_jax.text.tokenizer import load_tokenizer
+        from w2s_jax.train.objectives import Policy
+        from w2s_jax.train.placing import batch_parts
+
+        self.check()
+        if self.model is None:
+            raise InputError("--model is missing: the checkpoint to train")
+        if not self.data and not self.estimate:
+            raise InputError("--data is missing: a file of examples, or an id on the hub")
+        lora = self.lora()
+        if lora is not None and self.from_scratch:
+            raise InputError("--lora-rank adapts a trained model; leave out --from-scratch")
+        checkpoint = locate(self.model)
+        config = load_config(checkpoint)
+        mesh = make_mesh(self.mesh) if self.mesh else None
+        length = self.max_length or min(DEFAULT_LENGTH, config.max_positions)
+        if length > config.max_positions:
+            raise InputError(
+                f"--max-length {length} is more than the {config.max_positions} positions of "
+                f"{self.model}"
+            )
+        return Setup(
+            checkpoint=checkpoint,
+            config=config,
+            tokenizer=load_tokenizer(checkpoint),
+            policy=Policy(config, lora, self.remat, batch_parts(mesh)),
+            length=length,
+            mesh=mesh,
+            directory=Path(self.output or f"runs/{self.name}"),
+            cache_folder=Path(self.cache).expanduser() if self.cache else None,
+        )
+
+    def show_estimate(self, setup: Setup) -> None:
+        """Print what a step takes of each device's memory."""
+        from rich.console import Console
+
+        from w2s_jax.models.lora import abstract_adapter
+        from w2s_jax.train.estimate import (
+            abstract_batch,
+            abstract_on_mesh,
+            estimate_step,
+            report,
+        )
+        from w2s_jax.train.optimizers import make_optimizer
+        from w2s_jax.train.placing import check_batch
+
+        check_batch(self.batch_size, self.accumulate, setup.mesh, flag="--batch-size")
+        run = self.run_config(setup)
+        shape: dict[str, Any] = {"scan_layers": self.scan_layers, "mesh": setup.mesh}
+        params = abstract_on_mesh(setup.config, **shape).params
+        if setup.policy.lora is not None:
+            params = abstract_adapter(setup.config, setup.policy.lora, **shape)
+        frozen = {
+            role: abstract_on_mesh(config, dtype=self.compute_dtype, **shape)
+            for role, config in self.frozen_configs(setup).items()
+        }
+        estimate = estimate_step(
+            self.objective(setup.policy),
+            make_optimizer(run.optimizer, self.max_steps or 1000),
+            params,
+            abstract_batch(self.batch_shapes(setup), setup.mesh),
+            frozen=frozen,
+            accumulate=run.accumulate,
+            compute_dtype=run.compute_dtype,
+            mesh=setup.mesh,
+        )
+        report(Console(), estimate)
+
+    def frozen_configs(self, setup: Setup) -> "dict[str, ModelConfig]":
+        """The shapes of what `frozen` holds."""
+        from w2s_jax.train.objectives import BASE
+
+        return {} if setup.policy.lora is None else {BASE: setup.config}
+
+    def batch_shapes(self, setup: Setup) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of a batch of the longest rows."""
+        rows = (self.batch_size, setup.length)
+        return {"tokens": (rows, "int32"), "segments": (rows, "int32"), "targets": (rows, "bool")}
+
+    def data_config(self, files: tuple[str, ...], split: str, setup: Setup) -> "DataConfig":
+        """How these files become tokens."""
+        from w2s_jax.text.training_data import DataConfig
+
+        return DataConfig(
+            data=files,
+            split=split,
+            format=self.format,
+            template=self.template,
+            max_length=setup.length,
+            truncation=self.truncation,
+            append_eos=self.append_eos,
+            equal_pairs=self.equal_pairs,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            limit=self.limit,
+            cache=str(setup.cache),
+            **self.data_options(),
+        )
+
+    def data_options(self) -> dict[str, Any]:
+        """Further fields of a DataConfig."""
+        return {}
+
+    def read(self, setup: Setup) -> "tuple[Rows, Rows | None]":
+        """The examples to train on, and those held out; a line about each on stderr."""
+        from w2s_jax.text.held_out import hold_out
+
+        if self.held_out and self.eval_data:
+            raise InputError("--held-out and --eval-data both name what to evaluate on; give one")
+        data = self.load_data(self.data_config(self.data, self.split, setup), setup.tokenizer)
+        _tell("data", data)
+        if self.held_out:
+            return hold_out(data, self.held_out, seed=self.seed)
+        if not self.eval_data:
+            return data, None
+        config = replace(self.data_config(self.eval_data, self.eval_split, setup), limit=None)
+        held_out = self.load_data(config, setup.tokenizer)
+        _tell("held out", held_out)
+        return data, held_out
+
+    def load(self, setup: Setup) -> "Model":
+        """The model to start from: float32 where all of it is trained."""
+        import jax
+
+        from w2s_jax.models.huggingface import load_model
+        from w2s_jax.models.model import init_model, shard_model
+
+        if self.from_scratch:
+            key = jax.random.key(self.seed)
+            model = init_model(setup.config, key, scan_layers=self.scan_layers)
+            return model if setup.mesh is None else shard_model(model, setup.mesh)
+        dtype = "float32" if setup.policy.lora is None else self.compute_dtype
+        return load_model(
+            setup.checkpoint, dtype=dtype, mesh=setup.mesh, scan_layers=self.scan_layers
+        )
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the model computes in."""
+        import jax
+
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def task(self, setup: Setup, model: "Model", data: "Rows", held_out: "Rows | None") -> "Task":
+        """What is trained, on what, by which loss."""
+        from w2s_jax.train.run import Task
+
+        sources = self.referenced(setup, model, data, held_out)
+        frozen = self.frozen(setup, model)
+        return Task(setup.policy, self.objective(setup.policy), *sources, frozen)
+
+    def run_config(self, setup: Setup) -> "RunConfig":
+        """The run's config; InputError for values out of range."""
+        from w2s_jax.train.optimizers import OptimizerConfig
+        from w2s_jax.train.run import RunConfig
+
+        peak = self.peak * (1 if setup.policy.lora is None else ADAPTER_PEAK)
+        optimizer = OptimizerConfig(
+            name=self.optimizer,
+            learning_rate=peak if self.learning_rate is None else self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            decay=self.decay,
+            final=self.final,
+            weight_decay=self.weight_decay,
+            b1=self.b1,
+            b2=self.b2,
+            max_grad_norm=self.max_grad_norm or None,
+            muon_learning_rate=self.muon_learning_rate,
+        )
+        compute = None if self.compute_dtype == "float32" else self.compute_dtype
+        return RunConfig(
+            optimizer=optimizer,
+            epochs=self.epochs,
+            steps=self.max_steps,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            eval_batch_size=self.eval_batch_size,
+            compute_dtype=compute,
+            shuffle=self.shuffle,
+            seed=self.seed,
+        )
+
+    def identity(self, setup: Setup, task: "Task") -> dict[str, Any]:
+        """What a run depends on: a folder that holds another run is not gone on with."""
+        from w2s_jax.train.reference import weights_identity
+
+        told = {item.name for item in fields(RunFlags)} | _ELSEWHERE
+        options = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in told
+        }
+        weights = None if self.from_scratch else weights_identity(setup.checkpoint)
+        return {
+            "command": self.name,
+            **options,
+            "model": weights or asdict(setup.config),
+            "data": task.data.identity,
+            "frozen": {
+                name: weights_identity(folder) for name, folder in self.frozen_folders().items()
+            },
+        }
+
+    def frozen_folders(self) -> dict[str, Path]:
+        """Where the models lie that the loss reads, beside --model."""
+        return {}
+
+    def loop_config(self, steps: int) -> "LoopConfig":
+        """How often a run of so many steps tells, evaluates and saves."""
+        from w2s_jax.train.loop import LoopConfig
+
+        return LoopConfig(
+            steps=steps,
+            log_every=self.log_every,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            save_seconds=self.save_seconds,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            sample_every=self.sample_every,
+        )
+
+    def sinks(self) -> "tuple[Sink, ...]":
+        """Where metrics go beside metrics.jsonl."""
+        from w2s_jax.train import watch
+
+        found: list[Sink] = [watch.tensorboard] if self.tensorboard else []
+        if self.wandb:
+            found.append(watch.wandb(self.wandb, config=asdict(self)))
+        return tuple(found)
+
+    def sampler(
+        self, setup: Setup, task: "Task"
+    ) -> "Callable[[TrainState], list[dict[str, Any]]] | None":
+        """What answers the first held-out prompts with the model as it is, if asked for."""
+        if not self.sample_every:
+            return None
+        from w2s_jax.cli.samples import Sampler
+
+        data = task.data if task.held_out is None else task.held_out
+        return Sampler(task, setup.tokenizer, data, self.sample_prompts, self.compute_dtype)
+
+    @property
+    def base_name(self) -> str:
+        """How an adapter names its base: a hub id, or the folder's full path."""
+        folder = Path(str(self.model)).expanduser()
+        return str(folder.resolve() if folder.is_dir() else self.model)
+
+    def save(self, setup: Setup, task: "Task", state: "TrainState") -> None:
+        """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""
+        import jax
+
+        from w2s_jax.models.huggingface import save_model
+        from w2s_jax.models.lora_huggingface import save_adapter
+        from w2s_jax.models.model import Model
+        from w2s_jax.train.checkpoint import read_checkpoint
+        from w2s_jax.train.loop import CHECKPOINTS
+
+        if self.keep_best is not None:
+            state = read_checkpoint(setup.directory / CHECKPOINTS, state, best=True)
+        folder = setup.directory / MODEL
+        if setup.policy.lora is not None:
+            save_adapter(
+                folder, setup.config, setup.policy.lora, state.params,
+                base=self.base_name, tokenizer=setup.tokenizer,
+            )  # fmt: skip
+        else:
+            dtype = "float32" if self.from_scratch else _stored_dtype(setup.checkpoint)
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
+            save_model(Model(setup.config, params), folder, tokenizer=setup.tokenizer)
+        print(f"step {int(state.step)} written to {folder}")
+
+
+def _tell(what: str, data: "Data") -> None:
+    """A line about data that was read: how many rows and tokens, and what became of others."""
+    figures = data.figures
+    told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
+    told.append(f"{figures['targets']:,} of them count in the loss")
+    told += [f"{figures[name]:,} {name}" for name in ("truncated", "dropped", "equal")
+             if figures.get(name)]  # fmt: skip
+    print(", ".join(told), file=sys.stderr)
+
+
+def _stored_dtype(checkpoint: Path) -> str:
+    """The dtype that a checkpoint's config.json says its weights have."""
+    from w2s_jax.models.huggingface import CONFIG, read_json
+
+    config = read_json(checkpoint / CONFIG)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

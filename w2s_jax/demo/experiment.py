@@ -1,0 +1,244 @@
+"""The controlled-sentiment experiment of arXiv 2405.19262 section 4.1: every method, measured.
+
+Holds what is decoded and what is measured of it; figures and files are in experiment_report.py,
+the models' training is in build.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from w2s_jax.decode.chunk import Logits
+from w2s_jax.demo import Demo
+from w2s_jax.demo.preferences import opening_words
+from w2s_jax.errors import InputError
+from w2s_jax.evaluate.rewards import gold_rewards
+from w2s_jax.models.model import Model
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.guides import Guide, SearchModels, search_models
+from w2s_jax.search.likelihood import Response, score_responses
+from w2s_jax.search.presets import best_of_n, cbs, eft, sample
+from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
+from w2s_jax.search.run import search
+from w2s_jax.text.journal import Journal, journal_path, open_journal
+from w2s_jax.text.prompts import decode_response, encode_prompt
+from w2s_jax.text.rows import Row
+
+BASE, BEST_OF_N, EFT, CBS, DIRECT = "base", "bon", "eft", "cbs", "tuned_policy"
+RESPONSES = "responses"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is decoded: behind the first `words` words of `prompts` test reviews, drawn by `seed`.
+
+    beam_width, successors and chunk_length are those of CBS, `samples` are best-of-N's, beta is
+    EFT's. Raises InputError for fewer than two prompts, or sizes below one.
+    """
+
+    prompts: int = 1000
+    words: int = 8
+    new_tokens: int = 50
+    temperature: float = 0.7
+    top_k: int = 50
+    beam_width: int = 4
+    successors: int = 4
+    chunk_length: int = 5
+    samples: int = 16
+    beta: float = 1.0
+    slots: int = 16
+    block: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"prompts": 2, "words": 1, "samples": 1, "block": 1}
+        for name, size in least.items():
+            if getattr(self, name) < size:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {size}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode: the model that is sampled from, its guide, the search.
+
+    likelihood: the proposer whose distribution, of `model` and `guide`, the responses are drawn
+    from; None where they are chosen among samples and so have no likelihood in closed form.
+    """
+
+    heading: str
+    model: Model
+    guide: Guide | None
+    search: SearchConfig
+    likelihood: Proposer | None = None
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """What a proposer samples from at a temperature, top-k left aside."""
+
+    proposer: Proposer
+    temperature: float | int
+
+    @property
+    def beta(self) -> float | int:
+        """That of EFT; 0 where the policy is alone."""
+        return getattr(self.proposer, "beta", 0.0)
+
+    @property
+    def values_tokens(self) -> bool:
+        return False
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        return self.proposer.readers(models)
+
+    def mix(
+        self, models: SearchModels, logits: Logits, beta: Float[Array, " P"]
+    ) -> Float[Array, "P *rows V"]:
+        return self.proposer.mix(models, logits, beta) / self.temperature
+
+    def value(
+        self, models: SearchModels, logits: Logits, tokens: Int[Array, "P *rows"]
+    ) -> Float[Array, "P *rows J"]:
+        return self.proposer.value(models, logits, tokens)
+
+
+def experiment_methods(
+    config: EvaluationConfig, models: Demo, direct: Model | None
+) -> dict[str, Method]:
+    """The methods by name, in the order of tables; `direct` is the directly tuned policy."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.new_tokens,
+        "sampling": Sampling(config.temperature, config.top_k),
+        "seed": config.seed,
+        "slots": config.slots,
+    }
+    guide, beta = Guide(models.tuned, models.untuned), config.beta
+    sizes = (config.beam_width, config.successors, config.chunk_length)
+    policy, plain = models.policy, sample(**settings)
+    found = {
+        BASE: Method("base", policy, None, plain, PolicyProposer()),
+        BEST_OF_N: Method(
+            f"best-of-{config.samples}", policy, guide, best_of_n(config.samples, **settings)
+        ),
+        EFT: Method(
+            f"EFT, β = {beta:g}", policy, guide, eft(beta, **settings), EFTProposer(beta)
+        ),
+        CBS: Method(f"CBS {'/'.join(map(str, sizes))}", policy, guide, cbs(*sizes, **settings)),
+    }  # fmt: skip
+    if direct is not None:
+        found[DIRECT] = Method("directly tuned policy", direct, None, plain, PolicyProposer())
+    return found
+
+
+def draw_prompts(config: EvaluationConfig, texts: Sequence[str]) -> list[str]:
+    """The openings of reviews drawn by the seed, as files hold them sorted by their labels.
+
+    Raises InputError where there are fewer texts than prompts.
+    """
+    if len(texts) < config.prompts:
+        raise InputError(
+            f"evaluation: prompts is {config.prompts}, and there are {len(texts)} test reviews"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(texts))[: config.prompts]
+    return [opening_words(texts[i], config.words) for i in order]
+
+
+def decode_all(
+    config: EvaluationConfig,
+    models: Demo,
+    methods: Mapping[str, Method],
+    prompts: Sequence[str],
+    folder: Path,
+    identity: Mapping[str, Any],
+) -> dict[str, tuple[Journal, list[Row]]]:
+    """Every method's journal and rows, in the order of `prompts`; goes on after a kill.
+
+    `identity` says which weights the models have. A row holds what `answer` returns.
+    """
+    fingerprint = {"config": repr(config), **identity}
+    found = {}
+    for name, method in methods.items():
+        journal = open_journal(journal_path(responses_path(folder, name)), fingerprint)
+        done = journal.read()
+        for first in range(0, len(prompts), config.block):
+            last = min(first + config.block, len(prompts))
+            block = [i for i in range(first, last) if i not in done]
+            rows = answer(method, models, [prompts[i] for i in block], block, config.temperature)
+            for i, row in zip(block, rows, strict=True):
+                journal.append(i, row)
+                done[i] = row
+        found[name] = journal, [done[i] for i in range(len(prompts))]
+    return found
+
+
+def responses_path(folder: Path, method: str) -> Path:
+    """Where a method's rows are written."""
+    return folder / RESPONSES / f"{method}.jsonl"
+
+
+def answer(
+    method: Method,
+    models: Demo,
+    prompts: Sequence[str],
+    row_ids: Sequence[int],
+    temperature: float | int,
+) -> list[Row]:
+    """One response to each prompt, and what is measured of it.
+
+    prompt, response; tokens: ids of the response, EOS included; score: its implicit reward;
+    gold_reward; logprob: log p(response | prompt) under the policy at temperature 1, in nats;
+    log_ratio: log p_method − log p_policy, both at `temperature`, None for a method without a
+    likelihood. Its mean estimates KL(method ‖ policy) but for the top-k, which `log_ratio` leaves
+    aside: the policy gives nothing to what its own top-k cuts off.
+    """
+    if not prompts:
+        return []
+    tokenizer = models.tokenizer
+    encoded = [tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    results = search(method.model, method.guide, encoded, method.search, row_ids=row_ids)
+    asked = [
+        Response((prompt,), result.best.tokens)
+        for prompt, result in zip(encoded, results, strict=True)
+    ]
+    responses = [decode_response(tokenizer, row.prompts[0], row.tokens) for row in asked]
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    gold = gold_rewards(models.gold, tokenizer, texts)
+    plain = PolicyProposer()
+    logprobs = summed_logprobs(models.policy, None, plain, asked, 1.0)
+    ratios: list[float] | list[None] = [None] * len(asked)
+    if method.likelihood is not None:
+        own = summed_logprobs(method.model, method.guide, method.likelihood, asked, temperature)
+        ratios = (own - summed_logprobs(models.policy, None, plain, asked, temperature)).tolist()
+    return [
+        {
+            "prompt": prompts[i],
+            "response": responses[i],
+            "tokens": list(asked[i].tokens),
+            "score": results[i].best.score,
+            "gold_reward": float(gold[i]),
+            "logprob": float(logprobs[i]),
+            "log_ratio": ratios[i],
+        }
+        for i in range(len(asked))
+    ]
+
+
+def summed_logprobs(
+    model: Model,
+    guide: Guide | None,
+    proposer: Proposer,
+    responses: Sequence[Response],
+    temperature: float | int,
+) -> Float[np.ndarray, " n"]:
+    """log p(response | prompt), in nats, of what a proposer samples from at a temperature."""
+    scored = score_responses(
+        search_models(model, guide), Tempered(proposer, temperature), responses, batch_size=64
+    )
+    return np.array([row.logprobs.astype(np.float64).sum() for row in scored])

@@ -1,0 +1,321 @@
+"""Low-rank adapters on a decoder (LoRA, arXiv 2106.09685): beside the base's kernels or in them.
+
+An adapter is a tree with `lora_a` and `lora_b` in the places of the base's kernels and, where one
+was trained so, whole parameters in place of the base's. Files: `models/lora_huggingface.py`.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.arrange import decoder_parameters
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.layout import STACKED, layer_name, unstack_layers
+from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree
+
+FACTORS = ("lora_a", "lora_b")
+ATTENTION, MLP = ("query", "key", "value", "out"), ("gate", "up", "down")
+PROJECTIONS = (*ATTENTION, *MLP)
+# What checkpoints call them, bare or behind the name of the module that holds them.
+_ALIASES = {
+    "q_proj": ("query",),
+    "k_proj": ("key",),
+    "v_proj": ("value",),
+    "o_proj": ("out",),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "c_attn": ("query", "key", "value"),
+    "c_proj": ("out", "down"),
+    "attn.c_proj": ("out",),
+    "mlp.c_proj": ("down",),
+    "c_fc": ("up",),
+    "all-linear": PROJECTIONS,
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is added to a kernel W: W + scale · A B.
+
+    scale is alpha / rank, or alpha / √rank with `rslora` (arXiv 2312.03732).
+
+    Raises InputError for a value out of range and for an unknown target.
+    """
+
+    rank: int = 16
+    """Columns of A, rows of B."""
+    alpha: float = 32.0
+    """The product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that is set to zero in training."""
+    rslora: bool = False
+    """Scale by alpha / √rank instead."""
+    targets: tuple[str, ...] = PROJECTIONS
+    """Projections: query, key, value, out, gate, up, down, or a checkpoint's names of them."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"LoRA rank {self.rank}; it must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InputError(f"LoRA alpha {self.alpha}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA dropout {self.dropout}; it must be at least 0 and below 1")
+        _projections(self.targets)
+
+    @property
+    def scale(self) -> float:
+        """The factor of A B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def targeted(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
+    """The projections of this decoder that are adapted; "gate" falls away where there is none.
+
+    Raises InputError where none is left.
+    """
+    held = [name for name in PROJECTIONS if config.gated_mlp or name != "gate"]
+    found = tuple(name for name in held if name in _projections(lora.targets))
+    if not found:
+        raise InputError(
+            f"LoRA targets {', '.join(lora.targets) or '()'}: a {config.architecture} has none of "
+            f"them; it has {', '.join(held)}"
+        )
+    return found
+
+
+def _projections(targets: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for target in targets:
+        bare = target.removeprefix("self_attn.")
+        bare = bare if bare in _ALIASES else bare.removeprefix("mlp.").removeprefix("attn.")
+        if bare not in PROJECTIONS and bare not in _ALIASES:
+            known = ", ".join((*PROJECTIONS, *_ALIASES))
+            raise InputError(f"unknown LoRA target {target!r}; known are {known}")
+        found.update(_ALIASES.get(bare, (bare,)))
+    return found
+
+
+def contracted(projection: str) -> int:
+    """How many of a kernel's axes are its input's."""
+    return 2 if projection == "out" else 1
+
+
+def init_adapter(
+    config: ModelConfig,
+    lora: LoraConfig,
+    key: Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    scan_layers: bool = False,
+) -> dict[str, Any]:
+    """A fresh adapter, all of it trainable: A uniform in ±1/√inputs as in PEFT, B zero.
+
+    lora_a [*inputs, rank] and lora_b [rank, *outputs], each with a leading N with `scan_layers`;
+    both layouts hold the same numbers.
+
+    Raises InputError where the model has none of the targets.
+    """
+    parameters = decoder_parameters(config)
+    flat: dict[str, Array] = {}
+    for layer in range(config.layers):
+        keys = dict(
+            zip(PROJECTIONS, jax.random.split(jax.random.fold_in(key, layer), 7), strict=True)
+        )
+        for name in targeted(config, lora):
+            place = f"{layer_name(layer)}/{module_of(name)}"
+            shape, split = parameters[f"{place}/kernel"][0], contracted(name)
+            limit = math.prod(shape[:split]) ** -0.5
+            flat[f"{place}/lora_a"] = jax.random.uniform(
+                keys[name], (*shape[:split], lora.rank), dtype, -limit, limit
+            )
+            flat[f"{place}/lora_b"] = jnp.zeros((lora.rank, *shape[split:]), dtype)
+    adapter = unflatten_dict(flat, sep="/")
+    return stack_adapter(adapter, config.layers) if scan_layers else adapter
+
+
+def module_of(projection: str) -> str:
+    """Where a projection is in its layer, as in "attention/query"."""
+    return f"{'attention' if projection in ATTENTION else 'mlp'}/{projection}"
+
+
+def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfig) -> dict:
+    """The base's own arrays, in either layout, with the adapter's beside (or for) them.
+
+    Beside each adapted kernel: lora_a, lora_b, lora_scale and lora_dropout (scalars; [N] where
+    layers are stacked), which `decoder.Linear` reads.
+
+    Raises InputError where the adapter does not fit the base.
+    """
+    flat, stacked = flatten_dict(params), STACKED in params
+    for place, change in _changes(flat, adapter).items():
+        layers = next(iter(change.values())).shape[:1] if stacked and place[0] == STACKED else ()
+        flat |= {(*place, name): leaf for name, leaf in change.items()}
+        if FACTORS[0] in change:
+            flat[(*place, "lora_scale")] = jnp.full(layers, lora.scale, jnp.float32)
+            flat[(*place, "lora_dropout")] = jnp.full(layers, lora.dropout, jnp.float32)
+    return unflatten_dict(flat)
+
+
+def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfig) -> dict:
+    """The base with the adapter added into its kernels: W + scale · A B.
+
+    Computed in float32, then cast to the kernel's dtype.
+
+    Raises InputError where the adapter does not fit the base.
+    """
+    flat = flatten_dict(params)
+    for place, change in _changes(flat, adapter).items():
+        for name, leaf in change.items():
+            if name not in FACTORS:
+                flat[(*place, name)] = jnp.asarray(leaf, flat[(*place, name)].dtype)
+        if FACTORS[0] in change:
+            a, b = (change[name] for name in FACTORS)
+            kernel = flat[(*place, "kernel")]
+            flat[(*place, "kernel")] = _added(kernel, a, b, lora.scale, place[0] == STACKED)
+    return unflatten_dict(flat)
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _added(kernel: Array, a: Array, b: Array, scale: float | Array, stacked: bool) -> Array:
+    multiply = functools.partial(jnp.tensordot, axes=1, precision="highest")
+    product = jax.vmap(multiply) if stacked else multiply
+    change = product(a.astype(jnp.float32), b.astype(jnp.float32))
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def _changes(
+    flat: Mapping[tuple[str, ...], Any], adapter: Mapping[str, Any]
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The adapter's leaves by the module they belong to, in the layout of the base's `flat`."""
+    stacked = [leaf.shape[0] for path, leaf in flat.items() if path[0] == STACKED]
+    adapter = stack_adapter(adapter, stacked[0]) if stacked else unstack_layers(dict(adapter))
+    changes: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, leaf in flatten_dict(adapter).items():
+        changes.setdefault(path[:-1], {})[path[-1]] = leaf
+    for place, change in changes.items():
+        for name, leaf in change.items():
+            base = flat.get((*place, "kernel" if name in FACTORS else name))
+            _check_fit("/".join(place), name, leaf, base, place[0] == STACKED)
+    return changes
+
+
+def _check_fit(place: str, name: str, leaf: Any, base: Any, stacked: bool) -> None:
+    if base is None:
+        raise InputError(f"the adapter changes {place}, which its base does not have")
+    shape, split = base.shape, contracted(place.rpartition("/")[2]) + stacked
+    expected = shape
+    if name == "lora_a":
+        expected = (*shape[:split], leaf.shape[-1])
+    elif name == "lora_b":
+        expected = (*shape[: int(stacked)], leaf.shape[int(stacked)], *shape[split:])
+    if leaf.shape != expected:
+        raise InputError(
+            f"the adapter is for another base: {place}/{name} has shape {leaf.shape}, "
+            f"expected {expected}"
+        )
+
+
+def stack_adapter(adapter: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The same adapter with its layers on a leading axis, [N, ...] each leaf.
+
+    Where layers differ in rank, or some have no adapter, zeros fill up: they change nothing and
+    receive no gradient. Stacked adapters are returned as they are.
+
+    Raises InputError where whole parameters are replaced in some layers only.
+    """
+    if STACKED in adapter:
+        return dict(adapter)
+    names = [layer_name(layer) for layer in range(layers)]
+    rest = {name: subtree for name, subtree in adapter.items() if name not in names}
+    per_layer = [flatten_dict(adapter.get(name, {})) for name in names]
+    paths = dict.fromkeys(path for flat in per_layer for path in flat)
+    stacked = {path: _stacked([flat.get(path) for flat in per_layer], path) for path in paths}
+    return rest | ({STACKED: unflatten_dict(stacked)} if stacked else {})
+
+
+def _stacked(leaves: list[Any], path: tuple[str, ...]) -> Array:
+    held = [leaf for leaf in leaves if leaf is not None]
+    if path[-1] not in FACTORS:
+        if len(held) < len(leaves):
+            raise InputError(
+                f"the adapter replaces {'/'.join(path)} in some layers only, which stacked layers "
+                "cannot hold; load the model with its layers apart"
+            )
+        return jnp.stack(held)
+    axis = held[0].ndim - 1 if path[-1] == "lora_a" else 0
+    rank = max(leaf.shape[axis] for leaf in held)
+
+    def filled(leaf: Any) -> Array:
+        if leaf is None:
+            shape = (*held[0].shape[:axis], rank, *held[0].shape[axis + 1 :])
+            return jnp.zeros(shape, held[0].dtype)
+        widths = [(0, rank - size if at == axis else 0) for at, size in enumerate(leaf.shape)]
+        return jnp.pad(leaf, widths)
+
+    return jnp.stack([filled(leaf) for leaf in leaves])
+
+
+def adapter_axes(config: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Logical axes of an adapter's leaves: those of the base's parameters, the rank never split."""
+    parameters = decoder_parameters(config)
+
+    def axes(path: tuple[str, ...], leaf: Any) -> Axes:
+        stacked = path[0] == STACKED
+        place = "/".join((layer_name(0), *path[1:-1]) if stacked else path[:-1])
+        name, lead = path[-1], ("layers",) * stacked
+        if f"{place}/{name}" in parameters:
+            return (*lead, *parameters[f"{place}/{name}"][1])
+        if name not in FACTORS:
+            return (None,) * leaf.ndim  # the head of a reward model
+        base, split = parameters[f"{place}/kernel"][1], contracted(path[-2])
+        return (*lead, *base[:split], None) if name == "lora_a" else (*lead, None, *base[split:])
+
+    flat = flatten_dict(dict(adapter))
+    return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()})
+
+
+def abstract_adapter(
+    config: ModelConfig,
+    lora: LoraConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    scan_layers: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+) -> dict[str, Any]:
+    """The shapes, dtypes and, on a mesh, shardings of a fresh adapter; nothing is allocated.
+
+    Raises InputError as `init_adapter` and `shard_adapter` do.
+    """
+    made = functools.partial(init_adapter, config, lora, dtype=dtype, scan_layers=scan_layers)
+    adapter: dict[str, Any] = jax.eval_shape(made, jax.random.key(0))
+    if mesh is None:
+        return adapter
+    shardings = resolve_tree(adapter_axes(config, adapter), adapter, rules, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        adapter,
+        shardings,
+    )
+
+
+def shard_adapter(
+    config: ModelConfig, adapter: Mapping[str, Any], mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> dict[str, Any]:
+    """The same adapter split over a mesh as its base is.
+
+    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    """
+    shardings = resolve_tree(adapter_axes(config, adapter), dict(adapter), rules, mesh)
+    return jax.device_put(dict(adapter), shardings)

@@ -1,0 +1,380 @@
+"""Adapters in PEFT's format, in both directions: adapter_config.json and its safetensors.
+
+Which tensors are which is in `models/names.py`, what adapter_config.json means in
+`models/peft_json.py`, what an adapter does to its base in `models/lora.py`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.arrange import Tensors, decoder_parameters, reader
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    is_adapter,
+    load_model,
+    locate,
+    open_file,
+    read_json,
+    write_files,
+)
+from w2s_jax.models.layout import layer_name, unstack_layers
+from w2s_jax.models.lora import (
+    FACTORS,
+    PROJECTIONS,
+    LoraConfig,
+    attach,
+    merge,
+    module_of,
+    shard_adapter,
+    stack_adapter,
+)
+from w2s_jax.models.model import Model
+from w2s_jax.models.names import LANGUAGE_HEAD, Head, full_name, stored_parameters
+from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel that can be adapted: its module's path, its shape, how many axes are its input's."""
+
+    place: str
+    shape: tuple[int, ...]
+    split: int
+
+    @property
+    def inputs(self) -> int:
+        return math.prod(self.shape[: self.split])
+
+    @property
+    def outputs(self) -> int:
+        return math.prod(self.shape[self.split :])
+
+
+def base_of(path_or_hub_id: str | Path) -> str:
+    """The base that an adapter names: a folder, also relative to the adapter's own, or a hub id.
+
+    Raises InputError where it names none, and where the base is an adapter itself.
+    """
+    directory = locate(path_or_hub_id)
+    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}; it must name the "
+            "adapter's base"
+        )
+    for place in (Path(name).expanduser(), directory / name):
+        if place.is_dir():
+            if is_adapter(place):
+                raise InputError(f"{directory}: its base {name} is an adapter; merge that first")
+            return str(place)
+    return name
+
+
+def load_adapted(
+    path_or_hub_id: str | Path,
+    base: Model | None = None,
+    *,
+    merged: bool = True,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    scan_layers: bool = False,
+) -> Model:
+    """A base with an adapter on it: merged into its kernels, or beside the base's own arrays.
+
+    base None loads the one that the adapter names; the other arguments are as in `load_model`.
+
+    Raises InputError as `load_model` and `load_adapter` do.
+    """
+    directory = locate(path_or_hub_id)
+    if base is None:
+        name = base_of(directory)
+        try:
+            base = load_model(name, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan_layers)
+        except InputError as error:
+            raise InputError(f"{directory}: its base: {error}") from None
+    lora, adapter = load_adapter(
+        directory,
+        base.config,
+        dtype=base.dtype,
+        mesh=mesh,
+        rules=rules,
+        scan_layers=base.scan_layers,
+    )
+    return Model(base.config, (merge if merged else attach)(base.params, adapter, lora))
+
+
+def load_adapter(
+    path_or_hub_id: str | Path,
+    config: ModelConfig,
+    *,
+    head: Head = LANGUAGE_HEAD,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    scan_layers: bool = False,
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """An adapter of PEFT's, to be attached to or merged into a base of this config.
+
+    The tree is as `init_adapter` makes it, with whole parameters where PEFT saved them
+    (`modules_to_save`, `bias`); a reward model's head under `head`'s name is "head". Modules that
+    the files fuse (GPT-2's c_attn) give their projections one `lora_a`. Where `rank_pattern` or
+    `alpha_pattern` scale a module unlike the others, lora_b holds the difference.
+
+    Raises InputError for missing or damaged files, for what is not supported, named, for an adapter
+    that was made for another base, and for any tensor unmapped, missing or duplicate.
+    """
+    directory = locate(path_or_hub_id)
+    hf = read_json(directory / ADAPTER_CONFIG)
+    tensors, modules = _open(directory), _modules(config)
+    try:
+        lora = read_lora(hf)
+        places = {module: module_lora(hf, lora, module) for module in modules}
+        targets = {module for module in places if is_target(hf, module)}
+    except InputError as error:
+        raise InputError(f"{directory / ADAPTER_CONFIG}: {error}") from None
+    try:
+        factors, whole = _sorted(config, tensors, head)
+        _check_targets(factors, places, targets)
+        flat = _read_whole(config, whole, head)
+        for module, pair in factors.items():
+            flat |= _read_factors(module, modules[module], pair, places[module], lora)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+    held = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
+    lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in held))
+    adapter = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in flat.items()}, sep="/")
+    if scan_layers:
+        adapter = stack_adapter(adapter, config.layers)
+    return lora, adapter if mesh is None else shard_adapter(config, adapter, mesh, rules)
+
+
+def _open(directory: Path) -> Tensors:
+    if (directory / ADAPTER).is_file():
+        return open_file(directory / ADAPTER)
+    pickled = (directory / ADAPTER).with_suffix(".bin")
+    found = f"; {pickled.name} is pickle, which is never read" if pickled.is_file() else ""
+    raise InputError(f"{directory}: no {ADAPTER}{found}")
+
+
+def _modules(config: ModelConfig) -> dict[str, list[_Kernel]]:
+    """The kernels that files keep in each module that can be adapted, by the module's name."""
+    parameters = decoder_parameters(config)
+    places = (
+        f"{layer_name(layer)}/{module_of(name)}"
+        for layer in range(config.layers)
+        for name in PROJECTIONS
+    )
+    held = [f"{place}/kernel" for place in places if f"{place}/kernel" in parameters]
+    modules: dict[str, list[_Kernel]] = {}
+    for path, row in stored_parameters(config, held).items():
+        kernel = _Kernel(path.removesuffix("kernel"), parameters[path][0], row.groups[0])
+        modules.setdefault(row.name.removesuffix(".weight"), []).append(kernel)
+    return modules
+
+
+def _sorted(
+    config: ModelConfig, tensors: Tensors, head: Head
+) -> tuple[dict[str, dict[str, Any]], Tensors]:
+    """The factors by the full name of their module, and whole tensors by their full names."""
+    factors: dict[str, dict[str, Any]] = {}
+    whole: Tensors = {}
+    for name, values in tensors.items():
+        bare = name.removeprefix(_PREFIX)
+        match = _FACTOR.fullmatch(bare)
+        if bare == name or (match is None and "lora_" in bare):
+            raise InputError(f"tensor {name} is not supported in an adapter")
+        bare = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", bare)
+        full = full_name(config, f"{match[1]}.weight" if match else bare, head)
+        if full is None:
+            continue
+        held = factors.setdefault(full.removesuffix(".weight"), {}) if match else whole
+        key = match[2] if match else full
+        if key in held:
+            raise InputError(f"tensor {name} is there twice, under another name too")
+        if values.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise InputError(f"tensor {name} is {values.get_dtype()}, not floating point")
+        held[key] = values
+    return factors, whole
+
+
+def _check_targets(
+    factors: Mapping[str, Mapping[str, Any]], known: Iterable[str], targets: set[str]
+) -> None:
+    """Raise InputError unless all targeted modules have both factors, and no others any."""
+    last = list(dict.fromkeys(name.split(".")[-1] for name in known))
+    for module, pair in factors.items():
+        if module not in known:
+            if module.split(".")[-1] in last:
+                raise InputError(f"the adapter is for another base: this one has no {module}")
+            raise InputError(f"adapting {module} is not supported; {', '.join(last)} can be")
+        for name in "AB":
+            if name not in pair:
+                raise InputError(f"tensor {_tensor(module, name)} is missing")
+        if module not in targets:
+            raise InputError(f"adapts {module}, which {ADAPTER_CONFIG} does not target")
+    for module in known:
+        if module in targets and module not in factors:
+            raise InputError(
+                f"tensor {_tensor(module, 'A')} is missing, though {ADAPTER_CONFIG} targets it"
+            )
+    if not factors:
+        raise InputError(f"{ADAPTER} adapts no module that its base has")
+
+
+def _tensor(module: str, factor: str) -> str:
+    return f"{_PREFIX}{module}.lora_{factor}.weight"
+
+
+def _read_factors(
+    module: str, kernels: list[_Kernel], pair: Mapping[str, Any], own: LoraConfig, lora: LoraConfig
+) -> dict[str, np.ndarray]:
+    """lora_a and lora_b of one module's kernels; `own` is its scale, `lora` is to be it."""
+    outputs = sum(kernel.outputs for kernel in kernels)
+    for name, expected in (("A", (own.rank, kernels[0].inputs)), ("B", (outputs, own.rank))):
+        found = tuple(pair[name].get_shape())
+        if found != expected:
+            raise InputError(
+                f"the adapter is for another base: tensor {_tensor(module, name)} has shape "
+                f"{found}, expected {expected}"
+            )
+    a, b = (np.asarray(pair[name][:], np.float32) for name in "AB")
+    blocks = np.split(b * np.float32(own.scale / lora.scale), len(kernels))
+    factors = [(a, block) for block in blocks]
+    if len(kernels) > 1 and own.rank == len(kernels) * lora.rank:
+        factors = _apart(a, blocks) or factors
+    flat: dict[str, np.ndarray] = {}
+    for kernel, (a, b) in zip(kernels, factors, strict=True):
+        if len(kernels) > 1 and not (a.any() or b.any()):
+            continue
+        flat[f"{kernel.place}lora_a"] = a.T.reshape(*kernel.shape[: kernel.split], len(a))
+        flat[f"{kernel.place}lora_b"] = b.T.reshape(len(a), *kernel.shape[kernel.split :])
+    return flat
+
+
+def _apart(a: np.ndarray, blocks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """What `_joined` joined: each projection's own factors; None where they share them."""
+    count, rank = len(blocks), len(a) // len(blocks)
+    cells = [np.split(block, count, axis=1) for block in blocks]
+    if any(cells[i][j].any() for i in range(count) for j in range(count) if i != j):
+        return None
+    return [(a[i * rank : (i + 1) * rank], cells[i][i]) for i in range(count)]
+
+
+def _joined(
+    factors: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """PEFT's A [r, inputs] and B [outputs, r] of a module that fuses projections.
+
+    Projections with factors of their own lie in blocks, which multiplies the rank.
+    """
+    first = factors[0][0]
+    if all(np.array_equal(a, first) for a, _ in factors):
+        return first, np.concatenate([b for _, b in factors])
+    outputs, rank = len(factors[0][1]), len(first)
+    joined = np.zeros((outputs * len(factors), rank * len(factors)), first.dtype)
+    for i, (_, b) in enumerate(factors):
+        joined[i * outputs : (i + 1) * outputs, i * rank : (i + 1) * rank] = b
+    return np.concatenate([a for a, _ in factors]), joined
+
+
+def _read_whole(config: ModelConfig, whole: Tensors, head: Head) -> dict[str, np.ndarray]:
+    """Parameters that were saved whole, by path."""
+    parameters = decoder_parameters(config)
+    if head != LANGUAGE_HEAD and head.weight in whole:
+        labels = whole[head.weight].get_shape()[0]
+        parameters["head/kernel"] = ((config.width, labels), ("embed", None))
+    rows = stored_parameters(config, parameters, head)
+    expected = {row.name: row.shape(parameters[path][0]) for path, row in rows.items()}
+    for name, values in whole.items():
+        if name not in expected:
+            tied = name == LANGUAGE_HEAD.weight and config.tied_embeddings
+            why = "its base ties the head to the embedding" if tied else "its base has no such part"
+            raise InputError(f"tensor {_PREFIX}{name} cannot be taken: {why}")
+        shape = tuple(values.get_shape())
+        if shape != expected[name]:
+            raise InputError(
+                f"the adapter is for another base: tensor {_PREFIX}{name} has shape {shape}, "
+                f"expected {expected[name]}"
+            )
+    flat: dict[str, np.ndarray] = {}
+    for path, row in rows.items():
+        if row.name in whole:
+            shape = parameters[path][0]
+            values = reader(row, shape, whole)((slice(None),) * len(shape))
+            flat[path] = np.asarray(values, np.float32)
+    return flat
+
+
+def save_adapter(
+    directory: str | Path,
+    config: ModelConfig,
+    lora: LoraConfig,
+    adapter: Mapping[str, Any],
+    base: str,
+    *,
+    tokenizer: Any = None,
+) -> None:
+    """Write an adapter, in either layout, that `load_adapter` and PEFT load onto `base`.
+
+    Where files fuse projections (GPT-2's c_attn) that have factors of their own here, these are
+    written as blocks of one adapter of three times the rank. `tokenizer` is written beside it.
+
+    Raises InputError for an adapter that holds whole parameters, and when the directory is not
+    writable.
+    """
+    flat = flatten_dict(unstack_layers(dict(adapter)), sep="/")
+    whole = [path for path in flat if not path.endswith(FACTORS)]
+    if whole:
+        raise InputError(
+            f"the adapter holds {whole[0]} whole, which is not written in PEFT's format; merge it"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    modules = _modules(config)
+    for module, kernels in modules.items():
+        pair = _module_factors(flat, kernels)
+        if pair is not None:
+            tensors |= {_tensor(module, name): x for name, x in zip("AB", pair, strict=True)}
+            ranks[module] = len(pair[0])
+    hf = write_lora(config, lora, base, ranks, list(modules))
+    files = {ADAPTER: list(tensors)}
+    write_files(directory, files, tensors.__getitem__, {ADAPTER_CONFIG: hf}, (), sort="an adapter")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+
+
+def _module_factors(
+    flat: Mapping[str, Any], kernels: list[_Kernel]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """PEFT's A and B of one module; None where nothing of it is adapted."""
+    found: list[tuple[np.ndarray, np.ndarray] | None] = []
+    for kernel in kernels:
+        pair = None
+        if f"{kernel.place}lora_a" in flat:
+            a, b = (np.asarray(flat[f"{kernel.place}{name}"]) for name in FACTORS)
+            pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
+        found.append(pair)
+    held = [pair for pair in found if pair is not None]
+    if not held:
+        return None
+    empty = np.zeros_like(held[0][0]), np.zeros_like(held[0][1])
+    factors = [empty if pair is None else pair for pair in found]
+    return factors[0] if len(factors) == 1 else _joined(factors)

@@ -1,0 +1,324 @@
+"""Rows of training files as examples: what is answered, and the response or responses to it.
+
+Knows the columns of TRL's, LLaMA-Factory's and the published formats; holds no tokenizer and opens
+no file.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.chat import Conversation, Message, conversation_of, messages_of
+
+Kind = Literal["sequences", "pairs", "labelled"]
+Format = Literal[
+    "auto", "text", "messages", "prompt-completion", "labelled", "preference", "responses",
+    "alpaca", "sharegpt",
+]  # fmt: skip
+Loss = Literal["completion", "assistant", "all"]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of training data.
+
+    Attributes:
+        prompt: what the responses answer; None where nothing is, and the one response is the whole
+            text or conversation.
+        responses: one, or the chosen and the rejected one. Text behind a text, else messages.
+        loss: the tokens on which this format's own trainer takes the loss.
+        label: whether the one response is wanted; None where nobody says.
+    """
+
+    prompt: Conversation | None
+    responses: tuple[Conversation, ...]
+    loss: Loss
+    label: bool | None = None
+
+
+def parser(
+    kind: Kind, form: Format, columns: Iterable[str], where: str
+) -> Callable[[Row, str], tuple[Example, ...]]:
+    """What turns rows with these columns into examples: (row, where it stands) → examples.
+
+    auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
+    response, and `labelled` both of its responses. Raises InputError, beginning with `where`, which
+    names the columns that are missing and those found; so does what is returned, for its row.
+    """
+    known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
+    if not known:
+        takes = ", ".join(dict.fromkeys(one.form for one in _PARSERS if kind in one.kinds))
+        raise InputError(f"{where}: the format {form} holds no {kind}; it takes {takes}")
+    found = set(columns)
+    fits = next((one for one in known if set(one.columns) <= found), None)
+    if fits is None:
+        raise InputError(f"{where}: {_missing(known, found)}; found {_names(columns)}")
+
+    def parse(row: Row, where: str) -> tuple[Example, ...]:
+        present = {column: value for column, value in row.items() if value is not None}
+        missing = [column for column in fits.columns if column not in present]
+        if missing:
+            raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
+        return _as_kind(kind, fits.parse(present, where), where)
+
+    return parse
+
+
+def _as_kind(kind: Kind, example: Example, where: str) -> tuple[Example, ...]:
+    if kind == "pairs":
+        if len(example.responses) != 2:
+            raise InputError(f"{where}: one response; a pair takes a chosen and a rejected one")
+        return (example,)
+    if kind == "sequences":
+        return (replace(example, responses=example.responses[:1]),)
+    if len(example.responses) == 2:  # as TRL's unpair_preference_dataset
+        sides = zip(example.responses, (True, False), strict=True)
+        return tuple(replace(example, responses=(one,), label=label) for one, label in sides)
+    return (example,)
+
+
+def _missing(known: list["_Parser"], found: set[str]) -> str:
+    """Which columns the nearest formats lack; where none is near, what each format needs."""
+    near = [one for one in known if found & {*one.columns, *one.may}]
+    least = min((len(set(one.columns) - found) for one in near), default=0)
+    sets = [one.columns for one in near if len(set(one.columns) - found) == least]
+    if not sets:
+        forms: dict[Format, tuple[str, ...]] = {}
+        for one in sorted(known, key=lambda one: len(one.columns)):
+            forms.setdefault(one.form, one.columns)
+        sets = list(forms.values())
+    if len(sets) == 1:
+        return f"no {_names(column for column in sets[0] if column not in found)}"
+    needed = (" + ".join(f'"{column}"' for column in columns) for columns in sets)
+    return f"a row needs {', or '.join(needed)}"
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(f'"{column}"' for column in columns) or "no columns"
+
+
+# One parser a format: rows without nulls, whose columns are there.
+
+
+def _parse_text(row: Row, where: str) -> Example:
+    text = Conversation(text=_text(row, "text", where))
+    return Example(None, (text,), "all")
+
+
+def _parse_messages(row: Row, where: str) -> Example:
+    return Example(None, (_dialogue(row["messages"], f'{where}: "messages"'),), "all")
+
+
+def _parse_completion(row: Row, where: str) -> Example:
+    column = "completion" if "completion" in row else "response"
+    return _behind(_prompt(row, where), {column: row[column]}, where)
+
+
+def _parse_labelled(row: Row, where: str) -> Example:
+    return replace(_parse_completion(row, where), label=_label(row["label"], f'{where}: "label"'))
+
+
+def _parse_preference(row: Row, where: str) -> Example:
+    """An explicit prompt, or the beginning that both sides share (TRL's extract_prompt)."""
+    sides = (row["chosen"], row["rejected"])
+    both = [isinstance(side, list | tuple) for side in sides]
+    if both[0] != both[1]:
+        raise InputError(f'{where}: "chosen" and "rejected" must both be text, or both messages')
+    if "prompt" in row and not both[0]:
+        return _pair(_prompt(row, where), *sides, where)
+    if not both[0]:
+        texts = _text(row, "chosen", where), _text(row, "rejected", where)
+        start, *ends = _split_texts(*texts)
+        return _pair(Conversation(text=start), ends[0], ends[1], where)
+    answers = [
+        messages_of(side, f'{where}: "{name}"') for side, name in zip(sides, _SIDES, strict=True)
+    ]
+    if "prompt" in row and all(answer[0].role == "assistant" for answer in answers):
+        return _pair(_prompt(row, where), *sides, where)
+    # A prompt that stands in both sides too is left aside, as TRL does with a text.
+    shared = min(_common(*answers), *(len(answer) - 1 for answer in answers))
+    if not shared:
+        raise InputError(f'{where}: no "prompt", and "chosen" and "rejected" begin differently')
+    prompt = Conversation(messages=answers[0][:shared])
+    responses = (Conversation(messages=answer[shared:]) for answer in answers)
+    return _checked(Example(prompt, tuple(responses), "completion"), where)
+
+
+def _parse_responses(row: Row, where: str) -> Example:
+    """The published {prompt, responses, chosen}: two responses, and the better one's index."""
+    responses, chosen = row["responses"], row["chosen"]
+    if not isinstance(responses, list | tuple) or len(responses) != 2:
+        raise InputError(f'{where}: "responses" takes a list of two')
+    if isinstance(chosen, bool) or chosen not in (0, 1):
+        raise InputError(f'{where}: "chosen" is {chosen!r}; it takes 0 or 1, the index of the one')
+    return _pair(_prompt(row, where), responses[int(chosen)], responses[1 - int(chosen)], where)
+
+
+def _parse_alpaca(row: Row, where: str) -> Example:
+    """LLaMA-Factory's: instruction, and on a line below it input; system; history."""
+    turns = []
+    if row.get("system"):
+        turns.append(Message("system", _text(row, "system", where)))
+    history = row.get("history") or ()
+    for turn in history if isinstance(history, list | tuple) else (None,):
+        if not (isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str]):
+            raise InputError(f'{where}: "history" takes pairs of instruction and response')
+        turns += [Message("user", turn[0]), Message("assistant", turn[1])]
+    asked = [_text(row, column, where) for column in ("instruction", "input") if row.get(column)]
+    turns.append(Message("user", "\n".join(asked)))
+    return _answered(Conversation(messages=tuple(turns)), row, where)
+
+
+def _parse_content(row: Row, where: str) -> Example:
+    """The published sets of arXiv 2407.13647: a rendered prompt as content, and output."""
+    prompt = Conversation(text=_text(row, "content", where))
+    return _behind(prompt, {"output": row["output"]}, where)
+
+
+def _parse_sharegpt(row: Row, where: str) -> Example:
+    """LLaMA-Factory's: conversations of {from, value}, by human and gpt; system."""
+    place = f'{where}: "conversations"'
+    turns = messages_of([_tagged(item) for item in _list(row["conversations"], place)], place)
+    if row.get("system") and turns[0].role != "system":
+        turns = (Message("system", _text(row, "system", where)), *turns)
+    if "chosen" in row or "rejected" in row:
+        return _answered(Conversation(messages=turns), row, where)
+    if turns[-1].role != "assistant" or len(turns) < 2:
+        raise InputError(f"{place} must end with gpt's answer to what came before")
+    if "kto_tag" in row:
+        prompt, answer = Conversation(messages=turns[:-1]), Conversation(messages=turns[-1:])
+        return Example(prompt, (answer,), "completion", _label(row["kto_tag"], f"{where}: kto_tag"))
+    return Example(None, (Conversation(messages=turns),), "assistant")
+
+
+def _answered(prompt: Conversation, row: Row, where: str) -> Example:
+    """The response or the pair of a LLaMA-Factory row behind its prompt."""
+    if prompt.messages[-1].role != "user":
+        raise InputError(f"{where}: the prompt must end with what the user says")
+    if "chosen" in row:
+        return _pair(prompt, _tagged(row["chosen"]), _tagged(row["rejected"]), where)
+    output = row["output"]
+    if isinstance(output, list | tuple):  # older ranking files
+        if len(output) != 2:
+            raise InputError(f'{where}: "output" takes text, or the chosen and the rejected one')
+        return _pair(prompt, output[0], output[1], where)
+    answered = _behind(prompt, {"output": output}, where)
+    if "kto_tag" in row:
+        return replace(answered, label=_label(row["kto_tag"], f'{where}: "kto_tag"'))
+    whole = Conversation(messages=(*prompt.messages, *answered.responses[0].messages))
+    return Example(None, (whole,), "assistant")
+
+
+@dataclass(frozen=True)
+class _Parser:
+    form: Format
+    kinds: tuple[Kind, ...]
+    columns: tuple[str, ...]
+    parse: Callable[[Row, str], Example]
+    may: tuple[str, ...] = ()
+
+
+_SIDES = ("chosen", "rejected")
+_ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
+# The order is that in which `auto` tries them: a row may hold more columns than its format needs.
+_PARSERS = (
+    _Parser("sharegpt", ("labelled",), ("conversations", "kto_tag"), _parse_sharegpt),
+    _Parser("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt),
+    _Parser("alpaca", ("labelled",), ("instruction", "output", "kto_tag"), _parse_alpaca),
+    _Parser("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca),
+    _Parser("alpaca", _ALL, ("instruction", "output"), _parse_alpaca),
+    _Parser("labelled", ("labelled",), ("prompt", "completion", "label"), _parse_labelled),
+    _Parser("messages", ("sequences",), ("messages",), _parse_messages),
+    _Parser("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt),
+    _Parser("preference", _ALL, _SIDES, _parse_preference, may=("prompt",)),
+    _Parser("responses", _ALL, ("prompt", "responses", "chosen"), _parse_responses),
+    _Parser("prompt-completion", ("sequences",), ("prompt", "completion"), _parse_completion),
+    _Parser("prompt-completion", ("sequences",), ("prompt", "response"), _parse_completion),
+    _Parser("alpaca", ("sequences",), ("content", "output"), _parse_content),
+    _Parser("text", ("sequences",), ("text",), _parse_text),
+)
+
+
+def _pair(prompt: Conversation, chosen: Any, rejected: Any, where: str) -> Example:
+    return _behind(prompt, {"chosen": chosen, "rejected": rejected}, where)
+
+
+def _behind(prompt: Conversation, responses: Mapping[str, Any], where: str) -> Example:
+    """The responses, by column, behind their prompt, which is a message where they are."""
+    if prompt.text is not None and any(not isinstance(v, str) for v in responses.values()):
+        prompt = Conversation(messages=(Message("user", prompt.text),))
+    sides = (_response(value, prompt, f'{where}: "{name}"') for name, value in responses.items())
+    return _checked(Example(prompt, tuple(sides), "completion"), where)
+
+
+def _checked(example: Example, where: str) -> Example:
+    for response in example.responses:
+        if response.messages and response.messages[0].role != "assistant":
+            raise InputError(f"{where}: a response must begin with what the assistant says")
+    return example
+
+
+def _prompt(row: Row, where: str) -> Conversation:
+    return conversation_of({"prompt": row.get("prompt")}, where)
+
+
+def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
+    """A response in the form of its prompt: text behind text, messages behind messages."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return Conversation(messages=messages_of(value, where))
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {type(value).__name__}; it takes text or messages")
+    if prompt.messages:
+        return Conversation(messages=(Message("assistant", value),))
+    return Conversation(text=value)
+
+
+def _dialogue(value: Any, where: str) -> Conversation:
+    return Conversation(messages=messages_of(_list(value, where), where))
+
+
+def _tagged(item: Any) -> Any:
+    """A message of {from, value} as {role, content}; anything else as it is."""
+    if not isinstance(item, Mapping) or "from" not in item:
+        return item
+    roles = {"human": "user", "gpt": "assistant"}
+    role = item["from"]
+    return {"role": roles.get(role, role), "content": item.get("value")}
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The common beginning and both ends; a space at the border goes to the ends, as in TRL."""
+    shared = _common(chosen, rejected)
+    if 0 < shared < min(len(chosen), len(rejected)) and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _common(one: Any, other: Any) -> int:
+    """How many items two sequences have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    differs = (index for index, (left, right) in pairs if left != right)
+    return next(differs, min(len(one), len(other)))
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise InputError(f'{where}: "{column}" is {type(value).__name__}; it takes text')
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where} is {type(value).__name__}; it takes a list of messages")
+    return list(value)
+
+
+def _label(value: Any, where: str) -> bool:
+    if not isinstance(value, bool) and value not in (0, 1):
+        raise InputError(f"{where} is {value!r}; it takes true or false")
+    return bool(value)

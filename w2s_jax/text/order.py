@@ -1,0 +1,81 @@
+"""Which rows are in which batch: a pure function of the step, the same on every host."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from w2s_jax.text.batches import Batch, shuffled
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What batches are made of."""
+
+    def __len__(self) -> int: ...
+    def at(self, indices: np.ndarray, part: slice = ...) -> Batch: ...
+    def names(self, index: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of `rows` rows of the data, by step number from 0.
+
+    Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
+    off. The rows that an epoch's last batch lacks come from the next epoch's order ("fill"), or
+    that batch is left out ("drop"). `share` = (i, n) is the i-th of n hosts: its batches are the
+    i-th of n equal parts of the rows, as wide as the whole batch and made from all of it.
+
+    Raises ValueError where the hosts do not divide the rows, or "drop" leaves no batch.
+    """
+
+    data: Rows
+    rows: int
+    seed: int = 0
+    shuffle: bool = True
+    share: tuple[int, int] = (0, 1)
+    last: Literal["fill", "drop"] = "fill"
+
+    def __post_init__(self) -> None:
+        host, hosts = self.share
+        if not 0 <= host < hosts or self.rows % hosts:
+            raise ValueError(f"{self.rows} rows cannot be shared by {hosts} hosts (host {host})")
+        if not len(self.data) or (self.last == "drop" and len(self.data) < self.rows):
+            raise ValueError(f"no batch of {self.rows} rows in {len(self.data)}")
+        object.__setattr__(self, "_order", shuffled(len(self.data), self.seed))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every row is read once; the last may reach into the next epoch."""
+        whole, more = divmod(len(self.data), self.rows)
+        return whole + (1 if more and self.last == "fill" else 0)
+
+    def __call__(self, step: int) -> Batch:
+        """This host's rows of a step's batch."""
+        host, hosts = self.share
+        rows = self.rows // hosts
+        return self.data.at(self.indices(step), slice(host * rows, (host + 1) * rows))
+
+    def indices(self, step: int) -> np.ndarray:
+        """Rows of the data in the whole batch of a step, of all hosts."""
+        first = step * self.rows
+        if self.last == "drop":
+            epoch, place = divmod(step, self.steps_per_epoch)
+            first = epoch * len(self.data) + place * self.rows
+        positions = range(first, first + self.rows)
+        if not self.shuffle:
+            return np.array([position % len(self.data) for position in positions])
+        order = self._order  # type: ignore[attr-defined]
+        return np.array([order(position) for position in positions])
+
+    def names(self, step: int) -> list[str]:
+        """Where the rows of a step's batch, of all hosts, stand in their files."""
+        return [name for index in self.indices(step) for name in self.data.names(int(index))]
+
+
+def in_order(data: Rows, rows: int) -> Iterator[Batch]:
+    """Every row of the data once, in its order, `rows` at a time; the last batch may be smaller."""
+    for start in range(0, len(data), rows):
+        indices = np.arange(start, min(start + rows, len(data)))
+        yield data.at(indices, slice(0, len(indices)))

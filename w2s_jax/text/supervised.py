@@ -1,0 +1,338 @@
+"""Examples as token ids with the tokens that count in the loss, and what becomes of long ones.
+
+Text goes through text/chat.py's templates; rows, files and batches are elsewhere.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.chat import Conversation, Message, Template, tokens_behind
+from w2s_jax.text.examples import Example
+from w2s_jax.text.prompts import encode_prompt
+from w2s_jax.text.templates import PUBLISHED
+
+Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
+Spans = list[tuple[int, int]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A prompt with one response behind it.
+
+    `targets` is True on tokens whose log-probs count, never on the first one; the first `prompt`
+    tokens are the prompt's.
+    """
+
+    tokens: Int32[np.ndarray, " X"]
+    targets: Bool[np.ndarray, " X"]
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example's sides; `merged` where the prompt's last tokens became part of the responses."""
+
+    sides: tuple[Side, ...]
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """What is tokenised: with the tokenizer's special tokens or without, and what goes behind."""
+
+    prompt: str | None
+    sides: tuple[str, ...]
+    special: bool
+    end: int | None
+    spans: tuple[Spans, ...] | None = None
+    ready: tuple[tuple[list[int], list[int]], ...] | None = None
+
+
+def encode(
+    template: Template,
+    examples: Sequence[Example],
+    places: Sequence[str],
+    loss_on: str = "auto",
+    *,
+    append_eos: bool = True,
+) -> list[Encoded]:
+    """Token ids and targets of examples, which stand at `places`.
+
+    A text is its prompt and response, tokenised together, with EOS behind. Messages are written
+    whole by the tokenizer's chat template or a file, which end turns as they will; a published
+    template is written up to the last answer, which its end token closes. The response begins where
+    the tokens differ from those of the prompt alone: of a token that holds the end of the one and
+    the beginning of the other, and of both responses of a pair at the same place (as in TRL).
+
+    loss_on is auto (as the example says), completion (the response, or the last answer of a
+    conversation), assistant (every answer in it), or all. Which tokens are an answer's is told by
+    the template's {% generation %} marks, or by how the beginnings of the conversation are written.
+    append_eos puts EOS, or a published template's end token, behind what does not end so.
+
+    Raises InputError, beginning with the place, for what the template or the tokenizer refuses.
+    """
+    rendered = []
+    for example, place in zip(examples, places, strict=True):
+        loss = example.loss if loss_on == "auto" else loss_on
+        try:
+            one = _render(template, example, loss)
+            rendered.append(one if append_eos else replace(one, end=None))
+            for text in rendered[-1].sides:
+                text.encode()
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place}: not text: {error.reason}") from None
+    found = _tokenize(template.tokenizer, rendered)
+    losses = (example.loss if loss_on == "auto" else loss_on for example in examples)
+    return [
+        _encoded(template.tokenizer, one, found, loss)
+        for one, loss in zip(rendered, losses, strict=True)
+    ]
+
+
+def shorten(encoded: Encoded, max_length: int, policy: Truncation) -> list[Encoded]:
+    """What the policy leaves of an example with a side longer than `max_length`.
+
+    keep_start cuts the end and keep_end the beginning of each side (TRL's names); keep_response
+    cuts the prompt's beginning first, by as much on both sides, then the end; split makes several
+    examples of one, whose targets are together all but the first of each; drop leaves nothing.
+    Whatever is left without targets on a side is dropped, as in TRL. `error` is for the caller.
+    """
+    if max(map(len, encoded.sides)) <= max_length:
+        return [encoded] if _counts(encoded) else []
+    if policy in ("drop", "error"):
+        return []
+    if policy == "split":
+        (side,) = encoded.sides
+        starts = range(0, len(side), max_length)
+        parts = [Encoded((_part(side, start, max_length),), encoded.merged) for start in starts]
+        return [part for part in parts if _counts(part)]
+    cut = _cut(encoded.sides, max_length) if policy == "keep_response" else 0
+    sides = tuple(
+        _part(side, len(side) - max_length if policy == "keep_end" else cut, max_length)
+        if len(side) > max_length or cut
+        else side
+        for side in encoded.sides
+    )
+    short = replace(encoded, sides=sides)
+    return [short] if _counts(short) else []
+
+
+def _cut(sides: Iterable[Side], max_length: int) -> int:
+    """How many of the prompt's tokens to leave out; one stays, for the response to follow."""
+    return max(max(0, min(len(side) - max_length, side.prompt - 1)) for side in sides)
+
+
+def _part(side: Side, start: int, length: int) -> Side:
+    start = max(start, 0)
+    targets = side.targets[start : start + length].copy()
+    targets[:1] = False
+    prompt = min(max(side.prompt - start, 0), len(targets))
+    return Side(side.tokens[start : start + length], targets, prompt)
+
+
+def _counts(encoded: Encoded) -> bool:
+    return all(side.targets.any() for side in encoded.sides)
+
+
+# Text
+
+
+def _render(template: Template, example: Example, loss: str) -> _Rendered:
+    if loss == "completion" and example.prompt is None:
+        example = _last_answer(example)
+    prompt, responses = example.prompt, example.responses
+    texts = [response.text for response in responses if response.text is not None]
+    if texts and (prompt is None or template.as_it_stands(prompt)):
+        if loss == "assistant":
+            raise InputError("text has no turns; take the loss on completion or all")
+        start = "" if prompt is None or prompt.text is None else prompt.text
+        bos = template.tokenizer.bos_token
+        sides = tuple(start + text for text in texts)
+        special = not (bos and sides[0].startswith(bos))
+        return _Rendered(None if prompt is None else start, sides, special, _end(template))
+    before = _messages(prompt, "user") if prompt else ()
+    written = None if prompt is None else template.render(Conversation(messages=before))
+    wholes = [(*before, *_messages(response, "assistant")) for response in responses]
+    marked = loss == "assistant"
+    if template.name in PUBLISHED:
+        return _render_published(template, written, wholes, marked)
+    if marked and template.jinja and _GENERATION.search(template.jinja):
+        ready = tuple(_by_generation(template, whole) for whole in wholes)
+        return _Rendered(written, ("",) * len(wholes), False, None, ready=ready)
+    sides = tuple(template.render_whole(whole) for whole in wholes)
+    spans = zip(wholes, sides, strict=True)
+    marks = tuple(_answers(template, *one) for one in spans) if marked else None
+    return _Rendered(written, sides, False, None, marks)
+
+
+def _last_answer(example: Example) -> Example:
+    """The last answer of a conversation as the response to what comes before it."""
+    messages = example.responses[0].messages
+    if not messages:
+        raise InputError("a text of its own has no prompt; take the loss on all of it")
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise InputError("a conversation must end with what the assistant says to somebody")
+    before, last = Conversation(messages=messages[:-1]), Conversation(messages=messages[-1:])
+    return Example(before, (last,), "completion")
+
+
+def _render_published(
+    template: Template, written: str | None, wholes: Sequence[Sequence[Message]], marked: bool
+) -> _Rendered:
+    sides = []
+    for whole in wholes:
+        if whole[-1].role != "assistant":
+            raise InputError("a conversation must end with what the assistant says")
+        opened = Conversation(messages=tuple(whole[:-1])) if whole[:-1] else None
+        sides.append((template.render(opened) if opened else "") + whole[-1].content)
+    asked = Conversation(messages=tuple(wholes[0][:1]))
+    special = template.adds_special_tokens(asked, sides[0])
+    spans = zip(wholes, sides, strict=True)
+    marks = tuple(_answers(template, *one) for one in spans) if marked else None
+    return _Rendered(written, tuple(sides), special, _end(template), marks)
+
+
+def _answers(template: Template, whole: Sequence[Message], text: str) -> Spans:
+    """Where in a written conversation the assistant's turns are, without the text opening them."""
+    spans = []
+    for index, message in enumerate(whole):
+        if message.role != "assistant":
+            continue
+        before = Conversation(messages=tuple(whole[:index])) if index else None
+        opening = template.render(before) if before else ""
+        if template.name in PUBLISHED:
+            closing = _closed(template, text, opening + message.content)
+        else:
+            closing = template.render_whole(whole[: index + 1])
+        if not (text.startswith(opening) and text.startswith(closing)):
+            raise InputError(
+                "the chat template writes a conversation's beginning differently when it goes on, "
+                "so that the assistant's turns cannot be told; use a template with "
+                "{% generation %} marks"
+            )
+        spans.append((len(opening), len(closing)))
+    return spans
+
+
+def _closed(template: Template, text: str, answer: str) -> str:
+    """An answer with the end token that a published template writes behind it."""
+    end = PUBLISHED[template.name].end
+    behind = text[len(answer) :]
+    if end and behind.lstrip(" ").startswith(end):
+        return text[: len(text) - len(behind.lstrip(" ")) + len(end)]
+    return answer
+
+
+def _by_generation(
+    template: Template, whole: Sequence[Message]
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Token ids and marks of a template that says itself what the assistant writes."""
+    turns = [{"role": message.role, "content": message.content} for message in whole]
+    template.render_whole(whole)  # its faults in one line
+    found = template.tokenizer.apply_chat_template(
+        turns,
+        chat_template=template.jinja,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return list(found["input_ids"]), list(found["assistant_masks"])
+
+
+def _messages(conversation: Conversation, role: str) -> tuple[Message, ...]:
+    return conversation.messages or (Message(role, conversation.text or ""),)
+
+
+def _end(template: Template) -> int:
+    if template.eos_id is None:
+        raise InputError("the tokenizer has no EOS token to end a response with")
+    return template.eos_id
+
+
+# Tokens
+
+
+def _tokenize(
+    tokenizer: Any, rendered: Sequence[_Rendered]
+) -> dict[tuple[str, bool], tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and character spans of all texts, each tokenised once, many in one call."""
+    found = {}
+    for special in (False, True):
+        group = [one for one in rendered if one.special == special]
+        wanted = [text for one in group for text in (one.prompt, *one.sides) if text is not None]
+        texts = list(dict.fromkeys(wanted))
+        if not texts:
+            continue
+        offsets = any(one.spans is not None for one in group)
+        got = tokenizer(
+            texts,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
+        behind = tokens_behind(tokenizer) if special else 0
+        for index, text in enumerate(texts):
+            ids = got["input_ids"][index]
+            spans = got["offset_mapping"][index] if offsets else []
+            found[text, special] = (ids[: len(ids) - behind], spans[: len(ids) - behind])
+    return found
+
+
+def _encoded(tokenizer: Any, one: _Rendered, found: dict, loss: str) -> Encoded:
+    prompt = None if one.prompt is None else found[one.prompt, one.special][0]
+    rows: list[list[int]] = []
+    marks: list[np.ndarray] = []
+    for index, text in enumerate(one.sides):
+        if one.ready is not None:
+            ids, told = one.ready[index]
+            marks.append(np.asarray(told, bool))
+        else:
+            ids, spans = found[text, one.special]
+            if one.spans is not None:
+                marks.append(_inside(spans, one.spans[index]))
+        rows.append(list(ids))
+    if prompt == []:  # as a search begins
+        prompt = encode_prompt(tokenizer, "")
+        rows = [[*prompt, *row] for row in rows]
+        marks = [np.concatenate([np.zeros(len(prompt), bool), mark]) for mark in marks]
+    border = 0 if prompt is None else min(_common(prompt, row) for row in rows)
+    sides = []
+    for index, row in enumerate(rows):
+        if one.end is not None and not (len(row) > border and row[-1] == one.end):
+            row.append(one.end)
+        targets = np.arange(len(row)) >= (1 if loss == "all" else max(border, 1))
+        if marks:
+            beyond = np.ones(len(row) - len(marks[index]), bool)  # the end, of the last answer
+            targets &= np.concatenate([marks[index], beyond])
+        sides.append(Side(np.asarray(row, np.int32), targets, border))
+    return Encoded(tuple(sides), prompt is not None and border < len(prompt))
+
+
+def _inside(tokens: Sequence[tuple[int, int]], spans: Spans) -> Bool[np.ndarray, " X"]:
+    """Which tokens have a character inside the spans."""
+    starts, ends = np.asarray(tokens, np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), bool)
+    for start, end in spans:
+        inside |= (starts < end) & (ends > start) & (ends > starts)
+    return inside
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """TRL's common_prefix_length."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,369 @@
+"""Files of training rows as batches: read, tokenised once, cached, packed, padded.
+
+What a row means is in text/examples.py, its tokens in text/supervised.py, and the order of batches
+in text/order.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.batches import Batch
+from w2s_jax.text.chat import Template, load_template
+from w2s_jax.text.examples import Example, Format, Kind, parser
+from w2s_jax.text.packing import Packing, best_fit
+from w2s_jax.text.sources import Source, open_source
+from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
+from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
+
+_VERSION = 1  # of what is cached: raise it when the same rows would give other tokens
+_BLOCK = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how rows become tokens."""
+
+    data: tuple[str, ...]
+    """Files (.jsonl, .json, also .gz and .xz; .parquet), folders, or hub ids as ID or ID:CONFIG."""
+    split: str = "train"
+    """Split of hub data sets and folders; of files too the part, such as train[:90%]."""
+    format: Format = "auto"
+    """Columns of the rows; auto takes the first format that they hold."""
+    template: str = "auto"
+    """Chat template: auto is the tokenizer's own for messages, and none for texts."""
+    max_length: int = 1024
+    """Tokens of a sequence, prompt and response together, at most."""
+    truncation: Truncation = "keep_start"
+    """What becomes of longer ones: which end is kept, or drop, error, split."""
+    loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    """Tokens that count in the loss; auto is what the format's own trainer does."""
+    append_eos: bool = True
+    """Whether EOS is put behind texts and responses; chat templates end their turns themselves."""
+    equal_pairs: Literal["error", "drop"] = "error"
+    """What becomes of pairs whose chosen and rejected responses are equal."""
+    packing: Literal["none", "best-fit"] = "none"
+    """Whether several short sequences share a row of max_length tokens."""
+    pad_to_multiple_of: int = 64
+    """Rows are padded to a multiple of so many tokens, so that few programs are compiled."""
+    shuffle: bool = True
+    """Whether every epoch has an order of its own."""
+    seed: int = 0
+    """Seed of that order."""
+    limit: int | None = None
+    """Rows to read, all by default."""
+    cache: str | None = None
+    """Folder of tokenised data; by default one beside the cache of `datasets`."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised rows; one of them is a document, several packed ones, or the two sides of a pair.
+
+    Attributes:
+        kind: sequences, pairs or labelled.
+        store: the documents; the sides of a pair follow each other.
+        places: how each source writes the place of a row, before its number.
+        identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
+        figures: rows read, examples kept, dropped and truncated, tokens, targets ...
+    """
+
+    kind: Kind
+    store: TokenStore
+    places: tuple[str, ...]
+    identity: str
+    figures: dict[str, int]
+    pad_id: int
+    max_length: int
+    multiple: int
+    packing: Packing | None = None
+
+    def __len__(self) -> int:
+        if self.packing is not None:
+            return len(self.packing)
+        return len(self.store) // self._sides
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, without padding; of a pair, those of the longer side."""
+        if self.packing is not None:
+            return np.add.reduceat(
+                self.store.lengths[self.packing.documents], self.packing.starts[:-1]
+            )
+        return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+
+    def names(self, index: int) -> list[str]:
+        """Where the documents of a row stand, as "FILE line N"."""
+        documents = [index * self._sides] if self.packing is None else self.packing.row(index)
+        return [
+            f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
+        ]
+
+    def name(self, index: int) -> str:
+        """`names` in one text."""
+        return ", ".join(self.names(index))
+
+    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
+        """The rows at these indices, padded on the right; of them, those in `part`.
+
+        `tokens` int32, `targets` bool and `segments` int32 [B, X], or [B, 2, X] for pairs and
+        labelled rows, whose second side is the response of the row before in the batch (TRL's KTO
+        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these. X is
+        of all rows at `indices`, also of those not in `part`.
+        """
+        rows = [self._row(int(index)) for index in indices]
+        if self.kind == "labelled":
+            before = [rows[-1], *rows[:-1]]
+            rows = [
+                [own, [self._mismatched(own[0], other[0])]]
+                for (own,), (other,) in zip(rows, before, strict=True)
+            ]
+        longest = max(sum(map(len, segments)) for row in rows for segments in row)
+        width = min(-(-longest // self.multiple) * self.multiple, self.max_length)
+        batch = lay_out(rows[part], width, self.pad_id)
+        if self.kind == "sequences":
+            batch = {name: array[:, 0] for name, array in batch.items()}
+        if self.kind == "labelled":
+            batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
+        return batch
+
+    def _row(self, index: int) -> list[list[Side]]:
+        """The sides of a row, each with its segments."""
+        if self.packing is not None:
+            return [[self.store.side(int(one)) for one in self.packing.row(index)]]
+        first = index * self._sides
+        return [[self.store.side(first + side)] for side in range(self._sides)]
+
+    def _mismatched(self, own: Side, other: Side) -> Side:
+        tokens = np.concatenate([own.tokens[: own.prompt], other.tokens[other.prompt :]])
+        targets = np.arange(len(tokens)) >= max(own.prompt, 1)
+        return Side(tokens[: self.max_length], targets[: self.max_length], own.prompt)
+
+    @property
+    def _sides(self) -> int:
+        return 2 if self.kind == "pairs" else 1
+
+
+def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -> Batch:
+    """Rows of sides of segments as `tokens`, `targets` and `segments` [B, sides, width]."""
+    shape = (len(rows), len(rows[0]), width)
+    tokens = np.full(shape, pad_id, np.int32)
+    targets, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
+    for i, row in enumerate(rows):
+        for j, side in enumerate(row):
+            start = 0
+            for number, segment in enumerate(side, start=1):
+                place = (i, j, slice(start, start + len(segment)))
+                tokens[place], targets[place] = segment.tokens, segment.targets
+                segments[place] = number
+                start += len(segment)
+    return {"tokens": tokens, "targets": targets, "segments": segments}
+
+
+def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
+    """Rows to imitate: `text`, `messages`, `prompt` and `completion`, Alpaca's, ShareGPT's; of a
+    preference row its chosen response.
+
+    Raises InputError for files and rows that cannot be read, columns that are missing, and data of
+    which nothing is left.
+    """  # noqa: D205
+    data = _load("sequences", config, tokenizer)
+    if config.packing == "none":
+        return data
+    packing = best_fit(data.store.lengths, config.max_length)
+    identity = hashlib.sha256(f"{data.identity} best-fit".encode()).hexdigest()
+    figures = data.figures | {"packed_rows": len(packing)}
+    return Data(**(vars(data) | {"packing": packing, "identity": identity, "figures": figures}))
+
+
+def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
+    """Rows with a chosen and a rejected response; see text/examples.py for their columns.
+
+    Raises InputError as `load_sequences` does, for pairs whose responses are equal unless these are
+    dropped, and for options that are not for pairs.
+    """
+    _only_responses(config, "pairs")
+    return _load("pairs", config, tokenizer)
+
+
+def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
+    """Rows with one response that is wanted or not; a preference row gives two of them.
+
+    Raises InputError as `load_pairs` does.
+    """
+    _only_responses(config, "labelled rows")
+    return _load("labelled", config, tokenizer)
+
+
+def check_positions(config: DataConfig, positions: int) -> None:
+    """Raise InputError where sequences may be longer than the model has positions."""
+    if config.max_length > positions:
+        raise InputError(
+            f"--max-length {config.max_length}: the model has {positions} positions; take at most "
+            "so many"
+        )
+
+
+def _only_responses(config: DataConfig, what: str) -> None:
+    if config.loss_on not in ("auto", "completion"):
+        raise InputError(f"--loss-on {config.loss_on}: {what} count their responses; leave it out")
+    if config.packing != "none":
+        raise InputError(f"--packing {config.packing}: {what} are not packed; leave it out")
+    if config.truncation == "split":
+        raise InputError(f"--truncation split: {what} cannot be split; use keep_start or another")
+
+
+def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
+    _check(config)
+    template = load_template(tokenizer, config.template, where="--template")
+    sources = [open_source(name, split=config.split) for name in config.data]
+    identity = _identity(kind, config, sources, template)
+    path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
+    store = read_store(path)
+    if store is None:
+        figures: dict[str, int] = {}
+        write_store(path, _documents(kind, config, sources, template, figures), figures)
+        store = read_store(path)
+    if store is None:
+        raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
+    if not len(store):
+        raise InputError(f"{_all(sources)}: no row is left ({_told(store.notes)})")
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Data(
+        kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
+        pad_id, config.max_length, config.pad_to_multiple_of,
+    )  # fmt: skip
+
+
+def _check(config: DataConfig) -> None:
+    if not config.data:
+        raise InputError("--data: name a file or a data set")
+    for name, value, least in (
+        ("max-length", config.max_length, 2),
+        ("pad-to-multiple-of", config.pad_to_multiple_of, 1),
+        ("limit", 1 if config.limit is None else config.limit, 1),
+    ):
+        if value < least:
+            raise InputError(f"--{name} {value}: it takes at least {least}")
+
+
+def _documents(
+    kind: Kind,
+    config: DataConfig,
+    sources: Sequence[Source],
+    template: Template,
+    figures: dict[str, int],
+) -> Iterator[list[Document]]:
+    """Blocks of documents of all rows; counts in `figures` as they go."""
+    names = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
+    figures.update(dict.fromkeys(names, 0))
+    examples = _examples(kind, config, sources, figures)
+    while block := list(islice(examples, _BLOCK)):
+        places = [sources[source].place(row) for _, source, row in block]
+        encoded = encode(
+            template,
+            [one for one, _, _ in block],
+            places,
+            config.loss_on,
+            append_eos=config.append_eos,
+        )
+        found = []
+        for (example, source, row), whole, place in zip(block, encoded, places, strict=True):
+            label = NO_LABEL if example.label is None else int(example.label)
+            for one in _shortened(whole, config, place, figures):
+                found += [Document(side, source, row, label) for side in one.sides]
+        figures["tokens"] += sum(len(document.side) for document in found)
+        figures["targets"] += sum(int(document.side.targets.sum()) for document in found)
+        if found:
+            yield found
+
+
+def _examples(
+    kind: Kind, config: DataConfig, sources: Sequence[Source], figures: dict[str, int]
+) -> Iterator[tuple[Example, int, int]]:
+    """Examples with the numbers of their source and row."""
+    for number, source in enumerate(sources):
+        rows, wanted = source.rows()
+        columns = [column for column, value in rows[wanted[0]].items() if value is not None]
+        parse = parser(kind, config.format, columns, source.name)
+        for index in wanted:
+            if figures["rows"] == config.limit:
+                return
+            figures["rows"] += 1
+            place = source.place(index + 1)
+            for example in parse(rows[index], place):
+                if kind == "pairs" and example.responses[0] == example.responses[1]:
+                    if config.equal_pairs == "error":
+                        raise InputError(
+                            f"{place}: chosen and rejected are equal; remove the row, or leave "
+                            "such rows out with --equal-pairs drop"
+                        )
+                    figures["equal"] += 1
+                    continue
+                yield example, number, index + 1
+
+
+def _shortened(
+    whole: Encoded, config: DataConfig, place: str, figures: dict[str, int]
+) -> list[Encoded]:
+    longest = max(map(len, whole.sides))
+    if longest > config.max_length and config.truncation == "error":
+        raise InputError(
+            f"{place}: {longest} tokens, and --max-length is {config.max_length}; raise it, or "
+            "choose another --truncation"
+        )
+    kept = shorten(whole, config.max_length, config.truncation)
+    figures["kept"] += len(kept)
+    figures["dropped"] += not kept
+    figures["truncated"] += bool(kept) and longest > config.max_length
+    figures["merged_borders"] += bool(kept) and whole.merged
+    return kept
+
+
+def _identity(
+    kind: Kind, config: DataConfig, sources: Sequence[Source], template: Template
+) -> str:  # fmt: skip
+    """A digest of all that decides on tokens and targets: never of names or of the library."""
+    parts = [
+        _VERSION,
+        kind,
+        [(source.digest, source.first, source.last) for source in sources],
+        [config.format, config.max_length, config.truncation, config.loss_on],
+        [config.equal_pairs, config.append_eos, config.limit],
+        [template.describe(), template.eos_id, _tokenizer_digest(template.tokenizer)],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of the tokenizer's own rules; padding and truncation, which calls set, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([rules, special, tokenizer.pad_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    if config.cache is not None:
+        return Path(config.cache).expanduser()
+    from datasets import config as settings
+
+    return Path(settings.HF_DATASETS_CACHE) / "w2s_jax"
+
+
+def _all(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources)
+
+
+def _told(figures: dict[str, int]) -> str:
+    """The counts that are not zero, in a line."""
+    return ", ".join(f"{name} {count}" for name, count in figures.items() if count) or "all empty"

@@ -1,0 +1,160 @@
+"""What a training step takes of each device's memory, from shapes alone: nothing is loaded.
+
+The real step is compiled for abstract arguments, on the devices that are there.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from rich.console import Console
+from rich.table import Table
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, resolve_tree
+from w2s_jax.train.step import Batch, LossFunction, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the fullest device; `limit` is what the device has to give, where it says so.
+
+    working: gradients, activations and logits, all that the step needs beside its arguments.
+    """
+
+    parameters: int
+    optimizer: int
+    frozen: int
+    batch: int
+    working: int
+    devices: int
+    limit: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.parameters + self.optimizer + self.frozen + self.batch + self.working
+
+
+def estimate_step(
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    batch: Batch,
+    *,
+    frozen: Any = None,
+    accumulate: int = 1,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Estimate:
+    """The memory of one step; params, batch and frozen hold arrays or `jax.ShapeDtypeStruct`s.
+
+    What has a sharding is counted, and compiled, by its shards. Takes as long as the first step
+    takes to compile.
+    """
+    params, frozen, batch = (jax.tree.map(_abstract, tree) for tree in (params, frozen, batch))
+    state = abstract_state(params, optimizer)
+    step = make_train_step(
+        loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype, mesh=mesh
+    )
+    used = step.lower(state, frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return Estimate(
+        parameters=_bytes(state.params),
+        optimizer=_bytes(state.optimizer),
+        frozen=_bytes(frozen),
+        batch=_bytes(batch),
+        # Donated arguments are counted among the outputs that take their place.
+        working=used.temp_size_in_bytes
+        + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
+        devices=1 if mesh is None else mesh.size,
+        limit=(device.memory_stats() or {}).get("bytes_limit"),
+    )
+
+
+def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes of `init_state`; what an optimizer holds beside a parameter lies as that does."""
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), params)
+
+    def like(held: Any, param: Any) -> Any:
+        if isinstance(held, optax.MaskedNode) or held.shape != param.shape:
+            return held
+        return jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=param.sharding)
+
+    held = optax.tree.map_params(optimizer, like, state.optimizer, params)
+    return TrainState(state.step, params, held, state.key)
+
+
+def abstract_on_mesh(
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    scan_layers: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+) -> Model:
+    """A model's shapes and dtypes, with the shardings that `shard_model` would give them.
+
+    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    """
+    model, axes = abstract_model(config, dtype=dtype, scan_layers=scan_layers)
+    if mesh is None:
+        return model
+    shardings = resolve_tree(axes, model.params, rules, mesh)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.params,
+        shardings,
+    )
+    return Model(config, params)
+
+
+def abstract_batch(
+    arrays: Mapping[str, tuple[tuple[int, ...], DTypeLike]], mesh: Mesh | None = None
+) -> Batch:
+    """A batch of these shapes and dtypes, its rows over the batch axes of the mesh."""
+    sharding = None
+    if mesh is not None:
+        sharding = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES.mesh_axes("batch")))
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
+def report(console: Console, estimate: Estimate) -> None:
+    """Print the estimate as a table, in GiB for each device."""
+    table = Table("on each device", "GiB")
+    for name in ("parameters", "optimizer", "frozen", "batch", "working", "total"):
+        label = "gradients and activations" if name == "working" else name
+        table.add_row(
+            label, f"{getattr(estimate, name) / 2**30:.2f}", end_section=name == "working"
+        )
+    console.print(table)
+    if estimate.limit is not None:
+        fits = "fits" if estimate.total <= estimate.limit else "does not fit"
+        console.print(f"{fits}: a device has {estimate.limit / 2**30:.2f} GiB")
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _bytes(tree: Any) -> int:
+    """The bytes of a tree's shards on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,203 @@
+"""One run of training: a model, data and an objective, on a mesh, in a directory.
+
+Puts together what the neighbours hold; reads no flags and prints nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.lora import init_adapter, shard_adapter
+from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.text.held_out import Part
+from w2s_jax.text.order import Batches
+from w2s_jax.text.training_data import Data
+from w2s_jax.train.loop import LoopConfig, train
+from w2s_jax.train.objectives import Policy
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from w2s_jax.train.placing import batch_parts, check_batch, place
+from w2s_jax.train.reference import Referenced
+from w2s_jax.train.step import Batch, LossFunction, TrainState, cast, init_state, make_train_step
+
+Source = Data | Part | Referenced
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long and how a model is trained; `batch_size` counts the examples of a whole step.
+
+    compute_dtype None computes in the dtype of the parameters; `steps` takes the place of
+    `epochs`.
+    """
+
+    optimizer: OptimizerConfig
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    eval_batch_size: int | None = None
+    compute_dtype: str | None = None
+    shuffle: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is None and not self.epochs > 0:
+            raise InputError(f"epochs {self.epochs} must be above 0")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"max_steps {self.steps} must be 1 or more")
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples that are in memory at a time."""
+        return self.batch_size // self.accumulate
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a policy by a loss on data; `frozen` models are read and never changed."""
+
+    policy: Policy
+    loss: LossFunction
+    data: Source
+    held_out: Source | None = None
+    frozen: Mapping[str, Model] = field(default_factory=dict)
+
+
+def number_of_steps(config: RunConfig, data: Source) -> int:
+    """The steps of a run; InputError where an epoch has less than one."""
+    per_epoch = len(data) / config.batch_size
+    steps = config.steps or round(config.epochs * per_epoch)
+    if steps < 1:
+        raise InputError(
+            f"{len(data)} examples make less than one step of batch size {config.batch_size} in "
+            f"{config.epochs:g} epochs; lower --batch-size or give --max-steps"
+        )
+    return steps
+
+
+def trainable(policy: Policy, model: Model, *, seed: int, mesh: Mesh | None = None) -> Any:
+    """What is trained at the start: float32 copies of the parameters, or new adapters.
+
+    On a mesh, adapters are placed by the rules of what they are beside.
+    """
+    if policy.lora is None:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
+    key = jax.random.key(seed)
+    adapter = init_adapter(policy.config, policy.lora, key, scan_layers=model.scan_layers)
+    return adapter if mesh is None else shard_adapter(policy.config, adapter, mesh)
+
+
+def fine_tune(
+    task: Task,
+    params: Any,
+    config: RunConfig,
+    loop: Callable[[int], LoopConfig],
+    directory: Path,
+    *,
+    mesh: Mesh | None = None,
+    identity: Mapping[str, Any] | None = None,
+    sinks: Sequence[Any] = (),
+    sample: Callable[[TrainState], list[dict[str, Any]]] | None = None,
+) -> TrainState:
+    """Train `params` and return the last state; goes on from what `directory` holds.
+
+    `loop` makes the loop's config of the number of steps. Raises InputError for batches that
+    cannot be cut as asked, and what `train.loop.train` raises.
+    """
+    check_batch(config.batch_size, config.accumulate, mesh, flag="--batch-size")
+    steps = number_of_steps(config, task.data)
+    share = (jax.process_index(), jax.process_count())
+    batches = Batches(
+        task.data, config.batch_size, seed=config.seed, shuffle=config.shuffle, share=share
+    )
+    optimizer = make_optimizer(config.optimizer, steps)
+    step = make_train_step(
+        task.loss,
+        optimizer,
+        accumulate=config.accumulate,
+        compute_dtype=config.compute_dtype,
+        mesh=mesh,
+    )
+    frozen = dict(task.frozen)
+    evaluate = None
+    if task.held_out is not None:
+        evaluate = evaluation(task, config, mesh)
+    return train(
+        init_state(params, optimizer, jax.random.key(config.seed)),
+        step,
+        batches,
+        config=loop(steps),
+        directory=directory,
+        frozen=frozen,
+        identity=dict(identity or {}),
+        evaluate=evaluate,
+        sample=sample,
+        names=batches.names,
+        schedule=make_schedule(config.optimizer, steps),
+        sinks=sinks,
+        put=lambda batch: place(batch, mesh),
+        flops_per_token=flops_per_token(task.policy, params),
+    )
+
+
+def flops_per_token(policy: Policy, params: Any) -> float:
+    """Operations of one token, forward and backward, without those of attention over its context.
+
+    Six for every matmul weight, arXiv 2001.08361 section 2.1; four for a frozen one, of which only
+    the gradient towards its input is computed. The embedding counts where it is the head.
+    """
+    model, _ = abstract_model(policy.config)
+    everything = model.params
+    weights = sum(leaf.size for leaf in jax.tree.leaves(everything) if leaf.ndim > 1)
+    lookups = 0 if policy.config.tied_embeddings else everything["embed"]["embedding"].size
+    if "positions" in everything:
+        lookups += everything["positions"]["embedding"].size
+    weights -= lookups
+    if policy.lora is None:
+        return 6.0 * weights
+    return 4.0 * weights + 6.0 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def evaluation(
+    task: Task, config: RunConfig, mesh: Mesh | None = None
+) -> Callable[[TrainState], dict[str, float]]:
+    """What measures a state: the loss and its metrics over the held-out examples, by weight.
+
+    Examples are read in order, without dropout; what is left of them after whole batches is a
+    batch of its own, as far as the mesh divides it.
+    """
+    data = task.held_out
+    assert data is not None
+    rows = config.eval_batch_size or config.micro_batch
+    parts = batch_parts(mesh)
+    check_batch(rows, 1, mesh, flag="--eval-batch-size")
+    starts = range(0, len(data) - len(data) % parts, rows)
+
+    @jax.jit
+    def measure(params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+        _, weight, metrics = task.loss(cast(params, config.compute_dtype), frozen, batch, None)
+        return weight, metrics
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        weights = 0.0
+        for start in starts:
+            stop = min(start + rows, len(data) - len(data) % parts)
+            batch = place(data.at(np.arange(start, stop)), mesh)
+            weight, metrics = jax.device_get(measure(state.params, dict(task.frozen), batch))
+            weights += float(weight)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(weight) * float(value)
+        return {name: total / max(weights, 1e-9) for name, total in totals.items()}
+
+    return evaluate

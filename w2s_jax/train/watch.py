@@ -1,0 +1,208 @@
+"""What a run tells while it trains: running means, speed, and where they are sent.
+
+The metrics file itself is train/records.py's; drawing curves is cli/plot.py's.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from w2s_jax.errors import InputError
+
+Values = dict[str, Any]
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Somewhere numbers by step are shown."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Show the values of a step."""
+
+    def close(self) -> None:
+        """Nothing comes after."""
+
+
+Sink = Callable[[Path, int], Writer]
+"""(directory of the run, step it goes on from) -> its writer; what came after that step is void."""
+
+
+class Meter:
+    """Means since the last row, tokens and seconds over all runs, and the speed of this one.
+
+    `flops_per_token` (forward and backward) with `peak` (FLOP/s of all devices together) gives MFU.
+    """
+
+    def __init__(
+        self,
+        saved: Mapping[str, Any] | None = None,
+        *,
+        flops_per_token: float | int | None = None,
+        peak: float | int | None = None,
+    ):
+        saved = saved or {}
+        self._sums: dict[str, float] = dict(saved.get("sums", {}))
+        self._counts: dict[str, int] = dict(saved.get("counts", {}))
+        self._tokens = int(saved.get("num_tokens", 0))
+        self._earlier = float(saved.get("seconds", 0.0))
+        self._rate = (flops_per_token / peak) if flops_per_token and peak else None
+        self._started = time.monotonic()
+        self._since: float | None = None  # None until the first step, which compiles, is over
+        self._fresh = 0
+        self._counted = "num_tokens" in saved
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Count one step; a value that is not finite (the mean of no rows) is left out."""
+        tokens = 0
+        for name, value in metrics.items():
+            number = float(value)
+            if name == "num_tokens":
+                tokens, self._counted = int(number), True
+            elif math.isfinite(number):
+                self._sums[name] = self._sums.get(name, 0.0) + number
+                self._counts[name] = self._counts.get(name, 0) + 1
+        self._tokens += tokens
+        if self._since is None:
+            self._since = time.monotonic()
+        else:
+            self._fresh += tokens
+
+    def row(self) -> Values:
+        """Means since the row before, `seconds`, `num_tokens` (both so far), and the speed."""
+        values: Values = {"seconds": round(self.seconds(), 2)}
+        if self._counted:
+            values["num_tokens"] = self._tokens
+        values |= {name: self._sums[name] / self._counts[name] for name in self._sums}
+        now = time.monotonic()
+        if self._fresh and self._since is not None and now > self._since:
+            speed = self._fresh / (now - self._since)
+            values["tokens_per_second"] = round(speed, 1)
+            if self._rate is not None:
+                values["mfu"] = round(speed * self._rate, 4)
+        self._sums, self._counts = {}, {}
+        if self._since is not None:
+            self._since, self._fresh = now, 0
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this block (evaluation, samples) does not count against the speed."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._since is not None:
+                self._since += time.monotonic() - began
+
+    def seconds(self) -> float:
+        """Seconds spent over all runs."""
+        return self._earlier + time.monotonic() - self._started
+
+    def saved(self) -> Values:
+        """JSON values from which a Meter goes on to the same bits."""
+        kept: Values = {"sums": self._sums, "counts": self._counts, "seconds": self.seconds()}
+        return {**kept, "num_tokens": self._tokens} if self._counted else kept
+
+
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2450e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
+"""Dense bfloat16 FLOP/s of one device, from the makers' data sheets (V100: float16); the keys are
+looked for in jax's `device_kind`, longest first."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device of this kind; None where it is not known (CPUs).
+
+    Source: the data sheets of Google Cloud TPU and of NVIDIA, without sparsity.
+    """
+    for name in sorted(PEAKS, key=len, reverse=True):
+        place = device_kind.find(name)
+        after = device_kind[place + len(name) :][:1]
+        if place >= 0 and not after.isalnum():
+            return PEAKS[name]
+    return None
+
+
+def tensorboard(directory: Path, step: int) -> Writer:
+    """A Sink: event files in `directory`/tensorboard (extra `tensorboard`).
+
+    Raises InputError where tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "TensorBoard needs tensorboardX; pip install 'w2s-jax[tensorboard]'"
+        ) from None
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+
+    class Events:
+        def write(self, step: int, values: Values) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        def close(self) -> None:
+            writer.close()
+
+    return Events()
+
+
+def wandb(
+    project: str = "w2s_jax", *, name: str | None = None, config: Mapping[str, Any] | None = None
+) -> Sink:
+    """A Sink to Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no network.
+
+    The run's id is kept in the directory, so that a run that goes on is one run there too. Values
+    are drawn over `step`, and steps done twice are shown twice. Raises InputError, when it is
+    opened, where wandb is not installed.
+    """
+
+    def sink(directory: Path, step: int) -> Writer:
+        try:
+            import wandb as library
+        except ImportError:
+            raise InputError("W&B needs wandb; pip install 'w2s-jax[wandb]'") from None
+        kept = directory / "wandb_id.txt"
+        known = kept.read_text().strip() if step and kept.is_file() else None
+        run = library.init(
+            project=project, name=name or directory.name, id=known, config=dict(config or {}),
+            dir=str(directory), resume="allow" if known else None,
+        )  # fmt: skip
+        kept.write_text(run.id)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+
+        class Run:
+            def write(self, step: int, values: Values) -> None:
+                run.log({"step": step, **values})
+
+            def close(self) -> None:
+                run.finish()
+
+        return Run()
+
+    return sink
