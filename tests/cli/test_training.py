@@ -56,7 +56,10 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(model, pairs,
     untuned = tmp_path / "untuned" / "model"
     assert run("dpo", untuned, pairs, tmp_path / "tuned", "--held-out=4", "--epochs=2") == 0
     tuned = tmp_path / "tuned" / "model"
-    assert f"step 10 written to {tuned}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"step 10 written to {tuned}" in told
+    assert "rewards/accuracies" in told
+    assert "held out" in told
     rows = read_metrics(tmp_path / "tuned")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     evaluation = rows[-1]

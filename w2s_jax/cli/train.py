@@ -382,6 +382,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
         """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""
         import jax
 
+        from w2s_jax.cli.run_table import print_run
         from w2s_jax.models.huggingface import save_model
         from w2s_jax.models.lora_huggingface import save_adapter
         from w2s_jax.models.model import Model
@@ -400,6 +401,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             dtype = "float32" if self.from_scratch else _stored_dtype(setup.checkpoint)
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
             save_model(Model(setup.config, params), folder, tokenizer=setup.tokenizer)
+        print_run(setup.directory, int(state.step))
         print(f"step {int(state.step)} written to {folder}")
 
 

@@ -1,0 +1,43 @@
+"""The table that ends a run of training: what its last rows of metrics say."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SHOWN = (
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
+    "mean_token_accuracy", "kl",
+)  # fmt: skip
+EVAL = "eval/"
+
+
+def print_run(folder: Path, step: int) -> None:
+    """Print the last training row and the last evaluation of a run, side by side, to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from w2s_jax.train.records import read_metrics
+
+    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    training = _last(rows, "loss")
+    held_out = _last(rows, f"{EVAL}loss")
+    names = [name for name in SHOWN if name in training]
+    if not names:
+        return
+    table = Table("after step", str(training["step"]), *(["held out"] if held_out else []))
+    for name in names:
+        cells = [_written(training.get(name))]
+        if held_out:
+            cells.append(_written(held_out.get(EVAL + name)))
+        table.add_row(name, *cells)
+    Console().print(table)
+    told = [f"{training['num_tokens']:,} tokens"] if "num_tokens" in training else []
+    print(", ".join([*told, f"{training['seconds']:.0f} s"]))
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> Mapping[str, Any]:
+    return next((row for row in reversed(rows) if name in row), {})
+
+
+def _written(value: float | int | None) -> str:
+    return "" if value is None else f"{value:.4f}"
