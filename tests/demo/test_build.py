@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import lzma
 import sys
@@ -149,13 +150,12 @@ def done_by(recipe, work, *stages):
         (work / stage / "done.json").write_text(json.dumps({"config": settings[stage]}))
 
 
-def test_stages_done_by_another_recipe_are_refused(data, recipe, tmp_path, capsys, monkeypatch):
+def test_stages_done_by_another_recipe_are_refused(data, recipe, tmp_path, capsys):
     work = tmp_path / "work"
     made = ("corpus", "gold", "policy", "untuned", "preferences", "tuned", "other/tuned")
     done_by(TINY, work, *made)
     other = TINY | {"untuned": TINY_LANGUAGE | {"sft": TINY_SFT | {"max_steps": 4}}}
     recipe.write_text(yaml.safe_dump(other))
-    monkeypatch.delattr(build.Build, "export")
     with pytest.raises(SystemExit) as end:
         main([f"--config={recipe}", f"--work={work}", f"--data={data}"])
     assert end.value.code == 2
@@ -245,6 +245,12 @@ def test_a_recipe_extends_another_from_its_folder(recipe, tmp_path):
     found, base = read_recipe(other), read_recipe(recipe)
     assert (found.vocab_size, found.other_guides, found.export) == (310, (), False)
     assert (found.policy, found.tuned) == (base.policy, base.tuned)
+    third = tmp_path / "third.yaml"
+    third.write_text("extends: other.yaml\nvocab_size: 320\n")
+    assert read_recipe(third) == dataclasses.replace(found, vocab_size=320)
+    other.write_text("extends: third.yaml\n")
+    with pytest.raises(InputError, match=r"third.yaml: extends itself, through .*other.yaml$"):
+        read_recipe(third)
     other.write_text("extends: none.yaml\n")
     with pytest.raises(InputError, match=r"none.yaml: cannot be read"):
         read_recipe(other)

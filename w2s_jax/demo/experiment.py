@@ -239,6 +239,6 @@ def summed_logprobs(
 ) -> Float[np.ndarray, " n"]:
     """log p(response | prompt), in nats, of what a proposer samples from at a temperature."""
     scored = score_responses(
-        search_models(model, guide), Tempered(proposer, temperature), responses, batch_size=64
+        search_models(model, guide), Tempered(proposer, temperature), responses, batch_size=32
     )
     return np.array([row.logprobs.astype(np.float64).sum() for row in scored])

@@ -101,11 +101,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _shown(figure: Mapping[str, float], *, sign: str = "+", digits: int = 2) -> str:
+def _shown(figure: Mapping[str, float | int], *, sign: str = "+", digits: int = 2) -> str:
     return f"{figure['mean']:{sign}.{digits}f} ± {figure['stderr']:.{digits}f}"
 
 
-def _difference(comparison: Mapping[str, float]) -> str:
+def _difference(comparison: Mapping[str, float | int]) -> str:
     return f"{comparison['difference']:+.2f} ± {comparison['difference_stderr']:.2f}"
 
 

@@ -112,16 +112,21 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises InputError naming a missing file, an unknown field or a wrong value.
     """
-    path = Path(path)
-    value = _load(path)
-    if isinstance(value, Mapping) and isinstance(value.get("extends"), str):
-        own = {name: part for name, part in value.items() if name != "extends"}
-        base = _load(path.parent / value["extends"])
-        value = {**base, **own} if isinstance(base, Mapping) else base
-    return from_mapping(Recipe, value, str(path))
+    return from_mapping(Recipe, _load(Path(path)), str(path))
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    value = _read(path)
+    if not isinstance(value, Mapping) or not isinstance(value.get("extends"), str):
+        return value
+    if path.resolve() in above:
+        raise InputError(f"{path}: extends itself, through {above[-1]}")
+    base = _load(path.parent / value["extends"], (*above, path.resolve()))
+    own = {name: part for name, part in value.items() if name != "extends"}
+    return {**base, **own} if isinstance(base, Mapping) else base
+
+
+def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

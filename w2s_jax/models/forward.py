@@ -20,7 +20,10 @@ from w2s_jax.ops.rotary import rotation
 from w2s_jax.pytrees import pytree
 
 Remat = Literal["none", "full", "dots"]
-"""What a backward pass computes anew in every layer: nothing, all, or all but the matmuls."""
+"""What a backward pass computes anew in every layer: nothing, all, or all but the matmuls.
+
+XLA's CPU compiler merges it again with the forward pass unless the layers are stacked.
+"""
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -83,12 +83,17 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> Trai
     """The shapes of `init_state`; what an optimizer holds beside a parameter lies as that does."""
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), params)
 
-    def like(held: Any, param: Any) -> Any:
-        if isinstance(held, optax.MaskedNode) or held.shape != param.shape:
-            return held
-        return jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=param.sharding)
+    places = dict(jax.tree_util.tree_leaves_with_path(params))
 
-    held = optax.tree.map_params(optimizer, like, state.optimizer, params)
+    def like(path: tuple[Any, ...], held: Any) -> Any:
+        # What belongs to a parameter stands at the end of a path that ends as the parameter's own.
+        for start in range(len(path)):
+            param = places.get(path[start:])
+            if param is not None and param.shape == held.shape:
+                return jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=param.sharding)
+        return held
+
+    held = jax.tree_util.tree_map_with_path(like, state.optimizer)
     return TrainState(state.step, params, held, state.key)
 
 

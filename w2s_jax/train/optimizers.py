@@ -107,9 +107,8 @@ def _update(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradient
 
 def _decayed(params: Any) -> Any:
     """True for the leaves that weight decay reaches."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    reached = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in reached, params)
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -1,0 +1,70 @@
+"""The benchmark of training end to end at a small size, and its wrong options."""
+
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from w2s_jax.bench.train import Options, check, run, shape, step_operations
+from w2s_jax.errors import InputError
+
+SMALL = {
+    "layers": 1, "width": 64, "vocab": 64, "batch_size": 2, "length": 16, "prompt_tokens": 4,
+    "repeats": 1,
+}  # fmt: skip
+
+
+def test_figures_are_printed_and_written(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    figures = run(Options(**SMALL), json_path=path)
+    written = json.loads(path.read_text())
+    assert set(written["own"]) == {"sft", "dpo"} == set(written["operations"])
+    for side in figures.own.values():
+        assert side.tokens_per_second == pytest.approx(32 / side.seconds)
+        assert side.peak_bytes > 10_000_000
+    assert figures.own["dpo"].first_loss == pytest.approx(0.693147, abs=1e-4)
+    out = capsys.readouterr().out
+    assert "of the matmul rate" in out
+    assert "TRL was not measured" not in out
+
+
+def test_an_interpreter_without_trl_is_said(tmp_path, capsys):
+    options = Options(**SMALL, objectives=("sft",), trl=True, trl_python=str(tmp_path / "none"))
+    figures = run(options)
+    assert not figures.trl
+    assert "TRL was not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not find_spec("trl"), reason="needs trl: pip install -e '.[test,parity]'")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_trl_is_given_the_same_model_and_rows(architecture):
+    options = Options(**SMALL, architecture=architecture, trl=True, trl_python=sys.executable)
+    figures = run(options)
+    for objective, own in figures.own.items():
+        assert own.first_loss == pytest.approx(figures.trl[objective].first_loss, abs=1e-4)
+
+
+def test_operations_follow_from_shapes():
+    options = Options(layers=2, width=64, vocab=100, batch_size=2, length=10, prompt_tokens=4)
+    weights, tokens = 2 * 12 * 64 * 64, 20
+    attention = 4 * 2 * 64 * tokens * 5
+    head = 2 * 64 * 100 * 2
+    config = shape(options)
+    expected = 3 * (2 * weights * tokens + attention + head * 9)
+    assert step_operations(options, config, "sft") == expected
+    expected = 4 * (2 * weights * tokens + attention + head * 6)
+    assert step_operations(options, config, "dpo") == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("width", 100), ("batch_size", 0), ("batch_size", 3), ("repeats", 0), ("length", 4),
+        ("vocab", 2), ("objectives", ("kto",)),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(field, value):
+    with pytest.raises(InputError):
+        check(Options(**{**SMALL, field: value}))

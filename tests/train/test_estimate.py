@@ -1,0 +1,108 @@
+"""Estimates against what real arrays and the compiled step take."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from tests.tiny import tiny_config, tiny_model
+from w2s_jax.train.estimate import (
+    abstract_batch,
+    abstract_on_mesh,
+    abstract_state,
+    estimate_step,
+    report,
+)
+from w2s_jax.train.logprobs import sequence_scores
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
+from w2s_jax.train.step import init_state
+
+BATCH = {"tokens": ((8, 64), jnp.int32), "segments": ((8, 64), jnp.int32)}
+
+
+def loss(params, frozen, batch, key):
+    logprobs = sequence_scores(params, batch["tokens"], batch["segments"]).logprobs
+    value = -logprobs.sum()
+    if frozen is not None:
+        value += sequence_scores(frozen, batch["tokens"], batch["segments"]).logprobs.sum()
+    return value, jnp.float32(1.0), {"loss": value}
+
+
+def size(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_the_abstract_state_is_the_real_one(name):
+    optimizer = make_optimizer(OptimizerConfig(name=name), 10)
+    model = tiny_model(0)
+    real = init_state(model.params, optimizer, jax.random.key(0))
+    abstract = abstract_state(abstract_on_mesh(model.config).params, optimizer)
+    jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str((a, b))),
+        abstract,
+        real,
+    )
+
+
+def test_parts_are_counted_from_shapes_alone():
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    model = tiny_model(0)
+    shapes = abstract_on_mesh(model.config)
+    found = estimate_step(loss, optimizer, shapes, abstract_batch(BATCH))
+    assert found.parameters == size(model.params)
+    assert 2 * size(model.params) <= found.optimizer <= 2 * size(model.params) + 64
+    assert found.batch == 2 * 8 * 64 * 4
+    assert found.frozen == 0
+    # At the least the gradients and the logits of one block.
+    assert found.working > size(model.params)
+    held = found.parameters + found.optimizer + found.frozen + found.batch
+    assert found.total == held + found.working
+    beside = estimate_step(loss, optimizer, shapes, abstract_batch(BATCH), frozen=shapes)
+    assert beside.frozen == found.parameters
+
+
+def test_micro_batches_take_less():
+    optimizer = make_optimizer(OptimizerConfig(name="sgd"), 10)
+    shapes = abstract_on_mesh(tiny_config(vocab_size=2048))
+    whole, parts = (
+        estimate_step(loss, optimizer, shapes, abstract_batch(BATCH), accumulate=count)
+        for count in (1, 8)
+    )
+    assert parts.working < whole.working
+
+
+def test_the_table_names_every_part():
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    found = estimate_step(
+        loss, optimizer, abstract_on_mesh(tiny_model(0).config), abstract_batch(BATCH)
+    )
+    console = Console(record=True, width=80)
+    report(console, found)
+    text = console.export_text()
+    for word in ("parameters", "optimizer", "frozen", "batch", "activations", "total", "GiB"):
+        assert word in text
+
+
+SHARDED = """
+import jax
+from tests.tiny import tiny_config
+from tests.train.test_estimate import BATCH, loss
+from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, estimate_step
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
+config = tiny_config(vocab_size=64)
+optimizer = make_optimizer(OptimizerConfig(), 10)
+def on(mesh):
+    model = abstract_on_mesh(config, mesh=mesh)
+    return estimate_step(loss, optimizer, model, abstract_batch(BATCH, mesh), mesh=mesh)
+one, four = on(None), on(make_mesh("fsdp=4"))
+assert four.devices == 4
+assert one.parameters / 4 <= four.parameters < one.parameters / 3
+assert one.optimizer / 4 <= four.optimizer < one.optimizer / 3
+assert four.batch == one.batch / 4
+"""
+
+
+def test_a_mesh_divides_parameters_optimizer_and_batch(run_python):
+    run_python(SHARDED, devices=4)
