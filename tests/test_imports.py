@@ -31,12 +31,12 @@ ALLOWED = {
 
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
-    "transformers": ("models/huggingface.py", "text/"),
+    "transformers": ("models/huggingface.py", "text/", "bench/train_trl.py"),
     "safetensors": ("models/huggingface.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),
-    "torch": (),
+    "torch": ("bench/train_trl.py",),
     "lm_eval": ("evaluate/harness.py", "cli/lm_eval.py"),
     "openai": ("serve/client.py", "serve/retry.py"),
 }

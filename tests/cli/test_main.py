@@ -44,8 +44,11 @@ def test_every_command_has_help_for_every_flag(words, capsys):
     ("args", "problem"),
     [
         (["srch"], "unknown command 'srch'; the commands are demo, search, sft, dpo, plot,"),
-        (["bench"], "bench is followed by another word: bench search"),
-        (["bench", "--repeats", "2"], "bench is followed by another word: bench search"),
+        (["bench"], "bench is followed by another word: bench search, bench train"),
+        (
+            ["bench", "--repeats", "2"],
+            "bench is followed by another word: bench search, bench train",
+        ),
         ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),
         ([*SEARCH, "--w", "0"], "--w is 0; it must be at least 1"),
         ([*SEARCH, "--method", "sample", "--seed", "-1"], "seed is -1"),

@@ -216,3 +216,14 @@ def test_wrong_responses_are_named(models, response, message):
 def test_top_beyond_the_vocabulary_is_refused(models):
     with pytest.raises(InputError, match=f"top is {VOCAB + 1}"):
         score_responses(models, PolicyProposer(), [Response(((1,),), (2,))], top=VOCAB + 1)
+
+
+def test_blocks_need_no_top_tokens(models, monkeypatch):
+    tokens = draw(5, 3, 20)
+    jax.clear_caches()
+    whole = token_likelihoods(models, EFTProposer(BETA), tokens)
+    monkeypatch.setattr(likelihood, "BLOCK_BYTES", 1500)
+    jax.clear_caches()
+    parts = token_likelihoods(models, EFTProposer(BETA), tokens)
+    jax.clear_caches()
+    np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-5)

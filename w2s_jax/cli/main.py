@@ -28,6 +28,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("lm-eval",): ("lm_eval", "LMEval", "tasks of lm-evaluation-harness on a steered policy"),
     ("serve",): ("serve", "Serve", "answer OpenAI's API with a steered policy"),
     ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
+    ("bench", "train"): ("bench", "BenchTrain", "measure training on random weights, and TRL's"),
 }
 
 INTERRUPTED = 130

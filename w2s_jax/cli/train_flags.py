@@ -81,8 +81,8 @@ class OptimizationFlags:
     """Decoupled weight decay; never of biases and norms."""
     b1: float = 0.9
     """Decay of the first moment."""
-    b2: float = 0.999
-    """Decay of the second moment."""
+    b2: float | None = None
+    """Decay of the second moment, by default 0.999, or 0.99 for lion."""
     max_grad_norm: float = 1.0
     """Clip gradients to this global norm; 0 is off."""
     muon_learning_rate: float = 0.02
@@ -90,7 +90,8 @@ class OptimizationFlags:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; weights that are trained stay float32. auto: float32 on a CPU."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What a backward pass computes again, to save memory: nothing, each layer, all but matmuls."""
+    """What a backward pass computes again, to save memory: nothing, each layer, all but matmuls; on
+    a CPU it takes --scan-layers."""
     scan_layers: bool = False
     """Run the layers in a loop: large models compile faster and take less memory."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None

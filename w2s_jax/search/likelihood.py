@@ -272,4 +272,4 @@ def _in_blocks(function: Callable, rows: tuple, block: int) -> tuple[Array, ...]
         return padded.reshape(blocks, block, *part.shape[1:])
 
     out = jax.lax.map(function, jax.tree.map(fold, rows))
-    return tuple(part.reshape(-1, *part.shape[2:])[:count] for part in out)
+    return tuple(part.reshape(blocks * block, *part.shape[2:])[:count] for part in out)

@@ -24,7 +24,15 @@ from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from w2s_jax.train.placing import batch_parts, check_batch, place
 from w2s_jax.train.reference import Referenced
-from w2s_jax.train.step import Batch, LossFunction, TrainState, cast, init_state, make_train_step
+from w2s_jax.train.step import (
+    SUMMED,
+    Batch,
+    LossFunction,
+    TrainState,
+    cast,
+    init_state,
+    make_train_step,
+)
 
 Source = Data | Part | Referenced
 
@@ -198,6 +206,7 @@ def evaluation(
             weights += float(weight)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(weight) * float(value)
-        return {name: total / max(weights, 1e-9) for name, total in totals.items()}
+        means = {name: total / max(weights, 1e-9) for name, total in totals.items()}
+        return {name: mean for name, mean in means.items() if name not in SUMMED}
 
     return evaluate
