@@ -116,11 +116,19 @@ class DPO(Training):
 
     def frozen(self, setup: Setup, model: "Model") -> "dict[str, Model]":
         """The base of adapters, a live reference, and for wspo the guide."""
+        import jax
+        import jax.numpy as jnp
+
+        from w2s_jax.models.model import Model
         from w2s_jax.train.objectives import REFERENCE, TUNED, UNTUNED
 
         held = super().frozen(setup, model)
-        if self.reference_is_live and (self.reference or not held):
+        if self.reference_is_live and self.reference:
             held[REFERENCE] = self.reference_model(setup, model)
+        elif self.reference_is_live and not held:
+            # The arrays of a model that is trained are given up in the first step.
+            own = Model(model.config, jax.tree.map(jnp.copy, model.params))
+            held[REFERENCE] = self.reference_model(setup, own)
         for role, path in ((TUNED, self.tuned), (UNTUNED, self.untuned)):
             if path is not None:
                 held[role] = self.other_model(setup, path, role)

@@ -94,9 +94,9 @@ def number_of_steps(config: RunConfig, data: Source) -> int:
 
 
 def trainable(policy: Policy, model: Model, *, seed: int, mesh: Mesh | None = None) -> Any:
-    """What is trained at the start: float32 copies of the parameters, or new adapters.
+    """What is trained at the start: the model's parameters in float32, or new adapters.
 
-    On a mesh, adapters are placed by the rules of what they are beside.
+    Parameters that are float32 already are the model's own arrays. On a mesh, adapters are placed by the rules of what they are beside.
     """
     if policy.lora is None:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
@@ -119,7 +119,8 @@ def fine_tune(
 ) -> TrainState:
     """Train `params` and return the last state; goes on from what `directory` holds.
 
-    `loop` makes the loop's config of the number of steps. Raises InputError for batches that
+    The arrays of `params` are given up, and must not be those of a frozen model. `loop` makes the
+    loop's config of the number of steps. Raises InputError for batches that
     cannot be cut as asked, and what `train.loop.train` raises.
     """
     check_batch(config.batch_size, config.accumulate, mesh, flag="--batch-size")
@@ -141,7 +142,7 @@ def fine_tune(
     if task.held_out is not None:
         evaluate = evaluation(task, config, mesh)
     return train(
-        init_state(params, optimizer, jax.random.key(config.seed)),
+        init_state(params, optimizer, jax.random.key(config.seed), copy=False),
         step,
         batches,
         config=loop(steps),

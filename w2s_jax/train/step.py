@@ -41,9 +41,14 @@ class TrainState(NamedTuple):
     key: Array
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    """State at step 0; the arrays of `params` are copied, as the first step donates them."""
-    params = jax.tree.map(jnp.array, params)
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: Array, *, copy: bool = True
+) -> TrainState:
+    """State at step 0. The first step donates its arrays, so those of `params` are copied.
+
+    With copy=False they are not, which halves their memory: nobody may read `params` afterwards.
+    """
+    params = jax.tree.map(jnp.array, params) if copy else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
 
