@@ -96,7 +96,8 @@ def number_of_steps(config: RunConfig, data: Source) -> int:
 def trainable(policy: Policy, model: Model, *, seed: int, mesh: Mesh | None = None) -> Any:
     """What is trained at the start: the model's parameters in float32, or new adapters.
 
-    Parameters that are float32 already are the model's own arrays. On a mesh, adapters are placed by the rules of what they are beside.
+    Parameters that are float32 already are the model's own arrays. On a mesh, adapters are placed
+    by the rules of what they are beside.
     """
     if policy.lora is None:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
