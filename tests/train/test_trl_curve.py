@@ -70,6 +70,8 @@ def compare(ours, theirs, names):
     assert len(ours) == len(theirs) == 24
     for row, expected in zip(ours, theirs, strict=True):
         for name in names:
+            if name == "rewards/accuracies" and abs(expected["rewards/margins"]) < 1e-4:
+                continue  # the model is still the reference: rounding decides which side is above
             np.testing.assert_allclose(
                 row[name], expected[name], rtol=1e-3, atol=1e-3, err_msg=f"{name} {row['step']}"
             )
