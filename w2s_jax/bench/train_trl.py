@@ -42,7 +42,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
     options = {"beta": 0.1} if dpo else {"dataset_kwargs": {"skip_prepare_dataset": True}}
     with tempfile.TemporaryDirectory() as folder:
-        args = (DPOConfig if dpo else SFTConfig)(
+        args: Any = (DPOConfig if dpo else SFTConfig)(
             output_dir=folder, max_steps=job["steps"], max_length=job["length"],
             per_device_train_batch_size=job["batch_size"] // (2 if dpo else 1),
             learning_rate=job["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0,
