@@ -70,6 +70,15 @@ def test_sft_is_the_mean_over_targets_with_its_accuracy(models):
     assert metrics["num_tokens"] == batch["segments"].sum()
 
 
+def test_sft_of_nothing_is_zero_with_a_gradient_of_zero(models):
+    model, batch = models[0], rows((2,))
+    batch |= {"targets": np.zeros_like(batch["targets"])}
+    loss = sft_loss(Policy(model.config))
+    value, gradient = jax.value_and_grad(lambda p: loss(p, {}, batch, KEY)[0])(model.params)
+    assert value == 0
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
 def test_responses_are_summed_over_their_targets(models):
     batch = rows((3, 2))
     np.testing.assert_allclose(

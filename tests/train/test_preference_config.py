@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.train.losses import dpo
 from w2s_jax.train.preference_config import (
     LOSSES,
     RENAMED,
@@ -75,9 +74,12 @@ def test_a_missing_array_is_told():
 
 def test_the_default_is_dpo():
     values, metrics = preference_loss(PreferenceConfig(), PAIRS)
-    loss, expected = dpo(*ROWS)
-    np.testing.assert_allclose(values.mean(), loss, rtol=1e-6)
-    assert metrics == {name: value for name, value in expected.items() if name != "loss"}
+    chosen, rejected, reference_chosen, reference_rejected = map(np.asarray, ROWS)
+    rewards = 0.1 * (chosen - reference_chosen), 0.1 * (rejected - reference_rejected)
+    np.testing.assert_allclose(values, np.log1p(np.exp(rewards[1] - rewards[0])), rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/chosen"], rewards[0].mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/rejected"], rewards[1].mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["logps/rejected"], rejected.mean(), rtol=1e-6)
 
 
 def test_a_mix_is_the_weighted_sum():

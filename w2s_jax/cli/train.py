@@ -74,21 +74,25 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
 
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
-        from w2s_jax.train.run import fine_tune, trainable
+        from w2s_jax.train.placing import check_batch
+        from w2s_jax.train.run import fine_tune, number_of_steps, trainable
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         setup = self.prepare()
         if self.estimate:
             self.show_estimate(setup)
             return
+        run = self.run_config(setup)
+        check_batch(run.batch_size, run.accumulate, setup.mesh, flag="--batch-size")
         data, held_out = self.read(setup)
+        self.loop_config(number_of_steps(run, data))
         model = self.load(setup)
         task = self.task(setup, model, data, held_out)
         params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
         state = fine_tune(
             task,
             params,
-            self.run_config(setup),
+            run,
             self.loop_config,
             setup.directory,
             mesh=setup.mesh,
