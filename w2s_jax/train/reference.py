@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.held_out import Part
 from w2s_jax.text.training_data import Data
 from w2s_jax.train.objectives import REFERENCE, response_logprobs
-from w2s_jax.train.placing import place
+from w2s_jax.train.placing import check_batch, place
 from w2s_jax.train.step import Batch
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,15 @@ def reference_logprobs(
 ) -> Float32[np.ndarray, "n 2"]:
     """Summed log-probs of both responses of every example, in nats; `rows` examples at a time.
 
-    Examples of like length are read together, so that little is padded.
+    Examples of like length are read together, so that little is padded. On a mesh over several
+    hosts each reads its share of the rows, and all get all the numbers; `rows` must be divisible
+    by the parts of the mesh.
     """
+    check_batch(rows, 1, mesh, flag="--eval-batch-size")
+    host, hosts = jax.process_index(), jax.process_count()
+    share = slice(host * rows // hosts, (host + 1) * rows // hosts)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    read = jax.jit(response_logprobs, out_shardings=whole)
     found = np.zeros((len(data), 2), np.float32)
     order = np.argsort(-data.lengths, kind="stable")
     quiet = not sys.stderr.isatty()
@@ -73,8 +80,8 @@ def reference_logprobs(
         for first in range(0, len(order), rows):
             indices = order[first : first + rows]
             filled = np.resize(indices, rows)
-            batch = place(_rows(data.at(filled)), mesh)
-            found[indices] = np.asarray(_response_logprobs(model, batch))[: len(indices)]
+            batch = place(_rows(data.at(filled, share)), mesh)
+            found[indices] = np.asarray(read(model, batch))[: len(indices)]
             bar.update(len(indices))
     return found
 
@@ -96,7 +103,7 @@ def cached_logprobs(
     digest = hashlib.sha256(f"{identity}\n{data.identity}".encode()).hexdigest()[:24]
     path = cache / f"reference-{digest}.npy"
     kept = _read(path, len(data))
-    if kept is not None:
+    if _on_all_hosts(kept is not None) and kept is not None:
         log.info("reference log-probs of %d examples read from %s", len(data), path)
         return kept
     found = reference_logprobs(model, data, rows=rows, mesh=mesh)
@@ -116,9 +123,13 @@ def weights_identity(directory: Path) -> str:
     return digest.hexdigest()[:24]
 
 
-@jax.jit
-def _response_logprobs(model: Model, batch: Batch) -> jax.Array:
-    return response_logprobs(model, batch)
+def _on_all_hosts(flag: bool) -> bool:
+    """Whether it holds on every host: what all must do together, all do or none does."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).all())
 
 
 def _rows(batch: Mapping[str, Any]) -> Batch:
