@@ -1,9 +1,10 @@
 """What all tests share: where they run, where real data lies, and processes of their own."""
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,27 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Most of the suite's time is LLVM's, which need not work hard for programs that run once, and need
+# not work twice for what several files or processes compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 settings.register_profile("w2s", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("w2s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Lets go of what a file compiled: some hundreds of tests map as much memory as a process may.
+
+    Each compiled program takes several mappings; at Linux's 65,530 the process dies in LLVM.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +48,11 @@ def shared_data() -> Path:
     return folder
 
 
+def with_devices(count: int) -> str:
+    """XLA_FLAGS of a process that has so many CPU devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs source in a fresh interpreter and returns its output: `run_python(code, devices=8)`."""
@@ -36,7 +60,7 @@ def run_python() -> Callable[..., str]:
     def run(code: str, *, devices: int = 1, timeout: float = 300) -> str:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": with_devices(devices),
             "PYTHONPATH": str(ROOT),
         }
         done = subprocess.run(

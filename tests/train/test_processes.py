@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cli.test_search import tiny
-from tests.conftest import ROOT
+from tests.conftest import ROOT, with_devices
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.train.loop import read_metrics
 from w2s_jax.train.manifest import steps_on_disk
@@ -51,7 +51,7 @@ def start(hosts, arguments, tmp_path, *, devices=2):
     """One process for each host; what each says goes to a file of its own."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": with_devices(devices),
         "PYTHONPATH": str(ROOT),
     }
     address = f"127.0.0.1:{free_port()}"
