@@ -1,0 +1,275 @@
+"""Small tasks in processes of their own, where one may hang, crash or take all memory.
+
+Such a task costs its own result and nothing else. Knows nothing of answers, imports no NumPy.
+"""
+
+# Not a pool of the standard library or of pebble (5.2.3): both give up all that waits when a worker
+# dies at a bad moment, and both run the caller's main module again in every worker.
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from types import TracebackType
+from typing import Any
+
+from w2s_jax.errors import InputError
+
+START_SECONDS = 120.0
+BATCH = 64
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from w2s_jax.reasoning.workers import serve; serve(int(sys.argv[1]))"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task has no result: "timed out after 5 s", "out of memory (1024 MB)" .."""
+
+    reason: str
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    deadline: float
+    ready: bool = False
+    tasks: deque[int] = field(default_factory=deque)  # sent and not answered; the first one runs
+
+    def end(self) -> int:
+        """Kills the process at once, whatever it does; its exit code."""
+        self.process.kill()
+        self.connection.close()
+        return self.process.wait()
+
+
+class Workers:
+    """Processes that apply one function to tasks, to be used in a `with` block.
+
+    factory: "module:attribute", called in every worker with `arguments`, gives the function; tasks,
+    arguments and results must pickle. seconds: for each task, on the clock. memory_mb: address
+    space of a worker (where the system limits it: Linux). Workers start at the first `run`, hash
+    with seed 0, print nowhere, and die with the block, or with their parent.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        arguments: tuple[Any, ...] = (),
+        *,
+        workers: int | None = None,
+        seconds: float | int = 5.0,
+        memory_mb: int = 1024,
+    ):
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise InputError(f"a time limit of {seconds} s for an answer; more than 0 is needed")
+        if memory_mb < 128:
+            raise InputError(f"a memory limit of {memory_mb} MB for a worker; 128 is the least")
+        if workers is not None and workers < 1:
+            raise InputError(f"{workers} workers; at least 1 is needed")
+        self._setup = (factory, arguments, float(seconds), memory_mb)
+        self._seconds = float(seconds)
+        self._memory_mb = memory_mb
+        self._most = workers or _cores()
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
+
+    def run(
+        self, tasks: Sequence[Any], *, on_result: Callable[[int], None] = lambda index: None
+    ) -> list[Any]:
+        """The result of every task, or its Failure, in the order of the tasks.
+
+        `on_result` is called with an index as soon as its result is there. Raises what `factory`
+        raised when it is an InputError, and RuntimeError where no worker can start.
+        """
+        results: list[Any] = [None] * len(tasks)
+        waiting = deque(range(len(tasks)))
+        size = max(1, min(BATCH, len(tasks) // (4 * self._most)))
+
+        def finish(index: int, result: Any) -> None:
+            results[index] = result
+            on_result(index)
+
+        while waiting or any(worker.tasks for worker in self._workers):
+            self._start(min(self._most, math.ceil(len(waiting) / size)))
+            for worker in list(self._workers):
+                if worker.ready and not worker.tasks and waiting:
+                    self._send(worker, tasks, waiting, size)
+            self._await(waiting, finish)
+        return results
+
+    def _start(self, wanted: int) -> None:
+        while len(self._workers) < wanted:
+            ours, theirs = Pipe()
+            with theirs:
+                process = _spawn(theirs.fileno())
+            worker = _Worker(process, ours, time.monotonic() + START_SECONDS)
+            self._workers.append(worker)
+            with contextlib.suppress(OSError):  # dead already: its silence will tell
+                ours.send(self._setup)
+
+    def _send(self, worker: _Worker, tasks: Sequence[Any], waiting: deque[int], size: int) -> None:
+        batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+        worker.tasks.extend(batch)
+        worker.deadline = time.monotonic() + self._seconds
+        try:
+            worker.connection.send([tasks[index] for index in batch])
+        except OSError:
+            # It died idle, so none of these tasks is at fault.
+            self._remove(worker)
+            waiting.extendleft(reversed(batch))
+
+    def _await(self, waiting: deque[int], finish: Callable[[int, Any], None]) -> None:
+        busy = {w.connection: w for w in self._workers if w.tasks or not w.ready}
+        if not busy:
+            return
+        soonest = min(worker.deadline for worker in busy.values())
+        for connection in wait(list(busy), max(0.0, soonest - time.monotonic())):
+            self._receive(busy[connection], waiting, finish)  # type: ignore[index]
+        now = time.monotonic()
+        for worker in [w for w in self._workers if w.deadline < now and (w.tasks or not w.ready)]:
+            if not worker.ready:
+                raise RuntimeError(f"a worker did not start within {START_SECONDS:g} s")
+            self._give_up(worker, waiting, finish, f"timed out after {self._seconds:g} s")
+
+    def _receive(
+        self, worker: _Worker, waiting: deque[int], finish: Callable[[int, Any], None]
+    ) -> None:
+        try:
+            answer = worker.connection.recv()
+        except (EOFError, OSError):
+            code = self._remove(worker, kill=False)
+            if not worker.ready:
+                raise RuntimeError(f"a worker did not start: {_ending(code)}") from None
+            self._give_up(worker, waiting, finish, f"the worker died: {_ending(code)}")
+            return
+        worker.deadline = time.monotonic() + self._seconds
+        if worker.ready:
+            finish(worker.tasks.popleft(), answer)
+        elif isinstance(answer, Exception):
+            raise answer
+        else:
+            worker.ready = True
+
+    def _give_up(
+        self,
+        worker: _Worker,
+        waiting: deque[int],
+        finish: Callable[[int, Any], None],
+        reason: str,
+    ) -> None:
+        self._remove(worker)
+        running = worker.tasks.popleft()
+        waiting.extendleft(reversed(worker.tasks))
+        worker.tasks.clear()
+        finish(running, Failure(reason))
+
+    def _remove(self, worker: _Worker, *, kill: bool = True) -> int:
+        if worker not in self._workers:
+            return 0
+        self._workers.remove(worker)
+        if not kill:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(1.0)
+        return worker.end()
+
+
+def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
+    paths = [os.path.abspath(path) for path in sys.path]
+    # A session of its own: Ctrl-C reaches the parent alone, which then ends its workers.
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOOT, str(descriptor), json.dumps(paths)],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve(descriptor: int) -> None:
+    """What a worker does: makes its function, then answers batches of tasks until nobody asks."""
+    logging.disable(logging.CRITICAL)
+    connection = Connection(descriptor)
+    try:
+        factory, arguments, seconds, memory_mb = connection.recv()
+        _limit_memory(memory_mb)
+        module, _, attribute = factory.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), attribute)(*arguments)
+        except InputError as error:
+            connection.send(error)
+            return
+        except Exception as error:
+            connection.send(RuntimeError(f"a worker did not start: {error!r}"))
+            return
+        connection.send(None)
+        while True:
+            for task in connection.recv():
+                _limit_time(seconds)
+                connection.send(_answer(function, task, memory_mb))
+    except (EOFError, OSError):
+        pass  # The parent is gone.
+
+
+def _answer(function: Callable[[Any], Any], task: Any, memory_mb: int) -> Any:
+    try:
+        return function(task)
+    except MemoryError:
+        return Failure(f"out of memory ({memory_mb} MB)")
+    except RecursionError:
+        return Failure("nested too deeply")
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}"[:200])
+
+
+def _limit_memory(memory_mb: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # systems other than Linux refuse it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+
+
+def _limit_time(seconds: float) -> None:
+    # The parent keeps the time; this ends a busy worker whose parent was killed.
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    until = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
