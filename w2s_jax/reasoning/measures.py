@@ -1,0 +1,190 @@
+"""What is measured of answers: accuracy, pass@k, majority@k, recovered gap, and their intervals.
+
+Pure functions of verdicts and counts; holds no checker, no file and no figure.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from statistics import NormalDist, fmean, stdev
+
+from w2s_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of successes with an interval, all but the counts in [0, 1]."""
+
+    correct: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+    def as_row(self) -> dict[str, int | float]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over repetitions with an interval; NaN at both ends where there is only one."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def as_row(self) -> dict[str, int | float | None]:
+        """The fields, for JSON: an end that is not known is null."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def proportion(correct: int, total: int, level: float = 0.95) -> Proportion:
+    """A share with Wilson's score interval (Wilson 1927; no continuity correction).
+
+    Raises InputError where there is nothing to count.
+    """
+    if not 0 <= correct <= total or total == 0:
+        raise InputError(f"{correct} right of {total} answers is no share")
+    share, z = correct / total, NormalDist().inv_cdf((1 + level) / 2)
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
+    low = 0.0 if correct == 0 else middle - half
+    high = 1.0 if correct == total else middle + half
+    return Proportion(correct, total, share, low, high)
+
+
+def accuracy(results: Iterable[bool]) -> Proportion | None:
+    """The share of right answers with its 95 % interval; None where none was judged."""
+    results = list(results)
+    return proportion(sum(results), len(results)) if results else None
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, given `correct` right of `samples`.
+
+    1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises InputError where k
+    exceeds the samples.
+    """
+    _check_k(samples, k)
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority_at_k(answers: Sequence[str], right: Callable[[str], bool], k: int) -> float:
+    """Unbiased chance that the most common answer of k samples is right.
+
+    answers: the final answers of one question's samples in one canonical form; the empty one votes
+    as any other. The expectation is over all subsets of size k drawn without replacement, exact for
+    every n by generating functions; among j answers tied for the most votes each counts 1/j. With
+    k = n this is the plain majority vote, with k = 1 the share of right samples. Raises InputError
+    where k exceeds the samples.
+    """
+    _check_k(len(answers), k)
+    counts = Counter(answers)
+    chance = 0.0
+    for answer in counts:
+        if answer != "" and right(answer):
+            others = tuple(sorted(counts[other] for other in counts if other != answer))
+            chance += _wins(counts[answer], others, k)
+    return chance
+
+
+def mean_over(values: Iterable[float]) -> float | None:
+    """The plain mean of a figure over questions; None where there is none."""
+    values = list(values)
+    return fmean(values) if values else None
+
+
+def gap_recovered(weak: float, result: float, ceiling: float) -> float | None:
+    """Performance gap recovered, (result − weak) / (ceiling − weak).
+
+    1 at the strong ceiling, 0 at the weak floor, and beyond either where the result is. None where
+    the ceiling is not above the floor: there is no gap. Burns et al. 2023, arXiv 2312.09390.
+    """
+    return (result - weak) / (ceiling - weak) if ceiling > weak else None
+
+
+def gap_over_seeds(
+    weak: Sequence[float], results: Sequence[float], ceilings: Sequence[float]
+) -> Estimate | None:
+    """The gap recovered by every seed against its own floor and ceiling, and its interval.
+
+    None where a seed has no gap. Raises InputError where there is no seed.
+    """
+    gaps = [gap_recovered(*of_seed) for of_seed in zip(weak, results, ceilings, strict=True)]
+    known = [gap for gap in gaps if gap is not None]
+    return over_seeds(known) if len(known) == len(gaps) else None
+
+
+def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """The mean over repetitions, with Student's t interval of len(values) − 1 degrees of freedom.
+
+    Not clipped to [0, 1]. Raises InputError where there is no value.
+    """
+    if not values:
+        raise InputError("no value to take a mean over seeds of")
+    mean, count = fmean(values), len(values)
+    if count == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    half = student_t(count - 1, level) * stdev(values) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def student_t(freedom: int, level: float) -> float:
+    """The t with P(|T| < t) = level, by bisection of the closed form for integer degrees.
+
+    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, to about 1e-12 relative.
+    """
+    low, high = 0.0, math.pi / 2  # of the angle arctan(t / sqrt(freedom))
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < level else (low, middle)
+    return math.tan((low + high) / 2) * math.sqrt(freedom)
+
+
+def _t_within(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle))."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    series = 0.0
+    for power in range(1 if odd else 0, freedom - 1, 2):
+        series += term
+        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+    inner = math.sin(angle) * series
+    return 2 / math.pi * (angle + inner) if odd else inner
+
+
+def _check_k(samples: int, k: int) -> None:
+    if not 1 <= k <= samples:
+        raise InputError(f"k = {k} of {samples} samples; k must be from 1 to the samples drawn")
+
+
+# Questions share few partitions of n samples into answers: 42 for n = 10.
+@lru_cache(maxsize=1 << 14)
+def _wins(own: int, others: tuple[int, ...], k: int) -> float:
+    """The expected share of the vote's win for an answer held by `own` samples.
+
+    For each number v of its votes, coefficients [votes, ties] count how the others can take the
+    remaining votes with none above v and so many at v.
+    """
+    ways = 0.0
+    total = math.comb(own + sum(others), k)
+    for votes in range(1, min(own, k) + 1):
+        counts = {(0, 0): 1}
+        for other in others:
+            after: dict[tuple[int, int], int] = {}
+            for (taken, ties), so_far in counts.items():
+                for more in range(min(other, votes, k - votes - taken) + 1):
+                    state = (taken + more, ties + (more == votes))
+                    after[state] = after.get(state, 0) + so_far * math.comb(other, more)
+            counts = after
+        for (taken, ties), so_far in counts.items():
+            if taken == k - votes:
+                ways += math.comb(own, votes) * so_far / total / (ties + 1)
+    return ways

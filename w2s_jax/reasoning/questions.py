@@ -1,0 +1,283 @@
+"""Questions, the responses to them, demonstrations, and the published prompt format.
+
+Reads and validates files; every fault is one line that names the file and the row. Holds no model,
+no tokenizer and no rule of extraction.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from w2s_jax.errors import InputError
+from w2s_jax.text.rows import Row, read_rows
+
+Id = int | str
+Answers = Mapping[Id, Mapping[str, Any]]
+"""One row a question, by the question's id."""
+Overflow = Literal["error", "drop-first"]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A solved question that stands before the one to be answered."""
+
+    question: str
+    answer: str
+
+
+def prompt_of(question: str, demonstrations: Iterable[Demonstration] = ()) -> str:
+    """The published prompt: `Question: {}`, `Answer:`, behind demonstrations and blank lines.
+
+    A demonstration of the very same question is left out, so that no prompt holds its own answer.
+    """
+    solved = (
+        f"Question: {one.question}\nAnswer: {one.answer}\n\n"
+        for one in demonstrations
+        if one.question.strip() != question.strip()
+    )
+    return f"{''.join(solved)}Question: {question}\nAnswer:"
+
+
+def completion_of(response: str) -> str:
+    """A response as the text that follows its prompt: one space, and no blanks around it."""
+    return f" {response.strip()}"
+
+
+def draw_key(seed: int, *parts: Id) -> str:
+    """A number that depends on its arguments alone, as text to sort by: SHA-256 of their JSON.
+
+    Sorting by it draws at random without regard to the order or number of what is sorted.
+    """
+    return hashlib.sha256(json.dumps([seed, *parts]).encode()).hexdigest()
+
+
+def read_questions(
+    path: str | Path,
+    *,
+    ids: Literal["own", "index"] = "own",
+    question: str = "question",
+    answer: str = "answer",
+    answers_needed: bool = False,
+) -> list[Row]:
+    """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
+
+    ids: "own" takes a row's field id or, where it has none, its number in the file from 1; "index"
+    takes its index from 0, as the published files do. question, answer: the names of those fields
+    in the file; a number as answer becomes text, null is no answer.
+
+    Raises InputError for a file that cannot be read, a row without question (or, where
+    `answers_needed`, without answer), an id that is no integer or text, and one met twice.
+    """
+    rows, where = read_rows(path)
+    found: dict[Id, int] = {}
+    result = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{where} {number}"
+        row_id = number - 1 if ids == "index" else _id(row, number, place)
+        if row_id in found:
+            raise InputError(
+                f"{place}: the id {row_id!r} stands on {where} {found[row_id]} already; "
+                "ids must differ"
+            )
+        found[row_id] = number
+        kept = {name: row[name] for name in row if name not in (question, answer, "id")}
+        kept |= {"id": row_id, "question": _text(row, question, place)}
+        if row.get(answer) is not None:
+            kept["answer"] = _answer(row, answer, place)
+        elif answers_needed:
+            raise InputError(
+                f'{place}: no "{answer}"; a question that is trained on or judged needs one'
+            )
+        result.append(kept)
+    return result
+
+
+def read_responses(
+    path: str | Path,
+    questions: Sequence[Mapping[str, Any]],
+    *,
+    needs: Sequence[str] = ("response",),
+    complete: bool = True,
+) -> dict[Id, Row]:
+    """One response a question, by id, in the order of the questions.
+
+    The published field `output` is read as `response`; a row without id answers the question whose
+    id is its number in the file. needs: fields that must be there, as text. complete: every
+    question must have its row.
+
+    Raises InputError for an id that no question has, one met twice or one missing, and for a row
+    whose own `prompt` or `content` does not hold the question of its id.
+    """
+    rows, where = read_rows(path)
+    texts = {row["id"]: row["question"] for row in questions}
+    found: dict[Id, Row] = {}
+    for number, row in enumerate(rows, start=1):
+        place = f"{where} {number}"
+        row_id = _id(row, number, place)
+        if row_id not in texts:
+            raise InputError(f"{place}: {_unknown(row_id, texts)}")
+        if row_id in found:
+            raise InputError(f"{place}: a second row for the id {row_id!r}; one a question")
+        if "response" not in row and "output" in row:
+            row = row | {"response": row["output"]}
+        for name in needs:
+            if not isinstance(row.get(name), str):
+                raise InputError(f'{place}: no text "{name}" for the id {row_id!r}')
+        for name in ("prompt", "content"):
+            if texts[row_id].strip() not in str(row.get(name, texts[row_id])):
+                raise InputError(
+                    f'{place}: its "{name}" does not hold the question of the id {row_id!r}; '
+                    "these are responses to other questions, or ids have shifted"
+                )
+        found[row_id] = row | {"id": row_id}
+    missing = [row_id for row_id in texts if row_id not in found]
+    if complete and missing:
+        raise InputError(
+            f"{path}: no row for the id {missing[0]!r}; {len(missing):,} of {len(texts):,} "
+            "questions have none, and each needs one"
+        )
+    return {row_id: found[row_id] for row_id in texts if row_id in found}
+
+
+def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
+    """The demonstrations of a file of {"question", "answer"} rows, in order.
+
+    Raises InputError for a file that cannot be read and a row that lacks one of the two.
+    """
+    rows, where = read_rows(path)
+    return tuple(
+        Demonstration(
+            _text(row, "question", f"{where} {number}"), _answer(row, "answer", f"{where} {number}")
+        )
+        for number, row in enumerate(rows, start=1)
+    )
+
+
+def draw_demonstrations(
+    questions: Sequence[Mapping[str, Any]],
+    responses: Answers,
+    count: int,
+    *,
+    seed: int,
+    source: str = "the weak model's responses",
+) -> tuple[Demonstration, ...]:
+    """Demonstrations drawn from a model's own graded responses, those known to be wrong excluded.
+
+    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true.
+    The draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
+    under another id either. Raises InputError, naming `source`, where too few may be drawn.
+    """
+    fit = {
+        row["question"].strip(): (row, responses[row["id"]])
+        for row in sorted(questions, key=lambda row: draw_key(seed, row["id"]))
+        if row["id"] in responses and _may_show(responses[row["id"]], source)
+    }
+    if len(fit) < count:
+        raise InputError(
+            f"{source}: {len(fit):,} questions answered well enough to demonstrate, but {count:,} "
+            "demonstrations are asked for; ask for fewer or name a file of demonstrations"
+        )
+    drawn = sorted(fit.values(), key=lambda found: draw_key(seed, found[0]["id"]))[:count]
+    return tuple(
+        Demonstration(row["question"], answer["response"].strip()) for row, answer in drawn
+    )
+
+
+def fit_prompts(
+    questions: Sequence[Mapping[str, Any]],
+    demonstrations: Sequence[Demonstration],
+    tokens: Callable[[str], int],
+    *,
+    context: int,
+    max_new_tokens: int,
+    overflow: Overflow = "error",
+    source: str = "questions",
+    demonstrations_source: str = "demonstrations",
+) -> list[str]:
+    """The prompt of every question, none longer than leaves room for the response.
+
+    tokens: how many tokens a text has, its special tokens with it; context and max_new_tokens are
+    tokens. overflow: "error", or "drop-first" to leave out demonstrations from the front, as many
+    as a prompt needs. Raises InputError that names both files, the question and the demonstration
+    at which the room is used up.
+    """
+    room = context - max_new_tokens
+
+    def fit(row: Mapping[str, Any]) -> str:
+        for left_out in range(len(demonstrations) + 1):
+            prompt = prompt_of(row["question"], demonstrations[left_out:])
+            if tokens(prompt) <= room:
+                return prompt
+            if overflow == "error" or left_out == len(demonstrations):
+                raise InputError(fault(row))
+        raise AssertionError("the last turn returns or raises")
+
+    def fault(row: Mapping[str, Any]) -> str:
+        sizes = [
+            tokens(prompt_of(row["question"], demonstrations[:taken]))
+            for taken in range(len(demonstrations) + 1)
+        ]
+        budget = f"of the {context:,} of the context {max_new_tokens:,} are for the response"
+        if sizes[0] > room:
+            return f"{source} id {row['id']!r}: the question takes {sizes[0]:,} tokens; {budget}"
+        full = next(taken for taken, size in enumerate(sizes) if size > room)
+        return (
+            f"{demonstrations_source} row {full}: {full} demonstrations and the question of "
+            f"{source} id {row['id']!r} take {sizes[full]:,} tokens; {budget}; give fewer or "
+            "shorter ones, or let the first be dropped"
+        )
+
+    return [fit(row) for row in questions]
+
+
+def pred_of(row: Mapping[str, Any], source: str) -> str:
+    """The final answer of a graded row; InputError, naming `source` and the id, without one."""
+    pred = row.get("pred")
+    if not isinstance(pred, str):
+        raise InputError(
+            f'{source}: the row of id {row.get("id")!r} has no text "pred"; grade the responses '
+            'first (an empty text means "no final answer")'
+        )
+    return pred
+
+
+def _may_show(row: Mapping[str, Any], source: str) -> bool:
+    return row.get("result") in (None, True) and pred_of(row, source) != ""
+
+
+def _id(row: Row, number: int, place: str) -> Id:
+    row_id = row.get("id", number)
+    if isinstance(row_id, bool) or not isinstance(row_id, int | str):
+        raise InputError(f"{place}: the id {row_id!r} is neither an integer nor a text")
+    return row_id
+
+
+def _text(row: Row, name: str, place: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f'{place}: no text "{name}"; found {_fields(row)}')
+    return value
+
+
+def _answer(row: Row, name: str, place: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return _text(row, name, place)
+
+
+def _fields(row: Row) -> str:
+    return ", ".join(f'"{name}"' for name in row) or "no fields"
+
+
+def _unknown(row_id: Id, known: Iterable[Id]) -> str:
+    known = list(known)
+    twin = next((one for one in known if str(one) == str(row_id)), None)
+    if twin is not None:
+        kinds = ("a text", "a number") if isinstance(row_id, str) else ("a number", "a text")
+        return f"the id {row_id!r} is {kinds[0]}; the questions have it as {kinds[1]}"
+    first, last = known[0], known[-1]
+    return f"no question has the id {row_id!r}; those of the questions run {first!r} .. {last!r}"
