@@ -7,7 +7,7 @@ in text/order.py.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,19 @@ class Data:
                 self.store.lengths[self.packing.documents], self.packing.starts[:-1]
             )
         return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+
+    def fitting(self, vocabulary: int) -> "Data":
+        """This data for a model of so many tokens: padding, which no token sees, is one of them.
+
+        Raises InputError where a document holds a token that the model does not have.
+        """
+        largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {largest}, and the model has {vocabulary}, from 0 on; "
+                "it is the tokenizer of another model"
+            )
+        return self if self.pad_id < vocabulary else replace(self, pad_id=0)
 
     def names(self, index: int) -> list[str]:
         """Where the documents of a row stand, as "FILE line N"."""
@@ -234,7 +247,10 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     if store is None:
         raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
     if not len(store):
-        raise InputError(f"{_all(sources)}: no row is left ({_told(store.notes)})")
+        raise InputError(
+            f"{_all(sources)}: no row is left ({_told(store.notes)}); within --max-length "
+            f"{config.max_length} a row needs a token to learn, behind its prompt"
+        )
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Data(
         kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
