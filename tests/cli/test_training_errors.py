@@ -117,3 +117,20 @@ def test_an_adapter_is_trained_further_whole_and_never_adapted_again(
     error = one_error(capsys, run("sft", adapter, pairs, tmp_path / "again", "--lora-rank=2"))
     assert f"w2s convert {adapter} TARGET" in error
     assert main(["convert", str(adapter), str(tmp_path / "merged")]) == 0
+
+
+def test_adapters_are_not_written_beside_a_whole_model(model, pairs, tmp_path, capsys, unread):
+    shutil.copytree(model, tmp_path / "run" / "model")
+    status = run("sft", model, pairs, tmp_path / "run", "--lora-rank=2")
+    assert "holds a whole model, beside which no adapter is read" in one_error(capsys, status)
+
+
+def test_reference_log_probs_of_an_adapter_are_those_of_its_base_too(model, pairs, tmp_path):
+    from w2s_jax.train.reference import weights_identity
+
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    assert run("sft", base, pairs, tmp_path / "run", "--lora-rank=2") == 0
+    before = weights_identity(tmp_path / "run" / "model")
+    tiny(base, 5)
+    assert weights_identity(tmp_path / "run" / "model") != before

@@ -187,6 +187,11 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             raise InputError(f"--max-length {length} is {what}")
         directory = Path(self.output or f"runs/{self.name}")
         self.check_not_read_from(directory / MODEL, checkpoint)
+        if lora is not None and any((directory / MODEL).glob("model*.safetensors")):
+            raise InputError(
+                f"{directory / MODEL} holds a whole model, beside which no adapter is read; remove "
+                "it, or name another --output"
+            )
         return Setup(
             checkpoint=checkpoint,
             config=config,
@@ -201,10 +206,10 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
     def check_not_read_from(self, target: Path, checkpoint: Path) -> None:
         """Raises InputError where writing to `target` would replace a checkpoint that is read."""
         from w2s_jax.models.huggingface import is_adapter
-        from w2s_jax.models.lora_huggingface import base_of
+        from w2s_jax.models.lora_huggingface import base_folder
 
         read = [checkpoint, *self.frozen_folders().values()]
-        read += [Path(base_of(folder)) for folder in read if is_adapter(folder)]
+        read += [base_folder(folder) for folder in read if is_adapter(folder)]
         for folder in read:
             if target.expanduser().resolve() == folder.resolve():
                 raise InputError(
@@ -469,10 +474,10 @@ def _tell(what: str, data: "Data") -> None:
 
 def _stored_dtype(checkpoint: Path) -> str:
     """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, is_adapter, locate, read_json
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
+    from w2s_jax.models.lora_huggingface import base_folder
 
     if is_adapter(checkpoint):
-        return _stored_dtype(locate(base_of(checkpoint)))
+        return _stored_dtype(base_folder(checkpoint))
     config = read_json(checkpoint / CONFIG)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

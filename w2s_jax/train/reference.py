@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from w2s_jax.models.huggingface import is_adapter, locate
-from w2s_jax.models.lora_huggingface import base_of
+from w2s_jax.models.huggingface import is_adapter
+from w2s_jax.models.lora_huggingface import base_folder
 from w2s_jax.models.model import Model
 from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.held_out import Part
@@ -122,7 +122,7 @@ def weights_identity(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     if is_adapter(directory):
-        digest.update(weights_identity(locate(base_of(directory))).encode())
+        digest.update(weights_identity(base_folder(directory)).encode())
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
         digest.update(file.name.encode())
         with file.open("rb") as opened:
