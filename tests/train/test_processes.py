@@ -94,8 +94,8 @@ def dpo(files, output, *flags):
     model, pairs = files
     return [
         "dpo", f"--model={model}", f"--data={pairs}", f"--output={output}", "--batch-size=8",
-        "--log-every=1", "--optimizer=sgd", "--learning-rate=1e-3", "--held-out=8", "--eval-every=5",
-        *flags,
+        "--log-every=1", "--optimizer=sgd", "--learning-rate=1e-3", "--held-out=8",
+        "--eval-every=5", *flags,
     ]  # fmt: skip
 
 

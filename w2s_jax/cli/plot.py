@@ -76,8 +76,8 @@ def read_run(folder: str | Path) -> Run:
     for number, row in enumerate(rows, start=1):
         if not (_is_number(row["step"]) and row["step"] == int(row["step"])):
             raise InputError(
-                f"{Path(folder) / METRICS} line {number}: step is {row['step']!r}, no whole number; "
-                "name the folder of a training run"
+                f"{Path(folder) / METRICS} line {number}: step is {row['step']!r}, no whole "
+                "number; name the folder of a training run"
             )
         for name, value in row.items():
             if name != "step" and _is_number(value):

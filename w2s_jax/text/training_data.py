@@ -25,6 +25,7 @@ from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store,
 
 _VERSION = 1  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
+_FIGURES = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +240,11 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     sources = [open_source(name, split=config.split) for name in config.data]
     identity = _identity(kind, config, sources, template)
     path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
-    store = read_store(path)
+    store = _read_whole(path)
     if store is None:
         figures: dict[str, int] = {}
         write_store(path, _documents(kind, config, sources, template, figures), figures)
-        store = read_store(path)
+        store = _read_whole(path)
     if store is None:
         raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
     if not len(store):
@@ -256,6 +257,17 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
         kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
         pad_id, config.max_length, config.pad_to_multiple_of,
     )  # fmt: skip
+
+
+def _read_whole(path: Path) -> TokenStore | None:
+    """What `read_store` reads, where its counts are there and are those of its documents.
+
+    A stream that was cut between two blocks reads as a shorter one.
+    """
+    store = read_store(path)
+    if store is None or not isinstance(store.notes, dict) or not store.notes.keys() >= {*_FIGURES}:
+        return None
+    return store if store.notes["tokens"] == int(store.lengths.sum()) else None
 
 
 def _check(config: DataConfig) -> None:
@@ -278,8 +290,7 @@ def _documents(
     figures: dict[str, int],
 ) -> Iterator[list[Document]]:
     """Blocks of documents of all rows; counts in `figures` as they go."""
-    names = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
-    figures.update(dict.fromkeys(names, 0))
+    figures.update(dict.fromkeys(_FIGURES, 0))
     examples = _examples(kind, config, sources, figures)
     while block := list(islice(examples, _BLOCK)):
         places = [sources[source].place(row) for _, source, row in block]
