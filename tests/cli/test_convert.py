@@ -1,5 +1,8 @@
 """`w2s convert`: a merged adapter, another dtype, and what is refused."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +108,21 @@ def test_what_is_wrong_is_told_in_one_line(folders, flags, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         Convert(source, target, *merge_lora).run()
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_in_the_target_is_replaced(folders, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(folders["adapter"], target)
+    Convert(folders["base"], str(target)).run()
+    assert not list(target.glob("adapter*"))
+    np.testing.assert_array_equal(load_model(target)(TOKENS), load_model(folders["base"])(TOKENS))
+
+
+def test_a_base_that_is_gone_is_told_with_its_adapter(folders, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(folders["adapter"], moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"{moved}: its base: /gone/base: no such directory"):
+        Convert(str(moved), str(tmp_path / "out")).run()

@@ -97,3 +97,34 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(InputError, match=r"pip install 'w2s-jax\[plot\]'"):
         Plot((str(write_run(tmp_path / "a")),)).run()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"step": "x", "loss": 1}', "line 1: step is 'x', no whole number"),
+        ('{"step": null, "loss": 1}', "step is None"),
+        ('{"step": 1e400, "loss": 1}', "step is inf"),
+        ('{"step": 1, "loss": "a"}', "no numbers beside steps"),
+        ('{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}', "no numbers beside steps"),
+        (f'{{"step": 1, "loss": {"9" * 400}}}', "no numbers beside steps"),
+    ],
+)
+def test_a_file_of_another_kind_is_told(tmp_path, capsys, rows, message):
+    (tmp_path / "metrics.jsonl").write_text(rows + "\n")
+    assert main(["plot", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_no_run_at_all_is_told(capsys):
+    assert main(["plot"]) == 2
+    assert "RUN_DIR is missing" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_drawing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("w2s_jax.cli.plot.draw", lambda *args: pytest.fail("was drawn"))
+    assert main(["plot", str(write_run(tmp_path / "a")), "--output", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err

@@ -175,6 +175,7 @@ SPOILED = {
     "a changed base": (config(init_lora_weights="pissa"), "'pissa' changed the base's weights"),
     "rank 0": (config(r=0), "LoRA rank 0"),
     "rank of another kind": (config(r=[4]), "must be numbers"),
+    "rank that is no number": (config(r="a"), "must be numbers"),
     "rank that differs": (config(r=4), "for another base: tensor"),
     "rank pattern": (config(rank_pattern={"q_proj": 5}), "expected (5, 16)"),
     "malformed pattern": (config(alpha_pattern=["x"]), "it maps modules to numbers"),

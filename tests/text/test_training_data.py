@@ -18,6 +18,7 @@ from w2s_jax.text.order import Batches
 from w2s_jax.text.packing import best_fit
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.supervised import Encoded, Side, shorten
+from w2s_jax.text.token_store import Document, write_store
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
@@ -341,13 +342,19 @@ def test_datasets_opens_the_cache(tokenizer, config, tmp_path):
     assert opened[1]["tokens"] == data.store.side(1).tokens.tolist()
 
 
-@pytest.mark.parametrize("how", ["cut", "notes", "empty"])
+@pytest.mark.parametrize("how", ["cut", "notes", "other notes", "cut between blocks", "empty"])
 def test_a_damaged_cache_is_made_again(tokenizer, config, tmp_path, how):
     made = config(ROWS)
     first = load_sequences(made, tokenizer).at([0, 1])
     (path,) = tmp_path.glob("*.arrow")
     if how == "notes":
         path.with_suffix(".json").unlink()
+    elif how == "other notes":
+        path.with_suffix(".json").write_text("{}")
+    elif how == "cut between blocks":
+        notes = json.loads(path.with_suffix(".json").read_text())
+        side = Side(np.arange(3, dtype=np.int32), np.ones(3, bool), 0)
+        write_store(path, [[Document(side, 0, 1)]] * 2, notes)
     else:
         path.write_bytes(path.read_bytes()[: -200 if how == "cut" else 0])
     again = load_sequences(made, tokenizer).at([0, 1])

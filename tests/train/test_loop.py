@@ -284,7 +284,9 @@ def test_a_save_by_the_clock(tmp_path):
     assert max(steps_on_disk(tmp_path / "checkpoints")) in (4, 5)
 
 
-@pytest.mark.parametrize("field", ["steps", "log_every", "eval_every", "save_every", "keep_last"])
+@pytest.mark.parametrize(
+    "field", ["steps", "log_every", "eval_every", "save_every", "keep_last", "save_seconds"]
+)
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(InputError, match=f"{field} -1 must"):
         LoopConfig(**({"steps": 3} | {field: -1}))

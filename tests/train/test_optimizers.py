@@ -178,7 +178,14 @@ def test_the_global_norm_is_clipped_before_the_update():
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(updates)) < 1e-3
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": -1.0}, {"decay": 0.0}, {"learning_rate": 0.0}])
-def test_wrong_settings_are_told(wrong):
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        OptimizerConfig(**wrong)
+WRONG = {
+    "warmup": (-1.0, np.nan), "decay": (0.0, np.nan), "learning_rate": (0.0, np.nan, np.inf),
+    "muon_learning_rate": (0.0, np.nan), "final": (-1.0, np.nan), "weight_decay": (-1.0, np.nan),
+    "b1": (-1.0, 1.0, np.nan), "b2": (-1.0, 1.0), "max_grad_norm": (-1.0, np.nan),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, vs in WRONG.items() for v in vs])
+def test_wrong_settings_are_told(name, value):
+    with pytest.raises(InputError, match=f"^{name} {value} must be"):
+        OptimizerConfig(**{name: value})

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from tests.cli.test_search import tiny
+from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import DataConfig, load_pairs
+from w2s_jax.train import reference
 from w2s_jax.train.reference import (
     Referenced,
     cached_logprobs,
@@ -73,6 +75,12 @@ def test_they_are_kept_by_weights_and_data_and_damage_is_mended(model, data, tmp
     np.testing.assert_array_equal(read("one"), first)
     np.save(path, np.full_like(first, np.nan))
     np.testing.assert_array_equal(read("one"), first)
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_any_work(model, data, monkeypatch):
+    monkeypatch.setattr(reference, "reference_logprobs", lambda *a, **k: pytest.fail("computed"))
+    with pytest.raises(InputError, match="/proc/nowhere/.* cannot be written"):
+        cached_logprobs(model, data, rows=4, cache=Path("/proc/nowhere"), identity="x")
 
 
 def test_batches_hold_the_log_probs_of_their_rows(data):

@@ -70,12 +70,12 @@ class Convert:
 
     def _tokenizer(self) -> Any:
         from w2s_jax.models.huggingface import is_adapter, locate
-        from w2s_jax.models.lora_huggingface import base_of
+        from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
 
         places = [locate(path) for path in (self.merge_lora, self.source) if path is not None]
         if is_adapter(places[-1]):
-            places.append(locate(base_of(places[-1])))
+            places.append(base_folder(places[-1]))
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":

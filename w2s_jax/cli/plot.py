@@ -1,6 +1,5 @@
 """`w2s plot`: curves of one or several training runs, drawn to a PNG from their metrics files."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ PANELS: dict[str, tuple[str, ...]] = {
 
 EVAL = "eval/"
 STYLES = ("-", "--", ":", "-.")
+LARGEST = 1e300
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -50,30 +50,45 @@ class Plot:
 
     def run(self) -> None:
         """Read the runs and draw them."""
+        from w2s_jax.text.atomic import check_writable
+
+        if not self.runs:
+            raise InputError("RUN_DIR is missing: the folder of a training run")
+        runs = [read_run(folder) for folder in self.runs]
         output = Path(self.output or Path(self.runs[0]) / "curves.png")
-        draw([read_run(folder) for folder in self.runs], run_names(self.runs), output, self.metrics)
+        check_writable(output)
+        draw(runs, run_names(self.runs), output, self.metrics)
         print(output)
 
 
 def read_run(folder: str | Path) -> Run:
-    """The curves of a run, evaluations under "eval/"; values that are not finite are left out.
+    """The curves of a run, evaluations under "eval/"; values that cannot be drawn are left out:
+    texts, and numbers that are not finite or beyond 1e300.
 
-    Raises InputError where the folder has no rows of metrics.
-    """
+    Raises InputError where the folder has no rows of metrics, or rows of another kind of file.
+    """  # noqa: D205
     from w2s_jax.train.records import METRICS, read_metrics
 
     rows = read_metrics(folder)
     if not rows:
         raise InputError(f"{Path(folder) / METRICS}: no rows; name the folder of a training run")
     curves: Run = {}
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if not (_is_number(row["step"]) and row["step"] == int(row["step"])):
+            raise InputError(
+                f"{Path(folder) / METRICS} line {number}: step is {row['step']!r}, no whole "
+                "number; name the folder of a training run"
+            )
         for name, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name != "step" and number and math.isfinite(value):
+            if name != "step" and _is_number(value):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(int(row["step"]))
                 values.append(float(value))
     return curves
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
@@ -89,6 +104,8 @@ def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str,
     Raises InputError for a metric in `metrics` that no run has.
     """
     known = list(dict.fromkeys(name for run in runs for name in run))
+    if not known:
+        raise InputError("nothing to draw: the rows of these runs hold no numbers beside steps")
     for name in metrics:
         if name not in known:
             raise InputError(f"--metrics {name}: not in these runs; they have {', '.join(known)}")

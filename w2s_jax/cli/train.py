@@ -74,7 +74,11 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
 
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
+        import jax
+
+        from w2s_jax.text.journal import held
         from w2s_jax.train.placing import check_batch
+        from w2s_jax.train.records import METRICS
         from w2s_jax.train.run import fine_tune, number_of_steps, trainable
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -84,8 +88,12 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             return
         run = self.run_config(setup)
         check_batch(run.batch_size, run.accumulate, setup.mesh, flag="--batch-size")
+        check_batch(run.eval_batch, 1, setup.mesh, flag="--eval-batch-size")
         data, held_out = self.read(setup)
-        self.loop_config(number_of_steps(run, data))
+        number_of_steps(run, data)
+        if jax.process_index() == 0:
+            with held(setup.directory / METRICS):
+                pass  # no other run's now; the loop holds it from its first step on
         model = self.load(setup)
         task = self.task(setup, model, data, held_out)
         params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
@@ -124,14 +132,26 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
 
     def check(self) -> None:
         """Raises InputError for flags that do not go together."""
+        from w2s_jax.train.watch import check_installed
+
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning-rate {self.learning_rate} must be above 0")
         if self.keep_best is not None and not (self.held_out or self.eval_data):
             raise InputError("--keep-best needs examples to evaluate on: --held-out or --eval-data")
+        if self.keep_best is not None and not self.keep_best.removeprefix("-").startswith("eval/"):
+            raise InputError(
+                f"--keep-best {self.keep_best}: it takes a metric of the evaluation, as eval/loss"
+            )
+        if self.sample_prompts < 1:
+            raise InputError(f"--sample-prompts {self.sample_prompts} must be 1 or more")
+        self.loop_config(steps=1)
+        for asked, needed in ((self.tensorboard, "tensorboardX"), (self.wandb, "wandb")):
+            if asked:
+                check_installed(needed)
 
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
-        from w2s_jax.models.huggingface import load_config, locate
+        from w2s_jax.models.huggingface import is_adapter, load_config, locate
         from w2s_jax.ops.sharding import make_mesh
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
@@ -147,12 +167,30 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             raise InputError("--lora-rank adapts a trained model; leave out --from-scratch")
         checkpoint = locate(self.model)
         config = load_config(checkpoint)
-        mesh = make_mesh(self.mesh) if self.mesh else None
-        length = self.max_length or min(DEFAULT_LENGTH, config.max_positions)
-        if length > config.max_positions:
+        if lora is not None and is_adapter(checkpoint):
             raise InputError(
-                f"--max-length {length} is more than the {config.max_positions} positions of "
-                f"{self.model}"
+                f"--model {self.model} is an adapter itself; merge it first: "
+                f"w2s convert {self.model} TARGET"
+            )
+        if lora is not None and lora.rank > config.width:
+            raise InputError(
+                f"--lora-rank {lora.rank} is more than the width {config.width} of {self.model}, "
+                "and no projection's rank is higher than that"
+            )
+        mesh = make_mesh(self.mesh) if self.mesh else None
+        length = self.max_length
+        if length is None:
+            length = min(DEFAULT_LENGTH, config.max_positions)
+        if not 2 <= length <= config.max_positions:
+            what = f"more than the {config.max_positions} positions of {self.model}"
+            what = "below 2, the shortest there is" if length < 2 else what
+            raise InputError(f"--max-length {length} is {what}")
+        directory = Path(self.output or f"runs/{self.name}")
+        self.check_not_read_from(directory / MODEL, checkpoint)
+        if lora is not None and any((directory / MODEL).glob("model*.safetensors")):
+            raise InputError(
+                f"{directory / MODEL} holds a whole model, beside which no adapter is read; remove "
+                "it, or name another --output"
             )
         return Setup(
             checkpoint=checkpoint,
@@ -161,9 +199,23 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             policy=Policy(config, lora, self.remat, batch_parts(mesh)),
             length=length,
             mesh=mesh,
-            directory=Path(self.output or f"runs/{self.name}"),
+            directory=directory,
             cache_folder=Path(self.cache).expanduser() if self.cache else None,
         )
+
+    def check_not_read_from(self, target: Path, checkpoint: Path) -> None:
+        """Raises InputError where writing to `target` would replace a checkpoint that is read."""
+        from w2s_jax.models.huggingface import is_adapter
+        from w2s_jax.models.lora_huggingface import base_folder
+
+        read = [checkpoint, *self.frozen_folders().values()]
+        read += [base_folder(folder) for folder in read if is_adapter(folder)]
+        for folder in read:
+            if target.expanduser().resolve() == folder.resolve():
+                raise InputError(
+                    f"--output {target.parent}: its {MODEL}/ would replace {folder}, which is read "
+                    "from; name another folder"
+                )
 
     def show_estimate(self, setup: Setup) -> None:
         """Print what a step takes of each device's memory."""
@@ -243,13 +295,14 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
         if self.held_out and self.eval_data:
             raise InputError("--held-out and --eval-data both name what to evaluate on; give one")
         data = self.load_data(self.data_config(self.data, self.split, setup), setup.tokenizer)
+        data = data.fitting(setup.config.vocab_size)
         _tell("data", data)
         if self.held_out:
             return hold_out(data, self.held_out, seed=self.seed)
         if not self.eval_data:
             return data, None
         config = replace(self.data_config(self.eval_data, self.eval_split, setup), limit=None)
-        held_out = self.load_data(config, setup.tokenizer)
+        held_out = self.load_data(config, setup.tokenizer).fitting(setup.config.vocab_size)
         _tell("held out", held_out)
         return data, held_out
 
@@ -420,8 +473,11 @@ def _tell(what: str, data: "Data") -> None:
 
 
 def _stored_dtype(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's config.json says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, read_json
+    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
+    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
+    from w2s_jax.models.lora_huggingface import base_folder
 
+    if is_adapter(checkpoint):
+        return _stored_dtype(base_folder(checkpoint))
     config = read_json(checkpoint / CONFIG)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -150,9 +150,9 @@ def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
-        from w2s_jax.models.lora_huggingface import base_of
+        from w2s_jax.models.lora_huggingface import base_folder
 
-        return load_config(base_of(directory))
+        return load_config(base_folder(directory))
     hf = read_json(directory / CONFIG)
     generation = directory / GENERATION_CONFIG
     generation_config = read_json(generation) if generation.is_file() else None
@@ -314,7 +314,8 @@ def write_checkpoint(
     }
     tokens = {key: hf[key] for key in hf if key.endswith("_token_id") and hf[key] is not None}
     texts = ({INDEX: index} if len(shards) > 1 else {}) | {GENERATION_CONFIG: tokens, CONFIG: hf}
-    old = (CONFIG, INDEX, "model*.safetensors")
+    # An adapter's files are a checkpoint too, which PEFT would take for the one that is here.
+    old = (CONFIG, INDEX, "model*.safetensors", ADAPTER_CONFIG, ADAPTER)
     write_files(directory, shards, fetch, texts, old, sort="a checkpoint")
 
 

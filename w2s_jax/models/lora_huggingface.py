@@ -87,6 +87,19 @@ def base_of(path_or_hub_id: str | Path) -> str:
     return name
 
 
+def base_folder(path_or_hub_id: str | Path) -> Path:
+    """Where the base that an adapter names lies.
+
+    Raises InputError as `base_of` does, and, naming the adapter, where the base is not there.
+    """
+    directory = locate(path_or_hub_id)
+    name = base_of(directory)
+    try:
+        return locate(name)
+    except InputError as error:
+        raise InputError(f"{directory}: its base: {error}") from None
+
+
 def load_adapted(
     path_or_hub_id: str | Path,
     base: Model | None = None,

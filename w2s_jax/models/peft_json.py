@@ -59,7 +59,9 @@ def read_lora(hf: Json) -> LoraConfig:
             dropout=float(hf.get("lora_dropout", 0.0)),
             rslora=bool(hf.get("use_rslora", False)),
         )
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"r, lora_alpha and lora_dropout must be numbers ({error})") from None
 
 

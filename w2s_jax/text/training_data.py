@@ -7,7 +7,7 @@ in text/order.py.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store,
 
 _VERSION = 1  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
+_FIGURES = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,19 @@ class Data:
                 self.store.lengths[self.packing.documents], self.packing.starts[:-1]
             )
         return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+
+    def fitting(self, vocabulary: int) -> "Data":
+        """This data for a model of so many tokens: padding, which no token sees, is one of them.
+
+        Raises InputError where a document holds a token that the model does not have.
+        """
+        largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {largest}, and the model has {vocabulary}, from 0 on; "
+                "it is the tokenizer of another model"
+            )
+        return self if self.pad_id < vocabulary else replace(self, pad_id=0)
 
     def names(self, index: int) -> list[str]:
         """Where the documents of a row stand, as "FILE line N"."""
@@ -226,20 +240,34 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     sources = [open_source(name, split=config.split) for name in config.data]
     identity = _identity(kind, config, sources, template)
     path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
-    store = read_store(path)
+    store = _read_whole(path)
     if store is None:
         figures: dict[str, int] = {}
         write_store(path, _documents(kind, config, sources, template, figures), figures)
-        store = read_store(path)
+        store = _read_whole(path)
     if store is None:
         raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
     if not len(store):
-        raise InputError(f"{_all(sources)}: no row is left ({_told(store.notes)})")
+        raise InputError(
+            f"{_all(sources)}: no row is left ({_told(store.notes)}); within --max-length "
+            f"{config.max_length} a row needs a token to learn, behind its prompt"
+        )
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Data(
         kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
         pad_id, config.max_length, config.pad_to_multiple_of,
     )  # fmt: skip
+
+
+def _read_whole(path: Path) -> TokenStore | None:
+    """What `read_store` reads, where its counts are there and are those of its documents.
+
+    A stream that was cut between two blocks reads as a shorter one.
+    """
+    store = read_store(path)
+    if store is None or not isinstance(store.notes, dict) or not store.notes.keys() >= {*_FIGURES}:
+        return None
+    return store if store.notes["tokens"] == int(store.lengths.sum()) else None
 
 
 def _check(config: DataConfig) -> None:
@@ -262,8 +290,7 @@ def _documents(
     figures: dict[str, int],
 ) -> Iterator[list[Document]]:
     """Blocks of documents of all rows; counts in `figures` as they go."""
-    names = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
-    figures.update(dict.fromkeys(names, 0))
+    figures.update(dict.fromkeys(_FIGURES, 0))
     examples = _examples(kind, config, sources, figures)
     while block := list(islice(examples, _BLOCK)):
         places = [sources[source].place(row) for _, source, row in block]

@@ -59,6 +59,8 @@ class LoopConfig:
         for name in ("eval_every", "save_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} must not be negative")
+        if self.save_seconds is not None and not self.save_seconds >= 0:
+            raise InputError(f"save_seconds {self.save_seconds} must not be negative")
 
 
 def train(

@@ -3,6 +3,7 @@
 Gradient clipping is part of the chain; gradient accumulation is in step.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,14 +48,21 @@ class OptimizerConfig:
     muon_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise InputError(f"warmup {self.warmup} must not be negative")
+        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} {value} must be above 0, and finite")
+        for name in ("warmup", "final", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} {getattr(self, name)} must be 0 or above, and finite")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"{name} {value} must be 0 or above, and below 1")
         if not 0 < self.decay <= 1:
             raise InputError(
                 f"decay {self.decay} must be a share of the steps, above 0 and up to 1"
             )
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate {self.learning_rate} must be above 0")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

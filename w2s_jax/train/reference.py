@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from w2s_jax.models.huggingface import is_adapter
+from w2s_jax.models.lora_huggingface import base_folder
 from w2s_jax.models.model import Model
-from w2s_jax.text.atomic import write_whole
+from w2s_jax.text.atomic import check_writable, write_whole
 from w2s_jax.text.held_out import Part
 from w2s_jax.text.training_data import Data
 from w2s_jax.train.objectives import REFERENCE, response_logprobs
@@ -106,16 +108,22 @@ def cached_logprobs(
     if _on_all_hosts(kept is not None) and kept is not None:
         log.info("reference log-probs of %d examples read from %s", len(data), path)
         return kept
+    if jax.process_index() == 0:
+        check_writable(path)
     found = reference_logprobs(model, data, rows=rows, mesh=mesh)
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, [_as_npy(found)])
     return found
 
 
 def weights_identity(directory: Path) -> str:
-    """A hash of the weights and the config in a checkpoint's directory, by their content."""
+    """A hash of the weights and the config in a checkpoint's directory, by their content.
+
+    That of an adapter is of its base's too.
+    """
     digest = hashlib.sha256()
+    if is_adapter(directory):
+        digest.update(weights_identity(base_folder(directory)).encode())
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
         digest.update(file.name.encode())
         with file.open("rb") as opened:

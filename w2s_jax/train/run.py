@@ -3,6 +3,7 @@
 Puts together what the neighbours hold; reads no flags and prints nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ from w2s_jax.train.step import (
 
 Source = Data | Part | Referenced
 
+MOST_STEPS = 2**31 - 1
+"""What the state counts steps in holds no more."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -56,18 +60,26 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None and not self.epochs > 0:
-            raise InputError(f"epochs {self.epochs} must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"max_steps {self.steps} must be 1 or more")
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
+        if self.steps is None and not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs {self.epochs} must be above 0, and finite")
+        if self.steps is not None and not 0 < self.steps <= MOST_STEPS:
+            raise InputError(f"max_steps {self.steps} must be 1 or more, {MOST_STEPS} at most")
+        for name in ("batch_size", "accumulate", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value} must be 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed} must not be negative, nor 2**63 or more")
 
     @property
     def micro_batch(self) -> int:
         """Examples that are in memory at a time."""
         return self.batch_size // self.accumulate
+
+    @property
+    def eval_batch(self) -> int:
+        """Examples that are evaluated together."""
+        return self.eval_batch_size or self.micro_batch
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,8 @@ def number_of_steps(config: RunConfig, data: Source) -> int:
             f"{len(data)} examples make less than one step of batch size {config.batch_size} in "
             f"{config.epochs:g} epochs; lower --batch-size or give --max-steps"
         )
+    if steps > MOST_STEPS:
+        raise InputError(f"{config.epochs:g} epochs are {steps:.3g} steps, {MOST_STEPS} at most")
     return steps
 
 
@@ -139,14 +153,16 @@ def fine_tune(
         mesh=mesh,
     )
     frozen = dict(task.frozen)
+    loop_config = loop(steps)
     evaluate = None
     if task.held_out is not None:
         evaluate = evaluation(task, config, mesh)
+        _check_best(loop_config.keep_best, task, params, config)
     return train(
         init_state(params, optimizer, jax.random.key(config.seed), copy=False),
         step,
         batches,
-        config=loop(steps),
+        config=loop_config,
         directory=directory,
         frozen=frozen,
         identity=dict(identity or {}),
@@ -188,9 +204,11 @@ def evaluation(
     """
     data = task.held_out
     assert data is not None
-    rows = config.eval_batch_size or config.micro_batch
+    rows = config.eval_batch
     parts = batch_parts(mesh)
     check_batch(rows, 1, mesh, flag="--eval-batch-size")
+    if len(data) < parts:
+        raise InputError(f"{len(data)} held-out examples are fewer than the mesh's {parts} parts")
     starts = range(0, len(data) - len(data) % parts, rows)
 
     @jax.jit
@@ -212,3 +230,19 @@ def evaluation(
         return {name: mean for name, mean in means.items() if name not in SUMMED}
 
     return evaluate
+
+
+def _check_best(wanted: str | None, task: Task, params: Any, config: RunConfig) -> None:
+    """Raises InputError, before the first step, where an evaluation would not measure `wanted`."""
+    if wanted is None:
+        return
+    assert task.held_out is not None
+    indices = np.resize(np.arange(len(task.held_out)), config.eval_batch)
+    batch, frozen = task.held_out.at(indices), dict(task.frozen)
+
+    def measure(params: Any, frozen: Any, batch: Batch) -> Any:
+        return task.loss(cast(params, config.compute_dtype), frozen, batch, None)[2]
+
+    known = [f"eval/{name}" for name in jax.eval_shape(measure, params, frozen, batch)]
+    if wanted.removeprefix("-") not in known:
+        raise InputError(f"--keep-best {wanted}: the evaluation measures {', '.join(known)}")

@@ -4,6 +4,7 @@ The metrics file itself is train/records.py's; drawing curves is cli/plot.py's.
 """
 
 import contextlib
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -146,17 +147,26 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
+_EXTRAS = {"tensorboardX": ("TensorBoard", "tensorboard"), "wandb": ("W&B", "wandb")}
+
+
+def check_installed(module: str) -> None:
+    """Raises InputError where tensorboardX or wandb, whichever is asked for, is not installed."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        what, extra = _EXTRAS[module]
+        raise InputError(f"{what} needs {module}; pip install 'w2s-jax[{extra}]'") from None
+
+
 def tensorboard(directory: Path, step: int) -> Writer:
     """A Sink: event files in `directory`/tensorboard (extra `tensorboard`).
 
     Raises InputError where tensorboardX is not installed.
     """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "TensorBoard needs tensorboardX; pip install 'w2s-jax[tensorboard]'"
-        ) from None
+    check_installed("tensorboardX")
+    from tensorboardX import SummaryWriter
+
     writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
     class Events:
@@ -182,10 +192,9 @@ def wandb(
     """
 
     def sink(directory: Path, step: int) -> Writer:
-        try:
-            import wandb as library
-        except ImportError:
-            raise InputError("W&B needs wandb; pip install 'w2s-jax[wandb]'") from None
+        check_installed("wandb")
+        import wandb as library
+
         kept = directory / "wandb_id.txt"
         known = kept.read_text().strip() if step and kept.is_file() else None
         run = library.init(

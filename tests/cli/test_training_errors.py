@@ -1,0 +1,136 @@
+"""What `w2s sft` and `w2s dpo` say of wrong input, in one line and before expensive work."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.cli.test_search import tiny
+from tests.cli.test_training import PAIRS, one_error, run
+from w2s_jax.cli.main import main
+from w2s_jax.models.huggingface import load_model
+from w2s_jax.text.journal import held
+from w2s_jax.text.rows import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("models") / "model", 0)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """No weight may be read."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("w2s_jax.models.huggingface.load_parameters", fail)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning-rate=inf"], "learning_rate inf must be above 0, and finite"),
+        (["--warmup=nan"], "warmup nan must be 0 or above"),
+        (["--b2=1"], "b2 1.0 must be 0 or above, and below 1"),
+        (["--max-grad-norm=-1"], "max_grad_norm -1.0 must be above 0"),
+        (["--optimizer=muon", "--muon-learning-rate=0"], "muon_learning_rate 0.0 must be above 0"),
+        (["--epochs=inf"], "epochs inf must be above 0, and finite"),
+        (["--epochs=1e30"], "epochs are 6e+30 steps"),
+        (["--max-steps=99999999999"], "max_steps 99999999999 must be 1 or more"),
+        (["--seed=-1"], "seed -1 must not be negative"),
+        (["--save-seconds=nan"], "save_seconds nan must not be negative"),
+        (["--held-out=4", "--eval-batch-size=0"], "eval_batch_size 0 must be 1 or more"),
+        (["--held-out=4", "--keep-best=loss"], "--keep-best loss: it takes a metric"),
+        (["--sample-every=2", "--sample-prompts=0"], "--sample-prompts 0 must be 1 or more"),
+        (["--max-length=0"], "--max-length 0 is below 2"),
+        (["--lora-rank=17"], "--lora-rank 17 is more than the width 16"),
+    ],
+)
+def test_wrong_flags_are_told_before_weights_are_read(
+    model, pairs, tmp_path, capsys, unread, flags, message
+):
+    status = run("dpo", model, pairs, tmp_path / "run", *flags)
+    assert message in one_error(capsys, status)
+
+
+def test_what_is_not_installed_is_told_before_data_is_read(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    status = run("dpo", model, tmp_path / "nowhere.jsonl", tmp_path / "run", "--wandb=project")
+    assert "pip install 'w2s-jax[wandb]'" in one_error(capsys, status)
+
+
+def test_an_unknown_best_metric_is_told_before_the_first_step(model, pairs, tmp_path, capsys):
+    flags = ["--held-out=4", "--keep-best=eval/accuracy"]
+    error = one_error(capsys, run("dpo", model, pairs, tmp_path / "run", *flags))
+    assert "--keep-best eval/accuracy" in error
+    assert "eval/rewards/accuracies" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_tokenizer_of_another_model_is_told(model, pairs, tmp_path, capsys, unread):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(model, mixed)
+    few = tiny(tmp_path / "few", 0, vocab_size=40)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{few}/{name}", mixed)
+    error = one_error(capsys, run("sft", mixed, pairs, tmp_path / "run"))
+    assert "it is the tokenizer of another model" in error
+    assert "the model has 40" in error
+
+
+def test_a_run_never_replaces_what_it_reads(model, pairs, tmp_path, capsys):
+    for role in ("--model", "--reference"):
+        folder = tmp_path / role / "model"
+        shutil.copytree(model, folder)
+        before = (folder / "model.safetensors").read_bytes()
+        start = folder if role == "--model" else model
+        other = [f"--reference={folder}"] if role == "--reference" else []
+        status = run("dpo", start, pairs, folder.parent, *other)
+        assert "which is read from" in one_error(capsys, status)
+        assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_second_run_in_a_folder_is_told_before_weights_are_read(
+    model, pairs, tmp_path, capsys, unread
+):
+    with held(tmp_path / "run" / "metrics.jsonl"):
+        status = run("dpo", model, pairs, tmp_path / "run", f"--cache={tmp_path / 'cache'}")
+    assert "another run is writing this output" in one_error(capsys, status)
+
+
+def test_an_adapter_is_trained_further_whole_and_never_adapted_again(
+    model, pairs, tmp_path, capsys
+):
+    assert run("sft", model, pairs, tmp_path / "first", "--lora-rank=2") == 0
+    adapter = tmp_path / "first" / "model"
+    assert run("sft", adapter, pairs, tmp_path / "whole") == 0
+    assert load_model(tmp_path / "whole" / "model").dtype == np.float32
+    capsys.readouterr()
+    error = one_error(capsys, run("sft", adapter, pairs, tmp_path / "again", "--lora-rank=2"))
+    assert f"w2s convert {adapter} TARGET" in error
+    assert main(["convert", str(adapter), str(tmp_path / "merged")]) == 0
+
+
+def test_adapters_are_not_written_beside_a_whole_model(model, pairs, tmp_path, capsys, unread):
+    shutil.copytree(model, tmp_path / "run" / "model")
+    status = run("sft", model, pairs, tmp_path / "run", "--lora-rank=2")
+    assert "holds a whole model, beside which no adapter is read" in one_error(capsys, status)
+
+
+def test_reference_log_probs_of_an_adapter_are_those_of_its_base_too(model, pairs, tmp_path):
+    from w2s_jax.train.reference import weights_identity
+
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    assert run("sft", base, pairs, tmp_path / "run", "--lora-rank=2") == 0
+    before = weights_identity(tmp_path / "run" / "model")
+    tiny(base, 5)
+    assert weights_identity(tmp_path / "run" / "model") != before
