@@ -22,6 +22,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("search",): ("search", "Search", "answer a file of prompts, steered by two small models"),
     ("sft",): ("sft", "SFT", "fine-tune a model on texts, prompts with completions, or chats"),
     ("dpo",): ("dpo", "DPO", "tune a model on preferences: DPO, its relatives, KTO, WSPO"),
+    ("reason",): ("reason", "Reason", "train a strong model on weak supervision that it can trust"),
     ("plot",): ("plot", "Plot", "draw the curves of training runs"),
     ("convert",): ("convert", "Convert", "write a checkpoint anew: merge an adapter, change dtype"),
     ("eval",): ("evaluate", "Evaluate", "rewards of a file of responses, and who wins"),

@@ -1,0 +1,257 @@
+"""A whole run on tiny models that add: its stages, what is done again, and that a kill costs nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.test_search import tiny
+from w2s_jax.cli.main import main
+from w2s_jax.errors import InputError
+from w2s_jax.reasoning import answering, pipeline
+from w2s_jax.reasoning.config import ReasonConfig
+from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
+from w2s_jax.reasoning.stages import BEGUN, DONE
+from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.typed_yaml import from_mapping
+
+SUMS = [(a, b) for a in range(5) for b in range(4)]
+SFT = {"batch_size": 16, "learning_rate": 0.003, "max_length": 64}
+RUN = {
+    "kind": "gsm8k",
+    "questions": "part2.jsonl",
+    "test": "test.jsonl",
+    "votes": "published",
+    "judge": "published",
+    "demonstrations": {"count": 0},
+    "decoding": {"max_new_tokens": 8, "batch_size": 16},
+    "sets": ["hybrid"],
+    "sft": {"max_steps": 12} | SFT,
+    "dpo": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-4, "max_length": 64},
+    "stage_two": {
+        "temperature": 1.5,
+        "contrasts": {"samples": 4, "min_confidence": 0.5, "overrule_confidence": 0.5},
+    },
+    "pass_at": [1, 4, 9],
+}
+
+
+def rows_of(sums, prefix):
+    return [
+        {"id": f"{prefix}{i}", "question": f"{a} + {b}?", "answer": f"#### {a + b}"}
+        for i, (a, b) in enumerate(sums)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions, and a weak and a strong model that have learned to add, the weak one badly."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "part1.jsonl", rows_of(SUMS[:12], "a"))
+    write_jsonl(folder / "part2.jsonl", rows_of(SUMS, "q"))
+    write_jsonl(folder / "test.jsonl", rows_of(SUMS[::2], "t"))
+    taught = [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+        for row in rows_of(SUMS, "p")
+    ]
+    write_jsonl(folder / "taught.jsonl", taught)
+    for name, seed, steps in (("weak", 0, 150), ("strong", 1, 250)):
+        start = tiny(folder / f"{name}-start", seed, width=48, layers=2, mlp_width=96)
+        flags = SFT | {"model": start, "data": str(folder / "taught.jsonl"), "seed": seed}
+        flags |= {"output": str(folder / name), "from_scratch": True, "max_steps": steps}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(flags))
+        assert main(["sft", "--config", str(folder / f"{name}.yaml")]) == 0
+    return folder
+
+
+def settings(data, **changes):
+    models = {"strong": str(data / "strong" / "model")}
+    return RUN | models | {"weak": {"model": str(data / "weak" / "model")}} | changes
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Stages without processes of their own; `cut` is called before and after their work."""
+
+    class Calls:
+        made = 0
+
+        def cut(self, moment):
+            pass
+
+    calls = Calls()
+
+    def run(module, *arguments):
+        calls.cut(("before", arguments))
+        calls.made += 1
+        status = main(list(arguments)) if module == "w2s_jax" else answering.main([*arguments])
+        if status:
+            raise InputError(f"status {status}")
+        calls.cut(("after", arguments))
+
+    monkeypatch.setattr(pipeline, "_run", run)
+    return calls
+
+
+def build(data, root, **changes):
+    return Pipeline(from_mapping(ReasonConfig, settings(data, **changes), "run"), data, root)
+
+
+def go(data, root, **options):
+    made = build(data, root, **options)
+    return run_pipeline(made, made.stages())
+
+
+def results(root):
+    """The bytes of all that a run leaves for its reader or a later stage, but times."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        kept = name.endswith(("graded.jsonl", "training.jsonl", ".safetensors", ".md"))
+        if kept and "start" not in name and "checkpoints" not in name:
+            found[name] = path.read_bytes()
+    return found
+
+
+def test_a_whole_run_reports_every_model(data, in_process, tmp_path):
+    text = go(data, tmp_path)
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert list(summary["models"]) == [
+        "weak", "strong-icl", "naive", "iteration-1-weak", "iteration-1-icl",
+        "iteration-1-hybrid", "iteration-2-hybrid", "stage-two-1", "ceiling",
+    ]  # fmt: skip
+    assert all(found["total"] == 10 for found in summary["models"].values())
+    assert set(summary["samples"]["stage-two-1-samples"]) == {"1", "4"}
+    assert text == (tmp_path / "report.md").read_text()
+    for name in summary["models"]:
+        assert f"| {name} |" in text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    sets = summary["data"]["iteration-1-sets"]
+    kept = {row["id"] for row in read_jsonl(tmp_path / "iteration-1-sets" / "weak.jsonl")}
+    weak, icl = (
+        {row["id"]: row["pred"] for row in read_jsonl(tmp_path / name / "graded.jsonl")}
+        for name in ("weak-responses", "icl-responses")
+    )
+    assert kept == {i for i in weak if weak[i] and weak[i] == icl[i]}
+    assert sets["kept"] == len(kept) > 0
+    made = in_process.made
+    before = results(tmp_path)
+    assert go(data, tmp_path) == text
+    assert in_process.made == made
+    assert results(tmp_path) == before
+
+
+def test_a_change_redoes_what_depends_on_it(data, in_process, tmp_path):
+    short = {"test": None, "naive": False, "ceiling": False, "iterations": 1}
+    go(data, tmp_path, **short)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"*/{DONE}")}
+    two = RUN["stage_two"] | {"contrasts": RUN["stage_two"]["contrasts"] | {"samples": 3}}
+    go(data, tmp_path, **short, stage_two=two)
+    again = {path.parent.name for path in stamps if path.stat().st_mtime_ns != stamps[path]}
+    assert again == {"stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_cut_off_at_every_stage_border_the_files_are_the_same(data, in_process, tmp_path):
+    short = {"iterations": 1, "naive": False, "ceiling": False}
+    go(data, tmp_path / "whole", **short)
+    moments = set()
+
+    def cut(moment):
+        if moment not in moments:
+            moments.add(moment)
+            raise Killed
+
+    in_process.cut = cut
+    for _ in range(60):
+        try:
+            go(data, tmp_path / "cut", **short)
+            break
+        except Killed:
+            continue
+    assert len(moments) > 15
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_files_are_the_same(data, tmp_path):
+    short = settings(data, iterations=1, naive=False, ceiling=False, sets=["weak"])
+    short["stage_two"] = RUN["stage_two"] | {"start": "weak"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(short))
+
+    def start(root):
+        words = ["reason", f"--config={tmp_path / 'run.yaml'}", f"--data={data}"]
+        words = [sys.executable, "-m", "w2s_jax", *words, f"--output={tmp_path / root}"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen(
+            words, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+
+    began = time.monotonic()
+    process = start("whole")
+    assert process.wait(600) == 0, process.stderr.read()
+    alone = time.monotonic() - began
+    chance = random.Random(3)
+    for _ in range(6):
+        process = start("killed")
+        time.sleep(chance.uniform(0.1, 0.45) * alone)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start("killed")
+    assert process.wait(600) == 0, process.stderr.read()
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test": "none.jsonl"}, r"none.jsonl: not found; it is the file of test"),
+        ({"weak": {}}, "weak: name a model, or a file of its responses"),
+        ({"weak": {"responses": "x", "train": "y"}}, "train needs the model"),
+        ({"iterations": 0}, "iterations 0 must be at least 1"),
+        ({"stage_two": {"sampler": "cbs"}}, "guided by the weak model before and after"),
+        ({"votes": "guess"}, "'guess' is none of published, harness"),
+        ({"colour": "red"}, "unknown field 'colour'"),
+    ],
+)
+def test_wrong_settings_are_one_line(data, tmp_path, change, message):
+    with pytest.raises(InputError, match=message) as error:
+        build(data, tmp_path, **change).stages()
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_kept_is_one_line_that_names_the_stages(data, in_process, tmp_path):
+    responses = [
+        {"id": row["id"], "response": "#### 99"} for row in read_jsonl(data / "part2.jsonl")
+    ]
+    write_jsonl(tmp_path / "weak.jsonl", responses)
+    with pytest.raises(InputError, match=r"keeps none of 20 questions: .*weak-responses.*icl"):
+        go(data, tmp_path / "run", weak={"responses": str(tmp_path / "weak.jsonl")}, test=None)
+
+
+def test_a_dry_run_writes_nothing_and_a_part_can_be_asked_for(data, tmp_path, capsys, in_process):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(data)))
+    words = ["reason", f"--config={tmp_path / 'run.yaml'}", f"--data={data}"]
+    words.append(f"--output={tmp_path / 'out'}")
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "4 × 20 responses of up to 8 tokens" in told
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--until", "weak-responses"]) == 0
+    assert [path.parent.name for path in (tmp_path / "out").glob(f"*/{BEGUN}")] == [
+        "weak-responses"
+    ]
+    assert main([*words, "--from", "iteration-1-sets"]) == 2
+    assert "reads what icl-responses writes, which is not done" in capsys.readouterr().err
+    assert main(["reason"]) == 2
+    assert "--config is missing" in capsys.readouterr().err

@@ -1,0 +1,459 @@
+"""The stages of a weak-to-strong reasoning run (arXiv 2407.13647), and what each of them does.
+
+Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their own; what is done
+again and what is not is for `stages.py`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from w2s_jax.errors import InputError
+from w2s_jax.reasoning.answering import Answering, write_task
+from w2s_jax.reasoning.answers import gold_answer
+from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, resolved
+from w2s_jax.reasoning.contrasts import contrastive_pairs
+from w2s_jax.reasoning.curation import curate, sft_set
+from w2s_jax.reasoning.generation import GenerationConfig
+from w2s_jax.reasoning.grading import canonical_answers, grade
+from w2s_jax.reasoning.measures import accuracy
+from w2s_jax.reasoning.questions import (
+    Answers,
+    completion_of,
+    draw_demonstrations,
+    prompt_of,
+    read_questions,
+    read_responses,
+)
+from w2s_jax.reasoning.report import summarise, write_report
+from w2s_jax.reasoning.stages import Stage, run_stages
+from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
+
+RAW, GRADED, TRAINING, DEMONSTRATIONS = (
+    "responses.jsonl", "graded.jsonl", "training.jsonl", "demonstrations.jsonl",
+)  # fmt: skip
+MODEL, SAMPLES = "model", "samples"
+WEAK_MODEL, WEAK, ICL = "weak-model", "weak-responses", "icl-responses"
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A run's config, the folder its relative paths are in, and the folder it writes in.
+
+    The methods that return a `Stage` say what it reads and writes; `stages` puts them in order.
+    """
+
+    config: ReasonConfig
+    data: Path
+    root: Path
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """What the run reads, by name; raises InputError for a file that is missing."""
+        return resolved(self.config, self.data)
+
+    @cached_property
+    def questions(self) -> list[Row]:
+        """The strong model's questions."""
+        return read_questions(self.files["questions"], ids=self.config.ids)
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether all questions have gold answers."""
+        return all("answer" in row for row in self.questions)
+
+    @cached_property
+    def weights(self) -> Mapping[str, str]:
+        """A hash of the weights of each checkpoint that the run begins with, by its name."""
+        from w2s_jax.models.huggingface import locate
+        from w2s_jax.train.reference import weights_identity
+
+        named = {self.config.strong, self.config.weak.model} - {None}
+        return {str(name): weights_identity(locate(str(name))) for name in named}
+
+    def stages(self) -> list[Stage]:
+        """All stages in order; the models that are tested are told by `tested`."""
+        config = self.config
+        found: list[Stage] = [] if config.weak.train is None else [self._weak_model()]
+        found += [self._weak_responses(), self._icl_responses()]
+        sources = (WEAK, ICL)
+        for i in range(1, config.iterations + 1):
+            found.append(self._sets(i, sources))
+            found += [self._tuned_on(i, name) for name in self._trained_sets(i)]
+            if i < config.iterations:
+                found += [self._responses_of(i, name) for name in ("weak", "icl")]
+                sources = (_name(i, "weak", "responses"), _name(i, "icl", "responses"))
+        if config.stage_two is not None:
+            for number in range(1, config.stage_two.rounds + 1):
+                found += self._round(config.stage_two, number)
+        if config.naive:
+            found.append(self._full("naive-model", WEAK))
+        if config.ceiling:
+            found.append(self._ceiling())
+        if config.test is not None:
+            found += [self._test(name, *place) for name, place in self.tested.items()]
+        return found
+
+    @cached_property
+    def tested(self) -> dict[str, tuple[str | None, str | None]]:
+        """For each model that is tested its name, the stage that trained it, a checkpoint if none.
+
+        "strong-icl" is the strong model behind the demonstrations.
+        """
+        config = self.config
+        found: dict[str, tuple[str | None, str | None]] = {}
+        if config.weak.model is not None:
+            trained = config.weak.train is not None
+            found["weak"] = (WEAK_MODEL, None) if trained else (None, config.weak.model)
+        found["strong-icl"] = (None, config.strong)
+        if config.naive:
+            found["naive"] = ("naive-model", None)
+        for i in range(1, config.iterations + 1):
+            for name in self._trained_sets(i):
+                found[f"iteration-{i}-{name}"] = (_name(i, name, MODEL), None)
+        if config.stage_two is not None:
+            for number in range(1, config.stage_two.rounds + 1):
+                found[f"stage-two-{number}"] = (f"stage-two-{number}-model", None)
+        if config.ceiling:
+            found["ceiling"] = ("ceiling-model", None)
+        return found
+
+    def _trained_sets(self, iteration: int) -> tuple[SetName, ...]:
+        """The sets of an iteration on which a model is trained: those asked for, those needed."""
+        needed: set[SetName] = set(self.config.sets)
+        if iteration < self.config.iterations:
+            needed |= {"weak", "icl"}
+        elif self.config.stage_two is not None:
+            needed.add(self.config.stage_two.start)
+        order: tuple[SetName, ...] = ("weak", "icl", "hybrid")
+        return tuple(name for name in order if name in needed)
+
+    def _weak_model(self) -> Stage:
+        weak, place = self.config.weak, self.files["weak train"]
+        assert weak.model is not None
+
+        def work(folder: Path) -> Figures:
+            rows = [_solved(row) for row in read_questions(place, answers_needed=True)]
+            write_jsonl(folder / TRAINING, rows)
+            return self._train("sft", folder, str(weak.model), weak.sft)
+
+        settings = self._training(weak.model, self.config.sft | weak.sft)
+        return Stage(WEAK_MODEL, work, (MODEL,), settings, (), (place,), "1 fine-tuning")
+
+    def _weak_responses(self) -> Stage:
+        weak = self.config.weak
+        if weak.responses is not None:
+            place = self.files["weak responses"]
+
+            def work(folder: Path) -> Figures:
+                found = read_responses(place, self.questions)
+                return self._grade(folder, list(found.values()), self.config.votes)
+
+            return Stage(WEAK, work, (GRADED,), self._grading(), (), self._reads(place))
+        trained = weak.train is not None
+        return self._answers(WEAK, None if trained else weak.model, WEAK_MODEL if trained else None)
+
+    def _icl_responses(self) -> Stage:
+        return self._answers(ICL, self.config.strong, None, shown=True)
+
+    def _responses_of(self, iteration: int, name: SetName) -> Stage:
+        return self._answers(
+            _name(iteration, name, "responses"), None, _name(iteration, name, MODEL)
+        )
+
+    def _sets(self, iteration: int, sources: tuple[str, str]) -> Stage:
+        def work(folder: Path) -> Figures:
+            weak, icl = (self._graded(name) for name in sources)
+            found = curate(
+                self.questions,
+                weak,
+                icl,
+                iteration=iteration,
+                published=self.config.published,
+                canonical=self._canonical(*weak.values(), *icl.values()),
+                sources=sources,
+            )
+            for name, rows in (("weak", found.weak), ("icl", found.icl), ("hybrid", found.hybrid)):
+                write_jsonl(folder / f"{name}.jsonl", rows)
+            return found.as_row()
+
+        settings = {"published": self.config.published, **self._grading()}
+        outputs = ("weak.jsonl", "icl.jsonl", "hybrid.jsonl")
+        return Stage(f"iteration-{iteration}-sets", work, outputs, settings, sources, self._reads())
+
+    def _tuned_on(self, iteration: int, name: SetName) -> Stage:
+        sets = f"iteration-{iteration}-sets"
+
+        def work(folder: Path) -> Figures:
+            write_jsonl(folder / TRAINING, read_jsonl(self.root / sets / f"{name}.jsonl"))
+            return self._train("sft", folder, self.config.strong, {})
+
+        return self._tuning(_name(iteration, name, MODEL), work, (sets,))
+
+    def _full(self, stage: str, source: str) -> Stage:
+        def work(folder: Path) -> Figures:
+            answers = self._graded(source)
+            rows = sft_set(self.questions, answers, [row["id"] for row in self.questions])
+            write_jsonl(folder / TRAINING, rows)
+            return self._train("sft", folder, self.config.strong, {})
+
+        return self._tuning(stage, work, (source,))
+
+    def _ceiling(self) -> Stage:
+        def work(folder: Path) -> Figures:
+            rows = read_questions(self.files["questions"], ids=self.config.ids, answers_needed=True)
+            write_jsonl(folder / TRAINING, [_solved(row) for row in rows])
+            return self._train("sft", folder, self.config.strong, {})
+
+        return self._tuning("ceiling-model", work, ())
+
+    def _tuning(self, name: str, work: Any, after: tuple[str, ...]) -> Stage:
+        settings = self._training(self.config.strong, self.config.sft)
+        return Stage(name, work, (MODEL,), settings, after, self._reads(), "1 fine-tuning")
+
+    def _round(self, config: StageTwoConfig, number: int) -> list[Stage]:
+        """Samples, pairs, tuning."""
+        before = _name(self.config.iterations, config.start, MODEL)
+        if number > 1:
+            before = f"stage-two-{number - 1}-model"
+        samples, pairs, tuned = (f"stage-two-{number}-{what}" for what in (SAMPLES, "pairs", MODEL))
+        generation = self._generation(
+            samples=config.contrasts.samples,
+            temperature=float(config.temperature),
+            top_p=float(config.top_p),
+            method=config.sampler,
+            beam_width=config.beam_width,
+            successors=config.successors,
+            chunk_length=config.chunk_length,
+            seed=self.config.seed + number - 1,
+        )
+        drawn = self._answers(samples, None, before, generation=generation)
+
+        def make_pairs(folder: Path) -> Figures:
+            weak = self._graded(WEAK)
+            rows = read_jsonl(self.root / samples / GRADED)
+            found = contrastive_pairs(
+                self.questions,
+                weak,
+                rows,
+                config.contrasts,
+                canonical=self._canonical(*weak.values(), *rows),
+                sources=(WEAK, samples),
+            )
+            write_jsonl(folder / TRAINING, found.pairs)
+            return found.as_row()
+
+        def tune(folder: Path) -> Figures:
+            write_jsonl(folder / TRAINING, read_jsonl(self.root / pairs / TRAINING))
+            return self._train("dpo", folder, str(self.root / before / MODEL), config.dpo)
+
+        rules = {"contrasts": _plain(config.contrasts), **self._grading()}
+        made = Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads())
+        flags = self._training(None, self.config.dpo | config.dpo)
+        last = Stage(tuned, tune, (MODEL,), flags, (pairs, before), (), "1 preference tuning")
+        return [drawn, made, last]
+
+    def _test(self, name: str, trained: str | None, checkpoint: str | None) -> Stage:
+        shown = name == "strong-icl"
+        return self._answers(f"test-{name}", checkpoint, trained, shown=shown, test=True)
+
+    def _answers(
+        self,
+        stage: str,
+        checkpoint: str | None,
+        trained: str | None,
+        *,
+        shown: bool = False,
+        test: bool = False,
+        generation: GenerationConfig | None = None,
+    ) -> Stage:
+        """Responses of one model to the questions or the test, graded.
+
+        shown: whether demonstrations stand before them.
+        """
+        shown = shown and self.config.demonstrations.count > 0
+        place = self.files["test" if test else "questions"]
+        decided = generation or self._generation()
+        guided = decided.method == "cbs"
+
+        def work(folder: Path) -> Figures:
+            if not (folder / RAW).exists():
+                demonstrations = self._demonstrations(folder) if shown else None
+                task = Answering(
+                    model=checkpoint or str(self.root / str(trained) / MODEL),
+                    questions=str(place),
+                    output=str(folder / RAW),
+                    generation=decided,
+                    ids="own" if test else self.config.ids,
+                    demonstrations=demonstrations,
+                    overflow=self.config.demonstrations.overflow,
+                    tuned=str(self.root / WEAK_MODEL / MODEL) if guided else None,
+                    untuned=self.config.weak.model if guided else None,
+                    dtype=self.config.decoding.dtype,
+                    mesh=self.config.decoding.mesh,
+                )
+                write_task(task, folder / "answering.json")
+                _run("w2s_jax.reasoning.answering", str(folder / "answering.json"))
+            rows = read_jsonl(folder / RAW)
+            checker = self.config.judge if test else self.config.votes
+            return self._grade(folder, rows, checker, read_questions(place) if test else None)
+
+        made: tuple[str, ...] = () if trained is None else (trained,)
+        made += (WEAK_MODEL,) if guided else ()
+        made += (WEAK,) if shown and self.config.demonstrations.file is None else ()
+        shown_file = self.files.get("demonstrations") if shown else None
+        reads = self._reads(*([place] if test else []), *([shown_file] if shown_file else []))
+        settings = {
+            "model": checkpoint,
+            "weights": None if checkpoint is None else self.weights[checkpoint],
+            "generation": _plain(decided) | {"batch_size": None},
+            "demonstrations": _plain(self.config.demonstrations) if shown else None,
+            "dtype": self.config.decoding.dtype,
+            **self._grading(),
+        }
+        count = f"{decided.samples} × " if decided.samples > 1 else ""
+        cost = f"{count}{_lines(place):,} responses of up to {decided.max_new_tokens} tokens"
+        return Stage(stage, work, (GRADED,), settings, made, reads, cost)
+
+    def _demonstrations(self, folder: Path) -> str:
+        """The file of demonstrations; those drawn from the weak model's responses are written."""
+        shown = self.config.demonstrations
+        path = folder / DEMONSTRATIONS
+        if shown.file is None:
+            drawn = draw_demonstrations(
+                self.questions, self._graded(WEAK), shown.count, seed=shown.seed, source=WEAK
+            )
+            rows = [{"question": one.question, "answer": one.answer} for one in drawn]
+        else:
+            rows = read_jsonl(self.files["demonstrations"])[: shown.count]
+        write_jsonl(path, rows)
+        return str(path)
+
+    def _grade(
+        self, folder: Path, rows: Sequence[Row], checker: str, golds: Sequence[Row] | None = None
+    ) -> Figures:
+        """Write graded rows; figures of how good they are where there are gold answers."""
+        kind, solved = self.config.kind, self.questions if golds is None else golds
+        known = all("answer" in row for row in solved)
+        answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved} if known else None
+        graded = grade(rows, None, checker, kind)
+        if answers is not None:
+            judged = grade(rows, answers, self.config.judge, kind)
+            graded = [
+                row | {"gold": other["gold"], "result": other["result"]}
+                for row, other in zip(graded, judged, strict=True)
+            ]
+        write_jsonl(folder / GRADED, graded)
+        figures: Figures = {
+            "rows": len(graded),
+            "answered": sum(bool(row["pred"]) for row in graded),
+            "unfinished": sum(row.get("finished") is False for row in graded),
+        }
+        if answers is not None:
+            found = accuracy(row["result"] for row in graded)
+            figures["accuracy"] = None if found is None else found.as_row()
+        return figures
+
+    def judged_samples(self, stage: str) -> list[Row]:
+        """Graded rows of a stage that drew several a question, with the `answer` that votes."""
+        rows = read_jsonl(self.root / stage / GRADED)
+        canonical = self._canonical(*rows)
+        return [row | {"answer": canonical(row["pred"]) if row["pred"] else ""} for row in rows]
+
+    def _graded(self, stage: str) -> Answers:
+        return {row["id"]: row for row in read_jsonl(self.root / stage / GRADED)}
+
+    def _canonical(self, *rows: Mapping[str, Any]) -> Any:
+        """The one form of each final answer in these rows."""
+        if self.config.votes == "published":
+            return str
+        preds = sorted({row["pred"] for row in rows if row["pred"]})
+        forms = canonical_answers(preds, self.config.votes, self.config.kind)
+        return dict(zip(preds, forms, strict=True)).__getitem__
+
+    def _generation(self, **options: Any) -> GenerationConfig:
+        shared = self.config.decoding
+        return GenerationConfig(
+            **{"seed": self.config.seed} | options,
+            max_new_tokens=shared.max_new_tokens,
+            batch_size=shared.batch_size,
+            stop=shared.stop,
+        )
+
+    def _train(self, command: str, folder: Path, model: str, flags: Mapping[str, Any]) -> Figures:
+        """Run `w2s COMMAND` on the folder's rows, by a config file that is kept beside them."""
+        shared = self.config.sft if command == "sft" else self.config.dpo
+        own = {"model": model, "data": str(folder / TRAINING), "output": str(folder)}
+        values = {"seed": self.config.seed} | shared | dict(flags) | own
+        (folder / f"{command}.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False))
+        _run("w2s_jax", command, "--config", str(folder / f"{command}.yaml"))
+        return {"rows": len(read_jsonl(folder / TRAINING))}
+
+    def _training(self, model: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+        weights = None if model is None else self.weights[model]
+        return {"model": model, "weights": weights, "flags": dict(flags), "seed": self.config.seed}
+
+    def _grading(self) -> dict[str, Any]:
+        config = self.config
+        return {"kind": config.kind, "votes": config.votes, "judge": config.judge}
+
+    def _reads(self, *others: Path) -> tuple[Path, ...]:
+        return (self.files["questions"], *others)
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    stages: Sequence[Stage],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Do the stages as `run_stages` does, and write the report; returns its tables.
+
+    Raises what `run_stages` raises, and InputError for settings or data with which a stage fails.
+    """
+    figures = run_stages(stages, pipeline.root, first=first, last=last, tell=tell)
+    drawn = [name for name in figures if name.endswith(SAMPLES)]
+    samples = {name: pipeline.judged_samples(name) for name in drawn}
+    return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
+
+
+def _solved(row: Mapping[str, Any]) -> Row:
+    """A question with its gold solution, to be trained on."""
+    return {
+        "id": row["id"],
+        "prompt": prompt_of(row["question"]),
+        "completion": completion_of(row["answer"]),
+    }
+
+
+def _name(iteration: int, name: str, what: str) -> str:
+    return f"iteration-{iteration}-{name}-{what}"
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def _lines(path: Path) -> int:
+    return len(read_questions(path))
+
+
+def _run(module: str, *arguments: str) -> None:
+    """Run a module; what it says goes to this process's stderr. InputError if it fails."""
+    words = [sys.executable, "-m", module, *arguments]
+    status = subprocess.run(words, check=False).returncode
+    if status == 75:
+        raise KeyboardInterrupt
+    if status:
+        raise InputError(f"`{' '.join(words[1:])}` ended with status {status}; see its message")
