@@ -149,9 +149,9 @@ class Pieces:
 )
 def test_a_stop_string_may_begin_inside_the_last_token_that_counts(pieces, kept, text):
     tokens = tuple(range(len(pieces)))
-    hypothesis = Hypothesis(tokens[:kept], 0.0, True)
+    hypothesis = Hypothesis(tokens[:kept], 0.0, True, behind=tokens[kept:])
     stop = ("Question", "Answer")
-    found = response_text(Pieces(*pieces), [], hypothesis, tokens[kept:], stop, ())
+    found = response_text(Pieces(*pieces), [], hypothesis, stop, ())
     assert found == text
 
 

@@ -1,4 +1,4 @@
-"""A whole run on tiny models that add: its stages, what is done again, and that a kill costs nothing."""
+"""A whole run on tiny models that add: its stages, what is redone, and that kills cost nothing."""
 
 import json
 import os

@@ -121,8 +121,8 @@ class Steered:
         policys = {question.row_id: question.prompts[0] for question in questions}
 
         def text(result: SearchResult) -> str:
-            prompt = policys[result.row_id]
-            return decode_response(tokenizer, prompt, result.best.tokens, texts)
+            prompt, best = policys[result.row_id], result.best
+            return decode_response(tokenizer, prompt, best.tokens, texts, best.behind)
 
         results = search(
             self.models.policy,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
@@ -27,7 +26,7 @@ from w2s_jax.search.session import (
 )
 from w2s_jax.search.sizes import buckets
 from w2s_jax.search.step import search_eos
-from w2s_jax.text.prompts import INCOMPLETE, cut, decode_tokens, text_behind
+from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens
 
 # Enough of a prompt for what follows to decode as it does behind all of it.
 _TAIL = 64
@@ -98,18 +97,17 @@ def read_slots(session: Session, slots: Sequence[int], tokenizer: Any) -> dict[i
     """The responses of slots whose search has ended, in the order of `session.results`."""
     if not slots:
         return {}
-    found, written = results(session, slots), np.asarray(session.state.tokens)
-    stop, eos_ids = session.state.config.stop, search_eos(session.models, session.state.config)
-
-    def response(slot: int, place: int, hypothesis: Hypothesis) -> Response:
-        behind = written[slot, place, len(hypothesis.tokens) :].tolist()
-        prompt = session.held[slot].prompts[0]
-        text = response_text(tokenizer, prompt, hypothesis, behind, stop, eos_ids)
-        return Response(text, hypothesis.finished)
-
+    config = session.state.config
+    eos_ids = search_eos(session.models, config)
     return {
-        slot: [response(slot, *each) for each in enumerate(found[slot].hypotheses)]
-        for slot in slots
+        slot: [
+            Response(
+                response_text(tokenizer, session.held[slot].prompts[0], one, config.stop, eos_ids),
+                one.finished,
+            )
+            for one in found.hypotheses
+        ]
+        for slot, found in results(session, slots).items()
     }
 
 
@@ -117,24 +115,15 @@ def response_text(
     tokenizer: Any,
     prompt: Sequence[int],
     hypothesis: Hypothesis,
-    behind: Sequence[int],
     stop: Sequence[str],
     eos_ids: Sequence[int],
 ) -> str:
     """The text of a response, ending before its EOS or its stop string.
 
-    A hypothesis that a stop string ended may end in a token that holds the beginning of that
-    string; `behind`, what was written after the hypothesis's own tokens, shows where it begins.
     Where the response's length cut a character short, that is left out.
     """
-    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt[-_TAIL:])
-    tokens = list(hypothesis.tokens)
-    if not hypothesis.finished:
-        return text_of(tokens).rstrip(INCOMPLETE)
-    if tokens and tokens[-1] in eos_ids:
-        return text_of(tokens[:-1])
-    for count in range(len(behind) + 1):
-        kept = cut(text_of([*tokens, *behind[:count]]), stop)
-        if kept is not None:
-            return kept
-    return text_of(tokens)
+    tokens = hypothesis.tokens
+    if tokens and tokens[-1] in eos_ids and hypothesis.finished:
+        tokens = tokens[:-1]
+    text = decode_response(tokenizer, prompt[-_TAIL:], tokens, stop, hypothesis.behind)
+    return text if hypothesis.finished else text.rstrip(INCOMPLETE)

@@ -139,7 +139,9 @@ def response_text(
     plan: Plan, prompt: Sequence[int], hypothesis: Hypothesis, config: SearchConfig
 ) -> str:
     """The text of a response as it was scored: without a character that its length cut short."""
-    text = decode_response(plan.tokenizer, prompt, hypothesis.tokens, config.stop)
+    text = decode_response(
+        plan.tokenizer, prompt, hypothesis.tokens, config.stop, hypothesis.behind
+    )
     return text if hypothesis.finished or config.reference_quirks else text.rstrip(INCOMPLETE)
 
 

@@ -38,7 +38,8 @@ class Hypothesis:
     """A response: its token ids, an EOS included, and its score, the sum of its objectives.
 
     finished: EOS or a stop string ended it; otherwise max_new_tokens did. token_scores: what each
-    token added, where the scorer is one on tokens.
+    token added, where the scorer is one on tokens. behind: where a stop string ended it, what was
+    written after it: the last token that counts may hold the beginning of that string.
     """
 
     tokens: tuple[int, ...]
@@ -46,6 +47,7 @@ class Hypothesis:
     finished: bool
     objectives: tuple[float, ...] = ()
     token_scores: tuple[float, ...] = ()
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,9 @@ def results(session: Session, slots: Sequence[int]) -> dict[int, SearchResult]:
     state = session.state
     arrays = (state.tokens, state.lengths, state.objectives, state.finished, state.token_scores)
     kept = jax.device_get(arrays)
-    ranked = state.config.selector.reorders
+    eos_ids = step.search_eos(session.models, state.config)
     return {
-        slot: _result(session.held[slot].row_id, ranked, *(array[slot] for array in kept))
+        slot: _result(state.config, session.held[slot], eos_ids, *(array[slot] for array in kept))
         for slot in slots
     }
 
@@ -224,8 +224,9 @@ def release(session: Session, slot: int) -> Session:
 
 
 def _result(
-    row_id: int,
-    ranked: bool,
+    config: SearchConfig,
+    request: Request,
+    eos_ids: Sequence[int],
     tokens: Any,
     lengths: Any,
     objectives: Any,
@@ -234,12 +235,20 @@ def _result(
 ) -> SearchResult:
     if not np.isfinite(objectives).all():
         raise InputError(
-            f"row {row_id}: a score is not a finite number; a model's weights may be damaged, or "
-            "overflow in this dtype"
+            f"row {request.row_id}: a score is not a finite number; a model's weights may be "
+            "damaged, or overflow in this dtype"
         )
     scores = objectives.sum(axis=-1)
     # A selector's best first may be another than the highest sum first.
-    order = range(len(scores)) if ranked else np.argsort(-scores, kind="stable")
+    ranked = config.selector.reorders
+    order = range(len(scores)) if ranked else np.argsort(-scores, kind="stable").tolist()
+    stops = bool(config.stop or request.stop)
+
+    def behind(w: int) -> tuple[int, ...]:
+        length = lengths[w]
+        by_eos = length > 0 and tokens[w, length - 1] in eos_ids
+        return tuple(tokens[w, length:].tolist()) if stops and finished[w] and not by_eos else ()
+
     hypotheses = tuple(
         Hypothesis(
             tuple(tokens[w, : lengths[w]].tolist()),
@@ -247,10 +256,11 @@ def _result(
             bool(finished[w]),
             tuple(objectives[w].tolist()),
             tuple(token_scores[w, : lengths[w]].sum(axis=-1).tolist()),
+            behind(w),
         )
         for w in order
     )
-    return SearchResult(row_id, hypotheses)
+    return SearchResult(request.row_id, hypotheses)
 
 
 def _insert_program(

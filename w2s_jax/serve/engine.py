@@ -356,7 +356,13 @@ class Engine:
             return found
 
     def _text(self, request: Request, hypothesis: Hypothesis) -> str:
-        return response_text(self._tokenizer, request.prompts[0], hypothesis.tokens, request.stop)
+        return response_text(
+            self._tokenizer,
+            request.prompts[0],
+            hypothesis.tokens,
+            request.stop,
+            hypothesis.behind,
+        )
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""

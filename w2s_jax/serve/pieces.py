@@ -12,10 +12,14 @@ _WINDOW = 8
 
 
 def response_text(
-    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str]
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: Sequence[str],
+    behind: Sequence[int] = (),
 ) -> str:
-    """The text that tokens add to a prompt's, up to the first stop string."""
-    return decode_response(tokenizer, prompt[-_TAIL:], tokens, stop)
+    """The text that tokens add to a prompt's, up to the first stop string, as `decode_response`."""
+    return decode_response(tokenizer, prompt[-_TAIL:], tokens, stop, behind)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:

@@ -43,15 +43,24 @@ def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def decode_response(
-    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str] = ()
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: Sequence[str] = (),
+    behind: Sequence[int] = (),
 ) -> str:
     """The text that response tokens add to their prompt, up to the first stop string.
 
     Read behind the prompt, because some tokenizers drop a leading space from text of its own.
+    behind: tokens that followed before a stop string took them off; where the last of `tokens`
+    holds the beginning of that string, they show it.
     """
-    text = text_behind(partial(decode_tokens, tokenizer), prompt, tokens)
-    kept = cut(text, stop)
-    return text if kept is None else kept
+    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt)
+    for count in range(len(behind) + 1):
+        kept = cut(text_of([*tokens, *behind[:count]]), stop)
+        if kept is not None:
+            return kept
+    return text_of(tokens)
 
 
 def text_behind(
