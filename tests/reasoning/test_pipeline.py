@@ -158,6 +158,30 @@ def test_a_change_redoes_what_depends_on_it(data, in_process, tmp_path):
     assert again == {"stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model"}
 
 
+def test_adapters_are_trained_on_by_the_next_stage(data, in_process, tmp_path):
+    lora = {"lora_rank": 4}
+    short = {"iterations": 1, "naive": False, "ceiling": False, "sets": []}
+    two = RUN["stage_two"] | {"rounds": 2}
+    go(
+        data,
+        tmp_path,
+        **short,
+        sft=RUN["sft"] | lora,
+        dpo=RUN["dpo"] | lora,
+        stage_two=two,
+    )
+    for name in ("iteration-1-hybrid", "stage-two-1", "stage-two-2"):
+        assert (tmp_path / f"{name}-model" / "model" / "adapter_config.json").is_file()
+    models = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert list(models) == [
+        "weak",
+        "strong-icl",
+        "iteration-1-hybrid",
+        "stage-two-1",
+        "stage-two-2",
+    ]
+
+
 class Killed(BaseException):
     pass
 

@@ -38,7 +38,7 @@ from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
 RAW, GRADED, TRAINING, DEMONSTRATIONS = (
     "responses.jsonl", "graded.jsonl", "training.jsonl", "demonstrations.jsonl",
 )  # fmt: skip
-MODEL, SAMPLES = "model", "samples"
+MODEL, START, SAMPLES = "model", "start", "samples"
 WEAK_MODEL, WEAK, ICL = "weak-model", "weak-responses", "icl-responses"
 Figures = dict[str, Any]
 
@@ -252,7 +252,8 @@ class Pipeline:
 
         def tune(folder: Path) -> Figures:
             write_jsonl(folder / TRAINING, read_jsonl(self.root / pairs / TRAINING))
-            return self._train("dpo", folder, str(self.root / before / MODEL), config.dpo)
+            start = _whole(self.root / before / MODEL, folder / START)
+            return self._train("dpo", folder, start, config.dpo)
 
         rules = {"contrasts": _plain(config.contrasts), **self._grading()}
         made = Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads())
@@ -443,6 +444,16 @@ def _plain(config: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(config)
+
+
+def _whole(model: Path, target: Path) -> str:
+    """A checkpoint that can be trained on: an adapter is merged with its base into `target`."""
+    from w2s_jax.models.huggingface import is_adapter
+
+    if not is_adapter(model):
+        return str(model)
+    _run("w2s_jax", "convert", str(model), str(target))
+    return str(target)
 
 
 def _lines(path: Path) -> int:

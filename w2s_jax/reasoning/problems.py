@@ -1,0 +1,449 @@
+"""Word problems of several steps of arithmetic, made from a seed, and general text about them.
+
+Holds no model and no file. A problem is a function of (seed, index); what is held out is wordings.
+"""
+
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Literal
+
+from w2s_jax.errors import InputError
+from w2s_jax.reasoning.questions import prompt_of
+from w2s_jax.text.rows import Row
+
+NAMES = (
+    "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry",
+    "Ida", "Jonas", "Kate", "Leo", "Mia", "Noah", "Olga", "Paul",
+)  # fmt: skip
+ITEMS = (
+    "apples", "books", "cards", "coins", "eggs", "flowers", "keys", "marbles",
+    "nuts", "pears", "pens", "shells", "stamps", "stones", "tickets", "toys",
+)  # fmt: skip
+PACKS = ("bags", "boxes", "baskets", "jars")
+
+Operation = Literal["add", "subtract", "multiply", "packs", "share", "compare"]
+
+WORDINGS: dict[Operation, tuple[str, ...]] = {
+    "add": (
+        "{name} finds {n} more {items}.",
+        "{name} buys {n} {items}.",
+        "{friend} gives {n} {items} to {name}.",
+        "Then {name} gets {n} new {items}.",
+        "{name} takes {n} {items} from {friend}.",
+    ),
+    "subtract": (
+        "{name} loses {n} {items}.",
+        "{name} sells {n} {items}.",
+        "{name} gives {n} {items} to {friend}.",
+        "Then {n} {items} break.",
+        "{friend} takes {n} {items} from {name}.",
+    ),
+    "multiply": (
+        "Then {name} has {n} times as many {items} as before.",
+        "The number of {items} grows to {n} times what it was.",
+        "{name} works until there are {n} times as many {items}.",
+        "Then there are {n} times as many {items} as before.",
+    ),
+    "packs": (
+        "{name} buys {m} {packs} of {n} {items}.",
+        "{friend} brings {m} {packs} with {n} {items} each.",
+        "{name} finds {m} {packs}, each with {n} {items}.",
+        "{name} gets {m} new {packs} of {n} {items}.",
+    ),
+    "share": (
+        "{name} puts the {items} into {n} equal {packs} and keeps one.",
+        "{name} shares the {items} equally among {n} friends, and one of them is {name}.",
+        "{name} keeps one of {n} equal parts of the {items}.",
+        "{name} puts the {items} into {n} equal parts and keeps one.",
+    ),
+    "compare": (
+        "{friend} has {n} more {items} than {name}.",
+        "{friend} has {n} fewer {items} than {name}.",
+        "{friend} has {n} times as many {items} as {name}.",
+        "{name} has {n} fewer {items} than {friend}.",
+    ),
+}
+"""Sentences of each operation; the last one is held out, of few words that the others lack."""
+OPENINGS = (
+    "{name} has {n} {items}.",
+    "At first {name} has {n} {items}.",
+    "{name} owns {n} {items}.",
+)
+ASIDES = ("{friend} has {n} {others}.", "{name} has {n} {others} too.")
+QUESTIONS = (
+    "How many {items} does {name} have now?",
+    "How many {items} are left with {name}?",
+    "What is the number of {items} that {name} has in the end?",
+)
+TOGETHER = ("How many {items} do they have together?", "How many {items} do the two have in total?")
+
+Wordings = Literal["shown", "held out", "all"]
+
+
+@dataclass(frozen=True)
+class ProblemConfig:
+    """How hard problems are.
+
+    Attributes:
+        steps: numbers of operations that a problem may have, from 2 to 5.
+        largest: no number in a problem exceeds it.
+        asides: the share of problems with a number that does not matter.
+        wordings: "shown" leaves the held-out ones out, "held out" has one at least.
+    """
+
+    steps: tuple[int, ...] = (2, 3, 4, 5)
+    largest: int = 60
+    asides: float = 0.2
+    wordings: Wordings = "shown"
+
+    def __post_init__(self) -> None:
+        if not self.steps or not all(2 <= number <= 5 for number in self.steps):
+            raise InputError(f"steps {self.steps}: numbers from 2 to 5 are needed")
+        if self.largest < 12:
+            raise InputError(f"largest {self.largest}: problems need numbers up to 12 at least")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One operation of a solution: `{before}{left} {sign} {right} = {value}{after}`.
+
+    left_from, right_from: the number of the line that the operand is the value of, None where it
+    stands in the question.
+    """
+
+    before: str
+    left: int
+    sign: str
+    right: int
+    value: int
+    after: str
+    left_from: int | None = None
+    right_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the lines that solve it, and which wordings it has.
+
+    Attributes:
+        wordings: (operation, number in WORDINGS) of each sentence that changes something.
+    """
+
+    question: str
+    lines: tuple[Line, ...]
+    wordings: tuple[tuple[Operation, int], ...]
+
+    @property
+    def answer(self) -> int:
+        """The final answer."""
+        return self.lines[-1].value
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a held-out wording is in it."""
+        return any(is_held_out(*wording) for wording in self.wordings)
+
+    @property
+    def solution(self) -> str:
+        """The solution step by step, which ends in `#### ANSWER` as GSM8K's do."""
+        return _solution(self.lines)
+
+
+def is_held_out(operation: Operation, number: int) -> bool:
+    """Whether a wording is only for tests."""
+    return number == len(WORDINGS[operation]) - 1
+
+
+def make_problem(seed: int, index: int, config: ProblemConfig | None = None) -> Problem:
+    """The problem of a seed and an index."""
+    config = config or ProblemConfig()
+    rng = random.Random(f"problem {seed} {index}")
+    while True:
+        found = _try(rng, config)
+        if found is not None and (config.wordings != "held out" or found.held_out):
+            return found
+
+
+def make_problems(
+    number: int, seed: int, config: ProblemConfig | None = None, *, without: Collection[str] = ()
+) -> list[Problem]:
+    """Problems of a seed by ascending index; no question twice, and none that is in `without`."""
+    return list(islice(_distinct(seed, config, without), number))
+
+
+def question_rows(problems: Sequence[Problem], prefix: str) -> list[Row]:
+    """Problems as rows of questions with their gold solutions."""
+    return [
+        {
+            "id": f"{prefix}{index}",
+            "question": problem.question,
+            "answer": problem.solution,
+            "steps": len(problem.lines),
+        }
+        for index, problem in enumerate(problems)
+    ]
+
+
+def general_text(
+    number: int,
+    seed: int,
+    config: ProblemConfig | None = None,
+    *,
+    without: Collection[str] = (),
+    shown: tuple[int, int] = (2, 4),
+    careless: float = 0.2,
+) -> list[str]:
+    """Texts to pre-train on: no question of `without` is in them, and so no answer to one.
+
+    Half are demonstrations, `shown` (fewest, most) solved problems each in the published format;
+    `careless` is the share of them whose solver slips now and then, and so teaches that solutions
+    are as good as those before them. The others tell a story with the count after each sentence,
+    do sums, or ask without an answer. Held-out wordings are in stories alone.
+    """
+    config = config or ProblemConfig()
+    rng = random.Random(f"general {seed}")
+    problems = _distinct(seed, config, without)
+    texts = []
+    for _ in range(number):
+        kind = rng.random()
+        if kind < 0.5:
+            solved = list(islice(problems, rng.randint(*shown)))
+            texts.append(_block(solved, 0.3 if rng.random() < careless else 0.0, rng))
+        elif kind < 0.75:
+            texts.append(_story(rng, config))
+        elif kind < 0.95:
+            texts.append(_sums(rng, config.largest))
+        else:
+            texts.append(" ".join(p.question for p in islice(problems, 2)))
+    return texts
+
+
+def _distinct(
+    seed: int, config: ProblemConfig | None, without: Collection[str]
+) -> Iterator[Problem]:
+    seen = set(without)
+    misses = 0
+    for index in count():
+        problem = make_problem(seed, index, config)
+        misses = misses + 1 if problem.question in seen else 0
+        if misses > 10_000:
+            raise InputError("there are not so many different problems; ask for fewer")
+        if misses == 0:
+            seen.add(problem.question)
+            yield problem
+
+
+@dataclass
+class _Telling:
+    """A problem in the making."""
+
+    rng: random.Random
+    config: ProblemConfig
+    names: dict[str, str]
+    value: int
+    told: list[str]
+    lines: list[Line]
+    wordings: list[tuple[Operation, int]]
+    last: int | None = None
+
+    def pick(self, operation: Operation, among: Sequence[int] | None = None) -> str:
+        """One of an operation's wordings."""
+        chosen = among if among is not None else range(len(WORDINGS[operation]))
+        if self.config.wordings == "shown":
+            chosen = [number for number in chosen if not is_held_out(operation, number)]
+        number = self.rng.choice(list(chosen))
+        self.wordings.append((operation, number))
+        return WORDINGS[operation][number]
+
+    def say(self, wording: str, **numbers: int) -> None:
+        self.told.append(wording.format(**self.names, **numbers))
+
+    def write(self, before: str, sign: str, right: int, right_from: int | None = None) -> int:
+        """A line that goes on from the count; the count stays what it was."""
+        return self.note(Line(before, self.value, sign, right, 0, "", self.last, right_from))
+
+    def note(self, line: Line) -> int:
+        """Add a line, with its texts filled in and its value; returns that."""
+        value = _OPERATORS[line.sign](line.left, line.right)
+        before, after = line.before.format(**self.names), " {items}.".format(**self.names)
+        self.lines.append(replace(line, before=before, value=value, after=after))
+        return value
+
+    def go_on(self, sign: str, right: int, right_from: int | None = None) -> None:
+        """Change the count, by a line that says so."""
+        self.value = self.write("Then {name} has ", sign, right, right_from)
+        self.last = len(self.lines) - 1
+
+
+_OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b,
+}
+
+
+def _try(rng: random.Random, config: ProblemConfig) -> Problem | None:
+    """A problem, or None where the numbers that were drawn do not go on."""
+    name, friend = rng.sample(NAMES, 2)
+    items, others = rng.sample(ITEMS, 2)
+    names = {"name": name, "friend": friend, "items": items, "others": others}
+    names["packs"] = rng.choice(PACKS)
+    told = _Telling(rng, config, names, rng.randint(3, config.largest // 2), [], [], [])
+    told.say(rng.choice(OPENINGS), n=told.value)
+    steps = rng.choice(config.steps)
+    compares = rng.random() < 0.3
+    while len(told.lines) < steps - 2 * compares:
+        room = steps - 2 * compares - len(told.lines)
+        if not _step(told, room):
+            return None
+    if rng.random() < config.asides:
+        place = rng.randint(1, len(told.told))
+        aside = rng.choice(ASIDES).format(**names, n=rng.randint(2, config.largest // 2))
+        told.told.insert(place, aside)
+    if compares and not _compare(told):
+        return None
+    asked = rng.choice(TOGETHER if compares else QUESTIONS)
+    question = " ".join([*told.told, asked.format(**names)])
+    return Problem(question, tuple(told.lines), tuple(told.wordings))
+
+
+def _step(told: _Telling, room: int) -> bool:
+    """Tell one operation more, of at most `room` lines."""
+    rng, largest, value = told.rng, told.config.largest, told.value
+    kinds: list[Operation] = []
+    if value + 2 <= largest:
+        kinds += ["add", "add"]
+    if value > 3:
+        kinds += ["subtract", "subtract"]
+    factors = [n for n in range(2, 6) if value * n <= largest]
+    parts = [n for n in range(2, 7) if value % n == 0 and value > n]
+    sizes = [
+        (m, n) for m in range(2, 7) for n in range(2, 10) if value + m * n <= largest
+    ]  # fmt: skip
+    if factors:
+        kinds.append("multiply")
+    if parts:
+        kinds.append("share")
+    if sizes and room >= 2:
+        kinds.append("packs")
+    if not kinds:
+        return False
+    kind = rng.choice(kinds)
+    wording = told.pick(kind)
+    if kind == "packs":
+        m, n = rng.choice(sizes)
+        told.say(wording, m=m, n=n)
+        product = told.note(Line("The {packs} hold ", m, "*", n, 0, ""))
+        told.go_on("+", product, len(told.lines) - 1)
+        return True
+    sign, numbers = {
+        "add": ("+", range(2, min(30, largest - value) + 1)),
+        "subtract": ("-", range(2, value - 1)),
+        "multiply": ("*", factors),
+        "share": ("/", parts),
+    }[kind]
+    n = rng.choice(list(numbers))
+    told.say(wording, n=n)
+    told.go_on(sign, n)
+    return True
+
+
+def _compare(told: _Telling) -> bool:
+    """Tell what another has, and what both have together; False where that exceeds the largest."""
+    value, room = told.value, told.config.largest - 2 * told.value
+    choices: tuple[tuple[str, Sequence[int]], ...] = (
+        ("+", range(2, room + 1)),
+        ("-", range(max(2, -room), value - 1)),
+        ("*", [n for n in range(2, 5) if value * (n + 1) <= told.config.largest]),
+        ("+", range(2, room + 1)),
+    )
+    fit = {
+        number: (sign, numbers)
+        for number, (sign, numbers) in enumerate(choices)
+        if numbers and not (told.config.wordings == "shown" and is_held_out("compare", number))
+    }
+    if not fit:
+        return False
+    wording = told.pick("compare", list(fit))
+    sign, numbers = fit[told.wordings[-1][1]]
+    n = told.rng.choice(list(numbers))
+    told.say(wording, n=n)
+    other = told.write("{friend} has ", sign, n)
+    told.write("Together they have ", "+", other, len(told.lines) - 1)
+    return True
+
+
+def _solution(lines: Sequence[Line]) -> str:
+    worked = [
+        f"{line.before}{line.left} {line.sign} {line.right} = {line.value}{line.after}"
+        for line in lines
+    ]
+    return "\n".join([*worked, f"#### {lines[-1].value}"])
+
+
+def _slipped(lines: Sequence[Line], chance: float, rng: random.Random) -> list[Line]:
+    """The lines of a solver who miscounts at some of them and goes on from that."""
+    found: list[Line] = []
+    for line in lines:
+        left = line.left if line.left_from is None else found[line.left_from].value
+        right = line.right if line.right_from is None else found[line.right_from].value
+        value = max(1, _OPERATORS[line.sign](left, right))
+        if rng.random() < chance:
+            value = max(1, value + rng.choice((-10, -2, -1, 1, 2, 10)))
+        found.append(replace(line, left=left, right=right, value=value))
+    return found
+
+
+def _block(problems: Sequence[Problem], slips: float, rng: random.Random) -> str:
+    """Demonstrations whose solver errs in this share of the lines."""
+    return "\n\n".join(
+        f"{prompt_of(problem.question)} {_solution(_slipped(problem.lines, slips, rng))}"
+        for problem in problems
+    )
+
+
+def _story(rng: random.Random, config: ProblemConfig) -> str:
+    """Sentences with the count after each, held-out wordings among them, and no question."""
+    told = None
+    steps = rng.randint(2, 4)
+    while told is None:
+        name, friend = rng.sample(NAMES, 2)
+        names = {"name": name, "friend": friend, "items": rng.choice(ITEMS), "others": ""}
+        names["packs"] = rng.choice(PACKS)
+        start = rng.randint(3, config.largest // 2)
+        open_config = ProblemConfig(config.steps, config.largest, 0.0, "all")
+        told = _Telling(rng, open_config, names, start, [], [], [])
+        told.say(rng.choice(OPENINGS), n=start)
+        for _ in range(steps):
+            if not _step(told, 2):
+                told = None
+                break
+            told.told.append(f"Now {name} has {told.value} {names['items']}.")
+        if told is not None and rng.random() < 0.3:
+            lines = len(told.lines)
+            if _compare(told):
+                told.told.append(f"So {friend} has {told.lines[lines].value} {names['items']}.")
+    return " ".join(told.told)
+
+
+def _sums(rng: random.Random, largest: int) -> str:
+    """A few sums of numbers of the problems' size."""
+    found: list[str] = []
+    while len(found) < 8:
+        sign = rng.choice("++--*/")
+        if sign == "+":
+            left = rng.randint(1, largest - 1)
+            right = rng.randint(1, largest - left)
+        elif sign == "-":
+            left = rng.randint(2, largest)
+            right = rng.randint(1, left - 1)
+        else:
+            left, right = rng.randint(2, 12), rng.randint(2, 9)
+            if left * right > largest:
+                continue
+            left = left * right if sign == "/" else left
+        found.append(f"{left} {sign} {right} = {_OPERATORS[sign](left, right)}")
+    return "\n".join(found)
