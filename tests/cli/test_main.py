@@ -33,7 +33,8 @@ def test_every_command_has_help_for_every_flag(words, capsys):
     hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         notes = getattr(hints[field.name], "__metadata__", ())
-        wanted = f"--{field.name.replace('_', '-')}"
+        named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
+        wanted = f"--{named.replace('_', '-')}"
         if Positional in notes:
             wanted = next(note.metavar for note in notes if hasattr(note, "metavar"))
         assert wanted in text
@@ -43,7 +44,7 @@ def test_every_command_has_help_for_every_flag(words, capsys):
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
-        (["srch"], "unknown command 'srch'; the commands are demo, search, sft, dpo, plot,"),
+        (["srch"], "unknown command 'srch'; the commands are demo, search, sft, dpo, reason,"),
         (["bench"], "bench is followed by another word: bench search, bench train"),
         (
             ["bench", "--repeats", "2"],
