@@ -64,11 +64,6 @@ class Pipeline:
         """The strong model's questions."""
         return read_questions(self.files["questions"], ids=self.config.ids)
 
-    @property
-    def has_gold(self) -> bool:
-        """Whether all questions have gold answers."""
-        return all("answer" in row for row in self.questions)
-
     @cached_property
     def weights(self) -> Mapping[str, str]:
         """A hash of the weights of each checkpoint that the run begins with, by its name."""
@@ -344,9 +339,10 @@ class Pipeline:
         kind, solved = self.config.kind, self.questions if golds is None else golds
         known = all("answer" in row for row in solved)
         answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved} if known else None
-        graded = grade(rows, None, checker, kind)
-        if answers is not None:
-            judged = grade(rows, answers, self.config.judge, kind)
+        judge = self.config.judge
+        graded = grade(rows, answers if checker == judge else None, checker, kind)
+        if answers is not None and checker != judge:
+            judged = grade(rows, answers, judge, kind)
             graded = [
                 row | {"gold": other["gold"], "result": other["result"]}
                 for row, other in zip(graded, judged, strict=True)

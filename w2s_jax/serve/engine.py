@@ -356,13 +356,8 @@ class Engine:
             return found
 
     def _text(self, request: Request, hypothesis: Hypothesis) -> str:
-        return response_text(
-            self._tokenizer,
-            request.prompts[0],
-            hypothesis.tokens,
-            request.stop,
-            hypothesis.behind,
-        )
+        tokens, behind = hypothesis.tokens, hypothesis.behind
+        return response_text(self._tokenizer, request.prompts[0], tokens, request.stop, behind)
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
