@@ -51,6 +51,8 @@ def unread(monkeypatch):
         (["--held-out=4", "--keep-best=loss"], "--keep-best loss: it takes a metric"),
         (["--sample-every=2", "--sample-prompts=0"], "--sample-prompts 0 must be 1 or more"),
         (["--max-length=0"], "--max-length 0 is below 2"),
+        (["--loss-type=aot", "--weight-column=weight"], "no effect on --loss-type aot"),
+        (["--weight-column=sure"], 'line 1: "sure" is None; as --weight-column it takes a number'),
         (["--lora-rank=17"], "--lora-rank 17 is more than the width 16"),
     ],
 )

@@ -158,10 +158,11 @@ def test_a_change_redoes_what_depends_on_it(data, in_process, tmp_path):
     assert again == {"stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model"}
 
 
-def test_adapters_are_trained_on_by_the_next_stage(data, in_process, tmp_path):
+def test_adapters_and_weights_of_pairs_reach_the_next_stage(data, in_process, tmp_path):
     lora = {"lora_rank": 4}
     short = {"iterations": 1, "naive": False, "ceiling": False, "sets": []}
-    two = RUN["stage_two"] | {"rounds": 2}
+    contrasts = RUN["stage_two"]["contrasts"] | {"weighted": True}
+    two = RUN["stage_two"] | {"rounds": 2, "contrasts": contrasts}
     go(
         data,
         tmp_path,
@@ -172,6 +173,8 @@ def test_adapters_are_trained_on_by_the_next_stage(data, in_process, tmp_path):
     )
     for name in ("iteration-1-hybrid", "stage-two-1", "stage-two-2"):
         assert (tmp_path / f"{name}-model" / "model" / "adapter_config.json").is_file()
+    flags = yaml.safe_load((tmp_path / "stage-two-1-model" / "dpo.yaml").read_text())
+    assert flags["weight_column"] == "weight"
     models = json.loads((tmp_path / "report.json").read_text())["models"]
     assert list(models) == [
         "weak",

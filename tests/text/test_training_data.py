@@ -546,6 +546,28 @@ def test_equal_responses_are_refused_or_left_out(tokenizer, config):
         load_pairs(config(PAIRS[1:], equal_pairs="drop"), tokenizer)
 
 
+def test_pairs_carry_the_weights_of_their_column(tokenizer, config):
+    weighted = [{**PAIRS[0], "weight": weight} for weight in (0.7, 2, 0.25)]
+    data = load_pairs(config(weighted, weight_column="weight"), tokenizer)
+    np.testing.assert_array_equal(data.at([2, 0])["weights"], np.float32([0.25, 0.7]))
+    np.testing.assert_array_equal(data.at([2, 1], slice(1, 2))["weights"], np.float32([2]))
+    assert "weights" not in load_pairs(config(weighted), tokenizer).at([0])
+
+
+@pytest.mark.parametrize("weight", [None, 0, -1.0, float("nan"), float("inf"), "1", True])
+def test_a_weight_is_a_number_above_zero(tokenizer, config, weight):
+    rows = [{**PAIRS[0], "weight": 1.0}, {**PAIRS[0], "weight": weight}]
+    with pytest.raises(InputError, match=r'line 2: "weight" is .* takes a number above 0'):
+        load_pairs(config(rows, weight_column="weight"), tokenizer)
+
+
+def test_only_pairs_are_weighted(tokenizer, config):
+    with pytest.raises(InputError, match="--weight-column weight: single responses carry none"):
+        load_sequences(config(PAIRS[:1], weight_column="weight"), tokenizer)
+    with pytest.raises(InputError, match="--weight-column weight: labelled rows carry none"):
+        load_labelled(config(PAIRS[:1], weight_column="weight"), tokenizer)
+
+
 def test_messages_need_a_template(tokenizer, config):
     with pytest.raises(InputError, match="line 1: --template: the tokenizer has no chat template"):
         load_sequences(config([{"messages": DIALOGUE}]), tokenizer)

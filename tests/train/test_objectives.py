@@ -114,6 +114,31 @@ def test_pairs_are_the_losses_of_their_log_probs(models, options, live):
         np.testing.assert_allclose(metrics[name], number, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_pairs_count_by_their_weights_over_all_micro_batches(models):
+    """A pair of weight 2 counts as the same pair twice, wherever micro-batches are cut."""
+    model = models[0]
+    batch, weights = rows((4, 2)), np.float32([1, 2, 1, 3])
+    batch["reference"] = np.float32([[-9, -8], [-7, -9], [-8, -8], [-6, -7]])
+    twice = jax.tree.map(lambda x: np.repeat(x, weights.astype(int), axis=0), batch)
+    loss = pair_loss(Policy(model.config), PreferenceConfig(beta=0.5))
+
+    def gradient(given):
+        scalar = lambda params: loss(params, {}, given, KEY)[:2]  # noqa: E731
+        return jax.value_and_grad(scalar, has_aux=True)(model.params)
+
+    (value, weight), slope = gradient(batch | {"weights": weights})
+    (expected, count), expected_slope = gradient(twice)
+    assert weight == count == 7
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), slope, expected_slope)
+    given = batch | {"weights": weights}
+    cuts = (slice(0, 1), slice(1, 4))
+    micro = [{name: array[cut] for name, array in given.items()} for cut in cuts]
+    parts = [loss(model.params, {}, one, KEY) for one in micro]
+    whole = sum(float(part[0] * part[1]) for part in parts) / sum(float(part[1]) for part in parts)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+
+
 def test_fresh_adapters_are_their_own_reference(models):
     model, lora = models[0], LoraConfig(rank=2)
     adapter = init_adapter(model.config, lora, KEY)

@@ -49,6 +49,9 @@ class DPO(Training):
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
     """KTO's weight of undesirable responses."""
+    weight_column: Annotated[str | None, arg(metavar="NAME")] = None
+    """Column of the pairs that says how much each counts in the loss, such as the confidence in
+    it: the sum of weight × loss over the sum of the weights."""
     reference: Annotated[str | None, arg(metavar="DIR|ID")] = None
     """Checkpoint of the reference; by default --model as it is at the start."""
     reference_logprobs: Literal["precomputed", "live"] = "precomputed"
@@ -89,6 +92,12 @@ class DPO(Training):
                 raise InputError(f"--{flag} has no effect without --loss-type wspo")
         if "kto" in preference.loss_type and self.batch_size // max(self.accumulate, 1) < 2:
             raise InputError("--loss-type kto pairs responses of a batch; it needs 2 rows or more")
+        sorting = [loss for loss in preference.loss_type if loss in ("aot", "aot_unpaired")]
+        if sorting and self.weight_column is not None:
+            raise InputError(
+                f"--weight-column has no effect on --loss-type {sorting[0]}: it compares the "
+                "sorted rewards of a batch, not pairs"
+            )
         if self.reference is not None and not preference.needs_reference:
             names = " + ".join(preference.loss_type)
             raise InputError(f"--reference has no effect: {names} reads no reference")
@@ -99,6 +108,10 @@ class DPO(Training):
         alone = set(self.preference.loss_type) & {"kto", "wspo"}
         asked = self.reference_logprobs == "live"
         return self.preference.needs_reference and (asked or bool(alone))
+
+    def data_options(self) -> dict[str, Any]:
+        """The column of weights."""
+        return super().data_options() | {"weight_column": self.weight_column}
 
     def load_data(self, config: "DataConfig", tokenizer: Any) -> "Data":
         """Pairs, or responses with labels (kto), or single responses (wspo)."""
@@ -159,6 +172,8 @@ class DPO(Training):
         shapes = {name: ((rows, 2, setup.length), dtype) for name, (_, dtype) in shapes.items()}
         if kind == "kto":
             return shapes | {"labels": ((rows,), "bool")}
+        if self.weight_column is not None:
+            shapes["weights"] = ((rows,), "float32")
         if self.preference.needs_reference and not self.reference_is_live:
             shapes["reference"] = ((rows, 2), "float32")
         return shapes

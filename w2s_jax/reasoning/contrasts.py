@@ -15,6 +15,9 @@ from w2s_jax.reasoning.measures import mean_over
 from w2s_jax.reasoning.questions import Answers, Id, completion_of, draw_key, pred_of, prompt_of
 from w2s_jax.text.rows import Row
 
+WEIGHT = "weight"
+"""Column of pairs that says how much each counts in the loss."""
+
 Sample = Mapping[str, Any]
 Verdict = Literal[
     "weak chosen", "weak rejected", "uncertain", "no answer", "unanimous", "not overruled"
@@ -170,7 +173,7 @@ def contrastive_pairs(
                 "rejected": completion_of(rejected["response"]),
                 "confidence": found.confidence,
             }
-            pairs.append(pair | ({"weight": found.confidence} if config.weighted else {}))
+            pairs.append(pair | ({WEIGHT: found.confidence} if config.weighted else {}))
             sides.append((found.verdict, chosen, rejected))
     if not pairs:
         reasons = ", ".join(f"{n:,} {name}" for name, n in _tally(verdicts.values()).items())

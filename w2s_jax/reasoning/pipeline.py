@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.reasoning.answering import Answering, write_task
 from w2s_jax.reasoning.answers import gold_answer
 from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, resolved
-from w2s_jax.reasoning.contrasts import contrastive_pairs
+from w2s_jax.reasoning.contrasts import WEIGHT, contrastive_pairs
 from w2s_jax.reasoning.curation import curate, sft_set
 from w2s_jax.reasoning.generation import GenerationConfig
 from w2s_jax.reasoning.grading import canonical_answers, grade
@@ -245,14 +245,17 @@ class Pipeline:
             write_jsonl(folder / TRAINING, found.pairs)
             return found.as_row()
 
+        weights = {"weight_column": WEIGHT} if config.contrasts.weighted else {}
+        preferences = weights | config.dpo
+
         def tune(folder: Path) -> Figures:
             write_jsonl(folder / TRAINING, read_jsonl(self.root / pairs / TRAINING))
             start = _whole(self.root / before / MODEL, folder / START)
-            return self._train("dpo", folder, start, config.dpo)
+            return self._train("dpo", folder, start, preferences)
 
         rules = {"contrasts": _plain(config.contrasts), **self._grading()}
         made = Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads())
-        flags = self._training(None, self.config.dpo | config.dpo)
+        flags = self._training(None, self.config.dpo | preferences)
         last = Stage(tuned, tune, (MODEL,), flags, (pairs, before), (), "1 preference tuning")
         return [drawn, made, last]
 

@@ -30,12 +30,14 @@ class Example:
         responses: one, or the chosen and the rejected one. Text behind a text, else messages.
         loss: the tokens on which this format's own trainer takes the loss.
         label: whether the one response is wanted; None where nobody says.
+        weight: how much a pair counts in the loss beside others.
     """
 
     prompt: Conversation | None
     responses: tuple[Conversation, ...]
     loss: Loss
     label: bool | None = None
+    weight: float = 1.0
 
 
 def parser(

@@ -23,12 +23,16 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Document:
-    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1."""
+    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+
+    `weight` says how much the example counts beside others.
+    """
 
     side: Side
     source: int
     row: int
     label: int = NO_LABEL
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TokenStore:
     Attributes:
         tokens, targets: a part each, values and offsets of so many documents.
         starts: the first document of each part, and their number at the end.
-        prompts, sources, rows, labels, lengths: a number a document.
+        prompts, sources, rows, labels, weights, lengths: a number a document.
         notes: what the writer had to say, such as counts.
     """
 
@@ -49,6 +53,7 @@ class TokenStore:
     sources: np.ndarray
     rows: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray
     lengths: np.ndarray
     notes: dict[str, Any]
 
@@ -121,7 +126,7 @@ def _schema() -> Any:
 
     lists = {"tokens": pa.list_(pa.int32()), "targets": pa.list_(pa.int8())}
     numbers = dict.fromkeys(("prompt", "source", "row", "label"), pa.int64())
-    return pa.schema(lists | numbers)
+    return pa.schema(lists | numbers | {"weight": pa.float32()})
 
 
 def _batch(block: list[Document], schema: Any) -> Any:
@@ -138,6 +143,7 @@ def _batch(block: list[Document], schema: Any) -> Any:
         pa.array([document.source for document in block], pa.int64()),
         pa.array([document.row for document in block], pa.int64()),
         pa.array([document.label for document in block], pa.int64()),
+        pa.array([document.weight for document in block], pa.float32()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -151,7 +157,8 @@ def _store(table: Any, notes: dict[str, Any]) -> TokenStore:
     offsets = [cuts for _, cuts in parts["tokens"]]
     starts = np.cumsum([0, *(len(cuts) - 1 for cuts in offsets)])
     lengths = [np.diff(cuts) for cuts in offsets]
-    numbers = {name: table.column(name).to_numpy() for name in ("prompt", "source", "row", "label")}
+    names = ("prompt", "source", "row", "label", "weight")
+    numbers = {name: table.column(name).to_numpy() for name in names}
     return TokenStore(
         parts["tokens"],
         parts["targets"],
@@ -160,6 +167,7 @@ def _store(table: Any, notes: dict[str, Any]) -> TokenStore:
         numbers["source"],
         numbers["row"],
         numbers["label"],
+        numbers["weight"],
         np.concatenate([np.zeros(0, np.int32), *lengths]),
         notes,
     )

@@ -6,7 +6,7 @@ in text/order.py.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
 
-_VERSION = 1  # of what is cached: raise it when the same rows would give other tokens
+_VERSION = 2  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
 _FIGURES = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
 
@@ -50,6 +50,8 @@ class DataConfig:
     """Whether EOS is put behind texts and responses; chat templates end their turns themselves."""
     equal_pairs: Literal["error", "drop"] = "error"
     """What becomes of pairs whose chosen and rejected responses are equal."""
+    weight_column: str | None = None
+    """Column of pairs that says how much each counts in the loss; without it, all the same."""
     packing: Literal["none", "best-fit"] = "none"
     """Whether several short sequences share a row of max_length tokens."""
     pad_to_multiple_of: int = 64
@@ -73,6 +75,7 @@ class Data:
         store: the documents; the sides of a pair follow each other.
         places: how each source writes the place of a row, before its number.
         identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
+        weighted: whether batches say how much each pair counts.
         figures: rows read, examples kept, dropped and truncated, tokens, targets ...
     """
 
@@ -85,6 +88,7 @@ class Data:
     max_length: int
     multiple: int
     packing: Packing | None = None
+    weighted: bool = False
 
     def __len__(self) -> int:
         if self.packing is not None:
@@ -129,8 +133,9 @@ class Data:
 
         `tokens` int32, `targets` bool and `segments` int32 [B, X], or [B, 2, X] for pairs and
         labelled rows, whose second side is the response of the row before in the batch (TRL's KTO
-        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these. X is
-        of all rows at `indices`, also of those not in `part`.
+        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these, and
+        `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
+        in `part`.
         """
         rows = [self._row(int(index)) for index in indices]
         if self.kind == "labelled":
@@ -146,6 +151,8 @@ class Data:
             batch = {name: array[:, 0] for name, array in batch.items()}
         if self.kind == "labelled":
             batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
+        if self.weighted:
+            batch["weights"] = self.store.weights[:: self._sides][np.asarray(indices)][part]
         return batch
 
     def _row(self, index: int) -> list[list[Side]]:
@@ -188,6 +195,7 @@ def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
     Raises InputError for files and rows that cannot be read, columns that are missing, and data of
     which nothing is left.
     """  # noqa: D205
+    _unweighted(config, "single responses")
     data = _load("sequences", config, tokenizer)
     if config.packing == "none":
         return data
@@ -213,6 +221,7 @@ def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
     Raises InputError as `load_pairs` does.
     """
     _only_responses(config, "labelled rows")
+    _unweighted(config, "labelled rows")
     return _load("labelled", config, tokenizer)
 
 
@@ -232,6 +241,14 @@ def _only_responses(config: DataConfig, what: str) -> None:
         raise InputError(f"--packing {config.packing}: {what} are not packed; leave it out")
     if config.truncation == "split":
         raise InputError(f"--truncation split: {what} cannot be split; use keep_start or another")
+
+
+def _unweighted(config: DataConfig, what: str) -> None:
+    if config.weight_column is not None:
+        raise InputError(
+            f"--weight-column {config.weight_column}: {what} carry none, only pairs do; leave "
+            "it out"
+        )
 
 
 def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
@@ -256,6 +273,7 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     return Data(
         kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
         pad_id, config.max_length, config.pad_to_multiple_of,
+        weighted=config.weight_column is not None,
     )  # fmt: skip
 
 
@@ -305,7 +323,7 @@ def _documents(
         for (example, source, row), whole, place in zip(block, encoded, places, strict=True):
             label = NO_LABEL if example.label is None else int(example.label)
             for one in _shortened(whole, config, place, figures):
-                found += [Document(side, source, row, label) for side in one.sides]
+                found += [Document(side, source, row, label, example.weight) for side in one.sides]
         figures["tokens"] += sum(len(document.side) for document in found)
         figures["targets"] += sum(int(document.side.targets.sum()) for document in found)
         if found:
@@ -334,7 +352,21 @@ def _examples(
                         )
                     figures["equal"] += 1
                     continue
+                if config.weight_column is not None:
+                    weight = _weight(rows[index], config.weight_column, place)
+                    example = replace(example, weight=weight)
                 yield example, number, index + 1
+
+
+def _weight(row: Mapping[str, Any], column: str, place: str) -> float:
+    value: Any = row.get(column)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # In float32, which holds it, a weight is neither lost nor without end.
+    if not number or not 1e-30 < value < 1e30:
+        raise InputError(
+            f'{place}: "{column}" is {value!r}; as --weight-column it takes a number above 0'
+        )
+    return float(value)
 
 
 def _shortened(
@@ -363,7 +395,7 @@ def _identity(
         kind,
         [(source.digest, source.first, source.last) for source in sources],
         [config.format, config.max_length, config.truncation, config.loss_on],
-        [config.equal_pairs, config.append_eos, config.limit],
+        [config.equal_pairs, config.append_eos, config.limit, config.weight_column],
         [template.describe(), template.eos_id, _tokenizer_digest(template.tokenizer)],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -92,8 +92,10 @@ def sft_loss(policy: Policy) -> LossFunction:
 
 
 def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
-    """The losses of a PreferenceConfig over pairs [B, 2, X], chosen first; a pair weighs 1.
+    """The losses of a PreferenceConfig over pairs [B, 2, X], chosen first.
 
+    A pair weighs 1, or as `weights` Float["B"] of the batch says: the loss is the sum of weight ×
+    loss over the sum of the weights, of all micro-batches of a step.
     Where a loss reads the reference, `reference` Float["B 2"] of the batch holds its log-probs, or
     else the frozen reference computes them. Losses that tie the pairs of a batch together (aot,
     bco_pair, and the next-token terms) do so within a micro-batch.
@@ -117,7 +119,9 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
             rejected_lengths=lengths[:, 1],
         )
         values, metrics = preference_loss(preference, pairs)
-        value, weight = values.mean(), jnp.float32(shape[0])
+        weights = batch.get("weights", jnp.ones(shape[0], jnp.float32))
+        weight = weights.sum()
+        value = (weights * values).sum() / weight
         accuracy = _accuracy(scores, flat["targets"])
         metrics |= {"loss": value, "mean_token_accuracy": accuracy, "num_tokens": _read(batch)}
         return value, weight, metrics
