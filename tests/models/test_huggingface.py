@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_config, load_model, save_model
 from w2s_jax.models.layout import stack_layers
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.ops.meshes import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -204,7 +204,8 @@ import jax, numpy as np
 from pathlib import Path
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.layout import unstack_layers
-from w2s_jax.ops.sharding import DEFAULT_RULES, make_mesh
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import DEFAULT_RULES
 
 folder = Path("tests/golden")
 mesh = make_mesh("data=2,fsdp=2,tensor=2")

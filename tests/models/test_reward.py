@@ -305,7 +305,8 @@ MESH = """
 import sys
 import jax, numpy as np
 from w2s_jax.models.reward_huggingface import load_reward_model
-from w2s_jax.ops.sharding import DEFAULT_RULES, make_mesh
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import DEFAULT_RULES
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
 rules = DEFAULT_RULES.replace(vocab=None)

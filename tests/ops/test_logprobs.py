@@ -31,11 +31,12 @@ def test_several_tokens_of_one_row():
 
 
 @pytest.mark.parametrize("block", [1, 4, 5, 10, 64])
-def test_blocks_change_nothing(block):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_blocks_and_groups_change_nothing(block, groups):
     rng = np.random.default_rng(2)
-    hidden = jnp.asarray(rng.normal(size=(10, 6)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(groups, 10, 6)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(6, 13)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 13, (10, 3)))
+    targets = jnp.asarray(rng.integers(0, 13, (groups, 10, 3)))
     out = blocked_token_logprobs(hidden, targets, lambda h: h @ head, block=block)
     expected = np.take_along_axis(reference(hidden @ head), np.asarray(targets), -1)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

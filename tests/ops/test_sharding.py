@@ -1,67 +1,24 @@
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax.errors import InputError
+from w2s_jax.ops.meshes import MESH_AXES, make_mesh
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
-    MESH_AXES,
+    SEARCH_RULES,
     constrain,
-    make_mesh,
-    mesh_shape,
+    parse_rules,
     resolve,
     resolve_tree,
 )
 
 MESH = AbstractMesh((2, 2, 4), MESH_AXES)
-
-
-@pytest.mark.parametrize(
-    ("spec", "devices", "shape"),
-    [
-        ("data=2,fsdp=2,tensor=2", 8, (2, 2, 2)),
-        ("tensor=4, data=2", 8, (2, 1, 4)),
-        ("fsdp=-1", 8, (1, 8, 1)),
-        ("data=-1,tensor=2", 8, (4, 1, 2)),
-        ("data=-1,tensor=8", 8, (1, 1, 8)),
-        ("", 1, (1, 1, 1)),
-    ],
-)
-def test_mesh_shape(spec, devices, shape):
-    assert mesh_shape(spec, devices) == shape
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
-def test_an_open_axis_takes_what_the_others_leave(data, fsdp, tensor):
-    spec = f"fsdp={fsdp},data=-1,tensor={tensor}"
-    assert mesh_shape(spec, data * fsdp * tensor) == (data, fsdp, tensor)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("data=3", "multiply to 3, which must equal the 8 devices"),
-        ("data=2", "multiply to 2, which must equal the 8 devices"),
-        ("data=-1,tensor=3", "multiply to 3, which must divide the 8 devices"),
-        ("data=-1,fsdp=-1", "data and fsdp are -1; only one"),
-        ("model=8", "axis 'model' is not one of data, fsdp, tensor"),
-        ("data=2,data=4", "axis 'data' is named twice"),
-        ("data=0", "data is '0'; it must be 1 or above, or -1"),
-        ("data=-2", "data is '-2'"),
-        ("data=two", "data is 'two'"),
-        ("data", "data is ''"),
-    ],
-)
-def test_wrong_mesh_specs(spec, message):
-    with pytest.raises(InputError, match=re.escape(message)) as error:
-        mesh_shape(spec, 8)
-    assert repr(spec) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +42,13 @@ def test_resolve(axes, shape, spec):
         (("embed", "slots"), (8, 4), "embed and slots both go to mesh axis 'fsdp'"),
         (("heads", "mlp"), (4, 8), "heads and mlp both go to mesh axis 'tensor'"),
         (("embed", "width"), (8, 4), "unknown logical axis 'width'; the rules know vocab, embed"),
-        (("kv_heads", "embed"), (2, 8), "kv_heads of size 2 is not divisible by mesh tensor 4"),
-        (("slots",), (6,), "slots of size 6 is not divisible by mesh data 2 × fsdp 2"),
+        (
+            ("kv_heads", "embed"),
+            (6, 8),
+            "kv_heads of size 6 is not divisible by mesh tensor 4; use",
+        ),
+        (("heads", "embed"), (2, 8), "heads of size 2 is not divisible by mesh tensor 4; use "),
+        (("slots",), (6,), "slots of size 6 is not divisible by mesh data 2 × fsdp 2; use "),
         (("embed",), (8, 8), "1 logical axes ('embed',) for an array of shape (8, 8)"),
     ],
 )
@@ -107,6 +69,56 @@ def test_rules_are_values_that_change_by_replacement():
     assert hash(rules) != hash(DEFAULT_RULES)
     with pytest.raises(InputError, match="mlp goes to mesh axis 'expert'; the mesh has data"):
         resolve(("mlp",), rules.replace(mlp="expert"), MESH, (8,))
+
+
+def test_fewer_key_value_heads_than_parts_stay_whole():
+    kernel, cache = ("embed", "kv_heads", "head_width"), ("slots", "prefix", "kv_heads")
+    assert resolve(kernel, DEFAULT_RULES, MESH, (8, 2, 3)).spec == P("fsdp", None, None)
+    assert resolve(cache, SEARCH_RULES, MESH, (4, 7, 1)).spec == P(("data", "fsdp"), None, None)
+    strict = dataclasses.replace(DEFAULT_RULES, shared=())
+    with pytest.raises(InputError, match="kv_heads of size 2 is not divisible by mesh tensor 4"):
+        resolve(kernel, strict, MESH, (8, 2, 3))
+
+
+def test_the_nearest_meshes_divide_every_leaf():
+    """Of 16 devices: width 24 takes fsdp of 1, 2, 4, 8, 3 heads a tensor axis of 1."""
+    shapes = {"a": jax.ShapeDtypeStruct((24, 3), jnp.float32)}
+    with pytest.raises(InputError) as error:
+        resolve_tree({"a": ("embed", "heads")}, shapes, DEFAULT_RULES, MESH)
+    told = str(error.value)
+    assert told == (
+        "a: heads of size 3 is not divisible by mesh tensor 4; use data=2,fsdp=8 | "
+        "data=4,fsdp=4 | data=8,fsdp=2, or leave heads whole (heads= in the rules)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "axes", "shape", "spec"),
+    [
+        ("train", ("embed", "mlp"), (8, 16), P("fsdp", "tensor")),
+        ("search", ("embed", "mlp"), (8, 16), P(None, ("fsdp", "tensor"))),
+        ("replicated", ("vocab", "embed"), (7, 5), P(None, None)),
+        ("search, mlp = tensor", ("embed", "mlp"), (8, 16), P(None, "tensor")),
+        ("train,heads=,embed=data+fsdp", ("embed", "heads"), (8, 3), P(("data", "fsdp"), None)),
+    ],
+)
+def test_rules_from_text(text, axes, shape, spec):
+    assert resolve(axes, parse_rules(text), MESH, shape).spec == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast", "no preset 'fast'; one of train, search, replicated"),
+        ("search,mlp", "'mlp' must be AXIS=MESH_AXIS, of data, fsdp, tensor"),
+        ("search,mlp=model", "'mlp=model' must be AXIS=MESH_AXIS"),
+        ("search,width=tensor", "unknown logical axis 'width'; the rules know vocab"),
+    ],
+)
+def test_wrong_rules(text, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        parse_rules(text)
+    assert repr(text) in str(error.value)
 
 
 def test_resolve_tree_names_the_leaf():
@@ -137,7 +149,8 @@ def test_one_device_mesh():
 
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp
-from w2s_jax.ops.sharding import DEFAULT_RULES, constrain, make_mesh, resolve
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import DEFAULT_RULES, constrain, resolve
 mesh = make_mesh("data=2,fsdp=-1,tensor=2")
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 split = resolve(("embed", "mlp"), DEFAULT_RULES, mesh, (8, 4))

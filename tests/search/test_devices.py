@@ -6,7 +6,7 @@ from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step, insert_prompt
 from w2s_jax.search.presets import cbs, eft
 

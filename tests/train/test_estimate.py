@@ -88,7 +88,7 @@ SHARDED = """
 import jax
 from tests.tiny import tiny_config
 from tests.train.test_estimate import BATCH, loss
-from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, estimate_step
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 config = tiny_config(vocab_size=64)

@@ -191,7 +191,7 @@ class Evaluate:
         """The reward model, on the mesh where there is one."""
         from w2s_jax.models.huggingface import quickest_dtype
         from w2s_jax.models.reward_huggingface import load_reward_model
-        from w2s_jax.ops.sharding import make_mesh
+        from w2s_jax.ops.meshes import make_mesh
 
         dtype = quickest_dtype() if self.dtype == "auto" else self.dtype
         mesh = make_mesh(self.mesh) if self.mesh else None

@@ -16,6 +16,7 @@ from w2s_jax.errors import InputError
 if TYPE_CHECKING:
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import RewardSource, Sources
+    from w2s_jax.search.placing import Places
     from w2s_jax.search.texts import TextScorer
 
 
@@ -44,7 +45,20 @@ class Guidance:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; auto is as stored, but float32 on a CPU, where it is faster."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
-    """Device mesh such as data=2,tensor=4; one axis may be -1."""
+    """Device mesh such as data=2,tensor=4, dcn_data=2 between slices; one axis may be -1."""
+    policy_rules: Annotated[str, arg(metavar="RULES")] = "search"
+    """How the mesh splits the policy: search, train or replicated, and changes to it, such as
+    search,mlp=tensor,kv_heads=."""
+    guide_rules: Annotated[str, arg(metavar="RULES")] = "search"
+    """How the mesh splits guides and reward models."""
+    scan_layers: bool | None = None
+    """Stack the layers, so that large models compile quickly; by default on a mesh."""
+
+    def places(self) -> "Places":
+        """The mesh and the rules; InputError where they are wrong."""
+        from w2s_jax.search.placing import read_places
+
+        return read_places(self.mesh, self.policy_rules, self.guide_rules, self.scan_layers)
 
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.

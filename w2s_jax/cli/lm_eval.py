@@ -63,6 +63,7 @@ class LMEval(Method, Guidance):
         from w2s_jax.text.atomic import check_writable
 
         model_class = register()
+        places = self.places()
         config, sources = self.search_config(), self.sources(guided=self.method != "sample")
         if self.output:
             check_writable(self.output)
@@ -74,9 +75,9 @@ class LMEval(Method, Guidance):
             config,
             batch_size=self.batch_size,
             dtype=self.weights_dtype,
-            mesh=self.mesh,
+            places=places,
         )
-        for line in steered.plan.notes():
+        for line in (*steered.plan.notes(), *places.notes(steered.plan.configs)):
             print(line)
 
         import lm_eval

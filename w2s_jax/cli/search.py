@@ -15,15 +15,16 @@ from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
     from w2s_jax.search import SearchConfig
-    from w2s_jax.search.checkpoints import Plan, Sources
+    from w2s_jax.search.checkpoints import Sources
     from w2s_jax.text.journal import Journal
 
 Row = dict[str, Any]
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (
-    "prompts", "output", "batch_size", "mesh", "config", "models_map", "format", "generator",
-    "report", "show", "concurrency", "timeout", "attempts", "prompts_per_request",
+    "prompts", "output", "batch_size", "mesh", "policy_rules", "guide_rules", "scan_layers",
+    "config", "models_map", "format", "generator", "report", "show", "concurrency",
+    "timeout", "attempts", "prompts_per_request",
     "price_prompt", "price_completion", "api_key_env",
 )  # fmt: skip
 
@@ -135,7 +136,6 @@ class Search(Remote, Judges, Method, Guidance, Files):
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
     ) -> "Callable[[Journal, Callable[[Row], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
-        from w2s_jax.ops.sharding import make_mesh
         from w2s_jax.search import checkpoints
         from w2s_jax.search.files import encode_questions, search_rows
         from w2s_jax.text.prompts import special_stops
@@ -144,14 +144,14 @@ class Search(Remote, Judges, Method, Guidance, Files):
         plan = checkpoints.plan(sources, needs_tokens=needs)
         questions = encode_questions(plan, rows, source, max_new_tokens=config.max_new_tokens)
         functions = self.functions()
-        mesh = make_mesh(self.mesh) if self.mesh else None
+        places = self.places()
         texts, ids = special_stops(plan.tokenizer, self.stop)
         slots = min(self.batch_size, len(rows))
         config = replace(config, stop=texts, eos_ids=(*plan.eos_ids, *ids), slots=slots)
-        self._tell(plan)
+        self._tell([*plan.notes(), *places.notes(plan.configs)])
 
         def run(journal: "Journal", on_row: Callable[[Row], None]) -> None:
-            steering = checkpoints.load(plan, dtype=self.weights_dtype, mesh=mesh)
+            steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
             steering = steering.beside(functions, self.scorer)
             search_rows(
                 plan,
@@ -162,7 +162,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
                 method=self.method,
                 traced=self.traced,
                 on_row=on_row,
-                mesh=mesh,
+                mesh=places.mesh,
             )
 
         return run
@@ -206,7 +206,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
         patience = Patience(self.concurrency, self.timeout, self.attempts)
         policy = open_policy(endpoint, config, render, patience=patience, meter=meter)
         config = replace(config, slots=min(self.batch_size, len(rows)))
-        self._tell(plan)
+        self._tell(plan.notes())
 
         def run(journal: "Journal", on_row: Callable[[Row], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype)
@@ -235,8 +235,8 @@ class Search(Remote, Judges, Method, Guidance, Files):
         """Whether what the search looked at is kept."""
         return self.report is not None or self.show
 
-    def _tell(self, plan: "Plan") -> None:
-        for line in plan.notes():
+    def _tell(self, lines: list[str]) -> None:
+        for line in lines:
             print(line)
 
     def _with_progress(

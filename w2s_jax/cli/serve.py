@@ -181,7 +181,6 @@ class Serve(Judges, Guidance):
 
         Raises InputError for wrong checkpoints, templates and meshes.
         """
-        from w2s_jax.ops.sharding import make_mesh
         from w2s_jax.search import checkpoints
         from w2s_jax.serve.jobs import Served
 
@@ -189,14 +188,16 @@ class Serve(Judges, Guidance):
         needs = f"--method {self.method}" if self.method in ("eft", "ivg") else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
         functions = self.functions()
-        mesh = make_mesh(self.mesh) if self.mesh else None
-        steering = checkpoints.load(plan, dtype=self.weights_dtype, mesh=mesh)
+        places = self.places()
+        steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
         assert steering.models is not None
         # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
         policy, *others = (copy.deepcopy(plan.templates[role]) for role in plan.members)
         own = tuple(None if one.jinja in (None, policy.jinja) else one for one in others)
         scorers = (*steering.scorers, *functions)
-        return Served(steering.models, policy.tokenizer, policy, own, scorers), mesh, plan.notes()
+        notes = [*plan.notes(), *places.notes(plan.configs)]
+        served = Served(steering.models, policy.tokenizer, policy, own, scorers)
+        return served, places.mesh, notes
 
     def warm_up_jobs(self, reader: "Reader") -> "list[Job]":
         """A job of the default method for a prompt of the length to be warmed up for."""

@@ -152,7 +152,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
-        from w2s_jax.ops.sharding import make_mesh
+        from w2s_jax.ops.meshes import make_mesh
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
         from w2s_jax.train.placing import batch_parts

@@ -3,6 +3,8 @@
 Each function reads tokens once and returns the cache that remembers them. Nothing is chosen here.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,16 +22,26 @@ LOGIT_BYTES = 256 * 2**20
 def start_cache(
     model: Model, *, slots: int, hypotheses: int, prefix_capacity: int, committed_capacity: int
 ) -> KVCache:
-    """An empty cache for `slots` prompts of up to prefix_capacity + 1 tokens."""
-    return empty_cache(
-        model.config,
-        slots=slots,
-        hypotheses=hypotheses,
-        prefix_capacity=prefix_capacity,
-        committed_capacity=committed_capacity,
-        dtype=model.dtype,
-        stacked=model.scan_layers,
-    )
+    """An empty cache for `slots` prompts of up to prefix_capacity + 1 tokens.
+
+    It lies where the model does. Raises InputError where the mesh does not divide the slots or the
+    key/value heads.
+    """
+
+    def build() -> KVCache:
+        return empty_cache(
+            model.config,
+            slots=slots,
+            hypotheses=hypotheses,
+            prefix_capacity=prefix_capacity,
+            committed_capacity=committed_capacity,
+            dtype=model.dtype,
+            stacked=model.scan_layers,
+            placement=model.placement,
+        ).held()
+
+    # Made in its shards: no device has room for all of it.
+    return build() if model.placement.mesh is None else jax.jit(build)()
 
 
 def prefill(
@@ -52,11 +64,11 @@ def prefill(
         row = new[:, 0] if stacked else new[0]
         return jax.lax.dynamic_update_index_in_dim(prefix, row, slot, axis=int(stacked))
 
-    return KVCache(
-        jax.tree.map(put, cache.prefix, read),
-        cache.committed,
-        cache.prefix_length.at[slot].set(length - 1),
-        cache.committed_length.at[slot].set(0),
+    return replace(
+        cache,
+        prefix=jax.tree.map(put, cache.prefix, read),
+        prefix_length=cache.prefix_length.at[slot].set(length - 1),
+        committed_length=cache.committed_length.at[slot].set(0),
     )
 
 
@@ -113,9 +125,12 @@ def read_chunk(
     new = jnp.concatenate([last[:, :, None], branches], axis=2)
     read = forward(model.config, model.params, new, layout, cache=cache)
     assert read.cache is not None
+    # Slots lie on the devices of their group, and their logits should.
+    groups = (model.placement.parts("slots", slots), -1)
+    targets = _targets(tokens, hypotheses)
     scores = blocked_token_logprobs(
-        read.hidden.reshape(slots * hypotheses * layout.tokens, -1),
-        _targets(tokens, hypotheses).reshape(slots * hypotheses * layout.tokens, -1),
+        read.hidden.reshape(*groups, read.hidden.shape[-1]),
+        targets.reshape(*groups, targets.shape[-1]),
         lambda hidden: logits(model.config, model.params, hidden),
         block=max(1, LOGIT_BYTES // (4 * model.config.vocab_size)),
     ).reshape(slots, hypotheses, layout.tokens, layout.successors)

@@ -18,6 +18,7 @@ from w2s_jax.evaluate.steered import CHOOSING, Decoding, Prompts, Question, Stee
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, guide_sources
 from w2s_jax.search.likelihood import ScoredResponse
+from w2s_jax.search.placing import read_places
 from w2s_jax.search.presets import preset
 from w2s_jax.text.chat import Conversation, Message
 
@@ -71,6 +72,9 @@ def steered_from(
     batch_size: int = DEFAULT_BATCH,
     dtype: str | None = None,
     mesh: str | None = None,
+    policy_rules: str = "search",
+    guide_rules: str = "search",
+    scan_layers: bool | None = None,
 ) -> Steered:
     """A policy with one guide from lm-eval's --model_args, which go by the names of w2s's flags.
 
@@ -102,7 +106,8 @@ def steered_from(
         sampling=Sampling(float(temperature), top_k, float(top_p)),
         seed=seed,
     )
-    return load_steered(sources, method, config, batch_size=batch_size, dtype=dtype, mesh=mesh)
+    places = read_places(mesh, policy_rules, guide_rules, scan_layers)
+    return load_steered(sources, method, config, batch_size=batch_size, dtype=dtype, places=places)
 
 
 def decoding_of(steered: Steered, arguments: Mapping[str, Any]) -> Decoding:

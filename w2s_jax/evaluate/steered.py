@@ -15,6 +15,7 @@ from w2s_jax.search.checkpoints import Plan, Sources, Steering, load, plan
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
+from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.run import of_guides, search
@@ -153,22 +154,19 @@ def load_steered(
     *,
     batch_size: int = 8,
     dtype: str | None = None,
-    mesh: str | None = None,
+    places: Places = ONE_DEVICE,
 ) -> Steered:
     """Read the checkpoints that a method needs.
 
     dtype None is as stored, but float32 on a CPU. Raises InputError where one is missing or wrong,
     and for vocabularies that differ where the method needs one.
     """
-    from w2s_jax.ops.sharding import make_mesh
-
     if sources.policy is None:
         raise InputError("--policy is missing: name the checkpoint that writes")
     if method != "sample" and not sources.guides:
         raise InputError(f"--method {method} needs --tuned and --untuned")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    devices = make_mesh(mesh) if mesh else None
     looked_at = plan(sources, needs_tokens=f"--method {method}" if method in ("eft", "ivg") else "")
-    steering = load(looked_at, dtype=dtype, mesh=devices)
-    return Steered(looked_at, steering, method, config, batch_size, devices)
+    steering = load(looked_at, dtype=dtype, places=places)
+    return Steered(looked_at, steering, method, config, batch_size, places.mesh)

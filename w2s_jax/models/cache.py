@@ -3,12 +3,16 @@
 Shapes, writes and the reorder between chunks. What is attended to is in `decoder.py`.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 
@@ -27,20 +31,28 @@ LayersKV = tuple[KV, ...] | KV
 """One part for every layer: a tuple in the per-layer layout, one stacked KV in the other."""
 
 
-@pytree()
+@pytree(static=("placement",))
 class KVCache:
     """What one model remembers of the slots under search, between chunks.
 
     prefix and committed hold a KV per layer (a tuple), or one KV stacked over layers.
     prefix_length [P] and committed_length [P, W] count the valid entries; entries beyond them are
     arbitrary. The committed part begins with the prompt's last token, so that the tokens whose
-    next-token logits a chunk needs first are always those of the hypotheses.
+    next-token logits a chunk needs first are always those of the hypotheses. placement says where
+    the arrays lie.
     """
 
     prefix: LayersKV
     committed: LayersKV
     prefix_length: Array
     committed_length: Array
+    placement: Placement = ON_ONE_DEVICE
+
+    def held(self) -> "KVCache":
+        """Inside jit, the cache with its arrays held to their shardings."""
+        if self.placement.mesh is None:
+            return self
+        return self.placement.hold(self, cache_axes(self))
 
 
 def empty_part(
@@ -63,6 +75,7 @@ def empty_cache(
     committed_capacity: int,
     dtype: DTypeLike,
     stacked: bool,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> KVCache:
     """A cache of zeros with room for prefix_capacity + committed_capacity tokens a hypothesis."""
     return KVCache(
@@ -70,6 +83,7 @@ def empty_cache(
         committed=empty_part(config, (slots, hypotheses, committed_capacity), dtype, stacked),
         prefix_length=jnp.zeros((slots,), jnp.int32),
         committed_length=jnp.zeros((slots, hypotheses), jnp.int32),
+        placement=placement,
     )
 
 
@@ -82,11 +96,12 @@ def cache_axes(cache: KVCache) -> KVCache:
         kv = KV(names, names)  # type: ignore[arg-type]
         return kv if isinstance(layers, KV) else (kv,) * len(layers)
 
-    return KVCache(
-        part(cache.prefix, "slots", "prefix"),
-        part(cache.committed, "slots", "hypotheses", "committed"),
-        ("slots",),  # type: ignore[arg-type]
-        ("slots", "hypotheses"),  # type: ignore[arg-type]
+    return replace(
+        cache,
+        prefix=part(cache.prefix, "slots", "prefix"),
+        committed=part(cache.committed, "slots", "hypotheses", "committed"),
+        prefix_length=("slots",),  # type: ignore[arg-type]
+        committed_length=("slots", "hypotheses"),  # type: ignore[arg-type]
     )
 
 
@@ -131,9 +146,38 @@ def commit_chunk(
         kept = jnp.take_along_axis(written[:, :, :count], rows[:, :, None, None, None], axis=1)
         return write_committed(committed, kept, lengths)
 
-    over = jax.vmap if isinstance(cache.committed, KV) else lambda f: f
+    if isinstance(cache.committed, KV):
+        assert chunk is None or isinstance(chunk, KV)
+        stack = _layer_by_layer(move, cache.committed, chunk if count else None)
+        return replace(cache, committed=stack, committed_length=lengths + count)
+    layers: Sequence[KV | None] = (None,) * len(cache.committed)
     if count:
-        committed = jax.tree.map(over(move), cache.committed, chunk)
-    else:
-        committed = jax.tree.map(over(lambda old: move(old, None)), cache.committed)
-    return KVCache(cache.prefix, committed, cache.prefix_length, lengths + count)
+        assert isinstance(chunk, tuple)
+        layers = chunk
+    pairs = zip(cache.committed, layers, strict=True)
+    committed = tuple(_moved(move, old, new) for old, new in pairs)
+    return replace(cache, committed=committed, committed_length=lengths + count)
+
+
+def _moved(move: Callable[..., Array], committed: KV, written: KV | None) -> KV:
+    if written is None:
+        return KV(move(committed.keys, None), move(committed.values, None))
+    return KV(move(committed.keys, written.keys), move(committed.values, written.values))
+
+
+def _layer_by_layer(move: Callable[..., Array], stack: KV, written: KV | None) -> KV:
+    """`move` on a stack of layers, one after another and in place.
+
+    All at once, the moved stack would stand beside the old one: a copy of the largest part.
+    """
+
+    def body(index: Array, stack: KV) -> KV:
+        def at(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+
+        layer = _moved(move, *jax.tree.map(at, (stack, written)))
+        return jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, 0), stack, layer
+        )
+
+    return jax.lax.fori_loop(0, stack.keys.shape[0], body, stack)

@@ -4,6 +4,7 @@ Pure functions of (config, params, tokens, caches). The user's value is in `mode
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -89,7 +90,7 @@ def forward(
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)
     if cache is not None:
         lengths = cache.committed_length + int(layout.stem)
-        cache = KVCache(cache.prefix, committed, cache.prefix_length, lengths)
+        cache = replace(cache, committed=committed, committed_length=lengths)
     return Forward(hidden, cache, chunk)
 
 

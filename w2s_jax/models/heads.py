@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, hidden_states
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 
-@pytree(static=("config", "labels"))
+@pytree(static=("config", "labels", "placement"))
 class RewardModel:
     """A decoder without a language model's head, and a head with one logit for each label.
 
@@ -26,11 +27,12 @@ class RewardModel:
     params: dict
     head: dict
     labels: tuple[str, ...]
+    placement: Placement = ON_ONE_DEVICE
 
     @property
     def decoder(self) -> Model:
         """The decoder alone, for caches and hidden states; it has no logits of tokens."""
-        return Model(self.config, self.params)
+        return Model(self.config, self.params, self.placement)
 
     @property
     def dtype(self) -> jnp.dtype:

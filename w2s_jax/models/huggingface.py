@@ -39,7 +39,7 @@ from w2s_jax.models.arrange import (
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def load_model(
         rules=rules,
         scan_layers=scan_layers,
     )
-    return Model(config, params)
+    return Model(config, params, Placement(mesh, rules))
 
 
 def load_parameters(

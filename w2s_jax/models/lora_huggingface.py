@@ -131,7 +131,8 @@ def load_adapted(
         rules=rules,
         scan_layers=base.scan_layers,
     )
-    return Model(base.config, (merge if merged else attach)(base.params, adapter, lora))
+    params = (merge if merged else attach)(base.params, adapter, lora)
+    return Model(base.config, params, base.placement)
 
 
 def load_adapter(

@@ -12,19 +12,21 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import Remat, forward, initial_params, logits
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, resolve_tree
+from w2s_jax.ops.sharding import DEFAULT_RULES, ON_ONE_DEVICE, Placement, Rules, resolve_tree
 from w2s_jax.pytrees import pytree
 
 
-@pytree(static=("config",))
+@pytree(static=("config", "placement"))
 class Model:
     """A decoder: a static config and a plain nested dict of parameters, as one pytree.
 
     The layout of the parameters (per layer, or stacked for a scan) is read from the dict itself.
+    placement says where they lie, and so where the model's caches will.
     """
 
     config: ModelConfig
     params: dict
+    placement: Placement = ON_ONE_DEVICE
 
     @property
     def scan_layers(self) -> bool:
@@ -86,7 +88,7 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
     """
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)
     shardings = resolve_tree(axes, model.params, rules, mesh)
-    return Model(model.config, jax.device_put(model.params, shardings))
+    return Model(model.config, jax.device_put(model.params, shardings), Placement(mesh, rules))
 
 
 def hidden_states(

@@ -32,7 +32,7 @@ from w2s_jax.models.huggingface import (
 from w2s_jax.models.lora import merge
 from w2s_jax.models.lora_huggingface import base_of, load_adapter
 from w2s_jax.models.names import REWARD_HEADS, Head
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 
 ENCODER = "distilbert"
 SCORE = REWARD_HEADS[0]
@@ -82,7 +82,7 @@ def load_reward_model(
         scan_layers=scan_layers,
     )
     body = {name: subtree for name, subtree in params.items() if name != "head"}
-    return RewardModel(config, body, params["head"], labels)
+    return RewardModel(config, body, params["head"], labels, Placement(mesh, rules))
 
 
 def is_reward_model(path_or_hub_id: str | Path) -> bool:
@@ -106,17 +106,19 @@ def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) ->
     if is_reward_model(base):
         found = load_reward_model(base, **options)
         assert isinstance(found, RewardModel)
-        params, old, labels = found.params, found.head, found.labels
+        params, old, labels, placement = found.params, found.head, found.labels, found.placement
         head, _ = _find_head(base, open_tensors(base))
     else:
-        whole = load_model(base, **options).params
-        params = {name: subtree for name, subtree in whole.items() if name != "head"}
+        whole = load_model(base, **options)
+        params = {name: subtree for name, subtree in whole.params.items() if name != "head"}
+        placement = whole.placement
     options = options | {"dtype": params["embed"]["embedding"].dtype}
     lora, adapter = load_adapter(directory, config, head=head, **options)
     new = old | adapter.pop("head", {})
     if not new:
         raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
-    return RewardModel(config, merge(params, adapter, lora), new, _adapted_labels(labels, new))
+    labels = _adapted_labels(labels, new)
+    return RewardModel(config, merge(params, adapter, lora), new, labels, placement)
 
 
 def _adapted_labels(labels: tuple[str, ...], head: Mapping[str, Any]) -> tuple[str, ...]:

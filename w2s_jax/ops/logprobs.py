@@ -25,15 +25,16 @@ def token_logprobs(
 
 
 def blocked_token_logprobs(
-    hidden: Float[Array, "rows D"],
-    targets: Int[Array, "rows n"],
+    hidden: Float[Array, "groups rows D"],
+    targets: Int[Array, "groups rows n"],
     head: Callable[[Array], Array],
     *,
     block: int,
-) -> Float[Array, "rows n"]:
+) -> Float[Array, "groups rows n"]:
     """Log-probabilities of n targets after each hidden state, float32.
 
-    `head` maps [m D] to float32 logits [m V]; at most `block` rows of logits are alive at a time.
+    `head` maps [.. m D] to float32 logits [.. m V]; of each group at most `block` rows of logits
+    are alive at a time, so that groups that lie on devices of their own stay there.
     """
 
     def score(hidden: Array, targets: Array) -> Array:
@@ -41,14 +42,17 @@ def blocked_token_logprobs(
         normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         return jnp.take_along_axis(logits, targets, axis=-1) - normaliser
 
-    rows, width = targets.shape
+    groups, rows, width = targets.shape
     if rows <= block:
         return score(hidden, targets)
     blocks = -(-rows // block)
-    padding = ((0, blocks * block - rows), (0, 0))
-    hidden = jnp.pad(hidden, padding).reshape(blocks, block, -1)
-    targets = jnp.pad(targets, padding).reshape(blocks, block, width)
-    return jax.lax.map(lambda pair: score(*pair), (hidden, targets)).reshape(-1, width)[:rows]
+
+    def cut(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, 0), (0, blocks * block - rows), (0, 0)))
+        return jnp.moveaxis(padded.reshape(groups, blocks, block, -1), 1, 0)
+
+    found = jax.lax.map(lambda pair: score(*pair), (cut(hidden), cut(targets)))
+    return jnp.moveaxis(found, 0, 1).reshape(groups, -1, width)[:, :rows]
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,35 @@
-"""Device meshes from a spec string, and rules that turn logical axes into shardings.
+"""Rules that turn the logical axes of arrays into shardings over a mesh.
 
 Every mistake is an error here, on one device as on a pod: an unknown axis, one mesh axis used twice
-in an array, a mesh that does not divide the devices or a dimension. Places no model on its own.
+in an array, a mesh that does not divide a dimension. Meshes themselves are in `meshes.py`. Places
+no model on its own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from w2s_jax.errors import InputError
+from w2s_jax.ops.meshes import MESH_AXES, nearest_meshes
 
-MESH_AXES = ("data", "fsdp", "tensor")
 Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """For each logical axis, the mesh axes that split it, major first; () leaves it whole."""
+    """For each logical axis, the mesh axes that split it, major first; () leaves it whole.
+
+    shared: axes that stay whole too where a mesh has more parts than they have, such as key/value
+    heads, of which every device then holds all; the queries that read them are split as ever.
+    """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
+    shared: tuple[str, ...] = ("kv_heads",)
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes that split a logical axis; InputError for a name the rules do not hold."""
@@ -38,7 +44,16 @@ class Rules:
         rules = dict(self.table)
         for axis, target in changes.items():
             rules[axis] = (target,) if isinstance(target, str) else target or ()
-        return Rules(tuple(rules.items()))
+        return Rules(tuple(rules.items()), self.shared)
+
+    def targets(self, axis: str, size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """The mesh axes that split an axis of this size on a mesh of these sizes.
+
+        Raises InputError as `mesh_axes` does.
+        """
+        found = self.mesh_axes(axis)
+        parts = math.prod(sizes.get(target, 1) for target in found)
+        return () if axis in self.shared and size < parts and not parts % size else found
 
 
 # Weights are split over fsdp by their width and over tensor by what is parallel inside a layer.
@@ -64,47 +79,38 @@ DEFAULT_RULES = Rules(()).replace(
     sequence=None,
 )
 
+# A token step reads every weight once: gathering those split over fsdp would cost more than all
+# else. So fsdp takes part in what is parallel inside a layer, and widths stay whole.
+SEARCH_RULES = DEFAULT_RULES.replace(embed=None, mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor"))
+# A small model beside a large one may be whole on every device: nothing is exchanged for it.
+REPLICATED_RULES = SEARCH_RULES.replace(mlp=None, vocab=None, heads=None, kv_heads=None)
+PRESETS = {"train": DEFAULT_RULES, "search": SEARCH_RULES, "replicated": REPLICATED_RULES}
 
-def mesh_shape(spec: str, devices: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) from a spec such as "data=2,tensor=-1" for so many devices.
 
-    An absent axis is 1; one axis may be -1 and takes what the others leave. Raises InputError for a
-    malformed spec and for sizes whose product is not the number of devices.
+def parse_rules(text: str) -> Rules:
+    """Rules from a preset's name and changes to it: "search", "train,mlp=fsdp+tensor,kv_heads=".
+
+    Raises InputError for unknown presets, logical axes and mesh axes.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    named: set[str] = set()
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis not in MESH_AXES or axis in named:
-            problem = "is named twice" if axis in named else "is not one of data, fsdp, tensor"
-            raise InputError(f"mesh {spec!r}: axis {axis!r} {problem}")
-        if not size.removeprefix("-").isdecimal() or (int(size) < 1 and int(size) != -1):
-            raise InputError(f"mesh {spec!r}: {axis} is {size!r}; it must be 1 or above, or -1")
-        named.add(axis)
-        sizes[axis] = int(size)
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        raise InputError(f"mesh {spec!r}: {' and '.join(open_axes)} are -1; only one axis may be")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (not open_axes and fixed != devices):
-        verb = "must divide" if open_axes else "must equal"
-        raise InputError(
-            f"mesh {spec!r}: the axes multiply to {fixed}, which {verb} the {devices} devices here"
-        )
-    if open_axes:
-        sizes[open_axes[0]] = devices // fixed
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
-
-
-def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) of a spec string over the given devices (default: all).
-
-    Raises InputError as `mesh_shape` does.
-    """
-    devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(spec, len(devices))
-    automatic = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=automatic, devices=list(devices))
+    name, *changes = (part.strip() for part in text.split(","))
+    if name not in PRESETS:
+        raise InputError(f"rules {text!r}: no preset {name!r}; one of {', '.join(PRESETS)}")
+    rules = PRESETS[name]
+    for change in changes:
+        axis, equals, targets = (part.strip() for part in change.partition("="))
+        split = tuple(part.strip() for part in targets.split("+")) if targets else ()
+        wrong = [target for target in split if target not in MESH_AXES]
+        if not equals or wrong:
+            raise InputError(
+                f"rules {text!r}: {change!r} must be AXIS=MESH_AXIS, of {', '.join(MESH_AXES)} "
+                "(several with +, none for an axis that stays whole)"
+            )
+        try:
+            rules.mesh_axes(axis)
+        except InputError as error:
+            raise InputError(f"rules {text!r}: {error}") from None
+        rules = rules.replace(**{axis: split})
+    return rules
 
 
 def resolve(
@@ -118,15 +124,51 @@ def resolve(
     """The sharding of an array whose dimensions carry these logical axes (None: never split).
 
     Raises InputError, saying `name`, for an unknown logical or mesh axis, for one mesh axis used
-    twice (of size 1 too, so that small meshes catch it), for a dimension the mesh does not divide.
+    twice (of size 1 too, so that small meshes catch it), and for a dimension that the mesh does not
+    divide, with the nearest meshes that do.
     """
+    spec = _spec(axes, rules, mesh, shape, name)
+    uneven = _uneven(axes, rules, mesh.shape, shape)
+    if uneven is not None:
+        raise _undivided([(name, axes, shape)], rules, mesh, (name, *uneven))
+    return NamedSharding(mesh, spec)
+
+
+def resolve_tree(axes: Any, shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
+    """`resolve` over a tree: `axes` holds tuples of logical axes where `shapes` holds arrays.
+
+    `shapes` may hold arrays or `jax.ShapeDtypeStruct`s. Errors name the leaf, as in
+    "layers_0/attention/key/kernel", and meshes that divide every leaf.
+    """
+    leaves: list[tuple[str, Axes, tuple[int, ...]]] = []
+
+    def note(path: tuple[Any, ...], array: Any, logical: Axes) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+        leaves.append((name, logical, tuple(array.shape)))
+        return NamedSharding(mesh, _spec(logical, rules, mesh, tuple(array.shape), name))
+
+    found = jax.tree_util.tree_map_with_path(note, shapes, axes)
+    for name, logical, shape in leaves:
+        uneven = _uneven(logical, rules, mesh.shape, shape)
+        if uneven is not None:
+            raise _undivided(leaves, rules, mesh, (name, *uneven))
+    return found
+
+
+def _spec(
+    axes: Axes,
+    rules: Rules,
+    mesh: Mesh | AbstractMesh,
+    shape: tuple[int, ...],
+    name: str,
+) -> PartitionSpec:
     if len(axes) != len(shape):
         raise InputError(f"{name}: {len(axes)} logical axes {axes} for an array of shape {shape}")
     used: dict[str, str] = {}
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         try:
-            targets = () if axis is None else rules.mesh_axes(axis)
+            targets = () if axis is None else rules.targets(axis, size, mesh.shape)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         for target in targets:
@@ -140,29 +182,43 @@ def resolve(
                     f"{name}: {used[target]} and {axis} both go to mesh axis {target!r}"
                 )
             used[target] = str(axis)
-        parts = math.prod(mesh.shape[target] for target in targets)
-        if size % parts:
-            split = " × ".join(f"{target} {mesh.shape[target]}" for target in targets)
-            raise InputError(
-                f"{name}: {axis} of size {size} is not divisible by mesh {split}; "
-                f"choose another mesh or map {axis} to None"
-            )
         entries.append(targets[0] if len(targets) == 1 else targets or None)
-    return NamedSharding(mesh, PartitionSpec(*entries))
+    return PartitionSpec(*entries)
 
 
-def resolve_tree(axes: Any, shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
-    """`resolve` over a tree: `axes` holds tuples of logical axes where `shapes` holds arrays.
+def _uneven(
+    axes: Axes, rules: Rules, sizes: Mapping[str, int], shape: tuple[int, ...]
+) -> tuple[str, int] | None:
+    """The first logical axis that a mesh of these sizes does not divide, and its size."""
+    for axis, size in zip(axes, shape, strict=True):
+        targets = () if axis is None else rules.targets(axis, size, sizes)
+        if size % math.prod(sizes[target] for target in targets):
+            return str(axis), size
+    return None
 
-    `shapes` may hold arrays or `jax.ShapeDtypeStruct`s. Errors name the leaf, as in
-    "layers_0/attention/key/kernel".
-    """
 
-    def leaf(path: tuple[Any, ...], array: Any, logical: Axes) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return resolve(logical, rules, mesh, tuple(array.shape), name=name or "array")
+def _undivided(
+    leaves: list[tuple[str, Axes, tuple[int, ...]]],
+    rules: Rules,
+    mesh: Mesh | AbstractMesh,
+    wrong: tuple[str, str, int],
+) -> InputError:
+    """What to say of a leaf (name, axis, size) that the mesh does not divide."""
+    name, axis, size = wrong
+    split = " × ".join(f"{target} {mesh.shape[target]}" for target in rules.mesh_axes(axis))
+    told = f"{name}: {axis} of size {size} is not divisible by mesh {split}"
+    near = []
+    if tuple(mesh.axis_names) == MESH_AXES:
+        kinds = {(logical, shape) for _, logical, shape in leaves}
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes, axes)
+        def works(other: tuple[int, int, int]) -> bool:
+            sizes = dict(zip(MESH_AXES, other, strict=True))
+            return all(_uneven(logical, rules, sizes, shape) is None for logical, shape in kinds)
+
+        near = nearest_meshes([mesh.shape[one] for one in MESH_AXES], works)
+    whole = f"leave {axis} whole ({axis}= in the rules)"
+    meshes = f"use {' | '.join(near)}, or " if near else ""
+    return InputError(f"{told}; {meshes}{whole}")
 
 
 def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
@@ -170,3 +226,27 @@ def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, resolve(axes, rules, mesh, x.shape))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's arrays lie: on a mesh, by these rules, or on one device."""
+
+    mesh: Mesh | None = None
+    rules: Rules = DEFAULT_RULES
+
+    def parts(self, axis: str, size: int) -> int:
+        """Into how many parts a logical axis of this size is split."""
+        if self.mesh is None:
+            return 1
+        split = self.rules.targets(axis, size, self.mesh.shape)
+        return math.prod(self.mesh.shape[target] for target in split)
+
+    def hold(self, tree: Any, axes: Any) -> Any:
+        """Inside jit, every array of a tree held to the sharding of its logical axes."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x, one: constrain(x, one, self.rules, self.mesh), tree, axes)
+
+
+ON_ONE_DEVICE = Placement()

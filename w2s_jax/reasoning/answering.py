@@ -58,16 +58,16 @@ def answer(task: Answering) -> list[Row]:
     """
     from tqdm import tqdm
 
-    from w2s_jax.ops.sharding import make_mesh
     from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
+    from w2s_jax.search.placing import ONE_DEVICE, read_places
 
     guides: tuple[GuideSource, ...] = ()
     if task.tuned is not None and task.untuned is not None:
         guides = (GuideSource(task.tuned, task.untuned),)
     planned = plan(Sources(task.model, guides, score_on="tokens" if guides else "auto"))
     rows = _prompts(task, planned.tokenizer, planned.configs)
-    mesh = make_mesh(task.mesh) if task.mesh else None
-    models = load(planned, dtype=task.dtype, mesh=mesh).models
+    places = read_places(task.mesh, "search", "search") if task.mesh else ONE_DEVICE
+    models = load(planned, dtype=task.dtype, places=places).models
     assert models is not None
     quiet = not sys.stderr.isatty()
     with tqdm(
@@ -88,7 +88,7 @@ def answer(task: Answering) -> list[Row]:
             guide=models.guides or None,
             source=task.questions,
             identity={"weights": task.weights},
-            mesh=mesh,
+            mesh=places.mesh,
         )
 
 

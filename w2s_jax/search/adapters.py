@@ -3,7 +3,7 @@
 Knows names and folders; what an adapter is belongs to `models/`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from w2s_jax.models.model import Model
+from w2s_jax.ops.sharding import Rules
 from w2s_jax.text.tokenizer import holds_tokenizer
 
 
@@ -72,14 +73,17 @@ def tokenizer_place(path: str, adapters: Mapping[str, Adapted]) -> str:
 
 
 def load_decoders(
-    paths: Iterable[str],
+    paths: Mapping[str, Rules],
     adapters: Mapping[str, Adapted],
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> dict[str, Model]:
     """Every checkpoint's model, by path; what several stand on is held in memory once.
 
+    Each lies on the mesh by the rules that are given with its path; what several share, by those of
+    the first one.
     An adapter whose base is used by nothing else is merged into it, which computes faster; others
     keep their factors beside the arrays of the one base.
 
@@ -89,16 +93,17 @@ def load_decoders(
     from w2s_jax.models.lora_huggingface import load_adapted
 
     users: dict[str, list[str]] = {}
-    for path in sorted(set(paths)):
+    for path in paths:
         place = adapters[path].base if path in adapters else path
         users.setdefault(same_place(place), []).append(path)
     models: dict[str, Model] = {}
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": scan_layers}
     for place, together in users.items():
-        base = load_model(place, **options)
+        base = load_model(place, rules=paths[together[0]], **options)
         merged = len(together) == 1
         for path in together:
             models[path] = base
             if path in adapters:
-                models[path] = load_adapted(path, base, merged=merged, mesh=mesh)
+                rules = base.placement.rules
+                models[path] = load_adapted(path, base, merged=merged, mesh=mesh, rules=rules)
     return models

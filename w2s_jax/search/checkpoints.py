@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops.sharding import Rules
 from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
 from w2s_jax.search.guides import Guide, SearchModels, search_models
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
+from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.chat import Conversation, Template, load_template
 from w2s_jax.text.mappings import read_mapping
@@ -312,24 +312,31 @@ def _on_device(
     return tuple(found)
 
 
-def load(plan: Plan, *, dtype: str | None = None, mesh: Mesh | None = None) -> Steering:
+def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
     """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
 
     dtype None is as stored, but float32 on a CPU, where that is faster. Raises InputError for
-    checkpoints that cannot be read.
+    checkpoints that cannot be read, and for a mesh that does not divide them.
     """
     from w2s_jax.models.huggingface import quickest_dtype
     from w2s_jax.models.reward_huggingface import load_reward_model
 
     dtype = dtype or quickest_dtype()
     sources, checkpoints = plan.sources, plan.sources.checkpoints
-    decoders = {checkpoints[role] for role in plan.configs}
-    models = load_decoders(decoders, plan.adapters, dtype=dtype, mesh=mesh)
+    options: dict[str, Any] = {
+        "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers
+    }  # fmt: skip
+    decoders: dict[str, Rules] = {}
+    # The policy first: a guide that is the same checkpoint lies as the policy does.
+    for role in sorted(plan.configs, key=lambda role: role != "policy"):
+        rules = places.policy if role == "policy" else places.others
+        decoders.setdefault(checkpoints[role], rules)
+    models = load_decoders(decoders, plan.adapters, **options)
     guides: list[Guide] = []
     scorers: list[TextScorer] = []
     names: tuple[list[str], list[str]] = ([], [])
-    roles = iter([role for role in plan.templates if "tuned" in role])
-    pairs = zip(roles, roles, strict=True)
+    guided = iter([role for role in plan.templates if "tuned" in role])
+    pairs = zip(guided, guided, strict=True)
     for guide, here, pair in zip(sources.guides, plan.on_device, pairs, strict=True):
         tuned, untuned = (models[checkpoints[role]] for role in pair)
         names[0 if here else 1].append(Path(guide.tuned).name)
@@ -346,7 +353,7 @@ def load(plan: Plan, *, dtype: str | None = None, mesh: Mesh | None = None) -> S
         names[1].append(Path(reward.path).name)
         adapted = plan.adapters.get(checkpoints[role])
         base = None if adapted is None else adapted.base
-        judge = load_reward_model(checkpoints[role], base=base, dtype=dtype, mesh=mesh)
+        judge = load_reward_model(checkpoints[role], base=base, rules=places.others, **options)
         scorers.append(RewardScorer(judge, plan.templates[role], reward.weight, reward.label))
     policy = None if sources.policy is None else models[checkpoints["policy"]]
     found = None if policy is None else search_models(policy, guides)

@@ -403,7 +403,10 @@ def _grow(reading: Reading, **needed: int) -> Reading:
 
         assert reading.cache is not None
         wide = jax.tree.map(widen, getattr(reading.cache, part))
-        reading = replace(reading, cache=replace(reading.cache, **{part: wide}))
+        cache = replace(reading.cache, **{part: wide})
+        if cache.placement.mesh is not None:
+            cache = jax.jit(KVCache.held)(cache)
+        reading = replace(reading, cache=cache)
     return reading
 
 

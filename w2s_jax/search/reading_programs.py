@@ -23,7 +23,7 @@ from w2s_jax.ops.logprobs import blocked_token_logprobs
 @partial(jax.jit, donate_argnums=1)
 def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: Any) -> KVCache:
     """The cache, which is donated, with a slot's prompt read: `decode.reader.prefill`."""
-    return prefill(model, cache, slot, prompt, length)
+    return prefill(model, cache, slot, prompt, length).held()
 
 
 @partial(jax.jit, donate_argnums=1, static_argnames="first")
@@ -41,7 +41,7 @@ def read_rows(
     logprobs, cache, chunk = read_chunk(model, cache, last, tokens[:, :, :first])
     if longer.shape[1]:
         logprobs, chunk = _read_on(model, cache, chunk, logprobs, tokens, longer)
-    return logprobs, cache, chunk
+    return logprobs, cache.held(), chunk
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -54,7 +54,7 @@ def read_last(
     """
     cache = replace(cache, committed_length=committed)
     states, cache, chunk = _last_states(model.decoder, cache, last, tokens, counts)
-    return model.head_of(states), cache, chunk
+    return model.head_of(states), cache.held(), chunk
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -62,7 +62,7 @@ def keep(cache: KVCache, buffer: LayersKV, parents: Any, rows: Any) -> KVCache:
     """The cache (donated) of the kept hypotheses: their parents' entries, then their rows'."""
     first = buffer if isinstance(buffer, KV) else buffer[0]
     count = first.keys.shape[-3]
-    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count)
+    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count).held()
 
 
 def _read_on(
@@ -102,8 +102,8 @@ def _read_on(
         chunk_start=jnp.int32(first - 1),
     )
     scores = blocked_token_logprobs(
-        found.hidden.reshape(len(slots) * more, -1),
-        tokens[slots, real, first:].reshape(-1, 1),
+        found.hidden.reshape(1, len(slots) * more, -1),
+        tokens[slots, real, first:].reshape(1, -1, 1),
         lambda hidden: logits(model.config, model.params, hidden),
         block=max(1, LOGIT_BYTES // (4 * model.config.vocab_size)),
     ).reshape(-1, more)

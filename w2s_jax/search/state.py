@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from w2s_jax.decode.reader import prefill, start_cache
 from w2s_jax.models.cache import KVCache, cache_axes
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, constrain
+from w2s_jax.models.model import Model
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
@@ -75,8 +76,8 @@ class SearchState:
     float32 [P, W, T, j], of which lengths int32 [P, W] count; beyond that they are arbitrary.
     objectives float32 [P, W, J]: j sums of the counted token scores, then what texts were given.
     finished bool [P, W]: ended by EOS or a stop string. proposer, scorer: one cache for each member
-    that the proposer, the scorer reads. With a mesh the slots, and the caches' heads, are split
-    over it as the rules say.
+    that the proposer, the scorer reads. With a mesh the slots are split over it as the rules say;
+    caches lie where their models do.
     """
 
     seed: Array
@@ -122,7 +123,39 @@ def start_search(
     text_objectives counts the scores that each hypothesis is given from outside the program.
     Raises InputError where the mesh does not divide the slots or the key/value heads.
     """
+    if mesh is None:
+        return _empty(models, config, slots, prefix_capacity, text_objectives, mesh, rules)
+    placed = _placed(models, Placement(mesh, rules))
 
+    # Made by a program, in its shards, written as those of later steps will be.
+    def build() -> SearchState:
+        return hold(_empty(placed, config, slots, prefix_capacity, text_objectives, mesh, rules))
+
+    return jax.jit(build)()
+
+
+def _placed(models: SearchModels, usual: Placement) -> SearchModels:
+    """The same models, those that do not say where they lie as `usual`."""
+
+    def place(model: Model) -> Model:
+        return model if model.placement.mesh is not None else replace(model, placement=usual)
+
+    guides = (
+        replace(guide, tuned=place(guide.tuned), untuned=place(guide.untuned))
+        for guide in models.guides
+    )
+    return SearchModels(place(models.policy), tuple(guides))
+
+
+def _empty(
+    models: SearchModels,
+    config: SearchConfig,
+    slots: int,
+    prefix_capacity: int,
+    text_objectives: int,
+    mesh: Mesh | None,
+    rules: Rules,
+) -> SearchState:
     def caches(readers: tuple[int, ...]) -> tuple[KVCache, ...]:
         return tuple(
             start_cache(
@@ -137,7 +170,7 @@ def start_search(
 
     each = (slots, config.beam_width)
     on_tokens = config.scorer.objectives(models)
-    state = SearchState(
+    return SearchState(
         seed=jnp.asarray(config.seed, jnp.uint32),
         draws=jax.tree.map(lambda x: jnp.broadcast_to(x, slots), draws(config, 0)),
         active=jnp.zeros(slots, bool),
@@ -155,8 +188,6 @@ def start_search(
         mesh=mesh,
         rules=rules,
     )
-    # Placed by a program, so that the shardings are written as those of later steps will be.
-    return state if mesh is None else jax.jit(hold, donate_argnums=0)(state)
 
 
 def state_axes(state: SearchState) -> SearchState:
@@ -180,10 +211,12 @@ def hold(state: SearchState) -> SearchState:
     """Inside a program: the state with every array held to its sharding."""
     if state.mesh is None:
         return state
-    return jax.tree.map(
-        lambda array, axes: constrain(array, axes, state.rules, state.mesh),
-        state,
-        state_axes(state),
+    own = Placement(state.mesh, state.rules)
+    rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
+    return replace(
+        own.hold(rest, axes),
+        proposer=tuple(cache.held() for cache in state.proposer),
+        scorer=tuple(cache.held() for cache in state.scorer),
     )
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, abstract_model
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, resolve_tree
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, resolve_tree
 from w2s_jax.train.step import Batch, LossFunction, TrainState, init_state, make_train_step
 
 
@@ -118,7 +118,7 @@ def abstract_on_mesh(
         model.params,
         shardings,
     )
-    return Model(config, params)
+    return Model(config, params, Placement(mesh, rules))
 
 
 def abstract_batch(
