@@ -131,13 +131,14 @@ check_common() {
 # its CHIPS and VMS, and the RUNTIME where none was named. Wrong usage for what is neither.
 read_type() {
     local family=${TYPE%%[-:]*} count shape=
-    case $TYPE in
-        v[2-6]*:*x*) shape=${TYPE#*:} && count=$((${shape//x/*})) ;;
-        v[2-6]*-[1-9]*) count=${TYPE#*-} ;;
-        tpu7x*) usage_error "tpu7x is rented through GKE only: see gke.yaml" ;;
-        *) usage_error "a type is such as v5litepod-16, v5p-128 or v6e-16, or v6e:4x4; not '$TYPE'" ;;
-    esac
-    [[ $count =~ ^[1-9][0-9]*$ ]] || usage_error "a type is such as v6e-16 or v6e:4x4, not '$TYPE'"
+    [[ $TYPE != tpu7x* ]] || usage_error "tpu7x is rented through GKE only: see gke.yaml"
+    if [[ $TYPE =~ ^[a-z0-9]+:[1-9][0-9]*(x[1-9][0-9]*)+$ ]]; then
+        shape=${TYPE#*:} && count=$((${shape//x/*}))
+    elif [[ $TYPE =~ ^[a-z0-9]+-[1-9][0-9]*$ ]]; then
+        count=${TYPE#*-}
+    else
+        usage_error "a type is such as v5litepod-16, v5p-128 or v6e-16, or v6e:4x4; not '$TYPE'"
+    fi
     case $family in
         v5e | v5litepod) family=v5litepod && RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
         v6e) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;

@@ -1,4 +1,4 @@
-"""A stub cloud for the scripts of tpu_scripts/: a gcloud and pythons on PATH, in a folder of the test."""
+"""A stub cloud for tpu_scripts/: a gcloud and pythons on PATH, in a folder of the test."""
 
 import json
 import os
@@ -23,7 +23,7 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     *jax.distributed*) echo "process of 2"; exit "$(cat "$W2S_STUB/probe")" ;;
     "-m pip"*) echo "$STUB_WORKER: ${*:3}" >>"$W2S_STUB/pip"
-        [[ ! -e "$W2S_STUB/pip_fails" || $* != *" @ "* ]] || { echo "no matching wheel"; exit 1; } ;;
+        if [[ -e "$W2S_STUB/pip_fails" && $* == *" @ "* ]]; then echo "no wheel"; exit 1; fi ;;
 esac
 """
 
@@ -77,7 +77,10 @@ class Cloud:
 
     def verbs(self) -> list[str]:
         """The calls, by the words that say what they do: `tpu-vm create`."""
-        return [" ".join([w for w in call if w not in ("alpha", "compute", "tpus")][:2]) for call in self.calls]
+        return [
+            " ".join([w for w in call if w not in ("alpha", "compute", "tpus")][:2])
+            for call in self.calls
+        ]
 
     def run(self, script: str, *arguments: str, slice_flags: bool = True, **env: str) -> Any:
         return subprocess.run(

@@ -5,6 +5,7 @@ JSON lists of answers, of which the last stays; every worker is a folder with a 
 `bucket/` stands for Cloud Storage. An answer `ERROR words` is a call that fails with these words.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -48,10 +49,8 @@ def wipe() -> None:
     """What a deleted machine leaves behind: no process and no disk."""
     for home in HERE.glob("worker-*"):
         for pid in home.glob("w2s/runs/*/pid"):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text().split()[0]), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(home)
 
 

@@ -81,7 +81,12 @@ def test_an_existing_node_of_another_type(cloud):
 
 @pytest.mark.parametrize(
     ("node", "queue"),
-    [("PREEMPTED", "MISSING"), ("TERMINATED", "MISSING"), ("MISSING", "SUSPENDED"), ("MISSING", "FAILED")],
+    [
+        ("PREEMPTED", "MISSING"),
+        ("TERMINATED", "MISSING"),
+        ("MISSING", "SUSPENDED"),
+        ("MISSING", "FAILED"),
+    ],
 )
 def test_what_was_taken_away_is_replaced_only_if_told(cloud, node, queue):
     cloud.play(node=[node], queue=[queue])

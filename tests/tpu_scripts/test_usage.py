@@ -1,4 +1,4 @@
-"""What holds for all scripts: help, dry runs that call nothing, wrong usage, quoting, shellcheck."""
+"""What holds for all scripts: help, dry runs that call nothing, wrong usage, shellcheck."""
 
 import shlex
 import shutil
@@ -44,7 +44,10 @@ def test_dry_run_prints_commands_and_calls_nothing(cloud, script):
     assert "--name" not in words
     # What is printed can be pasted: a shell reads it, and the stub knows every command of it.
     pasted = subprocess.run(
-        ["bash", "-c", code.replace("gcloud ", ": gcloud ")], capture_output=True, text=True, check=False
+        ["bash", "-c", code.replace("gcloud ", ": gcloud ")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert pasted.returncode == 0, pasted.stderr
 
@@ -58,7 +61,9 @@ def test_the_dry_run_of_create_is_what_create_calls(cloud):
     printed = cloud.run("create.sh", "--dry-run", *CREATE).stdout
     cloud.run("create.sh", "--yes", *CREATE)
     made = next(call for call in cloud.calls if call[3] == "create")
-    assert ["gcloud", *made] in [shlex.split(line) for line in printed.splitlines() if line[0] != "#"]
+    assert ["gcloud", *made] in [
+        shlex.split(line) for line in printed.splitlines() if line[0] != "#"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +134,16 @@ def test_flags_by_variables_and_by_equals_signs(cloud):
 def test_shellcheck():
     scripts = [str(path) for path in sorted(SCRIPTS.glob("*.sh"))]
     done = subprocess.run(
-        ["shellcheck", "-x", *scripts], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
+        ["shellcheck", "-x", *scripts],
+        cwd=SCRIPTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [p for p in sorted(SCRIPTS.glob("*.sh"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda p: p.name)
 def test_scripts_are_strict(script):
     text = script.read_text()
     if script.name == "common.sh":
