@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,34 +220,38 @@ def test_samples_of_a_guided_search_cut_off_inside_are_the_same(
     short["weak"]["sft"] = {"max_steps": 4}
     shape = {"sampler": "cbs", "beam_width": 2, "successors": 2, "chunk_length": 2}
     short["stage_two"] = RUN["stage_two"] | shape
-    go(data, tmp_path / "whole", **short)
-    samples = tmp_path / "whole" / "stage-two-1-samples"
+    appended = []
+
+    def append(self, row_id, row, before=Journal.append):
+        before(self, row_id, row)
+        appended.append(row_id)
+        if len(appended) in (5, 40, 70):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", append)
+        for _ in range(3):
+            with pytest.raises(Killed):
+                go(data, tmp_path, **short)
+        go(data, tmp_path, **short)
+    assert len(appended) == 20 + 20 + 20 * 4
+    samples = tmp_path / "stage-two-1-samples"
     rows = read_jsonl(samples / "graded.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [
         (f"q{i}", n) for i in range(20) for n in range(4)
     ]
     assert len({row["response"] for row in rows}) > 4
     task = json.loads((samples / "answering.json").read_text())
-    assert task["tuned"] == str(tmp_path / "whole" / "weak-model" / "model")
+    assert task["tuned"] == str(tmp_path / "weak-model" / "model")
     assert task["untuned"] == str(data / "weak" / "model")
     assert task["generation"]["method"] == "cbs"
-    assert read_jsonl(tmp_path / "whole" / "stage-two-1-pairs" / "training.jsonl")
+    assert read_jsonl(tmp_path / "stage-two-1-pairs" / "training.jsonl")
 
-    appended = []
-
-    def append(self, row_id, row, before=Journal.append):
-        appended.append(row_id)
-        before(self, row_id, row)
-        if len(appended) in (5, 40, 70):
-            raise Killed
-
-    monkeypatch.setattr(Journal, "append", append)
-    for _ in range(3):
-        with pytest.raises(Killed):
-            go(data, tmp_path / "cut", **short)
-    go(data, tmp_path / "cut", **short)
-    assert results(tmp_path / "cut") == results(tmp_path / "whole")
-    assert len(appended) == 20 + 20 + 20 * 4
+    before, made = results(tmp_path), in_process.made
+    shutil.rmtree(samples)
+    go(data, tmp_path, **short)
+    assert in_process.made == made + 1
+    assert results(tmp_path) == before
 
 
 @pytest.mark.slow

@@ -134,6 +134,8 @@ def test_a_part_of_the_stages(tmp_path):
     chain = Chain(tmp_path)
     with pytest.raises(InputError, match="stage b reads what a writes, which is not done"):
         chain.run(first="b")
+    with pytest.raises(InputError, match="stage b reads what a writes, which is not done"):
+        chain.plan(first="b")
     assert chain.run(last="a") == {"a": 3}
     assert chain.plan(first="b", last="b") == {"a": "left out", "b": "to do", "c": "left out"}
     assert chain.run(first="b", last="b") == {"a": 3, "b": 3}

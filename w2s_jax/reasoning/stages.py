@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,9 @@ def _run(
             continue
         digest = _inputs(stage, told, content)
         if done is None or done["inputs"] != digest or not _kept(folder, done):
-            tell(f"{stage.name}: started")
+            anew = done is not None and done["inputs"] != digest
+            why = " anew, as its settings or what it reads have changed" if anew else ""
+            tell(f"{stage.name}: started{why}")
             _prepare(stage, folder, digest)
             done = _do(stage, folder, digest)
             tell(f"{stage.name}: {json.dumps(done['figures'])}")
@@ -111,6 +113,7 @@ def plan_stages(
         done = _read(folder / DONE, DONE_FIELDS)
         planned = Planned(stage, "left out")
         if stage.name in chosen:
+            _check_written(stage, {*told, *chosen})
             planned = _planned(stage, folder, done, told, content)
         if done is not None and planned.state in ("done", "left out"):
             told[stage.name] = done["result"]
@@ -178,11 +181,7 @@ def _chosen(stages: Sequence[Stage], first: str | None, last: str | None) -> set
 
 def _inputs(stage: Stage, told: Mapping[str, str], content: Callable[[Path], str]) -> str:
     """A hash of all that decides what a stage writes."""
-    missing = [name for name in stage.after if name not in told]
-    if missing:
-        raise InputError(
-            f"stage {stage.name} reads what {missing[0]} writes, which is not done; begin with it"
-        )
+    _check_written(stage, told)
     for path in stage.reads:
         if not path.exists():
             raise InputError(f"{path}: not found; stage {stage.name} reads it")
@@ -192,6 +191,14 @@ def _inputs(stage: Stage, told: Mapping[str, str], content: Callable[[Path], str
         "reads": [content(path) for path in stage.reads],
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _check_written(stage: Stage, written: Collection[str]) -> None:
+    missing = [name for name in stage.after if name not in written]
+    if missing:
+        raise InputError(
+            f"stage {stage.name} reads what {missing[0]} writes, which is not done; begin with it"
+        )
 
 
 def _prepare(stage: Stage, folder: Path, digest: str) -> None:
