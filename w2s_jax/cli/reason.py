@@ -84,8 +84,11 @@ def check_flags(config: "ReasonConfig", source: str) -> None:
     """
     from w2s_jax.cli.dpo import DPO
     from w2s_jax.cli.sft import SFT
+    from w2s_jax.reasoning.contrasts import WEIGHT
 
     two = {} if config.stage_two is None else config.stage_two.dpo
+    if config.stage_two is not None and config.stage_two.contrasts.weighted:
+        two = {"weight_column": WEIGHT} | two
     places: list[tuple[str, type[Training], dict[str, Any], dict[str, Any]]] = [
         ("sft", SFT, {}, config.sft),
         ("weak: sft", SFT, config.sft, config.weak.sft),
