@@ -160,7 +160,7 @@ def written(models, data, **changes):
         ({"sft": {"epochs": "two"}}, "run.yaml: sft: epochs: `w2s sft` does not take --epochs=two"),
         ({"sft": {"output": "x"}}, "run.yaml: sft: output is for the run to say"),
         ({"sft": {"learning_rate": -1.0}}, "run.yaml: sft: --learning-rate -1.0 must be above 0"),
-        ({"dpo": {"loss_type": "guess"}}, "run.yaml: dpo: loss_type"),
+        ({"dpo": {"loss_type": "guess"}}, "run.yaml: dpo: unknown loss type 'guess'"),
         ({"stage_two": {"dpo": {"betta": 1}}}, "run.yaml: stage_two: dpo: unknown key 'betta'"),
         ({"stage_two": {"temperature": 0.0}}, "run.yaml: stage_two: temperature 0 (greedy)"),
         ({"stage_two": {"chunk_length": 0}}, "run.yaml: stage_two: chunk_length is 0"),
