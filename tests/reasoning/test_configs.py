@@ -92,7 +92,7 @@ def test_a_config_becomes_stages_in_order(name, tmp_path, monkeypatch):
     assert names[0] == ("weak-responses" if config.weak.train is None else "weak-model")
     assert "stage-two-1-model" in names
     assert ("iteration-2-sets" in names) == (config.iterations == 2)
-    assert ("ceiling-model" in names) == config.ceiling
+    assert ("ceiling-model" in names) == (config.ceiling is not False)
 
 
 def test_a_name_that_is_none_lists_those_that_are(capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.grading import canonical_answers, grade
+from w2s_jax.reasoning.grading import canonical_answers, grade, judged
 from w2s_jax.reasoning.workers import Failure, Workers
 
 BAD = "tests.reasoning.bad_checkers:Bad"
@@ -237,3 +237,13 @@ def test_no_worker_outlives_its_parent(sent, seconds):
     while any(map(alive, workers)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("judge", ["published", "harness"])
+def test_rows_without_a_gold_answer_get_a_pred_and_no_verdict(judge):
+    rows = [{"id": i, "sample": n, "response": f"#### {i}"} for i in (1, 2, 3) for n in (0, 1)]
+    found = judged(rows, {3: "3", 1: "7"}, "published", judge, "gsm8k")
+    assert [row["pred"] for row in found] == ["1", "1", "2", "2", "3", "3"]
+    assert [row.get("result") for row in found] == [False, False, None, None, True, True]
+    assert [(row["id"], row["sample"]) for row in found] == [(r["id"], r["sample"]) for r in rows]
+    assert all("result" not in row for row in judged(rows, {}, "published", judge, "gsm8k"))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from w2s_jax.reasoning import answering, pipeline
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
 from w2s_jax.reasoning.stages import BEGUN, DONE
+from w2s_jax.text.journal import Journal
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 
@@ -88,7 +90,7 @@ def in_process(monkeypatch):
 
     calls = Calls()
 
-    def run(module, *arguments):
+    def run(module, *arguments, hint=""):
         calls.cut(("before", arguments))
         calls.made += 1
         status = main(list(arguments)) if module == "w2s_jax" else answering.main([*arguments])
@@ -96,7 +98,7 @@ def in_process(monkeypatch):
             raise InputError(f"status {status}")
         calls.cut(("after", arguments))
 
-    monkeypatch.setattr(pipeline, "_run", run)
+    monkeypatch.setattr(pipeline, "run_module", run)
     return calls
 
 
@@ -210,6 +212,48 @@ def test_cut_off_at_every_stage_border_the_files_are_the_same(data, in_process, 
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
+def test_samples_of_a_guided_search_cut_off_inside_are_the_same(
+    data, in_process, tmp_path, monkeypatch
+):
+    short = {"iterations": 1, "naive": False, "ceiling": False, "sets": [], "test": None}
+    short["weak"] = {"model": str(data / "weak" / "model"), "train": "part1.jsonl"}
+    short["weak"]["sft"] = {"max_steps": 4}
+    shape = {"sampler": "cbs", "beam_width": 2, "successors": 2, "chunk_length": 2}
+    short["stage_two"] = RUN["stage_two"] | shape
+    appended = []
+
+    def append(self, row_id, row, before=Journal.append):
+        before(self, row_id, row)
+        appended.append(row_id)
+        if len(appended) in (5, 40, 70):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", append)
+        for _ in range(3):
+            with pytest.raises(Killed):
+                go(data, tmp_path, **short)
+        go(data, tmp_path, **short)
+    assert len(appended) == 20 + 20 + 20 * 4
+    samples = tmp_path / "stage-two-1-samples"
+    rows = read_jsonl(samples / "graded.jsonl")
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (f"q{i}", n) for i in range(20) for n in range(4)
+    ]
+    assert len({row["response"] for row in rows}) > 4
+    task = json.loads((samples / "answering.json").read_text())
+    assert task["tuned"] == str(tmp_path / "weak-model" / "model")
+    assert task["untuned"] == str(data / "weak" / "model")
+    assert task["generation"]["method"] == "cbs"
+    assert read_jsonl(tmp_path / "stage-two-1-pairs" / "training.jsonl")
+
+    before, made = results(tmp_path), in_process.made
+    shutil.rmtree(samples)
+    go(data, tmp_path, **short)
+    assert in_process.made == made + 1
+    assert results(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_the_files_are_the_same(data, tmp_path):
     short = settings(data, iterations=1, naive=False, ceiling=False, sets=["weak"])
@@ -262,7 +306,9 @@ def test_nothing_kept_is_one_line_that_names_the_stages(data, in_process, tmp_pa
         {"id": row["id"], "response": "#### 99"} for row in read_jsonl(data / "part2.jsonl")
     ]
     write_jsonl(tmp_path / "weak.jsonl", responses)
-    with pytest.raises(InputError, match=r"keeps none of 20 questions: .*weak-responses.*icl"):
+    with pytest.raises(
+        InputError, match=r"keeps none of 20 questions: .*weak-responses/graded.jsonl.*icl"
+    ):
         go(data, tmp_path / "run", weak={"responses": str(tmp_path / "weak.jsonl")}, test=None)
 
 

@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from w2s_jax.errors import InputError
+from w2s_jax.reasoning import stages
 from w2s_jax.reasoning.stages import BEGUN, DONE, Stage, content_digest, plan_stages, run_stages
+from w2s_jax.text.journal import held
 
 
 class Chain:
@@ -132,6 +134,8 @@ def test_a_part_of_the_stages(tmp_path):
     chain = Chain(tmp_path)
     with pytest.raises(InputError, match="stage b reads what a writes, which is not done"):
         chain.run(first="b")
+    with pytest.raises(InputError, match="stage b reads what a writes, which is not done"):
+        chain.plan(first="b")
     assert chain.run(last="a") == {"a": 3}
     assert chain.plan(first="b", last="b") == {"a": "left out", "b": "to do", "c": "left out"}
     assert chain.run(first="b", last="b") == {"a": 3, "b": 3}
@@ -183,3 +187,81 @@ def test_digests_see_names_and_bytes(tmp_path):
     assert content_digest(folder) == before
     (folder / "x").write_text("2")
     assert content_digest(folder) != before
+
+
+def test_a_kill_while_old_work_is_removed_is_gone_on_from(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        Chain(tmp_path, fail="b").run()
+    (tmp_path / "run" / "b" / "zz").write_text("more")
+
+    class Killed(BaseException):
+        pass
+
+    def remove(path, before=stages._remove):
+        before(path)
+        raise Killed
+
+    chain = Chain(tmp_path, scale=2)
+    monkeypatch.setattr(stages, "_remove", remove)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            chain.run()
+    monkeypatch.undo()
+    (tmp_path / "run" / "b" / BEGUN).unlink(missing_ok=True)
+    (tmp_path / "run" / "b" / f"{BEGUN}.part").write_text("{")
+    assert chain.run() == {"a": 3, "b": 6, "c": 9}
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    chain = Chain(tmp_path)
+    with held(chain.root / "stages"), pytest.raises(InputError, match="another run is writing"):
+        chain.run()
+    assert chain.run()["c"] == 6
+
+
+@pytest.mark.parametrize("record", [DONE, BEGUN])
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_a_record_of_another_form_is_told(tmp_path, record, content):
+    chain = Chain(tmp_path)
+    chain.run(last="a")
+    (chain.root / "a" / record).write_text(content)
+    if record == BEGUN:
+        (chain.root / "a" / DONE).unlink()
+    with pytest.raises(InputError, match="not the record of a stage"):
+        chain.run()
+
+
+def test_a_file_that_many_stages_read_is_hashed_once(tmp_path, monkeypatch):
+    source = tmp_path / "numbers.txt"
+    source.write_text("3")
+    hashed = []
+
+    def digest(path, before=stages.content_digest):
+        hashed.append(path)
+        return before(path)
+
+    def work(folder):
+        (folder / "out").write_text("x")
+        return {}
+
+    monkeypatch.setattr(stages, "content_digest", digest)
+    many = [Stage(name, work, ("out",), reads=(source,)) for name in "abcd"]
+    run_stages(many, tmp_path / "run")
+    assert hashed.count(source) == 1
+    before = json.loads((tmp_path / "run" / "d" / DONE).read_text())["inputs"]
+
+    def change(folder):
+        source.write_text("4444")
+        return work(folder)
+
+    many[0] = Stage("a", change, ("out",), {"changed": True}, reads=(source,))
+    run_stages(many, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "d" / DONE).read_text())["inputs"] != before
+
+
+def test_a_fault_in_a_stage_names_it(tmp_path):
+    def work(folder):
+        raise InputError("nothing is left")
+
+    with pytest.raises(InputError, match=r"^stage a: nothing is left$"):
+        run_stages([Stage("a", work, ("out",))], tmp_path)

@@ -6,7 +6,7 @@ A file becomes flags put before the user's own, so that both are checked by the 
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,19 @@ def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list
     Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`). Raises InputError for
     a file that is not YAML, is not a mapping or holds an unknown key.
     """
+    return mapping_flags(read_mapping(source), str(source), command, flags)
+
+
+def mapping_flags(
+    values: Mapping[Any, Any], source: str, command: type[Any], flags: Sequence[str] = ()
+) -> list[str]:
+    """What `config_flags` gives, of a mapping; `source` says in errors where that stands."""
     names = flag_names(command)
     given = {names.get(_plain(flag)) for flag in flags if flag.startswith("--")}
     expanded: list[str] = []
     taken: dict[str, Any] = {}
     hints = typing.get_type_hints(command, include_extras=True)
-    for key, value in read_mapping(source).items():
+    for key, value in values.items():
         field = names.get(_plain(str(key)))
         if field == "config" or _plain(str(key)).startswith("no-"):
             raise InputError(

@@ -101,7 +101,7 @@ def parse(args: Sequence[str]) -> Command:
     flags = list(args[len(words) :])
     source = find_config(flags, folder="/".join(words)) if _takes_config(command) else None
     preset = config_flags(source, command, flags) if source else []
-    return _read_flags(command, [*preset, *flags], words)
+    return read_flags(command, [*preset, *flags], words)
 
 
 def _words(args: Sequence[str]) -> tuple[str, ...]:
@@ -120,7 +120,8 @@ def _takes_config(command: type) -> bool:
     return any(field.name == "config" for field in dataclasses.fields(command))
 
 
-def _read_flags(command: type[Any], flags: list[str], words: tuple[str, ...]) -> Command:
+def read_flags(command: type[Any], flags: list[str], words: tuple[str, ...]) -> Command:
+    """A command from its flags; exits as `parse` does."""
     import tyro
 
     about = inspect.cleandoc(command.__doc__ or "")

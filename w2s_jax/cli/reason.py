@@ -1,18 +1,25 @@
 """`w2s reason`: the whole of weak-to-strong reasoning, stage by stage, from one config."""
 
+import contextlib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import arg
 
+from w2s_jax.cli.config import mapping_flags
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from w2s_jax.cli.train import Training
+    from w2s_jax.reasoning.config import ReasonConfig
     from w2s_jax.reasoning.stages import Planned
 
 DEFAULT_OUTPUT = "runs/reason"
+OWN_FLAGS = ("model", "data", "output", "estimate")
+"""Flags of training that a run sets, or that would keep it from writing a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class Reason:
     recipe: Annotated[str | None, arg(name="config", metavar="FILE|NAME")] = None
     """The run's settings: a YAML file, or one of the package's names (gsm8k_llama2_7b, ..)."""
     data: Annotated[str, arg(metavar="DIR")] = "."
-    """Folder that the config's relative paths are in."""
+    """Folder that the config's relative paths are in, those of models too."""
     output: Annotated[str, arg(metavar="DIR")] = DEFAULT_OUTPUT
     """Folder of the stages and the report."""
     first: Annotated[str | None, arg(name="from", metavar="STAGE")] = None
@@ -40,6 +47,7 @@ class Reason:
     def run(self) -> None:
         """Do the stages and write the report; raises InputError for what is wrong."""
         from w2s_jax.cli.config import find_config
+        from w2s_jax.reasoning.checks import check_run
         from w2s_jax.reasoning.config import ReasonConfig
         from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
         from w2s_jax.reasoning.stages import plan_stages
@@ -50,16 +58,66 @@ class Reason:
         source = find_config(["--config", self.recipe], folder="reasoning")
         assert source is not None
         root = Path(self.output)
-        pipeline = Pipeline(read_typed(ReasonConfig, source), Path(self.data), root)
+        config = read_typed(ReasonConfig, source)
+        check_flags(config, str(source))
+        if not Path(self.data).is_dir():
+            raise InputError(f"--data {self.data}: no such folder")
+        pipeline = Pipeline(config, Path(self.data), root)
         stages = pipeline.stages()
+        plan = plan_stages(stages, root, first=self.first, last=self.last)
         if self.dry_run:
-            _show(plan_stages(stages, root, first=self.first, last=self.last))
+            for line in check_run(pipeline, stages):
+                _tell(line)
+            _show(plan)
             return
         tables = run_pipeline(
             pipeline, stages, first=self.first, last=self.last, tell=lambda line: _tell(line)
         )
         print(tables)
         print(f"written to {root}")
+
+
+def check_flags(config: "ReasonConfig", source: str) -> None:
+    """Raises InputError for flags of `w2s sft` and `w2s dpo` in a config that those would refuse.
+
+    What hangs on the data is left to them.
+    """
+    from w2s_jax.cli.dpo import DPO
+    from w2s_jax.cli.sft import SFT
+    from w2s_jax.reasoning.contrasts import WEIGHT
+
+    two = {} if config.stage_two is None else config.stage_two.dpo
+    if config.stage_two is not None and config.stage_two.contrasts.weighted:
+        two = {"weight_column": WEIGHT} | two
+    places: list[tuple[str, type[Training], dict[str, Any], dict[str, Any]]] = [
+        ("sft", SFT, {}, config.sft),
+        ("weak: sft", SFT, config.sft, config.weak.sft),
+        ("dpo", DPO, {}, config.dpo),
+        ("stage_two: dpo", DPO, config.dpo, two),
+    ]
+    for name, command, under, values in places:
+        where = f"{source}: {name}"
+        for key in values:
+            if str(key).replace("-", "_") in OWN_FLAGS:
+                raise InputError(f"{where}: {key} is for the run to say; leave it out")
+        for key, value in values.items():
+            _parsed(command, mapping_flags({key: value}, where, command), f"{where}: {key}")
+        try:
+            _parsed(command, mapping_flags(under | values, where, command), where).check()
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def _parsed(command: "type[Training]", flags: list[str], where: str) -> "Training":
+    from w2s_jax.cli.main import read_flags
+
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return cast("Training", read_flags(command, flags, (command.name,)))
+        except SystemExit:
+            pass
+    told = " ".join(flags) or "nothing"
+    raise InputError(f"{where}: `w2s {command.name}` does not take {told}; see its --help")
 
 
 def _tell(line: str) -> None:
@@ -75,3 +133,5 @@ def _show(plan: "list[Planned]") -> None:
         why = f" ({planned.why})" if planned.state == "changed" else ""
         table.add_row(planned.stage.name, planned.state + why, planned.stage.cost)
     Console().print(table)
+    waiting = [planned for planned in plan if planned.state not in ("done", "left out")]
+    print(f"{len(waiting)} of {len(plan)} stages to do")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.generation import GenerationConfig, generate
@@ -25,6 +25,9 @@ from w2s_jax.reasoning.questions import (
 )
 from w2s_jax.text.rows import Row
 from w2s_jax.text.typed_yaml import from_mapping
+
+if TYPE_CHECKING:
+    from w2s_jax.search.checkpoints import Plan
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,10 @@ def answer(task: Answering) -> list[Row]:
     """
     from tqdm import tqdm
 
-    from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
+    from w2s_jax.search.checkpoints import load
     from w2s_jax.search.placing import ONE_DEVICE, read_places
 
-    guides: tuple[GuideSource, ...] = ()
-    if task.tuned is not None and task.untuned is not None:
-        guides = (GuideSource(task.tuned, task.untuned),)
-    planned = plan(Sources(task.model, guides, score_on="tokens" if guides else "auto"))
+    planned = _planned(task)
     rows = _prompts(task, planned.tokenizer, planned.configs)
     places = read_places(task.mesh, "search", "search") if task.mesh else ONE_DEVICE
     models = load(planned, dtype=task.dtype, places=places).models
@@ -92,11 +92,32 @@ def answer(task: Answering) -> list[Row]:
         )
 
 
-def _prompts(task: Answering, tokenizer: Any, configs: Mapping[str, Any]) -> list[Row]:
+def check_prompts(task: Answering, count: int | None = None) -> None:
+    """Whether a task's models can be asked its questions; reads tokenizers and configs alone.
+
+    count: of the demonstrations, how many of the first; None takes all. Raises InputError as
+    `answer` does for files, vocabularies and prompts.
+    """
+    planned = _planned(task)
+    _prompts(task, planned.tokenizer, planned.configs, count)
+
+
+def _planned(task: Answering) -> "Plan":
+    from w2s_jax.search.checkpoints import GuideSource, Sources, plan
+
+    guides: tuple[GuideSource, ...] = ()
+    if task.tuned is not None and task.untuned is not None:
+        guides = (GuideSource(task.tuned, task.untuned),)
+    return plan(Sources(task.model, guides, score_on="tokens" if guides else "auto"))
+
+
+def _prompts(
+    task: Answering, tokenizer: Any, configs: Mapping[str, Any], count: int | None = None
+) -> list[Row]:
     questions = read_questions(task.questions, ids=task.ids)  # type: ignore[arg-type]
     shown: tuple[Demonstration, ...] = ()
     if task.demonstrations is not None:
-        shown = read_demonstrations(task.demonstrations)
+        shown = read_demonstrations(task.demonstrations)[:count]
     prompts = fit_prompts(
         questions,
         shown,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.contrasts import ContrastConfig
+from w2s_jax.reasoning.generation import GenerationConfig
 from w2s_jax.reasoning.questions import Overflow
 
 Kind = Literal["gsm8k", "math", "olympicarena"]
@@ -36,8 +37,9 @@ class DemonstrationConfig:
     """Solved questions before each prompt of the strong model in context.
 
     Attributes:
-        file: rows {"question", "answer"}; None draws them from the weak model's own responses.
-        count: how many (of a file, the first).
+        file: rows {"question", "answer"}; None draws them from the weak model's own responses,
+            those left out that a gold answer in the questions shows to be wrong.
+        count: how many (of a file, the first); 0 asks without.
         seed: of the draw.
         overflow: for prompts too long for the model: "error", or "drop-first" demonstrations.
     """
@@ -46,6 +48,10 @@ class DemonstrationConfig:
     count: int = 4
     seed: int = 0
     overflow: Overflow = "error"
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise InputError(f"count {self.count} must not be negative; 0 asks without")
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,20 @@ class DecodingConfig:
     max_new_tokens: int = 512
     batch_size: int = 16
     stop: tuple[str, ...] = ("Question", "Answer")
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     mesh: str | None = None
+
+    def __post_init__(self) -> None:
+        self.generation()
+
+    def generation(self, **options: Any) -> GenerationConfig:
+        """The settings of generation, greedy but for the options; InputError if out of range."""
+        return GenerationConfig(
+            **options,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            stop=self.stop,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,19 @@ class StageTwoConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise InputError(f"rounds {self.rounds} must not be negative")
+        GenerationConfig(**self.drawing())
+
+    def drawing(self) -> dict[str, Any]:
+        """How samples are drawn, as fields of GenerationConfig."""
+        return {
+            "samples": self.contrasts.samples,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "method": self.sampler,
+            "beam_width": self.beam_width,
+            "successors": self.successors,
+            "chunk_length": self.chunk_length,
+        }
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,8 @@ class ReasonConfig:
 
     Attributes:
         kind: how final answers are written.
-        questions: what the strong model learns from; gold answers in it are for figures alone.
+        questions: what the strong model learns from. Of gold answers in it no label is made; they
+            are for figures, the ceiling, and to leave out demonstrations known to be wrong.
         strong: checkpoint of the strong model.
         weak: where weak labels come from.
         test: questions with gold answers; None leaves out all evaluation.
@@ -119,7 +151,8 @@ class ReasonConfig:
         sft, dpo: flags of `w2s sft` and `w2s dpo` for every fine-tuning.
         stage_two: None ends after stage I.
         naive: also train on all weak labels.
-        ceiling: also train on the gold answers of the questions, for the performance gap recovered.
+        ceiling: also train on the gold answers of the questions, for the performance gap recovered;
+            None does where every question has one.
         pass_at: the k of pass@k and majority@k over the samples of stage II, where gold exists.
         seed: of every draw and training that has none of its own.
     """
@@ -141,7 +174,7 @@ class ReasonConfig:
     dpo: dict[str, Any] = field(default_factory=dict)
     stage_two: StageTwoConfig | None = field(default_factory=StageTwoConfig)
     naive: bool = True
-    ceiling: bool = True
+    ceiling: bool | None = None
     pass_at: tuple[int, ...] = (1, 5, 10)
     seed: int = 0
 
@@ -152,12 +185,26 @@ class ReasonConfig:
             raise InputError("weak: name a model, or a file of its responses")
         if self.weak.train is not None and self.weak.model is None:
             raise InputError("weak: train needs the model that is trained")
-        cbs = self.stage_two is not None and self.stage_two.sampler == "cbs"
-        if cbs and self.weak.train is None:
+        for name in ("votes", "judge"):
+            if getattr(self, name).startswith("harness") and self.kind != "gsm8k":
+                raise InputError(
+                    f"{name}: {getattr(self, name)} reads gsm8k answers only, not {self.kind}; "
+                    "take math"
+                )
+        if any(k < 1 for k in self.pass_at):
+            raise InputError(f"pass_at {list(self.pass_at)}: each k must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must lie in 0 .. 2**32 - 1")
+        if self.guided and self.weak.train is None:
             raise InputError(
                 "stage_two: sampler cbs is guided by the weak model before and after its training; "
                 "give weak.model and weak.train"
             )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the samples of stage II are drawn under the guide of the weak pair."""
+        return self.stage_two is not None and self.stage_two.sampler == "cbs"
 
 
 def resolved(config: ReasonConfig, data: Path) -> Mapping[str, Path]:

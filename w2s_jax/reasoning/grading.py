@@ -55,6 +55,32 @@ def grade(
     return graded
 
 
+def judged(
+    rows: Sequence[Mapping[str, Any]],
+    golds: Mapping[Any, str],
+    voter: str,
+    judge: str,
+    kind: str,
+) -> list[Row]:
+    """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
+    also with "gold" and "result" by the checker `judge`.
+
+    Raises InputError as `grade` does.
+    """  # noqa: D205
+    known = [index for index, row in enumerate(rows) if row["id"] in golds]
+    verdicts = grade([rows[index] for index in known], golds, judge, kind) if known else []
+    found = dict(zip(known, verdicts, strict=True))
+    if voter == judge:
+        others = [index for index in range(len(rows)) if index not in found]
+        rest = grade([rows[index] for index in others], None, voter, kind) if others else []
+        found |= dict(zip(others, rest, strict=True))
+        return [found[index] for index in range(len(rows))]
+    graded = grade(rows, None, voter, kind)
+    for index, one in found.items():
+        graded[index] |= {"gold": one["gold"], "result": one["result"]}
+    return graded
+
+
 def canonical_answers(
     preds: Sequence[str],
     checker_name: str,

@@ -4,8 +4,6 @@ Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their
 again and what is not is for `stages.py`.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +12,16 @@ from typing import Any
 
 import yaml
 
-from w2s_jax.errors import InputError
 from w2s_jax.reasoning.answering import Answering, write_task
 from w2s_jax.reasoning.answers import gold_answer
+from w2s_jax.reasoning.checks import check_run
 from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, resolved
 from w2s_jax.reasoning.contrasts import WEIGHT, contrastive_pairs
 from w2s_jax.reasoning.curation import curate, sft_set
 from w2s_jax.reasoning.generation import GenerationConfig
-from w2s_jax.reasoning.grading import canonical_answers, grade
+from w2s_jax.reasoning.grading import canonical_answers, judged
 from w2s_jax.reasoning.measures import accuracy
+from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.questions import (
     Answers,
     completion_of,
@@ -65,13 +64,29 @@ class Pipeline:
         return read_questions(self.files["questions"], ids=self.config.ids)
 
     @cached_property
+    def test(self) -> list[Row]:
+        """The questions of the test, each with its gold answer."""
+        return read_questions(self.files["test"], answers_needed=True)
+
+    @cached_property
+    def ceiling(self) -> bool:
+        """Whether a model is trained on the gold answers of the questions."""
+        if self.config.ceiling is None:
+            return all("answer" in row for row in self.questions)
+        return self.config.ceiling
+
+    def place(self, checkpoint: str) -> str:
+        """Where a checkpoint of the config is: in the folder of the data, or as it is named."""
+        return str(self.data / checkpoint) if (self.data / checkpoint).is_dir() else checkpoint
+
+    @cached_property
     def weights(self) -> Mapping[str, str]:
         """A hash of the weights of each checkpoint that the run begins with, by its name."""
         from w2s_jax.models.huggingface import locate
         from w2s_jax.train.reference import weights_identity
 
         named = {self.config.strong, self.config.weak.model} - {None}
-        return {str(name): weights_identity(locate(str(name))) for name in named}
+        return {str(name): weights_identity(locate(self.place(str(name)))) for name in named}
 
     def stages(self) -> list[Stage]:
         """All stages in order; the models that are tested are told by `tested`."""
@@ -90,7 +105,7 @@ class Pipeline:
                 found += self._round(config.stage_two, number)
         if config.naive:
             found.append(self._full("naive-model", WEAK))
-        if config.ceiling:
+        if self.ceiling:
             found.append(self._ceiling())
         if config.test is not None:
             found += [self._test(name, *place) for name, place in self.tested.items()]
@@ -116,7 +131,7 @@ class Pipeline:
         if config.stage_two is not None:
             for number in range(1, config.stage_two.rounds + 1):
                 found[f"stage-two-{number}"] = (f"stage-two-{number}-model", None)
-        if config.ceiling:
+        if self.ceiling:
             found["ceiling"] = ("ceiling-model", None)
         return found
 
@@ -137,10 +152,11 @@ class Pipeline:
         def work(folder: Path) -> Figures:
             rows = [_solved(row) for row in read_questions(place, answers_needed=True)]
             write_jsonl(folder / TRAINING, rows)
-            return self._train("sft", folder, str(weak.model), weak.sft)
+            return self._train("sft", folder, self.place(str(weak.model)), weak.sft)
 
         settings = self._training(weak.model, self.config.sft | weak.sft)
-        return Stage(WEAK_MODEL, work, (MODEL,), settings, (), (place,), "1 fine-tuning")
+        cost = _tuning_cost(len(read_questions(place, answers_needed=True)))
+        return Stage(WEAK_MODEL, work, (MODEL,), settings, (), (place,), cost)
 
     def _weak_responses(self) -> Stage:
         weak = self.config.weak
@@ -173,7 +189,7 @@ class Pipeline:
                 iteration=iteration,
                 published=self.config.published,
                 canonical=self._canonical(*weak.values(), *icl.values()),
-                sources=sources,
+                sources=self._places(*sources),
             )
             for name, rows in (("weak", found.weak), ("icl", found.icl), ("hybrid", found.hybrid)):
                 write_jsonl(folder / f"{name}.jsonl", rows)
@@ -188,30 +204,30 @@ class Pipeline:
 
         def work(folder: Path) -> Figures:
             write_jsonl(folder / TRAINING, read_jsonl(self.root / sets / f"{name}.jsonl"))
-            return self._train("sft", folder, self.config.strong, {})
+            return self._train("sft", folder, self.place(self.config.strong), {})
 
-        return self._tuning(_name(iteration, name, MODEL), work, (sets,))
+        most = len(self.questions) * (2 if name == "hybrid" else 1)
+        return self._tuning(_name(iteration, name, MODEL), work, (sets,), _tuning_cost(most, True))
 
     def _full(self, stage: str, source: str) -> Stage:
         def work(folder: Path) -> Figures:
             answers = self._graded(source)
             rows = sft_set(self.questions, answers, [row["id"] for row in self.questions])
             write_jsonl(folder / TRAINING, rows)
-            return self._train("sft", folder, self.config.strong, {})
+            return self._train("sft", folder, self.place(self.config.strong), {})
 
-        return self._tuning(stage, work, (source,))
+        return self._tuning(stage, work, (source,), _tuning_cost(len(self.questions)))
 
     def _ceiling(self) -> Stage:
         def work(folder: Path) -> Figures:
-            rows = read_questions(self.files["questions"], ids=self.config.ids, answers_needed=True)
-            write_jsonl(folder / TRAINING, [_solved(row) for row in rows])
-            return self._train("sft", folder, self.config.strong, {})
+            write_jsonl(folder / TRAINING, [_solved(row) for row in self.questions])
+            return self._train("sft", folder, self.place(self.config.strong), {})
 
-        return self._tuning("ceiling-model", work, ())
+        return self._tuning("ceiling-model", work, (), _tuning_cost(len(self.questions)))
 
-    def _tuning(self, name: str, work: Any, after: tuple[str, ...]) -> Stage:
+    def _tuning(self, name: str, work: Any, after: tuple[str, ...], cost: str) -> Stage:
         settings = self._training(self.config.strong, self.config.sft)
-        return Stage(name, work, (MODEL,), settings, after, self._reads(), "1 fine-tuning")
+        return Stage(name, work, (MODEL,), settings, after, self._reads(), cost)
 
     def _round(self, config: StageTwoConfig, number: int) -> list[Stage]:
         """Samples, pairs, tuning."""
@@ -219,15 +235,8 @@ class Pipeline:
         if number > 1:
             before = f"stage-two-{number - 1}-model"
         samples, pairs, tuned = (f"stage-two-{number}-{what}" for what in (SAMPLES, "pairs", MODEL))
-        generation = self._generation(
-            samples=config.contrasts.samples,
-            temperature=float(config.temperature),
-            top_p=float(config.top_p),
-            method=config.sampler,
-            beam_width=config.beam_width,
-            successors=config.successors,
-            chunk_length=config.chunk_length,
-            seed=self.config.seed + number - 1,
+        generation = self.generation(
+            **config.drawing(), seed=(self.config.seed + number - 1) % 2**32
         )
         drawn = self._answers(samples, None, before, generation=generation)
 
@@ -240,7 +249,7 @@ class Pipeline:
                 rows,
                 config.contrasts,
                 canonical=self._canonical(*weak.values(), *rows),
-                sources=(WEAK, samples),
+                sources=self._places(WEAK, samples),
             )
             write_jsonl(folder / TRAINING, found.pairs)
             return found.as_row()
@@ -256,7 +265,9 @@ class Pipeline:
         rules = {"contrasts": _plain(config.contrasts), **self._grading()}
         made = Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads())
         flags = self._training(None, self.config.dpo | preferences)
-        last = Stage(tuned, tune, (MODEL,), flags, (pairs, before), (), "1 preference tuning")
+        most = len(self.questions) * config.contrasts.pairs_per_question
+        cost = f"1 preference tuning on up to {most:,} pairs"
+        last = Stage(tuned, tune, (MODEL,), flags, (pairs, before), (), cost)
         return [drawn, made, last]
 
     def _test(self, name: str, trained: str | None, checkpoint: str | None) -> Stage:
@@ -279,30 +290,30 @@ class Pipeline:
         """
         shown = shown and self.config.demonstrations.count > 0
         place = self.files["test" if test else "questions"]
-        decided = generation or self._generation()
+        decided = generation or self.generation()
         guided = decided.method == "cbs"
 
         def work(folder: Path) -> Figures:
             if not (folder / RAW).exists():
                 demonstrations = self._demonstrations(folder) if shown else None
                 task = Answering(
-                    model=checkpoint or str(self.root / str(trained) / MODEL),
+                    model=self.place(checkpoint) if checkpoint else self._model_of(trained),
                     questions=str(place),
                     output=str(folder / RAW),
                     generation=decided,
                     ids="own" if test else self.config.ids,
                     demonstrations=demonstrations,
                     overflow=self.config.demonstrations.overflow,
-                    tuned=str(self.root / WEAK_MODEL / MODEL) if guided else None,
-                    untuned=self.config.weak.model if guided else None,
+                    tuned=self._model_of(WEAK_MODEL) if guided else None,
+                    untuned=self.place(str(self.config.weak.model)) if guided else None,
                     dtype=self.config.decoding.dtype,
                     mesh=self.config.decoding.mesh,
                 )
                 write_task(task, folder / "answering.json")
-                _run("w2s_jax.reasoning.answering", str(folder / "answering.json"))
+                run_module("w2s_jax.reasoning.answering", str(folder / "answering.json"))
             rows = read_jsonl(folder / RAW)
             checker = self.config.judge if test else self.config.votes
-            return self._grade(folder, rows, checker, read_questions(place) if test else None)
+            return self._grade(folder, rows, checker, self.test if test else None)
 
         made: tuple[str, ...] = () if trained is None else (trained,)
         made += (WEAK_MODEL,) if guided else ()
@@ -318,7 +329,10 @@ class Pipeline:
             **self._grading(),
         }
         count = f"{decided.samples} × " if decided.samples > 1 else ""
-        cost = f"{count}{_lines(place):,} responses of up to {decided.max_new_tokens} tokens"
+        asked = len(self.test if test else self.questions)
+        cost = f"{count}{asked:,} responses of up to {decided.max_new_tokens} tokens"
+        if guided:
+            cost += f", each a search of {decided.beam_width} × {decided.successors} hypotheses"
         return Stage(stage, work, (GRADED,), settings, made, reads, cost)
 
     def _demonstrations(self, folder: Path) -> str:
@@ -327,7 +341,11 @@ class Pipeline:
         path = folder / DEMONSTRATIONS
         if shown.file is None:
             drawn = draw_demonstrations(
-                self.questions, self._graded(WEAK), shown.count, seed=shown.seed, source=WEAK
+                self.questions,
+                self._graded(WEAK),
+                shown.count,
+                seed=shown.seed,
+                source=str(self.root / WEAK / GRADED),
             )
             rows = [{"question": one.question, "answer": one.answer} for one in drawn]
         else:
@@ -340,24 +358,16 @@ class Pipeline:
     ) -> Figures:
         """Write graded rows; figures of how good they are where there are gold answers."""
         kind, solved = self.config.kind, self.questions if golds is None else golds
-        known = all("answer" in row for row in solved)
-        answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved} if known else None
-        judge = self.config.judge
-        graded = grade(rows, answers if checker == judge else None, checker, kind)
-        if answers is not None and checker != judge:
-            judged = grade(rows, answers, judge, kind)
-            graded = [
-                row | {"gold": other["gold"], "result": other["result"]}
-                for row, other in zip(graded, judged, strict=True)
-            ]
+        answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved if "answer" in row}
+        graded = judged(rows, answers, checker, self.config.judge, kind)
         write_jsonl(folder / GRADED, graded)
         figures: Figures = {
             "rows": len(graded),
             "answered": sum(bool(row["pred"]) for row in graded),
             "unfinished": sum(row.get("finished") is False for row in graded),
         }
-        if answers is not None:
-            found = accuracy(row["result"] for row in graded)
+        if answers:
+            found = accuracy(row["result"] for row in graded if "result" in row)
             figures["accuracy"] = None if found is None else found.as_row()
         return figures
 
@@ -366,6 +376,10 @@ class Pipeline:
         rows = read_jsonl(self.root / stage / GRADED)
         canonical = self._canonical(*rows)
         return [row | {"answer": canonical(row["pred"]) if row["pred"] else ""} for row in rows]
+
+    def _places(self, weak: str, other: str) -> tuple[str, str]:
+        """The files of two stages' graded rows, for messages."""
+        return str(self.root / weak / GRADED), str(self.root / other / GRADED)
 
     def _graded(self, stage: str) -> Answers:
         return {row["id"]: row for row in read_jsonl(self.root / stage / GRADED)}
@@ -378,14 +392,12 @@ class Pipeline:
         forms = canonical_answers(preds, self.config.votes, self.config.kind)
         return dict(zip(preds, forms, strict=True)).__getitem__
 
-    def _generation(self, **options: Any) -> GenerationConfig:
-        shared = self.config.decoding
-        return GenerationConfig(
-            **{"seed": self.config.seed} | options,
-            max_new_tokens=shared.max_new_tokens,
-            batch_size=shared.batch_size,
-            stop=shared.stop,
-        )
+    def generation(self, **options: Any) -> GenerationConfig:
+        """How responses are written, greedily but for the options."""
+        return self.config.decoding.generation(**{"seed": self.config.seed} | options)
+
+    def _model_of(self, stage: str | None) -> str:
+        return str(self.root / str(stage) / MODEL)
 
     def _train(self, command: str, folder: Path, model: str, flags: Mapping[str, Any]) -> Figures:
         """Run `w2s COMMAND` on the folder's rows, by a config file that is kept beside them."""
@@ -393,7 +405,9 @@ class Pipeline:
         own = {"model": model, "data": str(folder / TRAINING), "output": str(folder)}
         values = {"seed": self.config.seed} | shared | dict(flags) | own
         (folder / f"{command}.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False))
-        _run("w2s_jax", command, "--config", str(folder / f"{command}.yaml"))
+        where = f"see its message; what stands under {command} in the config are its flags"
+        config = str(folder / f"{command}.yaml")
+        run_module("w2s_jax", command, "--config", config, hint=where)
         return {"rows": len(read_jsonl(folder / TRAINING))}
 
     def _training(self, model: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,6 +434,8 @@ def run_pipeline(
 
     Raises what `run_stages` raises, and InputError for settings or data with which a stage fails.
     """
+    for line in check_run(pipeline, stages):
+        tell(line)
     figures = run_stages(stages, pipeline.root, first=first, last=last, tell=tell)
     drawn = [name for name in figures if name.endswith(SAMPLES)]
     samples = {name: pipeline.judged_samples(name) for name in drawn}
@@ -451,19 +467,9 @@ def _whole(model: Path, target: Path) -> str:
 
     if not is_adapter(model):
         return str(model)
-    _run("w2s_jax", "convert", str(model), str(target))
+    run_module("w2s_jax", "convert", str(model), str(target))
     return str(target)
 
 
-def _lines(path: Path) -> int:
-    return len(read_questions(path))
-
-
-def _run(module: str, *arguments: str) -> None:
-    """Run a module; what it says goes to this process's stderr. InputError if it fails."""
-    words = [sys.executable, "-m", module, *arguments]
-    status = subprocess.run(words, check=False).returncode
-    if status == 75:
-        raise KeyboardInterrupt
-    if status:
-        raise InputError(f"`{' '.join(words[1:])}` ended with status {status}; see its message")
+def _tuning_cost(rows: int, up_to: bool = False) -> str:
+    return f"1 fine-tuning on {'up to ' if up_to else ''}{rows:,} rows"

@@ -19,7 +19,6 @@ processes.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ import yaml
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.measures import Estimate, gap_over_seeds, over_seeds
 from w2s_jax.reasoning.problems import ProblemConfig, general_text, make_problems, question_rows
+from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.stages import Stage, run_stages
 from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.rows import write_jsonl
@@ -373,12 +373,7 @@ def _last_row(path: Path) -> Mapping[str, Any]:
 def _call(command: str, source: Path, values: Mapping[str, Any], *words: str) -> None:
     """Run `w2s COMMAND` by a config file in a process of its own; InputError if it fails."""
     source.write_text(yaml.safe_dump(_json(values), sort_keys=False))
-    call = [sys.executable, "-m", "w2s_jax", command, "--config", str(source), *words]
-    status = subprocess.run(call, check=False, stdout=sys.stderr).returncode
-    if status == 75:
-        raise KeyboardInterrupt
-    if status:
-        raise InputError(f"`{' '.join(call[1:])}` ended with status {status}; see its message")
+    run_module("w2s_jax", command, "--config", str(source), *words)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,16 +7,18 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.atomic import write_whole
+from w2s_jax.text.journal import held
 
 DONE, BEGUN = "done.json", "begun.json"
 """Records of a stage: `done.json` when all of it is there, `begun.json` before any of it is."""
+BEGUN_FIELDS, DONE_FIELDS = ("inputs",), ("inputs", "result", "outputs", "contents", "figures")
 
 Figures = Mapping[str, Any]
 State = Literal["done", "to do", "goes on", "changed", "left out"]
@@ -64,21 +66,31 @@ def run_stages(
     or were changed; work of other inputs in its folder is removed before. Stages before `first`
     are taken as they are, and those after `last` are left alone. Raises InputError for a name that
     is no stage, for a stage before `first` that is not done, for a file that a stage reads and is
-    not there, and for a folder that holds something else.
+    not there, for a folder that holds something else, and while another run writes in `root`.
     """
     chosen = _chosen(stages, first, last)
+    with held(root / "stages"):
+        return _run(stages, root, chosen, tell)
+
+
+def _run(
+    stages: Sequence[Stage], root: Path, chosen: set[str], tell: Callable[[str], None]
+) -> dict[str, Figures]:
     figures: dict[str, Figures] = {}
     told: dict[str, str] = {}
+    content = _remembering()
     for stage in stages:
         folder = root / stage.name
-        done = _read(folder / DONE)
+        done = _read(folder / DONE, DONE_FIELDS)
         if stage.name not in chosen:
             if done is not None:
                 figures[stage.name], told[stage.name] = done["figures"], done["result"]
             continue
-        digest = _inputs(stage, told)
+        digest = _inputs(stage, told, content)
         if done is None or done["inputs"] != digest or not _kept(folder, done):
-            tell(f"{stage.name}: started")
+            anew = done is not None and done["inputs"] != digest
+            why = " anew, as its settings or what it reads have changed" if anew else ""
+            tell(f"{stage.name}: started{why}")
             _prepare(stage, folder, digest)
             done = _do(stage, folder, digest)
             tell(f"{stage.name}: {json.dumps(done['figures'])}")
@@ -94,13 +106,15 @@ def plan_stages(
     """What `run_stages` would do, without doing it; raises what it raises before any work."""
     chosen = _chosen(stages, first, last)
     told: dict[str, str] = {}
+    content = _remembering()
     plan: list[Planned] = []
     for stage in stages:
         folder = root / stage.name
-        done = _read(folder / DONE)
+        done = _read(folder / DONE, DONE_FIELDS)
         planned = Planned(stage, "left out")
         if stage.name in chosen:
-            planned = _planned(stage, folder, done, told)
+            _check_written(stage, {*told, *chosen})
+            planned = _planned(stage, folder, done, told, content)
         if done is not None and planned.state in ("done", "left out"):
             told[stage.name] = done["result"]
         plan.append(planned)
@@ -118,14 +132,33 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _planned(stage: Stage, folder: Path, done: Any, told: Mapping[str, str]) -> Planned:
+def _remembering() -> Callable[[Path], str]:
+    """`content_digest`, which reads again only what has another size or time than before."""
+    known: dict[str, str] = {}
+
+    def digest(path: Path) -> str:
+        key = json.dumps([str(path), _stamps(path)])
+        if key not in known:
+            known[key] = content_digest(path)
+        return known[key]
+
+    return digest
+
+
+def _planned(
+    stage: Stage,
+    folder: Path,
+    done: Any,
+    told: Mapping[str, str],
+    content: Callable[[Path], str],
+) -> Planned:
     awaited = [name for name in stage.after if name not in told]
     if awaited:
         why = f"reads what {', '.join(awaited)} will write"
         return Planned(stage, "to do" if done is None else "changed", why)
-    digest = _inputs(stage, told)
+    digest = _inputs(stage, told, content)
     if done is None:
-        begun = _read(folder / BEGUN)
+        begun = _read(folder / BEGUN, BEGUN_FIELDS)
         return Planned(stage, "goes on" if begun and begun["inputs"] == digest else "to do")
     if done["inputs"] != digest:
         return Planned(stage, "changed", "its settings or what it reads have changed")
@@ -146,41 +179,49 @@ def _chosen(stages: Sequence[Stage], first: str | None, last: str | None) -> set
     return set(names[start:end])
 
 
-def _inputs(stage: Stage, told: Mapping[str, str]) -> str:
+def _inputs(stage: Stage, told: Mapping[str, str], content: Callable[[Path], str]) -> str:
     """A hash of all that decides what a stage writes."""
-    missing = [name for name in stage.after if name not in told]
-    if missing:
-        raise InputError(
-            f"stage {stage.name} reads what {missing[0]} writes, which is not done; begin with it"
-        )
+    _check_written(stage, told)
     for path in stage.reads:
         if not path.exists():
             raise InputError(f"{path}: not found; stage {stage.name} reads it")
     values = {
         "settings": stage.settings,
         "after": {name: told[name] for name in stage.after},
-        "reads": [content_digest(path) for path in stage.reads],
+        "reads": [content(path) for path in stage.reads],
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _check_written(stage: Stage, written: Collection[str]) -> None:
+    missing = [name for name in stage.after if name not in written]
+    if missing:
+        raise InputError(
+            f"stage {stage.name} reads what {missing[0]} writes, which is not done; begin with it"
+        )
+
+
 def _prepare(stage: Stage, folder: Path, digest: str) -> None:
     """An empty folder, or one whose work was begun on the same inputs."""
-    begun = _read(folder / BEGUN)
+    begun = _read(folder / BEGUN, BEGUN_FIELDS)
     if begun is not None and begun["inputs"] == digest:
         if (folder / DONE).exists():  # outputs that were changed since are not gone on from
             (folder / DONE).unlink()
             for name in stage.outputs:
                 _remove(folder / name)
         return
-    if folder.is_dir() and any(folder.iterdir()) and begun is None:
+    held_there = sorted(folder.iterdir()) if folder.is_dir() else []
+    own = [path for path in held_there if path.name in (BEGUN, f"{BEGUN}.part")]
+    if len(held_there) > len(own) and begun is None:
         raise InputError(f"{folder} holds files of something else; name another --output")
-    shutil.rmtree(folder, ignore_errors=True)
+    # The record goes last: what a kill leaves is known to be this run's.
+    for path in [*(path for path in held_there if path not in own), *own]:
+        _remove(path)
     _write(folder / BEGUN, {"inputs": digest})
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -188,7 +229,10 @@ def _remove(path: Path) -> None:
 
 def _do(stage: Stage, folder: Path, digest: str) -> dict[str, Any]:
     started = time.monotonic()
-    figures = dict(stage.work(folder))
+    try:
+        figures = dict(stage.work(folder))
+    except InputError as error:
+        raise InputError(f"stage {stage.name}: {error}") from None
     missing = [name for name in stage.outputs if not (folder / name).exists()]
     if missing:
         raise RuntimeError(f"stage {stage.name} has not written {', '.join(missing)}")
@@ -224,14 +268,16 @@ def _stamps(path: Path) -> list[list[Any]]:
     ]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete the folder to redo") from None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict) or any(name not in found for name in fields):
+        raise InputError(f"{path}: not the record of a stage; delete the folder to redo")
+    return found
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
