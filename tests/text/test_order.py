@@ -60,7 +60,9 @@ def test_a_batch_depends_on_its_step_alone():
 @pytest.mark.parametrize("hosts", [1, 2, 3, 6])
 def test_hosts_read_their_parts_of_the_same_batch(hosts):
     whole = Batches(Numbers(23), 6)
-    shares = [Batches(Numbers(23), 6, share=(host, hosts)) for host in range(hosts)]
+    own = 6 // hosts
+    parts = [(host * own, (host + 1) * own) for host in range(hosts)]
+    shares = [Batches(Numbers(23), 6, part=part) for part in parts]
     for step in range(9):
         parts = [share(step)["tokens"] for share in shares]
         assert {len(part) for part in parts} == {6 // hosts}
@@ -85,8 +87,7 @@ def test_once_in_order():
 @pytest.mark.parametrize(
     "options",
     [
-        {"rows": 5, "share": (0, 2)},
-        {"rows": 4, "share": (2, 2)},
+        {"rows": 4, "part": (4, 8)},
         {"rows": 24, "last": "drop"},
     ],
 )

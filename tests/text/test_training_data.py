@@ -308,7 +308,7 @@ def test_packed_rows_hold_every_document_once(tmp_path_factory, tokenizer, seed,
 
 def test_batches_of_packed_rows(tokenizer, config):
     data = load_sequences(config(ROWS * 5, packing="best-fit", max_length=64), tokenizer)
-    batches = Batches(data, 2, share=(1, 2))
+    batches = Batches(data, 2, part=(1, 2))
     batch = batches(0)
     assert batch["tokens"].shape == (1, 64)
     assert batch["segments"].max() > 1

@@ -1,32 +1,20 @@
 """Training by several processes, as by several hosts, each with two virtual devices."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.cli.test_search import tiny
-from tests.conftest import ROOT, with_devices
+from tests.processes import Hosts, run_hosts
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.train.loop import read_metrics
 from w2s_jax.train.manifest import steps_on_disk
 
 pytestmark = pytest.mark.slow
 
-HOST = """
-import sys
-import jax
-address, hosts, host, arguments = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-jax.distributed.initialize(address, hosts, host)
-assert jax.device_count() == 2 * hosts
-from w2s_jax.cli.main import main
-sys.exit(main(arguments))
-"""
 PAIRS = [
     {"prompt": f"film {i} was", "chosen": " good" * (1 + i % 5), "rejected": " bad" * (1 + i % 3)}
     for i in range(48)
@@ -38,43 +26,9 @@ TIMES = {"seconds", "tokens_per_second", "mfu"}
 def files(tmp_path_factory):
     place = tmp_path_factory.mktemp("files")
     write_jsonl(place / "pairs.jsonl", PAIRS)
-    return tiny(place / "model", 0), place / "pairs.jsonl"
-
-
-def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
-
-
-def start(hosts, arguments, tmp_path, *, devices=2):
-    """One process for each host; what each says goes to a file of its own."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": with_devices(devices),
-        "PYTHONPATH": str(ROOT),
-    }
-    address = f"127.0.0.1:{free_port()}"
-    for host in range(hosts):
-        with (tmp_path / f"host{host}.log").open("w") as log:
-            yield subprocess.Popen(
-                [sys.executable, "-c", HOST, address, str(hosts), str(host), *arguments],
-                env=env,
-                cwd=tmp_path,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-
-def ended(processes, tmp_path, seconds=240):
-    """Exit statuses of all processes; none is left behind."""
-    try:
-        return [process.wait(seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        for log in sorted(tmp_path.glob("host*.log")):
-            print(log.name, log.read_text()[-3000:])
+    texts = [{"text": row["prompt"] + row["chosen"]} for row in PAIRS]
+    write_jsonl(place / "texts.jsonl", texts)
+    return tiny(place / "model", 0, kv_heads=2), place / "pairs.jsonl"
 
 
 def rows(directory):
@@ -90,6 +44,11 @@ def assert_close(found, expected):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+def run(arguments):
+    """In a process of its own, as the others run."""
+    return f"import sys; from w2s_jax.cli.main import main; sys.exit(main({arguments!r}))"
+
+
 def dpo(files, output, *flags):
     model, pairs = files
     return [
@@ -99,32 +58,87 @@ def dpo(files, output, *flags):
     ]  # fmt: skip
 
 
+def sft(files, output, *flags):
+    model, pairs = files
+    return [
+        "sft", f"--model={model}", f"--data={pairs.with_name('texts.jsonl')}",
+        f"--output={output}", "--batch-size=8", "--log-every=1", "--optimizer=adamw",
+        "--learning-rate=1e-3", "--held-out=8", "--lora-rank=2", *flags,
+    ]  # fmt: skip
+
+
+def await_steps(hosts, output, count):
+    deadline = time.monotonic() + 120
+    while len(read_metrics(output)) < count:
+        assert time.monotonic() < deadline, "no step was logged"
+        assert hosts.alive
+        time.sleep(0.05)
+
+
+def assert_same_weights(found, expected):
+    names = ("model.safetensors", "adapter_model.safetensors")
+    one, other = (
+        load_file(next(p for p in (folder / "model").iterdir() if p.name in names))
+        for folder in (found, expected)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def test_two_hosts_train_what_one_does_and_write_it_once(files, tmp_path, run_python):
-    alone = dpo(files, tmp_path / "one", "--epochs=2")
-    run_python(f"import sys; from w2s_jax.cli.main import main; sys.exit(main({alone!r}))")
-    arguments = dpo(files, tmp_path / "two", "--epochs=2", "--mesh=data=2,fsdp=2")
-    assert ended(list(start(2, arguments, tmp_path)), tmp_path) == [0, 0]
-    assert_close(rows(tmp_path / "two"), rows(tmp_path / "one"))
-    assert steps_on_disk(tmp_path / "two" / "checkpoints") == [10]
-    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+    run_python(run(dpo(files, tmp_path / "one", "--epochs=2")))
+    output = tmp_path / "two"
+    with Hosts(2, dpo(files, output, "--epochs=2", "--mesh=fsdp=4"), tmp_path) as hosts:
+        assert hosts.statuses() == [0, 0]
+        assert f"step 10 written to {output}/model" in hosts.said(0)
+        assert "step" not in hosts.said(1)
+    assert_close(rows(output), rows(tmp_path / "one"))
+    assert steps_on_disk(output / "checkpoints") == [10]
+    assert_same_weights(output, tmp_path / "one")
 
 
 def test_one_told_host_stops_both_at_the_same_step_and_one_process_goes_on(
     files, tmp_path, run_python
 ):
-    alone = dpo(files, tmp_path / "one", "--epochs=12")
-    run_python(f"import sys; from w2s_jax.cli.main import main; sys.exit(main({alone!r}))")
+    run_python(run(dpo(files, tmp_path / "one", "--epochs=12")))
     output = tmp_path / "two"
     arguments = dpo(files, output, "--epochs=12")
-    processes = list(start(2, [*arguments, "--mesh=fsdp=4"], tmp_path))
-    deadline = time.monotonic() + 120
-    while len(read_metrics(output) if (output / "metrics.jsonl").exists() else []) < 5:
-        assert time.monotonic() < deadline, "no step was logged"
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    assert ended(processes, tmp_path) == [75, 75]
-    saved = max(steps_on_disk(output / "checkpoints"))
-    assert 5 <= saved < 60
-    run_python(f"import sys; from w2s_jax.cli.main import main; sys.exit(main({arguments!r}))")
+    with Hosts(2, [*arguments, "--mesh=fsdp=4"], tmp_path) as hosts:
+        await_steps(hosts, output, 5)
+        hosts.processes[1].send_signal(signal.SIGTERM)
+        assert hosts.statuses() == [75, 75]
+        saved = max(steps_on_disk(output / "checkpoints"))
+        assert 5 <= saved < 60
+        assert f"stopped after step {saved}, which is saved" in hosts.said(0)
+    run_python(run(arguments))
+    assert_close(rows(output), rows(tmp_path / "one"))
+
+
+def test_four_hosts_of_which_one_dies_then_two_go_on(files, tmp_path, run_python):
+    """With a tensor axis that reaches over hosts, so that two read the same rows."""
+    run_python(run(sft(files, tmp_path / "one", "--epochs=8", "--save-every=2")))
+    output = tmp_path / "many"
+    arguments = sft(files, output, "--epochs=8", "--save-every=2")
+    with Hosts(4, [*arguments, "--mesh=data=2,tensor=2"], tmp_path, devices=1) as hosts:
+        await_steps(hosts, output, 7)
+        hosts.processes[2].send_signal(signal.SIGKILL)
+        statuses = hosts.statuses(120)
+        assert statuses[2] == -signal.SIGKILL
+        assert {statuses[host] for host in (0, 1, 3)} == {75}
+        assert "another host has died" in hosts.said(0).splitlines()[-1]
+    assert run_hosts(2, [*arguments, "--mesh=fsdp=4"], tmp_path) == [0, 0]
+    assert_close(rows(output), rows(tmp_path / "one"))
+    assert_same_weights(output, tmp_path / "one")
+
+
+def test_one_process_dies_and_two_hosts_go_on(files, tmp_path, run_python):
+    output = tmp_path / "two"
+    arguments = dpo(files, output, "--epochs=4", "--save-every=2")
+    with Hosts(1, arguments, tmp_path, devices=1) as alone:
+        await_steps(alone, output, 6)
+        alone.processes[0].send_signal(signal.SIGKILL)
+        alone.statuses()
+    assert run_hosts(2, arguments, tmp_path, devices=1) == [0, 0]
+    run_python(run(dpo(files, tmp_path / "one", "--epochs=4", "--save-every=2")))
     assert_close(rows(output), rows(tmp_path / "one"))

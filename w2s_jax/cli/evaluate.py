@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import weights_stamp
+from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from w2s_jax.evaluate.results import Results
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.heads import RewardModel
+    from w2s_jax.text.host_journal import HostJournal
     from w2s_jax.text.journal import Journal
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.
@@ -25,8 +28,8 @@ IN_FINGERPRINT = ("reward_model", "label", "end_token", "cut", "dtype")
 FIELD = "gold_reward"
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Hosts):
     """Gold rewards of a file of responses, by a reward model or a classifier.
 
     Prints the mean with its standard error and the lengths; with --against also the win rate over
@@ -86,7 +89,7 @@ class Evaluate:
             figures[name] = {"file": file.path, **asdict(summary)}
         if self.against:
             figures["comparison"] = asdict(compare(*values, seed=self.seed))
-        if self.json:
+        if self.json and is_first():
             write_whole(self.json, [json.dumps(figures, indent=2).encode(), b"\n"])
         report(figures)
 
@@ -142,17 +145,19 @@ class Evaluate:
         from tqdm import tqdm
 
         from w2s_jax.evaluate.rewards import rewards
-        from w2s_jax.text.journal import held, journal_path, open_journal
+        from w2s_jax.exchange import agree
+        from w2s_jax.text.host_journal import job_journal
 
         advice = "try --dtype float32, or look for a damaged checkpoint"
         values = np.zeros(len(encoded), np.float32)
         rows = [row for file in files for row in file.rows]
         with contextlib.ExitStack() as stack:
-            journal: Journal | None = None
+            journal: Journal | HostJournal | None = None
             if self.output:
-                stack.enter_context(held(journal_path(self.output)))
                 mark = self.fingerprint(rows, len(files[0].rows), rendering)
-                journal = open_journal(journal_path(self.output), mark)
+                journal = stack.enter_context(job_journal(self.output, mark))
+            told = {"rows": rows, "read as": encoded, "batch size": self.batch_size}
+            agree("evaluation", told | {"mesh": self.mesh, "output": bool(self.output)})
             finished = journal.read() if journal else {}
             for index, row in finished.items():
                 values[index] = row[FIELD]
@@ -163,16 +168,18 @@ class Evaluate:
                     raise InputError(f"{self.reward_model}: a reward is not finite; {advice}")
                 for index, value in zip(waiting[some].tolist(), found.tolist(), strict=True):
                     values[index] = value
-                    if journal:
+                    if journal and journal.is_own(index):
                         journal.append(index, rows[index] | {FIELD: value})
                 bar.update(len(some))
 
             if len(waiting):
-                model = self.load()
+                mesh = mesh_of(self.mesh)
+                model = self.load(mesh)
                 total, done = len(encoded), len(finished)
                 with tqdm(total=total, initial=done, unit="row", disable=None) as bar:
                     ids = [encoded[index] for index in waiting]
                     options: dict[str, Any] = {"batch_size": self.batch_size, "label": self.label}
+                    options["mesh"] = mesh
                     rewards(model, ids, on_batch=keep, **options)
             if journal and self.output:
                 journal.merge(self.output, len(files[0].rows))
@@ -187,14 +194,12 @@ class Evaluate:
         content = hashlib.sha256(json.dumps([rows[:first], rows[first:]]).encode()).hexdigest()
         return flags | {"rendering": rendering, "rows_sha256": content[:16]}
 
-    def load(self) -> "RewardModel | Classifier":
+    def load(self, mesh: "Mesh | None") -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
         from w2s_jax.models.huggingface import quickest_dtype
         from w2s_jax.models.reward_huggingface import load_reward_model
-        from w2s_jax.ops.meshes import make_mesh
 
         dtype = quickest_dtype() if self.dtype == "auto" else self.dtype
-        mesh = make_mesh(self.mesh) if self.mesh else None
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)
 
 

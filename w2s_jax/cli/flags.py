@@ -12,12 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import UseAppendAction, arg
 
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import own_number, started
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import RewardSource, Sources
     from w2s_jax.search.placing import Places
     from w2s_jax.search.texts import TextScorer
+
+OVER_HOSTS = "data=-1"
+"""The mesh of several hosts where none is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """The hosts that run a command together."""
+
+    hosts: Annotated[str, arg(metavar="HOST:PORT,N,I|auto|off|jax")] = "auto"
+    """Hosts that run this together: the first one's address, how many, which this is from 0. auto
+    finds those of SLURM, Open MPI and TPU slices, jax whatever jax finds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +73,8 @@ class Guidance:
         """The mesh and the rules; InputError where they are wrong."""
         from w2s_jax.search.placing import read_places
 
-        return read_places(self.mesh, self.policy_rules, self.guide_rules, self.scan_layers)
+        rules = self.policy_rules, self.guide_rules
+        return read_places(mesh_of(self.mesh), *rules, self.scan_layers)
 
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
@@ -218,6 +234,21 @@ class Method:
             reference_quirks=self.reference_quirks,
             **chosen,
         )
+
+
+def mesh_of(spec: str | None) -> "Mesh | None":
+    """The mesh of --mesh; without the flag none on one host, and data=-1 on several, which is told.
+
+    Raises InputError as `make_mesh` does.
+    """
+    from w2s_jax.ops.meshes import make_mesh
+
+    if spec or not started():
+        return make_mesh(spec) if spec else None
+    mesh = make_mesh(OVER_HOSTS)
+    told = f"{own_number()[1]} hosts with {mesh.size} devices: --mesh {OVER_HOSTS}"
+    print(f"{told}, as none is given", file=sys.stderr)
+    return mesh
 
 
 def import_function(name: str) -> Callable[..., Any]:

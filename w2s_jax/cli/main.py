@@ -8,11 +8,14 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import w2s_jax
+from w2s_jax import hosts
 from w2s_jax.cli.config import config_flags, find_config
+from w2s_jax.cli.together import Attempt, End, run_started, run_together
 from w2s_jax.errors import InputError
 from w2s_jax.train.stopping import Diverged, Preempted
 
@@ -37,6 +40,8 @@ PREEMPTED = 75
 """A run was asked to stop and is saved: EX_TEMPFAIL, "run again"."""
 FAILED = 1
 WRONG_INPUT = 2
+HEED_STOP = {("sft",), ("dpo",)}
+"""Commands that save and end when SIGTERM comes."""
 
 
 @typing.runtime_checkable
@@ -57,26 +62,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if args else WRONG_INPUT
     try:
-        parse(args).run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        return PREEMPTED
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, MemoryError, RuntimeError) as error:
-        told = _out_of_resources(error)
-        if told is None:
+        command = parse(args)
+        together = _hosts_of(command, _words(args))
+        if together is not None:
+            return together(partial(_attempt, command))
+        command.run()
+    except (Exception, KeyboardInterrupt) as error:
+        end = _end(error)
+        if end is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
-        return FAILED
+        print(end.line, file=sys.stderr)
+        return end.status
     return 0
+
+
+def _attempt(command: Command) -> End:
+    """Run a command; raises what is a fault of the program."""
+    try:
+        command.run()
+    except (Exception, KeyboardInterrupt) as error:
+        end = _end(error)
+        if end is None:
+            raise
+        return end
+    return End()
+
+
+def _end(error: BaseException) -> End | None:
+    """The status and the line that an exception ends with; None for a fault of the program."""
+    if isinstance(error, InputError):
+        return End(WRONG_INPUT, f"error: {error}")
+    if isinstance(error, Preempted):
+        return End(PREEMPTED, str(error), together=True)
+    if isinstance(error, Diverged):
+        return End(FAILED, f"error: {error}", together=True)
+    if isinstance(error, KeyboardInterrupt):
+        return End(INTERRUPTED, "interrupted")
+    if isinstance(error, OSError | MemoryError | RuntimeError):
+        told = _out_of_resources(error)
+        return None if told is None else End(FAILED, f"error: {told}")
+    return None
+
+
+def _hosts_of(command: Command, words: tuple[str, ...]) -> Callable[[Attempt], int] | None:
+    """What runs the command's attempt on several hosts; None on one.
+
+    Raises InputError for a command that runs on one host and was started on several.
+    """
+    asked = getattr(command, "hosts", None)
+    running = hosts.started()
+    found = None
+    if not running:
+        # What runs on one host may run on one of a TPU slice's, so no slice is looked for.
+        alone: dict[str, Any] = {"tpu_workers": lambda: None} if asked is None else {}
+        found = hosts.find_hosts(asked or "auto", **alone)
+    if not running and found is None:
+        return None
+    if asked is None:
+        count = hosts.own_number()[1] if found is None else found.count
+        raise InputError(
+            f"w2s {' '.join(words)} runs on one host, and {count} were started; start it once"
+        )
+    if found is None:
+        return run_started
+    return partial(run_together, found, heeds_stop=words in HEED_STOP)
 
 
 def _out_of_resources(error: Exception) -> str | None:

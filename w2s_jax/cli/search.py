@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import Guidance, Judges, Method, weights_stamp
+from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, weights_stamp
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import is_first, started
 
 if TYPE_CHECKING:
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
+    from w2s_jax.text.host_journal import HostJournal
     from w2s_jax.text.journal import Journal
 
 Row = dict[str, Any]
@@ -26,6 +28,7 @@ NOT_IN_FINGERPRINT = (
     "config", "models_map", "format", "generator", "report", "show", "concurrency",
     "timeout", "attempts", "prompts_per_request",
     "price_prompt", "price_completion", "api_key_env",
+    "hosts",
 )  # fmt: skip
 
 
@@ -66,7 +69,7 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Remote, Judges, Method, Guidance, Files):
+class Search(Remote, Judges, Method, Guidance, Hosts, Files):
     """Find responses of a frozen policy, steered by small models, reward models or functions.
 
     Finished rows go to OUTPUT.journal at once. After a kill the same command goes on where it
@@ -87,7 +90,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
         from w2s_jax.text.atomic import check_writable
-        from w2s_jax.text.journal import held, journal_path, open_journal
+        from w2s_jax.text.host_journal import job_journal
         from w2s_jax.text.rows import read_rows
 
         config = self.search_config()
@@ -102,8 +105,8 @@ class Search(Remote, Judges, Method, Guidance, Files):
                 check_writable(path)
         work = self.remote_work if self.endpoint else self.local_work
         run = work(sources, config, rows, source)
-        with held(journal_path(self.output)):
-            journal = open_journal(journal_path(self.output), self.fingerprint(rows))
+        with job_journal(self.output, self.fingerprint(rows)) as journal:
+            self._check_hosts(rows)
             waiting = len(rows) - len(journal.read())
             started = time.monotonic()
             if waiting:
@@ -111,6 +114,16 @@ class Search(Remote, Judges, Method, Guidance, Files):
             seconds = time.monotonic() - started
             self._finish(journal, len(rows), config)
             print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")
+
+    def _check_hosts(self, rows: Sequence[Row]) -> None:
+        """Raise InputError where hosts were started with other flags, or read other rows."""
+        from w2s_jax.exchange import agree
+
+        given = asdict(self)
+        flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}
+        alike = ("mesh", "policy_rules", "guide_rules", "scan_layers", "batch_size", "report")
+        alike += ("show", "format")
+        agree("search", flags | {flag: given[flag] for flag in alike} | {"rows": rows})
 
     def sources_of_all(self) -> "Sources":
         """All checkpoints; InputError where the method lacks one or has too many."""
@@ -134,23 +147,26 @@ class Search(Remote, Judges, Method, Guidance, Files):
 
     def local_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal, Callable[[Row], None]], None]":
+    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.files import encode_questions, search_rows
         from w2s_jax.text.prompts import special_stops
+        from w2s_jax.train.placing import batch_parts, check_batch
 
         needs = f"--method {self.method}" if self.mixes else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
         questions = encode_questions(plan, rows, source, max_new_tokens=config.max_new_tokens)
         functions = self.functions()
         places = self.places()
+        check_batch(self.batch_size, 1, places.mesh, flag="--batch-size")
         texts, ids = special_stops(plan.tokenizer, self.stop)
-        slots = min(self.batch_size, len(rows))
+        parts = batch_parts(places.mesh)
+        slots = min(self.batch_size, -(-len(rows) // parts) * parts)
         config = replace(config, stop=texts, eos_ids=(*plan.eos_ids, *ids), slots=slots)
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 
-        def run(journal: "Journal", on_row: Callable[[Row], None]) -> None:
+        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
             steering = steering.beside(functions, self.scorer)
             search_rows(
@@ -169,7 +185,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
 
     def remote_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal, Callable[[Row], None]], None]":
+    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
         """The search with a policy behind an API."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.files import read_conversations
@@ -180,6 +196,8 @@ class Search(Remote, Judges, Method, Guidance, Files):
 
         if self.mixes:
             raise InputError(f"--method {self.method} mixes logits, which an API does not give")
+        if started():
+            raise InputError("--endpoint: what is behind an API is asked by one host; start one")
         assert self.endpoint is not None
         assert self.endpoint_model is not None
         endpoint = Endpoint(
@@ -208,7 +226,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
         config = replace(config, slots=min(self.batch_size, len(rows)))
         self._tell(plan.notes())
 
-        def run(journal: "Journal", on_row: Callable[[Row], None]) -> None:
+        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype)
             steering = steering.beside(functions, self.scorer)
             try:
@@ -240,7 +258,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
             print(line)
 
     def _with_progress(
-        self, run: Callable[..., None], journal: "Journal", count: int, waiting: int
+        self, run: Callable[..., None], journal: "Journal | HostJournal", count: int, waiting: int
     ) -> None:
         from rich.console import Console
         from tqdm import tqdm
@@ -251,8 +269,8 @@ class Search(Remote, Judges, Method, Guidance, Files):
         console = Console()
         with tqdm(total=count, initial=count - waiting, unit="prompt", disable=None) as bar:
 
-            def on_row(row: Row) -> None:
-                if self.show:
+            def on_row(row: Row | None) -> None:
+                if self.show and row is not None:
                     trace = row[TRACE]
                     tokens = [(text, value) for text, value in trace["tokens"]]
                     with tqdm.external_write_mode():
@@ -273,7 +291,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
         except InputError as error:
             raise InputError(f"{self.prompts} {error} (--format alpaca_eval)") from None
 
-    def _finish(self, journal: "Journal", count: int, config: "SearchConfig") -> None:
+    def _finish(self, journal: "Journal | HostJournal", count: int, config: "SearchConfig") -> None:
         """The report and the output from the journal, which is removed last."""
         from w2s_jax.evaluate.alpaca import write_alpaca
         from w2s_jax.evaluate.report import write_report
@@ -281,7 +299,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
         from w2s_jax.text.rows import write_jsonl
 
         rows = journal.read()
-        if self.report is not None and len(rows) == count:
+        if self.report is not None and len(rows) == count and is_first():
             traces = (rows[index][TRACE] for index in range(count))
             write_report(
                 self.report, traces, title=f"w2s search: {self.prompts}", settings=self.settings()
@@ -305,7 +323,7 @@ class Search(Remote, Judges, Method, Guidance, Files):
     def settings(self) -> dict[str, Any]:
         """The flags that were given, for the report; none of them holds a key."""
         flags = asdict(self)
-        hidden = {"prompts", "output", "report", "show", "config", "api_key_env"}
+        hidden = {"prompts", "output", "report", "show", "config", "hosts", "api_key_env"}
         return {name: flags[name] for name in flags if name not in hidden and flags[name]}
 
     def fingerprint(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
+from w2s_jax.cli.flags import Hosts, mesh_of
 from w2s_jax.cli.train_flags import DataFlags, LoraFlags, OptimizationFlags, RunFlags
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -31,6 +33,11 @@ DEFAULT_LENGTH = 1024
 # What an identity holds by content, or what changes no number.
 _ELSEWHERE = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
+    "untuned", "hosts",
+}  # fmt: skip
+# Where a host finds or puts things.
+_OWN = {
+    "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
 }  # fmt: skip
 MODEL, CACHE = "model", "cache"
@@ -58,7 +65,7 @@ class Setup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
+class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     """A command that trains a model; subclasses say on what, and by which loss."""
 
     model: Annotated[str | None, arg(metavar="DIR|ID")] = None
@@ -74,8 +81,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
 
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
-        import jax
-
+        from w2s_jax.exchange import agree, check_shared
         from w2s_jax.text.journal import held
         from w2s_jax.train.placing import check_batch
         from w2s_jax.train.records import METRICS
@@ -91,12 +97,16 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
         check_batch(run.eval_batch, 1, setup.mesh, flag="--eval-batch-size")
         data, held_out = self.read(setup)
         number_of_steps(run, data)
-        if jax.process_index() == 0:
+        check_shared(setup.directory)
+        if is_first():
             with held(setup.directory / METRICS):
                 pass  # no other run's now; the loop holds it from its first step on
+        agree("run", self.alike(data, held_out))
         model = self.load(setup)
         task = self.task(setup, model, data, held_out)
         params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
+        identity = self.identity(setup, task)
+        agree("run", identity)
         state = fine_tune(
             task,
             params,
@@ -104,11 +114,17 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
             self.loop_config,
             setup.directory,
             mesh=setup.mesh,
-            identity=self.identity(setup, task),
+            identity=identity,
             sinks=self.sinks(),
             sample=self.sampler(setup, task),
         )
         self.save(setup, task, state)
+
+    def alike(self, data: "Rows", held_out: "Rows | None") -> dict[str, Any]:
+        """What hosts must have alike before they do anything together: examples, and most flags."""
+        names = {item.name for item in fields(self)} - _OWN
+        held = {"examples": data.identity, "held out": held_out and held_out.identity}
+        return {name: getattr(self, name) for name in names} | held
 
     def load_data(self, config: "DataConfig", tokenizer: Any) -> "Data":
         """The examples of these files, tokenised."""
@@ -152,7 +168,6 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
-        from w2s_jax.ops.meshes import make_mesh
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
         from w2s_jax.train.placing import batch_parts
@@ -177,7 +192,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags):
                 f"--lora-rank {lora.rank} is more than the width {config.width} of {self.model}, "
                 "and no projection's rank is higher than that"
             )
-        mesh = make_mesh(self.mesh) if self.mesh else None
+        mesh = mesh_of(self.mesh)
         length = self.max_length
         if length is None:
             length = min(DEFAULT_LENGTH, config.max_positions)

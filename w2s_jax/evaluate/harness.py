@@ -15,6 +15,7 @@ import numpy as np
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.steered import CHOOSING, Decoding, Prompts, Question, Steered, load_steered
+from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, guide_sources
 from w2s_jax.search.likelihood import ScoredResponse
@@ -106,7 +107,8 @@ def steered_from(
         sampling=Sampling(float(temperature), top_k, float(top_p)),
         seed=seed,
     )
-    places = read_places(mesh, policy_rules, guide_rules, scan_layers)
+    grid = make_mesh(mesh) if mesh else None
+    places = read_places(grid, policy_rules, guide_rules, scan_layers)
     return load_steered(sources, method, config, batch_size=batch_size, dtype=dtype, places=places)
 
 

@@ -3,18 +3,22 @@
 The models are in models/heads.py and models/encoder.py; nothing here is trained.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import whole
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.labels import contrast, label_names
+from w2s_jax.ops.sharding import DEFAULT_RULES
 from w2s_jax.text.batches import pad_rows, power_of_two
 
 _NARROWEST = 32
@@ -45,12 +49,14 @@ def rewards(
     batch_size: int = 64,
     label: str | int | None = None,
     on_batch: Callable[[np.ndarray, np.ndarray], None] = lambda rows, values: None,
+    mesh: Mesh | None = None,
 ) -> Float32[np.ndarray, " n"]:
     """One number for each row of token ids: of which logits, `models.labels.contrast` says.
 
     Rows are taken shortest first and padded to `batch_size` and to powers of two of tokens, so few
     programs are compiled, each once. Equal rows are read once, and so tie exactly. `on_batch(rows,
-    values)` is called with the indices and the rewards of every batch when it is done.
+    values)` is called with the indices and the rewards of every batch when it is done. On a mesh
+    (the model's) a batch is split over its devices, where they divide it.
 
     Raises InputError for a row that is empty or exceeds the model's positions, and as `contrast`.
     """
@@ -73,11 +79,25 @@ def rewards(
             some = rows[first : first + batch_size]
             batch = some + [some[0]] * (batch_size - len(some))
             tokens, mask = pad_rows(batch, width, pad_id)
-            found = np.asarray(_rewards(model, tokens, mask, weights))
+            read = _spread((tokens, mask), mesh)
+            found = whole(_rewards(model, *read, weights))
             indices = [index for row in some for index in equal[row]]
             values[indices] = np.repeat(found[: len(some)], [len(equal[row]) for row in some])
             on_batch(np.array(indices), values[indices])
     return values
+
+
+def _spread(arrays: tuple[np.ndarray, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+    """The arrays with their rows over the mesh's data axes, where these divide them."""
+    if mesh is None:
+        return arrays
+    axes = DEFAULT_RULES.mesh_axes("batch")
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    rows = PartitionSpec(axes) if len(arrays[0]) % parts == 0 else PartitionSpec()
+    sharding = NamedSharding(mesh, rows)
+    return tuple(
+        jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for array in arrays
+    )
 
 
 def _width(length: int, limit: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from w2s_jax.exchange import whole
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.layout import STACKED, layer_name
 from w2s_jax.models.model import abstract_model
@@ -109,7 +110,7 @@ def unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[
     for path, leaf in flat.items():
         kind, _, rest = path.partition("/")
         if kind != STACKED:
-            fetchers[path] = functools.partial(np.asarray, leaf)
+            fetchers[path] = functools.partial(whole, leaf)
             continue
         for layer in range(layers):
             fetchers[f"{layer_name(layer)}/{rest}"] = functools.partial(_fetch_layer, leaf, layer)
@@ -117,7 +118,7 @@ def unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[
 
 
 def _fetch_layer(leaf: jax.Array, layer: int) -> np.ndarray:
-    return np.asarray(leaf[layer])
+    return whole(leaf[layer])
 
 
 def materialise(

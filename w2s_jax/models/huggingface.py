@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import is_first
 from w2s_jax.models.arrange import (
     Parameter,
     Parameters,
@@ -179,7 +180,7 @@ def save_model(
     """
     hf = model.config.to_hf() | {"torch_dtype": str(model.dtype)}
     save_parameters(model.config, model.params, directory, hf, max_shard_bytes=max_shard_bytes)
-    if tokenizer is not None:
+    if tokenizer is not None and is_first():
         tokenizer.save_pretrained(str(directory))
 
 
@@ -331,8 +332,14 @@ def write_files(
     """Write safetensors files of the tensors `fetch(name)`, and JSON files of `texts`.
 
     All are written beside their places first, then files that match `old` go and these take their
-    places, in order. Raises InputError, saying what `sort` of files, when that is not possible.
+    places, in order. Of several hosts, which must all call this, the first alone writes. Raises
+    InputError, saying what `sort` of files, when that is not possible.
     """
+    if not is_first():
+        for names in tensors.values():
+            for name in names:
+                fetch(name)  # which may take all hosts
+        return
     directory = Path(directory)
     places = {file: directory / f".{file}.part" for file in (*tensors, *texts)}
     try:

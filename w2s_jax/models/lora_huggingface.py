@@ -17,7 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from w2s_jax import exchange
 from w2s_jax.errors import InputError
+from w2s_jax.hosts import is_first
 from w2s_jax.models.arrange import Tensors, decoder_parameters, reader
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import (
@@ -371,7 +373,7 @@ def save_adapter(
     hf = write_lora(config, lora, base, ranks, list(modules))
     files = {ADAPTER: list(tensors)}
     write_files(directory, files, tensors.__getitem__, {ADAPTER_CONFIG: hf}, (), sort="an adapter")
-    if tokenizer is not None:
+    if tokenizer is not None and is_first():
         tokenizer.save_pretrained(str(directory))
 
 
@@ -383,7 +385,7 @@ def _module_factors(
     for kernel in kernels:
         pair = None
         if f"{kernel.place}lora_a" in flat:
-            a, b = (np.asarray(flat[f"{kernel.place}{name}"]) for name in FACTORS)
+            a, b = exchange.whole(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
             pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
         found.append(pair)
     held = [pair for pair in found if pair is not None]

@@ -61,12 +61,13 @@ def answer(task: Answering) -> list[Row]:
     """
     from tqdm import tqdm
 
+    from w2s_jax.ops.meshes import make_mesh
     from w2s_jax.search.checkpoints import load
-    from w2s_jax.search.placing import ONE_DEVICE, read_places
+    from w2s_jax.search.placing import ONE_DEVICE, Places
 
     planned = _planned(task)
     rows = _prompts(task, planned.tokenizer, planned.configs)
-    places = read_places(task.mesh, "search", "search") if task.mesh else ONE_DEVICE
+    places = ONE_DEVICE if task.mesh is None else Places(make_mesh(task.mesh))
     models = load(planned, dtype=task.dtype, places=places).models
     assert models is not None
     quiet = not sys.stderr.isatty()

@@ -17,6 +17,7 @@ from w2s_jax.search.results import ChunkTrace, Hypothesis, SearchResult
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.traces import TRACE, trace_row
 from w2s_jax.text.chat import Conversation, conversation_of
+from w2s_jax.text.host_journal import HostJournal
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens, token_texts
 from w2s_jax.text.rows import Row
@@ -66,18 +67,19 @@ def search_rows(
     steering: Steering,
     questions: Questions,
     config: SearchConfig,
-    journal: Journal,
+    journal: Journal | HostJournal,
     *,
     method: str = "",
     traced: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[Row | None], None] = lambda row: None,
     mesh: Mesh | None = None,
 ) -> None:
     """Search every row that the journal does not hold yet; `on_row` is called with each answer.
 
-    The row's index is its id, so that its draws do not depend on where an earlier run stopped.
-    Where `traced`, a row's field "trace" tells what its search looked at (see `traces.py`), under
-    the method's name. Raises InputError as `search` does.
+    On several hosts, each writes its share of the rows, and `on_row` is called with None for the
+    others'. The row's index is its id, so that its draws do not depend on where an earlier run
+    stopped. Where `traced`, a row's field "trace" tells what its search looked at (see
+    `traces.py`), under the method's name. Raises InputError as `search` does.
     """
     assert steering.models is not None
     finished = journal.read()
@@ -86,9 +88,14 @@ def search_rows(
 
     def keep(result: SearchResult) -> None:
         index = result.row_id
+        # All hosts take part, as models may be asked.
+        tokens = winner_tokens(plan, steering, questions, result, config) if traced else []
+        if not journal.is_own(index):
+            chunks.pop(index, None)
+            on_row(None)
+            return
         row = answer(plan, steering, questions, result, config)
         if traced:
-            tokens = winner_tokens(plan, steering, questions, result, config)
             prompt = plan.templates["policy"].render(questions.conversations[index])
             told = (row, method, chunks.pop(index, []), tokens)
             row = row | {TRACE: trace_row(index, prompt, *told)}

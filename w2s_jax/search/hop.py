@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import whole
 from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection
@@ -78,10 +79,9 @@ def read_rows(
     Without `texts`, rows in which no stop string was found have none.
     """
     arrays = (state.tokens, state.base, state.active, state.finished, state.draws.limit)
-    before, base, active, over, limits = (np.asarray(array) for array in arrays)
+    before, base, active, over, limits = whole(arrays)
     ends_at = limits.tolist()
-    new, lengths = np.asarray(proposal.tokens), np.asarray(proposal.lengths)
-    finished = np.asarray(proposal.finished)
+    new, lengths, finished = whole((proposal.tokens, proposal.lengths, proposal.finished))
     found = []
     for slot in np.flatnonzero(active).tolist():
         request = held[slot]
@@ -118,7 +118,7 @@ def _unlike(text: str, earlier: str) -> str:
 
 def heed_stops(proposal: Proposal, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """The proposal's lengths and finished flags, [P, R] on the host, as the rows' texts ended."""
-    lengths, finished = np.array(proposal.lengths), np.array(proposal.finished)
+    lengths, finished = (part.copy() for part in whole((proposal.lengths, proposal.finished)))
     for row in rows:
         lengths[row.slot, row.row] = row.length
         finished[row.slot, row.row] = row.by_eos or row.by_stop
@@ -166,8 +166,8 @@ def trace(
     held: Mapping[int, Request],
 ) -> dict[int, ChunkTrace]:
     """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it."""
-    objectives = np.asarray(selection.candidates.objectives)
-    chosen, parents = np.asarray(selection.chosen), np.asarray(selection.parents)
+    arrays = (selection.candidates.objectives, selection.chosen, selection.parents)
+    objectives, chosen, parents = whole(arrays)
     width = finished.shape[1]
     count = objectives.shape[1] - width
     by_slot: dict[int, list[Row]] = {}

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import whole
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.labels import contrast, label_names
@@ -159,7 +160,7 @@ class RewardScorer:
         width = min(limit, power_of_two(max(map(len, rows)), 32))
         filled = [*rows, *[rows[0]] * (power_of_two(len(rows), 8) - len(rows))]
         tokens, mask = pad_rows(filled, width, model.config.pad_id)
-        logits = np.asarray(_classify(model, tokens, mask))[: len(rows)]
+        logits = whole(_classify(model, tokens, mask))[: len(rows)]
         return logits @ self._contrast
 
 

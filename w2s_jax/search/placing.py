@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, parse_rules
 
 
@@ -52,8 +51,8 @@ ONE_DEVICE = Places()
 
 
 def read_places(
-    mesh: str | None, policy_rules: str, guide_rules: str, stacked: bool | None = None
+    mesh: Mesh | None, policy_rules: str, guide_rules: str, stacked: bool | None = None
 ) -> Places:
-    """The places that flags name; InputError for a wrong mesh or wrong rules."""
+    """The places on a mesh by rules as text (`parse_rules`); InputError for wrong ones."""
     rules = parse_rules(policy_rules), parse_rules(guide_rules)
-    return Places(make_mesh(mesh) if mesh else None, *rules, stacked)
+    return Places(mesh, *rules, stacked)

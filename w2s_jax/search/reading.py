@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from w2s_jax.decode.reader import start_cache
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import whole
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
@@ -112,7 +113,7 @@ def read_logprobs(
         reading, plan = _prepare(model, reading, rows, read_on=True)
         device = (plan.committed, plan.last, plan.tokens, plan.longer)
         logprobs, cache, buffer = read_rows(model, _cache(reading), *device, first=plan.first)
-        read = np.asarray(logprobs)
+        read = whole(logprobs)
         for place, tokens in rows.items():
             stem = plan.stems[place]
             old = _parent(reading, place).logprobs[:stem]
@@ -139,7 +140,7 @@ def read_rewards(
         reading, plan = _prepare(model.decoder, reading, rows)
         device = (plan.committed, plan.last, plan.tokens, plan.counts)
         found, cache, buffer = read_last(model, _cache(reading), *device)
-        read = np.asarray(found)
+        read = whole(found)
         for place, tokens in rows.items():
             pending[place] = Known(tokens, np.zeros(len(tokens), np.float32))
             logits[place] = read[place]
@@ -414,7 +415,7 @@ def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarr
     """Float32 log-probabilities of all tokens but the first, read without a cache."""
     padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
     found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
-    return np.asarray(found.logprobs)[0, 1 : len(tokens)]
+    return whole(found.logprobs)[0, 1 : len(tokens)]
 
 
 def _sum_alone(model: Model, tokens: np.ndarray) -> float:
@@ -422,4 +423,4 @@ def _sum_alone(model: Model, tokens: np.ndarray) -> float:
 
 
 def _logits_alone(model: RewardModel, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
+    return whole(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import everywhere, whole
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search import state as states
@@ -181,14 +181,15 @@ def advance(session: Session) -> Session:
     texts = bool(session.scorers) or session.traced
     rows = read_rows(state, proposal, held, session.decode, texts=texts)
     lengths, finished = heed_stops(proposal, rows)
-    proposal = replace(proposal, lengths=jnp.asarray(lengths), finished=jnp.asarray(finished))
+    ends = (everywhere(array, state.mesh) for array in (lengths, finished))
+    proposal = replace(proposal, **dict(zip(("lengths", "finished"), ends, strict=True)))
     memories, totals = session.memories, None
     if session.scorers:
         memories, totals = score_rows(session.scorers, memories, rows, held, state)
-    before = np.asarray(state.finished)
+    before = whole(state.finished)
     state, selection = _conclude(models, state, proposal, totals)
     if session.scorers:
-        kept = (np.asarray(selection.parents), np.asarray(selection.rows))
+        kept = whole((selection.parents, selection.rows))
         memories = tuple(
             scorer.keep(memory, *kept)
             for scorer, memory in zip(session.scorers, memories, strict=True)
@@ -199,7 +200,7 @@ def advance(session: Session) -> Session:
 
 def done_slots(session: Session) -> list[int]:
     """Slots whose search has ended and whose results may be read."""
-    return np.flatnonzero(np.asarray(_done(session.state))).tolist()
+    return np.flatnonzero(whole(_done(session.state))).tolist()
 
 
 def results(session: Session, slots: Sequence[int]) -> dict[int, SearchResult]:
@@ -209,7 +210,7 @@ def results(session: Session, slots: Sequence[int]) -> dict[int, SearchResult]:
     """
     state = session.state
     arrays = (state.tokens, state.lengths, state.objectives, state.finished, state.token_scores)
-    kept = jax.device_get(arrays)
+    kept = whole(arrays)
     eos_ids = step.search_eos(session.models, state.config)
     return {
         slot: _result(state.config, session.held[slot], eos_ids, *(array[slot] for array in kept))

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from w2s_jax.errors import InputError
+from w2s_jax.exchange import from_first
 from w2s_jax.text.chat import Conversation, plain
 
 
@@ -72,6 +73,11 @@ class FunctionScorer:
         return None
 
     def score(self, memory: None, candidates: Sequence[Candidate]) -> tuple[None, np.ndarray]:
+        """Called on the first of several hosts alone, as it need not say the same twice."""
+        like = np.zeros(len(candidates), np.float32)
+        return None, from_first(lambda: self._scores(candidates), like)
+
+    def _scores(self, candidates: Sequence[Candidate]) -> np.ndarray:
         name = getattr(self.function, "__name__", type(self.function).__name__)
         prompts = [plain(candidate.conversation) for candidate in candidates]
         try:
@@ -89,7 +95,7 @@ class FunctionScorer:
             )
         if not np.isfinite(scores).all():
             raise InputError(f"the scorer {name} returned a score that is not a finite number")
-        return None, scores
+        return scores
 
     def keep(self, memory: None, parents: np.ndarray, rows: np.ndarray) -> None:
         return None

@@ -45,6 +45,10 @@ class Journal:
         """
         return _read(self.path)[1] if self.path.exists() else {}
 
+    def is_own(self, row_id: int) -> bool:
+        """Whether a row is this process's to write: every one (see `host_journal.py`)."""
+        return True
+
     def merge(
         self,
         output: str | Path,
@@ -57,14 +61,19 @@ class Journal:
         InputError, and writes nothing, where rows are missing.
         """
         rows = self.read()
-        missing = [row_id for row_id in range(count) if row_id not in rows]
-        if missing:
-            raise InputError(
-                f"{self.path}: {len(missing)} of {count} rows are missing, first {missing[0]}; "
-                "run again, one process at a time"
-            )
+        check_whole(self.path, rows, count)
         write(output, (rows[row_id] for row_id in range(count)))
         self.path.unlink(missing_ok=True)
+
+
+def check_whole(path: Path, rows: Mapping[int, Row], count: int) -> None:
+    """Raise InputError where one of the rows 0 to count − 1 is missing."""
+    missing = [row_id for row_id in range(count) if row_id not in rows]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {count} rows are missing, first {missing[0]}; run again, "
+            "one process at a time"
+        )
 
 
 def journal_path(output: str | Path) -> Path:

@@ -24,23 +24,22 @@ class Batches:
 
     Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
     off. The rows that an epoch's last batch lacks come from the next epoch's order ("fill"), or
-    that batch is left out ("drop"). `share` = (i, n) is the i-th of n hosts: its batches are the
-    i-th of n equal parts of the rows, as wide as the whole batch and made from all of it.
+    that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
+    takes: as wide as the whole batch and made from all of it.
 
-    Raises ValueError where the hosts do not divide the rows, or "drop" leaves no batch.
+    Raises ValueError where `part` has no rows, or "drop" leaves no batch.
     """
 
     data: Rows
     rows: int
     seed: int = 0
     shuffle: bool = True
-    share: tuple[int, int] = (0, 1)
+    part: tuple[int, int] | None = None
     last: Literal["fill", "drop"] = "fill"
 
     def __post_init__(self) -> None:
-        host, hosts = self.share
-        if not 0 <= host < hosts or self.rows % hosts:
-            raise ValueError(f"{self.rows} rows cannot be shared by {hosts} hosts (host {host})")
+        if not range(self.rows)[self._slice]:
+            raise ValueError(f"no rows of {self.rows} lie in {self.part}")
         if not len(self.data) or (self.last == "drop" and len(self.data) < self.rows):
             raise ValueError(f"no batch of {self.rows} rows in {len(self.data)}")
         object.__setattr__(self, "_order", shuffled(len(self.data), self.seed))
@@ -53,9 +52,11 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """This host's rows of a step's batch."""
-        host, hosts = self.share
-        rows = self.rows // hosts
-        return self.data.at(self.indices(step), slice(host * rows, (host + 1) * rows))
+        return self.data.at(self.indices(step), self._slice)
+
+    @property
+    def _slice(self) -> slice:
+        return slice(*(self.part or (0, self.rows)))
 
     def indices(self, step: int) -> np.ndarray:
         """Rows of the data in the whole batch of a step, of all hosts."""

@@ -24,7 +24,7 @@ from w2s_jax.text.atomic import check_writable, write_whole
 from w2s_jax.text.held_out import Part
 from w2s_jax.text.training_data import Data
 from w2s_jax.train.objectives import REFERENCE, response_logprobs
-from w2s_jax.train.placing import check_batch, place
+from w2s_jax.train.placing import check_batch, host_rows, place
 from w2s_jax.train.step import Batch
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ def reference_logprobs(
     by the parts of the mesh.
     """
     check_batch(rows, 1, mesh, flag="--eval-batch-size")
-    host, hosts = jax.process_index(), jax.process_count()
-    share = slice(host * rows // hosts, (host + 1) * rows // hosts)
+    share = host_rows(mesh, rows)
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     read = jax.jit(response_logprobs, out_shardings=whole)
     found = np.zeros((len(data), 2), np.float32)
@@ -82,7 +81,7 @@ def reference_logprobs(
         for first in range(0, len(order), rows):
             indices = order[first : first + rows]
             filled = np.resize(indices, rows)
-            batch = place(_rows(data.at(filled, share)), mesh)
+            batch = place(_rows(data.at(filled, share)), mesh, rows)
             found[indices] = np.asarray(read(model, batch))[: len(indices)]
             bar.update(len(indices))
     return found

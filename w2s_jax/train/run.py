@@ -23,7 +23,7 @@ from w2s_jax.text.training_data import Data
 from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
-from w2s_jax.train.placing import batch_parts, check_batch, place
+from w2s_jax.train.placing import batch_parts, check_batch, host_rows, place, place_state
 from w2s_jax.train.reference import Referenced
 from w2s_jax.train.step import (
     SUMMED,
@@ -140,9 +140,13 @@ def fine_tune(
     """
     check_batch(config.batch_size, config.accumulate, mesh, flag="--batch-size")
     steps = number_of_steps(config, task.data)
-    share = (jax.process_index(), jax.process_count())
+    own = host_rows(mesh, config.batch_size)
     batches = Batches(
-        task.data, config.batch_size, seed=config.seed, shuffle=config.shuffle, share=share
+        task.data,
+        config.batch_size,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        part=(own.start, own.stop),
     )
     optimizer = make_optimizer(config.optimizer, steps)
     step = make_train_step(
@@ -158,8 +162,9 @@ def fine_tune(
     if task.held_out is not None:
         evaluate = evaluation(task, config, mesh)
         _check_best(loop_config.keep_best, task, params, config)
+    state = init_state(params, optimizer, jax.random.key(config.seed), copy=False)
     return train(
-        init_state(params, optimizer, jax.random.key(config.seed), copy=False),
+        place_state(state, mesh),
         step,
         batches,
         config=loop_config,
@@ -171,7 +176,7 @@ def fine_tune(
         names=batches.names,
         schedule=make_schedule(config.optimizer, steps),
         sinks=sinks,
-        put=lambda batch: place(batch, mesh),
+        put=lambda batch: place(batch, mesh, config.batch_size),
         flops_per_token=flops_per_token(task.policy, params),
     )
 
@@ -221,7 +226,8 @@ def evaluation(
         weights = 0.0
         for start in starts:
             stop = min(start + rows, len(data) - len(data) % parts)
-            batch = place(data.at(np.arange(start, stop)), mesh)
+            own = host_rows(mesh, stop - start)
+            batch = place(data.at(np.arange(start, stop), own), mesh, stop - start)
             weight, metrics = jax.device_get(measure(state.params, dict(task.frozen), batch))
             weights += float(weight)
             for name, value in metrics.items():
