@@ -147,7 +147,13 @@ class Search(Remote, Judges, Method, Guidance, Files):
         mesh = make_mesh(self.mesh) if self.mesh else None
         texts, ids = special_stops(plan.tokenizer, self.stop)
         slots = min(self.batch_size, len(rows))
-        config = replace(config, stop=texts, eos_ids=(*plan.eos_ids, *ids), slots=slots)
+        config = replace(
+            config,
+            stop=texts,
+            eos_ids=(*plan.eos_ids, *ids),
+            slots=slots,
+            policy_cache=self.policy_cache,
+        )
         self._tell(plan)
 
         def run(journal: "Journal", on_row: Callable[[Row], None]) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from w2s_jax.models.arrange import (
     Tensors,
     arranged,
     decoder_parameters,
-    materialise,
+    major_axis,
     reader,
     stacked,
     unstacked,
 )
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.materialise import materialise
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
+from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -72,6 +75,7 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> Model:
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
@@ -79,6 +83,10 @@ def load_model(
     dtype: of the parameters; None keeps that of the checkpoint's embedding.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
+    quantize: weights become QTensors as they are read; adapters then stay beside them.
+
+    Host memory stays below the process's part of the model and three times the largest tensor (with
+    scan_layers, of the process's part of the largest stack).
 
     Raises InputError for a missing directory, config.json or safetensors, an architecture that is
     not supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
@@ -87,7 +95,14 @@ def load_model(
     if is_adapter(directory):
         from w2s_jax.models.lora_huggingface import load_adapted
 
-        return load_adapted(directory, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan_layers)
+        return load_adapted(
+            directory,
+            dtype=dtype,
+            mesh=mesh,
+            rules=rules,
+            scan_layers=scan_layers,
+            quantize=quantize,
+        )
     config = load_config(directory)
     params = load_parameters(
         directory,
@@ -98,6 +113,7 @@ def load_model(
         mesh=mesh,
         rules=rules,
         scan_layers=scan_layers,
+        quantize=quantize,
     )
     return Model(config, params)
 
@@ -113,6 +129,7 @@ def load_parameters(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> dict[str, Any]:
     """The parameters `per_layer` names, as a nested dict, from the tensors of `directory`.
 
@@ -124,12 +141,14 @@ def load_parameters(
     tensors = _match(directory, config, per_layer, stored, tensors, head)
     dtype = _parameter_dtype(dtype, tensors[stored["embed/embedding"].name])
     parameters = {
-        path: Parameter(shape, axes, reader(stored[path], shape, tensors))
+        path: Parameter(
+            shape, axes, reader(stored[path], shape, tensors), (major_axis(stored[path]),)
+        )
         for path, (shape, axes) in per_layer.items()
     }
     if scan_layers:
         parameters = stacked(parameters, config.layers)
-    params = materialise(parameters, dtype, rules, mesh)
+    params = materialise(parameters, dtype, rules, mesh, quantize)
     return unflatten_dict(params, sep="/")
 
 
@@ -175,8 +194,11 @@ def save_model(
 
     `tokenizer` (anything with `save_pretrained`) is written beside it.
 
-    Raises InputError when config.json cannot express the model or the directory is not writable.
+    Raises InputError when config.json cannot express the model, when the model is quantised, or the
+    directory is not writable.
     """
+    if is_quantized(model.params):
+        raise InputError(f"{directory}: a quantised model is not saved; save it as it was stored")
     hf = model.config.to_hf() | {"torch_dtype": str(model.dtype)}
     save_parameters(model.config, model.params, directory, hf, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None:
@@ -387,14 +409,44 @@ def _other_weights(directory: Path) -> str:
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file, which is opened for each read and closed again.
+
+    Files are mapped, and what was read of a mapped file counts as the process's memory till then.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                return file.get_slice(self.name)[index]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path} can no longer be read ({error})") from None
+
+
 def open_file(path: Path) -> Tensors:
     """The tensors of one safetensors file by name; values stay on disk.
 
     Raises InputError when it is missing or damaged.
     """
     try:
-        file = safe_open(path, framework="numpy")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: _Tensor(path, name, tuple(values.get_shape()), values.get_dtype())
+                for name, values in found.items()
+            }
     except FileNotFoundError:
         raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
     except (OSError, SafetensorError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from w2s_jax.models.model import Model
+from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.text.tokenizer import holds_tokenizer
 
 
@@ -77,11 +78,12 @@ def load_decoders(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    quantize: QuantizeConfig | None = None,
 ) -> dict[str, Model]:
     """Every checkpoint's model, by path; what several stand on is held in memory once.
 
-    An adapter whose base is used by nothing else is merged into it, which computes faster; others
-    keep their factors beside the arrays of the one base.
+    An adapter whose base is used by nothing else is merged into it, which computes faster; others,
+    and those on a quantised base, keep their factors beside the arrays of the one base.
 
     Raises InputError for checkpoints that cannot be read and adapters for another base.
     """
@@ -93,7 +95,7 @@ def load_decoders(
         place = adapters[path].base if path in adapters else path
         users.setdefault(same_place(place), []).append(path)
     models: dict[str, Model] = {}
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize}
     for place, together in users.items():
         base = load_model(place, **options)
         merged = len(together) == 1

@@ -122,6 +122,8 @@ def start_search(
     text_objectives counts the scores that each hypothesis is given from outside the program.
     Raises InputError where the mesh does not divide the slots or the key/value heads.
     """
+    # Member 0 is the policy.
+    kept = {0: jnp.int8} if config.policy_cache == "int8" else {}
 
     def caches(readers: tuple[int, ...]) -> tuple[KVCache, ...]:
         return tuple(
@@ -131,6 +133,7 @@ def start_search(
                 hypotheses=config.beam_width,
                 prefix_capacity=prefix_capacity,
                 committed_capacity=config.capacity,
+                dtype=kept.get(reader),
             )
             for reader in readers
         )
