@@ -85,7 +85,8 @@ model = load_model({folder!r}, dtype=dtype, mesh=made, scan_layers=scan_layers,
                    quantize=read_quantize(spec) if spec else None)
 jax.block_until_ready(model.params)
 peak = told("VmHWM") - before
-shard = sum(s.data.nbytes for leaf in jax.tree.leaves(model.params) for s in leaf.addressable_shards)
+leaves = jax.tree.leaves(model.params)
+shard = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
 print("MB:", round(peak / 1e6), "of", round(shard / 1e6), "kept")
 print(peak, shard)
 """

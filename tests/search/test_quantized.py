@@ -11,8 +11,14 @@ import pytest
 from tests.cli.test_search import tiny
 from tests.search.test_adapters import adapter
 from tests.tiny import tiny_model
-from w2s_jax.decode.reader import prefill, read_chunk, read_stems, read_step, start_cache
-from w2s_jax.decode.reader import start_chunk
+from w2s_jax.decode.reader import (
+    prefill,
+    read_chunk,
+    read_stems,
+    read_step,
+    start_cache,
+    start_chunk,
+)
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import is_quantized, quantize, read_quantize

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from w2s_jax.errors import InputError
@@ -38,6 +37,7 @@ from w2s_jax.models.arrange import (
     unstacked,
 )
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, open_file
 from w2s_jax.models.materialise import materialise
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
@@ -45,7 +45,6 @@ from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -407,50 +406,6 @@ def _other_weights(directory: Path) -> str:
     if not others:
         return "; only safetensors are read: convert other files to it"
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a file, which is opened for each read and closed again.
-
-    Files are mapped, and what was read of a mapped file counts as the process's memory till then.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self.shape
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                return file.get_slice(self.name)[index]
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path} can no longer be read ({error})") from None
-
-
-def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file by name; values stay on disk.
-
-    Raises InputError when it is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: _Tensor(path, name, tuple(values.get_shape()), values.get_dtype())
-                for name, values in found.items()
-            }
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
 
 
 def _match(

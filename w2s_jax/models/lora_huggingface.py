@@ -26,10 +26,10 @@ from w2s_jax.models.huggingface import (
     is_adapter,
     load_model,
     locate,
-    open_file,
     read_json,
     write_files,
 )
+from w2s_jax.models.huggingface_tensors import open_file
 from w2s_jax.models.layout import layer_name, unstack_layers
 from w2s_jax.models.lora import (
     FACTORS,

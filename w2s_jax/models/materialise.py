@@ -167,6 +167,7 @@ def _place(
     return [
         jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         for shape, sharding, arrays in zip(shapes, shardings, held, strict=True)
+        if sharding is not None
     ]
 
 
