@@ -172,7 +172,7 @@ def show(figures: "dict[str, Figures]", of: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"Quantisation ({of})", title_justify="left")
-    table.add_column("weights")
+    table.add_column("weights", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
     told = [_told(one) for one in figures.values()]
@@ -193,6 +193,6 @@ def _told(one: "Figures") -> dict[str, str]:
     if one.score is not None:
         spread = one.score_change_stderr
         found["search score"] = f"{one.score:+.3f}"
-        change = f"{one.score_change:+.3f}"
-        found["its mean change"] = change if spread is None else f"{change} ± {spread:.3f}"
+        found["its mean change"] = f"{one.score_change:+.3f}"
+        found["standard error"] = "–" if spread is None else f"{spread:.3f}"
     return found
