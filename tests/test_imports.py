@@ -32,7 +32,7 @@ ALLOWED = {
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
     "transformers": ("models/huggingface.py", "text/", "bench/train_trl.py"),
-    "safetensors": ("models/huggingface.py", "text/"),
+    "safetensors": ("models/huggingface.py", "models/huggingface_tensors.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),

@@ -125,3 +125,29 @@ def test_a_whole_sequence_has_the_value_and_the_gradient_of_its_parts(softcap):
     np.testing.assert_allclose(found, expected, atol=1e-6)
     for ours, theirs in zip(pulled, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def rounded(x):
+    """Keys or values in int8 with a scale for each token and head, and what they stand for."""
+    scales = np.abs(x).max(axis=-1, keepdims=True) / 127
+    values = np.rint(x / scales).astype(np.int8)
+    return values, scales.astype(np.float32), (values * scales).astype(np.float32)
+
+
+@given(seed=st.integers(0, 2**16), softcap=st.sampled_from([None, 5.0]))
+def test_int8_keys_and_values_count_as_what_they_stand_for(seed, softcap):
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(3, 4, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 9, 2, 8)).astype(np.float32)
+    mask = rng.random((3, 9)) < 0.5
+    mask[:, 0] = True
+    (k, k_scales, k_whole), (v, v_scales, v_whole) = rounded(keys), rounded(values)
+    held = (batch(k), batch(v), batch(mask), batch(k_scales), batch(v_scales))
+    found = merge([attend_part(batch(query), *held, scale=0.3, softcap=softcap)])[0, 0]
+    expected = plain(query, k_whole, v_whole, mask, 0.3, softcap)
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+    # An entry is off by half a scale, a score by Δ = Σ|q|·half a scale at most (a soft-cap is no
+    # steeper than 1), a weight by the factor e^2Δ; and a mean of values by half a value's scale.
+    delta = 0.3 * np.abs(query).sum(-1).max() * k_scales.max() / 2
+    bound = np.expm1(2 * delta) * np.abs(values).max() + v_scales.max() / 2
+    assert np.abs(found - plain(query, keys, values, mask, 0.3, softcap)).max() <= bound + 1e-5

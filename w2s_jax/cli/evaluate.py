@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
+from w2s_jax.cli.quantisation import QuantisationFlags
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
 
@@ -29,17 +30,18 @@ FIELD = "gold_reward"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Hosts):
+class Evaluate(QuantisationFlags, Hosts):
     """Gold rewards of a file of responses, by a reward model or a classifier.
 
     Prints the mean with its standard error and the lengths; with --against also the win rate over
     another file that answers the same prompts, with a bootstrap interval. With --output, finished
     rows go to OUTPUT.journal at once, and after a kill the same command goes on where it stopped.
+    With --quantisation-report, what quantising a policy changes instead.
     """
 
-    results: Annotated[str, arg(metavar="FILE")]
+    results: Annotated[str, arg(metavar="FILE")] = ""
     """Rows with a prompt and a "response", as search writes them, or AlpacaEval's JSON array."""
-    reward_model: Annotated[str, arg(metavar="DIR|ID")]
+    reward_model: Annotated[str, arg(metavar="DIR|ID")] = ""
     """Checkpoint that rewards: a sequence classifier, UltraRM's or Starling-RM's layout."""
     against: Annotated[str | None, arg(metavar="FILE")] = None
     """Another such file with the same prompts in the same order."""
@@ -62,7 +64,7 @@ class Evaluate(Hosts):
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
     """Device mesh such as data=2,tensor=4; one axis may be -1."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Of the bootstrap, or of the search in a quantisation report."""
     config: Annotated[str | None, arg(metavar="FILE|NAME")] = None
     """YAML values of these flags, by file or by the name of a built-in one; flags override them."""
 
@@ -77,6 +79,10 @@ class Evaluate(Hosts):
         from w2s_jax.text.atomic import write_whole
         from w2s_jax.text.tokenizer import load_tokenizer
 
+        if self.quantisation_report is not None:
+            return self._quantisation()
+        if not self.results or not self.reward_model:
+            raise InputError("give --results and --reward-model, or --quantisation-report")
         files = self.read()
         tokenizer = load_tokenizer(self.reward_model)
         encoded, rendering = self.encode(files, tokenizer)
@@ -92,6 +98,18 @@ class Evaluate(Hosts):
         if self.json and is_first():
             write_whole(self.json, [json.dumps(figures, indent=2).encode(), b"\n"])
         report(figures)
+
+    def _quantisation(self) -> None:
+        if self.results or self.reward_model:
+            given = "--results" if self.results else "--reward-model"
+            raise InputError(f"{given} has no part in --quantisation-report; leave one out")
+        self.report_quantisation(
+            dtype=None if self.dtype == "auto" else self.dtype,
+            mesh=self.mesh,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            out=self.json,
+        )
 
     def read(self) -> "list[Results]":
         """The files of responses, checked against one another and against what is written."""

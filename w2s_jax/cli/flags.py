@@ -59,6 +59,11 @@ class Guidance:
     """YAML or JSON file of {name: folder}: where the checkpoints of these names are."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; auto is as stored, but float32 on a CPU, where it is faster."""
+    quantise_policy: Annotated[str | None, arg(metavar="SPEC")] = None
+    """Keep the policy's weights as int8 (a scale a channel) or int4 (in groups of 128); :GROUP sets
+    another group, +head and +embedding add those. Guides stay as they are."""
+    policy_cache: Literal["auto", "int8"] = "auto"
+    """What the policy's keys and values are kept as; auto is the dtype of its weights."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
     """Device mesh such as data=2,tensor=4, dcn_data=2 between slices; one axis may be -1."""
     policy_rules: Annotated[str, arg(metavar="RULES")] = "search"
@@ -79,10 +84,18 @@ class Guidance:
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
 
-        Raises InputError for guides that are not pairs and for a wrong file of names.
+        Raises InputError for guides that are not pairs, a wrong file of names and quantisation.
         """
+        from w2s_jax.models.quantize import read_quantize
         from w2s_jax.search.checkpoints import Sources, guide_sources, read_folders
 
+        if self.policy is None and (self.quantise_policy or self.policy_cache != "auto"):
+            flag = "--quantise-policy" if self.quantise_policy else "--policy-cache"
+            raise InputError(f"{flag} is for a --policy in this process")
+        try:
+            quantize = read_quantize(self.quantise_policy) if self.quantise_policy else None
+        except InputError as error:
+            raise InputError(f"--quantise-policy: {error}") from None
         guides = guide_sources(
             self.tuned,
             self.untuned,
@@ -96,6 +109,7 @@ class Guidance:
             policy_template=self.policy_template,
             score_on=self.score_on,
             folders=read_folders(self.models_map) if self.models_map else {},
+            quantize=quantize,
         )
 
     @property

@@ -6,7 +6,7 @@ The model class is in w2s_jax/evaluate/harness.py; the tasks and their metrics a
 import fnmatch
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +64,8 @@ class LMEval(Method, Guidance):
 
         model_class = register()
         places = self.places()
-        config, sources = self.search_config(), self.sources(guided=self.method != "sample")
+        config = replace(self.search_config(), policy_cache=self.policy_cache)
+        sources = self.sources(guided=self.method != "sample")
         if self.output:
             check_writable(self.output)
         names = [name for words in self.tasks for name in words.split(",") if name]

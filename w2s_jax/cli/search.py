@@ -121,8 +121,10 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
         given = asdict(self)
         flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}
-        alike = ("mesh", "policy_rules", "guide_rules", "scan_layers", "batch_size", "report")
-        alike += ("show", "format")
+        alike = (
+            "mesh", "policy_rules", "guide_rules", "scan_layers", "batch_size", "report", "show",
+            "format",
+        )  # fmt: skip
         agree("search", flags | {flag: given[flag] for flag in alike} | {"rows": rows})
 
     def sources_of_all(self) -> "Sources":
@@ -162,8 +164,13 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         check_batch(self.batch_size, 1, places.mesh, flag="--batch-size")
         texts, ids = special_stops(plan.tokenizer, self.stop)
         parts = batch_parts(places.mesh)
-        slots = min(self.batch_size, -(-len(rows) // parts) * parts)
-        config = replace(config, stop=texts, eos_ids=(*plan.eos_ids, *ids), slots=slots)
+        config = replace(
+            config,
+            stop=texts,
+            eos_ids=(*plan.eos_ids, *ids),
+            slots=min(self.batch_size, -(-len(rows) // parts) * parts),
+            policy_cache=self.policy_cache,
+        )
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 
         def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:

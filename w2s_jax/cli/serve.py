@@ -137,6 +137,7 @@ class Serve(Judges, Guidance):
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            policy_cache=self.policy_cache,
         )
 
     def limits(self) -> "Limits":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from w2s_jax.decode.reader import read_stems, read_step, start_chunk
-from w2s_jax.models.cache import KVCache, LayersKV
+from w2s_jax.models.cache import KVCache, LayersKV, part_dtype
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import choose
 from w2s_jax.pytrees import pytree
@@ -79,7 +79,10 @@ def sample_chunk(
     tokens = choose(values, ids, grouped)
     said = None if value is None else value(first, tokens).reshape(slots, rows, 1, -1)
     tokens = tokens.reshape(slots, rows)
-    buffers = tuple(start_chunk(m, slots, rows, length - 1) for m in models)
+    buffers = tuple(
+        start_chunk(m, slots, rows, length - 1, part_dtype(cache.committed))
+        for m, cache in zip(models, caches, strict=True)
+    )
     if length == 1:
         return Chunk(tokens[..., None], said, caches, buffers)
 

@@ -7,9 +7,18 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from w2s_jax.models.cache import KVCache, LayersKV, empty_cache, empty_part
+from w2s_jax.models.cache import (
+    KV,
+    KVCache,
+    LayersKV,
+    empty_cache,
+    empty_part,
+    part_dtype,
+    quantize_part,
+)
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import forward, logits
 from w2s_jax.models.model import Model
@@ -20,12 +29,19 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def start_cache(
-    model: Model, *, slots: int, hypotheses: int, prefix_capacity: int, committed_capacity: int
+    model: Model,
+    *,
+    slots: int,
+    hypotheses: int,
+    prefix_capacity: int,
+    committed_capacity: int,
+    dtype: DTypeLike | None = None,
 ) -> KVCache:
     """An empty cache for `slots` prompts of up to prefix_capacity + 1 tokens.
 
-    It lies where the model does. Raises InputError where the mesh does not divide the slots or the
-    key/value heads.
+    It lies where the model does. dtype: what keys and values are kept as, the model's by default;
+    int8 quantises them. Raises InputError where the mesh does not divide the slots or the key/value
+    heads.
     """
 
     def build() -> KVCache:
@@ -35,7 +51,7 @@ def start_cache(
             hypotheses=hypotheses,
             prefix_capacity=prefix_capacity,
             committed_capacity=committed_capacity,
-            dtype=model.dtype,
+            dtype=model.dtype if dtype is None else dtype,
             stacked=model.scan_layers,
             placement=model.placement,
         ).held()
@@ -58,6 +74,8 @@ def prefill(
     """
     layout = Layout(False, 1, prompt.shape[0])
     read = forward(model.config, model.params, prompt[None, None], layout).chunk
+    if part_dtype(cache.prefix) == jnp.int8:
+        read = jax.tree.map(quantize_part, read, is_leaf=lambda part: isinstance(part, KV))
     stacked = model.scan_layers
 
     def put(prefix: Array, new: Array) -> Array:
@@ -81,9 +99,12 @@ def read_stems(
     return logits(model.config, model.params, read.hidden[:, :, 0]), read.cache
 
 
-def start_chunk(model: Model, slots: int, rows: int, length: int) -> LayersKV:
-    """An empty chunk buffer for token steps, [P, R, length, G, C] a layer."""
-    return empty_part(model.config, (slots, rows, length), model.dtype, model.scan_layers)
+def start_chunk(
+    model: Model, slots: int, rows: int, length: int, dtype: DTypeLike | None = None
+) -> LayersKV:
+    """An empty chunk buffer for token steps, [P, R, length, G, C] a layer; dtype as of a cache."""
+    kept = model.dtype if dtype is None else dtype
+    return empty_part(model.config, (slots, rows, length), kept, model.scan_layers)
 
 
 def read_step(

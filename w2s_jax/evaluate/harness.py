@@ -15,6 +15,7 @@ import numpy as np
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.steered import CHOOSING, Decoding, Prompts, Question, Steered, load_steered
+from w2s_jax.models.quantize import read_quantize
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, guide_sources
@@ -76,6 +77,8 @@ def steered_from(
     policy_rules: str = "search",
     guide_rules: str = "search",
     scan_layers: bool | None = None,
+    quantise_policy: str | None = None,
+    policy_cache: str = "auto",
 ) -> Steered:
     """A policy with one guide from lm-eval's --model_args, which go by the names of w2s's flags.
 
@@ -94,6 +97,7 @@ def steered_from(
         ),
         policy_template=policy_template,
         score_on=score_on,
+        quantize=read_quantize(quantise_policy) if quantise_policy else None,
     )
     config = preset(
         method,
@@ -106,6 +110,7 @@ def steered_from(
         max_new_tokens=max_gen_toks,
         sampling=Sampling(float(temperature), top_k, float(top_p)),
         seed=seed,
+        policy_cache=policy_cache,
     )
     grid = make_mesh(mesh) if mesh else None
     places = read_places(grid, policy_rules, guide_rules, scan_layers)

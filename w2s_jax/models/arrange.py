@@ -1,6 +1,7 @@
 """Between parameters and the tensors of files: parts read on demand, layers stacked or split.
 
-Knows names and arrangements by `models/names.py`; opens no file.
+Knows names and arrangements by `models/names.py`; opens no file. Values get onto devices in
+`models/materialise.py`.
 """
 
 import functools
@@ -10,17 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
 
 from w2s_jax.exchange import whole
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.layout import STACKED, layer_name
 from w2s_jax.models.model import abstract_model
 from w2s_jax.models.names import Stored
-from w2s_jax.ops.sharding import Axes, Rules, resolve
+from w2s_jax.ops.sharding import Axes
 
 Index = tuple[slice, ...]
 Reader = Callable[[Index], np.ndarray]
@@ -30,11 +29,15 @@ Tensors = dict[str, Any]  # safetensors' slices: get_shape(), get_dtype() and [.
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter to be loaded: its shape, its logical axes and a reader of any part of it."""
+    """A parameter to be loaded: its shape, its logical axes and a reader of any part of it.
+
+    major: the axes along which files hold it in one piece after the other, outermost first.
+    """
 
     shape: tuple[int, ...]
     axes: Axes
     read: Reader
+    major: tuple[int, ...] = (0,)
 
 
 def decoder_parameters(config: ModelConfig) -> Parameters:
@@ -76,6 +79,11 @@ def reader(row: Stored, shape: tuple[int, ...], tensors: Tensors) -> Reader:
     return read
 
 
+def major_axis(row: Stored) -> int:
+    """The axis of a parameter that the tensor's first one begins with."""
+    return sum(row.groups[:-1]) if row.transposed else 0
+
+
 def arranged(row: Stored, array: np.ndarray) -> np.ndarray:
     """A parameter as the files keep it (or its part of a stored tensor)."""
     flat = array.reshape(row.grouped(array.shape))
@@ -96,6 +104,7 @@ def stacked(per_layer: Mapping[str, Parameter], layers: int) -> dict[str, Parame
                 (layers, *parameter.shape),
                 ("layers", *parameter.axes),
                 functools.partial(_read_stacked, readers),
+                (0, *(axis + 1 for axis in parameter.major)),
             )
     return parameters
 
@@ -119,37 +128,3 @@ def unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[
 
 def _fetch_layer(leaf: jax.Array, layer: int) -> np.ndarray:
     return whole(leaf[layer])
-
-
-def materialise(
-    parameters: Mapping[str, Parameter], dtype: jnp.dtype, rules: Rules, mesh: Mesh | None
-) -> dict[str, jax.Array]:
-    """The parameters' values, on a mesh each read part by part into its shards, as `rules` say.
-
-    Raises InputError, before anything is read, where the mesh does not divide a parameter.
-    """
-    shardings: dict[str, NamedSharding | None] = dict.fromkeys(parameters)
-    if mesh is not None:
-        for path, parameter in parameters.items():
-            shardings[path] = resolve(parameter.axes, rules, mesh, parameter.shape, name=path)
-    return {
-        path: _materialise(parameter, dtype, shardings[path])
-        for path, parameter in parameters.items()
-    }
-
-
-def _materialise(
-    parameter: Parameter, dtype: jnp.dtype, sharding: NamedSharding | None
-) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(parameter.read((slice(None),) * len(parameter.shape)), dtype)
-    replicas: dict[tuple, np.ndarray] = {}
-
-    def shard(index: Index | None) -> np.ndarray:
-        index = index or ()
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in replicas:
-            replicas[key] = parameter.read(index).astype(dtype)
-        return replicas[key]
-
-    return jax.make_array_from_callback(parameter.shape, sharding, shard)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops.quantized import quantize_array
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
@@ -20,11 +21,19 @@ from w2s_jax.pytrees import pytree
 class KV:
     """Keys and values of one part, one array each or, for stacked layers, with a leading N axis.
 
-    prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L, G, C].
+    prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L, G, C]. Where they are int8, each
+    entry is to be multiplied by its scale: float32, of the same shape but for a C of 1.
     """
 
     keys: Array
     values: Array
+    key_scales: Array | None = None
+    value_scales: Array | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the entries are int8."""
+        return self.key_scales is not None
 
 
 LayersKV = tuple[KV, ...] | KV
@@ -58,12 +67,38 @@ class KVCache:
 def empty_part(
     config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike, stacked: bool
 ) -> LayersKV:
-    """Zeros for one part of every layer; `shape` is the part's shape without [G, C]."""
+    """Zeros for one part of every layer; `shape` is the part's shape without [G, C].
+
+    dtype int8 is with scales, any other as it is.
+    """
     full = (*shape, config.kv_heads, config.head_width)
     if stacked:
-        full = (config.layers, *full)
-        return KV(jnp.zeros(full, dtype), jnp.zeros(full, dtype))
-    return tuple(KV(jnp.zeros(full, dtype), jnp.zeros(full, dtype)) for _ in range(config.layers))
+        return _zeros((config.layers, *full), dtype)
+    return tuple(_zeros(full, dtype) for _ in range(config.layers))
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> KV:
+    both = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    if jnp.dtype(dtype) != jnp.int8:
+        return KV(*both)
+    each = (*shape[:-1], 1)
+    return KV(*both, jnp.ones(each, jnp.float32), jnp.ones(each, jnp.float32))
+
+
+def quantize_part(part: KV) -> KV:
+    """The same keys and values in int8, each token's of each head with a scale of its own.
+
+    By the largest magnitude of its C entries, so that none is off by more than half a scale.
+    """
+    if part.is_quantized:
+        return part
+    keys, values = (quantize_array(held, (-1,)) for held in (part.keys, part.values))
+    return KV(keys.values, values.values, keys.scales, values.scales)
+
+
+def part_dtype(part: LayersKV) -> jnp.dtype:
+    """What a part's keys and values are kept as; int8 where they are quantised."""
+    return (part if isinstance(part, KV) else part[0]).keys.dtype
 
 
 def empty_cache(
@@ -93,7 +128,9 @@ def cache_axes(cache: KVCache) -> KVCache:
 
     def part(layers: LayersKV, *axes: str) -> LayersKV:
         names = (*(("layers",) if stacked else ()), *axes, "kv_heads", "head_width")
-        kv = KV(names, names)  # type: ignore[arg-type]
+        is_quantized = (layers if isinstance(layers, KV) else layers[0]).is_quantized
+        scales = (*names[:-1], None) if is_quantized else None
+        kv = KV(names, names, scales, scales)  # type: ignore[arg-type]
         return kv if isinstance(layers, KV) else (kv,) * len(layers)
 
     return replace(
@@ -106,10 +143,10 @@ def cache_axes(cache: KVCache) -> KVCache:
 
 
 def write_committed(
-    committed: Float[Array, "P W T G C"],
-    new: Float[Array, "P W n G C"],
+    committed: Shaped[Array, "P W T G C"],
+    new: Shaped[Array, "P W n G C"],
     start: Int[Array, "P W"],
-) -> Float[Array, "P W T G C"]:
+) -> Shaped[Array, "P W T G C"]:
     """Write n entries of each hypothesis from its own start; what would pass T is dropped."""
     slots, hypotheses, count = new.shape[:3]
     index = start[:, :, None] + jnp.arange(count)
@@ -161,8 +198,8 @@ def commit_chunk(
 
 def _moved(move: Callable[..., Array], committed: KV, written: KV | None) -> KV:
     if written is None:
-        return KV(move(committed.keys, None), move(committed.values, None))
-    return KV(move(committed.keys, written.keys), move(committed.values, written.values))
+        return jax.tree.map(lambda old: move(old, None), committed)
+    return jax.tree.map(move, committed, written)
 
 
 def _layer_by_layer(move: Callable[..., Array], stack: KV, written: KV | None) -> KV:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from w2s_jax.models.cache import KV, write_committed
+from w2s_jax.models.cache import KV, quantize_part, write_committed
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops import attention
 from w2s_jax.ops.norms import layer_norm, rms_norm
+from w2s_jax.ops.quantized import dot
 from w2s_jax.ops.rotary import rotate
 from w2s_jax.pytrees import pytree
 
@@ -74,8 +75,9 @@ class LayerKV:
 class Linear(nn.Module):
     """Contracts the last `contract` axes of x with the kernel's first ones.
 
-    Where the parameters hold an adapter beside the kernel (`models/lora.py`) its product is added;
-    its dropout acts only in calls that are given a "dropout" key.
+    The kernel may be a QTensor (`models/quantize.py`). Where the parameters hold an adapter beside
+    it (`models/lora.py`) its product is added; its dropout acts only in calls that are given a
+    "dropout" key.
     """
 
     shape: tuple[int, ...]
@@ -90,7 +92,7 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(initialise, self.axes), self.shape, self.dtype
         )
-        out = jnp.tensordot(x, kernel, axes=self.contract)
+        out = dot(x, kernel, self.contract)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contract :])
             out = out + self.param("bias", zeros, self.shape[self.contract :], self.dtype)
@@ -166,6 +168,8 @@ class Attention(nn.Module):
 def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
     """Put the stems' keys and values into the committed part, the branches' into the chunk."""
     committed, branches = kv.committed, None
+    if any(part is not None and part.is_quantized for part in (kv.prefix, committed, kv.chunk)):
+        new = quantize_part(new)
     if layout.stem:
         start = _given(view.stem_start)
         stem = jax.tree.map(lambda x: x[:, :, :1], new)
@@ -202,18 +206,21 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
             rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap
         )
         return whole.reshape(query.shape)
-    attend = partial(attention.attend_part, scale=scale, softcap=softcap)
+
+    def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
+        held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
+        return attention.attend_part(queries, *held, scale=scale, softcap=softcap)
+
     partials = []
     if kv.prefix is not None:
         shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
-        keys, values = kv.prefix.keys[:, None], kv.prefix.values[:, None]
-        prefix = attend(shared, keys, values, masks[0])
+        prefix = attend(shared, jax.tree.map(lambda x: x[:, None], kv.prefix), masks[0])
         partials.append(prefix.reshape(slots, hypotheses, count))
     if kv.committed is not None:
-        partials.append(attend(query, kv.committed.keys, kv.committed.values, masks[1]))
+        partials.append(attend(query, kv.committed, masks[1]))
     if kv.chunk is not None:
         rows = _branches(query, layout)
-        own = attend(rows, kv.chunk.keys, kv.chunk.values, masks[2])
+        own = attend(rows, kv.chunk, masks[2])
         own = own.reshape(slots, hypotheses, layout.successors * layout.length)
         if layout.stem:
             own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)

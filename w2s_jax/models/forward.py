@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
+from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
 from w2s_jax.pytrees import pytree
 
@@ -99,7 +100,7 @@ def embed(
 ) -> Float[Array, "P W M D"]:
     """Token (and learned position) embeddings, in the parameters' dtype."""
     table = params["embed"]["embedding"]
-    x = table[tokens]
+    x = take_rows(table, tokens)
     if config.embedding_multiplier != 1.0:
         x = x * jnp.asarray(config.embedding_multiplier, table.dtype)
     if config.position == "learned":
@@ -112,10 +113,9 @@ def logits(
 ) -> Float[Array, "*rows V"]:
     """Float32 logits of hidden states, soft-capped where the config says so."""
     if config.tied_embeddings:
-        kernel, axes = params["embed"]["embedding"], ((hidden.ndim - 1,), (1,))
+        out = dot(hidden, params["embed"]["embedding"], transposed=True, dtype=jnp.float32)
     else:
-        kernel, axes = params["head"]["kernel"], ((hidden.ndim - 1,), (0,))
-    out = jax.lax.dot_general(hidden, kernel, (axes, ((), ())), preferred_element_type=jnp.float32)
+        out = dot(hidden, params["head"]["kernel"], dtype=jnp.float32)
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from w2s_jax.errors import InputError
@@ -32,18 +32,20 @@ from w2s_jax.models.arrange import (
     Tensors,
     arranged,
     decoder_parameters,
-    materialise,
+    major_axis,
     reader,
     stacked,
     unstacked,
 )
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, open_file
+from w2s_jax.models.materialise import materialise
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
+from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -73,6 +75,7 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> Model:
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
@@ -80,6 +83,10 @@ def load_model(
     dtype: of the parameters; None keeps that of the checkpoint's embedding.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
+    quantize: weights become QTensors as they are read; adapters then stay beside them.
+
+    Host memory stays below the process's part of the model and three times the largest tensor (with
+    scan_layers, of the process's part of the largest stack).
 
     Raises InputError for a missing directory, config.json or safetensors, an architecture that is
     not supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
@@ -88,7 +95,14 @@ def load_model(
     if is_adapter(directory):
         from w2s_jax.models.lora_huggingface import load_adapted
 
-        return load_adapted(directory, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan_layers)
+        return load_adapted(
+            directory,
+            dtype=dtype,
+            mesh=mesh,
+            rules=rules,
+            scan_layers=scan_layers,
+            quantize=quantize,
+        )
     config = load_config(directory)
     params = load_parameters(
         directory,
@@ -99,6 +113,7 @@ def load_model(
         mesh=mesh,
         rules=rules,
         scan_layers=scan_layers,
+        quantize=quantize,
     )
     return Model(config, params, Placement(mesh, rules))
 
@@ -114,6 +129,7 @@ def load_parameters(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> dict[str, Any]:
     """The parameters `per_layer` names, as a nested dict, from the tensors of `directory`.
 
@@ -125,12 +141,14 @@ def load_parameters(
     tensors = _match(directory, config, per_layer, stored, tensors, head)
     dtype = _parameter_dtype(dtype, tensors[stored["embed/embedding"].name])
     parameters = {
-        path: Parameter(shape, axes, reader(stored[path], shape, tensors))
+        path: Parameter(
+            shape, axes, reader(stored[path], shape, tensors), (major_axis(stored[path]),)
+        )
         for path, (shape, axes) in per_layer.items()
     }
     if scan_layers:
         parameters = stacked(parameters, config.layers)
-    params = materialise(parameters, dtype, rules, mesh)
+    params = materialise(parameters, dtype, rules, mesh, quantize)
     return unflatten_dict(params, sep="/")
 
 
@@ -176,8 +194,11 @@ def save_model(
 
     `tokenizer` (anything with `save_pretrained`) is written beside it.
 
-    Raises InputError when config.json cannot express the model or the directory is not writable.
+    Raises InputError when config.json cannot express the model, when the model is quantised, or the
+    directory is not writable.
     """
+    if is_quantized(model.params):
+        raise InputError(f"{directory}: a quantised model is not saved; save it as it was stored")
     hf = model.config.to_hf() | {"torch_dtype": str(model.dtype)}
     save_parameters(model.config, model.params, directory, hf, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None and is_first():
@@ -392,20 +413,6 @@ def _other_weights(directory: Path) -> str:
     if not others:
         return "; only safetensors are read: convert other files to it"
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
-
-
-def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file by name; values stay on disk.
-
-    Raises InputError when it is missing or damaged.
-    """
-    try:
-        file = safe_open(path, framework="numpy")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
 
 
 def _match(

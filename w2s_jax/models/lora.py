@@ -21,6 +21,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.arrange import decoder_parameters
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.layout import STACKED, layer_name, unstack_layers
+from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree
 
 FACTORS = ("lora_a", "lora_b")
@@ -172,7 +173,7 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
 
     Computed in float32, then cast to the kernel's dtype.
 
-    Raises InputError where the adapter does not fit the base.
+    Raises InputError where the adapter does not fit the base, or that is quantised.
     """
     flat = flatten_dict(params)
     for place, change in _changes(flat, adapter).items():
@@ -182,6 +183,10 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
         if FACTORS[0] in change:
             a, b = (change[name] for name in FACTORS)
             kernel = flat[(*place, "kernel")]
+            if isinstance(kernel, QTensor):
+                raise InputError(
+                    f"{'/'.join(place)} is quantised, which no adapter is merged into; attach it"
+                )
             flat[(*place, "kernel")] = _added(kernel, a, b, lora.scale, place[0] == STACKED)
     return unflatten_dict(flat)
 

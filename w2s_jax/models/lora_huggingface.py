@@ -28,10 +28,10 @@ from w2s_jax.models.huggingface import (
     is_adapter,
     load_model,
     locate,
-    open_file,
     read_json,
     write_files,
 )
+from w2s_jax.models.huggingface_tensors import open_file
 from w2s_jax.models.layout import layer_name, unstack_layers
 from w2s_jax.models.lora import (
     FACTORS,
@@ -46,6 +46,7 @@ from w2s_jax.models.lora import (
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, full_name, stored_parameters
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
+from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
 _PREFIX = "base_model.model."
@@ -111,10 +112,12 @@ def load_adapted(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> Model:
     """A base with an adapter on it: merged into its kernels, or beside the base's own arrays.
 
-    base None loads the one that the adapter names; the other arguments are as in `load_model`.
+    base None loads the one that the adapter names; the other arguments are as in `load_model`. On
+    a quantised base the adapter stays beside it, `merged` or not.
 
     Raises InputError as `load_model` and `load_adapter` do.
     """
@@ -122,7 +125,14 @@ def load_adapted(
     if base is None:
         name = base_of(directory)
         try:
-            base = load_model(name, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan_layers)
+            base = load_model(
+                name,
+                dtype=dtype,
+                mesh=mesh,
+                rules=rules,
+                scan_layers=scan_layers,
+                quantize=quantize,
+            )
         except InputError as error:
             raise InputError(f"{directory}: its base: {error}") from None
     lora, adapter = load_adapter(
@@ -133,8 +143,8 @@ def load_adapted(
         rules=rules,
         scan_layers=base.scan_layers,
     )
-    params = (merge if merged else attach)(base.params, adapter, lora)
-    return Model(base.config, params, base.placement)
+    into = merge if merged and not is_quantized(base.params) else attach
+    return Model(base.config, into(base.params, adapter, lora), base.placement)
 
 
 def load_adapter(

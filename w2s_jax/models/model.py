@@ -1,5 +1,7 @@
 """The model value: a config and its parameters, callable on tokens. No files, no tokenizer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import Remat, forward, initial_params, logits
+from w2s_jax.models.quantize import QuantizeConfig, quantize, quantized_axes
 from w2s_jax.ops.sharding import DEFAULT_RULES, ON_ONE_DEVICE, Placement, Rules, resolve_tree
 from w2s_jax.pytrees import pytree
 
@@ -35,7 +38,7 @@ class Model:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The parameters' dtype."""
+        """The parameters' dtype, of quantised ones that which they compute as."""
         return jnp.dtype(self.params["embed"]["embedding"].dtype)
 
     def __call__(
@@ -67,18 +70,25 @@ def init_model(
 
 
 def abstract_model(
-    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    scan_layers: bool = False,
+    quantize_as: QuantizeConfig | None = None,
 ) -> tuple[Model, dict]:
     """Shapes and dtypes of a model's parameters, and their logical axes as tuples of names.
 
-    Nothing is allocated.
+    Nothing is allocated. A QTensor stands, with its own axes, where `quantize_as` names a weight.
     """
     boxed = jax.eval_shape(
         lambda: initial_params(config, jax.random.key(0), jnp.dtype(dtype), scan_layers)
     )
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
     axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
-    return Model(config, meta.unbox(boxed)), axes
+    params = meta.unbox(boxed)
+    if quantize_as is not None:
+        params = jax.eval_shape(partial(quantize, config=quantize_as), params)
+    return Model(config, params), quantized_axes(axes, params)
 
 
 def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model:
@@ -87,7 +97,7 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
     Raises InputError, naming the parameter, where the mesh does not divide a dimension.
     """
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)
-    shardings = resolve_tree(axes, model.params, rules, mesh)
+    shardings = resolve_tree(quantized_axes(axes, model.params), model.params, rules, mesh)
     return Model(model.config, jax.device_put(model.params, shardings), Placement(mesh, rules))
 
 

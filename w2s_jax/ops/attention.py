@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from w2s_jax.pytrees import pytree
 
@@ -40,9 +40,11 @@ class Partial:
 
 def attend_part(
     query: Float[Array, "P A m H C"],
-    keys: Float[Array, "P A J G C"],
-    values: Float[Array, "P A J G C"],
+    keys: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
+    values: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
     mask: Bool[Array, "#P #A #m J"],
+    key_scales: Float[Array, "P A J G 1"] | None = None,
+    value_scales: Float[Array, "P A J G 1"] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -52,18 +54,29 @@ def attend_part(
     Query heads H are a multiple of key heads G. Scores and sums are float32, as is the result.
     `mask` is True where a query may see a key. `softcap` c maps a score s to c·tanh(s/c)
     (arXiv 2408.00118). Rows of a group share one read of its keys: they join the query axis.
+
+    Keys and values with scales are int8. A key's scale is a factor of its scores, a value's of its
+    weights: they go there, and neither is ever multiplied out.
     """
+    if key_scales is not None:
+        # Tied to the query, so that no loop over tokens converts them once ahead of itself.
+        query, keys, values = jax.lax.optimization_barrier((query, keys, values))
+        keys, values = keys.astype(query.dtype), values.astype(query.dtype)
     slots, groups, count, heads, width = query.shape
     kv_heads = keys.shape[3]
     grouped = query.reshape(slots, groups, count, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("pamghc,pajgc->pagmhj", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * scale
+    if key_scales is not None:
+        scores = scores * _of_keys(key_scales)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, :, None, :, None, :], scores, MASKED)
     maximum = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - maximum[..., None])
     total = jnp.sum(weights, axis=-1)
+    if value_scales is not None:
+        weights = weights * _of_keys(value_scales)
     weighted = jnp.einsum(
         "pagmhj,pajgc->pamghc",
         weights.astype(values.dtype),
@@ -76,6 +89,11 @@ def attend_part(
         jnp.moveaxis(total, 2, 3).reshape(shape),
         jnp.moveaxis(maximum, 2, 3).reshape(shape),
     )
+
+
+def _of_keys(scales: Float[Array, "P A J G 1"]) -> Float[Array, "P A G 1 1 J"]:
+    """Scales of keys as factors of their scores [P, A, G, m, h, J]."""
+    return jnp.moveaxis(scales[..., 0], 2, 3)[:, :, :, None, None, :]
 
 
 def unseen(like: Float[Array, "P A m H C"]) -> Partial:

@@ -3,7 +3,7 @@
 Knows names and folders; what an adapter is belongs to `models/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from w2s_jax.models.model import Model
+from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
 from w2s_jax.text.tokenizer import holds_tokenizer
 
@@ -79,13 +80,14 @@ def load_decoders(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
 ) -> dict[str, Model]:
     """Every checkpoint's model, by path; what several stand on is held in memory once.
 
     Each lies on the mesh by the rules that are given with its path; what several share, by those of
-    the first one.
-    An adapter whose base is used by nothing else is merged into it, which computes faster; others
-    keep their factors beside the arrays of the one base.
+    the first one. An adapter whose base is used by nothing else is merged into it, which computes
+    faster; others, and those on a quantised base, keep their factors beside the arrays of the one
+    base.
 
     Raises InputError for checkpoints that cannot be read and adapters for another base.
     """
@@ -98,6 +100,7 @@ def load_decoders(
         users.setdefault(same_place(place), []).append(path)
     models: dict[str, Model] = {}
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": scan_layers}
+    options["quantize"] = quantize
     for place, together in users.items():
         base = load_model(place, rules=paths[together[0]], **options)
         merged = len(together) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
 from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
 from w2s_jax.search.guides import Guide, SearchModels, search_models
@@ -59,7 +60,8 @@ class Sources:
 
     policy: None where it is behind an API. score_on: "tokens" has guides score the policy's tokens,
     on the device; "text" has them encode responses anew; "auto" takes the first for every guide
-    whose token maps are the policy's.
+    whose token maps are the policy's. quantize: how the policy's weights are quantised (None: not);
+    those of guides never are, since log-ratios are small differences.
     """
 
     policy: str | None
@@ -68,6 +70,7 @@ class Sources:
     policy_template: str = "auto"
     score_on: str = "auto"
     folders: Mapping[str, str] = field(default_factory=dict)
+    quantize: QuantizeConfig | None = None
 
     def locate(self, name: str) -> str:
         """The folder that stands for a name, or the name."""
@@ -135,9 +138,14 @@ class Plan:
                 why = f"{guide.tuned} or {guide.untuned} does not have the policy's vocabulary"
             lines.append(f"{name} scores texts, encoded anew behind its own template: {why}")
         checkpoints = self.sources.checkpoints
+        if self.sources.quantize is not None:
+            lines.append(f"the policy's weights are read as {self.sources.quantize}")
         for path, adapted in self.adapters.items():
             role = next(role for role in checkpoints if checkpoints[role] == path)
             rest = {checkpoints[other] for other in self.configs if role in self.configs} - {path}
+            if role == "policy" and self.sources.quantize is not None:
+                lines.append(f"policy {path} is an adapter beside {adapted.base}, quantised")
+                continue
             on = [self.adapters[other].base if other in self.adapters else other for other in rest]
             lines.append(adapted.note(role, path, on))
         return lines
@@ -326,17 +334,22 @@ def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -
     options: dict[str, Any] = {
         "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers
     }  # fmt: skip
+    # A quantised policy is of its own even where a guide is the same checkpoint: guides are not
+    # quantised. Else the policy comes first, and such a guide lies as the policy does.
+    roles = sorted(plan.configs, key=lambda role: role != "policy")
+    apart = [role for role in roles if role == "policy" and sources.quantize]
     decoders: dict[str, Rules] = {}
-    # The policy first: a guide that is the same checkpoint lies as the policy does.
-    for role in sorted(plan.configs, key=lambda role: role != "policy"):
+    for role in (role for role in roles if role not in apart):
         rules = places.policy if role == "policy" else places.others
         decoders.setdefault(checkpoints[role], rules)
     models = load_decoders(decoders, plan.adapters, **options)
+    own = {checkpoints[role]: places.policy for role in apart}
+    alone = load_decoders(own, plan.adapters, quantize=sources.quantize, **options)
     guides: list[Guide] = []
     scorers: list[TextScorer] = []
     names: tuple[list[str], list[str]] = ([], [])
-    guided = iter([role for role in plan.templates if "tuned" in role])
-    pairs = zip(guided, guided, strict=True)
+    guiding = iter([role for role in plan.templates if "tuned" in role])
+    pairs = zip(guiding, guiding, strict=True)
     for guide, here, pair in zip(sources.guides, plan.on_device, pairs, strict=True):
         tuned, untuned = (models[checkpoints[role]] for role in pair)
         names[0 if here else 1].append(Path(guide.tuned).name)
@@ -355,7 +368,7 @@ def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -
         base = None if adapted is None else adapted.base
         judge = load_reward_model(checkpoints[role], base=base, rules=places.others, **options)
         scorers.append(RewardScorer(judge, plan.templates[role], reward.weight, reward.label))
-    policy = None if sources.policy is None else models[checkpoints["policy"]]
+    policy = None if sources.policy is None else (models | alone)[checkpoints["policy"]]
     found = None if policy is None else search_models(policy, guides)
     return Steering(found, tuple(scorers), _distinct([*names[0], *names[1]]))
 

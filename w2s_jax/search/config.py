@@ -8,6 +8,8 @@ from w2s_jax.search.proposers import PolicyProposer, Proposer
 from w2s_jax.search.scorers import LogRatio, Scorer
 from w2s_jax.search.selectors import Selector, TopW
 
+POLICY_CACHES = ("auto", "int8")
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -17,10 +19,12 @@ class SearchConfig:
     selector keeps W; responses end at a token of eos_ids (None: the policy's own), at a stop
     string, or after max_new_tokens. slots prompts are searched side by side (None: up to 8).
     reference_quirks follows the published code: a finished hypothesis takes part K times, and one
-    cut by length is scored with an EOS behind it.
+    cut by length is scored with an EOS behind it. policy_cache: what the policy's keys and values
+    are kept as, "auto" (the dtype of its weights) or "int8"; those of guides stay as they are,
+    since log-ratios are small differences.
 
-    Raises InputError for a size below 1, or for a scorer that needs values which the proposer
-    does not give.
+    Raises InputError for a size below 1, an unknown policy_cache, or for a scorer that needs values
+    which the proposer does not give.
     """
 
     beam_width: int = 4
@@ -36,6 +40,7 @@ class SearchConfig:
     seed: int = 0
     slots: int | None = None
     reference_quirks: bool = False
+    policy_cache: str = "auto"
 
     def __post_init__(self) -> None:
         sizes = {
@@ -50,6 +55,8 @@ class SearchConfig:
                 raise InputError(f"{name} is {size}; it must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; it must lie in 0 .. 2**32 - 1")
+        if self.policy_cache not in POLICY_CACHES:
+            raise InputError(f"policy_cache is {self.policy_cache!r}; it must be auto or int8")
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty; give at least one character")
         if self.scorer.needs_values and not self.proposer.values_tokens:

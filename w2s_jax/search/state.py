@@ -156,6 +156,9 @@ def _empty(
     mesh: Mesh | None,
     rules: Rules,
 ) -> SearchState:
+    # Member 0 is the policy.
+    kept = {0: jnp.int8} if config.policy_cache == "int8" else {}
+
     def caches(readers: tuple[int, ...]) -> tuple[KVCache, ...]:
         return tuple(
             start_cache(
@@ -164,6 +167,7 @@ def _empty(
                 hypotheses=config.beam_width,
                 prefix_capacity=prefix_capacity,
                 committed_capacity=config.capacity,
+                dtype=kept.get(reader),
             )
             for reader in readers
         )

@@ -46,6 +46,7 @@ class Program:
     width, successors, length: W, K, L, with N or n as W where the method keeps every sample.
     nucleus: whether top-p is heeded. stops: whether stop strings are looked for. capacity: new
     tokens, prefix: prompt tokens at most. eos_ids: what ends a response.
+    policy_cache: as in SearchConfig.
     """
 
     method: str
@@ -58,6 +59,7 @@ class Program:
     capacity: int
     prefix: int
     eos_ids: tuple[int, ...]
+    policy_cache: str = "auto"
 
     def config(self, models: SearchModels) -> SearchConfig:
         """The search that it is."""
@@ -67,6 +69,7 @@ class Program:
                 _SOME_TEMPERATURE, self.top_k, _SOME_NUCLEUS if self.nucleus else 1.0
             ),
             "eos_ids": self.eos_ids,
+            "policy_cache": self.policy_cache,
         }
         if self.method == "sample":
             return presets.sample(self.width, **settings)
@@ -251,6 +254,7 @@ class Reader:
                 capacity=capacity_for(max(limit, 1), self.limits.tokens),
                 prefix=prefix_for(max(map(len, tokens))),
                 eos_ids=(*self.served.eos_ids, *ends),
+                policy_cache=defaults.policy_cache,
             )
             request = Request(
                 row_id=places["row_id"][index],

@@ -12,6 +12,8 @@ from w2s_jax.ops.sampling import Sampling
 class Defaults:
     """The values of fields that a request leaves out. w, k, l are W, K and L of the search.
 
+    policy_cache, as in SearchConfig, is the server's alone.
+
     Raises InputError for a value that no request could ask for either.
     """
 
@@ -24,6 +26,7 @@ class Defaults:
     temperature: float = 0.7
     top_k: int = 50
     top_p: float = 1.0
+    policy_cache: str = "auto"
 
     def __post_init__(self) -> None:
         _at_least_one(self, ("w", "k", "l", "max_tokens"))

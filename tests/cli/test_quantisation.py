@@ -1,0 +1,148 @@
+"""The quantisation report, and the flags that quantise a policy, on tiny checkpoints."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.cli.test_search import models, prompts, search, tiny  # noqa: F401
+from w2s_jax.cli.main import main, parse
+from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.model import Model
+from w2s_jax.models.quantize import quantize, read_quantize, weight_bytes
+from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import load_tokenizer
+
+TEXTS = ["a film of the sea, and of a film", "We film the sea", "the sea of a film, a sea"]
+SMALL = ["--prompt-tokens=4", "--max-new-tokens=6", "--batch-size=2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {role: tiny(root / role, seed, layers=2) for seed, role in enumerate("ptu")}
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"text": TEXTS[0]}, {"prompt": TEXTS[1][:8], "response": TEXTS[1][8:]}]
+    write_jsonl(tmp_path / "texts.jsonl", [*rows, {"text": TEXTS[2]}])
+    return tmp_path / "texts.jsonl"
+
+
+def report(policy, data, *flags):
+    files = ["--quantisation-report", policy, "--data", str(data)]
+    return main(["eval", *files, *SMALL, *map(str, flags)])
+
+
+def read_alone(model, ids):
+    """Each text's token log-probs and likeliest tokens, from whole rows of logits."""
+    found = []
+    for row in ids:
+        logprobs = np.asarray(jax.nn.log_softmax(model(np.asarray([row], np.int32))[0]))[:-1]
+        found.append((logprobs[np.arange(len(row) - 1), row[1:]], logprobs.argmax(-1)))
+    return [np.concatenate(part) for part in zip(*found, strict=True)]
+
+
+def test_the_report_tells_what_whole_rows_of_logits_tell(folders, data, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    guide = ["--tuned", folders["t"], "--untuned", folders["u"]]
+    flags = ["--quantise", "int8", "--quantise", "int4:8+head", *guide, "--json", out]
+    assert report(folders["p"], data, *flags) == 0
+    told = json.loads(out.read_text())
+    assert list(told["figures"]) == ["as stored", "int8", "int4:8+head"]
+    tokenizer = load_tokenizer(folders["p"])
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert told["rows"] == 3
+    assert told["tokens"] == sum(map(len, ids))
+    plain = load_model(folders["p"], dtype="float32")
+    before, likeliest = read_alone(plain, ids)
+    for spec, figures in told["figures"].items():
+        model = plain
+        if spec != "as stored":
+            model = Model(plain.config, quantize(plain.params, read_quantize(spec)))
+        logprobs, top = read_alone(model, ids)
+        assert figures["weight_bytes"] == weight_bytes(model.params)
+        np.testing.assert_allclose(figures["perplexity"], np.exp(-logprobs.mean()), rtol=1e-4)
+        change = np.exp(before.mean() - logprobs.mean()) - 1
+        np.testing.assert_allclose(figures["perplexity_change"], change, atol=1e-4)
+        assert figures["equal_next"] == pytest.approx((top == likeliest).mean())
+        assert figures["equal_continuations"] <= figures["equal_length"] <= 1
+    stored, coarse = told["figures"]["as stored"], told["figures"]["int4:8+head"]
+    assert stored["perplexity_change"] == stored["score_change"] == 0
+    assert stored["equal_next"] == stored["equal_continuations"] == 1
+    assert coarse["perplexity_change"] != 0
+    assert coarse["score_change"] == pytest.approx(coarse["score"] - stored["score"])
+    assert coarse["weight_bytes"] < told["figures"]["int8"]["weight_bytes"] < stored["weight_bytes"]
+    table = capsys.readouterr().out
+    assert "int4:8+head" in table
+    assert "perplexity" in table
+
+
+def test_an_int8_cache_is_part_of_what_is_measured(folders, data, tmp_path):
+    figures = {}
+    for cache in ("auto", "int8"):
+        out = tmp_path / f"{cache}.json"
+        flags = ["--quantise", "int8", "--policy-cache", cache, "--json", out]
+        assert report(folders["p"], data, *flags) == 0
+        figures[cache] = json.loads(out.read_text())["figures"]
+        assert figures[cache]["int8"]["score"] is None
+    # Perplexity is read without a cache.
+    assert figures["auto"]["int8"]["perplexity"] == figures["int8"]["int8"]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantise", "int2"], "quantisation 'int2' is not int8 or int4"),
+        (["--tuned", "T"], "a guide is a --tuned and an --untuned model; give both or none"),
+        (["--prompt-tokens", "0"], "--prompt-tokens is 0; it must be at least 1"),
+        (["--max-new-tokens", "93"], "--prompt-tokens 4 and --max-new-tokens 93 exceed the 96"),
+        (["--results", "r.jsonl"], "--results has no part in --quantisation-report"),
+    ],
+)
+def test_wrong_flags_are_one_line(folders, data, flags, message, capsys):
+    assert report(folders["p"], data, *flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_texts_that_cannot_be_scored_are_named(folders, tmp_path, capsys):
+    for row, message in (({"note": 1}, 'no "text", and no "prompt"'), ({"text": ""}, "a text of")):
+        write_jsonl(tmp_path / "bad.jsonl", [{"text": TEXTS[0]}, row])
+        assert report(folders["p"], tmp_path / "bad.jsonl") == 2
+        assert f"bad.jsonl line 2: {message}" in capsys.readouterr().err
+    assert main(["eval", "--quantisation-report", folders["p"]]) == 2
+    assert "needs --data" in capsys.readouterr().err
+    assert main(["eval"]) == 2
+    assert "give --results and --reward-model" in capsys.readouterr().err
+
+
+def test_a_search_takes_a_quantised_policy_and_cache(models, prompts, tmp_path):  # noqa: F811
+    plain, out = tmp_path / "plain.jsonl", tmp_path / "out.jsonl"
+    assert search(models, prompts, plain) == 0
+    flags = ["--quantise-policy", "int8:2+head", "--policy-cache", "int8"]
+    assert search(models, prompts, out, *flags) == 0
+    pairs = list(zip(read_jsonl(plain), read_jsonl(out), strict=True))
+    same = [a["response"] == b["response"] for a, b in pairs]
+    assert any(same)  # few layers of random weights: most are at a near-tie somewhere
+    for (a, b), equal in zip(pairs, same, strict=True):
+        assert not equal or abs(a["score"] - b["score"]) < 1e-3
+
+
+def test_quantising_needs_a_policy_here(models, prompts, tmp_path, capsys):  # noqa: F811
+    flags = ["--quantise-policy", "int9"]
+    assert search(models, prompts, tmp_path / "out.jsonl", *flags) == 2
+    assert "--quantise-policy: quantisation 'int9' is not int8 or int4" in capsys.readouterr().err
+    remote = ["--endpoint", "http://127.0.0.1:9", "--endpoint-model", "m", *models[2:]]
+    for flag in (["--quantise-policy", "int8"], ["--policy-cache", "int8"]):
+        assert search(remote, prompts, tmp_path / "out.jsonl", *flag) == 2
+        assert f"{flag[0]} is for a --policy in this process" in capsys.readouterr().err
+
+
+def test_a_server_keeps_its_policy_cache_as_asked():
+    server = parse(["serve", "--policy", "P", "--policy-cache", "int8"])
+    assert server.defaults().policy_cache == "int8"
+    assert parse(["serve", "--policy", "P"]).defaults().policy_cache == "auto"

@@ -1,0 +1,147 @@
+"""Quantised weights: how far they are off, and products with them against NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from w2s_jax.ops.quantized import QTensor, dequantize, dot, quantize_array, take_rows
+
+FINITE = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+KINDS = [(8, None, "float32"), (8, 4, "float32"), (4, None, "float32"), (4, 4, "bfloat16")]
+
+
+def whole(tensor: QTensor) -> np.ndarray:
+    """The weight by brute force, in float64."""
+    values, scales = (np.asarray(x).astype(np.float64) for x in (tensor.values, tensor.scales))
+    for axis, (size, parts) in enumerate(zip(values.shape, scales.shape, strict=True)):
+        scales = np.repeat(scales, size // parts, axis=axis)
+    return values * scales
+
+
+@given(
+    x=arrays.arrays(np.float32, (3, 8, 2), elements=FINITE),
+    kind=st.sampled_from(KINDS),
+    contracted=st.sampled_from([(-2,), (-3, -2)]),
+)
+def test_no_entry_is_off_by_more_than_half_its_scale(x, kind, contracted):
+    bits, group, scale_dtype = kind
+    tensor = quantize_array(x, contracted, bits=bits, group=group, scale_dtype=scale_dtype)
+    off = np.abs(whole(tensor) - x)
+    unit = whole(QTensor(np.ones(x.shape), tensor.scales, tensor.axis, group, "float32"))
+    assert (off <= unit * 0.5 * (1 + 1e-4)).all()
+    assert np.abs(np.asarray(tensor.values).astype(int)).max() <= 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize(("bits", "group", "scale_dtype"), KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_jax_and_numpy_round_alike(bits, group, scale_dtype, dtype):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 8, 48)) * np.exp(2 * rng.normal(size=(64, 8, 48)))).astype(dtype)
+    x[:, :, 0] = 0
+    make = partial(
+        quantize_array, contracted=(-3, -2), bits=bits, group=group, scale_dtype=scale_dtype
+    )
+    here, there = make(x), jax.jit(make)(jnp.asarray(x))
+    assert isinstance(here.values, np.ndarray)
+    assert isinstance(here.scales, np.ndarray)
+    np.testing.assert_array_equal(here.values, there.values)
+    np.testing.assert_array_equal(here.scales, there.scales)
+    assert here.dtype == there.dtype == dtype
+
+
+def test_what_is_not_finite_is_not_hidden():
+    x = np.ones((4, 2), np.float32)
+    x[1, 0], x[2, 1] = np.nan, np.inf
+    for array in (x, jnp.asarray(x)):
+        found = np.asarray(dequantize(quantize_array(array, (-2,))))
+        assert not np.isfinite(found).all(axis=0).any()
+
+
+# equation of x and the weight, contracted axes, arguments of `dot`
+PRODUCTS = {
+    "in": ("rxd,dhc->rxhc", (2, 3, 16), (16, 4, 8), (-3,), {}),
+    "out": ("rxhc,hcd->rxd", (2, 3, 4, 8), (4, 8, 16), (-3, -2), {"contract": 2}),
+    "head": ("rd,dv->rv", (5, 16), (16, 12), (-2,), {"dtype": jnp.float32}),
+    "tied": ("rd,vd->rv", (5, 16), (12, 16), (-1,), {"transposed": True, "dtype": jnp.float32}),
+}
+
+
+@pytest.mark.parametrize(("bits", "group", "scale_dtype"), [*KINDS, (4, 8, "float32")])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_those_with_the_whole_weight(name, bits, group, scale_dtype):
+    equation, x_shape, shape, contracted, options = PRODUCTS[name]
+    rng = np.random.default_rng(1)
+    x, weight = rng.normal(size=x_shape), rng.normal(size=shape).astype(np.float32)
+    x = x.astype(np.float32)
+    tensor = quantize_array(
+        jnp.asarray(weight), contracted, bits=bits, group=group, scale_dtype=scale_dtype
+    )
+    expected = np.einsum(equation, x.astype(np.float64), whole(tensor))
+    found = jax.jit(partial(dot, **options))(jnp.asarray(x), tensor)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    plain = dot(jnp.asarray(x), jnp.asarray(weight), **options)
+    np.testing.assert_allclose(plain, np.einsum(equation, x, weight), atol=2e-5)
+    np.testing.assert_allclose(dequantize(tensor), whole(tensor), rtol=1e-6)
+
+
+def test_products_in_bfloat16_keep_its_dtype():
+    rng = np.random.default_rng(2)
+    weight = jnp.asarray(rng.normal(size=(16, 12)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(3, 16)), jnp.bfloat16)
+    for bits, group in ((8, None), (4, 8)):
+        tensor = quantize_array(weight, (-2,), bits=bits, group=group)
+        found = dot(x, tensor)
+        assert found.dtype == jnp.bfloat16
+        expected = np.asarray(x, np.float64) @ whole(tensor)
+        # Two roundings to 8 bits of sums of this size, where the plain product has one.
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=2**-6 * 10)
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_rows_of_a_table_come_in_its_dtype(group):
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(9, 8)), jnp.bfloat16)
+    tensor, index = quantize_array(table, (-1,), group=group), jnp.asarray([[3, 0], [8, 3]])
+    found = take_rows(tensor, index)
+    assert found.dtype == jnp.bfloat16
+    expected = whole(tensor)[np.asarray(index)]
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
+    np.testing.assert_array_equal(take_rows(table, index), table[index])
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 4)])
+def test_a_gradient_passes_to_the_input(bits, group):
+    rng = np.random.default_rng(4)
+    tensor = quantize_array(jnp.asarray(rng.normal(size=(8, 6))), (-2,), bits=bits, group=group)
+    x = jnp.asarray(rng.normal(size=(3, 8)))
+    slope = jax.grad(lambda x: jnp.sum(jnp.square(dot(x, tensor))))(x)
+    weight = whole(tensor)
+    np.testing.assert_allclose(slope, 2 * (np.asarray(x) @ weight) @ weight.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 16)])
+def test_no_loop_converts_the_weight_ahead_of_itself(bits, group):
+    """XLA's CPU compiler moves what does not change out of loops, to where it stays alive."""
+    weight = jnp.asarray(np.random.default_rng(5).normal(size=(48, 48)), jnp.float32)
+    tensor = quantize_array(weight, (-2,), bits=bits, group=group)
+
+    def run(x, tensor):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(dot(x, tensor)), None), x, None, length=5)[0]
+
+    def free(x, tensor):
+        step = lambda x, _: (jnp.tanh(x @ tensor.values.astype(x.dtype)), None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=5)[0]
+
+    def carried(run):
+        text = jax.jit(run).lower(jnp.ones((2, 48)), tensor).compile().as_text()
+        loops = [line for line in text.splitlines() if " while(" in line]
+        assert loops, "the loop should be one in the program"
+        return any("f32[48,48]" in line or "f32[3,16,48]" in line for line in loops)
+
+    assert not carried(run)
+    assert carried(free), "the compiler no longer does what `dot` guards against"

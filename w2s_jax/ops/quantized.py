@@ -1,0 +1,199 @@
+"""Weights and key/value entries as small integers with scales, and products with them.
+
+Symmetric rounding, values times scales. Which parameters are quantised is in `models/quantize.py`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from w2s_jax.pytrees import pytree
+
+DEPTHS = (4, 8)
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+@pytree(static=("axis", "group", "dtype"))
+class QTensor:
+    """A weight as integers and the factors that they are multiplied by, in place of the array.
+
+    values int8 or int4, in the weight's shape. scales float32 or bfloat16, in the same shape but
+    for the axes that a product contracts: 1 where a scale serves a whole output channel; with
+    `group` the last contracted axis, `axis` (counted from the end), has one entry a group.
+    dtype is the weight's own, which it computes as. TPUs pack two int4 into a byte, CPUs do not.
+    In place of both arrays may stand NumPy's, their shardings, or their logical axes.
+    """
+
+    values: Any
+    scales: Any
+    axis: int
+    group: int | None
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The weight's."""
+        return len(self.values.shape)
+
+
+def scales_shape(
+    shape: tuple[int, ...], contracted: tuple[int, ...], group: int | None
+) -> tuple[int, ...]:
+    """The shape of the scales of a weight; `contracted` axes count from the end, in order.
+
+    With `group`, which divides the last of them, the others keep their size.
+    """
+    sizes = list(shape)
+    if group is None:
+        for axis in contracted:
+            sizes[axis] = 1
+    else:
+        sizes[contracted[-1]] //= group
+    return tuple(sizes)
+
+
+def quantize_array(
+    array: Any,
+    contracted: tuple[int, ...],
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    scale_dtype: DTypeLike = jnp.float32,
+) -> QTensor:
+    """An array as integers of `bits` bits, each within half a scale of the array's entry.
+
+    Scales are the largest magnitude over the contracted axes, or over `group` entries of the last
+    of them, by 127 or 7. NumPy arrays give NumPy arrays, with the same bits as jax gives. What is
+    not finite stays so.
+    """
+    xp: Any = np if isinstance(array, np.ndarray) else jnp
+    most = 2 ** (bits - 1) - 1
+    integer = (ml_dtypes.int4 if xp is np else jnp.int4) if bits == 4 else xp.int8
+    wide, axes = _grouped(array.astype(xp.float32), contracted, group)
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = xp.max(xp.abs(wide), axis=axes, keepdims=True)
+        # Not a division by the constant, of which XLA makes this product.
+        scales = _rounded(xp, largest * np.float32(1 / most), scale_dtype)
+        # Below it arithmetic is not the same everywhere; NaN, which is not below it, stays.
+        scales = xp.where(scales < _SMALLEST, np.float32(1), scales)
+        # Times the inverse, as XLA divides by what is broadcast; division would round otherwise.
+        steps = xp.rint(wide * (np.float32(1) / scales))
+        values = xp.clip(steps, -most, most).astype(xp.int8).astype(integer)
+    return QTensor(
+        values.reshape(array.shape),
+        scales.reshape(scales_shape(tuple(array.shape), contracted, group)).astype(scale_dtype),
+        contracted[-1],
+        group,
+        str(jnp.dtype(array.dtype)),
+    )
+
+
+def _rounded(xp: Any, scales: Any, dtype: DTypeLike) -> Any:
+    """float32 scales that this dtype holds; XLA leaves out a conversion there and back."""
+    if xp is np:
+        return scales.astype(dtype).astype(np.float32)
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(scales, info.nexp, info.nmant)
+
+
+def _grouped(
+    wide: Any, contracted: tuple[int, ...], group: int | None
+) -> tuple[Any, tuple[int, ...]]:
+    """The array with groups apart, and the axes that share a scale."""
+    if group is None:
+        return wide, contracted
+    at = wide.ndim + contracted[-1]
+    shape = (*wide.shape[:at], wide.shape[at] // group, group, *wide.shape[at + 1 :])
+    return wide.reshape(shape), (at + 1,)
+
+
+def dequantize(tensor: QTensor, dtype: DTypeLike | None = None) -> Array:
+    """The whole weight again, in its own dtype by default: for tests and for what is not a product.
+
+    Computed in float32.
+    """
+    values = jnp.asarray(tensor.values).astype(jnp.float32)
+    if tensor.group is None:
+        whole = values * tensor.scales.astype(jnp.float32)
+    else:
+        apart, axes = _grouped(values, (tensor.axis,), tensor.group)
+        scales = jnp.expand_dims(tensor.scales.astype(jnp.float32), axes[0])
+        whole = (apart * scales).reshape(tensor.shape)
+    return whole.astype(tensor.dtype if dtype is None else dtype)
+
+
+def take_rows(table: Array | QTensor, index: Array) -> Array:
+    """Entries of the leading axis of a table [V, D], in its dtype: [*index, D]."""
+    if not isinstance(table, QTensor):
+        return table[index]
+    rows = (table.values[index], table.scales[index])
+    return dequantize(QTensor(*rows, table.axis, table.group, table.dtype))
+
+
+def dot(
+    x: Array,
+    weight: Array | QTensor,
+    contract: int = 1,
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """x's last `contract` axes against the weight's first ones (`transposed`: its last ones).
+
+    dtype: of the result, and what products are summed in; x's by default. Of a QTensor the values
+    go into the product as they are, and the scales onto its result: of each channel once, of
+    groups as they are summed. Where x has more rows than a group has entries, groups' scales go
+    onto the values instead, which are fewer than the groups' results would be.
+    """
+    first = weight.ndim - contract if transposed else 0
+    axes = (
+        tuple(range(x.ndim - contract, x.ndim)),
+        tuple(range(first, first + contract)),
+    )
+    out_dtype = x.dtype if dtype is None else dtype
+    if not isinstance(weight, QTensor):
+        promoted = jnp.promote_types(x.dtype, weight.dtype)
+        x, weight = x.astype(promoted), weight.astype(promoted)
+        return jax.lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=dtype)
+    # Tied to x, so that no loop over tokens converts the weight once and for all ahead of itself.
+    x, values = jax.lax.optimization_barrier((x, weight.values))
+    if weight.group is None:
+        out = _product(x, values, (axes, ((), ())), out_dtype)
+        scales = jnp.squeeze(weight.scales, axes[1]).astype(jnp.float32)
+        return (out * scales).astype(out_dtype)
+    if math.prod(x.shape[:-contract]) > weight.group:
+        held = QTensor(values, weight.scales, weight.axis, weight.group, weight.dtype)
+        return _product(x, dequantize(held, x.dtype), (axes, ((), ())), out_dtype)
+    return _by_groups(x, values, weight, axes).astype(out_dtype)
+
+
+def _product(x: Array, values: Array, numbers: Any, dtype: DTypeLike) -> Array:
+    return jax.lax.dot_general(x, values.astype(x.dtype), numbers, preferred_element_type=dtype)
+
+
+def _by_groups(
+    x: Array, values: Array, weight: QTensor, axes: tuple[tuple[int, ...], ...]
+) -> Array:
+    """The product, each group of inputs apart, then summed with its scales; float32."""
+    group, at = weight.group, weight.ndim + weight.axis
+    apart, inner = _grouped(values, (weight.axis,), group)
+    rows, _ = _grouped(x, (-1,), group)
+    batch = ((*axes[0][:-1], x.ndim - 1), (*axes[1][:-1], at))
+    numbers = (((x.ndim,), inner), batch)
+    out = _product(rows, apart, numbers, jnp.float32)
+    count, outputs = len(batch[0]), [a for a in range(weight.ndim) if a not in axes[1]]
+    scales = jnp.transpose(weight.scales, (*batch[1], *outputs)).astype(jnp.float32)
+    between = (1,) * (x.ndim - count)
+    scales = scales.reshape(*scales.shape[:count], *between, *scales.shape[count:])
+    return jnp.sum(out * scales, axis=tuple(range(count)))
