@@ -11,7 +11,7 @@ Usage: create.sh --name NAME --project PROJECT --zone ZONE --type TYPE --kind KI
 Rents a TPU slice and waits until it is ready. It costs money from then on, until delete.sh.
 
   --type TYPE        v5litepod-16, v5p-128, v6e-16, ..    W2S_TPU_TYPE
-                     or a topology of \`w2s plan\`: v6e:4x4
+                     or a topology: v6e:4x4
   --kind KIND        how it is rented                     W2S_TPU_KIND
                        on-demand    at the full price, until it is deleted
                        spot         at a lower price, and taken away at any time
