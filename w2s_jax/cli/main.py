@@ -31,6 +31,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("eval",): ("evaluate", "Evaluate", "rewards of a file of responses, and who wins"),
     ("lm-eval",): ("lm_eval", "LMEval", "tasks of lm-evaluation-harness on a steered policy"),
     ("serve",): ("serve", "Serve", "answer OpenAI's API with a steered policy"),
+    ("plan", "search"): ("plan", "PlanSearch", "compile a search for a TPU slice: does it fit?"),
     ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
     ("bench", "train"): ("bench", "BenchTrain", "measure training on random weights, and TRL's"),
 }

@@ -131,7 +131,10 @@ def _slices(spec: str, devices: list[jax.Device], count: int) -> list[list[jax.D
 
 def _within(shape: Shape, devices: list[jax.Device]) -> np.ndarray:
     """The devices of one slice, so that neighbours on an axis are neighbours in the machine."""
-    return np.asarray(jax.make_mesh(shape, MESH_AXES, devices=devices).devices)
+    from jax.experimental import mesh_utils
+
+    # Split, an axis of the machine may serve two of the mesh: 4x4 chips as 2 × 8.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,0 +1,100 @@
+"""Exchanges read from the text of programs: made ones, and one compiled for eight devices."""
+
+import pytest
+
+from w2s_jax.plan.compiled import Collective, collectives, gathers_of
+
+TEXT = """HloModule jit_step, entry_computation_layout={()->f32[8]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(32)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %all-reduce.1 = bf16[4,8]{1,0:T(8,128)(2,1)} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %g = (bf16[2,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%w), replica_groups=[1,8]<=[8], dimensions={0}
+  %d = bf16[16,16]{1,0} all-gather-done(%g)
+}
+
+%outer_condition (p: (s32[])) -> pred[] {
+  %limit.2 = s32[] constant(5)
+  ROOT %lt.2 = pred[] compare(%i, %limit.2), direction=LT
+}
+
+%outer (p: (s32[])) -> (s32[]) {
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%t), condition=%inner_condition, body=%inner, metadata={}
+  %p.1 = f32[6]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %while.2 = (s32[]) while(%t), condition=%outer_condition, body=%outer
+  ROOT %all-to-all.1 = f32[8]{0} all-to-all(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_loops_multiply_what_is_in_them():
+    found = {one.kind: one for one in collectives(TEXT)}
+    assert found["all-reduce"] == Collective("all-reduce", (4, 8), 64, 4, 160, True)
+    assert found["all-gather"] == Collective("all-gather", (16, 16), 512, 8, 160, True)
+    assert found["collective-permute"] == Collective("collective-permute", (6,), 24, 2, 5, True)
+    assert found["all-to-all"] == Collective("all-to-all", (8,), 32, 2, 1, False)
+    assert len(collectives(TEXT)) == 4
+
+
+def test_bytes_that_a_ring_moves():
+    found = {one.kind: one.moved for one in collectives(TEXT)}
+    assert found["all-reduce"] == pytest.approx(160 * 64 * 2 * 3 / 4)
+    assert found["all-gather"] == pytest.approx(160 * 512 * 7 / 8)
+    assert found["collective-permute"] == 5 * 24
+    assert found["all-to-all"] == pytest.approx(32 / 2)
+
+
+def test_a_gather_of_a_whole_weight_is_named():
+    wholes = {"mlp/up": (1, 16, 16), "norm": (16,), "head": (16, 8)}
+    ((name, one),) = gathers_of(collectives(TEXT), wholes)
+    assert (name, one.shape) == ("mlp/up", (16, 16))
+
+
+CODE = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.plan.compiled import collectives, gathers_of
+mesh = make_mesh("data=2,tensor=4")
+at = lambda *spec: NamedSharding(mesh, P(*spec))
+
+def step(x, up, down):
+    def body(x, _):
+        return jnp.tanh(x @ up) @ down, None
+    return jax.lax.scan(body, x, None, length=7)[0]
+
+def given(up, down):
+    shapes = [((8, 16), at("data", None)), ((16, 32), up), ((32, 16), down)]
+    return [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=to) for shape, to in shapes]
+
+shapes = given(at(None, "tensor"), at("tensor", None))
+text = jax.jit(step, out_shardings=at("data", None)).lower(*shapes).compile().as_text()
+(one,) = collectives(text)
+assert (one.kind, one.times, one.group) == ("all-reduce", 7, 4), one
+assert one.size == 256 and one.in_loop, one
+# Widths split as in training: the weights are gathered in the loop, and that is told.
+shapes = given(at("tensor", None), at(None, "tensor"))
+def gathering(x, up, down):
+    def body(x, _):
+        whole = jax.lax.with_sharding_constraint(jnp.sin(up * x.sum()), at(None, None))
+        return jnp.tanh(x @ whole) @ down, None
+    return jax.lax.scan(body, x, None, length=7)[0]
+text = jax.jit(gathering, out_shardings=at("data", None)).lower(*shapes).compile().as_text()
+assert [n for n, _ in gathers_of(collectives(text), {"up": (16, 32)})], collectives(text)
+print("read")
+"""
+
+
+def test_a_program_for_eight_devices(run_python):
+    assert run_python(CODE, devices=8).endswith("read\n")

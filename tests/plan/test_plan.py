@@ -1,0 +1,105 @@
+"""Plans: what is wrong is told at once; with libtpu, a small search is compiled for a slice."""
+
+import importlib.util
+import json
+
+import pytest
+
+from w2s_jax.cli.main import main
+from w2s_jax.cli.plan import slices_of
+from w2s_jax.errors import InputError
+from w2s_jax.plan.chips import CHIPS, chip_of, topologies
+from w2s_jax.plan.shapes import KNOWN, shape_of
+from w2s_jax.plan.topology import check_topology
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "v4:2x2x1"])
+def test_topologies(name):
+    check_topology(name)
+    assert name in topologies(chip_of(name).name)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", ""])
+def test_wrong_topologies(name):
+    with pytest.raises(InputError, match=r"^topology "):
+        check_topology(name)
+
+
+def test_published_shapes_are_configs():
+    sizes = {name: shape_of(name) for name in KNOWN}
+    assert sizes["meta-llama/Meta-Llama-3-70B-Instruct"].kv_heads == 8
+    assert sizes["HuggingFaceH4/zephyr-7b-beta"].sliding_windows[0] == 4096
+    assert sizes["meta-llama/Llama-2-13b-chat-hf"].head_width == 128
+
+
+def test_a_shape_from_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(KNOWN["meta-llama/Llama-2-7b-hf"]))
+    assert shape_of(str(path)) == shape_of(str(tmp_path)) == shape_of("meta-llama/Llama-2-7b-hf")
+    path.write_text("{")
+    with pytest.raises(InputError, match="not a config.json"):
+        shape_of(str(path))
+
+
+def test_slices_of_a_mesh():
+    assert [slices_of(spec) for spec in (None, "data=2", "dcn_data=2,fsdp=4")] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v7:2x2"], "no chip 'v7'; one of v4, v5e, v5p, v6e"),
+        (["--batch-size=0"], "--batch-size is 0"),
+        (["--quantise-policy=int3"], "int3"),
+        (["--policy-rules=fast"], "no preset 'fast'"),
+        (["--policy=no/such-dir/here"], "no/such-dir/here"),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    usual = ["--policy=meta-llama/Meta-Llama-3-8B", "--tuned=HuggingFaceH4/zephyr-7b-beta"]
+    assert main(["plan", "search", *usual, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_chips_are_ordered_by_their_figures():
+    assert CHIPS["v6e"].operations > CHIPS["v5p"].operations > CHIPS["v5e"].operations
+    assert all(1e11 < chip.bandwidth < 1e13 for chip in CHIPS.values())
+
+
+TINY = {
+    "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": 512, "vocab_size": 1024,
+    "max_position_embeddings": 512, "head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+@pytest.mark.parametrize("vocabulary", [1024, 4096])
+def test_a_small_search_is_compiled_for_a_slice(tmp_path, run_python, vocabulary):
+    (tmp_path / "policy.json").write_text(json.dumps(TINY))
+    (tmp_path / "guide.json").write_text(json.dumps(TINY | {"vocab_size": vocabulary}))
+    out = tmp_path / "plan.json"
+    arguments = [
+        "plan", "search", f"--policy={tmp_path}/policy.json", f"--tuned={tmp_path}/guide.json",
+        "--topology=v5e:2x2", "--mesh=fsdp=2,tensor=2", "--batch-size=4", "--l=4",
+        "--prompt-tokens=32", "--max-new-tokens=32", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    plan = json.loads(out.read_text())
+    names = {one["name"]: one for one in plan["programs"]}
+    tokens = vocabulary == 1024
+    assert ("search_step" in names) == tokens
+    assert ("tuned scores" in names) != tokens
+    assert plan["fits"]
+    # bfloat16 weights: MLP and vocabulary over four chips, heads over two.
+    mlp, attention, vocab = 2 * 3 * 256 * 512, 2 * 2 * 256 * 128 * (8 + 4), 2 * 256 * 1024
+    norms = 256 * 5
+    expected = 2 * (mlp // 4 + attention // 2 + vocab // 4 + norms)
+    assert plan["held"]["policy"] == expected
+    for one in plan["programs"]:
+        assert not one["refusal"]
+        assert not one["gathered"], one
+        assert 0 < one["arguments"] < 2**26

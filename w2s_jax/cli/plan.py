@@ -1,0 +1,139 @@
+"""`w2s plan search`: what a search takes of a TPU slice that is not here."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from w2s_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from w2s_jax.plan.measure import Plan
+    from w2s_jax.plan.programs import SearchShapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSearch:
+    """Compile a search for a TPU slice with the TPU compiler, on any machine, without weights.
+
+    Prints what each chip holds, what each program needs beside it, what is exchanged between chips,
+    and an estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
+    'w2s-jax[tpu]'.
+    """
+
+    policy: Annotated[str, arg(metavar="DIR|FILE|ID")]
+    """Model that writes: a folder, a config.json, or an id on the hub; no weights are read."""
+    tuned: Annotated[str, arg(metavar="DIR|FILE|ID")]
+    """The guide's tuned model."""
+    untuned: Annotated[str | None, arg(metavar="DIR|FILE|ID")] = None
+    """The guide's untuned model, by default of the tuned model's shape."""
+    topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
+    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
+    mesh: Annotated[str | None, arg(metavar="SPEC")] = None
+    """Device mesh such as data=2,tensor=8; by default as many tensor parts as the policy has
+    key/value heads. dcn_data=2 plans for two such slices."""
+    policy_rules: Annotated[str, arg(metavar="RULES")] = "search"
+    """How the mesh splits the policy, as of `w2s search`."""
+    guide_rules: Annotated[str, arg(metavar="RULES")] = "search"
+    """How the mesh splits the guide."""
+    beam_width: Annotated[int, arg(aliases=["--w"])] = 2
+    """W, hypotheses kept."""
+    successors: Annotated[int, arg(aliases=["--k"])] = 2
+    """K, successors sampled from each hypothesis."""
+    chunk_length: Annotated[int, arg(aliases=["--l"])] = 30
+    """L, tokens in a chunk."""
+    prompt_tokens: int = 512
+    """Tokens of the longest prompt."""
+    max_new_tokens: int = 2048
+    """Tokens of the longest response."""
+    batch_size: int = 16
+    """Prompts searched side by side."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the weights."""
+    quantise_policy: Annotated[str | None, arg(metavar="SPEC")] = None
+    """Hold the policy's weights in int8 or int4, as of `w2s search`."""
+    policy_cache: Literal["auto", "int8"] = "auto"
+    """What the policy's keys and values are kept as."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write the figures to FILE as JSON."""
+
+    def run(self) -> None:
+        """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
+        from rich.console import Console
+
+        from w2s_jax.plan.measure import show
+        from w2s_jax.text.atomic import check_writable, write_whole
+
+        if self.json is not None:
+            check_writable(self.json)
+        plan = self.plan()
+        show(Console(), plan)
+        if self.json is not None:
+            write_whole(self.json, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
+        if not plan.fits:
+            sys.exit(1)
+
+    def plan(self) -> "Plan":
+        """The plan, with a line on stderr for each program that is compiled."""
+        from w2s_jax.ops.meshes import make_mesh, spec_of
+        from w2s_jax.plan.measure import plan_search
+        from w2s_jax.plan.programs import search_programs
+        from w2s_jax.plan.topology import open_slice
+
+        shapes = self.shapes()
+        place = open_slice(self.topology, slices_of(self.mesh))
+        spec = self.mesh
+        if spec is None:
+            tensor = min(shapes.policy.kv_heads, len(place.devices))
+            spec = spec_of((len(place.devices) // tensor, 1, tensor))
+        mesh = make_mesh(spec, place.devices)
+        found = search_programs(shapes, mesh)
+
+        def tell(name: str) -> None:
+            print(f"compiling {name} for {place.name}", file=sys.stderr, flush=True)
+
+        return plan_search(shapes, found, place, spec, tell)
+
+    def shapes(self) -> "SearchShapes":
+        """The models and the settings; InputError for what is wrong."""
+        from w2s_jax.models.quantize import read_quantize
+        from w2s_jax.ops.sharding import parse_rules
+        from w2s_jax.plan.programs import SearchShapes
+        from w2s_jax.plan.shapes import shape_of
+        from w2s_jax.plan.topology import check_topology
+        from w2s_jax.search.presets import cbs
+
+        check_topology(self.topology)
+        for flag, size in (
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--batch-size", self.batch_size),
+        ):
+            if size < 1:
+                raise InputError(f"{flag} is {size}; it must be at least 1")
+        beam = (self.beam_width, self.successors, self.chunk_length)
+        return SearchShapes(
+            policy=shape_of(self.policy),
+            tuned=shape_of(self.tuned),
+            untuned=shape_of(self.untuned or self.tuned),
+            config=cbs(*beam, max_new_tokens=self.max_new_tokens, policy_cache=self.policy_cache),
+            prompt_tokens=self.prompt_tokens,
+            slots=self.batch_size,
+            dtype=self.dtype,
+            policy_rules=parse_rules(self.policy_rules),
+            guide_rules=parse_rules(self.guide_rules),
+            quantize=read_quantize(self.quantise_policy) if self.quantise_policy else None,
+        )
+
+
+def slices_of(mesh: str | None) -> int:
+    """How many slices a mesh spec is for: the product of its dcn axes."""
+    from w2s_jax.ops.meshes import DCN_AXES
+
+    count = 1
+    for part in (mesh or "").split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis in DCN_AXES and size.isdecimal():
+            count *= int(size)
+    return count

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for slices that are not here: what fits, and what it moves."""

@@ -1,0 +1,199 @@
+"""Programs compiled for a slice that is not here: memory, exchanges, an estimate of the time.
+
+The compiler's own figures, but for the time, which follows from published rates of the chip.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from w2s_jax.plan.compiled import Collective, collectives, gathers_of
+from w2s_jax.plan.operations import matmul_operations
+from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
+from w2s_jax.plan.topology import Slice
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """All collectives of a kind: how many in a call, and the bytes that each device sends."""
+
+    kind: str
+    count: int
+    moved: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler says of a program, in bytes of each device.
+
+    arguments: weights, caches and all else that goes in; temporary: what is needed beside them.
+    refusal: why it does not fit, in the compiler's words. operations: of matmuls, of one device's
+    even share. seconds: the estimate of a call. gathered: weights that a loop gathers whole.
+    """
+
+    name: str
+    calls: int
+    arguments: int = 0
+    temporary: int = 0
+    refusal: str | None = None
+    operations: float = 0.0
+    reads: float = 0.0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    exchanges: tuple[Exchange, ...] = ()
+    gathered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search on a slice.
+
+    held: bytes of each device that stay between programs, by name. seconds: the estimate of a batch
+    of prompts, from prefill to the last chunk. fits: every program compiles, and what is held fits
+    beside the temporaries of each.
+    """
+
+    topology: str
+    mesh: str
+    devices: int
+    memory: float
+    held: Mapping[str, int]
+    programs: tuple[Measured, ...]
+    fits: bool
+    seconds: float
+    tokens_per_second: float
+
+    def as_row(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return asdict(self)
+
+
+def plan_search(
+    shapes: SearchShapes,
+    found: SearchPrograms,
+    place: Slice,
+    mesh: str,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compile every program of a search for a slice; `tell` hears of each before it is compiled."""
+    measured = []
+    for program in found.programs:
+        tell(program.name)
+        measured.append(measure(program, place, found.wholes))
+    held = sum(found.held.values())
+    beside = max((one.temporary for one in measured), default=0)
+    chunks = shapes.config.chunks
+    seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured)
+    tokens = shapes.slots * shapes.config.max_new_tokens
+    refused = any(one.refusal for one in measured)
+    return Plan(
+        topology=place.name,
+        mesh=mesh,
+        devices=len(place.devices),
+        memory=float(place.chip.memory),
+        held=dict(found.held),
+        programs=tuple(measured),
+        fits=not refused and held + beside <= place.chip.memory,
+        seconds=seconds,
+        tokens_per_second=0.0 if refused or not seconds else tokens / seconds,
+    )
+
+
+def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]]) -> Measured:
+    """Compile one program for a slice."""
+    traced = program.trace()
+    operations = matmul_operations(traced.jaxpr) / len(place.devices)
+    start = time.monotonic()
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Measured(program.name, program.calls, refusal=_refusal(str(error)))
+    spent = time.monotonic() - start
+    used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text())
+    chip = place.chip
+    moved = sum(one.moved for one in exchanged)
+    return Measured(
+        name=program.name,
+        calls=program.calls,
+        arguments=used.argument_size_in_bytes,
+        temporary=used.temp_size_in_bytes
+        + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
+        operations=operations,
+        reads=program.reads,
+        # Two links of a ring carry at once; nothing is assumed to overlap with the exchange.
+        seconds=max(operations / chip.operations, program.reads / chip.bandwidth)
+        + moved / (2 * chip.link),
+        compile_seconds=spent,
+        exchanges=_by_kind(exchanged),
+        gathered=tuple(sorted({name for name, _ in gathers_of(exchanged, wholes)})),
+    )
+
+
+def _refusal(message: str) -> str:
+    """The two sizes that the compiler names, where it does."""
+    sizes = re.search(r"Used (\S+) of (\S+) hbm", message)
+    if sizes:
+        return f"needs {sizes[1]} of {sizes[2]}"
+    return " ".join(message.split())[:160]
+
+
+def _by_kind(found: Sequence[Collective]) -> tuple[Exchange, ...]:
+    kinds: dict[str, list[Collective]] = {}
+    for one in found:
+        kinds.setdefault(one.kind, []).append(one)
+    return tuple(
+        Exchange(kind, sum(one.times for one in own), sum(one.moved for one in own))
+        for kind, own in sorted(kinds.items())
+    )
+
+
+def show(console: Console, plan: Plan) -> None:
+    """Print the plan as tables."""
+    title = f"{plan.topology}, {plan.devices} chips, --mesh {plan.mesh}"
+    held = Table("held on each chip", "GiB", title=title, title_justify="left")
+    for name, size in plan.held.items():
+        held.add_row(name, f"{size / GIB:.2f}")
+    beside = max((one.temporary for one in plan.programs), default=0)
+    held.add_row("temporaries, the largest", f"{beside / GIB:.2f}", end_section=True)
+    total = sum(plan.held.values()) + beside
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    held.add_row(f"of {plan.memory / GIB:.0f} GiB: {verdict}", f"{total / GIB:.2f}")
+    console.print(held)
+    table = Table("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
+    sent = Table("exchanges of a call of", "kind", "times", "MiB sent by each chip")
+    for one in plan.programs:
+        if one.refusal:
+            table.add_row(one.name, one.refusal, *("",) * 5)
+            continue
+        table.add_row(
+            one.name,
+            f"{one.arguments / GIB:.2f}",
+            f"{one.temporary / GIB:.2f}",
+            f"{one.operations / 1e12:.2f}",
+            f"{one.reads / GIB:.1f}",
+            f"{sum(x.moved for x in one.exchanges) / 2**20:,.0f}",
+            f"{1e3 * one.seconds:,.0f} ms",
+        )
+        for x in one.exchanges:
+            sent.add_row(one.name, x.kind, f"{x.count:,}", f"{x.moved / 2**20:,.1f}")
+    console.print(table)
+    console.print(sent)
+    spent = sum(one.compile_seconds for one in plan.programs)
+    console.print(f"compiled in {spent:.0f} s")
+    for one in plan.programs:
+        if one.gathered:
+            console.print(f"{one.name}: a loop gathers whole weights: {', '.join(one.gathered)}")
+    if plan.tokens_per_second:
+        console.print(
+            f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens of "
+            f"kept responses a second, {plan.seconds:,.0f} s for a batch"
+        )

@@ -1,0 +1,45 @@
+"""Matmul operations of a program, counted from its jaxpr: loops by their length, nothing compiled.
+
+Counts are of the whole program, whatever devices share it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+
+def matmul_operations(jaxpr: Any) -> float:
+    """Multiplications and additions of all dot products; a loop whose length is not known is one.
+
+    jaxpr: a (closed) jaxpr, as `jax.make_jaxpr` or `traced.jaxpr` gives. Of branches the costliest
+    counts.
+    """
+    found = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            found += _dot(equation)
+            continue
+        inner = [matmul_operations(one) for one in _inside(parameters)]
+        if name == "scan":
+            found += parameters["length"] * sum(inner)
+        elif name == "cond":
+            found += max(inner, default=0.0)
+        else:
+            found += sum(inner)
+    return found
+
+
+def _dot(equation: Any) -> float:
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+
+
+def _inside(parameters: Any) -> Iterator[Any]:
+    for value in parameters.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
+                yield one

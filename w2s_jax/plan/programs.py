@@ -1,0 +1,283 @@
+"""The programs of a search for models that are not here: shapes and shardings, ready to compile.
+
+They are those that `search` runs. What the compiler says of them is in `measure.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from w2s_jax.decode.reader import start_cache
+from w2s_jax.models.cache import KVCache, cache_axes
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.quantize import QuantizeConfig
+from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree
+from w2s_jax.search import reading_programs, session, step
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.guides import LARGEST_PADDING, Guide, SearchModels, search_models
+from w2s_jax.search.results import Request
+from w2s_jax.search.scorers import NoScore
+from w2s_jax.search.sizes import bucket
+from w2s_jax.search.state import SearchState, start_search, state_axes
+
+TUNED, UNTUNED = "tuned", "untuned"
+MERGES = 2
+"""Tokens by which a text may be longer than a chunk in a guide's own vocabulary."""
+
+
+@dataclass(frozen=True)
+class SearchShapes:
+    """A search to be planned: models by their shapes, settings, prompts side by side.
+
+    Guides whose vocabulary is not the policy's read texts, by programs of their own.
+    """
+
+    policy: ModelConfig
+    tuned: ModelConfig
+    untuned: ModelConfig
+    config: SearchConfig
+    prompt_tokens: int
+    slots: int
+    dtype: str = "bfloat16"
+    policy_rules: Rules = SEARCH_RULES
+    guide_rules: Rules = SEARCH_RULES
+    quantize: QuantizeConfig | None = None
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether the guides read the policy's tokens."""
+        sizes = (self.tuned.vocab_size, self.untuned.vocab_size)
+        return all(abs(size - self.policy.vocab_size) <= LARGEST_PADDING for size in sizes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments.
+
+    calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
+    and writes in one call, of weights and caches.
+    """
+
+    name: str
+    trace: Callable[[], Any]
+    calls: int
+    reads: float
+
+
+@dataclass(frozen=True)
+class SearchPrograms:
+    """All programs of a search, and what stays on the devices between them, by name, in bytes."""
+
+    programs: tuple[Program, ...]
+    held: Mapping[str, int]
+    wholes: Mapping[str, tuple[int, ...]]
+
+
+def search_programs(shapes: SearchShapes, mesh: Mesh) -> SearchPrograms:
+    """The programs of a search on a mesh; InputError where the mesh does not divide an array."""
+    policy = _abstract(shapes.policy, shapes, mesh, shapes.policy_rules, shapes.quantize)
+    tuned, untuned = (
+        _abstract(config, shapes, mesh, shapes.guide_rules)
+        for config in (shapes.tuned, shapes.untuned)
+    )
+    held = {"policy": nbytes(policy), TUNED: nbytes(tuned), UNTUNED: nbytes(untuned)}
+    wholes = {
+        f"{role}/{name}": shape
+        for role, model in (("policy", policy), (TUNED, tuned), (UNTUNED, untuned))
+        for name, shape in _layer_shapes(model).items()
+    }
+    build = _on_tokens if shapes.on_tokens else _on_text
+    programs, caches = build(shapes, mesh, policy, tuned, untuned)
+    return SearchPrograms(tuple(programs), held | caches, wholes)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes that the fullest device holds of arrays with shardings."""
+
+    def shard(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
+        return int(np.prod(shape, dtype=np.int64)) * bits // 8
+
+    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _on_tokens(
+    shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
+) -> tuple[list[Program], dict[str, int]]:
+    models = search_models(policy, Guide(tuned, untuned))
+    state = _abstract_state(models, shapes.config, shapes, mesh)
+    length = shapes.config.length
+    own, others = nbytes(state.proposer), nbytes(state.scorer)
+    weights = nbytes(policy), nbytes((tuned, untuned))
+    reads = length * (weights[0] + own) + weights[1] + others + 2 * (own + others)
+    programs = [
+        _insertion(models, state, shapes, sum(weights)),
+        Program("search_step", lambda: step.search_step.trace(models, state), 1, reads),
+    ]
+    return programs, {"policy's cache": own, "guides' caches": others, "state": _rest(state)}
+
+
+def _on_text(
+    shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
+) -> tuple[list[Program], dict[str, int]]:
+    config = replace(shapes.config, scorer=NoScore())
+    models = search_models(policy, None)
+    state = _abstract_state(models, config, shapes, mesh, texts=1)
+    rows = (shapes.slots, config.rows)
+    _, proposal = jax.eval_shape(step.propose, models, state)
+    totals = jax.ShapeDtypeStruct((*rows, 1), jnp.float32)
+    own = nbytes(state.proposer)
+    programs = [
+        _insertion(models, state, shapes, nbytes(policy)),
+        Program(
+            "propose",
+            lambda: session._propose.trace(models, state),
+            1,
+            config.length * (nbytes(policy) + own),
+        ),
+        Program(
+            "select", lambda: session._conclude.trace(models, state, proposal, totals), 1, 2 * own
+        ),
+    ]
+    held = {"policy's cache": own, "state": _rest(state)}
+    for role, model in ((TUNED, tuned), (UNTUNED, untuned)):
+        cache = _abstract_cache(model, shapes)
+        held[f"{role}'s cache"] = nbytes(cache)
+        programs += _reading(role, model, cache, shapes)
+    return programs, held
+
+
+def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
+    """A guide that reads texts: a prompt, a chunk of every row, what was chosen."""
+    config, width = shapes.config, shapes.config.length + MERGES
+    each, rows = (shapes.slots, config.beam_width), (shapes.slots, config.rows)
+    whole, last = _ints(*each), _ints(*each)
+    tokens, longer = _ints(*rows, width), _ints(2, 0)
+    prefix = bucket(shapes.prompt_tokens)
+
+    def scoring() -> Any:
+        return reading_programs.read_rows.trace(
+            model, cache, whole, last, tokens, longer, first=width
+        )
+
+    found = jax.eval_shape(
+        lambda *given: reading_programs.read_rows(*given, first=width),
+        model, cache, whole, last, tokens, longer,
+    )  # fmt: skip
+    own, size = nbytes(model), nbytes(cache)
+    return [
+        Program(
+            f"{role} reads a prompt",
+            lambda: reading_programs.prefill_slot.trace(
+                model, cache, _ints(), _ints(prefix), _ints()
+            ),
+            0,
+            own,
+        ),
+        Program(f"{role} scores", scoring, 1, own + size),
+        Program(
+            f"{role} keeps",
+            lambda: reading_programs.keep.trace(cache, found[2], whole, last),
+            1,
+            2 * size,
+        ),
+    ]
+
+
+def _insertion(
+    models: SearchModels, state: SearchState, shapes: SearchShapes, weights: int
+) -> Program:
+    """A prompt into a slot: every model that reads tokens reads it."""
+    request = Request(0, ((1,),))
+    room = bucket(shapes.prompt_tokens) + 1
+    given = (np.int32(0), session._draws(state.config, request), _ints(1, room), _ints(1))
+    return Program("prefill", lambda: session._insert.trace(models, state, *given), 0, weights)
+
+
+def _abstract(
+    config: ModelConfig,
+    shapes: SearchShapes,
+    mesh: Mesh,
+    rules: Rules,
+    quantize: QuantizeConfig | None = None,
+) -> Model:
+    model, axes = abstract_model(config, dtype=shapes.dtype, scan_layers=True, quantize_as=quantize)
+    params = _placed(model.params, resolve_tree(axes, model.params, rules, mesh))
+    return Model(config, params, Placement(mesh, rules))
+
+
+def _abstract_state(
+    models: SearchModels, config: SearchConfig, shapes: SearchShapes, mesh: Mesh, texts: int = 0
+) -> SearchState:
+    def start(models: SearchModels) -> SearchState:
+        return start_search(
+            models,
+            config,
+            slots=shapes.slots,
+            prefix_capacity=bucket(shapes.prompt_tokens),
+            text_objectives=texts,
+            mesh=mesh,
+            rules=shapes.policy_rules,
+        )
+
+    state = jax.eval_shape(start, models)
+    rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
+    rest = _placed(rest, resolve_tree(axes, rest, shapes.policy_rules, mesh))
+    caches = (tuple(map(_placed_cache, part)) for part in (state.proposer, state.scorer))
+    return replace(rest, **dict(zip(("proposer", "scorer"), caches, strict=True)))
+
+
+def _abstract_cache(model: Model, shapes: SearchShapes) -> KVCache:
+    config = shapes.config
+    width = config.length + MERGES
+    cache = jax.eval_shape(
+        lambda model: start_cache(
+            model,
+            slots=shapes.slots,
+            hypotheses=config.beam_width,
+            prefix_capacity=bucket(shapes.prompt_tokens),
+            committed_capacity=bucket(config.max_new_tokens + width),
+        ),
+        model,
+    )
+    return _placed_cache(cache)
+
+
+def _placed_cache(cache: KVCache) -> KVCache:
+    place = cache.placement
+    assert place.mesh is not None
+    return _placed(cache, resolve_tree(cache_axes(cache), cache, place.rules, place.mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        shardings,
+    )
+
+
+def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every weight of two dimensions or more, of one layer."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = leaf.shape[1:] if name.startswith("layers/") else leaf.shape
+        if len(shape) > 1:
+            found[name] = tuple(shape)
+    return found
+
+
+def _rest(state: SearchState) -> int:
+    return nbytes(replace(state, proposer=(), scorer=()))
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
