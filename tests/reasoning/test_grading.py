@@ -59,7 +59,9 @@ def test_an_empty_prediction_is_never_right():
 def test_a_bad_answer_costs_itself_only(command, reason):
     answers = ["a", "b", command, "c", "d", "e"]
     golds = dict(enumerate(answers))
-    graded = grade(rows_of(*answers), golds, BAD, "math", workers=1, seconds=0.5, memory_mb=256)
+    # A busy machine takes long to fill a memory.
+    limit = 0.5 if reason.startswith("timed out") else 20.0
+    graded = grade(rows_of(*answers), golds, BAD, "math", workers=1, seconds=limit, memory_mb=256)
     assert [row["pred"] for row in graded] == answers
     assert [row["result"] for row in graded] == [True, True, False, True, True, True]
     assert [row.get("error") for row in graded] == [None, None, reason, None, None, None]

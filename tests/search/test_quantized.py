@@ -142,7 +142,7 @@ from tests.search.test_quantized import PROMPTS, quantized
 from tests.tiny import tiny_model
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.search import Guide, search, search_models, search_step, start_search
 from w2s_jax.search.presets import cbs
 
