@@ -63,6 +63,23 @@ def test_wrong_flags(flags, message, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5e"], "topology 'v5e'"),
+        (["--max-length=1"], "--max-length 1 is below 2"),
+        (["--lora-rank=0"], "LoRA rank 0"),
+        (["--model=no/such-dir/here"], "no/such-dir/here"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_wrong_flags_of_trainings(command, flags, message, capsys):
+    assert main(["plan", command, "--model=meta-llama/Meta-Llama-3-8B", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_chips_are_ordered_by_their_figures():
     assert CHIPS["v6e"].operations > CHIPS["v5p"].operations > CHIPS["v5e"].operations
     assert all(1e11 < chip.bandwidth < 1e13 for chip in CHIPS.values())
@@ -103,3 +120,31 @@ def test_a_small_search_is_compiled_for_a_slice(tmp_path, run_python, vocabulary
         assert not one["refusal"]
         assert not one["gathered"], one
         assert 0 < one["arguments"] < 2**26
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+@pytest.mark.parametrize(("command", "flags"), [("sft", []), ("dpo", ["--lora-rank=4"])])
+def test_a_training_step_is_compiled_for_a_slice(tmp_path, run_python, command, flags):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "plan.json"
+    arguments = [
+        "plan", command, f"--model={tmp_path}/model.json", "--topology=v6e:2x2",
+        "--mesh=data=2,fsdp=2", "--batch-size=4", "--max-length=64", f"--json={out}", *flags,
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    plan = json.loads(out.read_text())
+    (step,) = plan["programs"]
+    assert plan["fits"]
+    assert not step["refusal"]
+    # Widths over fsdp; float32 where trained, else bfloat16.
+    weights = 2 * (3 * 256 * 512 + 2 * 256 * 128 * (8 + 4)) + 2 * 256 * 1024 + 256 * 5
+    held = plan["held"]
+    if flags:
+        assert held["frozen parameters"] == 2 * weights // 2
+        assert 0 < held["trained parameters"] < held["frozen parameters"] / 4
+    else:
+        assert held["trained parameters"] == 4 * weights // 2
+        assert held["frozen parameters"] == 0
+    assert held["optimizer"] == pytest.approx(2 * held["trained parameters"], rel=1e-3)
+    assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}

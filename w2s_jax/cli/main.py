@@ -32,6 +32,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("lm-eval",): ("lm_eval", "LMEval", "tasks of lm-evaluation-harness on a steered policy"),
     ("serve",): ("serve", "Serve", "answer OpenAI's API with a steered policy"),
     ("plan", "search"): ("plan", "PlanSearch", "compile a search for a TPU slice: does it fit?"),
+    ("plan", "sft"): ("plan", "PlanSFT", "compile a step of sft for a TPU slice"),
+    ("plan", "dpo"): ("plan", "PlanDPO", "compile a step of dpo for a TPU slice"),
     ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
     ("bench", "train"): ("bench", "BenchTrain", "measure training on random weights, and TRL's"),
 }

@@ -1,9 +1,9 @@
-"""`w2s plan search`: what a search takes of a TPU slice that is not here."""
+"""`w2s plan`: what a search or a training takes of a TPU slice that is not here."""
 
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -12,6 +12,7 @@ from w2s_jax.errors import InputError
 if TYPE_CHECKING:
     from w2s_jax.plan.measure import Plan
     from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.plan.training import TrainingShapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +62,11 @@ class PlanSearch:
 
     def run(self) -> None:
         """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
-        from rich.console import Console
-
-        from w2s_jax.plan.measure import show
-        from w2s_jax.text.atomic import check_writable, write_whole
+        from w2s_jax.text.atomic import check_writable
 
         if self.json is not None:
             check_writable(self.json)
-        plan = self.plan()
-        show(Console(), plan)
-        if self.json is not None:
-            write_whole(self.json, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
-        if not plan.fits:
-            sys.exit(1)
+        _show(self.plan(), self.json)
 
     def plan(self) -> "Plan":
         """The plan, with a line on stderr for each program that is compiled."""
@@ -125,6 +118,116 @@ class PlanSearch:
             guide_rules=parse_rules(self.guide_rules),
             quantize=read_quantize(self.quantise_policy) if self.quantise_policy else None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTraining:
+    """What plans of both trainings are told."""
+
+    model: Annotated[str, arg(metavar="DIR|FILE|ID")]
+    """Model to train: a folder, a config.json, or an id on the hub; no weights are read."""
+    topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
+    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
+    mesh: Annotated[str, arg(metavar="SPEC")] = "fsdp=-1"
+    """Device mesh such as fsdp=8,tensor=2; dcn_data=2 plans for two such slices."""
+    batch_size: int = 16
+    """Examples of a step, in pairs for dpo."""
+    accumulate: int = 1
+    """Cut a step into so many micro-batches."""
+    max_length: int = 2048
+    """Tokens of an example, prompt and response."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank on a frozen base, in place of all parameters."""
+    remat: Literal["none", "full", "dots"] = "full"
+    """What a backward pass computes again."""
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    """The optimizer, as of `w2s sft`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What is computed in; trained parameters stay float32."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write the figures to FILE as JSON."""
+
+    objective: ClassVar[Literal["sft", "dpo"]] = "sft"
+
+    def run(self) -> None:
+        """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
+        from w2s_jax.text.atomic import check_writable
+
+        if self.json is not None:
+            check_writable(self.json)
+        _show(self.plan(), self.json)
+
+    def plan(self) -> "Plan":
+        """The plan of one step."""
+        from w2s_jax.ops.meshes import make_mesh
+        from w2s_jax.plan.measure import plan_training
+        from w2s_jax.plan.topology import open_slice
+        from w2s_jax.plan.training import training_program
+
+        shapes = self.shapes()
+        place = open_slice(self.topology, slices_of(self.mesh))
+        found = training_program(shapes, make_mesh(self.mesh, place.devices))
+        print(f"compiling the training step for {place.name}", file=sys.stderr, flush=True)
+        return plan_training(shapes, found, place, self.mesh)
+
+    def shapes(self) -> "TrainingShapes":
+        """The model and the settings; InputError for what is wrong."""
+        from w2s_jax.models.lora import LoraConfig
+        from w2s_jax.plan.shapes import shape_of
+        from w2s_jax.plan.topology import check_topology
+        from w2s_jax.plan.training import TrainingShapes
+        from w2s_jax.train.optimizers import OptimizerConfig
+
+        check_topology(self.topology)
+        if self.max_length < 2:
+            raise InputError(f"--max-length {self.max_length} is below 2")
+        return TrainingShapes(
+            model=shape_of(self.model),
+            objective=self.objective,
+            rows=self.batch_size,
+            length=self.max_length,
+            accumulate=self.accumulate,
+            lora=None if self.lora_rank is None else LoraConfig(rank=self.lora_rank),
+            dtype=self.dtype,
+            remat=self.remat,
+            optimizer=OptimizerConfig(name=self.optimizer),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSFT(PlanTraining):
+    """Compile a step of `w2s sft` for a TPU slice, on any machine, without weights.
+
+    Prints what each chip holds and needs beside it, what is exchanged between chips, and an
+    estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
+    'w2s-jax[tpu]'.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDPO(PlanTraining):
+    """Compile a step of `w2s dpo` for a TPU slice, on any machine, without weights.
+
+    The reference's log-probs are precomputed. Prints what each chip holds and needs beside it, what
+    is exchanged between chips, and an estimate of the speed. Exits with 1 where it does not fit.
+    Needs libtpu: pip install 'w2s-jax[tpu]'.
+    """
+
+    objective: ClassVar[Literal["sft", "dpo"]] = "dpo"
+
+
+def _show(plan: "Plan", path: str | None) -> None:
+    """Print a plan, write it as JSON, and exit with 1 where it does not fit."""
+    from rich.console import Console
+
+    from w2s_jax.plan.measure import show
+    from w2s_jax.text.atomic import write_whole
+
+    show(Console(), plan)
+    if path is not None:
+        write_whole(path, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
+    if not plan.fits:
+        sys.exit(1)
 
 
 def slices_of(mesh: str | None) -> int:

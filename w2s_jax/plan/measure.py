@@ -16,6 +16,7 @@ from w2s_jax.plan.compiled import Collective, collectives, gathers_of
 from w2s_jax.plan.operations import matmul_operations
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
 from w2s_jax.plan.topology import Slice
+from w2s_jax.plan.training import TrainingProgram, TrainingShapes
 
 GIB = 2**30
 
@@ -53,11 +54,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """A search on a slice.
+    """A search, or a training, on a slice.
 
     held: bytes of each device that stay between programs, by name. seconds: the estimate of a batch
-    of prompts, from prefill to the last chunk. fits: every program compiles, and what is held fits
-    beside the temporaries of each.
+    of prompts, from prefill to the last chunk, or of a step. fits: every program compiles, and what
+    is held fits beside the temporaries of each.
     """
 
     topology: str
@@ -87,20 +88,36 @@ def plan_search(
     for program in found.programs:
         tell(program.name)
         measured.append(measure(program, place, found.wholes))
-    held = sum(found.held.values())
-    beside = max((one.temporary for one in measured), default=0)
     chunks = shapes.config.chunks
     seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured)
     tokens = shapes.slots * shapes.config.max_new_tokens
+    return _plan(place, mesh, found.held, measured, seconds, tokens)
+
+
+def plan_training(shapes: TrainingShapes, found: TrainingProgram, place: Slice, mesh: str) -> Plan:
+    """Compile a training step for a slice."""
+    step = measure(found.program, place, {})
+    return _plan(place, mesh, found.held, [step], step.seconds, shapes.tokens)
+
+
+def _plan(
+    place: Slice,
+    mesh: str,
+    held: Mapping[str, int],
+    measured: Sequence[Measured],
+    seconds: float,
+    tokens: int,
+) -> Plan:
+    beside = max((one.temporary for one in measured), default=0)
     refused = any(one.refusal for one in measured)
     return Plan(
         topology=place.name,
         mesh=mesh,
         devices=len(place.devices),
         memory=float(place.chip.memory),
-        held=dict(found.held),
+        held=dict(held),
         programs=tuple(measured),
-        fits=not refused and held + beside <= place.chip.memory,
+        fits=not refused and sum(held.values()) + beside <= place.chip.memory,
         seconds=seconds,
         tokens_per_second=0.0 if refused or not seconds else tokens / seconds,
     )
@@ -194,6 +211,6 @@ def show(console: Console, plan: Plan) -> None:
             console.print(f"{one.name}: a loop gathers whole weights: {', '.join(one.gathered)}")
     if plan.tokens_per_second:
         console.print(
-            f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens of "
-            f"kept responses a second, {plan.seconds:,.0f} s for a batch"
+            f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens a "
+            f"second, {plan.seconds:,.1f} s for a batch"
         )

@@ -1,0 +1,101 @@
+"""A training step for a model that is not here: shapes and shardings, ready to compile.
+
+It is the step that `w2s sft` and `w2s dpo` run. Compiling is in `measure.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.forward import Remat
+from w2s_jax.models.lora import LoraConfig, abstract_adapter
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.plan.programs import Program, nbytes
+from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
+from w2s_jax.train.placing import batch_parts, check_batch
+from w2s_jax.train.preference_config import PreferenceConfig
+from w2s_jax.train.step import make_train_step
+
+
+@dataclass(frozen=True)
+class TrainingShapes:
+    """A training to be planned. Trained parameters and the optimizer are float32.
+
+    Attributes:
+        rows: examples of a step; a pair of responses is one.
+        lora: adapters on a base that is held in `dtype`, or None to train all parameters.
+        dtype: what is computed in.
+    """
+
+    model: ModelConfig
+    objective: Literal["sft", "dpo"]
+    rows: int
+    length: int
+    accumulate: int = 1
+    lora: LoraConfig | None = None
+    dtype: str = "bfloat16"
+    remat: Remat = "full"
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
+    rules: Rules = DEFAULT_RULES
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step reads, of the longest rows."""
+        return self.rows * self.length * (2 if self.objective == "dpo" else 1)
+
+
+@dataclass(frozen=True)
+class TrainingProgram:
+    """The step, what it holds on each device by name, in bytes, and the weights' whole shapes."""
+
+    program: Program
+    held: dict[str, int]
+
+
+def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
+    """The step on a mesh; InputError where the mesh does not divide an array or the rows."""
+    check_batch(shapes.rows, shapes.accumulate, mesh, flag="--batch-size")
+    options: dict[str, Any] = {"scan_layers": True, "mesh": mesh, "rules": shapes.rules}
+    frozen: dict[str, Any] = {}
+    if shapes.lora is None:
+        params = abstract_on_mesh(shapes.model, dtype=jnp.float32, **options).params
+    else:
+        params = abstract_adapter(shapes.model, shapes.lora, **options)
+        frozen[BASE] = abstract_on_mesh(shapes.model, dtype=shapes.dtype, **options)
+    policy = Policy(shapes.model, shapes.lora, shapes.remat, batch_parts(mesh))
+    pairs = shapes.objective == "dpo"
+    loss = preference_objective(policy, PreferenceConfig()) if pairs else sft_loss(policy)
+    optimizer = make_optimizer(shapes.optimizer, 1000)
+    state = abstract_state(params, optimizer)
+    batch = abstract_batch(_batch(shapes), mesh)
+    step = make_train_step(
+        loss, optimizer, accumulate=shapes.accumulate, compute_dtype=shapes.dtype, mesh=mesh
+    )
+    held = {
+        "trained parameters": nbytes(state.params),
+        "optimizer": nbytes(state.optimizer),
+        "frozen parameters": nbytes(frozen),
+        "batch": nbytes(batch),
+    }
+    # Forward, backward and what is computed again read the weights; the update reads and writes.
+    weights = held["frozen parameters"] or held["trained parameters"]
+    reads = 3.0 * shapes.accumulate * weights
+    reads += 2.0 * (held["trained parameters"] + held["optimizer"])
+    trace = lambda: step.trace(state, frozen, batch)  # type: ignore[attr-defined]  # noqa: E731
+    return TrainingProgram(Program("training step", trace, 1, reads), held)
+
+
+def _batch(shapes: TrainingShapes) -> dict[str, tuple[tuple[int, ...], str]]:
+    sides = (2,) if shapes.objective == "dpo" else ()
+    rows = (shapes.rows, *sides, shapes.length)
+    found: dict[str, tuple[tuple[int, ...], str]] = {
+        "tokens": (rows, "int32"), "segments": (rows, "int32"), "targets": (rows, "bool")
+    }  # fmt: skip
+    if sides:
+        found["reference"] = ((shapes.rows, 2), "float32")
+    return found
