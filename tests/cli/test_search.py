@@ -167,17 +167,23 @@ def test_other_settings_do_not_take_up_a_journal_but_another_batch_size_does(
 
 @pytest.mark.slow
 def test_a_mesh_splits_the_slots_and_changes_no_response(models, prompts, tmp_path, run_python):
-    single, split = tmp_path / "single.jsonl", tmp_path / "split.jsonl"
+    single = tmp_path / "single.jsonl"
     assert search(models, prompts, single) == 0
-    files = ["--prompts", str(prompts), "--output", str(split)]
-    flags = ["search", *models, *files, *SMALL, "--batch-size", "2"]
+    wanted = [row["response"] for row in read_jsonl(single)]
     code = "from w2s_jax.cli.main import main; print('status', main({!r}))"
-    for mesh, status in (("data=2", 0), ("tensor=2", 2)):
-        out = run_python(code.format([*flags, "--mesh", mesh]), devices=2)
+    for mesh, status, told in (
+        ("data=2", 0, "the guide scores tokens on the device"),
+        ("tensor=2", 0, "policy: every device holds all 1 key/value heads"),
+        ("data=3", 2, ""),
+    ):
+        split = tmp_path / f"{mesh}.jsonl"
+        files = ["--prompts", str(prompts), "--output", str(split), "--mesh", mesh]
+        flags = ["search", *models, *files, *SMALL, "--batch-size", "2"]
+        out = run_python(code.format(flags), devices=2)
         assert f"status {status}" in out, out
+        assert told in out
         if status == 0:
-            found = [row["response"] for row in read_jsonl(split)]
-            assert found == [row["response"] for row in read_jsonl(single)]
+            assert [row["response"] for row in read_jsonl(split)] == wanted, mesh
 
 
 def replaced(models, role, folder):
