@@ -221,6 +221,15 @@ def _undivided(
     return InputError(f"{told}; {meshes}{whole}")
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct`s that lie as another tree says; allocates nothing."""
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        shardings,
+    )
+
+
 def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
     """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is."""
     if mesh is None:
