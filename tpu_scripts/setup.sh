@@ -42,6 +42,19 @@ while (($#)); do
     esac
 done
 check_common
+
+# check_secrets: wrong usage unless a shell reads every line of the file as one variable. A value is
+# never shown. What a worker's shell stumbles over would be missing without a word.
+check_secrets() {
+    local line number=0 name='[A-Za-z_][A-Za-z0-9_]*' plain='[]A-Za-z0-9_.,/:@%+=[-]*'
+    local single="'[^']*'" double='"[^"$`\\]*"'
+    while IFS= read -r line || [[ $line ]]; do
+        number=$((number + 1))
+        [[ $line =~ ^(export )?$name=($plain|$single|$double)$ || $line =~ ^[[:blank:]]*(#.*)?$ ]] ||
+            usage_error "$ENV_FILE, line $number: write KEY=VALUE, a VALUE of other than letters and digits as 'VALUE', and end lines as Unix does"
+    done <"$ENV_FILE"
+}
+
 case $SOURCE in
     '') usage_error "which package? --source git+https://..@REF, FILE.whl or checkout, or W2S_TPU_SOURCE" ;;
     git+*@* | checkout) ;;
@@ -50,6 +63,7 @@ case $SOURCE in
     *) usage_error "--source is git+https://..@REF, a .whl file or checkout, not '$SOURCE'" ;;
 esac
 [[ -z $ENV_FILE || -r $ENV_FILE ]] || usage_error "there is no file $ENV_FILE"
+[[ -z $ENV_FILE ]] || check_secrets
 [[ -z $MOUNT || $MOUNT =~ ^gs://[a-z0-9._-]+(/.*)?$ ]] ||
     usage_error "--mount takes gs://BUCKET or gs://BUCKET/PREFIX, not '$MOUNT'"
 

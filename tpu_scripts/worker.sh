@@ -152,10 +152,10 @@ supervise() {
     echo "$$ $(boot)" >"$folder/pid.new"
     mv "$folder/pid.new" "$folder/pid"
     if [[ -r env ]]; then
-        set -a
+        set -a +u # an unset name in it must not look like a machine that died
         # shellcheck source=/dev/null
         . ./env
-        set +a
+        set +a -u
     fi
     export PATH="$PWD/venv/bin:$PATH" PYTHONUNBUFFERED=1
     "$@" >>"$folder/log" 2>&1 || status=$?

@@ -4,6 +4,8 @@ import os
 import subprocess
 import tarfile
 
+import pytest
+
 from tests.tpu_scripts.conftest import ROOT
 
 GIT = "git+https://example.org/w2s.git@v1"
@@ -62,6 +64,28 @@ def test_a_wheel_secrets_and_a_mount(cloud):
     assert len(mounts) == 2
     assert "--only-dir=a/b" in mounts[0]
     assert "--metadata-cache-ttl-secs=0" in mounts[0]
+
+
+@pytest.mark.parametrize(
+    "line", ["T=a b", "T=$U", "T='a", "T=a;b", 'T="$U"', "T=a\r", "T = a", "a", "T=`a`", "1=a"]
+)
+def test_secrets_that_a_shell_would_lose_are_refused(cloud, line):
+    cloud.ready(set_up=False)
+    (cloud.work / "secrets").write_bytes(f"# mine\nGOOD=1\n{line}\n".encode())
+    done = cloud.run("setup.sh", "--source", f"{GIT}1", "--no-check", "--env-file", "secrets")
+    assert done.returncode == 2
+    assert "secrets, line 3: write KEY=VALUE" in done.stderr
+    assert not cloud.calls
+
+
+def test_secrets_in_quotes_come_as_they_are(cloud):
+    cloud.ready(set_up=False)
+    text = '# mine\n\nexport A=hf_a-B.c/d+e==\nB=\'a $b "c"\'\nC="it\'s"\nD='
+    (cloud.work / "secrets").write_text(text)
+    flags = ["--no-check", "--env-file", "secrets"]
+    assert cloud.run("setup.sh", "--source", f"{GIT}1", *flags).returncode == 0
+    shown = cloud.run("run.sh", "--", "bash", "-c", 'printf "<%s>" "$A" "$B" "$C" "$D"')
+    assert """<hf_a-B.c/d+e==><a $b "c"><it's><>""" in shown.stdout
 
 
 def test_this_checkout_as_it_is(cloud):
