@@ -51,6 +51,8 @@ def test_hosts_by_flag():
         ("a:1,2,-1", "give HOST:PORT,N,I"),
         ("a:1,2,2", "host 2 of 2; hosts are numbered from 0"),
         ("a,2,1", "address 'a' is not HOST:PORT"),
+        ("a:99999,2,0", "address 'a:99999': ports are 1 to 65535"),
+        ("a:0,2,0", "address 'a:0': ports are 1 to 65535"),
     ],
 )
 def test_wrong_flags_are_told(asked, problem):

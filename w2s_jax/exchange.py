@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import is_first, started
+from w2s_jax.hosts import is_first, own_number, started
 
 BLOCK = 8 * 2**20
 """Bytes that a host gives in one exchange."""
@@ -94,6 +94,8 @@ def agree(what: str, value: dict[str, Any]) -> None:
     """Raise InputError, on every host, unless all have the same JSON values; says which differ."""
     if not started():
         return
+    # Hosts that were told of different numbers of hosts start together all the same.
+    value = {"number of hosts": own_number()[1]} | value
     digests = {
         name: hashlib.sha256(json.dumps(one, sort_keys=True, default=str).encode()).hexdigest()
         for name, one in value.items()

@@ -54,6 +54,8 @@ class HostConfig:
             )
         if self.address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.address):
             raise InputError(f"{self.source}: address {self.address!r} is not HOST:PORT")
+        if self.address is not None and not 0 < int(self.address.rpartition(":")[2]) < 2**16:
+            raise InputError(f"{self.source}: address {self.address!r}: ports are 1 to 65535")
 
 
 Workers = Callable[[], tuple[int, int] | None]

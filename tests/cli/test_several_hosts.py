@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_search import PROMPTS, tiny
 from tests.conftest import ROOT
-from tests.processes import Hosts, run_hosts
+from tests.processes import MAIN, Hosts, run_hosts
 from w2s_jax.cli.main import main
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 
@@ -127,6 +127,18 @@ def test_an_error_on_one_host_ends_all_with_its_line(files, tmp_path):
     with Hosts(2, arguments, tmp_path, devices=1, folders=[here, there]) as hosts:
         assert hosts.statuses(90) == [2, 2]
         assert "host 1 has another search than host 0 (rows); start the same" in hosts.said(0)
+
+
+OF_THREE = 'sys.argv[-1] = sys.argv[-1].replace(",2,1", ",3,1"); sys.exit'
+OTHER_NUMBER = MAIN.replace("sys.exit", OF_THREE)
+
+
+def test_hosts_that_count_themselves_differently_are_told(files, tmp_path):
+    arguments = search(files, "out.jsonl")
+    with Hosts(2, arguments, tmp_path, devices=1, code=OTHER_NUMBER) as hosts:
+        assert hosts.statuses(90) == [2, 2]
+        told = "host 1 has another search than host 0 (number of hosts); start the same"
+        assert told in hosts.said(0) + hosts.said(1)
 
 
 SLEEP = """
