@@ -165,6 +165,28 @@ def test_other_settings_do_not_take_up_a_journal_but_another_batch_size_does(
     assert again[-1]["score"] == pytest.approx(rows[-1]["score"], abs=1e-4)
 
 
+MESHES = """
+import contextlib, io
+from w2s_jax.cli.main import main
+for flags, status, expected in (
+    (["--mesh=fsdp=8"], 2, "policy: embed/embedding: vocab of size 300 is not divisible by mesh"),
+    (["--mesh=data=8", "--batch-size=3"], 2, "3 is not divisible by 8 parts of the mesh; try 8\\n"),
+    (["--method=sample"], 0, "one of the 8 devices here is used; --mesh data=-1, say, uses all"),
+):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert main([*{!r}, *flags]) == status, told.getvalue()
+    assert expected in told.getvalue(), told.getvalue()
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_are_asked_for_and_a_mesh_that_fails_names_the_model(
+    models, prompts, tmp_path, run_python
+):
+    files = ["--prompts", str(prompts), "--output", str(tmp_path / "out.jsonl")]
+    run_python(MESHES.format(["search", *models, *files, *SMALL, "--batch-size=8"]), devices=8)
+
+
 @pytest.mark.slow
 def test_a_mesh_splits_the_slots_and_changes_no_response(models, prompts, tmp_path, run_python):
     single = tmp_path / "single.jsonl"

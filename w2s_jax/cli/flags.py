@@ -251,14 +251,23 @@ class Method:
 
 
 def mesh_of(spec: str | None) -> "Mesh | None":
-    """The mesh of --mesh; without the flag none on one host, and data=-1 on several, which is told.
+    """The mesh of --mesh; without the flag none on one host, and data=-1 on several.
+
+    What is used without the flag is told, where it is not all there is.
 
     Raises InputError as `make_mesh` does.
     """
+    import jax
+
     from w2s_jax.ops.meshes import make_mesh
 
-    if spec or not started():
-        return make_mesh(spec) if spec else None
+    if spec:
+        return make_mesh(spec)
+    if not started():
+        if jax.device_count() > 1:
+            told = f"one of the {jax.device_count()} devices here is used"
+            print(f"{told}; --mesh {OVER_HOSTS}, say, uses all", file=sys.stderr)
+        return None
     mesh = make_mesh(OVER_HOSTS)
     told = f"{own_number()[1]} hosts with {mesh.size} devices: --mesh {OVER_HOSTS}"
     print(f"{told}, as none is given", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
@@ -102,7 +103,11 @@ def load_decoders(
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": scan_layers}
     options["quantize"] = quantize
     for place, together in users.items():
-        base = load_model(place, rules=paths[together[0]], **options)
+        try:
+            base = load_model(place, rules=paths[together[0]], **options)
+        except InputError as error:
+            named = str(error) if place in str(error) else f"{place}: {error}"
+            raise InputError(named) from None
         merged = len(together) == 1
         for path in together:
             models[path] = base

@@ -77,9 +77,8 @@ def check_batch(rows: int, accumulate: int, mesh: Mesh | None, *, flag: str) -> 
     """Raises InputError where `rows` cannot be cut into micro-batches for all parts of the mesh."""
     parts = batch_parts(mesh)
     if accumulate < 1 or rows < 1 or rows % (accumulate * parts):
-        over = f" × {parts} parts of the mesh" if parts > 1 else ""
+        cuts = [f"{accumulate} micro-batches"] if accumulate != 1 or parts == 1 else []
+        over = " × ".join([*cuts, *([f"{parts} parts of the mesh"] if parts > 1 else [])])
         needed = max(1, accumulate) * parts
         nearest = max(needed, round(rows / needed) * needed)
-        raise InputError(
-            f"{flag} {rows} is not divisible by {accumulate} micro-batches{over}; try {nearest}"
-        )
+        raise InputError(f"{flag} {rows} is not divisible by {over}; try {nearest}")
