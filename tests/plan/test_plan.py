@@ -7,12 +7,11 @@ import pytest
 
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import CHIPS, chip_of, topologies
+from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, topologies
 from w2s_jax.plan.shapes import KNOWN, shape_of
-from w2s_jax.plan.topology import check_topology
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "v4:2x2x1"])
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "tpu7x:2x2x1"])
 def test_topologies(name):
     check_topology(name)
     assert name in topologies(chip_of(name).name)
@@ -43,7 +42,7 @@ def test_a_shape_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v7:2x2"], "no chip 'v7'; one of v4, v5e, v5p, v6e"),
+        (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x"),
         (["--batch-size=0"], "--batch-size is 0"),
         (["--quantise-policy=int3"], "int3"),
         (["--policy-rules=fast"], "no preset 'fast'"),

@@ -1,12 +1,11 @@
 """Devices of a slice that is not here: the TPU compiler's own description of it."""
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import CHIPS, Chip, chip_of
+from w2s_jax.plan.chips import Chip, check_topology, chip_of
 
 # So that libtpu looks for no TPU of this machine, asks no metadata server, and may be loaded beside
 # another process that uses it.
@@ -28,15 +27,14 @@ class Slice:
     slices: int = 1
 
 
-def check_topology(name: str) -> None:
-    """Raise InputError unless it is FAMILY:SHAPE, such as v6e:4x4 or v5p:4x4x4."""
-    family, _, shape = name.partition(":")
-    chip_of(name)
-    sizes = CHIPS[family].slices[0].count("x") + 1
-    parts = shape.split("x")
-    if len(parts) != sizes or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+def check_compiler() -> None:
+    """Raise InputError where libtpu, the compiler, is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"topology {name!r}: {family} takes a shape such as {CHIPS[family].slices[2]}"
+            "libtpu, the TPU compiler, is not installed here; it runs on any x86-64 Linux machine: "
+            "pip install 'w2s-jax[tpu]'"
         )
 
 
@@ -46,16 +44,10 @@ def open_slice(name: str, slices: int = 1) -> Slice:
     To be called before jax has looked for devices: it is told to leave accelerators alone. Raises
     InputError for a topology that there is not, and where libtpu, the compiler, is not installed.
     """
-    import importlib.util
-
     import jax
 
     check_topology(name)
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "libtpu, the TPU compiler, is not installed here; it runs on any x86-64 Linux machine: "
-            "pip install 'w2s-jax[tpu]'"
-        )
+    check_compiler()
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")
