@@ -142,3 +142,63 @@ def test_a_training_step_is_compiled_for_a_slice(tmp_path, run_python, command, 
         assert held["frozen parameters"] == 0
     assert held["optimizer"] == pytest.approx(2 * held["trained parameters"], rel=1e-3)
     assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_meshes_of_a_slice_are_compiled_and_ranked(tmp_path, run_python):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "found.json"
+    arguments = [
+        "plan", "sft", f"--model={tmp_path}/model.json", "--topology=v5e:2x2", "--search-mesh",
+        "--try=2", "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    found = json.loads(out.read_text())
+    (trials,) = found["slices"]
+    plans = trials["plans"]
+    assert [plan["fits"] for plan in plans] == [True, True]
+    assert plans[0]["tokens_per_second"] >= plans[1]["tokens_per_second"] > 0
+    assert (found["topology"], found["mesh"]) == ("v5e:2x2", plans[0]["mesh"])
+    assert len({plan["mesh"] for plan in plans} | {one["mesh"] for one in trials["skipped"]}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_the_smallest_slice_is_found_and_what_it_may_hold_is_the_compilers(tmp_path, run_python):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "found.json"
+    arguments = [
+        "plan", "dpo", f"--model={tmp_path}/model.json", "--topology=v6e:auto",
+        "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    found = json.loads(out.read_text())
+    assert (found["fits"], found["topology"]) == (True, "v6e:2x2")
+    assert len(found["slices"][0]["plans"]) == 1
+
+
+TOO_LARGE = """
+import re
+import jax, jax.numpy as jnp
+from w2s_jax.plan.chips import CHIPS, topologies
+from w2s_jax.plan.topology import open_slice
+for name, chip in CHIPS.items():
+    place = open_slice(topologies(name)[0])
+    one = jax.sharding.SingleDeviceSharding(place.devices[0])
+    given = jax.ShapeDtypeStruct((2**38,), jnp.int8, sharding=one)
+    try:
+        jax.jit(lambda x: x + 1).trace(given).lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:
+        said = re.search(r"available HBM \\(([\\d.]+)G\\)", str(error))
+        assert said and float(said[1]) * 2**30 == chip.memory, (name, error)
+    else:
+        raise AssertionError(name)
+print("as told")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_memory_is_what_the_compiler_lets_a_program_have(run_python):
+    assert run_python(TOO_LARGE).endswith("as told\n")
