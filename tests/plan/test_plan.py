@@ -7,17 +7,21 @@ import pytest
 
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, topologies
+from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, device_count, topologies
+from w2s_jax.plan.gpus import target_of
 from w2s_jax.plan.shapes import KNOWN, shape_of
+from w2s_jax.plan.topology import check_compiler
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"])
 def test_topologies(name):
     check_topology(name)
     assert name in topologies(chip_of(name).name)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", ""])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", "h100:16", "h100:2x8", ""]
+)
 def test_wrong_topologies(name):
     with pytest.raises(InputError, match=r"^topology "):
         check_topology(name)
@@ -42,7 +46,7 @@ def test_a_shape_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x"),
+        (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x, a100, h100, h200"),
         (["--batch-size=0"], "--batch-size is 0"),
         (["--quantise-policy=int3"], "int3"),
         (["--policy-rules=fast"], "no preset 'fast'"),
@@ -76,7 +80,27 @@ def test_wrong_flags_of_trainings(command, flags, message, capsys):
 
 def test_chips_are_ordered_by_their_figures():
     assert CHIPS["v6e"].operations > CHIPS["v5p"].operations > CHIPS["v5e"].operations
+    assert CHIPS["h200"].bandwidth > CHIPS["h100"].bandwidth > CHIPS["a100"].bandwidth
     assert all(1e11 < chip.bandwidth < 1e13 for chip in CHIPS.values())
+    assert device_count("tpu7x:2x2x1") == device_count("v5e:2x4") == device_count("a100:8") == 8
+
+
+def test_a_gpu_is_told_to_the_compiler_as_it_is():
+    target = target_of(CHIPS["h200"])
+    assert "device_memory_size: 151397597184\n" in target
+    assert "memory_bandwidth: 4800000000000\n" in target
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in target
+    assert target.count("{") == target.count("}") == 3
+    assert "major: 8 minor: 0" in target_of(CHIPS["a100"])
+
+
+def test_compilers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("w2s_jax.plan.topology._is_there", lambda module: False)
+    with pytest.raises(InputError, match=r"w2s-jax\[tpu\]"):
+        check_compiler("v5e:2x2")
+    with pytest.raises(InputError, match=r"w2s-jax\[cuda\]"):
+        check_compiler("h100:8")
+    assert main(["plan", "sft", "--model=meta-llama/Meta-Llama-3-8B", "--topology=v6e:auto"]) == 2
 
 
 TINY = {
@@ -184,6 +208,8 @@ import jax, jax.numpy as jnp
 from w2s_jax.plan.chips import CHIPS, topologies
 from w2s_jax.plan.topology import open_slice
 for name, chip in CHIPS.items():
+    if chip.platform != "tpu":
+        continue
     place = open_slice(topologies(name)[0])
     one = jax.sharding.SingleDeviceSharding(place.devices[0])
     given = jax.ShapeDtypeStruct((2**38,), jnp.int8, sharding=one)
@@ -202,3 +228,30 @@ print("as told")
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
 def test_memory_is_what_the_compiler_lets_a_program_have(run_python):
     assert run_python(TOO_LARGE).endswith("as told\n")
+
+
+def _cuda_plugin():
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda12")
+    except ModuleNotFoundError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _cuda_plugin(), reason="needs the CUDA plugin of jax")
+@pytest.mark.parametrize("topology", ["a100:2", "h100:2", "h200:2"])
+def test_a_training_step_is_compiled_for_gpus(tmp_path, run_python, topology):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "plan.json"
+    arguments = [
+        "plan", "sft", f"--model={tmp_path}/model.json", f"--topology={topology}",
+        "--mesh=fsdp=2", "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    plan = json.loads(out.read_text())
+    (step,) = plan["programs"]
+    assert plan["fits"]
+    weights = 2 * (3 * 256 * 512 + 2 * 256 * 128 * (8 + 4)) + 2 * 256 * 1024 + 256 * 5
+    assert plan["held"]["trained parameters"] == 4 * weights // 2
+    assert step["temporary"] > 0
+    assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}

@@ -1,4 +1,4 @@
-"""`w2s plan`: what a search or a training takes of a TPU slice that is not here."""
+"""`w2s plan`: what a search or a training takes of a TPU slice or of GPUs that are not here."""
 
 import json
 import sys
@@ -22,8 +22,8 @@ class Planned:
     """What every plan is told, and what becomes of it."""
 
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
-    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4; v6e:auto finds the smallest slice of v6e that fits
-    (auto: of v5e)."""
+    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4, or GPUs of a host, as h100:8; v6e:auto finds the
+    smallest slice of v6e that fits (auto: of v5e)."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
     """Device mesh such as data=2,tensor=8; by default the likeliest to fit and be quick, by what is
     known before compiling. dcn_data=2 plans for two such slices."""
@@ -85,7 +85,7 @@ class Planned:
         from w2s_jax.plan.trials import TRIED, Trying, plan_on, search_meshes, smallest_slice
 
         shapes, family = self.shapes(), family_of(self.topology)
-        check_compiler()
+        check_compiler(family or self.topology)
 
         trying = Trying(self.tries or TRIED, self.mesh, not self.search_mesh, tell=_tell)
         if family is not None:
@@ -102,11 +102,11 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSearch(Planned):
-    """Compile a search for a TPU slice with the TPU compiler, on any machine, without weights.
+    """Compile a search for a TPU slice or for GPUs of a host, on any machine, without weights.
 
-    Prints what each chip holds, what each program needs beside it, what is exchanged between chips,
-    and an estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
-    'w2s-jax[tpu]'.
+    Prints what each device holds, what each program needs beside it, what devices exchange, and an
+    estimate of the speed. Exits with 1 where it does not fit. Needs libtpu (pip install
+    'w2s-jax[tpu]'), for GPUs jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
     policy: Annotated[str, arg(metavar="DIR|FILE|ID")]
@@ -214,21 +214,21 @@ class PlanTraining(Planned):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSFT(PlanTraining):
-    """Compile a step of `w2s sft` for a TPU slice, on any machine, without weights.
+    """Compile a step of `w2s sft` for a TPU slice or for GPUs of a host, without weights.
 
-    Prints what each chip holds and needs beside it, what is exchanged between chips, and an
-    estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
-    'w2s-jax[tpu]'.
+    Prints what each device holds and needs beside it, what devices exchange, and an estimate of the
+    speed. Exits with 1 where it does not fit. Needs libtpu (pip install 'w2s-jax[tpu]'), for GPUs
+    jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDPO(PlanTraining):
-    """Compile a step of `w2s dpo` for a TPU slice, on any machine, without weights.
+    """Compile a step of `w2s dpo` for a TPU slice or for GPUs of a host, without weights.
 
-    The reference's log-probs are precomputed. Prints what each chip holds and needs beside it, what
-    is exchanged between chips, and an estimate of the speed. Exits with 1 where it does not fit.
-    Needs libtpu: pip install 'w2s-jax[tpu]'.
+    The reference's log-probs are precomputed. Prints what each device holds and needs beside it,
+    what devices exchange, and an estimate of the speed. Exits with 1 where it does not fit. Needs
+    libtpu (pip install 'w2s-jax[tpu]'), for GPUs jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
     objective: ClassVar[Literal["sft", "dpo"]] = "dpo"
@@ -256,7 +256,7 @@ class PlanMatrix:
         """Plan what the files lack, and exit with 1 where a cell failed."""
         from pathlib import Path
 
-        from w2s_jax.plan.matrix import cells, plan_cells
+        from w2s_jax.plan.matrix import FAMILIES, cells, plan_cells
         from w2s_jax.plan.records import compiler_of, open_records
         from w2s_jax.plan.topology import check_compiler
         from w2s_jax.plan.trials import Trying
@@ -264,7 +264,7 @@ class PlanMatrix:
         if self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")
         asked, order = cells(self.only), cells()
-        check_compiler()
+        check_compiler(FAMILIES[0])
         table, figures = (Path(name) if name else None for name in (self.out, self.json))
         records = open_records(table, figures, compiler_of())
         lacking = [cell for cell in asked if records.lacks(cell)]

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.plan.chips import GPU_SHARE, chip_of
 from w2s_jax.plan.compiled import Collective, collectives, gathers_of
 from w2s_jax.plan.operations import matmul_operations
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
@@ -161,7 +162,7 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     operations = matmul_operations(traced.jaxpr) / len(place.devices)
     start = time.monotonic()
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = traced.lower(lowering_platforms=(place.chip.platform,)).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -240,6 +241,11 @@ def show(console: Console, plan: Plan) -> None:
     console.print(table)
     console.print(sent)
     console.print(f"compiled in {plan.compile_seconds:.0f} s")
+    if chip_of(plan.topology).platform == "cuda":
+        share = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+        console.print(
+            f"of the memory that {share} lets jax take; workspaces of libraries not counted"
+        )
     for one in plan.programs:
         if one.gathered:
             console.print(f"{one.name}: a loop gathers whole weights: {', '.join(one.gathered)}")
