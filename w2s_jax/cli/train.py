@@ -170,7 +170,6 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
-        from w2s_jax.train.placing import batch_parts
 
         self.check()
         if self.model is None:
@@ -211,7 +210,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             checkpoint=checkpoint,
             config=config,
             tokenizer=load_tokenizer(checkpoint),
-            policy=Policy(config, lora, self.remat, batch_parts(mesh)),
+            policy=Policy(config, lora, self.remat, Placement(mesh)),
             length=length,
             mesh=mesh,
             directory=directory,

@@ -61,13 +61,15 @@ class Program:
     """A jitted function with abstract arguments.
 
     calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
-    and writes in one call, of weights and caches.
+    and writes in one call, of weights and caches. loops: how often a loop runs at most whose length
+    depends on what is read.
     """
 
     name: str
     trace: Callable[[], Any]
     calls: int
     reads: float
+    loops: int = 1
 
 
 @dataclass(frozen=True)
