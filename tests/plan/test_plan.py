@@ -128,6 +128,9 @@ def test_a_small_search_is_compiled_for_a_slice(tmp_path, run_python, vocabulary
     tokens = vocabulary == 1024
     assert ("search_step" in names) == tokens
     assert ("tuned scores" in names) != tokens
+    # Guides of one shape: one is compiled, and stands for both.
+    for name in set(names) - {"prefill", "search_step", "propose", "select"}:
+        assert (names[name]["compile_seconds"] == 0) == name.startswith("untuned")
     assert plan["fits"]
     # bfloat16 weights: MLP and vocabulary over four chips, heads over two.
     mlp, attention, vocab = 2 * 3 * 256 * 512, 2 * 2 * 256 * 128 * (8 + 4), 2 * 256 * 1024

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from w2s_jax.plan.training import TrainingShapes
     from w2s_jax.plan.trials import Found
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
@@ -24,9 +26,9 @@ class Planned:
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
     """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4, or GPUs of a host, as h100:8; v6e:auto finds the
     smallest slice of v6e that fits (auto: of v5e)."""
-    mesh: Annotated[str | None, arg(metavar="SPEC")] = None
-    """Device mesh such as data=2,tensor=8; by default the likeliest to fit and be quick, by what is
-    known before compiling. dcn_data=2 plans for two such slices."""
+    mesh: Annotated[str, arg(metavar="SPEC")] = "auto"
+    """Device mesh such as data=2,tensor=8; auto, the default, is the likeliest to fit and be quick,
+    by what is known before compiling. dcn_data=2 plans for two such slices."""
     search_mesh: Annotated[bool, arg(name="search-mesh")] = False
     """Compile several meshes of the slice and rank them."""
     tries: Annotated[int | None, arg(name="try", metavar="N")] = None
@@ -65,13 +67,13 @@ class Planned:
         family = family_of(self.topology)
         if family is None:
             check_topology(self.topology)
-        if self.search_mesh and self.mesh is not None:
+        if self.search_mesh and self.mesh != AUTO:
             raise InputError("--search-mesh looks for what --mesh names; give one of them")
         if self.tries is not None and family is None and not self.search_mesh:
             raise InputError("--try goes with --search-mesh or with a topology such as v5e:auto")
         if self.tries is not None and self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")
-        if family is not None and slice_count(self.mesh or "") > 1:
+        if family is not None and self.mesh != AUTO and slice_count(self.mesh) > 1:
             raise InputError(
                 f"--topology {self.topology} looks for one slice, and --mesh {self.mesh} is for "
                 "several; name the slice"
@@ -87,12 +89,13 @@ class Planned:
         shapes, family = self.shapes(), family_of(self.topology)
         check_compiler(family or self.topology)
 
-        trying = Trying(self.tries or TRIED, self.mesh, not self.search_mesh, tell=_tell)
+        mesh = None if self.mesh == AUTO else self.mesh
+        trying = Trying(self.tries or TRIED, mesh, not self.search_mesh, tell=_tell)
         if family is not None:
             return smallest_slice(lambda _: shapes, family, trying)
         if self.search_mesh:
             return search_meshes(shapes, self.topology, trying)
-        mesh = preset_mesh(shapes, self.topology) if self.mesh is None else self.mesh
+        mesh = mesh or preset_mesh(shapes, self.topology)
         return plan_on(shapes, self.topology, mesh, _tell)
 
     @abstractmethod

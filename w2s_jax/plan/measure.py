@@ -109,15 +109,22 @@ def plan_search(
     mesh: str,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Compile every program of a search for a slice; `tell` hears of each before it is compiled."""
-    measured = []
+    """Compile every program of a search for a slice; `tell` hears of each before it is compiled.
+
+    Of twins one is compiled.
+    """
+    measured: dict[str, Measured] = {}
     for program in found.programs:
+        if program.twin is not None:
+            again = replace(measured[program.twin], name=program.name, compile_seconds=0.0)
+            measured[program.name] = again
+            continue
         tell(f"compiling {program.name} for {place.name}")
-        measured.append(measure(program, place, found.wholes))
+        measured[program.name] = measure(program, place, found.wholes)
     chunks = shapes.config.chunks
-    seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured)
+    seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured.values())
     tokens = shapes.slots * shapes.config.max_new_tokens
-    return _plan(place, mesh, found.held, measured, seconds, tokens)
+    return _plan(place, mesh, found.held, list(measured.values()), seconds, tokens)
 
 
 def plan_training(

@@ -62,7 +62,7 @@ class Program:
 
     calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
     and writes in one call, of weights and caches. loops: how often a loop runs at most whose length
-    depends on what is read.
+    depends on what is read. twin: the name of a program that is the same but for the weights.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Program:
     calls: int
     reads: float
     loops: int = 1
+    twin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,11 @@ def _on_text(
     for role, model in ((TUNED, tuned), (UNTUNED, untuned)):
         cache = _abstract_cache(model, shapes)
         held[f"{role}'s cache"] = nbytes(cache)
-        programs += _reading(role, model, cache, shapes)
+        reading = _reading(role, model, cache, shapes)
+        if role == UNTUNED and shapes.untuned == shapes.tuned:
+            twins = [one.name for one in programs[-len(reading) :]]
+            reading = [replace(a, twin=b) for a, b in zip(reading, twins, strict=True)]
+        programs += reading
     return programs, held
 
 
