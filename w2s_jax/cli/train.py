@@ -168,6 +168,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
+        from w2s_jax.ops.sharding import Placement
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
 
