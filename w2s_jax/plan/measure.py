@@ -37,7 +37,8 @@ class Measured:
 
     arguments: weights, caches and all else that goes in; temporary: what is needed beside them.
     refusal: why it does not fit, in the compiler's words. operations: of matmuls, of one device's
-    even share. seconds: the estimate of a call. gathered: weights that a loop gathers whole.
+    even share. seconds: the estimate of a call. gathered: weights and caches that a loop gathers
+    whole.
     """
 
     name: str
@@ -255,7 +256,7 @@ def show(console: Console, plan: Plan) -> None:
         )
     for one in plan.programs:
         if one.gathered:
-            console.print(f"{one.name}: a loop gathers whole weights: {', '.join(one.gathered)}")
+            console.print(f"{one.name}: a loop gathers whole: {', '.join(one.gathered)}")
     if plan.tokens_per_second:
         console.print(
             f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens a "
