@@ -156,16 +156,24 @@ Options = tuple[float | int, float | None]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sequence(options: Options, query: Array, keys: Array, values: Array, reach: Reach) -> Array:
-    return _sequence_forward(options, query, keys, values, reach)[0]
+    return _sequence_forward(options, query, keys, values, reach, differentiated=False)[0]
 
 
 def _sequence_forward(
-    options: Options, query: Array, keys: Array, values: Array, reach: Reach
+    options: Options,
+    query: Array,
+    keys: Array,
+    values: Array,
+    reach: Reach,
+    *,
+    differentiated: bool = True,
 ) -> tuple[Array, tuple]:
     def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, Array]]:
         def run(*arrays: Array) -> tuple[Array, Array]:
-            out = kernel(*arrays, reach).astype(jnp.float32)
-            return out, jnp.zeros(out.shape[:-1], jnp.float32)
+            # As in `_sequence_backward`, so that a compiler sees the same call twice.
+            attend = functools.partial(kernel, reach=reach)
+            out = jax.vjp(attend, *arrays)[0] if differentiated else attend(*arrays)
+            return out.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32)
 
         return run
 
@@ -184,9 +192,10 @@ def _sequence_backward(
     *arrays, reach, out, normaliser = residuals
 
     def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, ...]]:
-        # Its residuals are its own: it runs again, which beside a rematerialised one costs nothing.
+        # What a kernel saves is its own affair, so it runs again. Beside a rematerialised pass the
+        # two calls become one; without remat these are two matmuls more, beside nine.
         def run(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
-            _, pull = jax.vjp(lambda *arrays: kernel(*arrays, reach), query, keys, values)
+            _, pull = jax.vjp(functools.partial(kernel, reach=reach), query, keys, values)
             return pull(slope.astype(query.dtype))
 
         return run

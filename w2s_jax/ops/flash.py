@@ -59,7 +59,7 @@ class Reach:
         return seen
 
 
-Kernel = Callable[[Array, Array, Array, Reach], Array]
+Kernel = Callable[..., Array]
 """(query [P A X H C], keys and values [P A X G C], reach) -> what they attend to, as query."""
 
 
