@@ -70,4 +70,51 @@ assert max(used.values()) < scores / 2
 
 @pytest.mark.parametrize("case", [(1, 4096, False), (8, 4096, True), (1, 32768, False)])
 def test_attention_of_8b_shapes_is_the_kernel(run_python, case):
-    run_python(START + ATTENTION % (case,))
+    print(run_python(START + ATTENTION % (case,)))
+
+
+TOKEN_STEP = """
+from tests.plan.traffic import main_memory_bytes
+from w2s_jax.models.cache import KV
+from w2s_jax.models.decoder import LayerKV, _attend
+
+# Llama-3-70B on v6e, heads over 8 chips: what one of them has of a layer, 8 of 16 slots.
+prefix, quantized = %r
+slots, width, successors, committed, chunk = 8, 2, 2, 2048, 30
+whole = shape_of("meta-llama/Meta-Llama-3-70B-Instruct")
+config = dataclasses.replace(whole, heads=8, kv_heads=1)
+mesh = make_mesh("data=1", open_slice("v6e:2x2").devices[:1])
+
+def kept(*axes):
+    if not quantized:
+        return KV(*(given((*axes, 1, 128)) for _ in range(2)))
+    values = (given((*axes, 1, 128), dtype=jnp.int8) for _ in range(2))
+    return KV(*values, *(given((*axes, 1, 1), dtype=jnp.float32) for _ in range(2)))
+
+for stem in (True, False):
+    layout = Layout(True, 0, 0) if stem else Layout(False, successors, 1)
+    own = None if stem else kept(slots, width * successors, chunk)
+    kv = LayerKV(kept(slots, prefix), kept(slots, width, committed), own)
+    query = given((slots, width, layout.tokens, 8, 128))
+    lengths = [given(shape, dtype=jnp.int32) for shape in ((slots,), (slots, width), ())]
+
+    def attend(query, kv, prefixes, lengths, start):
+        masks = (
+            (jnp.arange(prefix) < prefixes[:, None])[:, None, None],
+            (jnp.arange(committed) < lengths[:, :, None])[:, :, None],
+            (jnp.arange(chunk) <= start)[None, None, None],
+        )
+        return _attend(query, kv, masks, layout, config).astype(jnp.bfloat16)
+
+    found = compiled(attend, query, kv, *lengths)
+    must = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((query, kv, query)))
+    ratio = main_memory_bytes(found.as_text()) / must
+    print(prefix, quantized, stem, must, ratio)
+    assert 0.99 < ratio < 1.3
+"""
+
+
+@pytest.mark.parametrize("case", [(512, False), (4096, False), (512, True)])
+def test_a_token_step_reads_keys_and_values_once(run_python, case):
+    """So the attention over three parts needs no kernel of its own: a kernel could save nothing."""
+    print(run_python(START + TOKEN_STEP % (case,)))
