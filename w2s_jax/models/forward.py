@@ -20,6 +20,7 @@ from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 Remat = Literal["none", "full", "dots"]
@@ -60,6 +61,7 @@ def forward(
     segments: Int[Array, "P W M"] | None = None,
     remat: Remat = "none",
     key: Array | None = None,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> Forward:
     """Read M new tokens of every hypothesis, arranged as `layout`, behind what the caches hold.
 
@@ -77,7 +79,7 @@ def forward(
     whole = cache is None and chunk is None
     view = View(
         masks=tuple(
-            (None, None, Reach((window,), None, mask, segments))
+            (None, None, Reach((window,), None, mask, segments, placement))
             if whole
             else _masks(window, positions, layout, cache, capacity, chunk_start)
             for window in windows

@@ -125,6 +125,7 @@ def hidden_states(
         segments=None if segments is None else jnp.asarray(segments)[:, None],
         remat=remat,
         key=key,
+        placement=model.placement,
     )
     return read.hidden[:, 0]
 

@@ -33,7 +33,7 @@ class Reach:
     windows: the last how many tokens, their own among them (None: all); `chosen`, a scalar index,
     picks one where there are several. text [P A X] is False on padding, on either side, which is
     not seen. segments [P A X] numbers packed documents; each sees itself alone. placement says how
-    slots (rows of a batch) and heads are split.
+    P, the rows of a batch, and heads are split.
     """
 
     windows: tuple[int | None, ...] = (None,)
@@ -236,7 +236,7 @@ def _on_shares(
     rows: Array | None,
     reach: Reach,
 ) -> Array:
-    """Every device on its own slots and heads: no compiler can split a kernel.
+    """Every device on its own rows and heads: no compiler can split a kernel.
 
     A device reads the key/value heads of its queries. Where it shares one with other devices, each
     has a copy; the sum over copies, in a gradient, is then the compiler's.
@@ -246,20 +246,20 @@ def _on_shares(
         return attend(query, keys, values, rows, reach.chosen)
     heads, kv_heads = query.shape[3], keys.shape[3]
     by_heads = _dividing(rules.targets("heads", heads, mesh.shape), heads, mesh.shape)
-    slots = rules.targets("slots", query.shape[0], mesh.shape)
-    slots = tuple(axis for axis in slots if axis not in by_heads)
-    by_slots = _dividing(slots, query.shape[0], mesh.shape)
+    batch = rules.targets("batch", query.shape[0], mesh.shape)
+    batch = tuple(axis for axis in batch if axis not in by_heads)
+    by_rows = _dividing(batch, query.shape[0], mesh.shape)
     parts = math.prod(mesh.shape[axis] for axis in by_heads)
     if kv_heads % parts:
         copies = math.lcm(kv_heads, parts) // kv_heads
         copies = copies if not heads % (copies * kv_heads) else heads // kv_heads
         keys, values = (jnp.repeat(x, copies, axis=3) for x in (keys, values))
-    spec = PartitionSpec(by_slots or None, None, None, by_heads or None, None)
-    by_row = PartitionSpec(by_slots or None)
+    spec = PartitionSpec(by_rows or None, None, None, by_heads or None, None)
+    row_spec = PartitionSpec(by_rows or None)
     shared: Any = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(spec, spec, spec, by_row, PartitionSpec()),
+        in_specs=(spec, spec, spec, row_spec, PartitionSpec()),
         out_specs=spec,
         check_vma=False,
     )
@@ -267,5 +267,6 @@ def _on_shares(
 
 
 def _dividing(axes: tuple[str, ...], size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes if together they divide the size, else none: then all devices do all of it."""
-    return () if size % math.prod(sizes[axis] for axis in axes) else axes
+    """Those of the axes that a mesh has, if together they divide the size; else none."""
+    held = tuple(axis for axis in axes if axis in sizes)
+    return () if size % math.prod(sizes[axis] for axis in held) else held
