@@ -172,8 +172,8 @@ def test_a_program_for_tpus_has_the_kernel_and_no_scores(case):
 
 def test_short_sequences_have_no_kernel():
     given = arrays(length=flash.SHORTEST - 1)[:3]
-    assert not flash.kernels(SCALE, None, *given, Reach())
-    assert set(flash.kernels(SCALE, None, *arrays()[:3], Reach())) == {"tpu"}
+    assert not flash.kernels(*given, Reach(), SCALE)
+    assert set(flash.kernels(*arrays()[:3], Reach(), SCALE)) == {"tpu"}
 
 
 @pytest.mark.parametrize(

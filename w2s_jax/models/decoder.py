@@ -203,6 +203,7 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
     scale = config.head_width**-0.5 if scale is None else scale
     softcap = config.attention_softcap
     if isinstance(masks[2], Reach):
+        assert kv.chunk is not None
         rows = _branches(query, layout)
         whole = attention.attend_sequence(
             rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap

@@ -177,9 +177,10 @@ def _sequence_forward(
 
         return run
 
-    def by_scores(*arrays: Array) -> tuple[Array, Array]:
+    def by_scores(query: Array, keys: Array, values: Array) -> tuple[Array, Array]:
         scale, softcap = options
-        part = attend_part(*arrays, reach.mask(query.shape[2]), scale=scale, softcap=softcap)
+        mask = reach.mask(query.shape[2])
+        part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
         return merge([part]), part.maximum + jnp.log(part.total)
 
     out, normaliser = _dispatch(options, by_kernel, by_scores, reach, query, keys, values)
@@ -215,7 +216,8 @@ def _dispatch(
     reach: Reach,
     *arrays: Array,
 ) -> tuple[Array, ...]:
-    kernels = flash.kernels(*options, *arrays[:3], reach)
+    query, keys, values, *_ = arrays
+    kernels = flash.kernels(query, keys, values, reach, *options)
     if not kernels:
         return by_scores(*arrays)
     branches = {platform: by_kernel(kernel) for platform, kernel in kernels.items()}

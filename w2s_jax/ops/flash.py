@@ -7,7 +7,7 @@ runs, and the one without a kernel, is in `attention.py`.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,22 +64,25 @@ Kernel = Callable[..., Array]
 
 
 def kernels(
-    scale: float | int,
-    softcap: float | None,
     query: Array,
     keys: Array,
     values: Array,
     reach: Reach,
+    scale: float | int,
+    softcap: float | None = None,
 ) -> Mapping[str, Kernel]:
     """The kernels that take such a case, by the platform that has them; none for short sequences.
 
-    cuDNN must be at hand to be asked, so it is offered only where CUDA devices are. It knows no
-    soft-cap and no segments, takes 16-bit numbers, and heads whose width is a multiple of 8.
+    TPUs multiply bfloat16, and float32 as the precision that is set says. cuDNN must be at hand to
+    be asked, so it is offered only where CUDA devices are; it knows no soft-cap and no segments,
+    takes 16-bit numbers, and heads whose width is a multiple of 8.
     """
     length, width = query.shape[2], query.shape[-1]
     if length < SHORTEST or len({query.dtype, keys.dtype, values.dtype}) > 1:
         return {}
-    found: dict[str, Kernel] = {"tpu": partial(splash, scale=scale, softcap=softcap)}
+    found: dict[str, Kernel] = {}
+    if query.dtype in (jnp.bfloat16, jnp.float32):
+        found["tpu"] = partial(splash, scale=scale, softcap=softcap)
     small = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
     if small and softcap is None and reach.segments is None and _has_cudnn_attention():
         found["cuda"] = partial(cudnn, scale=scale)
@@ -139,18 +142,19 @@ def _splash_rows(
 
     _, heads, length, _ = query.shape
     shape = (length, length)
-    is_local = window is not None and window < length
-    one = masks.LocalMask(shape, (window - 1, 0), 0) if is_local else masks.CausalMask(shape)
-    sides = dict.fromkeys(
-        (
-            *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"),
-            *("block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
-        ),
-        block,
-    )
+    one: Any = masks.CausalMask(shape)
+    if window is not None and window < length:
+        one = masks.LocalMask(shape, (window - 1, 0), 0)
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([one] * heads),
-        block_sizes=kernels.BlockSizes(**sides),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
@@ -166,7 +170,7 @@ def cudnn(
     reach: Reach,
     *,
     scale: float | int,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Array:
     """cuDNN's flash attention; shapes as `Kernel`. It reads no segments and no soft-cap.
 
@@ -182,14 +186,15 @@ def cudnn(
         if order is not None:
             folded = [jnp.take_along_axis(x, order[..., None, None], axis=1) for x in folded]
 
-        def run(window: int | None, *given: Array) -> Array:
-            local = None if window is None else (window - 1, 0)
+        def run(window: int | None, query: Array, keys: Array, values: Array) -> Array:
             return jax.nn.dot_product_attention(
-                *given,
-                scale=scale,
+                query,
+                keys,
+                values,
+                scale=float(scale),
                 is_causal=True,
-                local_window_size=local,
-                implementation=implementation,  # type: ignore[arg-type]
+                local_window_size=None if window is None else (window - 1, 0),
+                implementation=implementation,
             )
 
         branches = [partial(run, window) for window in reach.windows]
