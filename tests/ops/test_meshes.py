@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
 from w2s_jax.ops import meshes
-from w2s_jax.ops.meshes import device_grid, mesh_shape, mesh_shapes, nearest_meshes, spec_of
+from w2s_jax.ops.meshes import (
+    device_grid,
+    mesh_shape,
+    mesh_shapes,
+    nearest_meshes,
+    slice_count,
+    spec_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +115,8 @@ def test_the_nearest_meshes_come_first():
     assert found[0] in ("data=4,fsdp=2,tensor=2", "data=2,fsdp=4,tensor=2")
     assert len(found) == 3
     assert nearest_meshes((1, 1, 2), lambda shape: False) == []
+
+
+def test_slices_of_a_spec():
+    specs = ("", "data=2", "dcn_data=2,fsdp=4", "dcn_fsdp = 3, dcn_data=2")
+    assert [slice_count(spec) for spec in specs] == [1, 1, 2, 6]

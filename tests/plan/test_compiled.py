@@ -22,7 +22,7 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->f32[8]{0}}
 }
 
 %outer_condition (p: (s32[])) -> pred[] {
-  %limit.2 = s32[] constant(5)
+  %limit.2 = u32[]{:T(128)} constant(5)
   ROOT %lt.2 = pred[] compare(%i, %limit.2), direction=LT
 }
 
@@ -45,6 +45,53 @@ def test_loops_multiply_what_is_in_them():
     assert found["collective-permute"] == Collective("collective-permute", (6,), 24, 2, 5, True)
     assert found["all-to-all"] == Collective("all-to-all", (8,), 32, 2, 1, False)
     assert len(collectives(TEXT)) == 4
+
+
+def test_a_loop_that_was_unrolled_runs_half_as_often():
+    text = TEXT.replace(
+        "ROOT %lt.2 = pred[] compare(%i, %limit.2)",
+        "%i.2 = s32[] get-tuple-element(%p), index=1\n"
+        "  ROOT %lt.2 = pred[] compare(%i.2, %limit.2)",
+    ).replace(
+        "  %p.1 = f32[6]",
+        "  %two = s32[]{:T(128)} constant(2)\n"
+        "  %next = s32[] add(%got, %two)\n"
+        "  ROOT %out = (f32[], /*index=1*/s32[]) tuple(%kept, /*index=1*/%next)\n"
+        "  %p.1 = f32[6]",
+    )
+    found = {one.kind: one for one in collectives(text)}
+    assert found["collective-permute"].times == 3
+    assert found["all-reduce"].times == 3 * 32
+
+
+def test_an_exchange_in_several_fusions_counts_once():
+    line = "  %d = bf16[16,16]{1,0} all-gather-done(%g)\n"
+    again = "  %g2 = bf16[16,16]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,8]<=[8]\n"
+    text = TEXT.replace("all-gather-start(%w), ", "all-gather-start(%w), channel_id=7, ")
+    assert len(collectives(text.replace(line, line + again))) == 4
+
+
+def test_a_loop_of_unknown_length_counts_as_told():
+    text = TEXT.replace("%limit.2 = u32[]{:T(128)} constant(5)", "%limit.2 = parameter(1)")
+    for unknown in (1, 7):
+        found = {one.kind: one for one in collectives(text, unknown)}
+        assert found["all-reduce"].times == 32 * unknown
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[2,8]<=[16]", 8),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1','axis_0'}", 8),
+        ("@mesh['axis_0'=16], device_ids=([4,4]T(1,0)) {'axis_0':(2)4}", 4),
+    ],
+)
+def test_devices_of_a_group(groups, devices):
+    text = TEXT.replace("{{0,1,2,3},{4,5,6,7}}", groups)
+    found = {one.kind: one for one in collectives(text)}
+    assert found["all-reduce"].group == devices
 
 
 def test_bytes_that_a_ring_moves():

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from w2s_jax.cli.main import main
-from w2s_jax.cli.plan import slices_of
 from w2s_jax.errors import InputError
 from w2s_jax.plan.chips import CHIPS, chip_of, topologies
 from w2s_jax.plan.shapes import KNOWN, shape_of
@@ -39,10 +38,6 @@ def test_a_shape_from_a_file(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match="not a config.json"):
         shape_of(str(path))
-
-
-def test_slices_of_a_mesh():
-    assert [slices_of(spec) for spec in (None, "data=2", "dcn_data=2,fsdp=4")] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_weighted_sum_has_the_same_gradient_whatever_is_recomputed(remat, sc
     tokens, weights = batch()
 
     def scored(model):
-        scores = sequence_scores(model, tokens, SEGMENTS, remat=remat, groups=2)
+        scores = sequence_scores(model, tokens, SEGMENTS, remat=remat)
         return (weights * scores.logprobs).sum(), scores
 
     def summed(model):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -16,7 +17,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSearch:
+class Planned:
+    """What every plan is told, and what becomes of it."""
+
+    topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
+    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write the figures to FILE as JSON."""
+
+    def run(self) -> None:
+        """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
+        from rich.console import Console
+
+        from w2s_jax.plan.measure import show
+        from w2s_jax.plan.topology import check_topology
+        from w2s_jax.text.atomic import check_writable, write_whole
+
+        check_topology(self.topology)
+        if self.json is not None:
+            check_writable(self.json)
+        plan = self.plan()
+        show(Console(), plan)
+        if self.json is not None:
+            write_whole(self.json, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
+        if not plan.fits:
+            sys.exit(1)
+
+    @abstractmethod
+    def plan(self) -> "Plan":
+        """The plan, with a line on stderr for each program that is compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSearch(Planned):
     """Compile a search for a TPU slice with the TPU compiler, on any machine, without weights.
 
     Prints what each chip holds, what each program needs beside it, what is exchanged between chips,
@@ -30,8 +63,6 @@ class PlanSearch:
     """The guide's tuned model."""
     untuned: Annotated[str | None, arg(metavar="DIR|FILE|ID")] = None
     """The guide's untuned model, by default of the tuned model's shape."""
-    topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
-    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
     """Device mesh such as data=2,tensor=8; by default as many tensor parts as the policy has
     key/value heads. dcn_data=2 plans for two such slices."""
@@ -57,26 +88,16 @@ class PlanSearch:
     """Hold the policy's weights in int8 or int4, as of `w2s search`."""
     policy_cache: Literal["auto", "int8"] = "auto"
     """What the policy's keys and values are kept as."""
-    json: Annotated[str | None, arg(metavar="FILE")] = None
-    """Also write the figures to FILE as JSON."""
-
-    def run(self) -> None:
-        """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
-        from w2s_jax.text.atomic import check_writable
-
-        if self.json is not None:
-            check_writable(self.json)
-        _show(self.plan(), self.json)
 
     def plan(self) -> "Plan":
         """The plan, with a line on stderr for each program that is compiled."""
-        from w2s_jax.ops.meshes import make_mesh, spec_of
+        from w2s_jax.ops.meshes import make_mesh, slice_count, spec_of
         from w2s_jax.plan.measure import plan_search
         from w2s_jax.plan.programs import search_programs
         from w2s_jax.plan.topology import open_slice
 
         shapes = self.shapes()
-        place = open_slice(self.topology, slices_of(self.mesh))
+        place = open_slice(self.topology, slice_count(self.mesh or ""))
         spec = self.mesh
         if spec is None:
             tensor = min(shapes.policy.kv_heads, len(place.devices))
@@ -95,10 +116,8 @@ class PlanSearch:
         from w2s_jax.ops.sharding import parse_rules
         from w2s_jax.plan.programs import SearchShapes
         from w2s_jax.plan.shapes import shape_of
-        from w2s_jax.plan.topology import check_topology
         from w2s_jax.search.presets import cbs
 
-        check_topology(self.topology)
         for flag, size in (
             ("--prompt-tokens", self.prompt_tokens),
             ("--batch-size", self.batch_size),
@@ -121,13 +140,11 @@ class PlanSearch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanTraining:
+class PlanTraining(Planned):
     """What plans of both trainings are told."""
 
     model: Annotated[str, arg(metavar="DIR|FILE|ID")]
     """Model to train: a folder, a config.json, or an id on the hub; no weights are read."""
-    topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
-    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
     mesh: Annotated[str, arg(metavar="SPEC")] = "fsdp=-1"
     """Device mesh such as fsdp=8,tensor=2; dcn_data=2 plans for two such slices."""
     batch_size: int = 16
@@ -144,28 +161,18 @@ class PlanTraining:
     """The optimizer, as of `w2s sft`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What is computed in; trained parameters stay float32."""
-    json: Annotated[str | None, arg(metavar="FILE")] = None
-    """Also write the figures to FILE as JSON."""
 
     objective: ClassVar[Literal["sft", "dpo"]] = "sft"
 
-    def run(self) -> None:
-        """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
-        from w2s_jax.text.atomic import check_writable
-
-        if self.json is not None:
-            check_writable(self.json)
-        _show(self.plan(), self.json)
-
     def plan(self) -> "Plan":
         """The plan of one step."""
-        from w2s_jax.ops.meshes import make_mesh
+        from w2s_jax.ops.meshes import make_mesh, slice_count
         from w2s_jax.plan.measure import plan_training
         from w2s_jax.plan.topology import open_slice
         from w2s_jax.plan.training import training_program
 
         shapes = self.shapes()
-        place = open_slice(self.topology, slices_of(self.mesh))
+        place = open_slice(self.topology, slice_count(self.mesh))
         found = training_program(shapes, make_mesh(self.mesh, place.devices))
         print(f"compiling the training step for {place.name}", file=sys.stderr, flush=True)
         return plan_training(shapes, found, place, self.mesh)
@@ -174,11 +181,9 @@ class PlanTraining:
         """The model and the settings; InputError for what is wrong."""
         from w2s_jax.models.lora import LoraConfig
         from w2s_jax.plan.shapes import shape_of
-        from w2s_jax.plan.topology import check_topology
         from w2s_jax.plan.training import TrainingShapes
         from w2s_jax.train.optimizers import OptimizerConfig
 
-        check_topology(self.topology)
         if self.max_length < 2:
             raise InputError(f"--max-length {self.max_length} is below 2")
         return TrainingShapes(
@@ -214,29 +219,3 @@ class PlanDPO(PlanTraining):
     """
 
     objective: ClassVar[Literal["sft", "dpo"]] = "dpo"
-
-
-def _show(plan: "Plan", path: str | None) -> None:
-    """Print a plan, write it as JSON, and exit with 1 where it does not fit."""
-    from rich.console import Console
-
-    from w2s_jax.plan.measure import show
-    from w2s_jax.text.atomic import write_whole
-
-    show(Console(), plan)
-    if path is not None:
-        write_whole(path, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
-    if not plan.fits:
-        sys.exit(1)
-
-
-def slices_of(mesh: str | None) -> int:
-    """How many slices a mesh spec is for: the product of its dcn axes."""
-    from w2s_jax.ops.meshes import DCN_AXES
-
-    count = 1
-    for part in (mesh or "").split(","):
-        axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis in DCN_AXES and size.isdecimal():
-            count *= int(size)
-    return count

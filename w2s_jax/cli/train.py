@@ -168,9 +168,9 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
+        from w2s_jax.ops.sharding import Placement
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
-        from w2s_jax.train.placing import batch_parts
 
         self.check()
         if self.model is None:
@@ -211,7 +211,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             checkpoint=checkpoint,
             config=config,
             tokenizer=load_tokenizer(checkpoint),
-            policy=Policy(config, lora, self.remat, batch_parts(mesh)),
+            policy=Policy(config, lora, self.remat, Placement(mesh)),
             length=length,
             mesh=mesh,
             directory=directory,

@@ -5,8 +5,9 @@ keys. Running the whole stack is in `forward.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +20,9 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops import attention
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.norms import layer_norm, rms_norm
-from w2s_jax.ops.quantized import dot
+from w2s_jax.ops.quantized import QTensor, dot
 from w2s_jax.ops.rotary import rotate
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -87,6 +89,7 @@ class Linear(nn.Module):
     contract: int = 1
     bias: bool = False
     dtype: DTypeLike = jnp.float32
+    placement: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -94,13 +97,18 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(initialise, self.axes), self.shape, self.dtype
         )
-        out = dot(x, kernel, self.contract)
+        out = dot(x, self._gathered(kernel), self.contract)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contract :])
             out = out + self.param("bias", zeros, self.shape[self.contract :], self.dtype)
         if self.has_variable("params", "lora_a"):
             out = out + self._low_rank(x)
         return out
+
+    def _gathered(self, kernel: Array | QTensor) -> Array | QTensor:
+        if isinstance(kernel, QTensor):
+            return replace(kernel, values=self._gathered(kernel.values))
+        return self.placement.whole(kernel, self.axes, "embed")
 
     def _low_rank(self, x: Array) -> Array:
         a, b, scale, rate = (
@@ -140,6 +148,7 @@ class Attention(nn.Module):
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
+    placement: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -149,7 +158,8 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> Array:
             shape, axes = (config.width, heads, config.head_width), ("embed", axis, "head_width")
-            return Linear(shape, axes, bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+            options: Any = {"dtype": self.dtype, "placement": self.placement, "name": name}
+            return Linear(shape, axes, bias=config.qkv_bias, **options)(x)
 
         query = project("query", config.heads, "heads")
         key = project("key", config.kv_heads, "kv_heads")
@@ -163,8 +173,8 @@ class Attention(nn.Module):
         mixed = _attend(query, kv, masks, self.layout, config).astype(x.dtype)
         shape = (config.heads, config.head_width, config.width)
         axes = ("heads", "head_width", "embed")
-        out = Linear(shape, axes, contract=2, bias=config.out_bias, dtype=self.dtype, name="out")
-        return out(mixed), kv
+        options: Any = {"dtype": self.dtype, "placement": self.placement, "name": "out"}
+        return Linear(shape, axes, contract=2, bias=config.out_bias, **options)(mixed), kv
 
 
 def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
@@ -236,6 +246,7 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    placement: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -248,17 +259,18 @@ class MLP(nn.Module):
         def activate(gate: Array, up: Array | None) -> Array:
             return activation(gate) if up is None else activation(gate) * up
 
-        def wide(name: str) -> Array:
-            return Linear(
-                into, ("embed", "mlp"), bias=config.mlp_bias, dtype=self.dtype, name=name
-            )(x)
+        options: Any = {
+            "bias": config.mlp_bias, "dtype": self.dtype, "placement": self.placement
+        }  # fmt: skip
 
-        hidden = (
-            activate(wide("gate"), wide("up")) if config.gated_mlp else activate(wide("up"), None)
-        )
-        return Linear(out, ("mlp", "embed"), bias=config.mlp_bias, dtype=self.dtype, name="down")(
-            hidden
-        )
+        def wide(name: str) -> Array:
+            return Linear(into, ("embed", "mlp"), name=name, **options)(x)
+
+        if config.gated_mlp:
+            hidden = activate(wide("gate"), wide("up"))
+        else:
+            hidden = activate(wide("up"), None)
+        return Linear(out, ("mlp", "embed"), name="down", **options)(hidden)
 
 
 class Block(nn.Module):
@@ -267,6 +279,7 @@ class Block(nn.Module):
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
+    placement: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -274,14 +287,13 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerKV]:
         config = self.config
         normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
-        mixed, kv = Attention(config, self.layout, self.dtype, name="attention")(
-            normed, turn, kv, masks, view
-        )
+        attention = Attention(config, self.layout, self.dtype, self.placement, name="attention")
+        mixed, kv = attention(normed, turn, kv, masks, view)
         if config.post_norms:
             mixed = Norm(config, dtype=self.dtype, name="post_attention_norm")(mixed)
         x = x + mixed
         normed = Norm(config, dtype=self.dtype, name="mlp_norm")(x)
-        mixed = MLP(config, self.dtype, name="mlp")(normed)
+        mixed = MLP(config, self.dtype, self.placement, name="mlp")(normed)
         if config.post_norms:
             mixed = Norm(config, dtype=self.dtype, name="post_mlp_norm")(mixed)
         return x + mixed, kv

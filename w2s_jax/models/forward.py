@@ -71,7 +71,8 @@ def forward(
     `segments` (only without a cache, a mask and branches) numbers the documents packed in a row: a
     token sees its own segment alone, and its position counts from the segment's first token.
     `remat` says what a gradient of this pass recomputes; `key` switches dropout on, each layer
-    drawing from its own fold.
+    drawing from its own fold. `placement` is that of the parameters: states of whole sequences, and
+    gradients, follow it.
     """
     positions = _positions(tokens, layout, cache, chunk_start, mask, segments)
     capacity = layout.length if chunk is None else _first(chunk).keys.shape[2]
@@ -87,12 +88,14 @@ def forward(
         stem_start=None if cache is None else cache.committed_length,
         chunk_start=chunk_start,
     )
-    x = embed(config, params, tokens, positions)
+    placement = placement if cache is None else ON_ONE_DEVICE
+    x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
     turn = None
     if config.position == "rotary":
         turn = rotation(positions, config.rope, config.head_width)
     run = _run_stacked if "layers" in params else _run_layers
-    apply = _block(Block(config, layout, x.dtype), remat, scanned="layers" in params)
+    block = Block(config, layout, x.dtype, placement)
+    apply = _block(block, remat, scanned="layers" in params)
     x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)
     if cache is not None:
@@ -186,7 +189,8 @@ def _block(block: Block, remat: Remat, *, scanned: bool) -> Callable[..., tuple[
         key: Array | None,
     ) -> tuple[Array, LayerKV]:
         rngs = None if key is None else {"dropout": key}
-        return block.apply({"params": params}, x, turn, kv, masks, view, rngs=rngs)
+        x, kv = block.apply({"params": params}, x, turn, kv, masks, view, rngs=rngs)
+        return block.placement.spread(x), kv
 
     if remat == "none":
         return apply

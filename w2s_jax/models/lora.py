@@ -22,7 +22,7 @@ from w2s_jax.models.arrange import decoder_parameters
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.layout import STACKED, layer_name, unstack_layers
 from w2s_jax.ops.quantized import QTensor
-from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree
+from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")
 ATTENTION, MLP = ("query", "key", "value", "out"), ("gate", "up", "down")
@@ -308,11 +308,7 @@ def abstract_adapter(
     if mesh is None:
         return adapter
     shardings = resolve_tree(adapter_axes(config, adapter), adapter, rules, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        adapter,
-        shardings,
-    )
+    return with_shardings(adapter, shardings)
 
 
 def shard_adapter(

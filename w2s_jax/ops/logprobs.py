@@ -1,5 +1,6 @@
 """Float32 log-probabilities of given tokens, without keeping more of the vocabulary than needed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,16 +58,71 @@ def blocked_token_logprobs(
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How the logits of a block lie on a mesh: by which of its axes rows and vocabulary are split.
+
+    Groups of rows lie on the mesh axes `batch`. Those of them that are not among `rows` have the
+    rows of a block gathered, so that each device has its part of the vocabulary for all of them:
+    no logits, and no gradient of the kernel, are summed over devices in the loop over blocks.
+    """
+
+    mesh: Mesh | None = None
+    batch: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the logits of a block are split."""
+        return self._size(self.rows) * self._size(self.vocab)
+
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts the rows of a block are split."""
+        return self._size(self.rows)
+
+    def own(self, rows: Array) -> Array:
+        """[G ..] with every group on devices of its own."""
+        return self._hold(rows, self.batch)
+
+    def gathered(self, rows: Array) -> Array:
+        """[G ..] with groups together on the devices that share the vocabulary between them."""
+        # Held in both places, or the compiler would gather all blocks to cut one of them.
+        return self._hold(self.own(rows), self.rows)
+
+    def logits(self, logits: Array) -> Array:
+        """[G n V] where a block's logits lie."""
+        return self._hold(logits, self.rows, (), self.vocab)
+
+    def kernel(self, kernel: Array, vocab_axis: int) -> Array:
+        """[V D] or [D V] with its vocabulary split and its width whole."""
+        return self._hold(kernel, *((self.vocab,) if vocab_axis == 0 else ((), self.vocab)))
+
+    def _size(self, axes: tuple[str, ...]) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def _hold(self, x: Array, *axes: tuple[str, ...]) -> Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+
+@dataclass(frozen=True)
 class Head:
     """How hidden states become logits, and how many rows of these are alive at a time.
 
     The kernel is [V D] with `vocab_axis` 0 and [D V] with 1; `softcap` c maps a logit z to
-    c·tanh(z/c). At most `block` rows of float32 logits exist at any moment.
+    c·tanh(z/c). Float32 logits of at most `block` whole rows exist on a device at any moment.
     """
 
     vocab_axis: int
     block: int
     softcap: float | None = None
+    spread: Spread = Spread()
+
+    def blocks(self, groups: int, rows: int) -> int:
+        """Into how many blocks so many rows of each group are cut."""
+        return -(-rows // min(rows, max(1, self.block * self.spread.parts // groups)))
 
 
 def head_logprobs(
@@ -120,8 +177,7 @@ class _Order(NamedTuple):
 
 def _order(counted: Array, head: Head) -> _Order:
     groups, rows = counted.shape
-    block = min(rows, max(1, head.block // groups))
-    count = -(-rows // block)
+    count = head.blocks(groups, rows)
     block = -(-rows // count)
     forward = jnp.argsort(~counted, axis=1, stable=True)
     back = jnp.argsort(forward, axis=1)
@@ -144,14 +200,20 @@ def _put(rows: Array, new: Array, block: Array) -> Array:
 def _head_logits(head: Head, kernel: Array, hidden: Array) -> Array:
     contract = (((hidden.ndim - 1,), (1 - head.vocab_axis,)), ((), ()))
     out = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=jnp.float32)
+    out = head.spread.logits(out)
     return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
 
 
-def _read(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
+def _read(head: Head, logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     """Log-prob of each token, whether it is the likeliest, and the log of the normaliser."""
     top = logits.max(-1)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    if head.spread.mesh is None:
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    else:
+        # A lookup would gather the vocabulary's parts; a sum over it is added up where it lies.
+        hit = tokens[..., None] == jnp.arange(logits.shape[-1])
+        chosen = jnp.where(hit, logits, 0.0).sum(-1)
     return chosen - normaliser, chosen >= top, normaliser
 
 
@@ -168,22 +230,31 @@ def _by_logits(
 
 def _by_hidden(head: Head, kernel: Array, slopes: Array) -> Array:
     contract = (((2,), (head.vocab_axis,)), ((), ()))
-    return jax.lax.dot_general(slopes, kernel, contract, preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(slopes, kernel, contract, preferred_element_type=jnp.float32)
+    return head.spread.own(out)
 
 
-def _by_kernel(hidden: Array, slopes: Array) -> Array:
-    """[D V]: of the two orders, the one that moves the hidden states and not the slopes."""
-    contract = (((0, 1), (0, 1)), ((), ()))
-    return jax.lax.dot_general(hidden, slopes, contract, preferred_element_type=jnp.float32)
+def _by_kernel(head: Head, hidden: Array, slopes: Array) -> Array:
+    """[parts D V], of every part of the rows its own share.
+
+    Of the two orders, the one that moves the hidden states and not the slopes.
+    """
+    parts = head.spread.row_parts
+    hidden, slopes = (x.reshape(parts, -1, x.shape[-1]) for x in (hidden, slopes))
+    contract = (((1,), (1,)), ((0,), (0,)))
+    out = jax.lax.dot_general(hidden, slopes, contract, preferred_element_type=jnp.float32)
+    return head.spread.logits(out)
 
 
 def _no_gradient(hidden: Array, head: Head, kernel: Array) -> Array:
-    return jnp.zeros((hidden.shape[-1], kernel.shape[head.vocab_axis]), jnp.float32)
+    shape = (head.spread.row_parts, hidden.shape[-1], kernel.shape[head.vocab_axis])
+    return head.spread.logits(jnp.zeros(shape, jnp.float32))
 
 
 def _as_kernel(head: Head, gradient: Array | None, kernel: Array) -> Array | None:
     if gradient is None:
         return None
+    gradient = head.spread.kernel(gradient.sum(0), 1)
     return (gradient if head.vocab_axis else gradient.T).astype(kernel.dtype)
 
 
@@ -193,8 +264,9 @@ def _scores(
     """Log-probs, hits and normalisers of sorted rows; zeros in blocks without a counted one."""
 
     def score(block: Array, out: tuple) -> tuple:
-        states, ids = _cut(hidden, block, order.block), _cut(tokens, block, order.block)
-        found = _read(_head_logits(head, kernel, states), ids)
+        rows = [_cut(x, block, order.block) for x in (hidden, tokens)]
+        states, ids = map(head.spread.gathered, rows)
+        found = _read(head, _head_logits(head, kernel, states), ids)
         return tuple(_put(rows, new, block) for rows, new in zip(out, found, strict=True))
 
     zeros = jnp.zeros(tokens.shape, jnp.float32)
@@ -211,6 +283,7 @@ def _logprobs(
     head: Head, kernel: Array, hidden: Array, tokens: Array, counted: Array
 ) -> tuple[Array, Array]:
     order = _order(counted, head)
+    kernel = head.spread.kernel(kernel, head.vocab_axis)
     logprobs, hits, _ = _scores(head, kernel, order.sort(hidden), order.sort(tokens), order)
     return _shown(order, counted, logprobs, hits)
 
@@ -220,6 +293,7 @@ def _logprobs_forward(
 ) -> tuple[tuple[Array, Array], tuple]:
     trained = kernel.perturbed
     kernel, hidden, tokens, counted = (x.value for x in (kernel, hidden, tokens, counted))
+    kernel = head.spread.kernel(kernel, head.vocab_axis)
     order = _order(counted, head)
     logprobs, hits, normaliser = _scores(
         head, kernel, order.sort(hidden), order.sort(tokens), order
@@ -242,11 +316,12 @@ def _logprobs_backward(head: Head, residuals: tuple, slopes: tuple) -> tuple:
     def pull(block: Array, out: tuple) -> tuple:
         by_hidden, by_kernel = out
         rows = [_cut(x, block, order.block) for x in (states, ids, normaliser, slope)]
+        rows = list(map(head.spread.gathered, rows))
         logits = _head_logits(head, kernel, rows[0])
         by_logits = _by_logits(head, logits, rows[1], rows[2], rows[3], kernel.dtype)
-        by_hidden = _put(by_hidden, _by_hidden(head, kernel, by_logits), block)
+        by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
         if by_kernel is not None:
-            by_kernel = by_kernel + _by_kernel(rows[0], by_logits)
+            by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
         return by_hidden, by_kernel
 
     start = (jnp.zeros_like(states), by_kernel)
@@ -271,6 +346,7 @@ def _weighted_forward(
     trained = kernel.perturbed
     kernel, hidden, tokens, weights = (x.value for x in (kernel, hidden, tokens, weights))
     counted = weights != 0
+    kernel = head.spread.kernel(kernel, head.vocab_axis)
     order = _order(counted, head)
     states, ids = order.sort(hidden), order.sort(tokens)
     slope = order.sort(weights)
@@ -279,12 +355,13 @@ def _weighted_forward(
     def step(block: Array, out: tuple) -> tuple:
         logprobs, hits, by_hidden, by_kernel = out
         rows = [_cut(x, block, order.block) for x in (states, ids, slope)]
+        rows = list(map(head.spread.gathered, rows))
         logits = _head_logits(head, kernel, rows[0])
-        found, hit, normaliser = _read(logits, rows[1])
+        found, hit, normaliser = _read(head, logits, rows[1])
         by_logits = _by_logits(head, logits, rows[1], normaliser, rows[2], kernel.dtype)
         if by_kernel is not None:
-            by_kernel = by_kernel + _by_kernel(rows[0], by_logits)
-        by_hidden = _put(by_hidden, _by_hidden(head, kernel, by_logits), block)
+            by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
+        by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
         return _put(logprobs, found, block), _put(hits, hit, block), by_hidden, by_kernel
 
     zeros = jnp.zeros(ids.shape, jnp.float32)

@@ -61,6 +61,13 @@ def spec_of(shape: Sequence[int]) -> str:
     return ",".join(parts) or f"{MESH_AXES[0]}=1"
 
 
+def slice_count(spec: str) -> int:
+    """How many slices a spec is for: the product of its dcn axes, of which none is -1."""
+    parts = (part.partition("=") for part in spec.split(","))
+    sizes = {axis.strip(): size.strip() for axis, _, size in parts}
+    return math.prod(int(sizes[axis]) for axis in DCN_AXES if sizes.get(axis, "").isdecimal())
+
+
 def mesh_shapes(devices: int) -> Iterator[Shape]:
     """All sizes of (data, fsdp, tensor) that multiply to so many devices."""
     for tensor in _divisors(devices):

@@ -8,6 +8,7 @@ no model on its own.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -221,6 +222,15 @@ def _undivided(
     return InputError(f"{told}; {meshes}{whole}")
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct`s that lie as another tree says; allocates nothing."""
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        shardings,
+    )
+
+
 def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
     """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is."""
     if mesh is None:
@@ -248,5 +258,58 @@ class Placement:
             return tree
         return jax.tree.map(lambda x, one: constrain(x, one, self.rules, self.mesh), tree, axes)
 
+    def whole(self, weight: Array, axes: Axes, axis: str) -> Array:
+        """Inside jit, a weight gathered along one logical axis; its gradient is spread again.
+
+        As it is where nothing splits that axis. Left to the compiler, each matmul might exchange
+        states instead, or gather the weight once more for every use.
+        """
+        if self.mesh is None or not self.rules.mesh_axes(axis):
+            return weight
+        return _gather(self, axes, tuple(None if one == axis else one for one in axes), weight)
+
+    def spread(self, rows: Array) -> Array:
+        """Inside jit, rows of a batch split as the rules split a batch, and whole otherwise.
+
+        As they are where the mesh does not divide them, and without a mesh.
+        """
+        if rows.shape[0] % self.parts("batch", rows.shape[0]):
+            return rows
+        return self.hold(rows, ("batch",) + (None,) * (rows.ndim - 1))
+
+    def spread_lookup(self, rows: Array, axis: str) -> Array:
+        """`spread` of rows that were looked up in a table whose last axis is this logical one.
+
+        They are looked up where the table's parts lie and then exchanged, not the table.
+        """
+        if self.mesh is None or rows.shape[0] % self.parts("batch", rows.shape[0]):
+            return rows
+        split = self.rules.targets(axis, rows.shape[-1], self.mesh.shape)
+        left = tuple(one for one in self.rules.mesh_axes("batch") if one not in split)
+        spec = PartitionSpec(left, *(None,) * (rows.ndim - 2), split)
+        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, spec))
+        return self.spread(rows)
+
 
 ON_ONE_DEVICE = Placement()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(place: Placement, own: Axes, gathered: Axes, weight: Array) -> Array:
+    return place.hold(weight, gathered)
+
+
+def _gather_forward(
+    place: Placement, own: Axes, gathered: Axes, weight: Array
+) -> tuple[Array, None]:
+    return place.hold(weight, gathered), None
+
+
+def _gather_backward(
+    place: Placement, own: Axes, gathered: Axes, _: None, slope: Array
+) -> tuple[Array]:
+    # Never held gathered: partial sums go straight to their parts, in half the bytes.
+    return (place.hold(slope, own),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

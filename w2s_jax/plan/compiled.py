@@ -6,7 +6,7 @@ Knows the text of XLA's optimised programs; compiles nothing.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -46,10 +46,11 @@ class Collective:
         return self.size * self.times * (1.0 if self.kind == "collective-permute" else factor)
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, unknown: int = 1) -> list[Collective]:
     """The exchanges of a compiled program, `compiled.as_text()`.
 
-    A loop whose length cannot be read counts once. Asynchronous ones are counted where they start.
+    A loop whose length depends on what is read counts `unknown` times. Asynchronous exchanges are
+    counted where they start.
     """
     bodies = _computations(text)
     entry = next((name for name, (first, _) in bodies.items() if first), None)
@@ -64,7 +65,8 @@ def collectives(text: str) -> list[Collective]:
         for line in bodies[name][1]:
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
-                visit(loop[2], count * _length(line, bodies, loop[1]), True)
+                length = _length(line, bodies, loop[1], loop[2])
+                visit(loop[2], count * (unknown if length is None else length), True)
                 continue
             for called in _CALLED.finditer(line):
                 for one in called[1].split(","):
@@ -72,13 +74,18 @@ def collectives(text: str) -> list[Collective]:
 
     if entry is not None:
         visit(entry, 1, False)
-    found = []
+    found: dict[tuple[str, str], Collective] = {}
     for name, count in times.items():
-        for line in bodies[name][1]:
+        for place, line in enumerate(bodies[name][1]):
             one = _collective(line, count, looped[name])
-            if one is not None:
-                found.append(one)
-    return found
+            if one is None:
+                continue
+            # An exchange that runs beside others' work stands in each of their fusions.
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = ("channel", channel[1]) if channel else (name, str(place))
+            if key not in found or found[key].times < count:
+                found[key] = one
+    return list(found.values())
 
 
 def gathers_of(
@@ -118,16 +125,48 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return bodies
 
 
-def _length(line: str, bodies: Mapping[str, tuple[bool, list[str]]], condition: str) -> int:
-    """How often a loop runs: as the compiler says, else the constant that its counter is below."""
+def _length(
+    line: str, bodies: Mapping[str, tuple[bool, list[str]]], condition: str, body: str
+) -> int | None:
+    """How often a loop runs: as the compiler says, else until its counter reaches a constant."""
     told = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if told:
         return int(told[1])
     lines = bodies.get(condition, (False, []))[1]
     if not any("direction=LT" in one for one in lines):
+        return None
+    numbers = list(_constants(lines).values())
+    if len(numbers) != 1:
+        return None
+    return -(-numbers[0] // _stride(lines, bodies.get(body, (False, []))[1]))
+
+
+def _constants(lines: Iterable[str]) -> dict[str, int]:
+    found = (re.search(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", one) for one in lines)
+    return {one[1]: int(one[2]) for one in found if one}
+
+
+def _stride(condition: Sequence[str], body: Sequence[str]) -> int:
+    """What a loop adds to its counter at a time: 2 where the compiler unrolled it once."""
+    counters = {
+        one[1]: int(one[2])
+        for one in (re.search(r"%([\w.\-]+) = .*get-tuple-element\(.*index=(\d+)", line)
+                    for line in condition)
+        if one
+    }  # fmt: skip
+    compared = next((one for one in condition if "direction=LT" in one), "")
+    places = [place for name, place in counters.items() if f"%{name}," in compared]
+    root = next((one for one in body if one.strip().startswith("ROOT")), "")
+    carried = re.search(r" tuple\((.*?)\)(?:,|$)", root)
+    if len(places) != 1 or carried is None:
         return 1
-    numbers = [int(n) for one in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)]
-    return numbers[0] if len(numbers) == 1 else 1
+    operands = re.findall(r"%([\w.\-]+)", re.sub(r"/\*.*?\*/", "", carried[1]))
+    name = operands[places[0]] if places[0] < len(operands) else ""
+    added = next((one for one in body if f"%{name} = " in one and " add(" in one), "")
+    constants = _constants(body)
+    return next(
+        (constants[one] for one in re.findall(r"%([\w.\-]+)", added) if one in constants), 1
+    )
 
 
 def _collective(line: str, times: int, in_loop: bool) -> Collective | None:
@@ -153,9 +192,19 @@ def _collective(line: str, times: int, in_loop: bool) -> Collective | None:
 
 
 def _group(line: str) -> int:
-    """Devices of a group, from {{0,1},{2,3}} or [groups,devices]<=[..]."""
+    """Devices of a group: {{0,1},{2,3}}, [groups,devices]<=[..], or axes of a mesh by their names.
+
+    A part of an axis is written 'axis_0':(before)size.
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(counted[2]) if counted else 2
+    if counted:
+        return int(counted[2])
+    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+    if named is None:
+        return 2
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in axes)

@@ -126,7 +126,7 @@ def _plan(
 def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]]) -> Measured:
     """Compile one program for a slice."""
     traced = program.trace()
-    operations = matmul_operations(traced.jaxpr) / len(place.devices)
+    operations = matmul_operations(traced.jaxpr, program.loops) / len(place.devices)
     start = time.monotonic()
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
@@ -135,7 +135,7 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
             raise
         return Measured(program.name, program.calls, refusal=_refusal(str(error)))
     spent = time.monotonic() - start
-    used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text())
+    used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), program.loops)
     chip = place.chip
     moved = sum(one.moved for one in exchanged)
     return Measured(

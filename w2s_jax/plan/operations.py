@@ -10,11 +10,11 @@ from typing import Any
 from jax.extend import core
 
 
-def matmul_operations(jaxpr: Any) -> float:
-    """Multiplications and additions of all dot products; a loop whose length is not known is one.
+def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
+    """Multiplications and additions of all dot products.
 
-    jaxpr: a (closed) jaxpr, as `jax.make_jaxpr` or `traced.jaxpr` gives. Of branches the costliest
-    counts.
+    jaxpr: a (closed) jaxpr, as `jax.make_jaxpr` or `traced.jaxpr` gives. A loop whose length is not
+    known runs `unknown` times. Of branches the costliest counts.
     """
     found = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -22,9 +22,11 @@ def matmul_operations(jaxpr: Any) -> float:
         if name == "dot_general":
             found += _dot(equation)
             continue
-        inner = [matmul_operations(one) for one in _inside(parameters)]
+        inner = [matmul_operations(one, unknown) for one in _inside(parameters)]
         if name == "scan":
             found += parameters["length"] * sum(inner)
+        elif name == "while":
+            found += unknown * sum(inner)
         elif name == "cond":
             found += max(inner, default=0.0)
         else:

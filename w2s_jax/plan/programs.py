@@ -15,20 +15,20 @@ from jax.sharding import Mesh
 from w2s_jax.decode.reader import start_cache
 from w2s_jax.models.cache import KVCache, cache_axes
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
-from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree
+from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
 from w2s_jax.search import reading_programs, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import LARGEST_PADDING, Guide, SearchModels, search_models
+from w2s_jax.search.reading import MERGES
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.sizes import bucket
 from w2s_jax.search.state import SearchState, start_search, state_axes
+from w2s_jax.train.estimate import abstract_on_mesh
 
 TUNED, UNTUNED = "tuned", "untuned"
-MERGES = 2
-"""Tokens by which a text may be longer than a chunk in a guide's own vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,15 @@ class Program:
     """A jitted function with abstract arguments.
 
     calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
-    and writes in one call, of weights and caches.
+    and writes in one call, of weights and caches. loops: how often a loop runs at most whose length
+    depends on what is read.
     """
 
     name: str
     trace: Callable[[], Any]
     calls: int
     reads: float
+    loops: int = 1
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,9 @@ def _abstract(
     rules: Rules,
     quantize: QuantizeConfig | None = None,
 ) -> Model:
-    model, axes = abstract_model(config, dtype=shapes.dtype, scan_layers=True, quantize_as=quantize)
-    params = _placed(model.params, resolve_tree(axes, model.params, rules, mesh))
-    return Model(config, params, Placement(mesh, rules))
+    return abstract_on_mesh(
+        config, dtype=shapes.dtype, scan_layers=True, mesh=mesh, rules=rules, quantize_as=quantize
+    )
 
 
 def _abstract_state(
@@ -229,7 +231,7 @@ def _abstract_state(
 
     state = jax.eval_shape(start, models)
     rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
-    rest = _placed(rest, resolve_tree(axes, rest, shapes.policy_rules, mesh))
+    rest = with_shardings(rest, resolve_tree(axes, rest, shapes.policy_rules, mesh))
     caches = (tuple(map(_placed_cache, part)) for part in (state.proposer, state.scorer))
     return replace(rest, **dict(zip(("proposer", "scorer"), caches, strict=True)))
 
@@ -253,15 +255,7 @@ def _abstract_cache(model: Model, shapes: SearchShapes) -> KVCache:
 def _placed_cache(cache: KVCache) -> KVCache:
     place = cache.placement
     assert place.mesh is not None
-    return _placed(cache, resolve_tree(cache_axes(cache), cache, place.rules, place.mesh))
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        shapes,
-        shardings,
-    )
+    return with_shardings(cache, resolve_tree(cache_axes(cache), cache, place.rules, place.mesh))
 
 
 def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:

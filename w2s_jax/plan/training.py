@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.forward import Remat
 from w2s_jax.models.lora import LoraConfig, abstract_adapter
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 from w2s_jax.plan.programs import Program, nbytes
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.placing import batch_parts, check_batch
+from w2s_jax.train.placing import check_batch
 from w2s_jax.train.preference_config import PreferenceConfig
 from w2s_jax.train.step import make_train_step
 
@@ -67,14 +68,19 @@ def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
     else:
         params = abstract_adapter(shapes.model, shapes.lora, **options)
         frozen[BASE] = abstract_on_mesh(shapes.model, dtype=shapes.dtype, **options)
-    policy = Policy(shapes.model, shapes.lora, shapes.remat, batch_parts(mesh))
+    policy = Policy(shapes.model, shapes.lora, shapes.remat, Placement(mesh, shapes.rules))
     pairs = shapes.objective == "dpo"
     loss = preference_objective(policy, PreferenceConfig()) if pairs else sft_loss(policy)
     optimizer = make_optimizer(shapes.optimizer, 1000)
     state = abstract_state(params, optimizer)
     batch = abstract_batch(_batch(shapes), mesh)
     step = make_train_step(
-        loss, optimizer, accumulate=shapes.accumulate, compute_dtype=shapes.dtype, mesh=mesh
+        loss,
+        optimizer,
+        accumulate=shapes.accumulate,
+        compute_dtype=shapes.dtype,
+        mesh=mesh,
+        like=state,
     )
     held = {
         "trained parameters": nbytes(state.params),
@@ -87,7 +93,15 @@ def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
     reads = 3.0 * shapes.accumulate * weights
     reads += 2.0 * (held["trained parameters"] + held["optimizer"])
     trace = lambda: step.trace(state, frozen, batch)  # type: ignore[attr-defined]  # noqa: E731
-    return TrainingProgram(Program("training step", trace, 1, reads), held)
+    program = Program("training step", trace, 1, reads, _head_blocks(shapes, policy.placement))
+    return TrainingProgram(program, held)
+
+
+def _head_blocks(shapes: TrainingShapes, placement: Placement) -> int:
+    """Blocks of logits in a micro-batch of which every token counts."""
+    rows = shapes.tokens // (shapes.length * shapes.accumulate)
+    groups = row_groups(placement, rows)
+    return head_of(shapes.model, placement).blocks(groups, rows // groups * shapes.length)
 
 
 def _batch(shapes: TrainingShapes) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, abstract_model
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, resolve_tree
+from w2s_jax.models.quantize import QuantizeConfig
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, resolve_tree, with_shardings
 from w2s_jax.train.step import Batch, LossFunction, TrainState, init_state, make_train_step
 
 
@@ -104,21 +105,20 @@ def abstract_on_mesh(
     scan_layers: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
+    quantize_as: QuantizeConfig | None = None,
 ) -> Model:
     """A model's shapes and dtypes, with the shardings that `shard_model` would give them.
 
+    quantize_as: of a model whose weights are held so.
     Raises InputError, naming the parameter, where the mesh does not divide a dimension.
     """
-    model, axes = abstract_model(config, dtype=dtype, scan_layers=scan_layers)
+    model, axes = abstract_model(
+        config, dtype=dtype, scan_layers=scan_layers, quantize_as=quantize_as
+    )
     if mesh is None:
         return model
     shardings = resolve_tree(axes, model.params, rules, mesh)
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.params,
-        shardings,
-    )
-    return Model(config, params, Placement(mesh, rules))
+    return Model(config, with_shardings(model.params, shardings), Placement(mesh, rules))
 
 
 def abstract_batch(

@@ -3,15 +3,18 @@
 Holds no loss: what is made of the log-probs is in objectives.py.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.forward import Remat
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import Head, head_logprobs, weighted_head_logprobs
+from w2s_jax.ops.logprobs import Head, Spread, head_logprobs, weighted_head_logprobs
+from w2s_jax.ops.sharding import Placement
 
 BLOCK_BYTES = 128 * 2**20
 """Float32 logits alive at a time, unless a caller says otherwise."""
@@ -36,20 +39,19 @@ def sequence_scores(
     remat: Remat = "none",
     key: Array | None = None,
     block_bytes: int = BLOCK_BYTES,
-    groups: int = 1,
 ) -> TokenScores:
     """Float32 log p(token | the tokens before it in its segment), and whether it was the likeliest.
 
     0.0 and False at padding, at a segment's first token and, where `targets` are given, at every
     other token; what is not scored costs no time in the head. At most `block_bytes` of logits are
-    alive, forward and backward. `groups`: the shards of the batch axis, which must divide B.
+    alive on a device, forward and backward. Rows lie on the mesh of the model's placement, if any.
     `remat`, `key`: as in `hidden_states`.
     """
     hidden = hidden_states(model, tokens, segments=segments, remat=remat, key=key)
     counted = scored_tokens(segments, targets)
-    rows = (groups, -1)
+    rows = (row_groups(model.placement, len(tokens)), -1)
     found = head_logprobs(
-        _head(model, block_bytes),
+        head_of(model.config, model.placement, block_bytes),
         _kernel(model),
         hidden.reshape(*rows, hidden.shape[-1]),
         _next(tokens).reshape(rows),
@@ -67,7 +69,6 @@ def weighted_logprob(
     remat: Remat = "none",
     key: Array | None = None,
     block_bytes: int = BLOCK_BYTES,
-    groups: int = 1,
 ) -> tuple[Float[Array, ""], TokenScores]:
     """The sum of weights · log-probs, and the scores of the tokens whose weight is not zero.
 
@@ -76,9 +77,9 @@ def weighted_logprob(
     """
     hidden = hidden_states(model, tokens, segments=segments, remat=remat, key=key)
     weights = jnp.where(scored_tokens(segments), weights, 0.0)
-    rows = (groups, -1)
+    rows = (row_groups(model.placement, len(tokens)), -1)
     total, *found = weighted_head_logprobs(
-        _head(model, block_bytes),
+        head_of(model.config, model.placement, block_bytes),
         _kernel(model),
         hidden.reshape(*rows, hidden.shape[-1]),
         _next(tokens).reshape(rows),
@@ -95,10 +96,32 @@ def scored_tokens(segments: Tokens, targets: Marks | None = None) -> Bool[Array,
     return scored if targets is None else scored & jnp.asarray(targets)
 
 
-def _head(model: Model, block_bytes: int) -> Head:
-    config = model.config
+def row_groups(placement: Placement, rows: int) -> int:
+    """Into how many groups, each on devices of its own, rows of a batch are split."""
+    parts = placement.parts("batch", rows)
+    return 1 if rows % parts else parts
+
+
+def head_of(config: ModelConfig, placement: Placement, block_bytes: int = BLOCK_BYTES) -> Head:
+    """How a model's logits are made, `block_bytes` of them alive on a device at a time.
+
+    Where the vocabulary can be divided by all parts of the weights, it is.
+    """
     rows = max(1, block_bytes // (4 * config.vocab_size))
-    return Head(0 if config.tied_embeddings else 1, rows, config.final_softcap)
+    vocab_axis = 0 if config.tied_embeddings else 1
+    return Head(vocab_axis, rows, config.final_softcap, _spread(config.vocab_size, placement))
+
+
+def _spread(vocab_size: int, placement: Placement) -> Spread:
+    mesh, rules = placement.mesh, placement.rules
+    if mesh is None:
+        return Spread()
+    batch, vocab = (rules.mesh_axes(axis) for axis in ("batch", "vocab"))
+    # In this order one exchange within the parts of the width cuts the kernel.
+    wide = tuple(dict.fromkeys((*vocab, *rules.mesh_axes("embed"))))
+    if vocab_size % math.prod(mesh.shape[axis] for axis in wide) == 0:
+        vocab = wide
+    return Spread(mesh, batch, tuple(axis for axis in batch if axis not in vocab), vocab)
 
 
 def _kernel(model: Model) -> Array:

@@ -17,6 +17,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.forward import Remat
 from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
 from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
 from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics, wspo
@@ -34,19 +35,20 @@ class Policy:
 
     Without `lora` the parameters are the model's own; with it they are adapters on the frozen
     base. `remat` says what a layer's backward pass computes again (`models.model.hidden_states`),
-    `groups` into how many parts the mesh cuts a batch.
+    `placement` where the model lies, and with it the rows of a batch.
     """
 
     config: ModelConfig
     lora: LoraConfig | None = None
     remat: Remat = "none"
-    groups: int = 1
+    placement: Placement = ON_ONE_DEVICE
 
     def model(self, params: Any, frozen: Frozen) -> Model:
         """The model under these parameters; it shares the arrays of a frozen base."""
         if self.lora is None:
-            return Model(self.config, params)
-        return Model(self.config, attach(frozen[BASE].params, params, self.lora))
+            return Model(self.config, params, self.placement)
+        whole = attach(frozen[BASE].params, params, self.lora)
+        return Model(self.config, whole, self.placement)
 
     def scores(self, params: Any, frozen: Frozen, batch: Batch, key: Array | None) -> TokenScores:
         """Scores of every token of a batch [B, X] under the model; `key` is for dropout."""
@@ -55,7 +57,7 @@ class Policy:
     def reading(self, key: Array | None) -> dict[str, Any]:
         """How a batch is read in training; without dropout a key would only cost time."""
         drops = self.lora is not None and self.lora.dropout > 0
-        return {"remat": self.remat, "groups": self.groups, "key": key if drops else None}
+        return {"remat": self.remat, "key": key if drops else None}
 
 
 def reference_of(frozen: Frozen) -> Model:

@@ -149,13 +149,6 @@ def fine_tune(
         part=(own.start, own.stop),
     )
     optimizer = make_optimizer(config.optimizer, steps)
-    step = make_train_step(
-        task.loss,
-        optimizer,
-        accumulate=config.accumulate,
-        compute_dtype=config.compute_dtype,
-        mesh=mesh,
-    )
     frozen = dict(task.frozen)
     loop_config = loop(steps)
     evaluate = None
@@ -163,8 +156,17 @@ def fine_tune(
         evaluate = evaluation(task, config, mesh)
         _check_best(loop_config.keep_best, task, params, config)
     state = init_state(params, optimizer, jax.random.key(config.seed), copy=False)
+    state = place_state(state, mesh)
+    step = make_train_step(
+        task.loss,
+        optimizer,
+        accumulate=config.accumulate,
+        compute_dtype=config.compute_dtype,
+        mesh=mesh,
+        like=None if mesh is None else state,
+    )
     return train(
-        place_state(state, mesh),
+        state,
         step,
         batches,
         config=loop_config,

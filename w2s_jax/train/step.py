@@ -59,6 +59,7 @@ def make_train_step(
     accumulate: int = 1,
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    like: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `(state, frozen, batch) -> (state, metrics)` that donates the state alone.
 
@@ -68,7 +69,8 @@ def make_train_step(
 
     Parameters and optimizer keep the dtype they have (float32); with `compute_dtype` the loss sees
     the floating-point leaves of params and frozen in that dtype. With a `mesh`, micro-batches
-    stay spread over its batch axes.
+    stay spread over its batch axes. The new state lies where `like` does, a state on a mesh or the
+    shapes of one: left to itself the compiler may choose otherwise, and compile again for it.
     """
 
     def value_and_gradient(
@@ -114,7 +116,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if like is None:
+        return jax.jit(step, donate_argnums=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def cast(tree: Any, dtype: DTypeLike | None) -> Any:

@@ -1,0 +1,80 @@
+"""Training steps on eight virtual devices: where every leaf lies, and that nothing else changes."""
+
+import pytest
+
+CODE = """
+import jax, jax.numpy as jnp, numpy as np
+from tests.tiny import tiny_config, tiny_model
+from w2s_jax.models.lora import LoraConfig, init_adapter, shard_adapter
+from w2s_jax.models.model import shard_model
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import Placement
+from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
+from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
+from w2s_jax.train.placing import place, place_state
+from w2s_jax.train.preference_config import PreferenceConfig
+from w2s_jax.train.step import init_state, make_train_step
+
+def batch(pairs):
+    rng = np.random.default_rng(0)
+    shape = (8, 2, 24) if pairs else (8, 24)
+    lengths = rng.integers(8, 25, shape[:-1])[..., None]
+    found = {
+        "tokens": rng.integers(0, 64, shape).astype(np.int32),
+        "segments": (np.arange(24) < lengths).astype(np.int32),
+        "targets": (np.arange(24) >= 4) & (np.arange(24) < lengths),
+    }
+    return found | {"reference": rng.normal(-40, 1, (8, 2)).astype(np.float32)} if pairs else found
+
+def run(spec, tied, adapted, pairs, accumulate):
+    mesh = None if spec is None else make_mesh(spec)
+    model = tiny_model(0, scan_layers=True, heads=4, kv_heads=2, width=32, vocab_size=64,
+                       tied_embeddings=tied)
+    model = model if mesh is None else shard_model(model, mesh)
+    lora = LoraConfig(rank=4) if adapted else None
+    place_of = Placement() if mesh is None else Placement(mesh)
+    policy = Policy(model.config, lora, "full", place_of)
+    params, frozen = model.params, {}
+    if adapted:
+        params = init_adapter(model.config, lora, jax.random.key(1), scan_layers=True)
+        params = jax.tree.map(lambda x: x + 0.01, params)
+        params = params if mesh is None else shard_adapter(model.config, params, mesh)
+        frozen = {BASE: model}
+    loss = pair_loss(policy, PreferenceConfig()) if pairs else sft_loss(policy)
+    settings = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="constant")
+    optimizer = make_optimizer(settings, 10)
+    state = place_state(init_state(params, optimizer, jax.random.key(0)), mesh)
+    like = None if mesh is None else state
+    step = make_train_step(loss, optimizer, accumulate=accumulate, mesh=mesh, like=like)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    losses = []
+    for _ in range(2):
+        state, metrics = step(state, frozen, place(batch(pairs), mesh))
+        losses.append(float(metrics["loss"]))
+    flat = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), was in zip(flat, jax.tree.leaves(before), strict=True):
+        same = leaf.sharding.is_equivalent_to(was, leaf.ndim)
+        assert same, f"{spec} {jax.tree_util.keystr(path)}: {was} became {leaf.sharding}"
+    return losses, jax.device_get(state.params)
+
+for tied, adapted, pairs, accumulate in CASES:
+    losses, params = run(None, tied, adapted, pairs, accumulate)
+    assert losses[1] < losses[0]
+    for spec in ("fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,data=2", "data=8"):
+        if accumulate > 1 and spec in ("fsdp=8", "data=8"):
+            continue
+        found, own = run(spec, tied, adapted, pairs, accumulate)
+        np.testing.assert_allclose(found, losses, rtol=1e-5, err_msg=spec)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, err_msg=spec), own, params
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(False, False, False, 1), (True, False, False, 2), (False, True, True, 1)],
+    ids=["all parameters, SFT", "tied, in micro-batches", "adapters, DPO"],
+)
+def test_every_leaf_stays_where_it_lies_and_the_step_is_that_of_one_device(run_python, case):
+    run_python(CODE.replace("CASES", f"[{case}]"), devices=8)
