@@ -16,9 +16,7 @@ import dataclasses, re
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward
-from w2s_jax.models.model import abstract_model
-from w2s_jax.ops import flash
+from w2s_jax.models.model import Model, abstract_model, hidden_states
 from w2s_jax.ops.attention import attend_sequence
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.meshes import make_mesh
@@ -71,6 +69,40 @@ assert max(used.values()) < scores / 2
 @pytest.mark.parametrize("case", [(1, 4096, False), (8, 4096, True), (1, 32768, False)])
 def test_attention_of_8b_shapes_is_the_kernel(run_python, case):
     print(run_python(START + ATTENTION % (case,)))
+
+
+MODEL = """
+rows, length, windows, told = %r
+whole = shape_of("meta-llama/Meta-Llama-3-8B-Instruct")
+small = {"layers": 2, "mlp_width": 1024, "vocab_size": 1024}
+config = dataclasses.replace(whole, **small, sliding_windows=windows)
+model, axes = abstract_model(config, dtype="bfloat16", scan_layers=True)
+placed = resolve_tree(axes, model.params, DEFAULT_RULES, mesh)
+params = jax.tree.map(
+    lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), model.params, placed
+)
+
+def loss(params, tokens, told):
+    own = Model(config, params, placement)
+    read = hidden_states(own, tokens, remat="full", **told)
+    return jnp.square(read.astype(jnp.float32)).mean()
+
+tokens = given((rows, length), "fsdp", dtype=jnp.int32)
+kinds = {"mask": jnp.bool_, "segments": jnp.int32}
+more = {told: given((rows, length), "fsdp", dtype=kinds[told])} if told else {}
+found = compiled(jax.grad(loss), params, tokens, more)
+text = found.as_text()
+assert all(f"splash_mha_{phase}" in text for phase in ("fwd", "dq", "dkv"))
+assert not square(text, length), square(text, length)
+print(found.memory_analysis().temp_size_in_bytes / 2**20)
+"""
+
+
+@pytest.mark.parametrize(
+    "case", [(8, 2560, (None, None), "mask"), (8, 2560, (None, 1024), "segments")]
+)
+def test_a_gradient_of_8b_layers_holds_no_scores_and_no_mask(run_python, case):
+    print(run_python(START + MODEL % (case,)))
 
 
 TOKEN_STEP = """
