@@ -102,7 +102,7 @@ print(found.memory_analysis().temp_size_in_bytes / 2**20)
     "case", [(8, 2560, (None, None), "mask"), (8, 2560, (None, 1024), "segments")]
 )
 def test_a_gradient_of_8b_layers_holds_no_scores_and_no_mask(run_python, case):
-    print(run_python(START + MODEL % (case,)))
+    print(run_python(START + MODEL % (case,), timeout=900))
 
 
 TOKEN_STEP = """
