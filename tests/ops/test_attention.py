@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.ops.attention import attend_part, attend_sequence, concatenate, merge, unseen
+from w2s_jax.ops.flash import Reach
 
 
 def plain(query, keys, values, mask, scale, softcap=None):
@@ -109,6 +110,7 @@ def test_a_whole_sequence_has_the_value_and_the_gradient_of_its_parts(softcap):
     rng = np.random.default_rng(3)
     query = jnp.asarray(rng.normal(size=(2, 1, 6, 4, 8)), jnp.float32)
     keys, values = jnp.asarray(rng.normal(size=(2, 2, 1, 6, 2, 8)), jnp.float32)
+    reach = Reach()
     mask = jnp.tril(jnp.ones((6, 6), bool))[None, None]
     slope = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
 
@@ -116,7 +118,7 @@ def test_a_whole_sequence_has_the_value_and_the_gradient_of_its_parts(softcap):
         return merge([attend_part(*arrays, mask, scale=0.5, softcap=softcap)])
 
     def whole(*arrays):
-        return attend_sequence(*arrays, mask, scale=0.5, softcap=softcap)
+        return attend_sequence(*arrays, reach, scale=0.5, softcap=softcap)
 
     (expected, wanted), (found, pulled) = (
         (out, pull(slope))

@@ -71,6 +71,14 @@ def test_an_exchange_in_several_fusions_counts_once():
     assert len(collectives(text.replace(line, line + again))) == 4
 
 
+def test_a_call_over_several_lines_ends_no_loop():
+    kernel = '  %k = f32[8]{0} custom-call(%x), backend_config={"a": {\n"b": 1\n}}, metadata={}\n'
+    text = TEXT.replace("  %while.1", kernel + "  %while.1")
+    assert sorted(one.kind for one in collectives(text)) == sorted(
+        one.kind for one in collectives(TEXT)
+    )
+
+
 def test_a_loop_of_unknown_length_counts_as_told():
     text = TEXT.replace("%limit.2 = u32[]{:T(128)} constant(5)", "%limit.2 = parameter(1)")
     for unknown in (1, 7):

@@ -7,18 +7,21 @@ import pytest
 
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import CHIPS, chip_of, topologies
+from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, device_count, topologies
+from w2s_jax.plan.gpus import target_of
 from w2s_jax.plan.shapes import KNOWN, shape_of
-from w2s_jax.plan.topology import check_topology
+from w2s_jax.plan.topology import check_compiler
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "v4:2x2x1"])
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"])
 def test_topologies(name):
     check_topology(name)
     assert name in topologies(chip_of(name).name)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", ""])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", "h100:16", "h100:2x8", ""]
+)
 def test_wrong_topologies(name):
     with pytest.raises(InputError, match=r"^topology "):
         check_topology(name)
@@ -43,7 +46,7 @@ def test_a_shape_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v7:2x2"], "no chip 'v7'; one of v4, v5e, v5p, v6e"),
+        (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x, a100, h100, h200"),
         (["--batch-size=0"], "--batch-size is 0"),
         (["--quantise-policy=int3"], "int3"),
         (["--policy-rules=fast"], "no preset 'fast'"),
@@ -77,7 +80,27 @@ def test_wrong_flags_of_trainings(command, flags, message, capsys):
 
 def test_chips_are_ordered_by_their_figures():
     assert CHIPS["v6e"].operations > CHIPS["v5p"].operations > CHIPS["v5e"].operations
+    assert CHIPS["h200"].bandwidth > CHIPS["h100"].bandwidth > CHIPS["a100"].bandwidth
     assert all(1e11 < chip.bandwidth < 1e13 for chip in CHIPS.values())
+    assert device_count("tpu7x:2x2x1") == device_count("v5e:2x4") == device_count("a100:8") == 8
+
+
+def test_a_gpu_is_told_to_the_compiler_as_it_is():
+    target = target_of(CHIPS["h200"])
+    assert "device_memory_size: 151397597184\n" in target
+    assert "memory_bandwidth: 4800000000000\n" in target
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in target
+    assert target.count("{") == target.count("}") == 3
+    assert "major: 8 minor: 0" in target_of(CHIPS["a100"])
+
+
+def test_compilers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("w2s_jax.plan.topology._is_there", lambda module: False)
+    with pytest.raises(InputError, match=r"w2s-jax\[tpu\]"):
+        check_compiler("v5e:2x2")
+    with pytest.raises(InputError, match=r"w2s-jax\[cuda\]"):
+        check_compiler("h100:8")
+    assert main(["plan", "sft", "--model=meta-llama/Meta-Llama-3-8B", "--topology=v6e:auto"]) == 2
 
 
 TINY = {
@@ -105,6 +128,9 @@ def test_a_small_search_is_compiled_for_a_slice(tmp_path, run_python, vocabulary
     tokens = vocabulary == 1024
     assert ("search_step" in names) == tokens
     assert ("tuned scores" in names) != tokens
+    # Guides of one shape: one is compiled, and stands for both.
+    for name in set(names) - {"prefill", "search_step", "propose", "select"}:
+        assert (names[name]["compile_seconds"] == 0) == name.startswith("untuned")
     assert plan["fits"]
     # bfloat16 weights: MLP and vocabulary over four chips, heads over two.
     mlp, attention, vocab = 2 * 3 * 256 * 512, 2 * 2 * 256 * 128 * (8 + 4), 2 * 256 * 1024
@@ -142,4 +168,93 @@ def test_a_training_step_is_compiled_for_a_slice(tmp_path, run_python, command, 
         assert held["trained parameters"] == 4 * weights // 2
         assert held["frozen parameters"] == 0
     assert held["optimizer"] == pytest.approx(2 * held["trained parameters"], rel=1e-3)
+    assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_meshes_of_a_slice_are_compiled_and_ranked(tmp_path, run_python):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "found.json"
+    arguments = [
+        "plan", "sft", f"--model={tmp_path}/model.json", "--topology=v5e:2x2", "--search-mesh",
+        "--try=2", "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    found = json.loads(out.read_text())
+    (trials,) = found["slices"]
+    plans = trials["plans"]
+    assert [plan["fits"] for plan in plans] == [True, True]
+    assert plans[0]["tokens_per_second"] >= plans[1]["tokens_per_second"] > 0
+    assert (found["topology"], found["mesh"]) == ("v5e:2x2", plans[0]["mesh"])
+    assert len({plan["mesh"] for plan in plans} | {one["mesh"] for one in trials["skipped"]}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_the_smallest_slice_is_found_and_what_it_may_hold_is_the_compilers(tmp_path, run_python):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "found.json"
+    arguments = [
+        "plan", "dpo", f"--model={tmp_path}/model.json", "--topology=v6e:auto",
+        "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    found = json.loads(out.read_text())
+    assert (found["fits"], found["topology"]) == (True, "v6e:2x2")
+    assert len(found["slices"][0]["plans"]) == 1
+
+
+TOO_LARGE = """
+import re
+import jax, jax.numpy as jnp
+from w2s_jax.plan.chips import CHIPS, topologies
+from w2s_jax.plan.topology import open_slice
+for name, chip in CHIPS.items():
+    if chip.platform != "tpu":
+        continue
+    place = open_slice(topologies(name)[0])
+    one = jax.sharding.SingleDeviceSharding(place.devices[0])
+    given = jax.ShapeDtypeStruct((2**38,), jnp.int8, sharding=one)
+    try:
+        jax.jit(lambda x: x + 1).trace(given).lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:
+        said = re.search(r"available HBM \\(([\\d.]+)G\\)", str(error))
+        assert said and float(said[1]) * 2**30 == chip.memory, (name, error)
+    else:
+        raise AssertionError(name)
+print("as told")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the TPU compiler")
+def test_memory_is_what_the_compiler_lets_a_program_have(run_python):
+    assert run_python(TOO_LARGE).endswith("as told\n")
+
+
+def _cuda_plugin():
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda12")
+    except ModuleNotFoundError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _cuda_plugin(), reason="needs the CUDA plugin of jax")
+@pytest.mark.parametrize("topology", ["a100:2", "h100:2", "h200:2"])
+def test_a_training_step_is_compiled_for_gpus(tmp_path, run_python, topology):
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    out = tmp_path / "plan.json"
+    arguments = [
+        "plan", "sft", f"--model={tmp_path}/model.json", f"--topology={topology}",
+        "--mesh=fsdp=2", "--batch-size=4", "--max-length=64", f"--json={out}",
+    ]  # fmt: skip
+    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    plan = json.loads(out.read_text())
+    (step,) = plan["programs"]
+    assert plan["fits"]
+    weights = 2 * (3 * 256 * 512 + 2 * 256 * 128 * (8 + 4)) + 2 * 256 * 1024 + 256 * 5
+    assert plan["held"]["trained parameters"] == 4 * weights // 2
+    assert step["temporary"] > 0
     assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}

@@ -34,6 +34,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("plan", "search"): ("plan", "PlanSearch", "compile a search for a TPU slice: does it fit?"),
     ("plan", "sft"): ("plan", "PlanSFT", "compile a step of sft for a TPU slice"),
     ("plan", "dpo"): ("plan", "PlanDPO", "compile a step of dpo for a TPU slice"),
+    ("plan", "matrix"): ("plan", "PlanMatrix", "plan every chip, model size and work: one table"),
     ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
     ("bench", "train"): ("bench", "BenchTrain", "measure training on random weights, and TRL's"),
 }

@@ -1,4 +1,4 @@
-"""`w2s plan`: what a search or a training takes of a TPU slice that is not here."""
+"""`w2s plan`: what a search or a training takes of a TPU slice or of GPUs that are not here."""
 
 import json
 import sys
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from w2s_jax.plan.measure import Plan
     from w2s_jax.plan.programs import SearchShapes
     from w2s_jax.plan.training import TrainingShapes
+    from w2s_jax.plan.trials import Found
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,15 @@ class Planned:
     """What every plan is told, and what becomes of it."""
 
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
-    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4."""
+    """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4, or GPUs of a host, as h100:8; v6e:auto finds the
+    smallest slice of v6e that fits (auto: of v5e)."""
+    mesh: Annotated[str, arg(metavar="SPEC")] = "auto"
+    """Device mesh such as data=2,tensor=8; auto, the default, is the likeliest to fit and be quick,
+    by what is known before compiling. dcn_data=2 plans for two such slices."""
+    search_mesh: Annotated[bool, arg(name="search-mesh")] = False
+    """Compile several meshes of the slice and rank them."""
+    tries: Annotated[int | None, arg(name="try", metavar="N")] = None
+    """Meshes of a slice that --search-mesh and auto compile, the likeliest first; 4 by default."""
     json: Annotated[str | None, arg(metavar="FILE")] = None
     """Also write the figures to FILE as JSON."""
 
@@ -30,31 +41,75 @@ class Planned:
         from rich.console import Console
 
         from w2s_jax.plan.measure import show
-        from w2s_jax.plan.topology import check_topology
+        from w2s_jax.plan.tables import show_found
+        from w2s_jax.plan.trials import Found
         from w2s_jax.text.atomic import check_writable, write_whole
 
-        check_topology(self.topology)
+        self.check()
         if self.json is not None:
             check_writable(self.json)
-        plan = self.plan()
-        show(Console(), plan)
+        found = self.find()
+        best = found.best if isinstance(found, Found) else found if found.fits else None
+        if isinstance(found, Found):
+            show_found(Console(), found)
+        else:
+            show(Console(), found)
         if self.json is not None:
-            write_whole(self.json, [json.dumps(plan.as_row(), indent=2).encode(), b"\n"])
-        if not plan.fits:
+            write_whole(self.json, [json.dumps(found.as_row(), indent=2).encode(), b"\n"])
+        if best is None:
             sys.exit(1)
 
+    def check(self) -> None:
+        """Raise InputError for a wrong topology, and for flags that do not go together."""
+        from w2s_jax.ops.meshes import slice_count
+        from w2s_jax.plan.chips import check_topology, family_of
+
+        family = family_of(self.topology)
+        if family is None:
+            check_topology(self.topology)
+        if self.search_mesh and self.mesh != AUTO:
+            raise InputError("--search-mesh looks for what --mesh names; give one of them")
+        if self.tries is not None and family is None and not self.search_mesh:
+            raise InputError("--try goes with --search-mesh or with a topology such as v5e:auto")
+        if self.tries is not None and self.tries < 1:
+            raise InputError(f"--try is {self.tries}; it must be at least 1")
+        if family is not None and self.mesh != AUTO and slice_count(self.mesh) > 1:
+            raise InputError(
+                f"--topology {self.topology} looks for one slice, and --mesh {self.mesh} is for "
+                "several; name the slice"
+            )
+
+    def find(self) -> "Found | Plan":
+        """One plan, or all that was tried, with lines on stderr for what is being compiled."""
+        from w2s_jax.plan.chips import family_of
+        from w2s_jax.plan.presets import preset_mesh
+        from w2s_jax.plan.topology import check_compiler
+        from w2s_jax.plan.trials import TRIED, Trying, plan_on, search_meshes, smallest_slice
+
+        shapes, family = self.shapes(), family_of(self.topology)
+        check_compiler(family or self.topology)
+
+        mesh = None if self.mesh == AUTO else self.mesh
+        trying = Trying(self.tries or TRIED, mesh, not self.search_mesh, tell=_tell)
+        if family is not None:
+            return smallest_slice(lambda _: shapes, family, trying)
+        if self.search_mesh:
+            return search_meshes(shapes, self.topology, trying)
+        mesh = mesh or preset_mesh(shapes, self.topology)
+        return plan_on(shapes, self.topology, mesh, _tell)
+
     @abstractmethod
-    def plan(self) -> "Plan":
-        """The plan, with a line on stderr for each program that is compiled."""
+    def shapes(self) -> "SearchShapes | TrainingShapes":
+        """The models and the settings; InputError for what is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSearch(Planned):
-    """Compile a search for a TPU slice with the TPU compiler, on any machine, without weights.
+    """Compile a search for a TPU slice or for GPUs of a host, on any machine, without weights.
 
-    Prints what each chip holds, what each program needs beside it, what is exchanged between chips,
-    and an estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
-    'w2s-jax[tpu]'.
+    Prints what each device holds, what each program needs beside it, what devices exchange, and an
+    estimate of the speed. Exits with 1 where it does not fit. Needs libtpu (pip install
+    'w2s-jax[tpu]'), for GPUs jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
     policy: Annotated[str, arg(metavar="DIR|FILE|ID")]
@@ -63,9 +118,6 @@ class PlanSearch(Planned):
     """The guide's tuned model."""
     untuned: Annotated[str | None, arg(metavar="DIR|FILE|ID")] = None
     """The guide's untuned model, by default of the tuned model's shape."""
-    mesh: Annotated[str | None, arg(metavar="SPEC")] = None
-    """Device mesh such as data=2,tensor=8; by default as many tensor parts as the policy has
-    key/value heads. dcn_data=2 plans for two such slices."""
     policy_rules: Annotated[str, arg(metavar="RULES")] = "search"
     """How the mesh splits the policy, as of `w2s search`."""
     guide_rules: Annotated[str, arg(metavar="RULES")] = "search"
@@ -88,27 +140,6 @@ class PlanSearch(Planned):
     """Hold the policy's weights in int8 or int4, as of `w2s search`."""
     policy_cache: Literal["auto", "int8"] = "auto"
     """What the policy's keys and values are kept as."""
-
-    def plan(self) -> "Plan":
-        """The plan, with a line on stderr for each program that is compiled."""
-        from w2s_jax.ops.meshes import make_mesh, slice_count, spec_of
-        from w2s_jax.plan.measure import plan_search
-        from w2s_jax.plan.programs import search_programs
-        from w2s_jax.plan.topology import open_slice
-
-        shapes = self.shapes()
-        place = open_slice(self.topology, slice_count(self.mesh or ""))
-        spec = self.mesh
-        if spec is None:
-            tensor = min(shapes.policy.kv_heads, len(place.devices))
-            spec = spec_of((len(place.devices) // tensor, 1, tensor))
-        mesh = make_mesh(spec, place.devices)
-        found = search_programs(shapes, mesh)
-
-        def tell(name: str) -> None:
-            print(f"compiling {name} for {place.name}", file=sys.stderr, flush=True)
-
-        return plan_search(shapes, found, place, spec, tell)
 
     def shapes(self) -> "SearchShapes":
         """The models and the settings; InputError for what is wrong."""
@@ -145,8 +176,6 @@ class PlanTraining(Planned):
 
     model: Annotated[str, arg(metavar="DIR|FILE|ID")]
     """Model to train: a folder, a config.json, or an id on the hub; no weights are read."""
-    mesh: Annotated[str, arg(metavar="SPEC")] = "fsdp=-1"
-    """Device mesh such as fsdp=8,tensor=2; dcn_data=2 plans for two such slices."""
     batch_size: int = 16
     """Examples of a step, in pairs for dpo."""
     accumulate: int = 1
@@ -163,19 +192,6 @@ class PlanTraining(Planned):
     """What is computed in; trained parameters stay float32."""
 
     objective: ClassVar[Literal["sft", "dpo"]] = "sft"
-
-    def plan(self) -> "Plan":
-        """The plan of one step."""
-        from w2s_jax.ops.meshes import make_mesh, slice_count
-        from w2s_jax.plan.measure import plan_training
-        from w2s_jax.plan.topology import open_slice
-        from w2s_jax.plan.training import training_program
-
-        shapes = self.shapes()
-        place = open_slice(self.topology, slice_count(self.mesh))
-        found = training_program(shapes, make_mesh(self.mesh, place.devices))
-        print(f"compiling the training step for {place.name}", file=sys.stderr, flush=True)
-        return plan_training(shapes, found, place, self.mesh)
 
     def shapes(self) -> "TrainingShapes":
         """The model and the settings; InputError for what is wrong."""
@@ -201,21 +217,68 @@ class PlanTraining(Planned):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSFT(PlanTraining):
-    """Compile a step of `w2s sft` for a TPU slice, on any machine, without weights.
+    """Compile a step of `w2s sft` for a TPU slice or for GPUs of a host, without weights.
 
-    Prints what each chip holds and needs beside it, what is exchanged between chips, and an
-    estimate of the speed. Exits with 1 where it does not fit. Needs libtpu: pip install
-    'w2s-jax[tpu]'.
+    Prints what each device holds and needs beside it, what devices exchange, and an estimate of the
+    speed. Exits with 1 where it does not fit. Needs libtpu (pip install 'w2s-jax[tpu]'), for GPUs
+    jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDPO(PlanTraining):
-    """Compile a step of `w2s dpo` for a TPU slice, on any machine, without weights.
+    """Compile a step of `w2s dpo` for a TPU slice or for GPUs of a host, without weights.
 
-    The reference's log-probs are precomputed. Prints what each chip holds and needs beside it, what
-    is exchanged between chips, and an estimate of the speed. Exits with 1 where it does not fit.
-    Needs libtpu: pip install 'w2s-jax[tpu]'.
+    The reference's log-probs are precomputed. Prints what each device holds and needs beside it,
+    what devices exchange, and an estimate of the speed. Exits with 1 where it does not fit. Needs
+    libtpu (pip install 'w2s-jax[tpu]'), for GPUs jax's CUDA plugin ('w2s-jax[cuda]').
     """
 
     objective: ClassVar[Literal["sft", "dpo"]] = "dpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanMatrix:
+    """Plan v5e, v5p and v6e, 8B and 70B, search, sft and dpo, with LoRA and in full.
+
+    Each on the smallest slice that fits. Takes an hour or more; a row is written when it is done,
+    and a run with the same files goes on where one was stopped. Needs libtpu: pip install
+    'w2s-jax[tpu]'.
+    """
+
+    only: Annotated[str, arg(metavar="WORDS")] = ""
+    """Only these cells, as v5e,70B,dpo,lora: words of a kind add up, of different kinds narrow."""
+    out: Annotated[str | None, arg(metavar="FILE")] = None
+    """Write the table to FILE in Markdown; rows that it holds are not planned again."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Write all figures to FILE as JSON; rows that it holds are not planned again."""
+    tries: Annotated[int, arg(name="try", metavar="N")] = 2
+    """Meshes of a slice that are compiled before a larger slice is tried, the likeliest first."""
+
+    def run(self) -> None:
+        """Plan what the files lack, and exit with 1 where a cell failed."""
+        from pathlib import Path
+
+        from w2s_jax.plan.matrix import FAMILIES, cells, plan_cells
+        from w2s_jax.plan.records import compiler_of, open_records
+        from w2s_jax.plan.topology import check_compiler
+        from w2s_jax.plan.trials import Trying
+
+        if self.tries < 1:
+            raise InputError(f"--try is {self.tries}; it must be at least 1")
+        asked, order = cells(self.only), cells()
+        check_compiler(FAMILIES[0])
+        table, figures = (Path(name) if name else None for name in (self.out, self.json))
+        records = open_records(table, figures, compiler_of())
+        lacking = [cell for cell in asked if records.lacks(cell)]
+        _tell(f"{len(asked) - len(lacking)} of {len(asked)} cells are there")
+        trying = Trying(self.tries, tell=_tell)
+        failed = plan_cells(lacking, trying, lambda row: records.keep(row, order))
+        print(records.text([cell.name for cell in asked]), end="")
+        if failed:
+            _tell(f"failed: {', '.join(failed)}")
+            sys.exit(1)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -73,7 +73,8 @@ def prefill(
     the prefix part; the slot's committed part is emptied.
     """
     layout = Layout(False, 1, prompt.shape[0])
-    read = forward(model.config, model.params, prompt[None, None], layout).chunk
+    tokens, place = prompt[None, None], model.placement
+    read = forward(model.config, model.params, tokens, layout, placement=place).chunk
     if part_dtype(cache.prefix) == jnp.int8:
         read = jax.tree.map(quantize_part, read, is_leaf=lambda part: isinstance(part, KV))
     stacked = model.scan_layers

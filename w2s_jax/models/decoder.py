@@ -18,6 +18,7 @@ from jaxtyping import Array
 from w2s_jax.models.cache import KV, quantize_part, write_committed
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops import attention
+from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.norms import layer_norm, rms_norm
 from w2s_jax.ops.quantized import QTensor, dot
 from w2s_jax.ops.rotary import rotate
@@ -56,11 +57,12 @@ class View:
     """What new tokens may see beside themselves, for all layers of one call.
 
     masks: for every distinct sliding window, one mask a part, in the order prefix, committed,
-    chunk (None where that part is absent). stem_start [P, W] is where stems are written,
+    chunk (None where that part is absent); whole sequences, which have no other part and no chunk
+    buffer, have a Reach for the chunk's. stem_start [P, W] is where stems are written,
     chunk_start (a scalar) where branch tokens are written in a chunk buffer.
     """
 
-    masks: tuple[tuple[Array | None, Array | None, Array | None], ...]
+    masks: tuple[tuple[Array | None, Array | None, Array | Reach | None], ...]
     stem_start: Array | None
     chunk_start: Array | None
 
@@ -210,7 +212,8 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
     scale = config.attention_scale
     scale = config.head_width**-0.5 if scale is None else scale
     softcap = config.attention_softcap
-    if kv.chunk is not None and kv.prefix is None and kv.committed is None and not layout.stem:
+    if isinstance(masks[2], Reach):
+        assert kv.chunk is not None
         rows = _branches(query, layout)
         whole = attention.attend_sequence(
             rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap

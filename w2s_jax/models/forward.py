@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
+from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
@@ -76,9 +77,12 @@ def forward(
     positions = _positions(tokens, layout, cache, chunk_start, mask, segments)
     capacity = layout.length if chunk is None else _first(chunk).keys.shape[2]
     windows, _ = _windows(config)
+    whole = cache is None and chunk is None
     view = View(
         masks=tuple(
-            _masks(window, positions, layout, cache, capacity, chunk_start, mask, segments)
+            (None, None, Reach((window,), None, mask, segments, placement))
+            if whole
+            else _masks(window, positions, layout, cache, capacity, chunk_start)
             for window in windows
         ),
         stem_start=None if cache is None else cache.committed_length,
@@ -299,10 +303,13 @@ def _choose(masks: tuple, window: Array) -> tuple:
     if len(masks) == 1:
         return masks[0]
 
-    def pick(part: tuple[Array | None, ...]) -> Array | None:
+    def pick(part: tuple[Any, ...]) -> Array | Reach | None:
         choices = [choice for choice in part if choice is not None]
         if not choices:
             return None
+        if isinstance(choices[0], Reach):
+            windows = tuple(one for choice in choices for one in choice.windows)
+            return replace(choices[0], windows=windows, chosen=window)
         shape = jnp.broadcast_shapes(*(choice.shape for choice in choices))
         return jnp.stack([jnp.broadcast_to(choice, shape) for choice in choices])[window]
 
@@ -348,8 +355,6 @@ def _masks(
     cache: KVCache | None,
     capacity: int,
     chunk_start: Array | None,
-    mask: Array | None,
-    segments: Array | None,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """True where a new token sees a key: prefix [P,1,·,S], committed [P,W,·,T], chunk [·,·,L,J]."""
     prefix = committed = chunk = None
@@ -373,10 +378,6 @@ def _masks(
         if window is not None:
             chunk = chunk & (key > query - window)
         chunk = chunk[None, None]
-        if mask is not None:
-            chunk = chunk & mask.reshape(-1, 1, 1, layout.length)
-        if segments is not None:
-            chunk = chunk & (segments[..., :, None] == segments[..., None, :])
     return prefix, committed, chunk
 
 

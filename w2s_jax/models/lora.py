@@ -303,12 +303,21 @@ def abstract_adapter(
 
     Raises InputError as `init_adapter` and `shard_adapter` do.
     """
-    made = functools.partial(init_adapter, config, lora, dtype=dtype, scan_layers=scan_layers)
-    adapter: dict[str, Any] = jax.eval_shape(made, jax.random.key(0))
+    made = _adapter_shapes(config, lora, jnp.dtype(dtype), scan_layers)
+    adapter: dict[str, Any] = jax.tree.map(lambda leaf: leaf, made)
     if mesh is None:
         return adapter
     shardings = resolve_tree(adapter_axes(config, adapter), adapter, rules, mesh)
     return with_shardings(adapter, shardings)
+
+
+# Every layer is traced: seconds for a large model, asked for once for each mesh of a plan.
+@functools.lru_cache(maxsize=16)
+def _adapter_shapes(
+    config: ModelConfig, lora: LoraConfig, dtype: jnp.dtype, scan_layers: bool
+) -> dict[str, Any]:
+    made = functools.partial(init_adapter, config, lora, dtype=dtype, scan_layers=scan_layers)
+    return jax.eval_shape(made, jax.random.key(0))
 
 
 def shard_adapter(

@@ -4,12 +4,14 @@ Arrays in, arrays out. What a part means (prefix, committed, chunk) is decided b
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8
 
+from w2s_jax.ops import flash
+from w2s_jax.ops.flash import Reach
 from w2s_jax.pytrees import pytree
 
 MASKED = -1e30
@@ -130,42 +132,101 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
 
 
 def attend_sequence(
-    query: Float[Array, "P A m H C"],
-    keys: Float[Array, "P A J G C"],
-    values: Float[Array, "P A J G C"],
-    mask: Bool[Array, "#P #A #m J"],
+    query: Float[Array, "P A X H C"],
+    keys: Float[Array, "P A X G C"],
+    values: Float[Array, "P A X G C"],
+    reach: Reach,
     *,
-    scale: float,
+    scale: float | int,
     softcap: float | None = None,
-) -> Float[Array, "P A m H C"]:
-    """`merge` of the single part of `attend_part`, with a gradient that keeps no weights.
+) -> Float[Array, "P A X H C"]:
+    """Float32 attention of whole sequences over themselves, as `merge` of one `attend_part`.
 
-    Of its own it saves the result and two numbers a query; scores are computed again, as in
-    FlashAttention (arXiv 2205.14135 algorithm 4), here for all keys at once.
+    The gradient keeps no weights: of its own it saves the result and two numbers a query, and
+    scores are computed again, as in FlashAttention (arXiv 2205.14135 algorithm 4). Which version
+    runs is chosen where the program is lowered: TPUs and CUDA devices have kernels (`flash.py`)
+    that hold no scores and no mask; elsewhere, and for short sequences, scores of all keys at once.
     """
-    return _sequence((scale, softcap), query, keys, values, mask)
+    return _sequence((scale, softcap), query, keys, values, reach)
+
+
+Options = tuple[float | int, float | None]
+"""Scale and soft-cap."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sequence(
-    options: tuple[float, float | None], query: Array, keys: Array, values: Array, mask: Array
-) -> Array:
-    return _sequence_forward(options, query, keys, values, mask)[0]
+def _sequence(options: Options, query: Array, keys: Array, values: Array, reach: Reach) -> Array:
+    return _sequence_forward(options, query, keys, values, reach, differentiated=False)[0]
 
 
 def _sequence_forward(
-    options: tuple[float, float | None], query: Array, keys: Array, values: Array, mask: Array
+    options: Options,
+    query: Array,
+    keys: Array,
+    values: Array,
+    reach: Reach,
+    *,
+    differentiated: bool = True,
 ) -> tuple[Array, tuple]:
-    scale, softcap = options
-    part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
-    out = merge([part])
-    normaliser = part.maximum + jnp.log(part.total)
-    return out, (query, keys, values, mask, out, normaliser)
+    def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, Array]]:
+        def run(*arrays: Array) -> tuple[Array, Array]:
+            # As in `_sequence_backward`, so that a compiler sees the same call twice.
+            attend = functools.partial(kernel, reach=reach)
+            out = jax.vjp(attend, *arrays)[0] if differentiated else attend(*arrays)
+            return out.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32)
+
+        return run
+
+    def by_scores(query: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+        scale, softcap = options
+        mask = reach.mask(query.shape[2])
+        part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
+        return merge([part]), part.maximum + jnp.log(part.total)
+
+    out, normaliser = _dispatch(options, by_kernel, by_scores, reach, query, keys, values)
+    return out, (query, keys, values, reach, out, normaliser)
 
 
 def _sequence_backward(
-    options: tuple[float, float | None], residuals: tuple, slope: Array
+    options: Options, residuals: tuple, slope: Array
 ) -> tuple[Array, Array, Array, None]:
+    *arrays, reach, out, normaliser = residuals
+
+    def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, ...]]:
+        # What a kernel saves is its own affair, so it runs again. Beside a rematerialised pass the
+        # two calls become one; without remat these are two matmuls more, beside nine.
+        def run(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
+            _, pull = jax.vjp(functools.partial(kernel, reach=reach), query, keys, values)
+            return pull(slope.astype(query.dtype))
+
+        return run
+
+    def by_scores(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
+        mask = reach.mask(query.shape[2])
+        return _scores_backward(options, (query, keys, values, mask, out, normaliser), slope)
+
+    by_query, by_keys, by_values = _dispatch(options, by_kernel, by_scores, reach, *arrays, slope)
+    return by_query, by_keys, by_values, None
+
+
+def _dispatch(
+    options: Options,
+    by_kernel: Callable[[flash.Kernel], Callable[..., tuple[Array, ...]]],
+    by_scores: Callable[..., tuple[Array, ...]],
+    reach: Reach,
+    *arrays: Array,
+) -> tuple[Array, ...]:
+    query, keys, values, *_ = arrays
+    kernels = flash.kernels(query, keys, values, reach, *options)
+    if not kernels:
+        return by_scores(*arrays)
+    branches = {platform: by_kernel(kernel) for platform, kernel in kernels.items()}
+    return jax.lax.platform_dependent(*arrays, default=by_scores, **branches)
+
+
+def _scores_backward(
+    options: Options, residuals: tuple, slope: Array
+) -> tuple[Array, Array, Array]:
     scale, softcap = options
     query, keys, values, mask, out, normaliser = residuals
     slots, groups, count, heads, width = query.shape
@@ -191,7 +252,6 @@ def _sequence_backward(
         by_query.astype(query.dtype),
         by_keys.astype(keys.dtype),
         by_values.astype(values.dtype),
-        None,
     )
 
 

@@ -1,25 +1,34 @@
-"""What is published of TPU chips, and the slices that they come in. Nothing here asks a machine.
+"""What is published of TPU chips and GPUs, and what they come in. Nothing here asks a machine.
 
-Sources: the system architecture pages of Cloud TPU, and for links jax-ml.github.io/scaling-book.
+Sources: the system architecture pages of Cloud TPU (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e,
+tpu7x), for their links jax-ml.github.io/scaling-book, and for usable memory the compiler's own
+refusals; NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates without sparsity.
 """
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from w2s_jax.errors import InputError
+
+Platform = Literal["tpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, as jax sees it: a device.
+    """A device, as jax sees it: a chip, or one of the cores that a chip shows as devices.
 
     Attributes:
-        memory: bytes of HBM.
+        memory: bytes of HBM that programs may have, a little less than there is.
         operations: bfloat16 multiplications and additions a second.
         bandwidth: bytes a second between HBM and the chip.
-        link: bytes a second of one link to a neighbour, in one direction.
+        link: bytes a second of one link to a neighbour, in one direction; a device sends over two.
         host: chips of one host in a slice of several hosts.
-        network: bytes a second between slices, for each chip.
-        slices: topologies, the smaller first.
+        network: bytes a second between slices, for each device.
+        slices: shapes of slices, in chips, the smaller first.
+        cores: devices of a chip.
+        platform: whose compiler makes its programs.
     """
 
     name: str
@@ -30,19 +39,42 @@ class Chip:
     host: int
     network: float
     slices: tuple[str, ...]
+    cores: int = 1
+    platform: Platform = "tpu"
 
 
+_GIB = 2**30
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
+GPU_SHARE = 0.95
+"""Of a GPU's memory, what XLA_PYTHON_CLIENT_MEM_FRACTION may let jax take; 0.75 is the default."""
+
+
+def _gpu(
+    name: str, memory: int, operations: float, bandwidth: float, nvlink: float, network: float
+) -> Chip:
+    """A GPU; NVLink sends to all others of a host at once: half of it is a link of a ring."""
+    return Chip(
+        name, GPU_SHARE * memory, operations, bandwidth, nvlink / 2, 8, network,
+        ("1", "2", "4", "8"), platform="cuda",
+    )  # fmt: skip
+
+
+# Half of a chip of tpu7x is a device. Of v4 the compiler makes two devices of a chip and a machine
+# one, so that what is compiled here would not be what runs there: it is left out.
+DEFAULT_FAMILY = "v5e"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * 2**30, 275e12, 1228e9, 45e9, 4, 6.25e9, _CUBES),
-        Chip("v5e", 16 * 2**30, 197e12, 819e9, 45e9, 4, 3.125e9, _FLAT),
-        Chip("v5p", 95 * 2**30, 459e12, 2765e9, 90e9, 4, 6.25e9, _CUBES),
-        Chip("v6e", 32 * 2**30, 918e12, 1640e9, 90e9, 4, 12.5e9, _FLAT),
+        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 4, 3.125e9, _FLAT),
+        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 90e9, 4, 6.25e9, _CUBES),
+        Chip("v6e", 31.25 * _GIB, 918e12, 1638e9, 90e9, 4, 12.5e9, _FLAT),
+        Chip("tpu7x", 94.75 * _GIB, 1153.5e12, 3690e9, 45e9, 4, 6.25e9, _CUBES, cores=2),
+        _gpu("a100", 85100068864, 312e12, 2039e9, 300e9, 25e9),
+        _gpu("h100", 84942979072, 989e12, 3352e9, 450e9, 50e9),
+        _gpu("h200", 151397597184, 989e12, 4800e9, 450e9, 50e9),
     )
 }
 
@@ -58,3 +90,36 @@ def chip_of(topology: str) -> Chip:
 def topologies(family: str) -> list[str]:
     """The slices of a family, the smallest first, as topologies."""
     return [f"{family}:{shape}" for shape in chip_of(family).slices]
+
+
+def check_topology(name: str) -> None:
+    """Raise InputError unless it is FAMILY:SHAPE, such as v6e:4x4, v5p:4x4x4 or h100:8.
+
+    GPUs are those of one host: between hosts rates are others.
+    """
+    chip, (_, _, shape) = chip_of(name), name.partition(":")
+    parts = shape.split("x")
+    wanted = chip.slices[0].count("x") + 1
+    wrong = len(parts) != wanted or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts)
+    if wrong or (chip.platform == "cuda" and shape not in chip.slices):
+        raise InputError(
+            f"topology {name!r}: {chip.name} takes a shape such as {chip.slices[2]}, or auto"
+        )
+
+
+def device_count(topology: str) -> int:
+    """Devices of a topology; raises as `check_topology` does."""
+    check_topology(topology)
+    shape = topology.partition(":")[2]
+    return chip_of(topology).cores * math.prod(int(size) for size in shape.split("x"))
+
+
+def family_of(topology: str) -> str | None:
+    """The family whose slices are to be tried, of "v6e:auto" or "auto" (v5e); None of one slice.
+
+    Raises InputError for a family that is not known.
+    """
+    family, colon, shape = topology.partition(":")
+    if (shape if colon else family) != "auto":
+        return None
+    return chip_of(family if colon else DEFAULT_FAMILY).name

@@ -15,6 +15,8 @@ _BYTES = {
     "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
 }  # fmt: skip
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+# Calls of kernels are written over several lines, which may begin with braces of their own.
+_END = re.compile(r"\}(?:, execution_thread=.*)?$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations|branch_computations)=\{?([^,}\s][^}\s]*)"
@@ -118,7 +120,7 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
         if start:
             lines = []
             bodies[start[1]] = (line.startswith("ENTRY"), lines)
-        elif line.startswith("}"):
+        elif _END.match(line):
             lines = None
         elif lines is not None:
             lines.append(line)

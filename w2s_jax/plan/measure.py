@@ -6,12 +6,13 @@ The compiler's own figures, but for the time, which follows from published rates
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.plan.chips import GPU_SHARE, chip_of
 from w2s_jax.plan.compiled import Collective, collectives, gathers_of
 from w2s_jax.plan.operations import matmul_operations
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
@@ -36,7 +37,8 @@ class Measured:
 
     arguments: weights, caches and all else that goes in; temporary: what is needed beside them.
     refusal: why it does not fit, in the compiler's words. operations: of matmuls, of one device's
-    even share. seconds: the estimate of a call. gathered: weights that a loop gathers whole.
+    even share. seconds: the estimate of a call. gathered: weights and caches that a loop gathers
+    whole.
     """
 
     name: str
@@ -71,6 +73,31 @@ class Plan:
     seconds: float
     tokens_per_second: float
 
+    @property
+    def temporaries(self) -> int:
+        """Bytes that the neediest program takes beside what is held; 0 where all are refused."""
+        return max((one.temporary for one in self.programs), default=0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of each device, held and temporaries."""
+        return sum(self.held.values()) + self.temporaries
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the compiler refuses a program, in its words; None where it compiles all."""
+        return next((one.refusal for one in self.programs if one.refusal), None)
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling took, refusals included."""
+        return sum((one.compile_seconds for one in self.programs), 0.0)
+
+    @property
+    def moved(self) -> float:
+        """Bytes that each device sends in one call of every program."""
+        return sum((x.moved for one in self.programs for x in one.exchanges), 0.0)
+
     def as_row(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
         return asdict(self)
@@ -83,19 +110,33 @@ def plan_search(
     mesh: str,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Compile every program of a search for a slice; `tell` hears of each before it is compiled."""
-    measured = []
+    """Compile every program of a search for a slice; `tell` hears of each before it is compiled.
+
+    Of twins one is compiled.
+    """
+    measured: dict[str, Measured] = {}
     for program in found.programs:
-        tell(program.name)
-        measured.append(measure(program, place, found.wholes))
+        if program.twin is not None:
+            again = replace(measured[program.twin], name=program.name, compile_seconds=0.0)
+            measured[program.name] = again
+            continue
+        tell(f"compiling {program.name} for {place.name}")
+        measured[program.name] = measure(program, place, found.wholes)
     chunks = shapes.config.chunks
-    seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured)
+    seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured.values())
     tokens = shapes.slots * shapes.config.max_new_tokens
-    return _plan(place, mesh, found.held, measured, seconds, tokens)
+    return _plan(place, mesh, found.held, list(measured.values()), seconds, tokens)
 
 
-def plan_training(shapes: TrainingShapes, found: TrainingProgram, place: Slice, mesh: str) -> Plan:
-    """Compile a training step for a slice."""
+def plan_training(
+    shapes: TrainingShapes,
+    found: TrainingProgram,
+    place: Slice,
+    mesh: str,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compile a training step for a slice; `tell` hears of it before."""
+    tell(f"compiling the {found.program.name} for {place.name}")
     step = measure(found.program, place, {})
     return _plan(place, mesh, found.held, [step], step.seconds, shapes.tokens)
 
@@ -108,19 +149,19 @@ def _plan(
     seconds: float,
     tokens: int,
 ) -> Plan:
-    beside = max((one.temporary for one in measured), default=0)
     refused = any(one.refusal for one in measured)
-    return Plan(
+    plan = Plan(
         topology=place.name,
         mesh=mesh,
         devices=len(place.devices),
         memory=float(place.chip.memory),
         held=dict(held),
         programs=tuple(measured),
-        fits=not refused and sum(held.values()) + beside <= place.chip.memory,
+        fits=not refused,
         seconds=seconds,
         tokens_per_second=0.0 if refused or not seconds else tokens / seconds,
     )
+    return replace(plan, fits=plan.fits and plan.needed <= place.chip.memory)
 
 
 def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]]) -> Measured:
@@ -129,11 +170,16 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     operations = matmul_operations(traced.jaxpr, program.loops) / len(place.devices)
     start = time.monotonic()
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = traced.lower(lowering_platforms=(place.chip.platform,)).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Measured(program.name, program.calls, refusal=_refusal(str(error)))
+        return Measured(
+            program.name,
+            program.calls,
+            refusal=_refusal(str(error)),
+            compile_seconds=time.monotonic() - start,
+        )
     spent = time.monotonic() - start
     used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), program.loops)
     chip = place.chip
@@ -175,18 +221,16 @@ def _by_kind(found: Sequence[Collective]) -> tuple[Exchange, ...]:
 
 def show(console: Console, plan: Plan) -> None:
     """Print the plan as tables."""
-    title = f"{plan.topology}, {plan.devices} chips, --mesh {plan.mesh}"
-    held = Table("held on each chip", "GiB", title=title, title_justify="left")
+    title = f"{plan.topology}, {plan.devices} devices, --mesh {plan.mesh}"
+    held = Table("held on each device", "GiB", title=title, title_justify="left")
     for name, size in plan.held.items():
         held.add_row(name, f"{size / GIB:.2f}")
-    beside = max((one.temporary for one in plan.programs), default=0)
-    held.add_row("temporaries, the largest", f"{beside / GIB:.2f}", end_section=True)
-    total = sum(plan.held.values()) + beside
+    held.add_row("temporaries, the largest", f"{plan.temporaries / GIB:.2f}", end_section=True)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    held.add_row(f"of {plan.memory / GIB:.0f} GiB: {verdict}", f"{total / GIB:.2f}")
+    held.add_row(f"of {plan.memory / GIB:.2f} GiB: {verdict}", f"{plan.needed / GIB:.2f}")
     console.print(held)
     table = Table("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
-    sent = Table("exchanges of a call of", "kind", "times", "MiB sent by each chip")
+    sent = Table("exchanges of a call of", "kind", "times", "MiB sent by each device")
     for one in plan.programs:
         if one.refusal:
             table.add_row(one.name, one.refusal, *("",) * 5)
@@ -204,11 +248,15 @@ def show(console: Console, plan: Plan) -> None:
             sent.add_row(one.name, x.kind, f"{x.count:,}", f"{x.moved / 2**20:,.1f}")
     console.print(table)
     console.print(sent)
-    spent = sum(one.compile_seconds for one in plan.programs)
-    console.print(f"compiled in {spent:.0f} s")
+    console.print(f"compiled in {plan.compile_seconds:.0f} s")
+    if chip_of(plan.topology).platform == "cuda":
+        share = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+        console.print(
+            f"of the memory that {share} lets jax take; workspaces of libraries not counted"
+        )
     for one in plan.programs:
         if one.gathered:
-            console.print(f"{one.name}: a loop gathers whole weights: {', '.join(one.gathered)}")
+            console.print(f"{one.name}: a loop gathers whole: {', '.join(one.gathered)}")
     if plan.tokens_per_second:
         console.print(
             f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens a "

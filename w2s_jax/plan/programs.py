@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.decode.reader import start_cache
-from w2s_jax.models.cache import KVCache, cache_axes
+from w2s_jax.models.cache import KV, KVCache, cache_axes
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
@@ -29,6 +29,7 @@ from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.train.estimate import abstract_on_mesh
 
 TUNED, UNTUNED = "tuned", "untuned"
+_ROLES = tuple(f"{role}'s cache" for role in ("policy", TUNED, UNTUNED))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Program:
 
     calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
     and writes in one call, of weights and caches. loops: how often a loop runs at most whose length
-    depends on what is read.
+    depends on what is read. twin: the name of a program that is the same but for the weights.
     """
 
     name: str
@@ -70,11 +71,19 @@ class Program:
     calls: int
     reads: float
     loops: int = 1
+    twin: str | None = None
+
+
+_Built = tuple[list[Program], dict[str, int], dict[str, KVCache]]
+"""Programs, what stays between them in bytes, and the caches, these by name."""
 
 
 @dataclass(frozen=True)
 class SearchPrograms:
-    """All programs of a search, and what stays on the devices between them, by name, in bytes."""
+    """All programs of a search, and what stays on the devices between them, by name, in bytes.
+
+    wholes: the whole shapes of weights and caches, of one layer, that no loop should gather.
+    """
 
     programs: tuple[Program, ...]
     held: Mapping[str, int]
@@ -95,8 +104,10 @@ def search_programs(shapes: SearchShapes, mesh: Mesh) -> SearchPrograms:
         for name, shape in _layer_shapes(model).items()
     }
     build = _on_tokens if shapes.on_tokens else _on_text
-    programs, caches = build(shapes, mesh, policy, tuned, untuned)
-    return SearchPrograms(tuple(programs), held | caches, wholes)
+    programs, kept, caches = build(shapes, mesh, policy, tuned, untuned)
+    for role, cache in caches.items():
+        wholes |= {f"{role}/{name}": shape for name, shape in _cache_shapes(cache).items()}
+    return SearchPrograms(tuple(programs), held | kept, wholes)
 
 
 def nbytes(tree: Any) -> int:
@@ -112,7 +123,7 @@ def nbytes(tree: Any) -> int:
 
 def _on_tokens(
     shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
-) -> tuple[list[Program], dict[str, int]]:
+) -> _Built:
     models = search_models(policy, Guide(tuned, untuned))
     state = _abstract_state(models, shapes.config, shapes, mesh)
     length = shapes.config.length
@@ -123,12 +134,13 @@ def _on_tokens(
         _insertion(models, state, shapes, sum(weights)),
         Program("search_step", lambda: step.search_step.trace(models, state), 1, reads),
     ]
-    return programs, {"policy's cache": own, "guides' caches": others, "state": _rest(state)}
+    held = {"policy's cache": own, "guides' caches": others, "state": _rest(state)}
+    return programs, held, dict(zip(_ROLES, (*state.proposer, *state.scorer), strict=True))
 
 
 def _on_text(
     shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
-) -> tuple[list[Program], dict[str, int]]:
+) -> _Built:
     config = replace(shapes.config, scorer=NoScore())
     models = search_models(policy, None)
     state = _abstract_state(models, config, shapes, mesh, texts=1)
@@ -149,11 +161,16 @@ def _on_text(
         ),
     ]
     held = {"policy's cache": own, "state": _rest(state)}
+    caches = dict(zip(_ROLES, state.proposer, strict=False))
     for role, model in ((TUNED, tuned), (UNTUNED, untuned)):
-        cache = _abstract_cache(model, shapes)
+        cache = caches[f"{role}'s cache"] = _abstract_cache(model, shapes)
         held[f"{role}'s cache"] = nbytes(cache)
-        programs += _reading(role, model, cache, shapes)
-    return programs, held
+        reading = _reading(role, model, cache, shapes)
+        if role == UNTUNED and shapes.untuned == shapes.tuned:
+            twins = [one.name for one in programs[-len(reading) :]]
+            reading = [replace(a, twin=b) for a, b in zip(reading, twins, strict=True)]
+        programs += reading
+    return programs, held, caches
 
 
 def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
@@ -267,6 +284,14 @@ def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
         if len(shape) > 1:
             found[name] = tuple(shape)
     return found
+
+
+def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
+    """The whole shape of both parts of a cache, of one layer."""
+    parts = (("prefix", cache.prefix), ("committed", cache.committed))
+    layers = ((name, part if isinstance(part, KV) else part[0]) for name, part in parts)
+    # A stacked part has the layers in front.
+    return {name: tuple(part.keys.shape)[-4 - (name == "committed") :] for name, part in layers}
 
 
 def _rest(state: SearchState) -> int:

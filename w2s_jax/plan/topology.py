@@ -1,12 +1,12 @@
-"""Devices of a slice that is not here: the TPU compiler's own description of it."""
+"""Devices of a slice or a host that is not here: the compiler's own description of it."""
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import CHIPS, Chip, chip_of
+from w2s_jax.plan.chips import Chip, check_topology, chip_of, device_count
+from w2s_jax.plan.gpus import target_of
 
 # So that libtpu looks for no TPU of this machine, asks no metadata server, and may be loaded beside
 # another process that uses it.
@@ -28,44 +28,61 @@ class Slice:
     slices: int = 1
 
 
-def check_topology(name: str) -> None:
-    """Raise InputError unless it is FAMILY:SHAPE, such as v6e:4x4 or v5p:4x4x4."""
-    family, _, shape = name.partition(":")
-    chip_of(name)
-    sizes = CHIPS[family].slices[0].count("x") + 1
-    parts = shape.split("x")
-    if len(parts) != sizes or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
-        raise InputError(
-            f"topology {name!r}: {family} takes a shape such as {CHIPS[family].slices[2]}"
-        )
-
-
-def open_slice(name: str, slices: int = 1) -> Slice:
-    """The devices of a topology such as "v6e:4x4", or of several such slices.
-
-    To be called before jax has looked for devices: it is told to leave accelerators alone. Raises
-    InputError for a topology that there is not, and where libtpu, the compiler, is not installed.
-    """
-    import importlib.util
-
-    import jax
-
-    check_topology(name)
-    if importlib.util.find_spec("libtpu") is None:
+def check_compiler(topology: str) -> None:
+    """Raise InputError where the compiler of a topology's chips is not installed."""
+    if chip_of(topology).platform == "cuda":
+        if not _is_there("jax_plugins.xla_cuda12") and not _is_there("jax_plugins.xla_cuda13"):
+            raise InputError(
+                "the CUDA plugin of jax, the GPU compiler, is not installed here; it compiles "
+                "without a GPU: pip install 'w2s-jax[cuda]'"
+            )
+    elif not _is_there("libtpu"):
         raise InputError(
             "libtpu, the TPU compiler, is not installed here; it runs on any x86-64 Linux machine: "
             "pip install 'w2s-jax[tpu]'"
         )
+
+
+def open_slice(name: str, slices: int = 1) -> Slice:
+    """The devices of a topology such as "v6e:4x4" or "h100:8", or of several such slices.
+
+    To be called before jax has looked for devices: it is told to leave accelerators alone. Raises
+    InputError for a topology that there is not, for several hosts with GPUs, and where the compiler
+    is not installed.
+    """
+    import jax
+
+    check_topology(name)
+    check_compiler(name)
+    chip = chip_of(name)
+    if chip.platform == "cuda" and slices > 1:
+        raise InputError(f"topology {name!r}: GPUs are planned on one host; leave dcn axes out")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **({"num_slices": slices} if slices > 1 else {})
-        )
+        found = topologies.get_topology_desc(platform=chip.platform, **_options(name, chip, slices))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"topology {name!r}: the TPU compiler refuses it: {reason}") from None
-    return Slice(name, chip_of(name), tuple(found.devices), slices)
+        raise InputError(f"topology {name!r}: the compiler refuses it: {reason}") from None
+    return Slice(name, chip, tuple(found.devices), slices)
+
+
+def _options(name: str, chip: Chip, slices: int) -> dict[str, Any]:
+    """What the compiler is asked for."""
+    if chip.platform == "tpu":
+        return {"topology_name": name, **({"num_slices": slices} if slices > 1 else {})}
+    # Slices, hosts of a slice, devices of a host.
+    shape = f"1x1x{device_count(name)}"
+    return {"topology_name": name, "topology": shape, "target_config": target_of(chip)}
+
+
+def _is_there(module: str) -> bool:
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -16,6 +16,13 @@ from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
 
+TILE = 8
+"""The committed part has room for a multiple of so many tokens, which is a TPU's tile.
+
+Where it does not (2,070 tokens, one key/value head a device), a TPU keeps the cache in another
+order of its axes, and each chunk begins with a copy of it in this one.
+"""
+
 
 @pytree()
 class Draws:
@@ -166,7 +173,7 @@ def _empty(
                 slots=slots,
                 hypotheses=config.beam_width,
                 prefix_capacity=prefix_capacity,
-                committed_capacity=config.capacity,
+                committed_capacity=-(-config.capacity // TILE) * TILE,
                 dtype=kept.get(reader),
             )
             for reader in readers

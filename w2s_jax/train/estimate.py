@@ -62,8 +62,9 @@ def estimate_step(
     """
     params, frozen, batch = (jax.tree.map(_abstract, tree) for tree in (params, frozen, batch))
     state = abstract_state(params, optimizer)
+    like = None if mesh is None else state
     step = make_train_step(
-        loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype, mesh=mesh
+        loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype, mesh=mesh, like=like
     )
     used = step.lower(state, frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]

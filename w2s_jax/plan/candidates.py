@@ -1,0 +1,175 @@
+"""Meshes of a slice judged without compiling: what they hold, and which are likely to be quick.
+
+What is held is exact and the least that a mesh needs; the rest is a guess that only puts meshes in
+order. The compiler's own figures are in `measure.py`, what is made of both in `trials.py`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.ops.meshes import MESH_AXES, Shape, mesh_shapes, spec_of
+from w2s_jax.plan.chips import Chip
+from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes, search_programs
+from w2s_jax.plan.training import TrainingProgram, TrainingShapes, training_program
+
+Shapes = SearchShapes | TrainingShapes
+_NUMBER = 2
+"""Bytes of a bfloat16 number."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh of a slice, by its spec, before it is compiled.
+
+    held: bytes of each device that stay between programs, None where the mesh is ruled out before
+    they are known. needed: a guess of those and of what a program takes beside them. seconds: a
+    guess of the time of a batch or a step. why: what rules the mesh out, or leaves it untried.
+    """
+
+    mesh: str
+    held: int | None = None
+    needed: float | int = 0.0
+    seconds: float = 0.0
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class _NoDevice:
+    """Stands for a device where only the shape of a mesh counts."""
+
+    id: int
+    platform: str = "none"
+    device_kind: str = "none"
+    process_index: int = 0
+    client: None = None
+
+
+def programs_on(shapes: Shapes, mesh: Mesh) -> SearchPrograms | TrainingProgram:
+    """What runs on a mesh, ready to compile; InputError where the mesh does not divide an array."""
+    if isinstance(shapes, SearchShapes):
+        return search_programs(shapes, mesh)
+    return training_program(shapes, mesh)
+
+
+def candidates(
+    shapes: Shapes, chip: Chip, devices: int, among: Iterable[Shape] | None = None
+) -> list[Candidate]:
+    """Meshes (data, fsdp, tensor) of so many devices, the likeliest to fit and be quick first.
+
+    `among`: the sizes to judge, by default all that multiply to the devices. Meshes that are ruled
+    out stand at the end: those that do not divide an array or the rows, and those that hold more
+    than a device has. Needs no devices and no compiler.
+    """
+    found = [judge(shapes, chip, shape) for shape in among or mesh_shapes(devices)]
+
+    def order(one: Candidate) -> tuple[bool, bool, float, int]:
+        return one.why is not None, one.needed > chip.memory, one.seconds, one.held or 0
+
+    return sorted(found, key=order)
+
+
+def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
+    """What can be said of a mesh of these sizes (data, fsdp, tensor) without compiling."""
+    spec = spec_of(shape)
+    try:
+        found = programs_on(shapes, _mesh_of_none(shape))
+    except InputError as error:
+        return Candidate(spec, why=str(error).partition(";")[0])
+    held = sum(found.held.values())
+    if isinstance(shapes, SearchShapes):
+        assert isinstance(found, SearchPrograms)
+        beside, seconds = _search_beside(shapes, shape), _search_seconds(shapes, found, chip, shape)
+    else:
+        beside = _training_beside(shapes, found.held, shape)
+        seconds = _training_seconds(shapes, found.held, chip, shape)
+    why = None
+    if held > chip.memory:
+        why = f"holds {held / 2**30:.1f} GiB, and a device has {chip.memory / 2**30:.2f}"
+    return Candidate(spec, held, held + beside, seconds, why)
+
+
+def _mesh_of_none(shape: Shape) -> Mesh:
+    """A mesh of these sizes without devices: enough for shapes and shardings."""
+    devices = np.empty(shape, object)
+    for number, place in enumerate(np.ndindex(*shape)):
+        devices[place] = _NoDevice(number)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _search_beside(shapes: SearchShapes, shape: Shape) -> float:
+    """A chunk's logits of a device's rows, in float32, of the widest vocabulary."""
+    data, fsdp, _ = shape
+    rows = max(1, shapes.slots // (data * fsdp)) * shapes.config.rows
+    widest = max(one.vocab_size for one in (shapes.policy, shapes.tuned, shapes.untuned))
+    return 4.0 * rows * shapes.config.length * widest
+
+
+def _search_seconds(shapes: SearchShapes, found: SearchPrograms, chip: Chip, shape: Shape) -> float:
+    """Reading of weights and caches, and what layers split over devices exchange."""
+    data, fsdp, tensor = shape
+    config, slots = shapes.config, shapes.slots
+    seconds = sum(one.reads * _calls(one, shapes) for one in found.programs) / chip.bandwidth
+    models = (shapes.policy, shapes.tuned, shapes.untuned)
+    # A prompt is read alone, so that data splits its tokens no more than tensor does.
+    tokens = slots * (config.rows * config.chunks * config.length / data + shapes.prompt_tokens)
+    layer = _ring(fsdp * tensor) + _ring(tensor) / fsdp
+    moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in models)
+    return seconds + moved / (2 * chip.link)
+
+
+def _calls(program: Program, shapes: SearchShapes) -> int:
+    """How often a program runs for a batch of prompts."""
+    return shapes.config.chunks * program.calls or shapes.slots
+
+
+def _training_beside(shapes: TrainingShapes, held: Mapping[str, int], shape: Shape) -> float:
+    """Gradients, the weights as they are computed with, and what the backward pass reads again."""
+    trained = held["trained parameters"]
+    tokens = _local_tokens(shapes, shape)
+    model = shapes.model
+    kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
+    residuals = _NUMBER * kept * tokens * model.layers * model.width
+    logits = 4 * tokens * model.vocab_size / shape[2]
+    return 1.5 * trained * (2 if shapes.accumulate > 1 else 1) + residuals + logits
+
+
+def _training_seconds(
+    shapes: TrainingShapes, held: Mapping[str, int], chip: Chip, shape: Shape
+) -> float:
+    """Multiplications, weights gathered and gradients summed, and what split layers exchange."""
+    data, fsdp, tensor = shape
+    model, again = shapes.model, shapes.remat != "none"
+    full = shapes.lora is None
+    passes = 2 + full + again
+    work = 2.0 * passes * shapes.tokens * _parameters(model) / math.prod(shape)
+    read = _NUMBER * _parameters(model) / tensor
+    # Weights are gathered for the passes forward and back, and again where one is repeated.
+    moved = (2 + again) * shapes.accumulate * read * _ring(fsdp) / 2
+    # Trained parameters are held in fsdp parts; their gradients are summed part by part.
+    moved += held["trained parameters"] * (fsdp - 1 + _ring(data))
+    tokens = _local_tokens(shapes, shape) * shapes.accumulate
+    moved += (2 + again) * 2 * _NUMBER * tokens * model.layers * model.width * _ring(tensor)
+    return work / chip.operations + moved / (2 * chip.link)
+
+
+def _ring(parts: int) -> float:
+    """Bytes that each of so many devices sends to sum one byte over all of them."""
+    return 2 * (parts - 1) / parts
+
+
+def _local_tokens(shapes: TrainingShapes, shape: Shape) -> float:
+    """Tokens of a micro-batch that one device reads."""
+    return shapes.tokens / shapes.accumulate / (shape[0] * shape[1])
+
+
+def _parameters(model: ModelConfig) -> int:
+    """Parameters in the matmuls of all layers and of the vocabulary."""
+    attention = 2 * model.width * model.head_width * (model.heads + model.kv_heads)
+    mlp = model.width * model.mlp_width * (3 if model.gated_mlp else 2)
+    return model.layers * (attention + mlp) + model.width * model.vocab_size
