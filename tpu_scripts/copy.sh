@@ -55,7 +55,7 @@ case $DIRECTION in
     *) usage_error "copy up or down, not '$DIRECTION'" ;;
 esac
 [[ $URL =~ ^gs://[a-z0-9._-]+(/.*)?$ ]] || usage_error "a bucket's address is gs://BUCKET/.., not '$URL'"
-[[ $WHICH =~ ^([0-9]+|all)$ ]] || usage_error "which worker? --worker all, or a worker's number"
+[[ $WHICH =~ ^(0|[1-9][0-9]*|all)$ ]] || usage_error "which worker? --worker all, or a worker's number"
 [[ -z $SHARED || $WHICH == all ]] || usage_error "--shared goes with --worker all"
 if [[ $EVERY ]]; then
     is_count "$EVERY" --every

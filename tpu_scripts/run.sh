@@ -55,8 +55,8 @@ done
 check_common
 [[ $RUN =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
     usage_error "--run takes letters, digits, dots, underscores and hyphens, not '$RUN'"
-[[ $GRACE =~ ^[0-9]+$ ]] || usage_error "--grace is a whole number of seconds, not '$GRACE'"
-[[ $SHOW =~ ^([0-9]+|none)$ ]] || usage_error "--show takes a worker's number or none, not '$SHOW'"
+[[ $GRACE =~ ^(0|[1-9][0-9]*)$ ]] || usage_error "--grace is a whole number of seconds, not '$GRACE'"
+[[ $SHOW =~ ^(0|[1-9][0-9]*|none)$ ]] || usage_error "--show takes a worker's number or none, not '$SHOW'"
 case $ACTION in
     '' | detach) ((${#COMMAND[@]})) || usage_error "which command? it stands behind --" ;;
     *) ((${#COMMAND[@]} == 0)) || usage_error "--$ACTION takes no command" ;;

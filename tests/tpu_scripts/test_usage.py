@@ -152,3 +152,18 @@ def test_scripts_are_strict(script):
         assert text.startswith("#!/usr/bin/env bash\n")
         assert "\nset -euo pipefail\n" in text
         assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("copy.sh", ["--worker", "01", "up", "out", "gs://bucket/out"]),
+        ("run.sh", ["--grace", "08", "--stop"]),
+        ("run.sh", ["--show", "01", "--attach"]),
+    ],
+)
+def test_numbers_that_bash_reads_otherwise_are_refused(cloud, script, arguments):
+    cloud.ready()
+    done = cloud.run(script, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert not cloud.calls
