@@ -48,6 +48,10 @@ def test_a_shape_from_a_file(tmp_path):
     [
         (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x, a100, h100, h200"),
         (["--batch-size=0"], "--batch-size is 0"),
+        (
+            ["--max-new-tokens=7700"],
+            "512 and --max-new-tokens 7700 exceed the 8192 positions of policy",
+        ),
         (["--quantise-policy=int3"], "int3"),
         (["--policy-rules=fast"], "no preset 'fast'"),
         (["--policy=no/such-dir/here"], "no/such-dir/here"),
@@ -66,6 +70,7 @@ def test_wrong_flags(flags, message, capsys):
     [
         (["--topology=v5e"], "topology 'v5e'"),
         (["--max-length=1"], "--max-length 1 is below 2"),
+        (["--max-length=9000"], "--max-length 9000 is more than the 8192 positions of meta-llama"),
         (["--lora-rank=0"], "LoRA rank 0"),
         (["--model=no/such-dir/here"], "no/such-dir/here"),
     ],

@@ -156,10 +156,17 @@ class PlanSearch(Planned):
             if size < 1:
                 raise InputError(f"{flag} is {size}; it must be at least 1")
         beam = (self.beam_width, self.successors, self.chunk_length)
+        names = {"policy": self.policy, "tuned": self.tuned, "untuned": self.untuned or self.tuned}
+        models = {role: shape_of(name) for role, name in names.items()}
+        for role, model in models.items():
+            if self.prompt_tokens + self.max_new_tokens > model.max_positions:
+                raise InputError(
+                    f"--prompt-tokens {self.prompt_tokens} and --max-new-tokens "
+                    f"{self.max_new_tokens} exceed the {model.max_positions} positions of {role}, "
+                    f"{names[role]}"
+                )
         return SearchShapes(
-            policy=shape_of(self.policy),
-            tuned=shape_of(self.tuned),
-            untuned=shape_of(self.untuned or self.tuned),
+            **models,
             config=cbs(*beam, max_new_tokens=self.max_new_tokens, policy_cache=self.policy_cache),
             prompt_tokens=self.prompt_tokens,
             slots=self.batch_size,
@@ -200,10 +207,13 @@ class PlanTraining(Planned):
         from w2s_jax.plan.training import TrainingShapes
         from w2s_jax.train.optimizers import OptimizerConfig
 
-        if self.max_length < 2:
-            raise InputError(f"--max-length {self.max_length} is below 2")
+        model = shape_of(self.model)
+        if not 2 <= self.max_length <= model.max_positions:
+            what = f"more than the {model.max_positions} positions of {self.model}"
+            what = "below 2" if self.max_length < 2 else what
+            raise InputError(f"--max-length {self.max_length} is {what}")
         return TrainingShapes(
-            model=shape_of(self.model),
+            model=model,
             objective=self.objective,
             rows=self.batch_size,
             length=self.max_length,
