@@ -12,6 +12,7 @@ from w2s_jax.ops.meshes import MESH_AXES, make_mesh
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
     SEARCH_RULES,
+    Placement,
     constrain,
     parse_rules,
     resolve,
@@ -112,6 +113,7 @@ def test_rules_from_text(text, axes, shape, spec):
         ("fast", "no preset 'fast'; one of train, search, replicated"),
         ("search,mlp", "'mlp' must be AXIS=MESH_AXIS, of data, fsdp, tensor"),
         ("search,mlp=model", "'mlp=model' must be AXIS=MESH_AXIS"),
+        ("search,mlp=tensor+tensor", "'mlp=tensor+tensor' must be AXIS=MESH_AXIS"),
         ("search,width=tensor", "unknown logical axis 'width'; the rules know vocab"),
     ],
 )
@@ -134,6 +136,13 @@ def test_resolve_tree_names_the_leaf():
         resolve_tree(
             axes, {"embed": {"embedding": shape}, "head": {"kernel": odd}}, DEFAULT_RULES, MESH
         )
+
+
+def test_what_is_held_is_named_by_its_place():
+    place = Placement(make_mesh("data=1", jax.devices()[:1]), DEFAULT_RULES.replace(layers="data"))
+    cache = {"prefix": {"keys": jnp.zeros((2, 2))}}
+    with pytest.raises(InputError, match=r"^prefix/keys: layers and slots both go to mesh axis"):
+        place.hold(cache, {"prefix": {"keys": ("layers", "slots")}})
 
 
 def test_constrain_without_a_mesh_is_the_identity():

@@ -101,10 +101,10 @@ def parse_rules(text: str) -> Rules:
         axis, equals, targets = (part.strip() for part in change.partition("="))
         split = tuple(part.strip() for part in targets.split("+")) if targets else ()
         wrong = [target for target in split if target not in MESH_AXES]
-        if not equals or wrong:
+        if not equals or wrong or len(set(split)) < len(split):
             raise InputError(
                 f"rules {text!r}: {change!r} must be AXIS=MESH_AXIS, of {', '.join(MESH_AXES)} "
-                "(several with +, none for an axis that stays whole)"
+                "(several with +, each once; none for an axis that stays whole)"
             )
         try:
             rules.mesh_axes(axis)
@@ -231,11 +231,16 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def constrain(x: Array, axes: Axes, rules: Rules, mesh: Mesh | None) -> Array:
-    """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is."""
+def constrain(
+    x: Array, axes: Axes, rules: Rules, mesh: Mesh | None, *, name: str = "array"
+) -> Array:
+    """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is.
+
+    Raises InputError as `resolve` does.
+    """
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, resolve(axes, rules, mesh, x.shape))
+    return jax.lax.with_sharding_constraint(x, resolve(axes, rules, mesh, x.shape, name=name))
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,12 @@ class Placement:
         """Inside jit, every array of a tree held to the sharding of its logical axes."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x, one: constrain(x, one, self.rules, self.mesh), tree, axes)
+
+        def hold(path: tuple[Any, ...], x: Array, one: Axes) -> Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+            return constrain(x, one, self.rules, self.mesh, name=name)
+
+        return jax.tree_util.tree_map_with_path(hold, tree, axes)
 
     def whole(self, weight: Array, axes: Axes, axis: str) -> Array:
         """Inside jit, a weight gathered along one logical axis; its gradient is spread again.

@@ -83,7 +83,8 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as "v5e:4x4"; InputError for a family that is not known."""
     family = topology.partition(":")[0]
     if family not in CHIPS:
-        raise InputError(f"topology {topology!r}: no chip {family!r}; one of {', '.join(CHIPS)}")
+        known = ", ".join(CHIPS)
+        raise InputError(f"topology {topology!r}: no chip {family!r}; one of {known}, as v6e:4x4")
     return CHIPS[family]
 
 
