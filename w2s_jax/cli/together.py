@@ -101,6 +101,7 @@ def _await_child(child: int, read_end: int, config: HostConfig) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
+    start = time.monotonic()
     held = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
     # The terminal sends it to the child too.
     held[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,6 +120,8 @@ def _await_child(child: int, read_end: int, config: HostConfig) -> int:
         print(f"{name}: ended by {signal.Signals(-code).name}{why}; {GO_ON}", file=sys.stderr)
         return 128 - code
     what = f"not all {config.count} hosts came within {hosts.START_SECONDS} s"
+    if time.monotonic() - start < hosts.START_SECONDS - 1:
+        what = f"refused by the other hosts; perhaps two have the number {config.index}"
     print(f"{name}: {PARTED if named else what}; {GO_ON}", file=sys.stderr)
     return AGAIN
 
