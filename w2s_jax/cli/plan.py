@@ -38,6 +38,9 @@ class Planned:
 
     def run(self) -> None:
         """Compile and print, and exit with 1 if it does not fit; InputError for what is wrong."""
+        from w2s_jax.plan.topology import leave_accelerators
+
+        leave_accelerators()
         from rich.console import Console
 
         from w2s_jax.plan.measure import show
@@ -267,11 +270,13 @@ class PlanMatrix:
 
     def run(self) -> None:
         """Plan what the files lack, and exit with 1 where a cell failed."""
+        from w2s_jax.plan.topology import check_compiler, leave_accelerators
+
+        leave_accelerators()
         from pathlib import Path
 
         from w2s_jax.plan.matrix import FAMILIES, cells, plan_cells
         from w2s_jax.plan.records import compiler_of, open_records
-        from w2s_jax.plan.topology import check_compiler
         from w2s_jax.plan.trials import Trying
 
         if self.tries < 1:

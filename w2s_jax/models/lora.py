@@ -317,7 +317,8 @@ def _adapter_shapes(
     config: ModelConfig, lora: LoraConfig, dtype: jnp.dtype, scan_layers: bool
 ) -> dict[str, Any]:
     made = functools.partial(init_adapter, config, lora, dtype=dtype, scan_layers=scan_layers)
-    return jax.eval_shape(made, jax.random.key(0))
+    # The key is made inside: no device is looked for.
+    return jax.eval_shape(lambda: made(jax.random.key(0)))
 
 
 def shard_adapter(

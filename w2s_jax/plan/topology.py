@@ -43,23 +43,30 @@ def check_compiler(topology: str) -> None:
         )
 
 
+def leave_accelerators() -> None:
+    """Let jax and libtpu take no TPU or GPU of this machine, for the rest of the process.
+
+    To be called before jax is imported, which asks the metadata server of a TPU where libtpu is.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def open_slice(name: str, slices: int = 1) -> Slice:
     """The devices of a topology such as "v6e:4x4" or "h100:8", or of several such slices.
 
-    To be called before jax has looked for devices: it is told to leave accelerators alone. Raises
-    InputError for a topology that there is not, for several hosts with GPUs, and where the compiler
-    is not installed.
+    Calls `leave_accelerators`. Raises InputError for a topology that there is not, for several
+    hosts with GPUs, and where the compiler is not installed.
     """
-    import jax
-
     check_topology(name)
     check_compiler(name)
     chip = chip_of(name)
     if chip.platform == "cuda" and slices > 1:
         raise InputError(f"topology {name!r}: GPUs are planned on one host; leave dcn axes out")
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")
+    leave_accelerators()
     from jax.experimental import topologies
 
     try:
