@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
+from w2s_jax.cli.train_flags import check_length
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -211,10 +212,7 @@ class PlanTraining(Planned):
         from w2s_jax.train.optimizers import OptimizerConfig
 
         model = shape_of(self.model)
-        if not 2 <= self.max_length <= model.max_positions:
-            what = f"more than the {model.max_positions} positions of {self.model}"
-            what = "below 2" if self.max_length < 2 else what
-            raise InputError(f"--max-length {self.max_length} is {what}")
+        check_length(self.max_length, model, self.model)
         return TrainingShapes(
             model=model,
             objective=self.objective,

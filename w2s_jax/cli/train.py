@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from tyro.conf import arg
 
 from w2s_jax.cli.flags import Hosts, mesh_of
-from w2s_jax.cli.train_flags import DataFlags, LoraFlags, OptimizationFlags, RunFlags
+from w2s_jax.cli.train_flags import (
+    DataFlags,
+    LoraFlags,
+    OptimizationFlags,
+    RunFlags,
+    check_length,
+)
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
 
@@ -196,10 +202,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         length = self.max_length
         if length is None:
             length = min(DEFAULT_LENGTH, config.max_positions)
-        if not 2 <= length <= config.max_positions:
-            what = f"more than the {config.max_positions} positions of {self.model}"
-            what = "below 2, the shortest there is" if length < 2 else what
-            raise InputError(f"--max-length {length} is {what}")
+        check_length(length, config, self.model)
         directory = Path(self.output or f"runs/{self.name}")
         self.check_not_read_from(directory / MODEL, checkpoint)
         if lora is not None and any((directory / MODEL).glob("model*.safetensors")):

@@ -11,7 +11,16 @@ from tyro.conf import UseAppendAction, arg
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.lora import LoraConfig
+
+
+def check_length(length: int, config: "ModelConfig", model: str) -> None:
+    """Raise InputError unless --max-length is of 2 tokens up to the positions of the model."""
+    if not 2 <= length <= config.max_positions:
+        what = f"more than the {config.max_positions} positions of {model}"
+        what = "below 2, the shortest there is" if length < 2 else what
+        raise InputError(f"--max-length {length} is {what}")
 
 
 @dataclass(frozen=True, kw_only=True)

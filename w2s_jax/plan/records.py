@@ -13,9 +13,10 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.plan.matrix import SETTINGS, Cell, Row
+from w2s_jax.plan.measure import GIB
 from w2s_jax.text.atomic import check_writable, write_whole
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 _HEAD = (
     "plan", "slice", "devices", "mesh", "GiB held", "GiB beside", "GiB", "of", "MiB sent",
     "tokens/s, estimated", "compiled in", "smaller slices",

@@ -3,22 +3,18 @@
 Parameters are placed by their rules in models/; nothing here knows a model.
 """
 
-import math
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sharding import DEFAULT_RULES
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement
 from w2s_jax.train.step import Batch, TrainState
 
 
 def batch_parts(mesh: Mesh | None) -> int:
     """Into how many parts the mesh cuts the rows of a batch."""
-    if mesh is None:
-        return 1
-    return math.prod(mesh.shape[axis] for axis in DEFAULT_RULES.mesh_axes("batch"))
+    return Placement(mesh).parts("batch", 0)
 
 
 def host_rows(mesh: Mesh | None, rows: int) -> slice:
