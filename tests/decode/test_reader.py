@@ -15,6 +15,7 @@ from w2s_jax.decode.reader import (
     start_chunk,
 )
 from w2s_jax.models.cache import commit_chunk
+from w2s_jax.ops import attention
 
 KINDS = {
     "rotary": {},
@@ -39,9 +40,16 @@ def full_logprobs(model, prompt, response):
     return jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_by_parts_equals_one_full_pass(kind):
-    """Two chunks with a reorder between them, ragged prompts, token by token and teacher-forced."""
+def test_reading_by_parts_equals_one_full_pass(kind, in_blocks, monkeypatch):
+    """Two chunks with a reorder between them, ragged prompts, token by token and teacher-forced.
+
+    Keys may be attended to in blocks, as the many keys of large models are.
+    """
+    if in_blocks:
+        for name in ("LANES", "BLOCK_KEYS", "BLOCK_BYTES", "TPU_BLOCK_BYTES"):
+            monkeypatch.setattr(attention, name, 2 if name == "BLOCK_KEYS" else 1)
     model = tiny_model(0, sharpness=6.0, **KINDS[kind])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in (5, 2)]
@@ -116,3 +124,37 @@ def test_what_passes_the_capacity_is_dropped():
     _, once = read_stems(model, cache, jnp.asarray([[5]]))
     _, twice = read_stems(model, once, jnp.asarray([[6]]))
     np.testing.assert_array_equal(once.committed[0].keys, twice.committed[0].keys)
+
+
+def test_devices_share_slots_and_heads_and_so_the_bytes_of_a_block(run_python):
+    """On a mesh a device's own scores count: as many a device, in as many blocks."""
+    run_python(BLOCKS, devices=8)
+
+
+BLOCKS = """
+import jax, jax.numpy as jnp, re
+from tests.tiny import tiny_model
+from w2s_jax.decode.reader import read_stems, start_cache
+from w2s_jax.models.model import shard_model
+from w2s_jax.ops import attention
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import SEARCH_RULES
+attention.LANES, attention.BLOCK_KEYS = 1, 1
+model = tiny_model(0, heads=4, kv_heads=2, vocab_size=24)
+
+def blocks(model, slots):
+    cache = start_cache(
+        model, slots=slots, hypotheses=1, prefix_capacity=24, committed_capacity=24
+    )
+    last = jnp.ones((slots, 1), int)
+    text = str(jax.make_jaxpr(lambda cache, last: read_stems(model, cache, last))(cache, last))
+    return re.findall(r"length=(\\d+)", text)
+
+# One slot and two heads: 8 bytes a key.
+attention.BLOCK_BYTES = attention.TPU_BLOCK_BYTES = 8 * 6
+alone = blocks(tiny_model(0, heads=2, kv_heads=2), 1)
+assert alone and set(alone) == {"4"}, alone
+placed = shard_model(model, make_mesh("data=4,tensor=2", jax.devices()), SEARCH_RULES)
+assert blocks(placed, 4) == alone, blocks(placed, 4)
+assert set(blocks(model, 4)) != set(alone)
+"""

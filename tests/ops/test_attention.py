@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.ops.attention import attend_part, attend_sequence, concatenate, merge, unseen
+from w2s_jax.ops import attention
+from w2s_jax.ops.attention import (
+    attend_in_blocks,
+    attend_part,
+    attend_sequence,
+    concatenate,
+    merge,
+    unseen,
+)
 from w2s_jax.ops.flash import Reach
 
 
@@ -153,3 +161,66 @@ def test_int8_keys_and_values_count_as_what_they_stand_for(seed, softcap):
     delta = 0.3 * np.abs(query).sum(-1).max() * k_scales.max() / 2
     bound = np.expm1(2 * delta) * np.abs(values).max() + v_scales.max() / 2
     assert np.abs(found - plain(query, keys, values, mask, 0.3, softcap)).max() <= bound + 1e-5
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    total=st.integers(4, 23),
+    largest=st.integers(1, 4),
+    int8=st.booleans(),
+    softcap=st.sampled_from([None, 5.0]),
+)
+def test_blocks_of_keys_are_the_whole(seed, total, largest, int8, softcap):
+    """Of any number of keys, some of the blocks without one that a query sees."""
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(3, 4, 8)).astype(np.float32) * 10
+    keys, values = rng.normal(size=(2, total, 2, 8)).astype(np.float32)
+    mask = rng.random((3, total)) < 0.3
+    mask[np.arange(3), rng.integers(0, total, 3)] = True
+    held, known = (keys, values), (keys, values)
+    scales = (None, None)
+    if int8:
+        (k, k_scales, k_whole), (v, v_scales, v_whole) = rounded(keys), rounded(values)
+        held, scales, known = (k, v), (batch(k_scales), batch(v_scales)), (k_whole, v_whole)
+    options = {"scale": 0.3, "softcap": softcap}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "LANES", 2)
+        patch.setattr(attention, "BLOCK_KEYS", 2 * largest)
+        patch.setattr(attention, "BLOCK_BYTES", 1)
+        patch.setattr(attention, "TPU_BLOCK_BYTES", 1)
+        given = (batch(query), *map(batch, held), batch(mask), *scales)
+        text = str(jax.make_jaxpr(lambda *given: attend_in_blocks(*given, **options))(*given))
+        found = merge([attend_in_blocks(*given, **options)])[0, 0]
+    assert ("scan[" in text) == (total > 2 * largest)
+    np.testing.assert_allclose(found, plain(query, *known, mask, **options), atol=2e-5, rtol=2e-5)
+
+
+def test_a_block_is_no_larger_than_its_bytes():
+    """4 bytes × 2 slots × 3 queries × 4 heads over 2 devices: 48 bytes a key."""
+    query, keys = jnp.zeros((2, 1, 3, 4, 8)), jnp.zeros((2, 1, 1000, 2, 8))
+    mask = jnp.ones((1, 1, 1, 1000), bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK_KEYS", 128)
+        for bytes_, size in ((48 * 256, 256), (48 * 700, 512), (48, 128), (48 * 1024, 1000)):
+            patch.setattr(attention, "BLOCK_BYTES", bytes_)
+            patch.setattr(attention, "TPU_BLOCK_BYTES", bytes_)
+            text = str(
+                jax.make_jaxpr(
+                    lambda *given: attend_in_blocks(*given, scale=1.0, devices=2)
+                )(query, keys, keys, mask)
+            )  # fmt: skip
+            assert f"f32[2,1,2,3,2,{size}]" in text, (bytes_, size)
+
+
+@pytest.mark.parametrize(
+    ("platform", "total", "looped"),
+    [("tpu", 512, False), ("tpu", 1024, True), ("cpu", 1024, False), ("cpu", 32768, True)],
+)
+def test_tpus_take_small_blocks_and_others_large_ones(platform, total, looped):
+    """Scores of 16 KiB a key: 16 MiB of 1,024 keys, 512 MiB of 32,768."""
+    shapes = [(1, 1, 64, 64, 8), (1, 1, total, 8, 8), (1, 1, total, 8, 8), (1, 1, 1, total)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes[:3]]
+    mask = jax.ShapeDtypeStruct(shapes[3], jnp.bool_)
+    traced = jax.jit(lambda *given: attend_in_blocks(*given, scale=1.0)).trace(*arrays, mask)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == looped

@@ -143,12 +143,16 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of the new tokens over prefix, committed response and chunk."""
+    """Self-attention of the new tokens over prefix, committed response and chunk.
+
+    devices: how many share the slots and heads of a cache.
+    """
 
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
+    devices: int = 1
 
     @nn.compact
     def __call__(
@@ -170,7 +174,7 @@ class Attention(nn.Module):
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
         kv = _extend(kv, KV(key, value), self.layout, view)
-        mixed = _attend(query, kv, masks, self.layout, config).astype(x.dtype)
+        mixed = _attend(query, kv, masks, self.layout, config, self.devices).astype(x.dtype)
         shape = (config.heads, config.head_width, config.width)
         axes = ("heads", "head_width", "embed")
         options: Any = {"dtype": self.dtype, "placement": self.placement, "name": "out"}
@@ -207,7 +211,14 @@ def _branches(x: Array, layout: Layout) -> Array:
     return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
 
 
-def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: ModelConfig) -> Array:
+def _attend(
+    query: Array,
+    kv: LayerKV,
+    masks: tuple,
+    layout: Layout,
+    config: ModelConfig,
+    devices: int = 1,
+) -> Array:
     slots, hypotheses, count = query.shape[:3]
     scale = config.attention_scale
     scale = config.head_width**-0.5 if scale is None else scale
@@ -222,7 +233,8 @@ def _attend(query: Array, kv: LayerKV, masks: tuple, layout: Layout, config: Mod
 
     def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
         held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
-        return attention.attend_part(queries, *held, scale=scale, softcap=softcap)
+        options: Any = {"scale": scale, "softcap": softcap, "devices": devices}
+        return attention.attend_in_blocks(queries, *held, **options)
 
     partials = []
     if kv.prefix is not None:
@@ -280,6 +292,7 @@ class Block(nn.Module):
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
+    devices: int = 1
 
     @nn.compact
     def __call__(
@@ -287,7 +300,8 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerKV]:
         config = self.config
         normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
-        attention = Attention(config, self.layout, self.dtype, self.placement, name="attention")
+        where = (self.placement, self.devices)
+        attention = Attention(config, self.layout, self.dtype, *where, name="attention")
         mixed, kv = attention(normed, turn, kv, masks, view)
         if config.post_norms:
             mixed = Norm(config, dtype=self.dtype, name="post_attention_norm")(mixed)

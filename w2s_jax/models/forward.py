@@ -88,13 +88,17 @@ def forward(
         stem_start=None if cache is None else cache.committed_length,
         chunk_start=chunk_start,
     )
-    placement = placement if cache is None else ON_ONE_DEVICE
+    devices = 1
+    if cache is not None:
+        devices = cache.placement.parts("slots", tokens.shape[0])
+        devices *= cache.placement.parts("heads", config.heads)
+        placement = ON_ONE_DEVICE
     x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
     turn = None
     if config.position == "rotary":
         turn = rotation(positions, config.rope, config.head_width)
     run = _run_stacked if "layers" in params else _run_layers
-    block = Block(config, layout, x.dtype, placement)
+    block = Block(config, layout, x.dtype, placement, devices)
     apply = _block(block, remat, scanned="layers" in params)
     x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)

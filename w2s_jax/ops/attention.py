@@ -5,6 +5,7 @@ Arrays in, arrays out. What a part means (prefix, committed, chunk) is decided b
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,15 @@ from w2s_jax.pytrees import pytree
 
 MASKED = -1e30
 """Score of a masked key: finite, so that a fully masked part merges with weight zero, not NaN."""
+TPU_BLOCK_BYTES, BLOCK_BYTES = 8 * 2**20, 256 * 2**20
+"""Scores that a device has at a time: a TPU's vector memory holds so many, beside the rest.
+
+Elsewhere they lie in main memory as it is, and a loop costs a start of every operation.
+"""
+BLOCK_KEYS = 512
+"""Fewer keys than these at a time would move more of sums and maxima than of scores."""
+LANES = 128
+"""Keys that stand beside one another in a tile of a TPU; blocks of them are not cut."""
 
 
 @pytree()
@@ -93,6 +103,77 @@ def attend_part(
     )
 
 
+def attend_in_blocks(
+    query: Float[Array, "P A m H C"],
+    keys: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
+    values: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
+    mask: Bool[Array, "#P #A #m J"],
+    key_scales: Float[Array, "P A J G 1"] | None = None,
+    value_scales: Float[Array, "P A J G 1"] | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    devices: int = 1,
+) -> Partial:
+    """`attend_part` over blocks of the keys one after another, where all scores would be many.
+
+    P and H together are split over so many devices, each of which has scores of `BLOCK_BYTES` at a
+    time (on TPUs of `TPU_BLOCK_BYTES`), or of `BLOCK_KEYS` keys if those are more. Online softmax
+    (arXiv 1805.02867).
+    """
+    slots, groups, count, heads, _ = query.shape
+    of_a_key = max(1, 4 * slots * groups * count * heads / devices)
+
+    def largest(most: int) -> int:
+        return max(BLOCK_KEYS, int(most / of_a_key) // LANES * LANES)
+
+    run = functools.partial(_blocks, scale=scale, softcap=softcap)
+    arrays = (query, keys, values, mask, key_scales, value_scales)
+    if keys.shape[2] <= largest(TPU_BLOCK_BYTES):
+        return attend_part(*arrays, scale=scale, softcap=softcap)
+    return jax.lax.platform_dependent(
+        *arrays,
+        tpu=functools.partial(run, largest=largest(TPU_BLOCK_BYTES)),
+        default=functools.partial(run, largest=largest(BLOCK_BYTES)),
+    )
+
+
+def _blocks(
+    query: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    *,
+    largest: int,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    options: Any = {"scale": scale, "softcap": softcap}
+    total = keys.shape[2]
+    if total <= largest:
+        return attend_part(query, keys, values, mask, key_scales, value_scales, **options)
+    blocks = -(-total // largest)
+    size = -(-total // (blocks * LANES)) * LANES
+
+    def block(at: Array, seen: Partial) -> Partial:
+        # The last one reaches back, over keys that were seen.
+        start = jnp.minimum(at * size, total - size)
+
+        def cut(x: Array, axis: int = 2) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        # Cut before use: compilers would read all keys ahead, for every block.
+        own_keys, own_values = jax.lax.optimization_barrier((cut(keys), cut(values)))
+        own_scales = [None if x is None else cut(x) for x in (key_scales, value_scales)]
+        new = cut(mask, 3) & (start + jnp.arange(size) >= at * size)
+        part = attend_part(query, own_keys, own_values, new, *own_scales, **options)
+        return join([seen, part])
+
+    return jax.lax.fori_loop(0, blocks, block, unseen(query))
+
+
 def _of_keys(scales: Float[Array, "P A J G 1"]) -> Float[Array, "P A G 1 1 J"]:
     """Scales of keys as factors of their scores [P, A, G, m, h, J]."""
     return jnp.moveaxis(scales[..., 0], 2, 3)[:, :, :, None, None, :]
@@ -113,13 +194,8 @@ def concatenate(partials: Sequence[Partial], axis: int) -> Partial:
     )
 
 
-def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
-    """Softmax attention over the union of the parts' keys, float32, by log-sum-exp.
-
-    Every query must see at least one key in one of the parts.
-    """
-    if len(partials) == 1:
-        return partials[0].weighted / partials[0].total[..., None]
+def join(partials: Sequence[Partial]) -> Partial:
+    """The partial over the union of the parts' keys, by log-sum-exp."""
     maximum = partials[0].maximum
     for partial in partials[1:]:
         maximum = jnp.maximum(maximum, partial.maximum)
@@ -128,7 +204,16 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
     zero = jnp.zeros((), jnp.float32)
     total = sum((factor * partial.total for factor, partial in pairs), zero)
     weighted = sum((factor[..., None] * partial.weighted for factor, partial in pairs), zero)
-    return weighted / total[..., None]
+    return Partial(weighted, total, maximum)
+
+
+def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
+    """Softmax attention over the union of the parts' keys, float32.
+
+    Every query must see at least one key in one of the parts.
+    """
+    whole = partials[0] if len(partials) == 1 else join(partials)
+    return whole.weighted / whole.total[..., None]
 
 
 def attend_sequence(
