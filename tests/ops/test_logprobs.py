@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.ops.logprobs import blocked_token_logprobs, token_logprobs
+from w2s_jax.ops.logprobs import Head, Spread, blocked_token_logprobs, token_logprobs
 
 
 def reference(logits):
@@ -40,3 +40,14 @@ def test_blocks_and_groups_change_nothing(block, groups):
     out = blocked_token_logprobs(hidden, targets, lambda h: h @ head, block=block)
     expected = np.take_along_axis(reference(hidden @ head), np.asarray(targets), -1)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("states", "blocks"), [(None, 2), (4096, 2), (2048, 4), (1, 2048)])
+def test_states_that_a_device_gathers_are_bounded(states, blocks):
+    """Of 8 groups of 2,048 rows, with logits of 64 rows over 128 parts of the vocabulary."""
+
+    class Parts(Spread):
+        parts = property(lambda self: 128)
+        row_parts = property(lambda self: 2)
+
+    assert Head(1, 64, None, Parts(), states).blocks(8, 2048) == blocks

@@ -112,17 +112,22 @@ class Head:
     """How hidden states become logits, and how many rows of these are alive at a time.
 
     The kernel is [V D] with `vocab_axis` 0 and [D V] with 1; `softcap` c maps a logit z to
-    c·tanh(z/c). Float32 logits of at most `block` whole rows exist on a device at any moment.
+    c·tanh(z/c). Float32 logits of at most `block` whole rows exist on a device at any moment, and
+    hidden states of at most `states` rows.
     """
 
     vocab_axis: int
     block: int
     softcap: float | None = None
     spread: Spread = Spread()
+    states: int | None = None
 
     def blocks(self, groups: int, rows: int) -> int:
         """Into how many blocks so many rows of each group are cut."""
-        return -(-rows // min(rows, max(1, self.block * self.spread.parts // groups)))
+        most = self.block * self.spread.parts
+        if self.states is not None:
+            most = min(most, self.states * self.spread.row_parts)
+        return -(-rows // min(rows, max(1, most // groups)))
 
 
 def head_logprobs(

@@ -18,6 +18,8 @@ from w2s_jax.ops.sharding import Placement
 
 BLOCK_BYTES = 128 * 2**20
 """Float32 logits alive at a time, unless a caller says otherwise."""
+STATES_BYTES = 512 * 2**20
+"""Hidden states of a block that a device gathers, with their gradients."""
 
 Tokens = Int[Array | np.ndarray, "B X"]
 Marks = Bool[Array | np.ndarray, "B X"]
@@ -105,11 +107,15 @@ def row_groups(placement: Placement, rows: int) -> int:
 def head_of(config: ModelConfig, placement: Placement, block_bytes: int = BLOCK_BYTES) -> Head:
     """How a model's logits are made, `block_bytes` of them alive on a device at a time.
 
-    Where the vocabulary can be divided by all parts of the weights, it is.
+    Where the vocabulary can be divided by all parts of the weights, it is. Then hidden states of
+    all rows of a block lie on each device, `STATES_BYTES` of them.
     """
     rows = max(1, block_bytes // (4 * config.vocab_size))
     vocab_axis = 0 if config.tied_embeddings else 1
-    return Head(vocab_axis, rows, config.final_softcap, _spread(config.vocab_size, placement))
+    spread = _spread(config.vocab_size, placement)
+    # In half precision, and their gradients in float32.
+    states = None if spread.mesh is None else max(1, STATES_BYTES // (6 * config.width))
+    return Head(vocab_axis, rows, config.final_softcap, spread, states)
 
 
 def _spread(vocab_size: int, placement: Placement) -> Spread:
