@@ -1,5 +1,7 @@
 """Who the hosts are, by made environments. Several processes: cli/test_several_hosts.py."""
 
+import socket
+
 import pytest
 
 from tests.processes import free_port
@@ -143,3 +145,13 @@ def test_commands_for_one_host_are_not_run_by_several(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(["convert", "a", "b"]) == 2
     assert "w2s convert runs on one host, and 4 were started" in capsys.readouterr().err
+
+
+def test_a_first_host_that_does_not_know_its_own_address_says_so_at_once(monkeypatch):
+    def unknown(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, f"{host} is not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    config = find_hosts("nosuchname:1234,2,0")
+    with pytest.raises(InputError, match="does not know nosuchname, its own address .*not known"):
+        start_hosts(config, start_seconds=300)

@@ -111,6 +111,7 @@ check_common() {
     [[ $ZONE ]] || usage_error "which zone? --zone ZONE, or W2S_TPU_ZONE"
     [[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
         usage_error "a name has small letters, digits and hyphens, and begins with a letter: not '$NAME'"
+    [[ $LOGS && $LOGS != -* ]] || usage_error "--logs needs a folder, not '$LOGS'"
     is_seconds "$POLL" --poll
     is_count "$TRIES" --tries
     is_count "$PARALLEL" --parallel

@@ -191,7 +191,8 @@ def start_hosts(
 ) -> None:
     """Start jax over all hosts; to be called before anything touches a device.
 
-    Raises HostsParted where the coordinator does not answer in time. Where a host other than the
+    Raises HostsParted where the coordinator does not answer in time, and InputError on the first
+    host where the address given for it is none. Where a host other than the
     first is missing, jax ends the process by SIGABRT once the time is over, and so it does where a
     host dies later: `cli/together.py` turns that into a line and a status.
     """
@@ -223,10 +224,22 @@ def start_hosts(
 
 
 def _await_coordinator(config: HostConfig, seconds: float | int) -> None:
-    """Wait until the first host listens, which tells more than jax's own waiting would."""
-    if config.index == 0 or config.address is None:
+    """Wait until the first host listens, which tells more than jax's own waiting would.
+
+    Raises InputError on the first host where it does not know its own address.
+    """
+    if config.address is None:
         return
     host, _, port = config.address.rpartition(":")
+    if config.index == 0:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:
+            raise InputError(
+                f"{config.source}: the first host does not know {host}, its own address "
+                f"({error.strerror or error}); give one by which all hosts reach it"
+            ) from None
+        return
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -77,6 +77,8 @@ def test_the_dry_run_of_create_is_what_create_calls(cloud):
         ("create.sh", ["--type", "v5p:2x2x16", "--kind", "spot"], "v5p-128 comes as 4x4x4"),
         ("create.sh", ["--type", "tpu7x-8", "--kind", "spot"], "gke.yaml"),
         ("create.sh", [*CREATE], "--yes says yes"),
+        ("run.sh", ["--logs", "--x"], "--logs needs a folder, not '--x'"),
+        ("run.sh", ["--logs=", "--", "true"], "--logs needs a folder, not ''"),
         ("create.sh", [*CREATE, "--yes=please"], "what is 'please'"),
         ("create.sh", [*CREATE, "--timeout", "soon"], "--timeout"),
         ("create.sh", ["--type"], "--type needs a value"),
