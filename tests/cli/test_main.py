@@ -22,6 +22,17 @@ def test_version_and_overview(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("word", ["plan", "bench"])
+def test_help_of_a_word_lists_those_that_follow(word, flag, capsys):
+    assert main([word, flag]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"usage: w2s {word} WORD [flags]")
+    for words, (_, _, about) in COMMANDS.items():
+        assert (f"  {' '.join(words)} " in out and about in out) == (words[0] == word)
+
+
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_has_help_for_every_flag(words, capsys):
     module, name, _ = COMMANDS[words]

@@ -95,6 +95,7 @@ def test_an_int8_cache_is_part_of_what_is_measured(folders, data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--mesh=auto"], "--mesh auto is of search, serve, sft and dpo; name it, as data=-1"),
         (["--quantise", "int2"], "quantisation 'int2' is not int8 or int4"),
         (["--tuned", "T"], "a guide is a --tuned and an --untuned model; give both or none"),
         (["--prompt-tokens", "0"], "--prompt-tokens is 0; it must be at least 1"),

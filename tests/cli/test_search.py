@@ -237,6 +237,7 @@ def one_error(capsys, status):
         (["--stop", ""], "a stop string is empty"),
         (["--mesh", "data=3"], "multiply to 3, which must equal the"),
         (["--mesh", "model=1"], "axis 'model' is not one of data, fsdp, tensor"),
+        (["--mesh="], "--mesh is empty; give sizes such as data=2,tensor=4"),
         (["--max-new-tokens", "90"], "line 5: a prompt of"),
     ],
 )

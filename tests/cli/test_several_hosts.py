@@ -237,3 +237,13 @@ def test_two_hosts_reward_what_one_does(files, tmp_path):
     np.testing.assert_allclose(*values, atol=1e-4)
     figures = [json.loads((tmp_path / f"{n}.json").read_text())["results"] for n in ("two", "one")]
     assert figures[0]["reward"] == pytest.approx(figures[1]["reward"], abs=1e-4)
+
+
+def test_two_hosts_choose_one_mesh(files, tmp_path):
+    alone, together = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert main(search(files, alone)) == 0
+    with Hosts(2, search(files, together, "--mesh=auto"), tmp_path) as hosts:
+        assert hosts.statuses() == [0, 0]
+        assert ", for 4 devices (cpu)" in hosts.said(0)
+        assert "--mesh auto" not in hosts.said(1)
+    assert_same(together, alone)

@@ -63,6 +63,26 @@ def test_wrong_flags_are_told_before_weights_are_read(
     assert message in one_error(capsys, status)
 
 
+def test_an_empty_mesh_and_an_odd_vocabulary_are_told(tmp_path, pairs, run_python):
+    odd = tiny(tmp_path / "odd", 0, vocab_size=301)
+    words = ["sft", f"--model={odd}", f"--data={pairs}", f"--output={tmp_path / 'run'}",
+             "--batch-size=8"]  # fmt: skip
+    told = run_python(ODD.format([[*words, "--mesh=tensor=8"], [*words, "--mesh="]]), devices=8)
+    split, empty = (line for line in told.splitlines() if line.startswith("error: "))
+    assert "vocab of size 301 is not divisible by mesh tensor 8; use fsdp=8 | " in split
+    assert "rules" not in split
+    assert empty == ("error: --mesh is empty; give sizes such as data=2,tensor=4, or leave it out")
+
+
+ODD = """
+import sys
+from w2s_jax.cli.main import main
+sys.stderr = sys.stdout
+for words in {!r}:
+    assert main(words) == 2
+"""
+
+
 def test_what_is_not_installed_is_told_before_data_is_read(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     status = run("dpo", model, tmp_path / "nowhere.jsonl", tmp_path / "run", "--wandb=project")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from w2s_jax.plan.compiled import Collective, collectives, gathers_of
+from w2s_jax.plan.compiled import BETWEEN_SLICES, Collective, collectives, gathers_of
 
 TEXT = """HloModule jit_step, entry_computation_layout={()->f32[8]{0}}
 
@@ -65,10 +65,46 @@ def test_a_loop_that_was_unrolled_runs_half_as_often():
 
 
 def test_an_exchange_in_several_fusions_counts_once():
-    line = "  %d = bf16[16,16]{1,0} all-gather-done(%g)\n"
     again = "  %g2 = bf16[16,16]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,8]<=[8]\n"
     text = TEXT.replace("all-gather-start(%w), ", "all-gather-start(%w), channel_id=7, ")
-    assert len(collectives(text.replace(line, line + again))) == 4
+    call = "  %f = bf16[16,16]{1,0} fusion(%w), kind=kCustom, calls=%fused\n"
+    fused = "%fused (w: bf16[2,16]) -> bf16[16,16] {\n" + again + "}\n\n"
+    found = collectives(text.replace("%inner_condition (", fused + "%inner_condition (").replace(
+        "  %g = (bf16", call + "  %g = (bf16"
+    ))  # fmt: skip
+    assert sorted(one.kind for one in found) == sorted(one.kind for one in collectives(TEXT))
+    # Programs of several slices give exchanges of one computation a channel together.
+    other = again.replace("%g2 = bf16[16,16]", "%g3 = bf16[32,16]")
+    found = collectives(text.replace("  %p.1 = f32", again + again.replace("g2", "g4") + other
+                                     + "  %p.1 = f32"))  # fmt: skip
+    gathers = sorted((one.shape, one.times) for one in found if one.kind == "all-gather")
+    assert gathers == [((16, 16), 160), ((32, 16), 5)]
+    alone = text.replace("channel_id=7, ", "channel_id=8, ")
+    found = collectives(alone.replace("  %p.1 = f32", again + again.replace("g2", "g4")
+                                      + "  %p.1 = f32"))  # fmt: skip
+    assert sorted(one.times for one in found if one.shape == (16, 16)) == [5, 5, 160]
+
+
+def test_several_arrays_at_once_and_all_devices():
+    start = "  %s = (f32[1024]{0}, f32[1024]{0}) all-reduce-start(%p0, %p1), replica_groups={}\n"
+    text = TEXT.replace("jit_step,", "jit_step, num_partitions=4,")
+    one = collectives(text.replace("  %while.2 =", start + "  %while.2 ="))
+    (both,) = [each for each in one if each.shape == (1024,)]
+    # A ring sends each array 2 x 3/4 times.
+    assert (both.size, both.group, both.moved) == (8192, 4, 12288)
+
+
+def test_what_goes_between_slices_is_a_kind_of_its_own():
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    send = (
+        "  %send = (f32[256,4]{1,0}, u32[], token[]) send(%r, %after), channel_id=4, "
+        f"is_host_transfer=true, frontend_attributes={{{attributes}}}\n"
+        "  %send-done = token[] send-done(%send), channel_id=4, is_host_transfer=true, "
+        f"frontend_attributes={{{attributes}}}\n"
+    )
+    found = collectives(TEXT.replace("  %p.1 = f32", send + "  %p.1 = f32"))
+    (own,) = [one for one in found if one.kind == BETWEEN_SLICES]
+    assert (own.shape, own.size, own.times, own.moved) == ((256, 4), 4096, 5, 5 * 4096)
 
 
 def test_a_call_over_several_lines_ends_no_loop():

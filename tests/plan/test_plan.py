@@ -6,7 +6,9 @@ import json
 import pytest
 
 from w2s_jax.cli.main import main
+from w2s_jax.cli.plan import PlanDPO, PlanSFT
 from w2s_jax.errors import InputError
+from w2s_jax.plan.candidates import judge
 from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, device_count, topologies
 from w2s_jax.plan.gpus import target_of
 from w2s_jax.plan.shapes import KNOWN, shape_of
@@ -20,8 +22,10 @@ def test_topologies(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", "h100:16", "h100:2x8", ""]
-)
+    "name",
+    ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", "h100:16", "h100:2x8", "",
+     "v6e:999999x999999"],
+)  # fmt: skip
 def test_wrong_topologies(name):
     with pytest.raises(InputError, match=r"^topology "):
         check_topology(name)
@@ -39,7 +43,7 @@ def test_a_shape_from_a_file(tmp_path):
     path.write_text(json.dumps(KNOWN["meta-llama/Llama-2-7b-hf"]))
     assert shape_of(str(path)) == shape_of(str(tmp_path)) == shape_of("meta-llama/Llama-2-7b-hf")
     path.write_text("{")
-    with pytest.raises(InputError, match="not a config.json"):
+    with pytest.raises(InputError, match="config.json is not readable JSON"):
         shape_of(str(path))
 
 
@@ -47,7 +51,18 @@ def test_a_shape_from_a_file(tmp_path):
     ("flags", "message"),
     [
         (["--topology=v7:2x2"], "no chip 'v7'; one of v5e, v5p, v6e, tpu7x, a100, h100, h200"),
-        (["--batch-size=0"], "--batch-size is 0"),
+        (["--batch-size=0"], "--batch-size is 0; it must be at least 1"),
+        (["--w=0"], "--w is 0; it must be at least 1"),
+        (["--max-new-tokens=0"], "--max-new-tokens is 0; it must be at least 1"),
+        (["--batch-size=1000000000000"], "--batch-size is 1000000000000; it must be less than"),
+        (["--l=99999999999999999999"], "--l is 99999999999999999999; it must be less than 2147"),
+        (
+            ["--w=1000000000", "--k=1000000000"],
+            "times --batch-size 16 are 16000000000000000000 rows; there must be less than 2147483",
+        ),
+        (["--policy=~nouser/x"], "~nouser/x: no such file or directory (Could not determine home"),
+        ([f"--policy={'x' * 5000}"], "xxx...: no such file or directory (File name too long)"),
+        (["--mesh="], "--mesh is empty; give sizes such as data=2,tensor=4"),
         (
             ["--max-new-tokens=7700"],
             "512 and --max-new-tokens 7700 exceed the 8192 positions of policy",
@@ -72,6 +87,10 @@ def test_wrong_flags(flags, message, capsys):
         (["--max-length=1"], "--max-length 1 is below 2"),
         (["--max-length=9000"], "--max-length 9000 is more than the 8192 positions of meta-llama"),
         (["--lora-rank=0"], "LoRA rank 0"),
+        (["--lora-rank=99999999999999999999"], "--lora-rank is 99999999999999999999; it must be"),
+        (["--batch-size=0"], "--batch-size is 0; it must be at least 1"),
+        (["--accumulate=0"], "--accumulate is 0; it must be at least 1"),
+        (["--batch-size=99999999999999999999"], "--batch-size is 99999999999999999999; it must be"),
         (["--model=no/such-dir/here"], "no/such-dir/here"),
     ],
 )
@@ -81,6 +100,32 @@ def test_wrong_flags_of_trainings(command, flags, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "config.json holds a list, not a JSON object"),
+        ("[" * 100_000, "config.json is not readable JSON"),
+        ('{"model_type": "llama", "hidden_size": []}', "config.json: "),
+        ('{"model_type": 5}', "config.json: "),
+    ],
+)
+def test_a_file_that_holds_no_config(content, message, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert main(["plan", "sft", f"--model={path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [PlanSFT, PlanDPO])
+def test_the_largest_numbers_are_judged(command):
+    shapes = command(model="meta-llama/Meta-Llama-3-8B", batch_size=2**31 - 16).shapes()
+    found = judge(shapes, CHIPS["v5e"], (16, 1, 1))
+    assert found.held > 2**31 * 2048 * 8 / 16
+    assert "and a device has 15.75" in found.why
 
 
 def test_chips_are_ordered_by_their_figures():
@@ -158,7 +203,14 @@ def test_a_training_step_is_compiled_for_a_slice(tmp_path, run_python, command, 
         "plan", command, f"--model={tmp_path}/model.json", "--topology=v6e:2x2",
         "--mesh=data=2,fsdp=2", "--batch-size=4", "--max-length=64", f"--json={out}", *flags,
     ]  # fmt: skip
-    run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    printed = run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
+    # What a run needs to be what was planned; its defaults are others.
+    last = printed.strip().splitlines()[-1]
+    rank = " --lora-rank 4" if flags else ""
+    assert last == (
+        f"to run it: w2s {command} --mesh data=2,fsdp=2 --batch-size 4 --accumulate 1 "
+        f"--max-length 64 --remat full --optimizer adamw --dtype bfloat16{rank} --scan-layers"
+    )
     plan = json.loads(out.read_text())
     (step,) = plan["programs"]
     assert plan["fits"]

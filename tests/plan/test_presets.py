@@ -5,13 +5,13 @@ import jax
 jax.config.update("jax_platforms", "no-such-platform")
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.presets import preset_mesh
-from w2s_jax.plan.programs import SearchShapes
+from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.shapes import shape_of
 from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.search.presets import cbs
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")
 config = cbs(2, 2, 30, max_new_tokens=256)
-print(preset_mesh(SearchShapes(model, guide, guide, config, 128, 16), "v5e:4x4"))
+print(preset_mesh(SearchShapes(model, (GuideShapes(guide, guide),), config, 128, 16), "v5e:4x4"))
 shapes = TrainingShapes(model, "dpo", 16, 256, lora=LoraConfig(rank=4))
 print(preset_mesh(shapes, "v5e:4x4"))
 """
@@ -21,3 +21,32 @@ def test_no_device_is_looked_for(run_python):
     search, training = run_python(CODE).splitlines()
     assert "tensor=8" in search
     assert training
+
+
+UNEVEN = """
+from w2s_jax.errors import InputError
+from w2s_jax.plan.candidates import _mesh_of_none, judge
+from w2s_jax.plan.chips import CHIPS
+from w2s_jax.plan.matrix import Cell
+from w2s_jax.plan.presets import preset_mesh
+from dataclasses import replace
+from w2s_jax.plan.programs import search_programs
+shapes = replace(Cell("v5e", "8B", "search").shapes(8)[0], slots=3)
+try:
+    search_programs(shapes, _mesh_of_none((8, 1, 1)))
+except InputError as error:
+    print(error)
+print(judge(shapes, CHIPS["v5e"], (8, 1, 1)).why)
+print(preset_mesh(shapes, "v5e:2x4"))
+try:
+    preset_mesh(replace(shapes, guides=(), policy=replace(shapes.policy, mlp_width=3)), "v5e:2x4")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_batch_that_is_not_divided_is_named_as_the_user_gave_it(run_python):
+    explicit, judged, chosen, none = run_python(UNEVEN).splitlines()
+    assert explicit == judged == "--batch-size 3 is not divisible by 8 parts of the mesh; try 8"
+    assert chosen == "tensor=8"
+    assert none == f"v5e:2x4: no mesh: {judged}"

@@ -114,7 +114,9 @@ def test_what_fits_goes_before_what_is_quicker():
 
 def test_the_smallest_slice_that_fits():
     compiler = Compiler(beside=1)
-    found = smallest_slice(lambda _: training(), "v5e", Trying(2, first=True, compile_as=compiler))
+    found = smallest_slice(
+        lambda _: (training(),), "v5e", Trying(2, first=True, compile_as=compiler)
+    )
     # Parameters and moments are 90 GiB, and four chips have 63.
     assert [one.topology for one in found.slices] == ["v5e:2x2", "v5e:2x4"]
     assert compiler.seen == [("v5e:2x4", found.best.mesh)]
@@ -127,7 +129,9 @@ def test_the_smallest_slice_that_fits():
 
 def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
     compiler = Compiler(beside=8)
-    found = smallest_slice(lambda _: training(), "v5e", Trying(1, first=True, compile_as=compiler))
+    found = smallest_slice(
+        lambda _: (training(),), "v5e", Trying(1, first=True, compile_as=compiler)
+    )
     assert [name for name, _ in compiler.seen] == ["v5e:2x4", "v5e:4x4"]
     assert not found.slices[1].plans[0].fits
     assert found.best.topology == "v5e:4x4"
@@ -136,7 +140,7 @@ def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
 def test_one_mesh_on_the_slices_that_it_divides():
     compiler = Compiler()
     trying = Trying(1, "fsdp=8,tensor=2", first=True, compile_as=compiler)
-    found = smallest_slice(lambda _: training(), "v5e", trying)
+    found = smallest_slice(lambda _: (training(),), "v5e", trying)
     assert compiler.seen == [("v5e:4x4", "fsdp=8,tensor=2")]
     assert "must equal the 8 devices" in found.slices[1].skipped[0].why
 
@@ -144,14 +148,14 @@ def test_one_mesh_on_the_slices_that_it_divides():
 def test_nothing_fits_or_nothing_divides():
     shapes, compiler = training("70B", rows=256), Compiler(beside=1000)
     assert (
-        smallest_slice(lambda _: shapes, "v5e", Trying(1, "fsdp=-1", compile_as=compiler)).best
+        smallest_slice(lambda _: (shapes,), "v5e", Trying(1, "fsdp=-1", compile_as=compiler)).best
         is None
     )
     assert [name for name, _ in compiler.seen] == ["v5e:8x8", "v5e:8x16", "v5e:16x16"]
     with pytest.raises(InputError, match="v5e:2x2: no mesh: --batch-size 3 is not divisible"):
         search_meshes(training(rows=3), "v5e:2x2", Trying(mesh="fsdp=4", compile_as=compiler))
     with pytest.raises(InputError, match="v5e:16x16: no mesh"):
-        smallest_slice(lambda _: shapes, "v5e", Trying(mesh="tensor=3", compile_as=compiler))
+        smallest_slice(lambda _: (shapes,), "v5e", Trying(mesh="tensor=3", compile_as=compiler))
 
 
 def test_meshes_by_default_hold_little_enough():
@@ -178,7 +182,7 @@ from w2s_jax.plan.matrix import Cell
 from w2s_jax.plan.presets import preset_mesh
 
 chip = CHIPS["v5e"]
-shapes = Cell("v5e", "8B", "search").shapes(16)
+shapes = Cell("v5e", "8B", "search").shapes(16)[0]
 found = {one.mesh: one for one in candidates(shapes, chip, 16)}
 assert len(found) == 15
 one = found["fsdp=2,tensor=8"]
@@ -188,11 +192,12 @@ caches = 2 * 2 * 8 * 128 * 32 * 16 * (3 * 512 + 3 * 2 * 2112) / 16
 assert weights + caches < one.held < 1.5 * (weights + caches), (one, weights, caches)
 assert one.seconds < found["data=2,tensor=8"].seconds < found["data=16"].seconds
 assert "a device has 15.75" in found["data=16"].why
-undivided = judge(Cell("v5e", "8B", "search").shapes(64), chip, (64, 1, 1))
-assert undivided.held is None and "slots of size 16 is not divisible" in undivided.why, undivided
+undivided = judge(Cell("v5e", "8B", "search").shapes(64)[0], chip, (64, 1, 1))
+assert undivided.held is None, undivided
+assert "--batch-size 16 is not divisible by 64 parts" in undivided.why, undivided
 for size, topology in (("8B", "v5e:2x4"), ("70B", "v5e:4x8"), ("70B", "v6e:4x4")):
     count, own = device_count(topology), CHIPS[topology.partition(":")[0]]
-    shapes = Cell("v5e", size, "search").shapes(count)
+    shapes = Cell("v5e", size, "search").shapes(count)[0]
     mesh = preset_mesh(shapes, topology)
     assert judge(shapes, own, mesh_shape(mesh, count)).held < 0.8 * own.memory, (size, mesh)
 print("judged")

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,11 +17,14 @@ from w2s_jax.hosts import own_number, started
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from w2s_jax.plan.candidates import Shapes
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import RewardSource, Sources
     from w2s_jax.search.placing import Places
     from w2s_jax.search.texts import TextScorer
 
+AUTO = "auto"
+"""The mesh that a command chooses itself."""
 OVER_HOSTS = "data=-1"
 """The mesh of several hosts where none is asked for."""
 
@@ -65,7 +68,8 @@ class Guidance:
     policy_cache: Literal["auto", "int8"] = "auto"
     """What the policy's keys and values are kept as; auto is the dtype of its weights."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
-    """Device mesh such as data=2,tensor=4, dcn_data=2 between slices; one axis may be -1."""
+    """Device mesh such as data=2,tensor=4, dcn_data=2 between slices; one axis may be -1. auto (of
+    search and serve, in one slice) is the likeliest to fit and be quick, as of `w2s plan`."""
     policy_rules: Annotated[str, arg(metavar="RULES")] = "search"
     """How the mesh splits the policy: search, train or replicated, and changes to it, such as
     search,mlp=tensor,kv_heads=."""
@@ -74,12 +78,16 @@ class Guidance:
     scan_layers: bool | None = None
     """Stack the layers, so that large models compile quickly; by default on a mesh."""
 
-    def places(self) -> "Places":
-        """The mesh and the rules; InputError where they are wrong."""
+    def places(self, shapes: "Callable[[Places], Shapes] | None" = None) -> "Places":
+        """The mesh and the rules; InputError where they are wrong.
+
+        `shapes`: what is to run by the rules that it is given, for a mesh that is to be chosen.
+        """
         from w2s_jax.search.placing import read_places
 
-        rules = self.policy_rules, self.guide_rules
-        return read_places(mesh_of(self.mesh), *rules, self.scan_layers)
+        rules = read_places(None, self.policy_rules, self.guide_rules, self.scan_layers)
+        chosen = None if shapes is None else lambda: shapes(rules)
+        return replace(rules, mesh=mesh_of(self.mesh, chosen))
 
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
@@ -250,19 +258,33 @@ class Method:
         )
 
 
-def mesh_of(spec: str | None) -> "Mesh | None":
+def mesh_of(
+    spec: str | None,
+    shapes: "Callable[[], Shapes] | None" = None,
+    *,
+    before: Callable[[], str | None] = lambda: None,
+) -> "Mesh | None":
     """The mesh of --mesh; without the flag none on one host, and data=-1 on several.
 
-    What is used without the flag is told, where it is not all there is.
+    What is used without the flag is told, where it is not all there is, and so is what is chosen
+    for "auto", by what `shapes` says is to run; `before` says what the run had when it was stopped.
 
-    Raises InputError as `make_mesh` does.
+    Raises InputError as `make_mesh` and `choose_mesh` do, and for "auto" without shapes.
     """
     import jax
 
     from w2s_jax.ops.meshes import make_mesh
 
-    if spec:
-        return make_mesh(spec)
+    if spec == AUTO and shapes is not None:
+        from w2s_jax.plan.here import choose_mesh
+
+        chosen = choose_mesh(shapes())
+        had = before()
+        other = "" if had in (None, chosen.name) else f"; the run before had {had}"
+        print(f"{chosen.told}{other}", file=sys.stderr)
+        return chosen.mesh
+    if spec is not None:
+        return named_mesh(spec)
     if not started():
         if jax.device_count() > 1:
             told = f"one of the {jax.device_count()} devices here is used"
@@ -272,6 +294,25 @@ def mesh_of(spec: str | None) -> "Mesh | None":
     told = f"{own_number()[1]} hosts with {mesh.size} devices: --mesh {OVER_HOSTS}"
     print(f"{told}, as none is given", file=sys.stderr)
     return mesh
+
+
+def named_mesh(spec: str) -> "Mesh":
+    """The mesh of --mesh where it is not chosen.
+
+    Raises InputError as `make_mesh` and `check_named` do, and for "auto".
+    """
+    from w2s_jax.ops.meshes import make_mesh
+
+    check_named(spec)
+    if spec == AUTO:
+        raise InputError(f"--mesh {AUTO} is of search, serve, sft and dpo; name it, as data=-1")
+    return make_mesh(spec)
+
+
+def check_named(spec: str) -> None:
+    """Raise InputError for a --mesh without a word in it."""
+    if not spec.strip(", "):
+        raise InputError("--mesh is empty; give sizes such as data=2,tensor=4, or leave it out")
 
 
 def import_function(name: str) -> Callable[..., Any]:

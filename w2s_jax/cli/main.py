@@ -8,7 +8,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import w2s_jax
 from w2s_jax import hosts
 from w2s_jax.cli.config import config_flags, find_config
 from w2s_jax.cli.together import Attempt, End, run_started, run_together
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, Undivided
 from w2s_jax.train.stopping import Diverged, Preempted
 
 # Words of a command: (module, class, one line of help).
@@ -65,12 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0 if args else WRONG_INPUT
+    further = _further(args[0])
+    if further and args[1:2] in (["-h"], ["--help"]):
+        print(_overview_of(args[0], further))
+        return 0
     try:
         command = parse(args)
         together = _hosts_of(command, _words(args))
         if together is not None:
             return together(partial(_attempt, command))
-        command.run()
+        _run(command)
     except (Exception, KeyboardInterrupt) as error:
         end = _end(error)
         if end is None:
@@ -83,13 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _attempt(command: Command) -> End:
     """Run a command; raises what is a fault of the program."""
     try:
-        command.run()
+        _run(command)
     except (Exception, KeyboardInterrupt) as error:
         end = _end(error)
         if end is None:
             raise
         return end
     return End()
+
+
+def _run(command: Command) -> None:
+    """Run a command; its errors advise what its flags can do."""
+    try:
+        command.run()
+    except Undivided as error:
+        if hasattr(command, "policy_rules"):
+            raise
+        raise InputError(error.without_rules) from None
 
 
 def _end(error: BaseException) -> End | None:
@@ -162,11 +176,16 @@ def _words(args: Sequence[str]) -> tuple[str, ...]:
         if tuple(args[: len(words)]) == words:
             return words
     asked = [arg for arg in args[:2] if not arg.startswith("-")]
-    further = [" ".join(words) for words in COMMANDS if len(words) > 1 and words[0] == args[0]]
+    further = ", ".join(map(" ".join, _further(args[0])))
     if further:
-        raise InputError(f"{args[0]} is followed by another word: {', '.join(further)}")
+        raise InputError(f"{args[0]} is followed by another word: {further}")
     known = ", ".join(" ".join(words) for words in COMMANDS)
     raise InputError(f"unknown command {' '.join(asked)!r}; the commands are {known}")
+
+
+def _further(word: str) -> list[tuple[str, ...]]:
+    """The commands of several words that begin with this one."""
+    return [words for words in COMMANDS if len(words) > 1 and words[0] == word]
 
 
 def _takes_config(command: type) -> bool:
@@ -183,9 +202,7 @@ def read_flags(command: type[Any], flags: list[str], words: tuple[str, ...]) -> 
 
 
 def _overview() -> str:
-    names = {words: " ".join(words) for words in COMMANDS}
-    width = max(map(len, names.values()))
-    lines = [f"  {names[words]:{width}}  {COMMANDS[words][2]}" for words in COMMANDS]
+    lines = _lines_of(COMMANDS)
     return "\n".join(
         [
             "usage: w2s COMMAND [flags]    (w2s COMMAND --help lists its flags)",
@@ -197,3 +214,13 @@ def _overview() -> str:
             "  --version  print the version",
         ]
     )
+
+
+def _overview_of(word: str, further: Sequence[tuple[str, ...]]) -> str:
+    usage = f"usage: w2s {word} WORD [flags]    (w2s {word} WORD --help lists its flags)"
+    return "\n".join([usage, "", *_lines_of(further)])
+
+
+def _lines_of(commands: Collection[tuple[str, ...]]) -> list[str]:
+    width = max(len(" ".join(words)) for words in commands)
+    return [f"  {' '.join(words):{width}}  {COMMANDS[words][2]}" for words in commands]

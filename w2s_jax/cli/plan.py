@@ -3,21 +3,27 @@
 import json
 import sys
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
+from w2s_jax.cli.flags import AUTO, check_named
 from w2s_jax.cli.train_flags import check_length
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from w2s_jax.plan.matrix import Cell
     from w2s_jax.plan.measure import Plan
     from w2s_jax.plan.programs import SearchShapes
     from w2s_jax.plan.training import TrainingShapes
     from w2s_jax.plan.trials import Found
 
-AUTO = "auto"
+MOST = 2**31
+"""Rows and counts stay below; sizes of arrays beyond int64 end in an OverflowError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class Planned:
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
     """Slice, as v5e:4x4, v6e:2x4 or v5p:4x4x4, or GPUs of a host, as h100:8; v6e:auto finds the
     smallest slice of v6e that fits (auto: of v5e)."""
-    mesh: Annotated[str, arg(metavar="SPEC")] = "auto"
+    mesh: Annotated[str, arg(metavar="SPEC")] = AUTO
     """Device mesh such as data=2,tensor=8; auto, the default, is the likeliest to fit and be quick,
     by what is known before compiling. dcn_data=2 plans for two such slices."""
     search_mesh: Annotated[bool, arg(name="search-mesh")] = False
@@ -58,6 +64,8 @@ class Planned:
             show_found(Console(), found)
         else:
             show(Console(), found)
+        if best is not None:
+            Console().print(self.told(best.mesh), soft_wrap=True, highlight=False)
         if self.json is not None:
             write_whole(self.json, [json.dumps(found.as_row(), indent=2).encode(), b"\n"])
         if best is None:
@@ -71,6 +79,7 @@ class Planned:
         family = family_of(self.topology)
         if family is None:
             check_topology(self.topology)
+        check_named(self.mesh)
         if self.search_mesh and self.mesh != AUTO:
             raise InputError("--search-mesh looks for what --mesh names; give one of them")
         if self.tries is not None and family is None and not self.search_mesh:
@@ -96,15 +105,19 @@ class Planned:
         mesh = None if self.mesh == AUTO else self.mesh
         trying = Trying(self.tries or TRIED, mesh, not self.search_mesh, tell=_tell)
         if family is not None:
-            return smallest_slice(lambda _: shapes, family, trying)
+            return smallest_slice(lambda _: (shapes,), family, trying)
         if self.search_mesh:
             return search_meshes(shapes, self.topology, trying)
-        mesh = mesh or preset_mesh(shapes, self.topology)
+        mesh = preset_mesh(shapes, self.topology) if mesh is None else mesh
         return plan_on(shapes, self.topology, mesh, _tell)
 
     @abstractmethod
     def shapes(self) -> "SearchShapes | TrainingShapes":
         """The models and the settings; InputError for what is wrong."""
+
+    @abstractmethod
+    def told(self, mesh: str) -> str:
+        """The flags of the command that runs what was planned, where defaults are others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +162,25 @@ class PlanSearch(Planned):
         """The models and the settings; InputError for what is wrong."""
         from w2s_jax.models.quantize import read_quantize
         from w2s_jax.ops.sharding import parse_rules
-        from w2s_jax.plan.programs import SearchShapes
+        from w2s_jax.plan.programs import GuideShapes, SearchShapes
         from w2s_jax.plan.shapes import shape_of
         from w2s_jax.search.presets import cbs
 
-        for flag, size in (
-            ("--prompt-tokens", self.prompt_tokens),
-            ("--batch-size", self.batch_size),
-        ):
-            if size < 1:
-                raise InputError(f"{flag} is {size}; it must be at least 1")
         beam = (self.beam_width, self.successors, self.chunk_length)
+        _check_counts(
+            dict(zip(("--w", "--k", "--l"), beam, strict=True))
+            | {
+                "--prompt-tokens": self.prompt_tokens,
+                "--max-new-tokens": self.max_new_tokens,
+                "--batch-size": self.batch_size,
+            }
+        )
+        rows = self.beam_width * self.successors * self.batch_size
+        if rows >= MOST:
+            raise InputError(
+                f"--w {self.beam_width} times --k {self.successors} times --batch-size "
+                f"{self.batch_size} are {rows} rows; there must be less than {MOST}"
+            )
         names = {"policy": self.policy, "tuned": self.tuned, "untuned": self.untuned or self.tuned}
         models = {role: shape_of(name) for role, name in names.items()}
         for role, model in models.items():
@@ -170,7 +191,8 @@ class PlanSearch(Planned):
                     f"{names[role]}"
                 )
         return SearchShapes(
-            **models,
+            models["policy"],
+            (GuideShapes(models["tuned"], models["untuned"]),),
             config=cbs(*beam, max_new_tokens=self.max_new_tokens, policy_cache=self.policy_cache),
             prompt_tokens=self.prompt_tokens,
             slots=self.batch_size,
@@ -179,6 +201,24 @@ class PlanSearch(Planned):
             guide_rules=parse_rules(self.guide_rules),
             quantize=read_quantize(self.quantise_policy) if self.quantise_policy else None,
         )
+
+    def told(self, mesh: str) -> str:
+        """Flags of `w2s search`."""
+        flags = {
+            "mesh": mesh,
+            "batch-size": self.batch_size,
+            "w": self.beam_width,
+            "k": self.successors,
+            "l": self.chunk_length,
+            "max-new-tokens": self.max_new_tokens,
+            "dtype": self.dtype,
+            "policy-rules": self.policy_rules,
+            "guide-rules": self.guide_rules,
+            "quantise-policy": self.quantise_policy,
+            "policy-cache": self.policy_cache,
+        }
+        usual = {"search", "auto", None}
+        return _command("search", {name: to for name, to in flags.items() if to not in usual})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +251,8 @@ class PlanTraining(Planned):
         from w2s_jax.plan.training import TrainingShapes
         from w2s_jax.train.optimizers import OptimizerConfig
 
+        counts = {"--batch-size": self.batch_size, "--accumulate": self.accumulate}
+        _check_counts(counts | ({"--lora-rank": self.lora_rank} if self.lora_rank else {}))
         model = shape_of(self.model)
         check_length(self.max_length, model, self.model)
         return TrainingShapes(
@@ -224,6 +266,19 @@ class PlanTraining(Planned):
             remat=self.remat,
             optimizer=OptimizerConfig(name=self.optimizer),
         )
+
+    def told(self, mesh: str) -> str:
+        """Flags of the training."""
+        flags = {
+            "mesh": mesh,
+            "batch-size": self.batch_size,
+            "accumulate": self.accumulate,
+            "max-length": self.max_length,
+            "remat": self.remat,
+            "optimizer": self.optimizer,
+            "dtype": self.dtype,
+        } | ({} if self.lora_rank is None else {"lora-rank": self.lora_rank})
+        return f"{_command(self.objective, flags)} --scan-layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,26 +326,54 @@ class PlanMatrix:
         from w2s_jax.plan.topology import check_compiler, leave_accelerators
 
         leave_accelerators()
+        from contextlib import ExitStack
         from pathlib import Path
 
-        from w2s_jax.plan.matrix import FAMILIES, cells, plan_cells
-        from w2s_jax.plan.records import compiler_of, open_records
-        from w2s_jax.plan.trials import Trying
+        from w2s_jax.plan.matrix import FAMILIES, cells
+        from w2s_jax.text.journal import held
 
         if self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")
-        asked, order = cells(self.only), cells()
-        check_compiler(FAMILIES[0])
+        asked = cells(self.only)
         table, figures = (Path(name) if name else None for name in (self.out, self.json))
-        records = open_records(table, figures, compiler_of())
+        if table and figures and table.resolve() == figures.resolve():
+            raise InputError(f"--out and --json are both {self.json}; name two files")
+        check_compiler(FAMILIES[0])
+        with ExitStack() as locks:
+            for path in filter(None, (table, figures)):
+                locks.enter_context(held(path))
+            failed = self._plan(asked, table, figures)
+        if failed:
+            _tell(f"failed: {', '.join(failed)}")
+            sys.exit(1)
+
+    def _plan(self, asked: "list[Cell]", table: "Path | None", figures: "Path | None") -> list[str]:
+        """Plan the cells that the files lack, and print the table; the cells that failed."""
+        from w2s_jax.plan.matrix import cells, plan_cells
+        from w2s_jax.plan.records import compiler_of, open_records, settings_of
+        from w2s_jax.plan.trials import Trying
+
+        order = cells()
+        records = open_records(table, figures, compiler_of(), settings_of(self.tries))
         lacking = [cell for cell in asked if records.lacks(cell)]
         _tell(f"{len(asked) - len(lacking)} of {len(asked)} cells are there")
         trying = Trying(self.tries, tell=_tell)
         failed = plan_cells(lacking, trying, lambda row: records.keep(row, order))
         print(records.text([cell.name for cell in asked]), end="")
-        if failed:
-            _tell(f"failed: {', '.join(failed)}")
-            sys.exit(1)
+        return failed
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    """Raise InputError for a flag's number that is below 1, or too large to be a size of arrays."""
+    for flag, count in counts.items():
+        if count < 1:
+            raise InputError(f"{flag} is {count}; it must be at least 1")
+        if count >= MOST:
+            raise InputError(f"{flag} is {count}; it must be less than {MOST}")
+
+
+def _command(word: str, flags: Mapping[str, object]) -> str:
+    return f"to run it: w2s {word} " + " ".join(f"--{name} {to}" for name, to in flags.items())
 
 
 def _tell(line: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
+from w2s_jax.cli.flags import named_mesh
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class QuantisationFlags:
         """
         from w2s_jax.evaluate.quantisation import Trial
         from w2s_jax.models.quantize import read_quantize
-        from w2s_jax.ops.meshes import make_mesh
         from w2s_jax.text.atomic import check_writable, write_whole
 
         specs = {spec: read_quantize(spec) for spec in self.quantise or USUAL}
@@ -78,7 +78,7 @@ class QuantisationFlags:
         if out is not None:
             check_writable(out)
         searching = self._searching(seed, batch_size) if self.tuned else None
-        devices = make_mesh(mesh) if mesh else None
+        devices = None if mesh is None else named_mesh(mesh)
         plan = self._plan()
         texts = self._texts(plan)
         prompts = [text[: min(self.prompt_tokens, max(1, len(text) // 2))] for text in texts]

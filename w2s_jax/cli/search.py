@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from w2s_jax.cli.choosing import search_shapes
 from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, weights_stamp
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first, started
 
 if TYPE_CHECKING:
+    from w2s_jax.plan.programs import SearchShapes
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
+    from w2s_jax.search.placing import Places
     from w2s_jax.text.host_journal import HostJournal
     from w2s_jax.text.journal import Journal
 
@@ -160,7 +163,20 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         plan = checkpoints.plan(sources, needs_tokens=needs)
         questions = encode_questions(plan, rows, source, max_new_tokens=config.max_new_tokens)
         functions = self.functions()
-        places = self.places()
+        config = replace(config, policy_cache=self.policy_cache)
+        longest = max(len(one) for prompts in questions.prompts for one in prompts)
+
+        def shapes(places: "Places") -> "SearchShapes":
+            return search_shapes(
+                plan,
+                config,
+                places,
+                prompt_tokens=longest,
+                slots=self.batch_size,
+                dtype=self.weights_dtype,
+            )
+
+        places = self.places(shapes)
         check_batch(self.batch_size, 1, places.mesh, flag="--batch-size")
         texts, ids = special_stops(plan.tokenizer, self.stop)
         parts = batch_parts(places.mesh)
@@ -169,7 +185,6 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
             stop=texts,
             eos_ids=(*plan.eos_ids, *ids),
             slots=min(self.batch_size, -(-len(rows) // parts) * parts),
-            policy_cache=self.policy_cache,
         )
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 

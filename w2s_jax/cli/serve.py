@@ -5,17 +5,22 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+from w2s_jax.cli.choosing import search_shapes
 from w2s_jax.cli.flags import Guidance, Judges
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.placing import Places
     from w2s_jax.serve.jobs import Job, Reader, Served
     from w2s_jax.serve.settings import Defaults, Limits
 
@@ -189,7 +194,7 @@ class Serve(Judges, Guidance):
         needs = f"--method {self.method}" if self.method in ("eft", "ivg") else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
         functions = self.functions()
-        places = self.places()
+        places = self.places(partial(self.shapes, plan))
         steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
         assert steering.models is not None
         # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
@@ -199,6 +204,30 @@ class Serve(Judges, Guidance):
         notes = [*plan.notes(), *places.notes(plan.configs)]
         served = Served(steering.models, policy.tokenizer, policy, own, scorers)
         return served, places.mesh, notes
+
+    def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
+        """What requests run that leave out all they may."""
+        from w2s_jax.search.presets import preset
+
+        own = self.defaults()
+        config = preset(
+            own.method,
+            w=own.w,
+            k=own.k,
+            l=own.l,
+            n=own.k,
+            max_new_tokens=own.max_tokens,
+            policy_cache=own.policy_cache,
+        )
+        return search_shapes(
+            plan,
+            config,
+            places,
+            prompt_tokens=max(1, self.warm_up),
+            slots=self.slots,
+            dtype=self.weights_dtype,
+            slots_flag="--slots",
+        )
 
     def warm_up_jobs(self, reader: "Reader") -> "list[Job]":
         """A job of the default method for a prompt of the length to be warmed up for."""

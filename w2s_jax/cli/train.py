@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import Hosts, mesh_of
+from w2s_jax.cli.choosing import stored_dtype, training_shapes
+from w2s_jax.cli.flags import AUTO, Hosts, mesh_of
 from w2s_jax.cli.train_flags import (
     DataFlags,
     LoraFlags,
@@ -46,7 +47,7 @@ _OWN = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
 }  # fmt: skip
-MODEL, CACHE = "model", "cache"
+MODEL, CACHE, MESH = "model", "cache", "mesh.txt"
 ADAPTER_PEAK = 10
 """How much higher the learning rate of adapters is by default, as in TRL's documentation."""
 
@@ -88,6 +89,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
         from w2s_jax.exchange import agree, check_shared
+        from w2s_jax.plan.here import name_of
+        from w2s_jax.text.atomic import write_whole
         from w2s_jax.text.journal import held
         from w2s_jax.train.placing import check_batch
         from w2s_jax.train.records import METRICS
@@ -113,6 +116,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
         identity = self.identity(setup, task)
         agree("run", identity)
+        if self.mesh == AUTO and is_first():
+            write_whole(setup.directory / MESH, [name_of(setup.mesh).encode(), b"\n"])
         state = fine_tune(
             task,
             params,
@@ -198,7 +203,6 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
                 f"--lora-rank {lora.rank} is more than the width {config.width} of {self.model}, "
                 "and no projection's rank is higher than that"
             )
-        mesh = mesh_of(self.mesh)
         length = self.max_length
         if length is None:
             length = min(DEFAULT_LENGTH, config.max_positions)
@@ -210,16 +214,20 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
                 f"{directory / MODEL} holds a whole model, beside which no adapter is read; remove "
                 "it, or name another --output"
             )
-        return Setup(
+        setup = Setup(
             checkpoint=checkpoint,
             config=config,
             tokenizer=load_tokenizer(checkpoint),
-            policy=Policy(config, lora, self.remat, Placement(mesh)),
+            policy=Policy(config, lora, self.remat),
             length=length,
-            mesh=mesh,
+            mesh=None,
             directory=directory,
             cache_folder=Path(self.cache).expanduser() if self.cache else None,
         )
+        record = directory / MESH
+        before = lambda: record.read_text().strip() if record.is_file() else None  # noqa: E731
+        mesh = mesh_of(self.mesh, lambda: training_shapes(self, setup), before=before)
+        return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
 
     def check_not_read_from(self, target: Path, checkpoint: Path) -> None:
         """Raises InputError where writing to `target` would replace a checkpoint that is read."""
@@ -473,7 +481,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
                 base=self.base_name, tokenizer=setup.tokenizer,
             )  # fmt: skip
         else:
-            dtype = "float32" if self.from_scratch else _stored_dtype(setup.checkpoint)
+            dtype = "float32" if self.from_scratch else stored_dtype(setup.checkpoint)
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
             save_model(Model(setup.config, params), folder, tokenizer=setup.tokenizer)
         print_run(setup.directory, int(state.step))
@@ -488,14 +496,3 @@ def _tell(what: str, data: "Data") -> None:
     told += [f"{figures[name]:,} {name}" for name in ("truncated", "dropped", "equal")
              if figures.get(name)]  # fmt: skip
     print(", ".join(told), file=sys.stderr)
-
-
-def _stored_dtype(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
-    from w2s_jax.models.lora_huggingface import base_folder
-
-    if is_adapter(checkpoint):
-        return _stored_dtype(base_folder(checkpoint))
-    config = read_json(checkpoint / CONFIG)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -104,7 +104,8 @@ class OptimizationFlags:
     scan_layers: bool = False
     """Run the layers in a loop: large models compile faster and take less memory."""
     mesh: Annotated[str | None, arg(metavar="SPEC")] = None
-    """Device mesh such as data=2,fsdp=4; one axis may be -1."""
+    """Device mesh such as data=2,fsdp=4; one axis may be -1. auto (in one slice) is the likeliest
+    to fit and be quick, as of `w2s plan`."""
     seed: int = 0
     """Seed of data order, of new weights and of dropout."""
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, Undivided
 from w2s_jax.ops.meshes import MESH_AXES, nearest_meshes
 
 Axes = tuple[str | None, ...]
@@ -203,7 +203,7 @@ def _undivided(
     rules: Rules,
     mesh: Mesh | AbstractMesh,
     wrong: tuple[str, str, int],
-) -> InputError:
+) -> Undivided:
     """What to say of a leaf (name, axis, size) that the mesh does not divide."""
     name, axis, size = wrong
     split = " × ".join(f"{target} {mesh.shape[target]}" for target in rules.mesh_axes(axis))
@@ -217,9 +217,7 @@ def _undivided(
             return all(_uneven(logical, rules, sizes, shape) is None for logical, shape in kinds)
 
         near = nearest_meshes([mesh.shape[one] for one in MESH_AXES], works)
-    whole = f"leave {axis} whole ({axis}= in the rules)"
-    meshes = f"use {' | '.join(near)}, or " if near else ""
-    return InputError(f"{told}; {meshes}{whole}")
+    return Undivided(told, near, f"leave {axis} whole ({axis}= in the rules)")
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, Undivided
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.meshes import MESH_AXES, Shape, mesh_shapes, spec_of
 from w2s_jax.plan.chips import Chip
@@ -80,7 +80,7 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     try:
         found = programs_on(shapes, _mesh_of_none(shape))
     except InputError as error:
-        return Candidate(spec, why=str(error).partition(";")[0])
+        return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
     held = sum(found.held.values())
     if isinstance(shapes, SearchShapes):
         assert isinstance(found, SearchPrograms)
@@ -106,7 +106,7 @@ def _search_beside(shapes: SearchShapes, shape: Shape) -> float:
     """A chunk's logits of a device's rows, in float32, of the widest vocabulary."""
     data, fsdp, _ = shape
     rows = max(1, shapes.slots // (data * fsdp)) * shapes.config.rows
-    widest = max(one.vocab_size for one in (shapes.policy, shapes.tuned, shapes.untuned))
+    widest = max(one.vocab_size for one in shapes.models.values())
     return 4.0 * rows * shapes.config.length * widest
 
 
@@ -115,11 +115,10 @@ def _search_seconds(shapes: SearchShapes, found: SearchPrograms, chip: Chip, sha
     data, fsdp, tensor = shape
     config, slots = shapes.config, shapes.slots
     seconds = sum(one.reads * _calls(one, shapes) for one in found.programs) / chip.bandwidth
-    models = (shapes.policy, shapes.tuned, shapes.untuned)
     # A prompt is read alone, so that data splits its tokens no more than tensor does.
     tokens = slots * (config.rows * config.chunks * config.length / data + shapes.prompt_tokens)
     layer = _ring(fsdp * tensor) + _ring(tensor) / fsdp
-    moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in models)
+    moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in shapes.models.values())
     return seconds + moved / (2 * chip.link)
 
 

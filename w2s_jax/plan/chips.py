@@ -7,7 +7,7 @@ refusals; NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates wi
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from w2s_jax.errors import InputError
@@ -29,6 +29,7 @@ class Chip:
         slices: shapes of slices, in chips, the smaller first.
         cores: devices of a chip.
         platform: whose compiler makes its programs.
+        kinds: what jax calls the devices that it stands for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Chip:
     slices: tuple[str, ...]
     cores: int = 1
     platform: Platform = "tpu"
+    kinds: tuple[str, ...] = ()
 
 
 _GIB = 2**30
@@ -53,30 +55,44 @@ GPU_SHARE = 0.95
 
 
 def _gpu(
-    name: str, memory: int, operations: float, bandwidth: float, nvlink: float, network: float
+    name: str,
+    memory: int,
+    operations: float,
+    bandwidth: float,
+    nvlink: float,
+    network: float,
+    kind: str,
 ) -> Chip:
     """A GPU; NVLink sends to all others of a host at once: half of it is a link of a ring."""
     return Chip(
         name, GPU_SHARE * memory, operations, bandwidth, nvlink / 2, 8, network,
-        ("1", "2", "4", "8"), platform="cuda",
+        ("1", "2", "4", "8"), platform="cuda", kinds=(kind,),
     )  # fmt: skip
 
 
+LARGEST = 2**14
+"""More chips than a slice, or all slices that are planned together, have."""
 # Half of a chip of tpu7x is a device. Of v4 the compiler makes two devices of a chip and a machine
 # one, so that what is compiled here would not be what runs there: it is left out.
 DEFAULT_FAMILY = "v5e"
+# fmt: off
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 4, 3.125e9, _FLAT),
-        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 90e9, 4, 6.25e9, _CUBES),
-        Chip("v6e", 31.25 * _GIB, 918e12, 1638e9, 90e9, 4, 12.5e9, _FLAT),
-        Chip("tpu7x", 94.75 * _GIB, 1153.5e12, 3690e9, 45e9, 4, 6.25e9, _CUBES, cores=2),
-        _gpu("a100", 85100068864, 312e12, 2039e9, 300e9, 25e9),
-        _gpu("h100", 84942979072, 989e12, 3352e9, 450e9, 50e9),
-        _gpu("h200", 151397597184, 989e12, 4800e9, 450e9, 50e9),
+        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 4, 3.125e9, _FLAT,
+             kinds=("TPU v5 lite", "TPU v5e")),
+        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 90e9, 4, 6.25e9, _CUBES,
+             kinds=("TPU v5", "TPU v5p")),
+        Chip("v6e", 31.25 * _GIB, 918e12, 1638e9, 90e9, 4, 12.5e9, _FLAT,
+             kinds=("TPU v6 lite", "TPU v6e")),
+        Chip("tpu7x", 94.75 * _GIB, 1153.5e12, 3690e9, 45e9, 4, 6.25e9, _CUBES, cores=2,
+             kinds=("TPU7x",)),
+        _gpu("a100", 85100068864, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
+        _gpu("h100", 84942979072, 989e12, 3352e9, 450e9, 50e9, "NVIDIA H100 80GB HBM3"),
+        _gpu("h200", 151397597184, 989e12, 4800e9, 450e9, 50e9, "NVIDIA H200"),
     )
 }
+# fmt: on
 
 
 def chip_of(topology: str) -> Chip:
@@ -86,6 +102,21 @@ def chip_of(topology: str) -> Chip:
         known = ", ".join(CHIPS)
         raise InputError(f"topology {topology!r}: no chip {family!r}; one of {known}, as v6e:4x4")
     return CHIPS[family]
+
+
+def chip_of_devices(kind: str, platform: str, memory: int | None) -> Chip:
+    """The chip of devices that jax calls so ("TPU v5 lite", "NVIDIA H200"), with their memory.
+
+    memory: bytes that a device says programs may have. It counts where it is the less on a GPU, of
+    which jax is let take a share, and on what is not listed here; of that None is no limit. What is
+    not listed gets the rates of h100 (GPUs) or v5e (others), which put its meshes in order.
+    """
+    for chip in CHIPS.values():
+        if kind in chip.kinds:
+            told = memory if chip.platform == "cuda" and memory is not None else chip.memory
+            return replace(chip, memory=min(told, chip.memory))
+    alike = CHIPS["h100" if platform in ("gpu", "cuda") else DEFAULT_FAMILY]
+    return replace(alike, name=kind, memory=math.inf if memory is None else memory)
 
 
 def topologies(family: str) -> list[str]:
@@ -106,6 +137,8 @@ def check_topology(name: str) -> None:
         raise InputError(
             f"topology {name!r}: {chip.name} takes a shape such as {chip.slices[2]}, or auto"
         )
+    if math.prod(int(part) for part in parts) > LARGEST:
+        raise InputError(f"topology {name!r}: no slice has more than {LARGEST:,} chips")
 
 
 def device_count(topology: str) -> int:

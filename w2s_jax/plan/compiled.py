@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
+"""What goes over the network of several slices, whatever is made of it there."""
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2,
     "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
@@ -28,9 +30,9 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-
 class Collective:
     """One exchange in a program, as often as its loops do it.
 
-    kind: of `KINDS`. shape: the dimensions of what comes out of it. size: its bytes on each device.
-    group: devices that take part together. times: how often in one call of the program. in_loop:
-    whether it stands in a loop.
+    kind: of `KINDS`, or `BETWEEN_SLICES`. shape: the dimensions of what comes out of it. size: its
+    bytes on each device. group: devices that take part together. times: how often in one call of
+    the program. in_loop: whether it stands in a loop.
     """
 
     kind: str
@@ -44,8 +46,13 @@ class Collective:
     def moved(self) -> float | int:
         """Bytes that a device sends, all times together, where neighbours pass parts in a ring."""
         share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1}.get(self.kind, share)
-        return self.size * self.times * (1.0 if self.kind == "collective-permute" else factor)
+        factors = {
+            "all-reduce": 2 * share,
+            "reduce-scatter": self.group - 1,
+            "collective-permute": 1.0,
+            BETWEEN_SLICES: 1.0,
+        }
+        return self.size * self.times * factors.get(self.kind, share)
 
 
 def collectives(text: str, unknown: int = 1) -> list[Collective]:
@@ -54,7 +61,7 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
     A loop whose length depends on what is read counts `unknown` times. Asynchronous exchanges are
     counted where they start.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     entry = next((name for name, (first, _) in bodies.items() if first), None)
     times: Counter[str] = Counter()
     looped: dict[str, bool] = defaultdict(bool)
@@ -67,7 +74,7 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
         for line in bodies[name][1]:
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
-                length = _length(line, bodies, loop[1], loop[2])
+                length = loop_length(line, bodies, loop[1], loop[2])
                 visit(loop[2], count * (unknown if length is None else length), True)
                 continue
             for called in _CALLED.finditer(line):
@@ -76,18 +83,24 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
 
     if entry is not None:
         visit(entry, 1, False)
-    found: dict[tuple[str, str], Collective] = {}
+    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    everyone = int(partitions[1]) if partitions else 2
+    found: dict[tuple, dict[str, list[Collective]]] = defaultdict(lambda: defaultdict(list))
     for name, count in times.items():
-        for place, line in enumerate(bodies[name][1]):
-            one = _collective(line, count, looped[name])
+        for line in bodies[name][1]:
+            one = _collective(line, count, looped[name], everyone)
             if one is None:
                 continue
-            # An exchange that runs beside others' work stands in each of their fusions.
+            # An exchange that runs beside others' work stands in each of their fusions. Several of
+            # one computation are several, though they may share a channel.
             channel = re.search(r"channel_id=(\d+)", line)
-            key = ("channel", channel[1]) if channel else (name, str(place))
-            if key not in found or found[key].times < count:
-                found[key] = one
-    return list(found.values())
+            key = (channel[1], one.kind, one.shape) if channel else (name,)
+            found[key][name].append(one)
+    return [
+        one
+        for places in found.values()
+        for one in max(places.values(), key=lambda own: sum(each.times for each in own))
+    ]
 
 
 def gathers_of(
@@ -111,7 +124,7 @@ def _key(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size > 1))
 
 
-def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
+def computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     """The lines of each computation by its name, and whether it is the program's entry."""
     bodies: dict[str, tuple[bool, list[str]]] = {}
     lines: list[str] | None = None
@@ -127,7 +140,7 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return bodies
 
 
-def _length(
+def loop_length(
     line: str, bodies: Mapping[str, tuple[bool, list[str]]], condition: str, body: str
 ) -> int | None:
     """How often a loop runs: as the compiler says, else until its counter reaches a constant."""
@@ -171,12 +184,14 @@ def _stride(condition: Sequence[str], body: Sequence[str]) -> int:
     )
 
 
-def _collective(line: str, times: int, in_loop: bool) -> Collective | None:
+def _collective(line: str, times: int, in_loop: bool, everyone: int) -> Collective | None:
     instruction = _INSTRUCTION.match(line)
     if instruction is None:
         return None
     kind = instruction[2].removesuffix("-start")
-    if kind not in KINDS:
+    if kind == "send" and "xla_megascale_runtime" in line:
+        kind = BETWEEN_SLICES
+    elif kind not in KINDS:
         return None
     arrays = [
         (dtype, tuple(int(size) for size in sizes.split(",") if size))
@@ -185,18 +200,20 @@ def _collective(line: str, times: int, in_loop: bool) -> Collective | None:
     ]
     if not arrays:
         return None
-    if instruction[2].endswith("-start") and len(arrays) > 1:
+    if kind == BETWEEN_SLICES:
+        arrays = arrays[:1]
+    elif instruction[2].endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
         # What goes in stands before what comes out; a permutation has two numbers more.
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
     sizes = [_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays]
     largest = max(range(len(arrays)), key=sizes.__getitem__)
-    return Collective(kind, arrays[largest][1], sum(sizes), _group(line), times, in_loop)
+    return Collective(kind, arrays[largest][1], sum(sizes), _group(line, everyone), times, in_loop)
 
 
-def _group(line: str) -> int:
+def _group(line: str, everyone: int) -> int:
     """Devices of a group: {{0,1},{2,3}}, [groups,devices]<=[..], or axes of a mesh by their names.
 
-    A part of an axis is written 'axis_0':(before)size.
+    A part of an axis is written 'axis_0':(before)size. No group is all devices.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
@@ -206,7 +223,7 @@ def _group(line: str) -> int:
         return int(counted[2])
     named = re.search(r"replica_groups=@?mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
     if named is None:
-        return 2
+        return everyone
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)

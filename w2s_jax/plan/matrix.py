@@ -11,7 +11,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.candidates import Shapes
 from w2s_jax.plan.measure import GIB, Plan
-from w2s_jax.plan.programs import SearchShapes
+from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.shapes import shape_of
 from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.plan.trials import Trials, Trying, smallest_slice
@@ -27,12 +27,14 @@ WORKS = ("search", "sft", "dpo")
 TUNINGS = ("lora", "full")
 BEAM, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = (2, 2, 30), 16, 512, 2048
 ROWS, LENGTH, RANK = 16, 2048, 16
+SHARING = 4
+"""Devices that share an example where it would not fit one."""
 SETTINGS = (
     f"Search: W, K, L = {', '.join(map(str, BEAM))}, {PROMPTS} prompts of {PROMPT_TOKENS} tokens "
     f"side by side, responses of {NEW_TOKENS:,}, guides {GUIDE}. Training: examples (for dpo "
-    f"pairs) of {LENGTH:,} tokens, one for each device at a time, {ROWS} a step or as many as "
-    "there are devices; adamw, everything computed again in the backward pass, LoRA of rank "
-    f"{RANK}."
+    f"pairs) of {LENGTH:,} tokens, {ROWS} a step or as many as there are devices, one for each "
+    f"device at a time or, on slices too small for that, one for each {SHARING}; adamw, everything "
+    f"computed again in the backward pass, LoRA of rank {RANK}."
 )
 
 
@@ -50,40 +52,47 @@ class Cell:
         """Its words, as the table and --only have them."""
         return " ".join(filter(None, (self.family, self.size, self.work, self.tuning)))
 
-    def shapes(self, devices: int) -> Shapes:
-        """What is planned on so many devices."""
+    def shapes(self, devices: int) -> tuple[Shapes, ...]:
+        """What is planned on so many devices, and what is planned where that does not fit."""
         model = shape_of(MODELS[self.size])
         if self.work == "search":
             guide = shape_of(GUIDE)
             config = cbs(*BEAM, max_new_tokens=NEW_TOKENS)
-            return SearchShapes(model, guide, guide, config, PROMPT_TOKENS, PROMPTS)
+            guides = (GuideShapes(guide, guide),)
+            return (SearchShapes(model, guides, config, PROMPT_TOKENS, PROMPTS),)
         rows = max(ROWS, devices)
         objective: Literal["sft", "dpo"] = "dpo" if self.work == "dpo" else "sft"
         lora = LoraConfig(rank=RANK) if self.tuning == "lora" else None
-        return TrainingShapes(model, objective, rows, LENGTH, rows // devices, lora)
+        return tuple(
+            TrainingShapes(model, objective, rows, LENGTH, sharing * rows // devices, lora)
+            for sharing in (1, SHARING)
+        )
 
 
 @dataclass(frozen=True)
 class Row:
     """A cell with the plan of the smallest slice that fits; None where none of the listed does.
 
-    refused: slices before it, each with why.
+    refused: slices before it, each with why. rows: prompts side by side, or examples at a time.
     """
 
     cell: Cell
     plan: Plan | None
     refused: tuple[tuple[str, str], ...]
+    rows: int
 
     def as_row(self) -> dict[str, Any]:
         """The row as JSON holds it."""
         plan = None if self.plan is None else self.plan.as_row()
-        return {"cell": self.cell.name, **asdict(self.cell), "refused": self.refused, "plan": plan}
+        told = {"refused": self.refused, "rows": self.rows, "plan": plan}
+        return {"cell": self.cell.name, **asdict(self.cell), **told}
 
 
 def cells(only: str = "") -> list[Cell]:
     """The cells of the matrix, or those of some words, such as "v5e,70B,dpo,lora".
 
-    Words of one kind add up, words of different kinds narrow. Raises InputError for other words.
+    Words of one kind add up, words of different kinds narrow. Raises InputError for other words,
+    and for words that go with no cell.
     """
     words = {word.strip() for word in only.split(",")} - {""}
     kinds: tuple[Sequence[str], ...] = (FAMILIES, tuple(MODELS), WORKS, TUNINGS)
@@ -97,7 +106,10 @@ def cells(only: str = "") -> list[Cell]:
         told = (cell.family, cell.size, cell.work, cell.tuning)
         return all(word in kind for word, kind in zip(told, wanted, strict=True))
 
-    return [cell for cell in _all() if asked(cell)]
+    found = [cell for cell in _all() if asked(cell)]
+    if not found:
+        raise InputError(f"--only {only!r}: no cell; {' and '.join(TUNINGS)} are of trainings")
+    return found
 
 
 def plan_cell(cell: Cell, trying: Trying) -> Row:
@@ -107,7 +119,10 @@ def plan_cell(cell: Cell, trying: Trying) -> Row:
     """
     found = smallest_slice(cell.shapes, cell.family, replace(trying, first=True, guess=True))
     refused = [(one.topology, _why_not(one)) for one in found.slices if one.best is None]
-    return Row(cell, found.best, tuple(refused))
+    last = found.slices[-1]
+    tried = cell.shapes(last.devices)[last.choice]
+    rows = PROMPTS if isinstance(tried, SearchShapes) else tried.rows // tried.accumulate
+    return Row(cell, found.best, tuple(refused), rows)
 
 
 def plan_cells(
@@ -135,7 +150,9 @@ def plan_cells(
 def _why_not(trials: Trials) -> str:
     """Why the likeliest mesh of a slice does not do."""
     if not trials.plans:
-        return f"{trials.skipped[0].mesh}: {trials.skipped[0].why}, not compiled"
+        judged = (one for one in trials.skipped if one.held is not None)
+        likeliest = next(judged, trials.skipped[0])
+        return f"{likeliest.mesh}: {likeliest.why}, not compiled"
     plan = trials.plans[0]
     return f"{plan.mesh}: {plan.refusal or f'takes {plan.needed / GIB:.1f} GiB'}"
 

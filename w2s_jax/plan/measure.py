@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.plan.chips import GPU_SHARE, chip_of
-from w2s_jax.plan.compiled import Collective, collectives, gathers_of
+from w2s_jax.plan.compiled import BETWEEN_SLICES, Collective, collectives, gathers_of
 from w2s_jax.plan.operations import matmul_operations
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
 from w2s_jax.plan.topology import Slice
@@ -183,7 +183,8 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     spent = time.monotonic() - start
     used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), program.loops)
     chip = place.chip
-    moved = sum(one.moved for one in exchanged)
+    moved = sum(one.moved for one in exchanged if one.kind != BETWEEN_SLICES)
+    abroad = sum(one.moved for one in exchanged if one.kind == BETWEEN_SLICES)
     return Measured(
         name=program.name,
         calls=program.calls,
@@ -194,11 +195,23 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
         reads=program.reads,
         # Two links of a ring carry at once; nothing is assumed to overlap with the exchange.
         seconds=max(operations / chip.operations, program.reads / chip.bandwidth)
-        + moved / (2 * chip.link),
+        + moved / (2 * chip.link)
+        + abroad / chip.network,
         compile_seconds=spent,
         exchanges=_by_kind(exchanged),
-        gathered=tuple(sorted({name for name, _ in gathers_of(exchanged, wholes)})),
+        gathered=tuple(
+            sorted({name for name, _ in gathers_of(exchanged, _own(program.name, wholes))})
+        ),
     )
+
+
+def _own(program: str, wholes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """The arrays of the one model that a program is of ("tuned scores"), or of all."""
+    roles = (name.partition("/")[0].removesuffix("'s cache") for name in wholes)
+    role = next((role for role in roles if program.startswith(f"{role} ")), None)
+    if role is None:
+        return wholes
+    return {name: shape for name, shape in wholes.items() if re.match(rf"{role}('s cache)?/", name)}
 
 
 def _refusal(message: str) -> str:
@@ -206,6 +219,9 @@ def _refusal(message: str) -> str:
     sizes = re.search(r"Used (\S+) of (\S+) hbm", message)
     if sizes:
         return f"needs {sizes[1]} of {sizes[2]}"
+    beside = re.search(r"temporaries \((\S+)\) exceeds available HBM \((\S+)\)", message)
+    if beside:
+        return f"needs {beside[1]} beside, of {beside[2]}"
     return " ".join(message.split())[:160]
 
 
@@ -222,12 +238,16 @@ def _by_kind(found: Sequence[Collective]) -> tuple[Exchange, ...]:
 def show(console: Console, plan: Plan) -> None:
     """Print the plan as tables."""
     title = f"{plan.topology}, {plan.devices} devices, --mesh {plan.mesh}"
-    held = Table("held on each device", "GiB", title=title, title_justify="left")
+    console.print(title, soft_wrap=True, highlight=False)
+    held = Table("held on each device", "GiB")
     for name, size in plan.held.items():
         held.add_row(name, f"{size / GIB:.2f}")
-    held.add_row("temporaries, the largest", f"{plan.temporaries / GIB:.2f}", end_section=True)
+    beside, needed = f"{plan.temporaries / GIB:.2f}", f"{plan.needed / GIB:.2f}"
+    if plan.refusal:
+        beside, needed = "refused", f"> {plan.memory / GIB:.2f}"
+    held.add_row("temporaries, the largest", beside, end_section=True)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    held.add_row(f"of {plan.memory / GIB:.2f} GiB: {verdict}", f"{plan.needed / GIB:.2f}")
+    held.add_row(f"of {plan.memory / GIB:.2f} GiB: {verdict}", needed)
     console.print(held)
     table = Table("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
     sent = Table("exchanges of a call of", "kind", "times", "MiB sent by each device")

@@ -3,6 +3,7 @@
 They are those that `search` runs. What the compiler says of them is in `measure.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,25 +24,41 @@ from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import LARGEST_PADDING, Guide, SearchModels, search_models
 from w2s_jax.search.reading import MERGES
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import NoScore
+from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.sizes import bucket
 from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.train.estimate import abstract_on_mesh
+from w2s_jax.train.placing import check_batch
 
 TUNED, UNTUNED = "tuned", "untuned"
-_ROLES = tuple(f"{role}'s cache" for role in ("policy", TUNED, UNTUNED))
+
+
+@dataclass(frozen=True)
+class GuideShapes:
+    """A guide's models. on_tokens: whether they read the policy's tokens; None: by vocabularies."""
+
+    tuned: ModelConfig
+    untuned: ModelConfig
+    on_tokens: bool | None = None
+
+    def reads_tokens_of(self, policy: ModelConfig) -> bool:
+        """Whether both models read the policy's tokens."""
+        if self.on_tokens is not None:
+            return self.on_tokens
+        sizes = (self.tuned.vocab_size, self.untuned.vocab_size)
+        return all(abs(size - policy.vocab_size) <= LARGEST_PADDING for size in sizes)
 
 
 @dataclass(frozen=True)
 class SearchShapes:
     """A search to be planned: models by their shapes, settings, prompts side by side.
 
-    Guides whose vocabulary is not the policy's read texts, by programs of their own.
+    Guides whose vocabulary is not the policy's, and reward models (`judges`), read texts, by
+    programs of their own. slots_flag: what a user sets the slots by.
     """
 
     policy: ModelConfig
-    tuned: ModelConfig
-    untuned: ModelConfig
+    guides: tuple[GuideShapes, ...]
     config: SearchConfig
     prompt_tokens: int
     slots: int
@@ -49,12 +66,25 @@ class SearchShapes:
     policy_rules: Rules = SEARCH_RULES
     guide_rules: Rules = SEARCH_RULES
     quantize: QuantizeConfig | None = None
+    judges: tuple[ModelConfig, ...] = ()
+    slots_flag: str = "--batch-size"
 
     @property
-    def on_tokens(self) -> bool:
-        """Whether the guides read the policy's tokens."""
-        sizes = (self.tuned.vocab_size, self.untuned.vocab_size)
-        return all(abs(size - self.policy.vocab_size) <= LARGEST_PADDING for size in sizes)
+    def models(self) -> dict[str, ModelConfig]:
+        """All models by what to call them: the policy, each guide's two, reward models."""
+        found = {"policy": self.policy}
+        for index, guide in enumerate(self.guides):
+            mark = "" if len(self.guides) == 1 else f" {index}"
+            found |= {f"{TUNED}{mark}": guide.tuned, f"{UNTUNED}{mark}": guide.untuned}
+        return found | {f"reward model {index}": one for index, one in enumerate(self.judges)}
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the models that read the policy's tokens, the policy first."""
+        names = list(self.models)
+        here = [guide.reads_tokens_of(self.policy) for guide in self.guides]
+        pairs = (names[1 + 2 * index : 3 + 2 * index] for index, on in enumerate(here) if on)
+        return ("policy", *(name for pair in pairs for name in pair))
 
 
 @dataclass(frozen=True)
@@ -91,20 +121,22 @@ class SearchPrograms:
 
 
 def search_programs(shapes: SearchShapes, mesh: Mesh) -> SearchPrograms:
-    """The programs of a search on a mesh; InputError where the mesh does not divide an array."""
-    policy = _abstract(shapes.policy, shapes, mesh, shapes.policy_rules, shapes.quantize)
-    tuned, untuned = (
-        _abstract(config, shapes, mesh, shapes.guide_rules)
-        for config in (shapes.tuned, shapes.untuned)
-    )
-    held = {"policy": nbytes(policy), TUNED: nbytes(tuned), UNTUNED: nbytes(untuned)}
+    """The programs of a search on a mesh; InputError where it does not divide an array or slots."""
+    check_batch(shapes.slots, 1, mesh, flag=shapes.slots_flag)
+    models = {
+        role: _abstract(config, shapes, mesh, shapes.policy_rules, shapes.quantize)
+        if role == "policy"
+        else _abstract(config, shapes, mesh, shapes.guide_rules)
+        for role, config in shapes.models.items()
+    }
+    held = {role: nbytes(model) for role, model in models.items()}
     wholes = {
         f"{role}/{name}": shape
-        for role, model in (("policy", policy), (TUNED, tuned), (UNTUNED, untuned))
+        for role, model in models.items()
         for name, shape in _layer_shapes(model).items()
     }
-    build = _on_tokens if shapes.on_tokens else _on_text
-    programs, kept, caches = build(shapes, mesh, policy, tuned, untuned)
+    build = _on_tokens if len(shapes.members) == len(models) else _on_text
+    programs, kept, caches = build(shapes, mesh, models)
     for role, cache in caches.items():
         wholes |= {f"{role}/{name}": shape for name, shape in _cache_shapes(cache).items()}
     return SearchPrograms(tuple(programs), held | kept, wholes)
@@ -116,61 +148,96 @@ def nbytes(tree: Any) -> int:
     def shard(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
-        return int(np.prod(shape, dtype=np.int64)) * bits // 8
+        return math.prod(shape) * bits // 8
 
     return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _on_tokens(
-    shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
-) -> _Built:
-    models = search_models(policy, Guide(tuned, untuned))
+def _on_tokens(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> _Built:
+    models = _members(shapes, weights)
     state = _abstract_state(models, shapes.config, shapes, mesh)
-    length = shapes.config.length
-    own, others = nbytes(state.proposer), nbytes(state.scorer)
-    weights = nbytes(policy), nbytes((tuned, untuned))
-    reads = length * (weights[0] + own) + weights[1] + others + 2 * (own + others)
     programs = [
-        _insertion(models, state, shapes, sum(weights)),
-        Program("search_step", lambda: step.search_step.trace(models, state), 1, reads),
+        _insertion(models, state, shapes),
+        Program(
+            "search_step",
+            lambda: step.search_step.trace(models, state),
+            1,
+            _step_reads(models, state) + 2 * nbytes((state.proposer, state.scorer)),
+        ),
     ]
-    held = {"policy's cache": own, "guides' caches": others, "state": _rest(state)}
-    return programs, held, dict(zip(_ROLES, (*state.proposer, *state.scorer), strict=True))
+    return programs, _held(state), _caches(shapes, models, state)
 
 
-def _on_text(
-    shapes: SearchShapes, mesh: Mesh, policy: Model, tuned: Model, untuned: Model
-) -> _Built:
-    config = replace(shapes.config, scorer=NoScore())
-    models = search_models(policy, None)
-    state = _abstract_state(models, config, shapes, mesh, texts=1)
-    rows = (shapes.slots, config.rows)
+def _on_text(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> _Built:
+    models = _members(shapes, weights)
+    config = shapes.config
+    if not models.guides and isinstance(config.scorer, LogRatio):
+        config = replace(config, scorer=NoScore())
+    apart = [role for role in weights if role not in shapes.members]
+    texts = len(shapes.guides) - len(models.guides) + len(shapes.judges)
+    state = _abstract_state(models, config, shapes, mesh, texts=texts)
     _, proposal = jax.eval_shape(step.propose, models, state)
-    totals = jax.ShapeDtypeStruct((*rows, 1), jnp.float32)
-    own = nbytes(state.proposer)
+    totals = jax.ShapeDtypeStruct((shapes.slots, config.rows, texts), jnp.float32)
     programs = [
-        _insertion(models, state, shapes, nbytes(policy)),
+        _insertion(models, state, shapes),
         Program(
             "propose",
             lambda: session._propose.trace(models, state),
             1,
-            config.length * (nbytes(policy) + own),
+            _step_reads(models, state),
         ),
         Program(
-            "select", lambda: session._conclude.trace(models, state, proposal, totals), 1, 2 * own
+            "select",
+            lambda: session._conclude.trace(models, state, proposal, totals),
+            1,
+            2 * nbytes((state.proposer, state.scorer)),
         ),
     ]
-    held = {"policy's cache": own, "state": _rest(state)}
-    caches = dict(zip(_ROLES, state.proposer, strict=False))
-    for role, model in ((TUNED, tuned), (UNTUNED, untuned)):
+    held, caches = _held(state), _caches(shapes, models, state)
+    read: dict[ModelConfig, list[Program]] = {}
+    for role in apart:
+        model = weights[role]
         cache = caches[f"{role}'s cache"] = _abstract_cache(model, shapes)
         held[f"{role}'s cache"] = nbytes(cache)
         reading = _reading(role, model, cache, shapes)
-        if role == UNTUNED and shapes.untuned == shapes.tuned:
-            twins = [one.name for one in programs[-len(reading) :]]
-            reading = [replace(a, twin=b) for a, b in zip(reading, twins, strict=True)]
+        twins = read.setdefault(model.config, reading)
+        if twins is not reading:
+            pairs = zip(reading, twins, strict=True)
+            reading = [replace(one, twin=twin.name) for one, twin in pairs]
         programs += reading
     return programs, held, caches
+
+
+def _members(shapes: SearchShapes, weights: Mapping[str, Model]) -> SearchModels:
+    """The policy and the guides that read its tokens."""
+    policy, *others = (weights[role] for role in shapes.members)
+    pairs = zip(others[0::2], others[1::2], strict=True)
+    return search_models(policy, [Guide(tuned, untuned) for tuned, untuned in pairs])
+
+
+def _step_reads(models: SearchModels, state: SearchState) -> float:
+    """Bytes read to propose a chunk, token by token, and to score it in one call."""
+    proposing, scoring = (
+        nbytes([models.members[reader] for reader in one.readers(models)])
+        for one in (state.config.proposer, state.config.scorer)
+    )
+    each = proposing + nbytes(state.proposer)
+    return state.config.length * each + scoring + nbytes(state.scorer)
+
+
+def _held(state: SearchState) -> dict[str, int]:
+    """What a state keeps on each device; the guides' caches where any guide reads tokens."""
+    own, *mixed = state.proposer
+    others = nbytes((mixed, state.scorer))
+    held = {"policy's cache": nbytes(own)} | ({"guides' caches": others} if others else {})
+    return held | {"state": nbytes(replace(state, proposer=(), scorer=()))}
+
+
+def _caches(shapes: SearchShapes, models: SearchModels, state: SearchState) -> dict[str, KVCache]:
+    """The caches of a state by name."""
+    readers = [*state.config.proposer.readers(models), *state.config.scorer.readers(models)]
+    names = [f"{shapes.members[reader]}'s cache" for reader in readers]
+    return dict(zip(names, (*state.proposer, *state.scorer), strict=True))
 
 
 def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
@@ -210,14 +277,14 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
     ]
 
 
-def _insertion(
-    models: SearchModels, state: SearchState, shapes: SearchShapes, weights: int
-) -> Program:
+def _insertion(models: SearchModels, state: SearchState, shapes: SearchShapes) -> Program:
     """A prompt into a slot: every model that reads tokens reads it."""
     request = Request(0, ((1,),))
     room = bucket(shapes.prompt_tokens) + 1
     given = (np.int32(0), session._draws(state.config, request), _ints(1, room), _ints(1))
-    return Program("prefill", lambda: session._insert.trace(models, state, *given), 0, weights)
+    return Program(
+        "prefill", lambda: session._insert.trace(models, state, *given), 0, nbytes(models.members)
+    )
 
 
 def _abstract(
@@ -292,10 +359,6 @@ def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
     layers = ((name, part if isinstance(part, KV) else part[0]) for name, part in parts)
     # A stacked part has the layers in front.
     return {name: tuple(part.keys.shape)[-4 - (name == "committed") :] for name, part in layers}
-
-
-def _rest(state: SearchState) -> int:
-    return nbytes(replace(state, proposer=(), scorer=()))
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,6 @@ Contents of their config.json files, as far as they decide on shapes; a folder o
 one's own goes before them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,27 @@ def shape_of(name: str) -> ModelConfig:
     """
     from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, load_config, locate
 
-    path = Path(name).expanduser()
-    if path.is_file():
-        try:
-            return ModelConfig.from_hf(json.loads(path.read_text()))
-        except (ValueError, OSError) as error:
-            raise InputError(f"{path}: not a config.json ({error})") from None
-    if name in KNOWN and not path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        shown = name if len(name) <= 80 else f"{name[:40]}..."
+        raise InputError(f"{shown}: no such file or directory ({why})") from None
+    if is_file:
+        return _from_file(path)
+    if name in KNOWN and not is_folder:
         return ModelConfig.from_hf(KNOWN[name])
     return load_config(locate(name, (CONFIG, GENERATION_CONFIG)))
+
+
+def _from_file(path: Path) -> ModelConfig:
+    from w2s_jax.models.huggingface import read_json
+
+    found = read_json(path)
+    try:
+        return ModelConfig.from_hf(found)
+    except InputError as error:
+        raise InputError(f"{path}: not a config.json ({error})") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{path}: a field has the wrong type ({error})") from None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import Chip, check_topology, chip_of, device_count
+from w2s_jax.plan.chips import LARGEST, Chip, check_topology, chip_of, device_count
 from w2s_jax.plan.gpus import target_of
 
 # So that libtpu looks for no TPU of this machine, asks no metadata server, and may be loaded beside
@@ -64,6 +64,8 @@ def open_slice(name: str, slices: int = 1) -> Slice:
     check_topology(name)
     check_compiler(name)
     chip = chip_of(name)
+    if slices * device_count(name) > LARGEST * chip.cores:
+        raise InputError(f"topology {name!r}: {slices:,} slices have more than {LARGEST:,} chips")
     if chip.platform == "cuda" and slices > 1:
         raise InputError(f"topology {name!r}: GPUs are planned on one host; leave dcn axes out")
     leave_accelerators()

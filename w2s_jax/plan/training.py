@@ -31,6 +31,9 @@ class TrainingShapes:
         rows: examples of a step; a pair of responses is one.
         lora: adapters on a base that is held in `dtype`, or None to train all parameters.
         dtype: what is computed in.
+        beside: frozen models that are held too, such as a reference, in `dtype`; the step that is
+            compiled does not read them.
+        eval_rows: examples of an evaluation's batch, by default those of a micro-batch.
     """
 
     model: ModelConfig
@@ -43,6 +46,8 @@ class TrainingShapes:
     remat: Remat = "full"
     optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
     rules: Rules = DEFAULT_RULES
+    beside: tuple[ModelConfig, ...] = ()
+    eval_rows: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -61,6 +66,8 @@ class TrainingProgram:
 def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
     """The step on a mesh; InputError where the mesh does not divide an array or the rows."""
     check_batch(shapes.rows, shapes.accumulate, mesh, flag="--batch-size")
+    if shapes.eval_rows is not None:
+        check_batch(shapes.eval_rows, 1, mesh, flag="--eval-batch-size")
     options: dict[str, Any] = {"scan_layers": True, "mesh": mesh, "rules": shapes.rules}
     frozen: dict[str, Any] = {}
     if shapes.lora is None:
@@ -68,6 +75,7 @@ def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
     else:
         params = abstract_adapter(shapes.model, shapes.lora, **options)
         frozen[BASE] = abstract_on_mesh(shapes.model, dtype=shapes.dtype, **options)
+    beside = [abstract_on_mesh(one, dtype=shapes.dtype, **options) for one in shapes.beside]
     policy = Policy(shapes.model, shapes.lora, shapes.remat, Placement(mesh, shapes.rules))
     pairs = shapes.objective == "dpo"
     loss = preference_objective(policy, PreferenceConfig()) if pairs else sft_loss(policy)
@@ -85,11 +93,11 @@ def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:
     held = {
         "trained parameters": nbytes(state.params),
         "optimizer": nbytes(state.optimizer),
-        "frozen parameters": nbytes(frozen),
+        "frozen parameters": nbytes((frozen, beside)),
         "batch": nbytes(batch),
     }
     # Forward, backward and what is computed again read the weights; the update reads and writes.
-    weights = held["frozen parameters"] or held["trained parameters"]
+    weights = nbytes(frozen) or held["trained parameters"]
     reads = 3.0 * shapes.accumulate * weights
     reads += 2.0 * (held["trained parameters"] + held["optimizer"])
     trace = lambda: step.trace(state, frozen, batch)  # type: ignore[attr-defined]  # noqa: E731

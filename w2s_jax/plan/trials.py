@@ -30,13 +30,14 @@ class Trials:
     """What was tried of a slice.
 
     plans: those compiled, the best first: what fits before what does not, then by tokens a second.
-    skipped: meshes that were not compiled, and why.
+    skipped: meshes that were not compiled, and why. choice: which of several shapes were tried.
     """
 
     topology: str
     devices: int
     plans: tuple[Plan, ...]
     skipped: tuple[Candidate, ...]
+    choice: int = 0
 
     @property
     def best(self) -> Plan | None:
@@ -114,18 +115,20 @@ def search_meshes(shapes: Shapes, topology: str, trying: Trying = Trying()) -> F
 
 
 def smallest_slice(
-    shapes: Callable[[int], Shapes], family: str, trying: Trying = Trying()
+    shapes: Callable[[int], Sequence[Shapes]], family: str, trying: Trying = Trying()
 ) -> Found:
     """The slices of a family tried from the smallest upward, until a mesh of one fits.
 
-    `shapes` are those for so many devices. Slices of which every mesh holds more than there is are
-    passed over without compiling. Raises InputError where no mesh of any slice divides the arrays.
+    `shapes` are those for so many devices, one or several in the order in which they are tried.
+    Slices of which every mesh holds more than there is are passed over without compiling. Raises
+    InputError where no mesh of any slice divides the arrays.
     """
     found: list[Trials] = []
     for topology in topologies(family):
-        found.append(_try(shapes(device_count(topology)), topology, trying))
-        if found[-1].best is not None:
-            break
+        for choice, one in enumerate(shapes(device_count(topology))):
+            found.append(replace(_try(one, topology, trying), choice=choice))
+            if found[-1].best is not None:
+                return _checked(found)
     return _checked(found)
 
 

@@ -106,8 +106,7 @@ def load_decoders(
         try:
             base = load_model(place, rules=paths[together[0]], **options)
         except InputError as error:
-            named = str(error) if place in str(error) else f"{place}: {error}"
-            raise InputError(named) from None
+            raise (error if place in str(error) else error.at(place)) from None
         merged = len(together) == 1
         for path in together:
             models[path] = base

@@ -1,0 +1,97 @@
+"""What a command is about to run, as shapes, so that `--mesh auto` chooses before weights are read.
+
+The choosing is in w2s_jax/plan/here.py.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from w2s_jax.cli.train import Setup, Training
+    from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.plan.training import TrainingShapes
+    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.config import SearchConfig
+    from w2s_jax.search.placing import Places
+
+
+def search_shapes(
+    plan: "Plan",
+    config: "SearchConfig",
+    places: "Places",
+    *,
+    prompt_tokens: int,
+    slots: int,
+    dtype: str | None,
+    slots_flag: str = "--batch-size",
+) -> "SearchShapes":
+    """The shapes of a search with the models of a plan, by the rules of `places`.
+
+    dtype: of the weights, None is what loading takes. A checkpoint that is named twice counts
+    twice.
+    """
+    from w2s_jax.models.config import ModelConfig
+    from w2s_jax.models.huggingface import locate, quickest_dtype
+    from w2s_jax.models.reward_huggingface import load_reward_config
+    from w2s_jax.plan.programs import GuideShapes, SearchShapes
+
+    checkpoints = plan.sources.checkpoints
+    guiding = iter([role for role in plan.configs if "tuned" in role])
+    pairs = zip(guiding, guiding, plan.on_device, strict=True)
+    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
+    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
+    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    return SearchShapes(
+        policy=plan.configs["policy"],
+        guides=tuple(
+            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
+            for tuned, untuned, here in pairs
+        ),
+        config=config,
+        prompt_tokens=prompt_tokens,
+        slots=slots,
+        slots_flag=slots_flag,
+        dtype=dtype or quickest_dtype() or stored_dtype(locate(checkpoints["policy"])),
+        policy_rules=places.policy,
+        guide_rules=places.others,
+        quantize=plan.sources.quantize,
+        # Encoders stay whole on every device.
+        judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
+    )
+
+
+def training_shapes(command: "Training", setup: "Setup") -> "TrainingShapes":
+    """The shapes of a step of a training command, and of the models that it reads beside."""
+    from w2s_jax.models.huggingface import load_config
+    from w2s_jax.plan.training import TrainingShapes
+    from w2s_jax.train.objectives import BASE
+
+    run = command.run_config(setup)
+    ((rows, *sides), _) = command.batch_shapes(setup)["tokens"]
+    beside = {name: load_config(folder) for name, folder in command.frozen_folders().items()}
+    beside |= command.frozen_configs(setup)
+    beside.pop(BASE, None)
+    return TrainingShapes(
+        model=setup.config,
+        objective="dpo" if len(sides) > 1 else "sft",
+        rows=rows,
+        length=setup.length,
+        accumulate=run.accumulate,
+        lora=setup.policy.lora,
+        dtype=command.compute_dtype,
+        remat=command.remat,
+        optimizer=run.optimizer,
+        beside=tuple(beside.values()),
+        eval_rows=run.eval_batch,
+    )
+
+
+def stored_dtype(checkpoint: Path) -> str:
+    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
+    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
+    from w2s_jax.models.lora_huggingface import base_folder
+
+    if is_adapter(checkpoint):
+        return stored_dtype(base_folder(checkpoint))
+    config = read_json(checkpoint / CONFIG)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
