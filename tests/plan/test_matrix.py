@@ -43,12 +43,18 @@ def test_one_example_for_each_device_at_a_time_or_for_four(devices):
     assert Cell("v5e", "8B", "dpo", "lora").shapes(devices)[0].objective == "dpo"
 
 
+def test_a_device_alone_shares_no_example():
+    (shapes,) = Cell("v5e", "8B", "sft", "lora").shapes(1)
+    assert (shapes.rows, shapes.accumulate) == (16, 16)
+
+
 def test_small_slices_are_passed_over_and_said_so():
     compiler = Compiler()
     row = plan_cell(Cell("v5e", "8B", "sft", "full"), trying(compiler))
     # 12 bytes a parameter alone are more than eight chips have.
     assert row.plan.topology == "v5e:4x4"
-    assert [topology for topology, _ in row.refused] == 2 * ["v5e:2x2"] + 2 * ["v5e:2x4"]
+    refused = ["v5e:1x1", *2 * ["v5e:2x2"], *2 * ["v5e:2x4"]]
+    assert [topology for topology, _ in row.refused] == refused
     assert all("GiB" in why for _, why in row.refused), row.refused
     assert row.rows == 16
     assert [topology for topology, _ in compiler.seen] == ["v5e:4x4"]
@@ -58,7 +64,7 @@ def test_small_slices_are_passed_over_and_said_so():
 def test_a_cell_that_fits_no_slice():
     row = plan_cell(Cell("v6e", "8B", "dpo", "full"), trying(Compiler(beside=1000)))
     assert row.plan is None
-    assert len(row.refused) == 2 * 7
+    assert len(row.refused) == 1 + 2 * 7
     assert "takes 10" in row.refused[-1][1]
 
 

@@ -15,7 +15,7 @@ from w2s_jax.plan.shapes import KNOWN, shape_of
 from w2s_jax.plan.topology import check_compiler
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"])
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v6e:1x1", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"])
 def test_topologies(name):
     check_topology(name)
     assert name in topologies(chip_of(name).name)
@@ -24,11 +24,16 @@ def test_topologies(name):
 @pytest.mark.parametrize(
     "name",
     ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "v6e:0x4", "h100:16", "h100:2x8", "",
-     "v6e:999999x999999"],
+     "v6e:999999x999999", "v6e:3x3", "v5e:2x8", "v5p:4x4x3", "v5p:4x4x16384"],
 )  # fmt: skip
 def test_wrong_topologies(name):
     with pytest.raises(InputError, match=r"^topology "):
         check_topology(name)
+
+
+def test_cubes_are_joined_in_all_directions():
+    check_topology("v5p:4x4x12")
+    check_topology("tpu7x:8x8x12")
 
 
 def test_published_shapes_are_configs():
@@ -258,7 +263,7 @@ def test_the_smallest_slice_is_found_and_what_it_may_hold_is_the_compilers(tmp_p
     ]  # fmt: skip
     run_python(f"from w2s_jax.cli.main import main\nassert main({arguments!r}) == 0")
     found = json.loads(out.read_text())
-    assert (found["fits"], found["topology"]) == (True, "v6e:2x2")
+    assert (found["fits"], found["topology"]) == (True, "v6e:1x1")
     assert len(found["slices"][0]["plans"]) == 1
 
 

@@ -118,13 +118,13 @@ def test_the_smallest_slice_that_fits():
         lambda _: (training(),), "v5e", Trying(2, first=True, compile_as=compiler)
     )
     # Parameters and moments are 90 GiB, and four chips have 63.
-    assert [one.topology for one in found.slices] == ["v5e:2x2", "v5e:2x4"]
+    assert [one.topology for one in found.slices] == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
     assert compiler.seen == [("v5e:2x4", found.best.mesh)]
-    assert found.slices[0].best is None
+    assert not any(one.best for one in found.slices[:2])
     assert all("GiB, and a device has 15.75" in one.why for one in found.slices[0].skipped)
     row = json.loads(json.dumps(found.as_row()))
     assert (row["fits"], row["topology"]) == (True, "v5e:2x4")
-    assert row["slices"][1]["skipped"][0]["why"] == "not tried: another fits"
+    assert row["slices"][2]["skipped"][0]["why"] == "not tried: another fits"
 
 
 def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
@@ -133,7 +133,7 @@ def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
         lambda _: (training(),), "v5e", Trying(1, first=True, compile_as=compiler)
     )
     assert [name for name, _ in compiler.seen] == ["v5e:2x4", "v5e:4x4"]
-    assert not found.slices[1].plans[0].fits
+    assert not found.slices[2].plans[0].fits
     assert found.best.topology == "v5e:4x4"
 
 
@@ -142,7 +142,7 @@ def test_one_mesh_on_the_slices_that_it_divides():
     trying = Trying(1, "fsdp=8,tensor=2", first=True, compile_as=compiler)
     found = smallest_slice(lambda _: (training(),), "v5e", trying)
     assert compiler.seen == [("v5e:4x4", "fsdp=8,tensor=2")]
-    assert "must equal the 8 devices" in found.slices[1].skipped[0].why
+    assert "must equal the 8 devices" in found.slices[2].skipped[0].why
 
 
 def test_nothing_fits_or_nothing_divides():

@@ -7,6 +7,7 @@ refusals; NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates wi
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,7 +47,7 @@ class Chip:
 
 
 _GIB = 2**30
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
@@ -133,12 +134,17 @@ def check_topology(name: str) -> None:
     parts = shape.split("x")
     wanted = chip.slices[0].count("x") + 1
     wrong = len(parts) != wanted or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts)
-    if wrong or (chip.platform == "cuda" and shape not in chip.slices):
-        raise InputError(
-            f"topology {name!r}: {chip.name} takes a shape such as {chip.slices[2]}, or auto"
-        )
+    if wrong or not (shape in chip.slices or _of_cubes(chip, parts)):
+        known = ", ".join(chip.slices)
+        more = ", further multiples of 4x4x4" if chip.slices == _CUBES else ""
+        raise InputError(f"topology {name!r}: {chip.name} comes as {known}{more}, or auto")
     if math.prod(int(part) for part in parts) > LARGEST:
         raise InputError(f"topology {name!r}: no slice has more than {LARGEST:,} chips")
+
+
+def _of_cubes(chip: Chip, parts: Sequence[str]) -> bool:
+    """Whether a shape is one that optical switches make of cubes of 4 × 4 × 4 chips."""
+    return chip.slices == _CUBES and all(int(part) % 4 == 0 for part in parts)
 
 
 def device_count(topology: str) -> int:

@@ -66,6 +66,7 @@ class Cell:
         return tuple(
             TrainingShapes(model, objective, rows, LENGTH, sharing * rows // devices, lora)
             for sharing in (1, SHARING)
+            if sharing <= devices
         )
 
 

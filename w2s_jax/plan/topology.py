@@ -82,7 +82,9 @@ def open_slice(name: str, slices: int = 1) -> Slice:
 def _options(name: str, chip: Chip, slices: int) -> dict[str, Any]:
     """What the compiler is asked for."""
     if chip.platform == "tpu":
-        return {"topology_name": name, **({"num_slices": slices} if slices > 1 else {})}
+        # The default is a host of four chips.
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == chip.cores else {}
+        return {"topology_name": name, **alone, **({"num_slices": slices} if slices > 1 else {})}
     # Slices, hosts of a slice, devices of a host.
     shape = f"1x1x{device_count(name)}"
     return {"topology_name": name, "topology": shape, "target_config": target_of(chip)}
