@@ -15,7 +15,9 @@ from w2s_jax.plan.shapes import KNOWN, shape_of
 from w2s_jax.plan.topology import check_compiler
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:2x4", "v6e:1x1", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"])
+@pytest.mark.parametrize(
+    "name", ["v5e:4x4", "v6e:2x4", "v6e:1x1", "v5p:4x4x4", "tpu7x:2x2x1", "h100:8"]
+)
 def test_topologies(name):
     check_topology(name)
     assert name in topologies(chip_of(name).name)

@@ -134,7 +134,7 @@ def smallest_slice(
 
 def _try(shapes: Shapes, topology: str, trying: Trying) -> Trials:
     devices, tell = device_count(topology), trying.tell
-    tell(f"{topology}: judging meshes of {devices} devices")
+    tell(f"{topology}: judging its meshes")
     judged = _judged(shapes, topology, devices, trying)
     possible = [one for one in judged if one.why is None]
     ruled_out = [one for one in judged if one.why is not None]
