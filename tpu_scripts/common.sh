@@ -14,6 +14,7 @@ POLL=${W2S_TPU_POLL:-15}
 TRIES=${W2S_TPU_TRIES:-5}
 PARALLEL=${W2S_TPU_PARALLEL:-16}
 LOGS=${W2S_TPU_LOGS:-runs/tpu}
+WHICH=all
 DRY_RUN=
 YES=
 
@@ -318,6 +319,8 @@ ready_or_die() {
             ;;
         *) die "$NAME is not ready ($(describe_slice)): create.sh waits for it" ;;
     esac
+    [[ $WHICH == all ]] || ((WHICH < WORKERS)) ||
+        die "there is no worker $WHICH: $NAME has $WORKERS, counted from 0"
 }
 
 # ssh_worker WORKER ARG..: run the command of these arguments on one worker.
@@ -365,15 +368,35 @@ act() {
     on_worker "$worker" bash w2s/worker.sh "${@:1:$#-1}"
 }
 
-# each_worker COMMAND ARG..: run it with a worker's number behind it, for all workers, PARALLEL at a
-# time. STATUS holds what each returned, WORST the largest.
+# numbers: the workers' numbers, or the one that WHICH names.
+numbers() {
+    local worker
+    if [[ $WHICH != all ]]; then
+        echo "$WHICH"
+        return
+    fi
+    for ((worker = 0; worker < WORKERS; worker++)); do
+        echo "$worker"
+    done
+}
+
+# check_which: whether WHICH is a number, or all.
+check_which() {
+    [[ $WHICH =~ ^(0|[1-9][0-9]*|all)$ ]] ||
+        usage_error "which worker? --worker all, or a worker's number"
+}
+
+# each_worker COMMAND ARG..: run it with a worker's number behind it, for those of `numbers`, PARALLEL
+# at a time. STATUS holds what each returned, WORST the largest.
 each_worker() {
-    local first worker status pids
+    local all first worker status pids
+    # shellcheck disable=SC2207
+    all=($(numbers))
     WORST=0
     STATUS=()
-    for ((first = 0; first < WORKERS; first += PARALLEL)); do
+    for ((first = 0; first < ${#all[@]}; first += PARALLEL)); do
         pids=()
-        for ((worker = first; worker < WORKERS && worker < first + PARALLEL; worker++)); do
+        for worker in "${all[@]:first:PARALLEL}"; do
             if [[ $DRY_RUN ]]; then
                 "$@" "$worker"
                 continue
@@ -394,7 +417,7 @@ each_worker() {
 # complain WHAT: a line for each worker whose last command failed.
 complain() {
     local worker
-    for ((worker = 0; worker < WORKERS; worker++)); do
+    for worker in "${!STATUS[@]}"; do
         case ${STATUS[worker]} in
             0) continue ;;
             127) say "worker $worker is not set up: setup.sh does it" ;;

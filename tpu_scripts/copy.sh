@@ -55,7 +55,7 @@ case $DIRECTION in
     *) usage_error "copy up or down, not '$DIRECTION'" ;;
 esac
 [[ $URL =~ ^gs://[a-z0-9._-]+(/.*)?$ ]] || usage_error "a bucket's address is gs://BUCKET/.., not '$URL'"
-[[ $WHICH =~ ^(0|[1-9][0-9]*|all)$ ]] || usage_error "which worker? --worker all, or a worker's number"
+check_which
 [[ -z $SHARED || $WHICH == all ]] || usage_error "--shared goes with --worker all"
 if [[ $EVERY ]]; then
     is_count "$EVERY" --every
@@ -63,6 +63,7 @@ if [[ $EVERY ]]; then
 fi
 
 # copy_worker WORKER
+# shellcheck disable=SC2329  # each_worker calls it
 copy_worker() {
     local worker=$1 url=$URL
     [[ $WHICH != all || $SHARED ]] || url+=/worker-$worker
@@ -76,19 +77,13 @@ copy_worker() {
     fi
 }
 
-# shellcheck disable=SC2329  # each_worker calls it
-only_one() { [[ $1 != "$WHICH" ]] || copy_worker "$1"; }
-
 ready_or_die
-if [[ $WHICH == all ]]; then
-    each_worker copy_worker
-elif [[ $DRY_RUN ]]; then
-    copy_worker "$WHICH"
-else
-    ((WHICH < WORKERS)) ||
-        die "there is no worker $WHICH: $NAME has $WORKERS, counted from 0"
-    each_worker only_one
-fi
+each_worker copy_worker
 [[ ! $DRY_RUN ]] || exit 0
 complain "copy"
+if ((WORST == 0)); then
+    how="copied $DIRECTION"
+    [[ -z $EVERY ]] || how="copied up every $EVERY s from now on"
+    say "$LOCAL is $how, on ${#STATUS[@]} of $WORKERS workers"
+fi
 exit "$WORST"

@@ -12,18 +12,21 @@ Usage: run.sh --name NAME --project PROJECT --zone ZONE [FLAG..] -- COMMAND ARG.
        run.sh .. --attach | --status | --stop
 Starts the command on every worker, in ~/w2s, with the package's environment, each argument as it
 is written (for a pipeline: -- bash -c '..'), and follows it to its end. Ctrl-C, or a connection that
-breaks, leaves it running. Ends with the largest status of all workers: 75 where the slice was taken
-away, 69 where it does not answer.
+breaks, leaves it running. Ends with the status of the workers that failed by themselves, the largest
+of these: 75 where the slice was taken away or the workers were told to stop, 69 where it does not
+answer.
 
   --run RUN          a name for this command (default main); two of them run side by side only
                      where one leaves the chips alone
+  --worker WHICH     one worker's number, for what needs no chips (default all); --attach, --status
+                     and --stop of such a command take it too
   --detach           start it and come back
   --attach           follow the one that was started
   --status           a line for each worker: running, exit:STATUS, lost or none
   --stop             SIGTERM to all workers, and SIGKILL after the grace
   --grace SECONDS    what workers have to end after SIGTERM, and after another one failed
                      (default 120)
-  --show WORKER      whose log is shown (default 0; none shows no log)
+  --show WORKER      whose log is shown (default 0, or the one of --worker; none shows no log)
   --logs FOLDER      FOLDER/NAME/RUN/worker-0.log, .. (default runs/tpu; W2S_TPU_LOGS)
 $COMMON_HELP
 END
@@ -32,7 +35,8 @@ END
 RUN=main
 ACTION=
 GRACE=120
-SHOW=0
+SHOW=
+STOPPED=()
 COMMAND=()
 while (($#)); do
     case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
@@ -44,6 +48,7 @@ while (($#)); do
         --run) need_value "$@" && RUN=$2 && shift 2 ;;
         --grace) need_value "$@" && GRACE=$2 && shift 2 ;;
         --show) need_value "$@" && SHOW=$2 && shift 2 ;;
+        --worker) need_value "$@" && WHICH=$2 && shift 2 ;;
         --detach | --attach | --status | --stop)
             [[ -z $ACTION ]] || usage_error "--$ACTION or $1, not both"
             ACTION=${1#--} && shift
@@ -56,6 +61,8 @@ check_common
 [[ $RUN =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
     usage_error "--run takes letters, digits, dots, underscores and hyphens, not '$RUN'"
 [[ $GRACE =~ ^(0|[1-9][0-9]*)$ ]] || usage_error "--grace is a whole number of seconds, not '$GRACE'"
+check_which
+SHOW=${SHOW:-${WHICH/all/0}}
 [[ $SHOW =~ ^(0|[1-9][0-9]*|none)$ ]] || usage_error "--show takes a worker's number or none, not '$SHOW'"
 case $ACTION in
     '' | detach) ((${#COMMAND[@]})) || usage_error "which command? it stands behind --" ;;
@@ -93,26 +100,38 @@ stop_all() {
     [[ $DRY_RUN ]] || complain "stop"
 }
 
-# gone: whether the slice was taken away; a gcloud that fails is no answer.
-gone() { look && [[ $SLICE == dead || $SLICE == missing || $SLICE == stopped ]]; }
-
-start_all() {
-    local token worker=0
-    token=$(date +%s)-$$
-    if [[ $DRY_RUN ]]; then
-        each_worker act start "$RUN" "$token" "${COMMAND[@]}"
-        return
+# die_if_gone: end where the slice was taken away; a gcloud that fails is no answer.
+die_if_gone() {
+    if look && [[ $SLICE == dead || $SLICE == missing || $SLICE == stopped ]]; then
+        say "$NAME was taken away: $(describe_slice)"
+        exit "$PREEMPTED"
     fi
+}
+
+# begin_logs: a line of each worker's log here that parts this run from the one before.
+begin_logs() {
+    local worker log
     mkdir -p "$FOLDER"
-    rm -f "$FOLDER/states"
-    for ((worker = 0; worker < WORKERS; worker++)); do
-        echo "== $(date -u +%Y-%m-%dT%H:%M:%SZ) $(quoted "${COMMAND[@]}")" >>"$FOLDER/worker-$worker.log"
+    for worker in $(numbers); do
+        log=$FOLDER/worker-$worker.log
+        touch "$log"
+        wc -c <"$log" >"$FOLDER/.begin-$worker"
+        echo "== $(date -u +%Y-%m-%dT%H:%M:%SZ) $(quoted "${COMMAND[@]}")" >>"$log"
         echo 0 >"$FOLDER/.offset-$worker"
     done
-    each_worker act start "$RUN" "$token" "${COMMAND[@]}"
-    ((WORST > 0)) || return 0
+}
+
+start_all() {
+    local worker
+    each_worker act start "$RUN" "$(date +%s)-$$" "${COMMAND[@]}"
+    [[ ! $DRY_RUN ]] || return 0
+    if ((WORST == 0)); then
+        begin_logs
+        return
+    fi
+    die_if_gone
     complain "start"
-    for ((worker = 0; worker < WORKERS; worker++)); do
+    for worker in "${!STATUS[@]}"; do
         case ${STATUS[worker]} in
             17) die "run '$RUN' is under way on $NAME: --attach follows it, --stop ends it" ;;
             127) die "$NAME is not set up: setup.sh does it" ;;
@@ -128,7 +147,7 @@ start_all() {
 states() {
     local worker
     STATES=()
-    for ((worker = 0; worker < WORKERS; worker++)); do
+    for worker in $(numbers); do
         STATES[worker]=unknown
         [[ ! -e $SCRATCH/$worker.state ]] || STATES[worker]=$(<"$SCRATCH/$worker.state")
     done
@@ -142,10 +161,7 @@ follow() {
         each_worker read_worker
         if ((WORST > 0)); then
             failures=$((failures + 1))
-            if gone; then
-                say "$NAME was taken away: $(describe_slice)"
-                exit "$PREEMPTED"
-            fi
+            die_if_gone
             if ((failures >= TRIES)); then
                 complain "read"
                 say "$NAME does not answer; the run may be going on: --attach looks again"
@@ -156,18 +172,21 @@ follow() {
         fi
         states
         ended=0 failed=
-        for ((worker = 0; worker < WORKERS; worker++)); do
+        for worker in "${!STATES[@]}"; do
             case ${STATES[worker]} in
                 exit:0) ended=$((ended + 1)) ;;
                 exit:* | lost | none) ended=$((ended + 1)) failed=$worker ;;
             esac
         done
-        ((ended < WORKERS)) || return 0
+        ((ended < ${#STATES[@]})) || return 0
         if [[ $failed && -z $failed_at ]]; then
             say "worker $failed ended (${STATES[failed]}); the others have $GRACE s to do so"
             failed_at=$SECONDS
         elif [[ $failed_at ]] && ((SECONDS - failed_at >= GRACE)); then
             say "they did not, and are stopped"
+            for worker in "${!STATES[@]}"; do
+                [[ ${STATES[worker]} != running ]] || STOPPED[worker]=1
+            done
             stop_all
             failed_at=$SECONDS
         fi
@@ -175,29 +194,54 @@ follow() {
     done
 }
 
-# conclude: a line for each worker, the end of the logs that tell of a failure, the worst status.
-conclude() {
-    local worker status worst=0 shown=0
-    for ((worker = 0; worker < WORKERS; worker++)); do
-        case ${STATES[worker]} in
-            exit:*) status=${STATES[worker]#exit:} ;;
-            *) status=$PREEMPTED ;; # the machine was started anew under it
+# blame: BLAMED, the workers to which a failure is owed, and BLAME, the largest status of theirs.
+# Machines that were started anew come before commands that failed, and those before commands that
+# were told to stop; what `follow` stopped is owed to others.
+blame() {
+    local worker status rank highest=0
+    BLAMED=() BLAME=0
+    for worker in "${!STATES[@]}"; do
+        status=${STATES[worker]#exit:}
+        case $status in
+            0) continue ;;
+            "$PREEMPTED") rank=2 ;;
+            lost | none | unknown) rank=4 status=$PREEMPTED ;;
+            *) rank=3 ;;
         esac
-        ((status <= worst)) || worst=$status
-        say "worker $worker: ${STATES[worker]}"
-        if ((status != 0 && shown < 3)) && [[ $SHOW != "$worker" ]]; then
-            shown=$((shown + 1))
-            tail -n 15 "$FOLDER/worker-$worker.log" >&2
-        fi
+        ((rank == 4)) || [[ -z ${STOPPED[worker]:-} ]] || rank=1
+        ((rank >= highest)) || continue
+        ((rank == highest)) || BLAMED=() BLAME=0
+        highest=$rank
+        BLAMED+=("$worker")
+        ((status <= BLAME)) || BLAME=$status
     done
-    printf '%s\n' "${STATES[@]}" >"$FOLDER/states"
+}
+
+# conclude: a line for each worker, the end of the logs that tell of a failure, its status.
+conclude() {
+    local worker begin
+    for worker in "${!STATES[@]}"; do
+        say "worker $worker: ${STATES[worker]}"
+    done
+    blame
+    for worker in ${BLAMED[@]+"${BLAMED[@]:0:3}"}; do
+        [[ $SHOW != "$worker" ]] || continue
+        begin=0
+        [[ ! -e $FOLDER/.begin-$worker ]] || begin=$(<"$FOLDER/.begin-$worker")
+        say "the end of worker $worker's log:"
+        tail -c "+$((begin + 1))" "$FOLDER/worker-$worker.log" | tail -n 15 >&2
+    done
     say "logs: $FOLDER"
-    exit "$worst"
+    exit "$BLAME"
 }
 
 ready_or_die
 case $ACTION in
-    stop) stop_all && exit "$WORST" ;;
+    stop)
+        stop_all
+        [[ $DRY_RUN ]] || ((WORST > 0)) || say "run '$RUN' is not under way any more"
+        exit "$WORST"
+        ;;
     status)
         mkdir -p "$FOLDER"
         SHOW=none
@@ -205,7 +249,7 @@ case $ACTION in
         [[ ! $DRY_RUN ]] || exit 0
         complain "read"
         states
-        for ((worker = 0; worker < WORKERS; worker++)); do
+        for worker in "${!STATES[@]}"; do
             echo "worker $worker: ${STATES[worker]}"
         done
         exit "$WORST"
@@ -214,7 +258,7 @@ case $ACTION in
     *)
         start_all
         if [[ $ACTION == detach ]]; then
-            [[ $DRY_RUN ]] || say "run '$RUN' is under way on $WORKERS workers: --attach follows it"
+            [[ $DRY_RUN ]] || say "run '$RUN' is under way on ${#STATUS[@]} of $WORKERS workers: --attach follows it"
             exit
         fi
         ;;

@@ -163,8 +163,6 @@ passing() {
     local since=$SECONDS
     [[ $STAGE == run && -z $ALWAYS ]] || return 0
     (($1 != PREEMPTED && $1 != UNREACHABLE)) || return 0
-    ! grep -q -x -e lost -e none -e "exit:$PREEMPTED" "$LOGS/$NAME/$RUN/states" 2>/dev/null ||
-        return 0
     # A worker dies some time before its slice is said to be taken away.
     while :; do
         if look && [[ $SLICE != ready ]]; then return 0; fi

@@ -242,4 +242,6 @@ esac
 # Not `(..) || status=$?`, which would have every step of the action go on after a failure.
 set +e
 (set -e && "$action" "${@:2}") 2>&1
-echo "w2s-exit $?"
+status=$?
+# 127 of a call says that there is no worker.sh.
+echo "w2s-exit $((status == 127 ? 1 : status))"

@@ -15,6 +15,7 @@ def test_each_worker_has_a_folder_of_its_own(cloud):
         write(cloud, worker, "my out/rows.jsonl", f"{worker}\n")
     done = cloud.run("copy.sh", "--worker", "all", "up", "my out", "gs://bucket/run 1/")
     assert done.returncode == 0, done.stderr
+    assert "my out is copied up, on 2 of 2 workers" in done.stderr
     bucket = cloud.folder / "bucket/bucket/run 1"
     assert [(bucket / f"worker-{n}/rows.jsonl").read_text() for n in (0, 1)] == ["0\n", "1\n"]
     assert [

@@ -80,16 +80,64 @@ def test_the_worst_status_and_the_words_of_who_failed(cloud):
     assert "I am worker-1" not in done.stdout
 
 
-def test_one_failure_stops_the_others_after_the_grace(cloud):
+@pytest.mark.parametrize("status", [75, 143])
+def test_one_failure_stops_the_others_after_the_grace(cloud, status):
     cloud.ready()
     code = (
-        'trap "echo saved; exit 75" TERM; [[ $STUB_WORKER == worker-1 ]] && exit 3; '
-        "while :; do sleep 0.1; done"
+        f'trap "echo saved; exit {status}" TERM; '
+        "[[ $STUB_WORKER != worker-1 ]] || { echo oh; exit 3; }; while :; do sleep 0.1; done"
     )
-    done = cloud.run("run.sh", "--grace", "1", *shell(code))
-    assert done.returncode == 75, done.stderr
+    done = cloud.run("run.sh", "--grace", "1", "--show", "none", *shell(code))
+    # The status and the log of the one that failed, not of the one that was stopped.
+    assert done.returncode == 3, done.stderr
     assert "worker 1 ended (exit:3); the others have 1 s" in done.stderr
+    assert "the end of worker 1's log" in done.stderr
+    assert "worker 0's log" not in done.stderr
+    assert "oh" in done.stderr
     assert "saved" in log(cloud, 0)
+
+
+def test_a_host_that_died_is_told_from_those_that_saw_it(cloud):
+    cloud.ready()
+    code = "[[ $STUB_WORKER == worker-1 ]] && exit 134; exit 75"
+    assert cloud.run("run.sh", *shell(code)).returncode == 134
+    assert cloud.run("run.sh", *shell("exit 75")).returncode == 75
+
+
+def test_the_end_of_a_log_is_of_this_run(cloud):
+    cloud.ready()
+    cloud.run("run.sh", *shell("echo long ago"))
+    done = cloud.run("run.sh", *shell("echo now; exit 3"))
+    assert "now" in done.stderr
+    assert "long ago" not in done.stderr
+
+
+def test_a_start_that_is_refused_leaves_the_logs_alone(cloud):
+    cloud.ready()
+    cloud.run(
+        "run.sh", "--detach", *shell("echo first; while [[ ! -e ~/go ]]; do sleep 0.05; done")
+    )
+    cloud.run("run.sh", "--status")
+    before = log(cloud, 1)
+    assert cloud.run("run.sh", *shell("echo second")).returncode == 1
+    assert log(cloud, 1) == before
+    for worker in (0, 1):
+        (cloud.home(worker).parent / "go").touch()
+    assert cloud.run("run.sh", "--attach").returncode == 0
+    assert log(cloud, 1).splitlines()[1:] == ["first"]
+
+
+def test_one_worker_alone(cloud):
+    cloud.ready()
+    done = cloud.run("run.sh", "--worker", "1", *shell("echo I am $STUB_WORKER"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "I am worker-1\n"
+    assert not (cloud.home(0) / "runs").exists()
+    assert cloud.run("run.sh", "--status").stdout == "worker 0: none\nworker 1: exit:0\n"
+    assert cloud.run("run.sh", "--status", "--worker", "1").stdout == "worker 1: exit:0\n"
+    done = cloud.run("run.sh", "--worker", "2", *shell("true"))
+    assert "there is no worker 2: probe has 2, counted from 0" in done.stderr
+    assert cloud.run("run.sh", "--worker", "both", *shell("true")).returncode == 2
 
 
 def test_detach_status_attach_stop(cloud):
@@ -117,6 +165,7 @@ def test_stop_ends_with_sigterm_or_kills(cloud):
     time.sleep(0.5)
     done = cloud.run("run.sh", "--stop", "--grace", "1")
     assert done.returncode == 0, done.stderr
+    assert "'main' is not under way any more" in done.stderr
     assert cloud.run("run.sh", "--status").stdout == "worker 0: exit:143\nworker 1: exit:137\n"
 
 
@@ -126,7 +175,7 @@ def test_a_machine_that_was_started_anew(cloud):
     pid = cloud.home(1) / "runs/main/pid"
     os.killpg(int(pid.read_text().split()[0]), 9)
     done = cloud.run("run.sh", "--attach", "--grace", "0")
-    assert done.returncode in (137, 143)  # of the one that was stopped; a lost one counts as 75
+    assert done.returncode == 75
     assert "worker 1: lost" in done.stderr
 
 
@@ -150,12 +199,24 @@ def test_a_slice_that_does_not_answer(cloud):
 
 def test_a_slice_that_is_taken_away(cloud):
     cloud.ready()
-    code = f"echo '[\"PREEMPTED\"]' >{cloud.folder}/node; exec sleep 60"
+    begun = f"{cloud.folder}/begun-"
+    code = (
+        f"touch {begun}$STUB_WORKER; until [[ -e {begun}worker-0 && -e {begun}worker-1 ]]; "
+        f"do sleep 0.02; done; echo '[\"PREEMPTED\"]' >{cloud.folder}/node; exec sleep 60"
+    )
     done = cloud.run("run.sh", *shell(code))
     assert done.returncode == 75
     assert "probe was taken away: node PREEMPTED" in done.stderr
     assert cloud.run("run.sh", "--attach").returncode == 75
     cloud.run("delete.sh", "--yes")
+
+
+def test_a_slice_that_is_taken_away_while_a_run_starts(cloud):
+    cloud.ready()
+    cloud.play(node=["READY", "PREEMPTED"])
+    done = cloud.run("run.sh", *shell("true"))
+    assert done.returncode == 75
+    assert "probe was taken away: node PREEMPTED" in done.stderr
 
 
 def test_no_slice_and_no_setup(cloud):

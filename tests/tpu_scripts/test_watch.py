@@ -20,7 +20,12 @@ COUNT = (
     'echo x >>"$W2S_STUB/lives-$STUB_WORKER"; lives=$(wc -l <"$W2S_STUB/lives-$STUB_WORKER"); '
     "mkdir -p out; echo row >>out/rows; "
 )
-TAKEN = 'echo \'["PREEMPTED"]\' >"$W2S_STUB/node"; exec sleep 60'
+# The first worker's last act, once the other has begun.
+TAKEN = (
+    '[[ $STUB_WORKER == worker-0 ]] || exec sleep 60; until [[ -e "$W2S_STUB/lives-worker-1" && '
+    '$(wc -l <"$W2S_STUB/lives-worker-1") -ge lives ]]; do sleep 0.02; done; '
+    'echo \'["PREEMPTED"]\' >"$W2S_STUB/node"; exec sleep 60'
+)
 
 
 def watch(cloud, code: str, *flags: str, kind: str = "spot"):
@@ -38,8 +43,9 @@ def made(cloud) -> list[str]:
 def test_a_preemption_is_survived(cloud):
     sync = ["--sync", "out=gs://bucket/run", "--sync-every", "1"]
     # It is taken away after the first row is in the bucket; what came after is lost with the disk.
-    copied = '"$W2S_STUB/bucket/bucket/run/$STUB_WORKER/rows"'
-    code = f"if ((lives == 1)); then until [[ -e {copied} ]]; do sleep 0.05; done; {TAKEN}; fi"
+    rows = [f'-e "$W2S_STUB/bucket/bucket/run/worker-{n}/rows"' for n in (0, 1)]
+    copied = " && ".join(rows)
+    code = f"if ((lives == 1)); then until [[ {copied} ]]; do sleep 0.05; done; {TAKEN}; fi"
     done = watch(cloud, code, *sync)
     assert done.returncode == 0, done.stderr
     assert made(cloud) == ["tpu-vm create", "tpu-vm delete", "tpu-vm create"]
@@ -80,6 +86,14 @@ def test_a_command_that_fails_is_not_started_again(cloud):
     assert done.returncode == 3
     assert lives(cloud) == 1
     assert "failed with status 3, on a slice in good health" in done.stderr
+
+
+def test_a_worker_that_dies_again_and_again_is_no_preemption(cloud):
+    # The others end with 75, as w2s does where a host is missing.
+    done = watch(cloud, "[[ $STUB_WORKER == worker-1 ]] && exit 137; exit 75")
+    assert done.returncode == 137
+    assert lives(cloud) == 1
+    assert "failed with status 137, on a slice in good health" in done.stderr
 
 
 @pytest.mark.parametrize(("code", "flags"), [("exit 75", []), ("exit 3", ["--restart-on-failure"])])
