@@ -40,16 +40,23 @@ def full_logprobs(model, prompt, response):
     return jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
+def as_on_tpus(*arrays, default, tpu=None):
+    return (tpu or default)(*arrays)
+
+
+@pytest.mark.parametrize("parts", ["", "in blocks", "in turns"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_by_parts_equals_one_full_pass(kind, in_blocks, monkeypatch):
+def test_reading_by_parts_equals_one_full_pass(kind, parts, monkeypatch):
     """Two chunks with a reorder between them, ragged prompts, token by token and teacher-forced.
 
-    Keys may be attended to in blocks, as the many keys of large models are.
+    Keys may be attended to in blocks and slots in turns, as those of large models are.
     """
-    if in_blocks:
+    if parts == "in blocks":
         for name in ("LANES", "BLOCK_KEYS", "BLOCK_BYTES", "TPU_BLOCK_BYTES"):
             monkeypatch.setattr(attention, name, 2 if name == "BLOCK_KEYS" else 1)
+    if parts == "in turns":
+        monkeypatch.setattr(attention, "TPU_TURN_BYTES", 1)
+        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_tpus)
     model = tiny_model(0, sharpness=6.0, **KINDS[kind])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in (5, 2)]

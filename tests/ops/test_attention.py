@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from w2s_jax.ops import attention
 from w2s_jax.ops.attention import (
+    Split,
     attend_in_blocks,
     attend_part,
     attend_sequence,
     concatenate,
+    in_turns,
     merge,
     unseen,
 )
@@ -214,7 +216,7 @@ def test_a_block_is_no_larger_than_its_bytes():
 
 @pytest.mark.parametrize(
     ("platform", "total", "looped"),
-    [("tpu", 512, False), ("tpu", 1024, True), ("cpu", 1024, False), ("cpu", 32768, True)],
+    [("tpu", 1024, False), ("tpu", 2048, True), ("cpu", 2048, False), ("cpu", 32768, True)],
 )
 def test_tpus_take_small_blocks_and_others_large_ones(platform, total, looped):
     """Scores of 16 KiB a key: 16 MiB of 1,024 keys, 512 MiB of 32,768."""
@@ -224,3 +226,90 @@ def test_tpus_take_small_blocks_and_others_large_ones(platform, total, looped):
     traced = jax.jit(lambda *given: attend_in_blocks(*given, scale=1.0)).trace(*arrays, mask)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text) == looped
+
+
+def mixed(query, held):
+    keys, values, masks = held
+    return merge([attend_part(query, keys, values, masks, scale=0.3)]).astype(query.dtype)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    devices=st.integers(1, 3),
+    turns=st.integers(1, 3),
+    together=st.integers(1, 3),
+    shared=st.booleans(),
+)
+def test_turns_of_slots_are_the_whole(seed, devices, turns, together, shared):
+    rng = np.random.default_rng(seed)
+    slots = devices * turns * together
+    query = rng.normal(size=(slots, 2, 3, 4, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, slots, 2, 5, 2, 8)).astype(np.float32)
+    mask = rng.random((1 if shared else slots, 2, 3, 5)) < 0.5
+    mask[..., 0] = True
+    options = {"split": Split(devices), "together": together}
+    held = tuple(map(jnp.asarray, (keys, values, mask)))
+    found = attention._turned(mixed, jnp.asarray(query), held, **options)
+    masks = np.broadcast_to(mask, (slots, *mask.shape[1:]))
+    expected = [
+        [plain(*group, 0.3) for group in zip(*slot, strict=True)]
+        for slot in zip(query, keys, values, masks, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "slots", "split", "turns"),
+    [("tpu", 4, Split(), 0), ("tpu", 8, Split(), 4), ("tpu", 9, Split(), 9), ("cpu", 8, Split(), 0),
+     ("tpu", 8, Split(2), 0), ("tpu", 8, Split(1, 2), 0), ("tpu", 16, Split(2, 2), 0),
+     ("tpu", 32, Split(2, 2), 4)],
+)  # fmt: skip
+def test_tpus_take_slots_in_turns_where_scores_of_all_are_many(platform, slots, split, turns):
+    """Scores of 1 MiB a slot, 4 bytes × 512 keys × 2 groups × 32 queries × 8 heads: 2 a turn."""
+    shapes = [(slots, 2, 32, 8, 8), (slots, 2, 5, 2, 8), (slots, 2, 5, 2, 8), (1, 1, 1, 5)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes[:3]]
+    mask = jax.ShapeDtypeStruct(shapes[3], jnp.bool_)
+    run = jax.jit(lambda query, *held: in_turns(mixed, query, held, split))
+    text = run.trace(*arrays, mask).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == bool(turns)
+    if turns:
+        assert f"stablehlo.constant dense<{turns}> : tensor<i32>" in text
+
+
+TURNS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from w2s_jax.ops import attention
+from w2s_jax.ops.meshes import make_mesh
+
+def mixed(query, held):
+    keys, values, mask = held
+    part = attention.attend_part(query, keys, values, mask, scale=0.3)
+    return attention.merge([part]).astype(query.dtype)
+
+def turned(query, *held):
+    split = attention.Split(slots=4, heads=2)
+    return attention._turned(mixed, query, held, split=split, together=2)
+
+rng = np.random.default_rng(0)
+shapes = [(16, 2, 3, 4, 8), (16, 2, 5, 2, 8), (16, 2, 5, 2, 8)]
+arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+mask = rng.random((16, 2, 3, 5)) < 0.7
+mask[..., 0] = True
+mesh = make_mesh("fsdp=4,tensor=2", jax.devices())
+split = NamedSharding(mesh, P("fsdp", None, None, "tensor"))
+placed = [jax.device_put(array, split) for array in arrays]
+placed.append(jax.device_put(mask, NamedSharding(mesh, P("fsdp"))))
+compiled = jax.jit(turned).lower(*placed).compile()
+found, text = compiled(*placed), compiled.as_text()
+assert " while(" in text
+for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+    assert kind not in text, kind
+assert found.sharding.is_equivalent_to(split, found.ndim), found.sharding
+np.testing.assert_allclose(found, mixed(arrays[0], (*arrays[1:], mask)), atol=2e-5, rtol=2e-5)
+"""
+
+
+def test_devices_take_turns_of_their_own_slots(run_python):
+    """Nothing is exchanged, and what comes out lies where the queries lay."""
+    run_python(TURNS, devices=8)

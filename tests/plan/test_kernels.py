@@ -181,13 +181,16 @@ def test_chips_of_two_cores_move_scores_of_a_token_step_too(run_python, prefix):
 @pytest.mark.parametrize(
     ("heads", "sizes"),
     [(GUIDE, (8, 2, 2, 512)), (MHA_GUIDE, (8, 2, 2, 512)), (POLICY, (8, 2, 2, 4096)),
-     (GUIDE, (8, 2, 2, 32768))],
+     (GUIDE, (8, 2, 2, 32768)), (GUIDE, (16, 4, 4, 512)), (MHA_GUIDE, (16, 4, 4, 512)),
+     (POLICY, (16, 4, 4, 4096))],
 )  # fmt: skip
 def test_scoring_a_chunk_reads_keys_and_values_once(run_python, chip, heads, sizes):
-    """Scores of all its queries and keys would not fit the vector memory; blocks of them do."""
+    """Scores of all its slots and keys would not fit the vector memory; some at a time do."""
     print(run_python(START + DECODE % ((chip, *heads), (*sizes, False), (("scoring",), 1.15))))
 
 
-def test_many_rows_read_keys_and_values_once(run_python):
-    case = (("v6e:2x2", *POLICY), (16, 4, 4, 512, False), (STEPS, 1.05))
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("prefix", [512, 4096])
+def test_many_rows_read_keys_and_values_once(run_python, chip, prefix):
+    case = ((chip, *POLICY), (16, 4, 4, prefix, False), (STEPS, 1.05))
     print(run_python(START + DECODE % case))

@@ -54,3 +54,15 @@ def test_what_stays_in_vector_memory_moves_nothing():
 def test_what_a_loop_reads_whole_counts_each_time():
     whole = TEXT.replace("dynamic-slice(%flat, %s), dynamic_slice_sizes={256}", "negate(%flat)")
     assert main_memory_bytes(whole) - main_memory_bytes(TEXT) == 4 * (4096 - 1024)
+
+
+def test_what_is_fetched_for_the_next_call_counts_once():
+    """A program that fetches an operand ahead at its end fetches it at its first call as well."""
+    start = "%start = (f32[1024]{0:T(1024)S(1)}, f32[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%a)"
+    ahead = TEXT.replace(start, start + ", cross_program_prefetch_index=0")
+    assert main_memory_bytes(ahead) == main_memory_bytes(TEXT)
+    end = "  %view = f32[1024]{0} bitcast(%a)\n"
+    both = ahead.replace(end, end + "  " + start.replace("%start", "%again") + "\n")
+    assert main_memory_bytes(both) == main_memory_bytes(TEXT)
+    unmarked = TEXT.replace(end, end + "  " + start.replace("%start", "%again") + "\n")
+    assert main_memory_bytes(unmarked) == main_memory_bytes(TEXT) + 4096

@@ -11,6 +11,7 @@ from w2s_jax.plan.compiled import computations, loop_length
 
 _BYTES = {"bf16": 2, "f32": 4, "s8": 1, "u8": 1, "pred": 1, "s32": 4, "u32": 4}
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^()]*)\)(.*)")
+_FETCHED = re.compile(r" copy-start\((%[\w.\-]+)\)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = re.compile(r"S\([126]\)")
 _NOTHING = ("parameter", "bitcast", "get-tuple-element", "tuple", "constant")
@@ -20,7 +21,7 @@ def main_memory_bytes(text: str) -> int:
     """What the instructions of a program, its loops among them, read and write in main memory.
 
     Each operand counts whole, but for those of which a fusion takes a slice. An asynchronous copy
-    counts where it starts.
+    counts where it starts. What is fetched at a program's end for its next call counts there alone.
     """
     found = computations(text)
     entry = next(name for name, (first, _) in found.items() if first)
@@ -30,6 +31,7 @@ def main_memory_bytes(text: str) -> int:
 def _moved(bodies: dict[str, tuple[bool, list[str]]], name: str) -> int:
     types: dict[str, str] = {}
     moved = 0
+    fetched = [found[1] for line in bodies[name][1] if (found := _FETCHED.search(line))]
     for line in bodies[name][1]:
         found = _INSTRUCTION.match(line)
         if found is None:
@@ -43,6 +45,9 @@ def _moved(bodies: dict[str, tuple[bool, list[str]]], name: str) -> int:
             loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", more)
             times = loop_length(line, bodies, loop[1], loop[2])
             moved += times * _moved(bodies, loop[2])
+        elif operation == "copy-start" and "cross_program_prefetch" in more:
+            again = fetched.count(operands) > 1
+            moved += 0 if again else sum(size for size, is_main in arrays[:2] if is_main)
         elif operation == "copy-start":
             moved += sum(size for size, is_main in arrays[:2] if is_main)
         elif operation == "slice-start":

@@ -145,14 +145,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Self-attention of the new tokens over prefix, committed response and chunk.
 
-    devices: how many share the slots and heads of a cache.
+    split: over how many devices the slots and heads of a cache lie.
     """
 
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    devices: int = 1
+    split: attention.Split = attention.UNSPLIT
 
     @nn.compact
     def __call__(
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
         kv = _extend(kv, KV(key, value), self.layout, view)
-        mixed = _attend(query, kv, masks, self.layout, config, self.devices).astype(x.dtype)
+        mixed = _attend(query, kv, masks, self.layout, config, self.split).astype(x.dtype)
         shape = (config.heads, config.head_width, config.width)
         axes = ("heads", "head_width", "embed")
         options: Any = {"dtype": self.dtype, "placement": self.placement, "name": "out"}
@@ -217,9 +217,8 @@ def _attend(
     masks: tuple,
     layout: Layout,
     config: ModelConfig,
-    devices: int = 1,
+    split: attention.Split = attention.UNSPLIT,
 ) -> Array:
-    slots, hypotheses, count = query.shape[:3]
     scale = config.attention_scale
     scale = config.head_width**-0.5 if scale is None else scale
     softcap = config.attention_softcap
@@ -233,9 +232,24 @@ def _attend(
 
     def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
         held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
-        options: Any = {"scale": scale, "softcap": softcap, "devices": devices}
+        options: Any = {"scale": scale, "softcap": softcap, "devices": split.devices}
         return attention.attend_in_blocks(queries, *held, **options)
 
+    def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
+        return _attend_parts(query, *held, layout, attend).astype(query.dtype)
+
+    return attention.in_turns(of_slots, query, (kv, masks), split)
+
+
+def _attend_parts(
+    query: Array,
+    kv: LayerKV,
+    masks: tuple,
+    layout: Layout,
+    attend: Callable[[Array, KV, Array], attention.Partial],
+) -> Array:
+    """Attention over what there is of prefix, committed response and chunk, float32."""
+    slots, hypotheses, count = query.shape[:3]
     partials = []
     if kv.prefix is not None:
         shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
@@ -292,7 +306,7 @@ class Block(nn.Module):
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    devices: int = 1
+    split: attention.Split = attention.UNSPLIT
 
     @nn.compact
     def __call__(
@@ -300,7 +314,7 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerKV]:
         config = self.config
         normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
-        where = (self.placement, self.devices)
+        where = (self.placement, self.split)
         attention = Attention(config, self.layout, self.dtype, *where, name="attention")
         mixed, kv = attention(normed, turn, kv, masks, view)
         if config.post_norms:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
+from w2s_jax.ops.attention import Split
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
@@ -88,17 +89,17 @@ def forward(
         stem_start=None if cache is None else cache.committed_length,
         chunk_start=chunk_start,
     )
-    devices = 1
+    split = Split()
     if cache is not None:
-        devices = cache.placement.parts("slots", tokens.shape[0])
-        devices *= cache.placement.parts("heads", config.heads)
+        parts = cache.placement.parts
+        split = Split(parts("slots", tokens.shape[0]), parts("heads", config.heads))
         placement = ON_ONE_DEVICE
     x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
     turn = None
     if config.position == "rotary":
         turn = rotation(positions, config.rope, config.head_width)
     run = _run_stacked if "layers" in params else _run_layers
-    block = Block(config, layout, x.dtype, placement, devices)
+    block = Block(config, layout, x.dtype, placement, split)
     apply = _block(block, remat, scanned="layers" in params)
     x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)

@@ -5,6 +5,7 @@ Arrays in, arrays out. What a part means (prefix, committed, chunk) is decided b
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,15 +18,36 @@ from w2s_jax.pytrees import pytree
 
 MASKED = -1e30
 """Score of a masked key: finite, so that a fully masked part merges with weight zero, not NaN."""
-TPU_BLOCK_BYTES, BLOCK_BYTES = 8 * 2**20, 256 * 2**20
+TPU_BLOCK_BYTES, BLOCK_BYTES = 16 * 2**20, 256 * 2**20
 """Scores that a device has at a time: a TPU's vector memory holds so many, beside the rest.
 
 Elsewhere they lie in main memory as it is, and a loop costs a start of every operation.
 """
 BLOCK_KEYS = 512
 """Fewer keys than these at a time would move more of sums and maxima than of scores."""
+TPU_TURN_BYTES = 2 * 2**20
+"""Scores of `BLOCK_KEYS` keys of the slots that a TPU takes in one turn of several.
+
+Their queries and sums then stay in its vector memory too. Twice as many go in one turn alone.
+"""
 LANES = 128
 """Keys that stand beside one another in a tile of a TPU; blocks of them are not cut."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Over how many devices the slots of a cache lie, and over how many its heads."""
+
+    slots: int = 1
+    heads: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many share the scores of all slots and heads."""
+        return self.slots * self.heads
+
+
+UNSPLIT = Split()
 
 
 @pytree()
@@ -136,6 +158,53 @@ def attend_in_blocks(
         tpu=functools.partial(run, largest=largest(TPU_BLOCK_BYTES)),
         default=functools.partial(run, largest=largest(BLOCK_BYTES)),
     )
+
+
+def in_turns(
+    run: Callable[[Array, Any], Array],
+    query: Float[Array, "P A m H C"],
+    held: Any,
+    split: Split = UNSPLIT,
+) -> Float[Array, "P A m H C"]:
+    """`run(query, held)`, on TPUs of a few slots after another where the scores of all are many.
+
+    Slots know nothing of each other. The arrays of `held` have P of them in front, or one that
+    stands for all; `split` says over how many devices P lies. A device takes as many of its own
+    slots in a turn as `TPU_TURN_BYTES` allows.
+    """
+    slots, groups, count, heads, _ = query.shape
+    own = slots // split.slots
+    of_a_slot = 4 * BLOCK_KEYS * groups * count * heads / split.heads
+    if own == 1 or own * of_a_slot <= 2 * TPU_TURN_BYTES:
+        return run(query, held)
+    most = max(1, int(TPU_TURN_BYTES / of_a_slot))
+    together = max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
+    turned = functools.partial(_turned, run, split=split, together=together)
+    return jax.lax.platform_dependent(query, held, tpu=turned, default=run)
+
+
+def _turned(
+    run: Callable[[Array, Any], Array], query: Array, held: Any, *, split: Split, together: int
+) -> Array:
+    slots = query.shape[0]
+    own = slots // split.slots
+
+    def cut(x: Array, at: Array) -> Array:
+        if x.shape[0] != slots:
+            return x
+        # Cut along an axis that no mesh splits.
+        x = x.reshape(split.slots, own, *x.shape[1:])
+        x = jax.lax.dynamic_slice_in_dim(x, at * together, together, 1)
+        return x.reshape(split.slots * together, *x.shape[2:])
+
+    def turn(at: Array, done: Array) -> Array:
+        mixed = run(*jax.tree.map(lambda x: cut(x, at), (query, held)))
+        mixed = mixed.reshape(split.slots, together, *mixed.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(done, mixed, at * together, 1)
+
+    shape = jax.eval_shape(run, query, held)
+    start = jnp.zeros((split.slots, own, *shape.shape[1:]), shape.dtype)
+    return jax.lax.fori_loop(0, own // together, turn, start).reshape(shape.shape)
 
 
 def _blocks(
