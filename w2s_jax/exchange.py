@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,13 @@ def everywhere(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
 
 
 def gather_bytes(payload: bytes) -> list[bytes]:
-    """What every host gives, in the order of the hosts."""
+    """What every host gives, in the order of the hosts.
+
+    Raises InputError, on every host, where they have different numbers of devices.
+    """
     if not started():
         return [payload]
+    _check_devices()
     from jax.experimental.multihost_utils import process_allgather
 
     sizes = process_allgather(np.int64(len(payload))).tolist()
@@ -78,6 +83,13 @@ def gather_bytes(payload: bytes) -> list[bytes]:
         for host, row in enumerate(process_allgather(padded)):
             parts[host].append(row[: max(0, sizes[host] - start)].tobytes())
     return [b"".join(own) for own in parts]
+
+
+def _check_devices() -> None:
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"host {host} has {count}" for host, count in sorted(counts.items()))
+        raise InputError(f"hosts must have as many devices as one another, and {told}")
 
 
 def _rounded(size: int) -> int:

@@ -153,3 +153,9 @@ def test_trainings_choose_and_a_resumed_run_says_what_it_had(folder, tmp_path, r
     assert [one[0] for one in (*other, *alone)] == ["0", "0"]
     assert other[0][1].endswith(f", for 2 devices (cpu); the run before had {mesh}")
     assert alone[0][1].startswith("--mesh auto: data=1, for one device (cpu); the run before had ")
+    named = [argument.replace("--mesh=auto", "--mesh=fsdp=2") for argument in sft]
+    (tmp_path / "sft" / "mesh.txt").write_bytes(b"\xff\xfe")
+    told = run(run_python, [sft, named, sft], devices=2)
+    assert [one[0] for one in told] == ["0"] * 3
+    assert told[0][1].endswith("; the run before had \ufffd\ufffd")
+    assert told[2][1].endswith("; the run before had fsdp=2, for 2 devices (cpu)")

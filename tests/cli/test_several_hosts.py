@@ -137,7 +137,7 @@ def test_hosts_that_count_themselves_differently_are_told(files, tmp_path):
     arguments = search(files, "out.jsonl")
     with Hosts(2, arguments, tmp_path, devices=1, code=OTHER_NUMBER) as hosts:
         assert hosts.statuses(90) == [2, 2]
-        told = "host 1 has another search than host 0 (number of hosts); start the same"
+        told = "host 1 has another command than host 0 (number of hosts); start the same"
         assert told in hosts.said(0) + hosts.said(1)
 
 
@@ -247,3 +247,31 @@ def test_two_hosts_choose_one_mesh(files, tmp_path):
         assert ", for 4 devices (cpu)" in hosts.said(0)
         assert "--mesh auto" not in hosts.said(1)
     assert_same(together, alone)
+
+
+OTHER_MESH = """
+import sys
+host = sys.argv[-1][-1]
+sys.argv = [one.replace("auto", "data=-1") if host == "1" else one for one in sys.argv]
+from w2s_jax.cli.main import main; sys.exit(main())
+"""
+FEWER_DEVICES = """
+import os, sys
+host = sys.argv[-1][-1]
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={3 - int(host)}"
+from w2s_jax.cli.main import main; sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(OTHER_MESH, "host 1 has another command than host 0 (--mesh); start the same command on all"),
+     (FEWER_DEVICES,
+      "hosts must have as many devices as one another, and host 0 has 3, host 1 has 2")],
+)  # fmt: skip
+def test_hosts_of_other_meshes_or_devices_are_told(files, tmp_path, code, told):
+    arguments = search(files, tmp_path / "out.jsonl", "--mesh=auto")
+    with Hosts(2, arguments, tmp_path, code=code) as hosts:
+        assert hosts.statuses(90) == [2, 2]
+        assert told in hosts.said(0) + hosts.said(1)
+        assert "Traceback" not in hosts.said(0) + hosts.said(1)

@@ -134,8 +134,14 @@ def test_a_foreign_file_is_never_removed(path):
 
 def test_one_run_at_a_time_holds_a_journal(path, run_python):
     code = f"from w2s_jax.text.journal import held\nwith held({str(path)!r}): print('held')"
-    with held(path), pytest.raises(AssertionError, match="another run is writing this output"):
-        run_python(code)
+    with held(path):
+        with pytest.raises(AssertionError, match="another run is writing this output"):
+            run_python(code)
+        link = path.with_name("link")
+        link.symlink_to(path)
+        with pytest.raises(InputError, match="another run is writing this output"), held(link):
+            pass
+        link.unlink()
     assert run_python(code) == "held\n"
     assert not list(path.parent.iterdir())
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from w2s_jax.search.config import SearchConfig
     from w2s_jax.search.placing import Places
 
+MESH = "mesh.txt"
+"""Where a training run's folder says, in words, on which mesh it last ran."""
+
 
 def search_shapes(
     plan: "Plan",
@@ -84,6 +87,14 @@ def training_shapes(command: "Training", setup: "Setup") -> "TrainingShapes":
         beside=tuple(beside.values()),
         eval_rows=run.eval_batch,
     )
+
+
+def mesh_before(directory: Path) -> str | None:
+    """The mesh that a training run's folder had last, in words; None where it does not say."""
+    try:
+        return (directory / MESH).read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def stored_dtype(checkpoint: Path) -> str:

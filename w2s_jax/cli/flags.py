@@ -269,12 +269,15 @@ def mesh_of(
     What is used without the flag is told, where it is not all there is, and so is what is chosen
     for "auto", by what `shapes` says is to run; `before` says what the run had when it was stopped.
 
-    Raises InputError as `make_mesh` and `choose_mesh` do, and for "auto" without shapes.
+    Raises InputError as `make_mesh` and `choose_mesh` do, for "auto" without shapes, and where
+    hosts were given different ones.
     """
     import jax
 
+    from w2s_jax.exchange import agree
     from w2s_jax.ops.meshes import make_mesh
 
+    agree("command", {"--mesh": spec})
     if spec == AUTO and shapes is not None:
         from w2s_jax.plan.here import choose_mesh
 

@@ -1,5 +1,6 @@
 """What the training commands share: from their flags to a trained checkpoint in a run's folder."""
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.choosing import stored_dtype, training_shapes
-from w2s_jax.cli.flags import AUTO, Hosts, mesh_of
+from w2s_jax.cli.choosing import MESH, mesh_before, stored_dtype, training_shapes
+from w2s_jax.cli.flags import Hosts, mesh_of
 from w2s_jax.cli.train_flags import (
     DataFlags,
     LoraFlags,
@@ -47,7 +48,7 @@ _OWN = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
 }  # fmt: skip
-MODEL, CACHE, MESH = "model", "cache", "mesh.txt"
+MODEL, CACHE = "model", "cache"
 ADAPTER_PEAK = 10
 """How much higher the learning rate of adapters is by default, as in TRL's documentation."""
 
@@ -116,7 +117,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
         identity = self.identity(setup, task)
         agree("run", identity)
-        if self.mesh == AUTO and is_first():
+        if is_first():
             write_whole(setup.directory / MESH, [name_of(setup.mesh).encode(), b"\n"])
         state = fine_tune(
             task,
@@ -224,8 +225,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             directory=directory,
             cache_folder=Path(self.cache).expanduser() if self.cache else None,
         )
-        record = directory / MESH
-        before = lambda: record.read_text().strip() if record.is_file() else None  # noqa: E731
+        before = functools.partial(mesh_before, directory)
         mesh = mesh_of(self.mesh, lambda: training_shapes(self, setup), before=before)
         return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
 

@@ -76,10 +76,7 @@ def _memory() -> int | None:
     """Bytes that every device of the run lets programs have; None where one does not say."""
     told = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     own = min((int(size) for size in told if size is not None), default=None)
-    found = gather_values({AUTO: own})
-    if not all(isinstance(one, dict) and AUTO in one for one in found):
-        raise InputError(f"{AUTO} was given to some hosts only; start the same command on all")
-    sizes = [one[AUTO] for one in found]
+    sizes = gather_values(own)
     return None if None in sizes else min(sizes)
 
 

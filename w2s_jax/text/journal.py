@@ -90,7 +90,9 @@ def held(path: str | Path) -> Iterator[None]:
     """
     path = Path(path)
     check_writable(path)
-    lock = path.with_name(f".{path.name}.lock")
+    # A file that is reached by a link is the same.
+    real = path.resolve()
+    lock = real.with_name(f".{real.name}.lock")
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
