@@ -7,6 +7,8 @@ import pytest
 from tests.plan.test_trials import Compiler
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
+from w2s_jax.plan.candidates import candidates
+from w2s_jax.plan.chips import chip_of
 from w2s_jax.plan.matrix import Cell, cells, plan_cell, plan_cells
 from w2s_jax.plan.records import open_records, settings_of
 from w2s_jax.plan.trials import Trying
@@ -59,6 +61,16 @@ def test_small_slices_are_passed_over_and_said_so():
     assert row.rows == 16
     assert [topology for topology, _ in compiler.seen] == ["v5e:4x4"]
     assert row.as_row()["plan"]["mesh"] == row.plan.mesh
+
+
+def test_a_slice_is_refused_by_the_mesh_that_needs_least():
+    cell = Cell("v6e", "70B", "sft", "full")
+    row = plan_cell(cell, trying(Compiler()))
+    # 12 bytes of 70.6e9 parameters over eight chips; split over the four of tensor=4, twice that.
+    judged = [one for one in candidates(cell.shapes(8)[1], chip_of("v6e:2x4"), 8) if one.held]
+    least, most = (pick(one.held for one in judged) / 2**30 for pick in (min, max))
+    assert 98 < least < 99.5 < most
+    assert f": holds {least:.1f} GiB" in dict(row.refused)["v6e:2x4"]
 
 
 def test_a_cell_that_fits_no_slice():

@@ -149,11 +149,11 @@ def plan_cells(
 
 
 def _why_not(trials: Trials) -> str:
-    """Why the likeliest mesh of a slice does not do."""
+    """Why the best mesh of a slice that was compiled, or else the smallest one, does not do."""
     if not trials.plans:
-        judged = (one for one in trials.skipped if one.held is not None)
-        likeliest = next(judged, trials.skipped[0])
-        return f"{likeliest.mesh}: {likeliest.why}, not compiled"
+        judged = [one for one in trials.skipped if one.held is not None]
+        least = min(judged, key=lambda one: one.needed, default=trials.skipped[0])
+        return f"{least.mesh}: {least.why}, not compiled"
     plan = trials.plans[0]
     return f"{plan.mesh}: {plan.refusal or f'takes {plan.needed / GIB:.1f} GiB'}"
 
