@@ -1,5 +1,7 @@
 """Reading by parts – prefix, last tokens, token steps, chunks – against one full forward pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from w2s_jax.decode.reader import (
     start_chunk,
 )
 from w2s_jax.models.cache import commit_chunk
-from w2s_jax.ops import attention
+from w2s_jax.ops import attention, parts_kernel
 
 KINDS = {
     "rotary": {},
@@ -44,13 +46,26 @@ def as_on_tpus(*arrays, default, tpu=None):
     return (tpu or default)(*arrays)
 
 
-@pytest.mark.parametrize("parts", ["", "in blocks", "in turns"])
+def asked_and_taken(asked, *arrays, takes=parts_kernel.takes):
+    asked.append(takes(*arrays))
+    return asked[-1]
+
+
+@pytest.mark.parametrize("parts", ["", "in blocks", "in turns", "by the kernel"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_by_parts_equals_one_full_pass(kind, parts, monkeypatch):
     """Two chunks with a reorder between them, ragged prompts, token by token and teacher-forced.
 
-    Keys may be attended to in blocks and slots in turns, as those of large models are.
+    Keys may be attended to in blocks and slots in turns, as those of large models are, and on some
+    chips all parts by a kernel.
     """
+    asked = []
+    if parts == "by the kernel":
+        taken = partial(asked_and_taken, asked)
+        monkeypatch.setattr(parts_kernel, "has_kernel", lambda *_: True)
+        monkeypatch.setattr(parts_kernel, "LANES", 4)
+        monkeypatch.setattr(parts_kernel, "takes", taken)
+        monkeypatch.setattr(parts_kernel, "attend", partial(parts_kernel.attend, interpret=True))
     if parts == "in blocks":
         for name in ("LANES", "BLOCK_KEYS", "BLOCK_BYTES", "TPU_BLOCK_BYTES"):
             monkeypatch.setattr(attention, name, 2 if name == "BLOCK_KEYS" else 1)
@@ -106,6 +121,8 @@ def test_reading_by_parts_equals_one_full_pass(kind, parts, monkeypatch):
                     jnp.arange(2 * LENGTH), jnp.asarray(whole)
                 ]
                 np.testing.assert_allclose(seen[slot, row], expected[LENGTH:], atol=1e-4)
+    assert bool(asked) == (parts == "by the kernel")
+    assert all(asked)
 
 
 def test_a_refilled_slot_forgets_and_its_neighbours_do_not():
@@ -164,4 +181,46 @@ assert alone and set(alone) == {"4"}, alone
 placed = shard_model(model, make_mesh("data=4,tensor=2", jax.devices()), SEARCH_RULES)
 assert blocks(placed, 4) == alone, blocks(placed, 4)
 assert set(blocks(model, 4)) != set(alone)
+"""
+
+
+def test_devices_of_a_mesh_read_by_the_kernel_as_one_does(run_python):
+    """Each its own slots and heads; nothing of a cache is exchanged."""
+    run_python(KERNEL, devices=8)
+
+
+KERNEL = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from tests.tiny import tiny_model
+from w2s_jax.decode.reader import read_chunk, read_step, read_stems, start_cache, start_chunk
+from w2s_jax.models.model import shard_model
+from w2s_jax.ops import parts_kernel
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import SEARCH_RULES
+parts_kernel.LANES = 4
+parts_kernel.attend = partial(parts_kernel.attend, interpret=True)
+
+def read(model, last, tokens):
+    cache = start_cache(
+        model, slots=4, hypotheses=2, prefix_capacity=6, committed_capacity=6
+    )
+    logits, cache = read_stems(model, cache, last)
+    chunk = start_chunk(model, 4, 4, 2)
+    step, chunk = read_step(model, cache, chunk, tokens[:, :, 0], jnp.int32(0))
+    seen, _, _ = read_chunk(model, cache, last, tokens)
+    return logits, step, seen
+
+rng = np.random.default_rng(0)
+last, tokens = rng.integers(0, 24, (4, 2)), rng.integers(0, 24, (4, 4, 3))
+for stacked in (False, True):
+    model = tiny_model(0, heads=4, kv_heads=2, vocab_size=24, scan_layers=stacked)
+    parts_kernel.has_kernel = lambda *_: False
+    wanted = jax.jit(partial(read, model))(last, tokens)
+    parts_kernel.has_kernel = lambda *_: True
+    placed = shard_model(model, make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
+    run = jax.jit(partial(read, placed))
+    assert str(jax.make_jaxpr(partial(read, placed))(last, tokens)).count("pallas_call") >= 3
+    for found, one in zip(run(last, tokens), wanted, strict=True):
+        np.testing.assert_allclose(found, one, atol=2e-4)
 """

@@ -20,7 +20,7 @@ from w2s_jax.models.model import Model, abstract_model, hidden_states
 from w2s_jax.ops.attention import attend_sequence
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.meshes import make_mesh
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, resolve_tree
+from w2s_jax.ops.sharding import DEFAULT_RULES, SEARCH_RULES, Placement, resolve_tree
 from w2s_jax.plan.shapes import shape_of
 from w2s_jax.plan.topology import open_slice
 
@@ -108,7 +108,7 @@ def test_a_gradient_of_8b_layers_holds_no_scores_and_no_mask(run_python, case):
 DECODE = """
 from tests.plan.traffic import main_memory_bytes
 from w2s_jax.models.cache import KV
-from w2s_jax.models.decoder import LayerKV, _attend
+from w2s_jax.models.decoder import LayerKV, View, _attend, _attend_by_kernel
 
 # One layer, of which a chip has these heads of a model that tensor=8 splits.
 chip, heads, kv_heads = %r
@@ -147,7 +147,17 @@ def must_and_moved(name):
         )
         return _attend(query, kv, masks, layout, config).astype(jnp.bfloat16)
 
-    found = compiled(attend, query, kv, *lengths)
+    def attend_by_kernel(query, kv, new, prefixes, lengths, start):
+        places = start + jnp.arange(layout.length)[:, None]
+        masks = (None, None, (jnp.arange(room) <= places)[None, None], None)
+        view = View((masks,), lengths, start, prefixes)
+        found = _attend_by_kernel(
+            query, kv, new, kv.chunk, masks, view, layout, config, Placement(mesh, SEARCH_RULES)
+        )
+        return attend(query, kv, prefixes, lengths, start) if found is None else found
+
+    found = compiled(attend_by_kernel, query, kv, kept(slots, width, 1), *lengths)
+    assert ("tpu_custom_call" in found.as_text()) == chip.startswith("v5p")
     must = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((query, kv, query)))
     return must, main_memory_bytes(found.as_text())
 
@@ -170,10 +180,16 @@ def test_a_token_step_reads_keys_and_values_once(run_python, prefix, quantized):
     print(run_python(START + DECODE % case))
 
 
-@pytest.mark.parametrize("prefix", [512, 4096])
-def test_chips_of_two_cores_move_scores_of_a_token_step_too(run_python, prefix):
-    """The cores of a v5p share no vector memory, so that nothing computed stays there."""
-    case = (("v5p:2x2x1", *POLICY), (8, 2, 2, prefix, False), (STEPS, 1.6))
+@pytest.mark.parametrize(
+    ("heads", "sizes", "names"),
+    [(POLICY, (8, 2, 2, 512), STEPS), (POLICY, (16, 4, 4, 4096), STEPS),
+     ((16, 2), (16, 4, 4, 1000), STEPS), (GUIDE, (8, 2, 2, 512), ("scoring",)),
+     (GUIDE, (16, 4, 4, 4096), ("scoring",)), (MHA_GUIDE, (8, 2, 2, 512), ("scoring",)),
+     (MHA_GUIDE, (8, 2, 2, 32768), ("scoring",)), ((32, 8), (8, 2, 2, 512), ("scoring",))],
+)  # fmt: skip
+def test_chips_of_two_cores_have_a_kernel(run_python, heads, sizes, names):
+    """The cores of a v5p share no vector memory, so that a compiler keeps nothing there."""
+    case = (("v5p:2x2x1", *heads), (*sizes, False), (names, 1.2))
     print(run_python(START + DECODE % case))
 
 

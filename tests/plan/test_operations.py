@@ -19,6 +19,29 @@ def test_loops_branches_and_calls_are_counted():
     assert matmul_operations(jaxpr) == (5 + 2) * 2 * 3 * 4 * 4
 
 
+KERNEL = """
+import jax, jax.numpy as jnp
+from tests.ops.test_parts_kernel import case
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.parts_kernel import attend
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, SEARCH_RULES, Placement
+from w2s_jax.plan.operations import matmul_operations
+arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2)
+for placement in (
+    ON_ONE_DEVICE, Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
+):
+    def run(*arrays):
+        return attend(*arrays, jnp.int32(1), scale=0.3, placement=placement, interpret=True)
+    # Two products of 4 slots x 2 rows x 3 tokens x 8 heads with 33 keys 8 wide.
+    found = matmul_operations(jax.make_jaxpr(jax.jit(run))(*arrays))
+    assert found == 2 * 2 * (4 * 2 * 3 * 8) * (20 + 9 + 4) * 8, found
+"""
+
+
+def test_a_kernel_counts_on_every_device_for_its_share(run_python):
+    run_python(KERNEL, devices=8)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_model_costs_two_operations_a_parameter_and_token(scan):
     model = tiny_model(0, scan_layers=scan)

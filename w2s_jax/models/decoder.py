@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from w2s_jax.models.cache import KV, quantize_part, write_committed
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops import attention
+from w2s_jax.ops import attention, parts_kernel
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.norms import layer_norm, rms_norm
 from w2s_jax.ops.quantized import QTensor, dot
@@ -57,23 +57,43 @@ class View:
     """What new tokens may see beside themselves, for all layers of one call.
 
     masks: for every distinct sliding window, one mask a part, in the order prefix, committed,
-    chunk (None where that part is absent); whole sequences, which have no other part and no chunk
-    buffer, have a Reach for the chunk's. stem_start [P, W] is where stems are written,
-    chunk_start (a scalar) where branch tokens are written in a chunk buffer.
+    chunk (None where that part is absent), and the window (None: there is none); whole sequences,
+    which have no other part and no chunk buffer, have a Reach for the chunk's. stem_start [P, W] is
+    where stems are written and how long the committed part was before, prefix_length [P] that of
+    the prefix, offsets [M] how far new tokens stand behind both; chunk_start (a scalar) is where
+    branch tokens are written in a chunk buffer.
     """
 
-    masks: tuple[tuple[Array | None, Array | None, Array | Reach | None], ...]
-    stem_start: Array | None
-    chunk_start: Array | None
+    masks: tuple[tuple[Array | None, Array | None, Array | Reach | None, Array | None], ...]
+    stem_start: Array | None = None
+    chunk_start: Array | None = None
+    prefix_length: Array | None = None
+    offsets: Array | None = None
+
+
+@pytree()
+class Stacked:
+    """Two parts of all layers before new tokens are written, and the number of the layer that runs.
+
+    A kernel reads them where they lie: a layer taken out for it would be a copy.
+    """
+
+    prefix: KV
+    committed: KV
+    layer: Array
 
 
 @pytree()
 class LayerKV:
-    """One layer's keys and values of the three parts; None where a part is absent."""
+    """One layer's keys and values of the three parts; None where a part is absent.
+
+    stacked: what its prefix and committed part were taken from, where layers are stacked.
+    """
 
     prefix: KV | None
     committed: KV | None
     chunk: KV | None
+    stacked: Stacked | None = None
 
 
 class Linear(nn.Module):
@@ -145,14 +165,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Self-attention of the new tokens over prefix, committed response and chunk.
 
-    split: over how many devices the slots and heads of a cache lie.
+    held: where a cache lies.
     """
 
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    split: attention.Split = attention.UNSPLIT
+    held: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -173,8 +193,14 @@ class Attention(nn.Module):
             key = Norm(config, "head_width", self.dtype, name="key_norm")(key)
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
-        kv = _extend(kv, KV(key, value), self.layout, view)
-        mixed = _attend(query, kv, masks, self.layout, config, self.split).astype(x.dtype)
+        new, before = KV(key, value), kv
+        kv = _extend(before, new, self.layout, view)
+        mixed = _attend_by_kernel(
+            query, before, new, kv.chunk, masks, view, self.layout, config, self.held
+        )
+        if mixed is None:
+            mixed = _attend(query, kv, masks, self.layout, config, self.held)
+        mixed = mixed.astype(x.dtype)
         shape = (config.heads, config.head_width, config.width)
         axes = ("heads", "head_width", "embed")
         options: Any = {"dtype": self.dtype, "placement": self.placement, "name": "out"}
@@ -211,17 +237,19 @@ def _branches(x: Array, layout: Layout) -> Array:
     return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
 
 
+def _scale(config: ModelConfig) -> float | int:
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
+
+
 def _attend(
     query: Array,
     kv: LayerKV,
     masks: tuple,
     layout: Layout,
     config: ModelConfig,
-    split: attention.Split = attention.UNSPLIT,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> Array:
-    scale = config.attention_scale
-    scale = config.head_width**-0.5 if scale is None else scale
-    softcap = config.attention_softcap
+    scale, softcap = _scale(config), config.attention_softcap
     if isinstance(masks[2], Reach):
         assert kv.chunk is not None
         rows = _branches(query, layout)
@@ -229,6 +257,9 @@ def _attend(
             rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap
         )
         return whole.reshape(query.shape)
+
+    parts = placement.parts
+    split = attention.Split(parts("slots", len(query)), parts("heads", config.heads))
 
     def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
         held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
@@ -238,7 +269,7 @@ def _attend(
     def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
         return _attend_parts(query, *held, layout, attend).astype(query.dtype)
 
-    return attention.in_turns(of_slots, query, (kv, masks), split)
+    return attention.in_turns(of_slots, query, (kv, masks[:3]), split)
 
 
 def _attend_parts(
@@ -265,6 +296,80 @@ def _attend_parts(
             own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)
         partials.append(own)
     return attention.merge(partials)
+
+
+def _attend_by_kernel(
+    query: Array,
+    before: LayerKV,
+    new: KV,
+    chunk: KV | None,
+    masks: tuple,
+    view: View,
+    layout: Layout,
+    config: ModelConfig,
+    placement: Placement,
+) -> Array | None:
+    """As `_attend`, by the kernel for chips that need one; None where it does not take the case.
+
+    before: the parts before the new tokens are written; chunk: after.
+    """
+    if before.prefix is None or before.committed is None:
+        return None
+    if not parts_kernel.has_kernel(query.dtype, placement):
+        return None
+    source: Any = before if before.stacked is None else before.stacked
+    parts = (
+        parts_kernel.Part(source.prefix.keys, source.prefix.values, _given(view.prefix_length)),
+        parts_kernel.Part(source.committed.keys, source.committed.values, _given(view.stem_start)),
+    )
+    if not parts_kernel.takes(query, *parts, placement):
+        return None
+    stacked, window = before.stacked, None
+    if masks[3] is not None:
+        window = parts_kernel.Window(masks[3], _given(view.offsets))
+    own, mask = _own(new, chunk, masks[2], layout, query.shape[1])
+    if window is not None and layout.stem:
+        mask = mask.at[:, 0].set(window.offsets < window.size)
+    return parts_kernel.attend(
+        query,
+        *parts,
+        own,
+        mask,
+        None if stacked is None else stacked.layer,
+        window,
+        scale=_scale(config),
+        softcap=config.attention_softcap,
+        placement=placement,
+    )
+
+
+def _own(
+    new: KV, chunk: KV | None, mask: Array | None, layout: Layout, width: int
+) -> tuple[tuple[Array, Array], Array]:
+    """Keys and values [P W X G C] of a hypothesis' stem and chunk, and which [M X] a token sees.
+
+    A branch sees the stem and, by `mask` [1 1 length J], its own row of the chunk.
+    """
+    stem = int(layout.stem)
+    rows = layout.successors if chunk is not None else 0
+    room = 0 if chunk is None else chunk.keys.shape[2]
+    seen = jnp.zeros((layout.tokens, stem + rows * room), bool)
+    if stem:
+        seen = seen.at[:, 0].set(True)
+    if chunk is not None:
+        assert mask is not None
+        branches = jnp.kron(jnp.eye(rows, dtype=jnp.int32), mask[0, 0].astype(jnp.int32))
+        seen = seen.at[stem:, stem:].set(branches > 0)
+
+    def held(fresh: Array, written: Array | None) -> Array:
+        parts = [fresh[:, :, :stem]]
+        if written is not None:
+            parts.append(written.reshape(len(fresh), width, rows * room, *written.shape[3:]))
+        return jnp.concatenate(parts, axis=2)
+
+    if chunk is None:
+        return (held(new.keys, None), held(new.values, None)), seen
+    return (held(new.keys, chunk.keys), held(new.values, chunk.values)), seen
 
 
 class MLP(nn.Module):
@@ -306,7 +411,7 @@ class Block(nn.Module):
     layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    split: attention.Split = attention.UNSPLIT
+    held: Placement = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -314,7 +419,7 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerKV]:
         config = self.config
         normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
-        where = (self.placement, self.split)
+        where = (self.placement, self.held)
         attention = Attention(config, self.layout, self.dtype, *where, name="attention")
         mixed, kv = attention(normed, turn, kv, masks, view)
         if config.post_norms:

@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, View
-from w2s_jax.ops.attention import Split
+from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, Stacked, View
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
@@ -30,6 +29,8 @@ Remat = Literal["none", "full", "dots"]
 XLA's CPU compiler merges it again with the forward pass unless the layers are stacked.
 """
 
+_FAR = 2**30
+"""The window of layers without one, where others have one; more than any model's positions."""
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -75,31 +76,35 @@ def forward(
     drawing from its own fold. `placement` is that of the parameters: states of whole sequences, and
     gradients, follow it.
     """
-    positions = _positions(tokens, layout, cache, chunk_start, mask, segments)
+    offsets = _offsets(layout, chunk_start)
+    positions = _positions(tokens, offsets, cache, mask, segments)
     capacity = layout.length if chunk is None else _first(chunk).keys.shape[2]
     windows, _ = _windows(config)
     whole = cache is None and chunk is None
     view = View(
         masks=tuple(
-            (None, None, Reach((window,), None, mask, segments, placement))
+            (None, None, Reach((window,), None, mask, segments, placement), None)
             if whole
-            else _masks(window, positions, layout, cache, capacity, chunk_start)
+            else (
+                *_masks(window, positions, layout, cache, capacity, chunk_start),
+                None if windows == (None,) else jnp.int32(window or _FAR),
+            )
             for window in windows
         ),
         stem_start=None if cache is None else cache.committed_length,
         chunk_start=chunk_start,
+        prefix_length=None if cache is None else cache.prefix_length,
+        offsets=offsets,
     )
-    split = Split()
+    held = ON_ONE_DEVICE
     if cache is not None:
-        parts = cache.placement.parts
-        split = Split(parts("slots", tokens.shape[0]), parts("heads", config.heads))
-        placement = ON_ONE_DEVICE
+        placement, held = ON_ONE_DEVICE, cache.placement
     x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
     turn = None
     if config.position == "rotary":
         turn = rotation(positions, config.rope, config.head_width)
     run = _run_stacked if "layers" in params else _run_layers
-    block = Block(config, layout, x.dtype, placement, split)
+    block = Block(config, layout, x.dtype, placement, held)
     apply = _block(block, remat, scanned="layers" in params)
     x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
     hidden = Norm(config).apply({"params": params["final_norm"]}, x)
@@ -176,8 +181,8 @@ def _initial_block(config: ModelConfig, key: Array, dtype: DTypeLike) -> dict:
     turn = None
     if config.position == "rotary":
         turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.rope, config.head_width)
-    masks = (None, None, jnp.ones((1, 1, 1, 1), bool))
-    view, kv = View((masks,), None, None), LayerKV(None, None, None)
+    masks = (None, None, jnp.ones((1, 1, 1, 1), bool), None)
+    view, kv = View((masks,)), LayerKV(None, None, None)
     return Block(config, layout, dtype).init(key, x, turn, kv, masks, view)["params"]
 
 
@@ -265,11 +270,12 @@ def _run_stacked(
 
     Writing a cache through scanned inputs and outputs would cost a full extra copy of it.
     """
-    committed = None if cache is None else cache.committed
+    committed: Any = None if cache is None else cache.committed
+    whole: Any = None if cache is None else cache.prefix
     carried = (committed if layout.stem else None, chunk)
     scanned = (
         params["layers"],
-        None if cache is None else cache.prefix,
+        whole,
         None if layout.stem else committed,
         jnp.asarray(_windows(config)[1], jnp.int32),
     )
@@ -281,6 +287,7 @@ def _run_stacked(
             prefix,
             read if stems is None else _at(stems, index),
             None if buffer is None else _at(buffer, index),
+            None if cache is None else Stacked(whole, stems or committed, index),
         )
         masks = _choose(view.masks, window)
         x, kv = apply(layer_params, x, turn, kv, masks, view, _fold(key, index))
@@ -328,11 +335,18 @@ def _first(chunk: LayersKV) -> KV:
     return chunk[0]
 
 
+def _offsets(layout: Layout, chunk_start: Array | None) -> Array:
+    """How far the new tokens [M] stand behind what a cache holds."""
+    stem = int(layout.stem)
+    steps = jnp.arange(layout.length) + stem + (0 if chunk_start is None else chunk_start)
+    offsets = [jnp.zeros(stem, jnp.int32), jnp.tile(steps, layout.successors)]
+    return jnp.concatenate(offsets).astype(jnp.int32)
+
+
 def _positions(
     tokens: Array,
-    layout: Layout,
+    offsets: Array,
     cache: KVCache | None,
-    chunk_start: Array | None,
     mask: Array | None,
     segments: Array | None,
 ) -> Array:
@@ -344,9 +358,6 @@ def _positions(
         return (index - starts).astype(jnp.int32)
     if mask is not None:
         return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
-    stem = int(layout.stem)
-    steps = jnp.arange(layout.length) + stem + (0 if chunk_start is None else chunk_start)
-    offsets = jnp.concatenate([jnp.zeros(stem, jnp.int32), jnp.tile(steps, layout.successors)])
     base = jnp.zeros(tokens.shape[:2], jnp.int32)
     if cache is not None:
         base = cache.prefix_length[:, None] + cache.committed_length

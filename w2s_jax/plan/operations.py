@@ -14,7 +14,8 @@ def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
     """Multiplications and additions of all dot products.
 
     jaxpr: a (closed) jaxpr, as `jax.make_jaxpr` or `traced.jaxpr` gives. A loop whose length is not
-    known runs `unknown` times. Of branches the costliest counts.
+    known runs `unknown` times. Of branches the costliest counts. A Pallas kernel is what its own
+    estimate says, and a part for one device (`shard_map`) runs on each of its mesh.
     """
     found = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -22,9 +23,15 @@ def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
         if name == "dot_general":
             found += _dot(equation)
             continue
+        cost = parameters.get("cost_estimate")
+        if name == "pallas_call" and cost is not None:
+            found += cost.flops
+            continue
         inner = [matmul_operations(one, unknown) for one in _inside(parameters)]
         if name == "scan":
             found += parameters["length"] * sum(inner)
+        elif name == "shard_map":
+            found += parameters["mesh"].size * sum(inner)
         elif name == "while":
             found += unknown * sum(inner)
         elif name == "cond":

@@ -1,0 +1,181 @@
+"""The kernel over prefix, committed response and own tokens, interpreted, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ops.test_attention import plain
+from w2s_jax.ops import parts_kernel
+from w2s_jax.ops.parts_kernel import Part, Window, attend, has_kernel, takes
+from w2s_jax.ops.sharding import ON_ONE_DEVICE
+
+SIZE = 8
+
+
+def case(seed, slots, width, count, groups, each, lengths, own, layers=None):
+    """Random arrays (query, prefix, committed, own, own mask); every token sees one of its own."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    front = () if layers is None else (layers,)
+    query = draw(slots, width, count, groups * each, SIZE) * 3
+    shapes = [(*front, slots, lengths[0]), (*front, slots, width, lengths[1]), (slots, width, own)]
+    held = [(draw(*shape, groups, SIZE), draw(*shape, groups, SIZE)) for shape in shapes]
+    # Some parts are empty, and some lengths pass what there is room for.
+    rows = [(slots,), (slots, width)]
+    seen = [rng.integers(0, room + 2, shape) for room, shape in zip(lengths, rows, strict=True)]
+    own_mask = rng.random((count, own)) < 0.5
+    own_mask[np.arange(count), rng.integers(0, own, count)] = True
+    parts = [Part(*map(jnp.asarray, (*pair, many))) for pair, many in zip(held, seen, strict=False)]
+    return jnp.asarray(query), *parts, tuple(map(jnp.asarray, held[2])), jnp.asarray(own_mask)
+
+
+def expected(query, prefix, committed, own, own_mask, layer=None, window=None, **options):
+    at = () if layer is None else (layer,)
+    arrays = jax.tree.map(np.asarray, (query, prefix, committed, own, own_mask))
+    query, prefix, committed, own, own_mask = arrays
+    out = np.zeros(query.shape)
+    for slot, row in np.ndindex(query.shape[:2]):
+        parts = (prefix.keys[(*at, slot)], committed.keys[(*at, slot, row)], own[0][slot, row])
+        keys = np.concatenate(parts)
+        parts = (prefix.values[(*at, slot)], committed.values[(*at, slot, row)], own[1][slot, row])
+        values = np.concatenate(parts)
+        room, more = prefix.keys.shape[-3], committed.keys.shape[-3]
+        lengths = min(prefix.lengths[slot], room), min(committed.lengths[slot, row], more)
+        seen = np.concatenate([np.arange(room) < lengths[0], np.arange(more) < lengths[1]])
+        seen = np.broadcast_to(seen, (query.shape[2], room + more))
+        if window is not None:
+            places = np.concatenate([np.arange(room), prefix.lengths[slot] + np.arange(more)])
+            now = prefix.lengths[slot] + committed.lengths[slot, row] + np.asarray(window.offsets)
+            seen = seen & (places > now[:, None] - int(window.size))
+        mask = np.concatenate([seen, own_mask], axis=1)
+        out[slot, row] = plain(query[slot, row], keys, values, mask, **options)
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    width=st.integers(1, 2),
+    count=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    each=st.integers(1, 2),
+    lengths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    own=st.integers(1, 5),
+    softcap=st.sampled_from([None, 5.0]),
+    layers=st.sampled_from([None, 2]),
+    size=st.sampled_from([None, 1, 9]),
+)
+def test_the_kernel_is_softmax_attention_over_all_three(
+    seed, width, count, groups, each, lengths, own, softcap, layers, size
+):
+    """Of any lengths: blocks of four keys here, the last of which may pass the end."""
+    arrays = case(seed, 2, width, count, groups, each, lengths, own, layers)
+    options = {"scale": 0.3, "softcap": softcap}
+    layer = None if layers is None else 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_kernel, "LANES", 4)
+        patch.setattr(parts_kernel, "LONGEST", 4)
+        number = None if layer is None else jnp.int32(layer)
+        window = None if size is None else Window(jnp.int32(size), jnp.arange(count) + 1)
+        found = attend(*arrays, number, window, **options, interpret=True)
+    wanted = expected(*arrays, layer, window, **options)
+    np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_half_precision_is_summed_in_float32():
+    def cast(arrays, dtype):
+        is_number = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(dtype) if is_number(x) else x, arrays)
+
+    arrays = cast(case(0, 1, 2, 3, 2, 2, (300, 200), 4), jnp.bfloat16)
+    found = attend(*arrays, scale=0.3, interpret=True)
+    assert found.dtype == jnp.bfloat16
+    known = cast(arrays, jnp.float32)
+    np.testing.assert_allclose(found.astype(float), expected(*known, scale=0.3), atol=0.03)
+
+
+SHARES = """
+import jax, numpy as np
+from tests.ops.test_parts_kernel import case, expected
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.parts_kernel import Part, attend
+from w2s_jax.ops.sharding import SEARCH_RULES, Placement
+arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2)
+placement = Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
+def run(*arrays):
+    return attend(*arrays, jax.numpy.int32(1), scale=0.3, placement=placement, interpret=True)
+found = jax.jit(run)(*arrays)
+wanted = jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor")
+assert found.sharding.spec == wanted, found.sharding
+np.testing.assert_allclose(found, expected(*arrays, 1, scale=0.3), atol=2e-5, rtol=2e-5)
+"""
+
+
+def test_devices_attend_for_their_own_slots_and_heads(run_python):
+    run_python(SHARES, devices=8)
+
+
+def is_taken(
+    placement=ON_ONE_DEVICE,
+    query=(8, 2, 60, 8, 128),
+    keys=512,
+    groups=1,
+    dtype=jnp.bfloat16,
+    held=jnp.bfloat16,
+):
+    slots, width, _, _, size = query
+    answers = []
+
+    def ask():
+        prefix = jnp.zeros((slots, keys, groups, size), held)
+        more = jnp.zeros((slots, width, 2048, groups, size), held)
+        lengths = jnp.ones((slots, width), int)
+        parts = Part(prefix, prefix, lengths[:, 0]), Part(more, more, lengths)
+        answers.append(takes(jnp.zeros(query, dtype), *parts, placement))
+
+    jax.eval_shape(ask)
+    return answers[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [({}, True), ({"groups": 8}, True), ({"query": (8, 2, 60, 8, 64)}, False),
+     ({"held": jnp.int8}, False), ({"keys": 500}, True),
+     ({"query": (8, 2, 60, 28, 128), "groups": 4}, False),
+     ({"query": (8, 2, 59, 32, 128), "groups": 8}, True),
+     ({"query": (8, 4, 117, 32, 128), "groups": 8}, False)],
+)  # fmt: skip
+def test_what_the_kernel_takes(given, taken):
+    """Whole tiles of what is not quantised, where they fit the vector memory."""
+    assert is_taken(**given) == taken
+
+
+MESHES = """
+import jax
+from tests.ops.test_parts_kernel import is_taken
+from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import SEARCH_RULES, Placement
+for spec, groups, taken in (("data=8", 1, True), ("tensor=8", 8, True), ("tensor=8", 2, False)):
+    placement = Placement(make_mesh(spec, jax.devices()), SEARCH_RULES)
+    assert is_taken(placement, groups=groups) == taken, spec
+"""
+
+
+def test_heads_of_a_share_must_have_their_keys(run_python):
+    run_python(MESHES, devices=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "asked"),
+    [("TPU v5", jnp.bfloat16, True), ("TPU v5p", jnp.bfloat16, True), ("cpu", jnp.bfloat16, False),
+     ("TPU v5 lite", jnp.bfloat16, False), ("TPU v5", jnp.float32, False)],
+)  # fmt: skip
+def test_chips_of_two_cores_have_the_kernel(kind, dtype, asked, monkeypatch):
+    class Device:
+        device_kind = kind
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE) == asked
