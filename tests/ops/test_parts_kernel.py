@@ -143,7 +143,7 @@ def is_taken(
 @pytest.mark.parametrize(
     ("given", "taken"),
     [({}, True), ({"groups": 8}, True), ({"query": (8, 2, 60, 8, 64)}, False),
-     ({"held": jnp.int8}, False), ({"keys": 500}, True),
+     ({"held": jnp.int8}, False), ({"keys": 500}, True), ({"keys": 0}, False),
      ({"query": (8, 2, 60, 28, 128), "groups": 4}, False),
      ({"query": (8, 2, 59, 32, 128), "groups": 8}, True),
      ({"query": (8, 4, 117, 32, 128), "groups": 8}, False)],

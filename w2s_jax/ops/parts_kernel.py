@@ -80,14 +80,14 @@ def has_kernel(dtype: Any, placement: Placement) -> bool:
 def takes(
     query: Float[Array, "P W M H C"], prefix: Part, committed: Part, placement: Placement
 ) -> bool:
-    """Whether the kernel takes a case: what it holds fits, and nothing is quantised.
+    """Whether the kernel takes a case: what it holds fits, and is neither empty nor quantised.
 
     Heads must be a multiple of 128 wide, and as many as a power of two for a key/value head, which
     tiles hold without gaps; devices of a mesh must have the key/value heads of their queries.
     """
     heads, size = query.shape[-2:]
     kv_heads = prefix.keys.shape[-2]
-    if (heads // kv_heads).bit_count() > 1:
+    if (heads // kv_heads).bit_count() > 1 or not all(x.keys.size for x in (prefix, committed)):
         return False
     if size % LANES or {x.keys.dtype for x in (prefix, committed)} != {query.dtype}:
         return False
