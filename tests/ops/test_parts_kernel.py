@@ -125,6 +125,7 @@ def is_taken(
     groups=1,
     dtype=jnp.bfloat16,
     held=jnp.bfloat16,
+    own=60,
 ):
     slots, width, _, _, size = query
     answers = []
@@ -134,7 +135,7 @@ def is_taken(
         more = jnp.zeros((slots, width, 2048, groups, size), held)
         lengths = jnp.ones((slots, width), int)
         parts = Part(prefix, prefix, lengths[:, 0]), Part(more, more, lengths)
-        answers.append(takes(jnp.zeros(query, dtype), *parts, placement))
+        answers.append(takes(jnp.zeros(query, dtype), *parts, own, placement))
 
     jax.eval_shape(ask)
     return answers[0]
@@ -144,6 +145,8 @@ def is_taken(
     ("given", "taken"),
     [({}, True), ({"groups": 8}, True), ({"query": (8, 2, 60, 8, 64)}, False),
      ({"held": jnp.int8}, False), ({"keys": 500}, True), ({"keys": 0}, False),
+     ({"query": (1, 8, 4, 32, 128), "groups": 8, "own": 1024}, False), ({"own": 16384}, False),
+     ({"query": (1, 1, 820, 8, 128), "own": 820}, False),
      ({"query": (8, 2, 60, 28, 128), "groups": 4}, False),
      ({"query": (8, 2, 59, 32, 128), "groups": 8}, True),
      ({"query": (8, 4, 117, 32, 128), "groups": 8}, False)],
@@ -169,13 +172,16 @@ def test_heads_of_a_share_must_have_their_keys(run_python):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "asked"),
-    [("TPU v5", jnp.bfloat16, True), ("TPU v5p", jnp.bfloat16, True), ("cpu", jnp.bfloat16, False),
-     ("TPU v5 lite", jnp.bfloat16, False), ("TPU v5", jnp.float32, False)],
+    ("kind", "count", "dtype", "asked"),
+    [("TPU v5", 1, jnp.bfloat16, True), ("TPU v5p", 1, jnp.bfloat16, True),
+     ("cpu", 1, jnp.bfloat16, False), ("TPU v5 lite", 1, jnp.bfloat16, False),
+     ("TPU v5", 1, jnp.float32, False), ("TPU v5", 4, jnp.bfloat16, False)],
 )  # fmt: skip
-def test_chips_of_two_cores_have_the_kernel(kind, dtype, asked, monkeypatch):
+def test_chips_of_two_cores_have_the_kernel(kind, count, dtype, asked, monkeypatch):
+    """Without a mesh one of several devices has none: nothing says where arrays lie."""
+
     class Device:
         device_kind = kind
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "devices", lambda: [Device()] * count)
     assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE) == asked

@@ -210,3 +210,34 @@ def test_scoring_a_chunk_reads_keys_and_values_once(run_python, chip, heads, siz
 def test_many_rows_read_keys_and_values_once(run_python, chip, prefix):
     case = ((chip, *POLICY), (16, 4, 4, prefix, False), (STEPS, 1.05))
     print(run_python(START + DECODE % case))
+
+
+LONGER = """
+from w2s_jax.decode.reader import start_cache
+from w2s_jax.models.cache import cache_axes
+from w2s_jax.ops.sharding import SEARCH_RULES, with_shardings
+from w2s_jax.search.reading_programs import read_rows
+from tests.tiny import tiny_config
+
+mesh = make_mesh("data=2,tensor=2", open_slice("v5p:2x2x1").devices)
+placement = Placement(mesh, SEARCH_RULES)
+config = tiny_config(
+    width=256, heads=4, kv_heads=2, head_width=128, mlp_width=256, vocab_size=512
+)
+bare, axes = abstract_model(config, dtype="bfloat16", scan_layers=True)
+params = with_shardings(bare.params, resolve_tree(axes, bare.params, SEARCH_RULES, mesh))
+cache = jax.eval_shape(lambda: start_cache(
+    bare, slots=4, hypotheses=2, prefix_capacity=256, committed_capacity=256, dtype=jnp.bfloat16
+))
+cache = dataclasses.replace(cache, placement=placement)
+cache = with_shardings(cache, resolve_tree(cache_axes(cache), cache, SEARCH_RULES, mesh))
+tokens = [given(shape, dtype=jnp.int32) for shape in ((4, 2), (4, 2), (4, 4, 12), (2, 3))]
+model = Model(config, params, placement)
+found = read_rows.trace(model, cache, *tokens, first=8).lower(lowering_platforms=("tpu",))
+assert found.compile().as_text().count("tpu_custom_call") == 2
+"""
+
+
+def test_rows_that_are_read_on_have_the_kernel_too(run_python):
+    """Three of them, which the two parts of the slots' axis do not divide."""
+    run_python(START + LONGER)

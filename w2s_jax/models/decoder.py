@@ -322,7 +322,8 @@ def _attend_by_kernel(
         parts_kernel.Part(source.prefix.keys, source.prefix.values, _given(view.prefix_length)),
         parts_kernel.Part(source.committed.keys, source.committed.values, _given(view.stem_start)),
     )
-    if not parts_kernel.takes(query, *parts, placement):
+    room = 0 if chunk is None else layout.successors * chunk.keys.shape[2]
+    if not parts_kernel.takes(query, *parts, int(layout.stem) + room, placement):
         return None
     stacked, window = before.stacked, None
     if masks[3] is not None:

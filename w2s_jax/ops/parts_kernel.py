@@ -71,16 +71,27 @@ class _Sizes:
 
 
 def has_kernel(dtype: Any, placement: Placement) -> bool:
-    """Whether arrays of a dtype, so placed, are read on chips for which there is a kernel."""
-    mesh = placement.mesh
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return device.device_kind in CHIPS and dtype == jnp.bfloat16
+    """Whether arrays of a dtype, so placed, are read on chips for which there is a kernel.
+
+    Without a mesh only where there is one device: arrays that lie on several all the same could not
+    be read, since no compiler splits a kernel.
+    """
+    devices = jax.devices() if placement.mesh is None else placement.mesh.devices.flat
+    if placement.mesh is None and len(devices) > 1:
+        return False
+    return devices[0].device_kind in CHIPS and dtype == jnp.bfloat16
 
 
 def takes(
-    query: Float[Array, "P W M H C"], prefix: Part, committed: Part, placement: Placement
+    query: Float[Array, "P W M H C"],
+    prefix: Part,
+    committed: Part,
+    own: int,
+    placement: Placement,
 ) -> bool:
     """Whether the kernel takes a case: what it holds fits, and is neither empty nor quantised.
+
+    own: how many keys of its own a hypothesis has (X).
 
     Heads must be a multiple of 128 wide, and as many as a power of two for a key/value head, which
     tiles hold without gaps; devices of a mesh must have the key/value heads of their queries.
@@ -94,7 +105,7 @@ def takes(
     if _axes(placement, "heads", heads) != _axes(placement, "kv_heads", kv_heads):
         return False
     share = _sizes(query, prefix, committed, placement.parts("heads", heads))
-    return _room(share, size, query.dtype.itemsize) <= ROOM
+    return _room(share, own, size, query.dtype.itemsize) <= ROOM
 
 
 def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
@@ -118,16 +129,19 @@ def _sizes(query: Array, prefix: Part, committed: Part, parts: int = 1) -> _Size
     return _Sizes(width, rows, kv_heads // parts, *each)
 
 
-def _room(sizes: _Sizes, head_width: int, itemsize: int) -> int:
-    """Bytes of vector memory: sums, queries and results twice, keys and values twice, scores."""
+def _room(sizes: _Sizes, own: int, head_width: int, itemsize: int) -> int:
+    """Bytes of vector memory: sums, and twice what comes and goes; scores, and own tokens' mask."""
     each = _up(sizes.rows, SUBLANES)
     rows = sizes.width * sizes.kv_heads * each
     sums = 4 * rows * (head_width + 2 * LANES)
     ends = 2 * 2 * rows * head_width * itemsize
     blocks = (sizes.prefix[1], sizes.committed[1])
-    held = 2 * 2 * sum(blocks) * sizes.kv_heads * head_width * itemsize
+    a_key = 2 * sizes.kv_heads * head_width * itemsize
+    held = 2 * (sum(blocks) + sizes.width * _up(own, SUBLANES)) * a_key
+    mask = 2 * 4 * each * _up(own, LANES)
     # Besides as they lie, keys and values stand head by head, and scores as weights.
-    return sums + ends + 2 * held + 4 * 4 * each * max(blocks)
+    again = (max(blocks) + own) * a_key + 4 * 4 * each * max(*blocks, _up(own, LANES))
+    return sums + ends + held + mask + again
 
 
 def _up(size: int, step: int) -> int:
@@ -225,7 +239,7 @@ def _attend(
         at = jnp.clip(step - sizes.prefix[2], 0, width * blocks - 1)
         row = jax.lax.div(at, blocks)
         return row, jnp.minimum(
-            jax.lax.rem(at, blocks), _last(known[2][slot, row], sizes.committed)
+            jax.lax.rem(at, blocks), _last(known[2][slot * width + row], sizes.committed)
         )
 
     kept = pl.BlockSpec(
@@ -261,7 +275,8 @@ def _attend(
         interpret=interpret,
         name="attention_of_parts",
     )
-    lengths = [part.lengths.astype(jnp.int32) for part in (prefix, committed)]
+    # In one axis each, since another would be filled up to a tile.
+    lengths = [part.lengths.astype(jnp.int32).reshape(-1) for part in (prefix, committed)]
     return call(
         layer.reshape(1).astype(jnp.int32), *lengths, reach.reshape(1), query,
         lift(prefix.keys), lift(prefix.values), lift(committed.keys), lift(committed.values),
@@ -297,8 +312,8 @@ def _kernel(
     """A block of the prefix, of one hypothesis' response, or at last its own new tokens."""
     from jax.experimental import pallas as pl
 
-    slot = pl.program_id(0)
-    step = pl.program_id(1)
+    slot, step = pl.program_id(0), pl.program_id(1)
+    here = slot * sizes.width
     first, blocks = sizes.prefix[2], sizes.committed[2]
     read: Any = functools.partial(
         _read, query, weighted, total, maximum, sizes=sizes, scale=scale, softcap=softcap
@@ -322,12 +337,12 @@ def _kernel(
         length = prefix_lengths[slot]
 
         def one(row: Any, _: None) -> None:
-            read(row, *held, seen(step, sizes.prefix, length, length + lengths[slot, row]))
+            read(row, *held, seen(step, sizes.prefix, length, length + lengths[here + row]))
 
         jax.lax.fori_loop(0, sizes.width, one, None)
 
     row = jnp.clip(jax.lax.div(step - first, blocks), 0, sizes.width - 1)
-    block, length = jax.lax.rem(step - first, blocks), lengths[slot, row]
+    block, length = jax.lax.rem(step - first, blocks), lengths[here + row]
     is_committed = (step >= first) & (step < sizes.steps - 1)
 
     @pl.when(is_committed & (block * sizes.committed[1] < length))

@@ -91,6 +91,8 @@ def _read_on(
         jax.tree.map(over(lambda x: x[slots, parents][:, None]), cache.committed),
         cache.prefix_length[slots],
         cache.committed_length[slots, parents][:, None],
+        # They are few, so that no axis of a mesh need divide them.
+        replace(cache.placement, rules=cache.placement.rules.replace(slots=None)),
     )
     found = forward(
         model.config,
