@@ -192,6 +192,7 @@ def test_devices_of_a_mesh_read_by_the_kernel_as_one_does(run_python):
 KERNEL = """
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
+from itertools import product
 from tests.tiny import tiny_model
 from w2s_jax.decode.reader import read_chunk, read_step, read_stems, start_cache, start_chunk
 from w2s_jax.models.model import shard_model
@@ -201,26 +202,26 @@ from w2s_jax.ops.sharding import SEARCH_RULES
 parts_kernel.LANES = 4
 parts_kernel.attend = partial(parts_kernel.attend, interpret=True)
 
-def read(model, last, tokens):
+def read(model, dtype, last, tokens):
     cache = start_cache(
-        model, slots=4, hypotheses=2, prefix_capacity=6, committed_capacity=6
+        model, slots=4, hypotheses=2, prefix_capacity=6, committed_capacity=6, dtype=dtype
     )
     logits, cache = read_stems(model, cache, last)
-    chunk = start_chunk(model, 4, 4, 2)
+    chunk = start_chunk(model, 4, 4, 2, dtype)
     step, chunk = read_step(model, cache, chunk, tokens[:, :, 0], jnp.int32(0))
     seen, _, _ = read_chunk(model, cache, last, tokens)
     return logits, step, seen
 
 rng = np.random.default_rng(0)
 last, tokens = rng.integers(0, 24, (4, 2)), rng.integers(0, 24, (4, 4, 3))
-for stacked in (False, True):
+mesh = make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
+for stacked, dtype in product((False, True), (None, jnp.int8)):
     model = tiny_model(0, heads=4, kv_heads=2, vocab_size=24, scan_layers=stacked)
     parts_kernel.has_kernel = lambda *_: False
-    wanted = jax.jit(partial(read, model))(last, tokens)
+    wanted = jax.jit(partial(read, model, dtype))(last, tokens)
     parts_kernel.has_kernel = lambda *_: True
-    placed = shard_model(model, make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
-    run = jax.jit(partial(read, placed))
-    assert str(jax.make_jaxpr(partial(read, placed))(last, tokens)).count("pallas_call") >= 3
-    for found, one in zip(run(last, tokens), wanted, strict=True):
+    run = partial(read, shard_model(model, mesh, SEARCH_RULES), dtype)
+    assert str(jax.make_jaxpr(run)(last, tokens)).count("pallas_call") >= 3
+    for found, one in zip(jax.jit(run)(last, tokens), wanted, strict=True):
         np.testing.assert_allclose(found, one, atol=2e-4)
 """

@@ -15,7 +15,7 @@ from w2s_jax.ops.sharding import ON_ONE_DEVICE
 SIZE = 8
 
 
-def case(seed, slots, width, count, groups, each, lengths, own, layers=None):
+def case(seed, slots, width, count, groups, each, lengths, own, layers=None, quantized=False):
     """Random arrays (query, prefix, committed, own, own mask); every token sees one of its own."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -25,11 +25,30 @@ def case(seed, slots, width, count, groups, each, lengths, own, layers=None):
     held = [(draw(*shape, groups, SIZE), draw(*shape, groups, SIZE)) for shape in shapes]
     # Some parts are empty, and some lengths pass what there is room for.
     rows = [(slots,), (slots, width)]
-    seen = [rng.integers(0, room + 2, shape) for room, shape in zip(lengths, rows, strict=True)]
+    seen = [
+        jnp.asarray(rng.integers(0, room + 2, shape))
+        for room, shape in zip(lengths, rows, strict=True)
+    ]
     own_mask = rng.random((count, own)) < 0.5
     own_mask[np.arange(count), rng.integers(0, own, count)] = True
-    parts = [Part(*map(jnp.asarray, (*pair, many))) for pair, many in zip(held, seen, strict=False)]
-    return jnp.asarray(query), *parts, tuple(map(jnp.asarray, held[2])), jnp.asarray(own_mask)
+
+    def part(pair, lengths):
+        if not quantized:
+            return Part(*map(jnp.asarray, pair), lengths)
+        whole = [jnp.asarray(x * 50).clip(-127, 127).astype(jnp.int8) for x in pair]
+        stack = 0 if lengths is None else len(front)
+        shapes = [(*x.shape[stack:-1], 1) for x in pair]
+        scales = [jnp.asarray(rng.uniform(0.005, 0.02, shape), jnp.float32) for shape in shapes]
+        return Part(*whole, lengths, *scales)
+
+    parts = [part(pair, lengths) for pair, lengths in zip(held, [*seen, None], strict=True)]
+    return jnp.asarray(query), *parts, jnp.asarray(own_mask)
+
+
+def numbers(part, at):
+    """A layer's keys and values, with their scales multiplied out."""
+    pairs = (part.keys, part.key_scales), (part.values, part.value_scales)
+    return [held[at] if scales is None else held[at] * scales for held, scales in pairs]
 
 
 def expected(query, prefix, committed, own, own_mask, layer=None, window=None, **options):
@@ -37,11 +56,13 @@ def expected(query, prefix, committed, own, own_mask, layer=None, window=None, *
     arrays = jax.tree.map(np.asarray, (query, prefix, committed, own, own_mask))
     query, prefix, committed, own, own_mask = arrays
     out = np.zeros(query.shape)
+    held = numbers(prefix, at), numbers(committed, at), numbers(own, ())
     for slot, row in np.ndindex(query.shape[:2]):
-        parts = (prefix.keys[(*at, slot)], committed.keys[(*at, slot, row)], own[0][slot, row])
-        keys = np.concatenate(parts)
-        parts = (prefix.values[(*at, slot)], committed.values[(*at, slot, row)], own[1][slot, row])
-        values = np.concatenate(parts)
+        places = slot, (slot, row), (slot, row)
+        keys, values = (
+            np.concatenate([both[i][place] for both, place in zip(held, places, strict=True)])
+            for i in range(2)
+        )
         room, more = prefix.keys.shape[-3], committed.keys.shape[-3]
         lengths = min(prefix.lengths[slot], room), min(committed.lengths[slot, row], more)
         seen = np.concatenate([np.arange(room) < lengths[0], np.arange(more) < lengths[1]])
@@ -55,7 +76,7 @@ def expected(query, prefix, committed, own, own_mask, layer=None, window=None, *
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     width=st.integers(1, 2),
@@ -67,12 +88,13 @@ def expected(query, prefix, committed, own, own_mask, layer=None, window=None, *
     softcap=st.sampled_from([None, 5.0]),
     layers=st.sampled_from([None, 2]),
     size=st.sampled_from([None, 1, 9]),
+    quantized=st.booleans(),
 )
 def test_the_kernel_is_softmax_attention_over_all_three(
-    seed, width, count, groups, each, lengths, own, softcap, layers, size
+    seed, width, count, groups, each, lengths, own, softcap, layers, size, quantized
 ):
     """Of any lengths: blocks of four keys here, the last of which may pass the end."""
-    arrays = case(seed, 2, width, count, groups, each, lengths, own, layers)
+    arrays = case(seed, 2, width, count, groups, each, lengths, own, layers, quantized)
     options = {"scale": 0.3, "softcap": softcap}
     layer = None if layers is None else 1
     with pytest.MonkeyPatch.context() as patch:
@@ -103,14 +125,15 @@ from tests.ops.test_parts_kernel import case, expected
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.parts_kernel import Part, attend
 from w2s_jax.ops.sharding import SEARCH_RULES, Placement
-arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2)
 placement = Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
 def run(*arrays):
     return attend(*arrays, jax.numpy.int32(1), scale=0.3, placement=placement, interpret=True)
-found = jax.jit(run)(*arrays)
-wanted = jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor")
-assert found.sharding.spec == wanted, found.sharding
-np.testing.assert_allclose(found, expected(*arrays, 1, scale=0.3), atol=2e-5, rtol=2e-5)
+for quantized in (False, True):
+    arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2, quantized)
+    found = jax.jit(run)(*arrays)
+    wanted = jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor")
+    assert found.sharding.spec == wanted, found.sharding
+    np.testing.assert_allclose(found, expected(*arrays, 1, scale=0.3), atol=2e-5, rtol=2e-5)
 """
 
 
@@ -144,7 +167,8 @@ def is_taken(
 @pytest.mark.parametrize(
     ("given", "taken"),
     [({}, True), ({"groups": 8}, True), ({"query": (8, 2, 60, 8, 64)}, False),
-     ({"held": jnp.int8}, False), ({"keys": 500}, True), ({"keys": 0}, False),
+     ({"held": jnp.int8}, True), ({"held": jnp.float16}, False), ({"keys": 500}, True),
+     ({"keys": 0}, False),
      ({"query": (1, 8, 4, 32, 128), "groups": 8, "own": 1024}, False), ({"own": 16384}, False),
      ({"query": (1, 1, 820, 8, 128), "own": 820}, False),
      ({"query": (8, 2, 60, 28, 128), "groups": 4}, False),
@@ -152,7 +176,7 @@ def is_taken(
      ({"query": (8, 4, 117, 32, 128), "groups": 8}, False)],
 )  # fmt: skip
 def test_what_the_kernel_takes(given, taken):
-    """Whole tiles of what is not quantised, where they fit the vector memory."""
+    """Whole tiles, where they fit the vector memory."""
     assert is_taken(**given) == taken
 
 

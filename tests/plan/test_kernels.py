@@ -170,7 +170,7 @@ for name in names:
 
 POLICY, GUIDE, MHA_GUIDE = (8, 1), (4, 1), (4, 4)
 """What a chip has of the heads of Llama-3-70B, and of guides like Mistral-7B and Llama-2-7B."""
-STEPS = ("stems", "token step")
+STEPS, SCORING = ("stems", "token step"), ("scoring",)
 
 
 @pytest.mark.parametrize(("prefix", "quantized"), [(512, False), (4096, False), (512, True)])
@@ -182,14 +182,16 @@ def test_a_token_step_reads_keys_and_values_once(run_python, prefix, quantized):
 
 @pytest.mark.parametrize(
     ("heads", "sizes", "names"),
-    [(POLICY, (8, 2, 2, 512), STEPS), (POLICY, (16, 4, 4, 4096), STEPS),
-     ((16, 2), (16, 4, 4, 1000), STEPS), (GUIDE, (8, 2, 2, 512), ("scoring",)),
-     (GUIDE, (16, 4, 4, 4096), ("scoring",)), (MHA_GUIDE, (8, 2, 2, 512), ("scoring",)),
-     (MHA_GUIDE, (8, 2, 2, 32768), ("scoring",)), ((32, 8), (8, 2, 2, 512), ("scoring",))],
+    [(POLICY, (8, 2, 2, 512, False), STEPS), (POLICY, (16, 4, 4, 4096, False), STEPS),
+     ((16, 2), (16, 4, 4, 1000, False), STEPS), (GUIDE, (8, 2, 2, 512, False), SCORING),
+     (GUIDE, (16, 4, 4, 4096, False), SCORING), (MHA_GUIDE, (8, 2, 2, 512, False), SCORING),
+     (MHA_GUIDE, (8, 2, 2, 32768, False), SCORING), ((32, 8), (8, 2, 2, 512, False), SCORING),
+     (POLICY, (8, 2, 2, 512, True), STEPS), (POLICY, (16, 4, 4, 4096, True), STEPS),
+     ((16, 2), (8, 2, 2, 512, True), STEPS), ((32, 8), (8, 2, 2, 512, True), STEPS)],
 )  # fmt: skip
 def test_chips_of_two_cores_have_a_kernel(run_python, heads, sizes, names):
     """The cores of a v5p share no vector memory, so that a compiler keeps nothing there."""
-    case = (("v5p:2x2x1", *heads), (*sizes, False), (names, 1.2))
+    case = (("v5p:2x2x1", *heads), sizes, (names, 1.2))
     print(run_python(START + DECODE % case))
 
 
@@ -202,7 +204,7 @@ def test_chips_of_two_cores_have_a_kernel(run_python, heads, sizes, names):
 )  # fmt: skip
 def test_scoring_a_chunk_reads_keys_and_values_once(run_python, chip, heads, sizes):
     """Scores of all its slots and keys would not fit the vector memory; some at a time do."""
-    print(run_python(START + DECODE % ((chip, *heads), (*sizes, False), (("scoring",), 1.15))))
+    print(run_python(START + DECODE % ((chip, *heads), (*sizes, False), (SCORING, 1.15))))
 
 
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])

@@ -95,6 +95,12 @@ class LayerKV:
     chunk: KV | None
     stacked: Stacked | None = None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether what is written to it is int8."""
+        parts = (self.prefix, self.committed, self.chunk)
+        return any(part is not None and part.is_quantized for part in parts)
+
 
 class Linear(nn.Module):
     """Contracts the last `contract` axes of x with the kernel's first ones.
@@ -194,6 +200,7 @@ class Attention(nn.Module):
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
         new, before = KV(key, value), kv
+        new = quantize_part(new) if kv.is_quantized else new
         kv = _extend(before, new, self.layout, view)
         mixed = _attend_by_kernel(
             query, before, new, kv.chunk, masks, view, self.layout, config, self.held
@@ -210,8 +217,6 @@ class Attention(nn.Module):
 def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
     """Put the stems' keys and values into the committed part, the branches' into the chunk."""
     committed, branches = kv.committed, None
-    if any(part is not None and part.is_quantized for part in (kv.prefix, committed, kv.chunk)):
-        new = quantize_part(new)
     if layout.stem:
         start = _given(view.stem_start)
         stem = jax.tree.map(lambda x: x[:, :, :1], new)
@@ -317,15 +322,15 @@ def _attend_by_kernel(
         return None
     if not parts_kernel.has_kernel(query.dtype, placement):
         return None
-    source: Any = before if before.stacked is None else before.stacked
+    stacked, window = before.stacked, None
+    source: Any = before if stacked is None else stacked
     parts = (
-        parts_kernel.Part(source.prefix.keys, source.prefix.values, _given(view.prefix_length)),
-        parts_kernel.Part(source.committed.keys, source.committed.values, _given(view.stem_start)),
+        _as_part(source.prefix, before.prefix, _given(view.prefix_length)),
+        _as_part(source.committed, before.committed, _given(view.stem_start)),
     )
     room = 0 if chunk is None else layout.successors * chunk.keys.shape[2]
     if not parts_kernel.takes(query, *parts, int(layout.stem) + room, placement):
         return None
-    stacked, window = before.stacked, None
     if masks[3] is not None:
         window = parts_kernel.Window(masks[3], _given(view.offsets))
     own, mask = _own(new, chunk, masks[2], layout, query.shape[1])
@@ -344,9 +349,14 @@ def _attend_by_kernel(
     )
 
 
+def _as_part(held: KV, layer: KV, lengths: Array | None = None) -> parts_kernel.Part:
+    """A part as the kernel takes it: held, maybe of all layers, but with the scales of one."""
+    return parts_kernel.Part(held.keys, held.values, lengths, layer.key_scales, layer.value_scales)
+
+
 def _own(
     new: KV, chunk: KV | None, mask: Array | None, layout: Layout, width: int
-) -> tuple[tuple[Array, Array], Array]:
+) -> tuple[parts_kernel.Part, Array]:
     """Keys and values [P W X G C] of a hypothesis' stem and chunk, and which [M X] a token sees.
 
     A branch sees the stem and, by `mask` [1 1 length J], its own row of the chunk.
@@ -362,15 +372,14 @@ def _own(
         branches = jnp.kron(jnp.eye(rows, dtype=jnp.int32), mask[0, 0].astype(jnp.int32))
         seen = seen.at[stem:, stem:].set(branches > 0)
 
-    def held(fresh: Array, written: Array | None) -> Array:
+    def held(fresh: Array, written: Array | None = None) -> Array:
         parts = [fresh[:, :, :stem]]
         if written is not None:
             parts.append(written.reshape(len(fresh), width, rows * room, *written.shape[3:]))
         return jnp.concatenate(parts, axis=2)
 
-    if chunk is None:
-        return (held(new.keys, None), held(new.values, None)), seen
-    return (held(new.keys, chunk.keys), held(new.values, chunk.values)), seen
+    own = jax.tree.map(held, new) if chunk is None else jax.tree.map(held, new, chunk)
+    return _as_part(own, own), seen
 
 
 class MLP(nn.Module):

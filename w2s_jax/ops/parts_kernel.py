@@ -14,17 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from w2s_jax.ops.attention import MASKED
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 CHIPS = ("TPU v5", "TPU v5p")
 """Kinds of devices whose cores share no vector memory."""
-MASKED = -1e30
 LANES, SUBLANES = 128, 16
 """Sides of a tile of bfloat16 numbers."""
-SCORES = 2 * 2**20
-"""Bytes of scores at a time, and with them how many keys a block has."""
-LONGEST = 512
+SCORES, LONGEST = 2 * 2**20, 512
+"""A block has as many keys as have so many bytes of scores, and no more than so many."""
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
 """Bytes of vector memory that the kernel is judged to take at most, and may take; there are 64.
 
@@ -36,12 +35,15 @@ Beyond the first it would still compile, for minutes.
 class Part:
     """Keys and values that new tokens see: [P J G C], or [P W J G C], of one layer or of all.
 
-    lengths: how many from the first are seen, int32 [P], or [P W].
+    lengths: how many from the first are seen, int32 [P], or [P W]; None where a mask tells. Keys
+    and values with scales, float32 [.. J G 1] of the layer that runs, are int8.
     """
 
     keys: Array
     values: Array
-    lengths: Array
+    lengths: Array | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
 
 
 @pytree()
@@ -57,13 +59,14 @@ class Window:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """W, rows of a hypothesis (M · H/G), G, and of both parts J, a block's keys, and blocks."""
+    """W, rows of a hypothesis (M · H/G), G, of both parts J, a block's keys, and blocks, and X."""
 
     width: int
     rows: int
     kv_heads: int
     prefix: tuple[int, int, int]
     committed: tuple[int, int, int]
+    own: int
 
     @property
     def steps(self) -> int:
@@ -89,23 +92,23 @@ def takes(
     own: int,
     placement: Placement,
 ) -> bool:
-    """Whether the kernel takes a case: what it holds fits, and is neither empty nor quantised.
+    """Whether the kernel takes a case: what it holds fits, and no part is empty.
 
-    own: how many keys of its own a hypothesis has (X).
-
-    Heads must be a multiple of 128 wide, and as many as a power of two for a key/value head, which
-    tiles hold without gaps; devices of a mesh must have the key/value heads of their queries.
+    own: how many keys of its own a hypothesis has (X). Heads must be a multiple of 128 wide, and as
+    many as a power of two for a key/value head, which tiles hold without gaps; devices of a mesh
+    must have the key/value heads of their queries. Keys are as queries, or int8.
     """
     heads, size = query.shape[-2:]
     kv_heads = prefix.keys.shape[-2]
-    if (heads // kv_heads).bit_count() > 1 or not all(x.keys.size for x in (prefix, committed)):
+    parts = (prefix, committed)
+    if (heads // kv_heads).bit_count() > 1 or not all(part.keys.size for part in parts):
         return False
-    if size % LANES or {x.keys.dtype for x in (prefix, committed)} != {query.dtype}:
+    if size % LANES or any(x.keys.dtype not in (query.dtype, jnp.int8) for x in parts):
         return False
     if _axes(placement, "heads", heads) != _axes(placement, "kv_heads", kv_heads):
         return False
-    share = _sizes(query, prefix, committed, placement.parts("heads", heads))
-    return _room(share, own, size, query.dtype.itemsize) <= ROOM
+    share = _sizes(query, prefix, committed, own, placement.parts("heads", heads))
+    return _room(share, size, query.dtype.itemsize) <= ROOM
 
 
 def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
@@ -115,7 +118,7 @@ def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
     return placement.rules.targets(axis, size, placement.mesh.shape) or None
 
 
-def _sizes(query: Array, prefix: Part, committed: Part, parts: int = 1) -> _Sizes:
+def _sizes(query: Array, prefix: Part, committed: Part, own: int, parts: int = 1) -> _Sizes:
     _, width, count, heads, _ = query.shape
     kv_heads = prefix.keys.shape[-2]
     rows = count * (heads // kv_heads)
@@ -125,22 +128,23 @@ def _sizes(query: Array, prefix: Part, committed: Part, parts: int = 1) -> _Size
         size = min(longest, keys)
         return keys, size, -(-keys // size)
 
-    each = (blocks(part.keys.shape[-3]) for part in (prefix, committed))
-    return _Sizes(width, rows, kv_heads // parts, *each)
+    first, second = (blocks(part.keys.shape[-3]) for part in (prefix, committed))
+    return _Sizes(width, rows, kv_heads // parts, first, second, _up(own, SUBLANES))
 
 
-def _room(sizes: _Sizes, own: int, head_width: int, itemsize: int) -> int:
-    """Bytes of vector memory: sums, and twice what comes and goes; scores, and own tokens' mask."""
+def _room(sizes: _Sizes, head_width: int, itemsize: int) -> int:
+    """Bytes of vector memory: sums, scores, and twice what comes and goes."""
     each = _up(sizes.rows, SUBLANES)
     rows = sizes.width * sizes.kv_heads * each
     sums = 4 * rows * (head_width + 2 * LANES)
     ends = 2 * 2 * rows * head_width * itemsize
     blocks = (sizes.prefix[1], sizes.committed[1])
     a_key = 2 * sizes.kv_heads * head_width * itemsize
-    held = 2 * (sum(blocks) + sizes.width * _up(own, SUBLANES)) * a_key
-    mask = 2 * 4 * each * _up(own, LANES)
+    held = 2 * (sum(blocks) + sizes.width * sizes.own) * a_key
+    own = _up(sizes.own, LANES)
+    mask = 2 * 4 * each * own
     # Besides as they lie, keys and values stand head by head, and scores as weights.
-    again = (max(blocks) + own) * a_key + 4 * 4 * each * max(*blocks, _up(own, LANES))
+    again = (max(blocks) + sizes.own) * a_key + 4 * 4 * each * max(*blocks, own)
     return sums + ends + held + mask + again
 
 
@@ -152,7 +156,7 @@ def attend(
     query: Float[Array, "P W M H C"],
     prefix: Part,
     committed: Part,
-    own: tuple[Float[Array, "P W X G C"], Float[Array, "P W X G C"]],
+    own: Part,
     own_mask: Bool[Array, "M X"],
     layer: Int[Array, ""] | None = None,
     window: Window | None = None,
@@ -164,10 +168,11 @@ def attend(
 ) -> Float[Array, "P W M H C"]:
     """Softmax attention of M new tokens of every hypothesis over its prefix, response and `own`.
 
-    own: the keys and values of the new tokens themselves, and of those written in a chunk before
-    them, all of which `own_mask` tells. With `layer` the keys and values of both parts have all
-    layers in front. Every query must see a key. Scores and sums are float32, the result as the
-    query. Each device of a mesh attends for its own slots and heads.
+    own: the keys and values [P W X G C] of the new tokens themselves, and of those written in a
+    chunk before them, all of which `own_mask` tells. With `layer` the keys and values of the other
+    two parts have all layers in front. Every query must see a key. Scores and sums are float32, the
+    result as the query. A key's scale is a factor of its scores, a value's of its weights. Each
+    device of a mesh attends for its own slots and heads.
     """
     run = functools.partial(_attend, scale=scale, softcap=softcap, interpret=interpret)
     layer_axes = () if layer is None else (None,)
@@ -178,23 +183,22 @@ def attend(
         return run(*arrays)
     slots = _axes(placement, "slots", query.shape[0])
     heads = _axes(placement, "heads", query.shape[3])
-    kept = PartitionSpec(*layer_axes, slots, None, heads, None)
-    branched = PartitionSpec(*layer_axes, slots, None, None, heads, None)
-    by_slots, whole = PartitionSpec(slots), PartitionSpec()
-    each = PartitionSpec(slots, None, None, heads, None)
+
+    def split(part: Part, *rows: None) -> Part:
+        front = () if part.lengths is None else layer_axes
+        held, scales = (PartitionSpec(*x, slots, *rows, None, heads, None) for x in (front, ()))
+        return _like(part, held, PartitionSpec(slots), scales)
+
+    each, whole = PartitionSpec(slots, None, None, heads, None), PartitionSpec()
     shared: Any = jax.shard_map(
         run,
         mesh=mesh,
         in_specs=(
-            each,
-            Part(kept, kept, by_slots),  # type: ignore[arg-type]
-            Part(branched, branched, by_slots),  # type: ignore[arg-type]
-            (each, each),
-            *(whole,) * 3,
+            each, split(prefix), split(committed, None), split(own, None), *(whole,) * 3,
         ),
         out_specs=each,
         check_vma=False,
-    )
+    )  # fmt: skip
     return shared(*arrays)
 
 
@@ -202,7 +206,7 @@ def _attend(
     query: Array,
     prefix: Part,
     committed: Part,
-    own: tuple[Array, Array],
+    own: Part,
     own_mask: Array,
     layer: Array,
     window: Window | None,
@@ -214,48 +218,26 @@ def _attend(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    sizes = _sizes(query, prefix, committed)
+    sizes = _sizes(query, prefix, committed, own.keys.shape[2])
     slots, width, count, heads, size = query.shape
-    groups, rows = sizes.kv_heads, sizes.rows
-    layered = prefix.keys.ndim == 5
-    # One head has no axis of its own, whose tiles would be filled up.
-    one = (lambda x: x.squeeze(-2)) if groups == 1 else lambda x: x
-    lift = (lambda x: one(x)) if layered else lambda x: one(x)[None]
-    extra = -own[0].shape[2] % SUBLANES
-    fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)])  # noqa: E731
-    own_mask = jnp.pad(jnp.repeat(own_mask, heads // groups, axis=0), [(0, 0), (0, extra)])
+    extra = sizes.own - own.keys.shape[2]
+    own_mask = jnp.pad(jnp.repeat(own_mask, heads // sizes.kv_heads, axis=0), [(0, 0), (0, extra)])
     offsets = jnp.zeros(count, jnp.int32) if window is None else window.offsets
-    offsets = jnp.repeat(offsets, heads // groups)[:, None]
+    offsets = jnp.repeat(offsets, heads // sizes.kv_heads)[:, None]
     reach = jnp.zeros((), jnp.int32) if window is None else window.size
-    tail = (groups, size) if groups > 1 else (size,)
-    zeros = (0,) * len(tail)
-
-    # What lies behind the last one that is seen is not fetched.
-    def at_prefix(slot: Any, step: Any, known: Any) -> Any:
-        return jnp.minimum(step, _last(known[1][slot], sizes.prefix))
-
-    def at_committed(slot: Any, step: Any, known: Any) -> tuple[Any, Any]:
-        blocks = sizes.committed[2]
-        at = jnp.clip(step - sizes.prefix[2], 0, width * blocks - 1)
-        row = jax.lax.div(at, blocks)
-        return row, jnp.minimum(
-            jax.lax.rem(at, blocks), _last(known[2][slot * width + row], sizes.committed)
-        )
-
-    kept = pl.BlockSpec(
-        (1, 1, sizes.prefix[1], *tail),
-        lambda p, j, *n: (n[0][0], p, at_prefix(p, j, n), *zeros),
-    )
-    branched = pl.BlockSpec(
-        (1, 1, 1, sizes.committed[1], *tail),
-        lambda p, j, *n: (n[0][0], p, *at_committed(p, j, n), *zeros),
-    )
-    new = pl.BlockSpec(
-        (1, width, own[0].shape[2] + extra, *tail), lambda p, j, *n: (p, 0, 0, *zeros)
+    # In one axis each, since another would be filled up to a tile.
+    known = jax.tree.leaves((layer, prefix.lengths, committed.lengths, reach))
+    known = [x.astype(jnp.int32).reshape(-1) for x in known]
+    fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)])  # noqa: E731
+    is_layered = prefix.keys.ndim == 5
+    parts = (
+        _laid(prefix, is_layered),
+        _laid(committed, is_layered),
+        _laid(jax.tree.map(fill, own), False),
     )
     ends = pl.BlockSpec((1, width, count, heads, size), lambda p, j, *n: (p, 0, 0, 0, 0))
     whole = [pl.BlockSpec(x.shape, lambda p, j, *n: (0, 0)) for x in (own_mask, offsets)]
-    sums = [pltpu.VMEM((width, groups, rows, n), jnp.float32) for n in (size, LANES, LANES)]
+    groups, rows = sizes.kv_heads, sizes.rows
     call = pl.pallas_call(
         functools.partial(
             _kernel, sizes=sizes, scale=scale, softcap=softcap, windowed=window is not None
@@ -263,9 +245,11 @@ def _attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(slots, sizes.steps),
-            in_specs=[ends, kept, kept, branched, branched, new, new, *whole],
+            in_specs=[ends, *_blocks(parts, sizes), *whole],
             out_specs=ends,
-            scratch_shapes=sums,
+            scratch_shapes=[
+                pltpu.VMEM((width, groups, rows, n), jnp.float32) for n in (size, LANES, LANES)
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -275,24 +259,91 @@ def _attend(
         interpret=interpret,
         name="attention_of_parts",
     )
-    # In one axis each, since another would be filled up to a tile.
-    lengths = [part.lengths.astype(jnp.int32).reshape(-1) for part in (prefix, committed)]
-    return call(
-        layer.reshape(1).astype(jnp.int32), *lengths, reach.reshape(1), query,
-        lift(prefix.keys), lift(prefix.values), lift(committed.keys), lift(committed.values),
-        *(one(fill(x)) for x in own), own_mask.astype(jnp.int32), offsets,
-    )  # fmt: skip
+    return call(*known, query, *parts, own_mask.astype(jnp.int32), offsets)
 
 
-def _cost(query: Array, parts: tuple[Part, Part], own: tuple[Array, Array]) -> Any:
+def _like(part: Part, held: Any, lengths: Any, scales: Any) -> Part:
+    """What is given for its arrays in their places, where it has such."""
+    leaves = [held, held]
+    leaves += [] if part.lengths is None else [lengths]
+    leaves += [] if part.key_scales is None else [scales, scales]
+    return jax.tree.unflatten(jax.tree.structure(part), leaves)
+
+
+def _laid(part: Part, is_layered: bool) -> Part:
+    """Keys and values with layers in front, [.. G J C] if by heads, and scales [1 .. G J]."""
+
+    def held(x: Array) -> Array:
+        x = x.swapaxes(-3, -2) if _by_heads(x.shape[-2], x.dtype) else x
+        return x if is_layered else x[None]
+
+    def turned(x: Array | None) -> Array | None:
+        return None if x is None else jnp.swapaxes(x[None, ..., 0], -1, -2)
+
+    scales = map(turned, (part.key_scales, part.value_scales))
+    return Part(held(part.keys), held(part.values), None, *scales)
+
+
+def _by_heads(kv_heads: int, dtype: Any) -> bool:
+    """Whether keys lie head by head: as others, so few heads would fill up 32 bits."""
+    return kv_heads * dtype.itemsize % 4 > 0
+
+
+def _blocks(parts: tuple[Part, Part, Part], sizes: _Sizes) -> tuple[Part, Part, Part]:
+    """What a step has of prefix, response and own tokens: a BlockSpec in each array's place.
+
+    What lies behind the last token that is seen is not fetched.
+    """
+    from jax.experimental import pallas as pl
+
+    def of_prefix(slot: Any, step: Any, known: Any) -> tuple[Any, ...]:
+        return slot, jnp.minimum(step, _last(known[1][slot], sizes.prefix))
+
+    def of_committed(slot: Any, step: Any, known: Any) -> tuple[Any, ...]:
+        blocks = sizes.committed[2]
+        at = jnp.clip(step - sizes.prefix[2], 0, sizes.width * blocks - 1)
+        row = jax.lax.div(at, blocks)
+        last = _last(known[2][slot * sizes.width + row], sizes.committed)
+        return slot, row, jnp.minimum(jax.lax.rem(at, blocks), last)
+
+    def of_own(slot: Any, step: Any, known: Any) -> tuple[Any, ...]:
+        return slot, 0, 0
+
+    def specs(part: Part, at: Any, rows: tuple[int, ...], keys: int) -> Part:
+        groups, size = sizes.kv_heads, part.keys.shape[-1]
+        by_heads = _by_heads(groups, part.keys.dtype)
+        block = (groups, keys, size) if by_heads else (keys, groups, size)
+
+        def held(slot: Any, step: Any, *known: Any) -> tuple[Any, ...]:
+            layer = known[0][0] if part.keys.shape[0] > 1 else 0
+            *row, place = at(slot, step, known)
+            return layer, *row, *((0, place) if by_heads else (place, 0)), 0
+
+        def scales(slot: Any, step: Any, *known: Any) -> tuple[Any, ...]:
+            *row, place = at(slot, step, known)
+            return 0, *row, 0, place
+
+        factors = pl.BlockSpec((1, *rows, groups, keys), scales)
+        return _like(part, pl.BlockSpec((1, *rows, *block), held), None, factors)
+
+    prefix, committed, own = parts
+    return (
+        specs(prefix, of_prefix, (1,), sizes.prefix[1]),
+        specs(committed, of_committed, (1, 1), sizes.committed[1]),
+        specs(own, of_own, (1, sizes.width), sizes.own),
+    )
+
+
+def _cost(query: Array, parts: tuple[Part, Part], own: Part) -> Any:
     """What it takes to read everything there is room for, once."""
     from jax.experimental import pallas as pl
 
-    seen = sum(part.keys.shape[-3] for part in parts) + own[0].shape[2]
-    once = [x for part in parts for x in (part.keys, part.values)]
+    seen = sum(part.keys.shape[-3] for part in parts) + own.keys.shape[2]
     layers = parts[0].keys.shape[0] if parts[0].keys.ndim == 5 else 1
-    moved = sum(x.size * x.dtype.itemsize for x in once) // layers
-    moved += sum(x.size * x.dtype.itemsize for x in (query, query, *own))
+    moved = sum(2 * x.keys.size * x.keys.dtype.itemsize for x in parts) // layers
+    factors = [(x.key_scales, x.value_scales) for x in parts]
+    once = jax.tree.leaves((query, query, own, factors))
+    moved += sum(x.size * x.dtype.itemsize for x in once)
     scores = query.size // query.shape[-1] * seen
     return pl.CostEstimate(4 * scores * query.shape[-1], scores, moved)
 
@@ -304,8 +355,7 @@ def _last(length: Any, part: tuple[int, int, int]) -> Any:
 
 def _kernel(
     layer: Any, prefix_lengths: Any, lengths: Any, window: Any,
-    query: Any, prefix_keys: Any, prefix_values: Any, keys: Any, values: Any,
-    own_keys: Any, own_values: Any, own_mask: Any, offsets: Any,
+    query: Any, prefix: Part, committed: Part, own: Part, own_mask: Any, offsets: Any,
     out: Any, weighted: Any, total: Any, maximum: Any,
     *, sizes: _Sizes, scale: float | int, softcap: float | None, windowed: bool,
 ) -> None:  # fmt: skip
@@ -315,6 +365,7 @@ def _kernel(
     slot, step = pl.program_id(0), pl.program_id(1)
     here = slot * sizes.width
     first, blocks = sizes.prefix[2], sizes.committed[2]
+    cut = functools.partial(_block, kv_heads=sizes.kv_heads, dtype=query.dtype)
     read: Any = functools.partial(
         _read, query, weighted, total, maximum, sizes=sizes, scale=scale, softcap=softcap
     )
@@ -333,11 +384,11 @@ def _kernel(
 
     @pl.when((step < first) & (step * sizes.prefix[1] < prefix_lengths[slot]))
     def _prefix() -> None:
-        held = [_block(x[0, 0], step, sizes.prefix) for x in (prefix_keys, prefix_values)]
+        held = cut(prefix, (0, 0), step, sizes.prefix)
         length = prefix_lengths[slot]
 
         def one(row: Any, _: None) -> None:
-            read(row, *held, seen(step, sizes.prefix, length, length + lengths[here + row]))
+            read(row, held, seen(step, sizes.prefix, length, length + lengths[here + row]))
 
         jax.lax.fori_loop(0, sizes.width, one, None)
 
@@ -347,13 +398,14 @@ def _kernel(
 
     @pl.when(is_committed & (block * sizes.committed[1] < length))
     def _committed() -> None:
-        held = [_block(x[0, 0, 0], block, sizes.committed) for x in (keys, values)]
-        read(row, *held, seen(block, sizes.committed, length, length))
+        held = cut(committed, (0, 0, 0), block, sizes.committed)
+        read(row, held, seen(block, sizes.committed, length, length))
 
     @pl.when(step == sizes.steps - 1)
     def _own() -> None:
         def one(row: Any, _: None) -> None:
-            read(row, own_keys[0, row], own_values[0, row], own_mask[...] > 0)
+            held = cut(own, (0, 0, row), 0, (sizes.own, sizes.own, 1))
+            read(row, held, own_mask[...] > 0)
             for group in range(sizes.kv_heads):
                 mixed = (weighted[row, group] / total[row, group][:, :1]).astype(out.dtype)
                 out[0, row, :, _heads(out, group, sizes)] = mixed.reshape(
@@ -363,30 +415,42 @@ def _kernel(
         jax.lax.fori_loop(0, sizes.width, one, None)
 
 
-def _block(held: Array, block: Any, part: tuple[int, int, int]) -> Array:
-    """Keys or values [J G C] of a block; zeros where the last one passes the end."""
-    length, size, _ = part
-    if length % size == 0:
-        return held
-    place = block * size + jax.lax.broadcasted_iota(jnp.int32, held.shape, 0)
-    return jnp.where(place < length, held, jnp.zeros_like(held))
+def _block(
+    part: Part, at: tuple, block: Any, blocks: tuple[int, int, int], *, kv_heads: int, dtype: Any
+) -> Part:
+    """Keys and values [G J C] of a block and scales [G J]; zeros where the last passes the end."""
+    length, size, _ = blocks
+
+    def ended(x: Array) -> Array:
+        if length % size == 0:
+            return x
+        place = block * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where(place < length, x, jnp.zeros_like(x))
+
+    def held(x: Any) -> Array:
+        own = x[at].astype(dtype)
+        return ended(own if _by_heads(kv_heads, x.dtype) else own.swapaxes(0, 1))
+
+    def factors(x: Any) -> Array | None:
+        return None if x is None else ended(x[at])
+
+    scales = map(factors, (part.key_scales, part.value_scales))
+    return Part(held(part.keys), held(part.values), None, *scales)
 
 
 def _read(
     query: Any, weighted: Any, total: Any, maximum: Any,
-    hypothesis: Any, keys: Array, values: Array, seen: Array,
+    hypothesis: Any, held: Part, seen: Array,
     *, sizes: _Sizes, scale: float | int, softcap: float | None,
 ) -> None:  # fmt: skip
-    """Online softmax (arXiv 1805.02867) of a hypothesis' queries over keys [J G C], or [J C]."""
+    """Online softmax (arXiv 1805.02867) of a hypothesis' queries over a block."""
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    if sizes.kv_heads == 1:
-        keys, values = keys[None], values[None]
-    else:
-        keys, values = keys.swapaxes(0, 1), values.swapaxes(0, 1)
     for group in range(sizes.kv_heads):
         at = (hypothesis, group)
         rows = query[0, hypothesis, :, _heads(query, group, sizes)].reshape(sizes.rows, -1)
-        scores = dot(rows, keys[group], (((1,), (1,)), ((), ()))) * scale
+        scores = dot(rows, held.keys[group], (((1,), (1,)), ((), ()))) * scale
+        if held.key_scales is not None:
+            scores = scores * held.key_scales[group : group + 1]
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(seen, scores, MASKED)
@@ -395,7 +459,10 @@ def _read(
         factor, weights = jnp.exp(before - now), jnp.exp(scores - now[:, :1])
         maximum[at] = now
         total[at] = total[at] * factor + weights.sum(axis=-1, keepdims=True)
-        new = dot(weights.astype(values.dtype), values[group], (((1,), (0,)), ((), ())))
+        if held.value_scales is not None:
+            weights = weights * held.value_scales[group : group + 1]
+        weights = weights.astype(query.dtype)
+        new = dot(weights, held.values[group], (((1,), (0,)), ((), ())))
         weighted[at] = weighted[at] * factor[:, :1] + new
 
 
