@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2s_jax.ops import attention
@@ -14,6 +14,7 @@ from w2s_jax.ops.attention import (
     attend_part,
     attend_sequence,
     concatenate,
+    goes_in_blocks,
     in_turns,
     merge,
     unseen,
@@ -274,6 +275,38 @@ def test_tpus_take_slots_in_turns_where_scores_of_all_are_many(platform, slots, 
     assert ("stablehlo.while" in text) == bool(turns)
     if turns:
         assert f"stablehlo.constant dense<{turns}> : tensor<i32>" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 5),
+    split=st.sampled_from([Split(), Split(2), Split(1, 4), Split(2, 2)]),
+    count=st.sampled_from([1, 4, 60, 240]),
+    keys=st.integers(1, 128),
+)
+def test_whether_keys_go_in_blocks_is_known_before(slots, split, count, keys):
+    """As programs for TPUs have them."""
+    keys, seen = keys * 256, []
+    shapes = [(slots * split.slots, 2, n, heads, 8) for n, heads in ((count, 8), (keys, 4))]
+    query, held = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    mask = jax.ShapeDtypeStruct((1, 1, 1, keys), jnp.bool_)
+
+    def blocks(query, keys, *_, largest, **__):
+        seen.append(keys.shape[2] > largest)
+        return attention.unseen(query)
+
+    def run(query, held):
+        part = attend_in_blocks(query, *held, scale=1.0, devices=split.devices)
+        return merge([part]).astype(query.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_blocks", blocks)
+        tpu = lambda *arrays, tpu, default: tpu(*arrays)  # noqa: E731
+        patch.setattr(jax.lax, "platform_dependent", tpu)
+        jax.eval_shape(lambda *given: in_turns(run, *given, split), query, (held, held, mask))
+    told = []
+    jax.eval_shape(lambda query: told.append(goes_in_blocks(query, keys, split)), query)
+    assert told == [any(seen)]
 
 
 TURNS = """

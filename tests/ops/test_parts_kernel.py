@@ -99,7 +99,8 @@ def test_the_kernel_is_softmax_attention_over_all_three(
     layer = None if layers is None else 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts_kernel, "LANES", 4)
-        patch.setattr(parts_kernel, "LONGEST", 4)
+        patch.setattr(parts_kernel, "BLOCK", (4, 2**20))
+        patch.setattr(parts_kernel, "KEYS", 4)
         number = None if layer is None else jnp.int32(layer)
         window = None if size is None else Window(jnp.int32(size), jnp.arange(count) + 1)
         found = attend(*arrays, number, window, **options, interpret=True)
@@ -197,15 +198,17 @@ def test_heads_of_a_share_must_have_their_keys(run_python):
 
 @pytest.mark.parametrize(
     ("kind", "count", "dtype", "asked"),
-    [("TPU v5", 1, jnp.bfloat16, True), ("TPU v5p", 1, jnp.bfloat16, True),
-     ("cpu", 1, jnp.bfloat16, False), ("TPU v5 lite", 1, jnp.bfloat16, False),
-     ("TPU v5", 1, jnp.float32, False), ("TPU v5", 4, jnp.bfloat16, False)],
+    [("TPU v5", 1, jnp.bfloat16, "always"), ("TPU v5p", 1, jnp.bfloat16, "always"),
+     ("cpu", 1, jnp.bfloat16, "never"), ("TPU v5 lite", 1, jnp.bfloat16, "in blocks"),
+     ("TPU v6 lite", 1, jnp.bfloat16, "in blocks"), ("TPU v6 lite", 1, jnp.float32, "never"),
+     ("TPU v5", 1, jnp.float32, "never"), ("TPU v5", 4, jnp.bfloat16, "never")],
 )  # fmt: skip
 def test_chips_of_two_cores_have_the_kernel(kind, count, dtype, asked, monkeypatch):
-    """Without a mesh one of several devices has none: nothing says where arrays lie."""
+    """Others where keys go in blocks; without a mesh one of several devices never has."""
 
     class Device:
         device_kind = kind
 
     monkeypatch.setattr(jax, "devices", lambda: [Device()] * count)
-    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE) == asked
+    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE) == (asked == "always")
+    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE, True) == (asked != "never")

@@ -242,6 +242,11 @@ def _branches(x: Array, layout: Layout) -> Array:
     return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
 
 
+def _split(query: Array, placement: Placement) -> attention.Split:
+    slots, heads = query.shape[0], query.shape[-2]
+    return attention.Split(placement.parts("slots", slots), placement.parts("heads", heads))
+
+
 def _scale(config: ModelConfig) -> float | int:
     return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
@@ -263,8 +268,7 @@ def _attend(
         )
         return whole.reshape(query.shape)
 
-    parts = placement.parts
-    split = attention.Split(parts("slots", len(query)), parts("heads", config.heads))
+    split = _split(query, placement)
 
     def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
         held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
@@ -320,7 +324,11 @@ def _attend_by_kernel(
     """
     if before.prefix is None or before.committed is None:
         return None
-    if not parts_kernel.has_kernel(query.dtype, placement):
+    split = _split(query, placement)
+    keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
+    several = config.kv_heads // split.heads > 1
+    in_blocks = several and attention.goes_in_blocks(query, keys, split)
+    if not parts_kernel.has_kernel(query.dtype, placement, in_blocks):
         return None
     stacked, window = before.stacked, None
     source: Any = before if stacked is None else stacked

@@ -144,11 +144,7 @@ def attend_in_blocks(
     (arXiv 1805.02867).
     """
     slots, groups, count, heads, _ = query.shape
-    of_a_key = max(1, 4 * slots * groups * count * heads / devices)
-
-    def largest(most: int) -> int:
-        return max(BLOCK_KEYS, int(most / of_a_key) // LANES * LANES)
-
+    largest = functools.partial(_largest, 4 * slots * groups * count * heads / devices)
     run = functools.partial(_blocks, scale=scale, softcap=softcap)
     arrays = (query, keys, values, mask, key_scales, value_scales)
     if keys.shape[2] <= largest(TPU_BLOCK_BYTES):
@@ -158,6 +154,11 @@ def attend_in_blocks(
         tpu=functools.partial(run, largest=largest(TPU_BLOCK_BYTES)),
         default=functools.partial(run, largest=largest(BLOCK_BYTES)),
     )
+
+
+def _largest(of_a_key: float, most: int) -> int:
+    """How many keys are in a block, where each has so many bytes of scores on a device."""
+    return max(BLOCK_KEYS, int(most / max(1, of_a_key)) // LANES * LANES)
 
 
 def in_turns(
@@ -172,15 +173,29 @@ def in_turns(
     stands for all; `split` says over how many devices P lies. A device takes as many of its own
     slots in a turn as `TPU_TURN_BYTES` allows.
     """
-    slots, groups, count, heads, _ = query.shape
-    own = slots // split.slots
-    of_a_slot = 4 * BLOCK_KEYS * groups * count * heads / split.heads
-    if own == 1 or own * of_a_slot <= 2 * TPU_TURN_BYTES:
+    together = _together(query.shape, split)
+    if together * split.slots == len(query):
         return run(query, held)
-    most = max(1, int(TPU_TURN_BYTES / of_a_slot))
-    together = max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
     turned = functools.partial(_turned, run, split=split, together=together)
     return jax.lax.platform_dependent(query, held, tpu=turned, default=run)
+
+
+def _together(shape: tuple[int, ...], split: Split) -> int:
+    """How many of its own slots a TPU takes in a turn, of queries [P A m H C]."""
+    slots, groups, count, heads, _ = shape
+    own = slots // split.slots
+    of_a_slot = 4 * BLOCK_KEYS * groups * count * heads / split.heads
+    if own * of_a_slot <= 2 * TPU_TURN_BYTES:
+        return own
+    most = max(1, int(TPU_TURN_BYTES / of_a_slot))
+    return max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
+
+
+def goes_in_blocks(query: Float[Array, "P A m H C"], keys: int, split: Split = UNSPLIT) -> bool:
+    """Whether TPUs read so many keys block by block, in the turns of `in_turns`."""
+    _, groups, count, heads, _ = query.shape
+    of_a_key = 4 * _together(query.shape, split) * groups * count * heads / split.heads
+    return keys > _largest(of_a_key, TPU_BLOCK_BYTES)
 
 
 def _turned(

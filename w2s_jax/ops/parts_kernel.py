@@ -1,8 +1,9 @@
 """Attention over prefix, committed response and chunk as one Pallas kernel, for some TPUs.
 
-The two cores of a v5p share no vector memory, so that a compiler keeps scores in main memory. The
-kernel holds scores and sums of one slot in a core's own, and reads every key and value once, as
-the caches lie. Other chips need none; which version runs is decided in `models/decoder.py`.
+The two cores of a v5p share no vector memory, so that a compiler keeps scores in main memory. On
+other chips it brings keys of several heads into another order where it reads them block by block.
+The kernel holds scores and sums of one slot in a core's own, and reads every key and value once, as
+the caches lie. Which version runs is decided in `models/decoder.py`.
 """
 
 import functools
@@ -18,12 +19,16 @@ from w2s_jax.ops.attention import MASKED
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
-CHIPS = ("TPU v5", "TPU v5p")
+TWO_CORES = ("TPU v5", "TPU v5p")
 """Kinds of devices whose cores share no vector memory."""
+ONE_CORE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 LANES, SUBLANES = 128, 16
 """Sides of a tile of bfloat16 numbers."""
-SCORES, LONGEST = 2 * 2**20, 512
-"""A block has as many keys as have so many bytes of scores, and no more than so many."""
+KEYS, BLOCK, SCORES = 512, (2**19, 2**21), 2**21
+"""Keys of a block: so many, but within these bytes of keys and values, and these of scores.
+
+With fewer bytes what a step takes besides, some 400 cycles, would be longer than they take to come.
+"""
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
 """Bytes of vector memory that the kernel is judged to take at most, and may take; there are 64.
 
@@ -59,9 +64,10 @@ class Window:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """W, rows of a hypothesis (M · H/G), G, of both parts J, a block's keys, and blocks, and X."""
+    """W, M · H/G and that of whole tiles, G, of both parts J, a block's keys, and blocks, and X."""
 
     width: int
+    queries: int
     rows: int
     kv_heads: int
     prefix: tuple[int, int, int]
@@ -73,8 +79,10 @@ class _Sizes:
         return self.prefix[2] + self.width * self.committed[2] + 1
 
 
-def has_kernel(dtype: Any, placement: Placement) -> bool:
-    """Whether arrays of a dtype, so placed, are read on chips for which there is a kernel.
+def has_kernel(dtype: Any, placement: Placement, in_blocks: bool = False) -> bool:
+    """Whether arrays of a dtype, so placed, are read on chips that need a kernel.
+
+    Chips of one core need it for keys of several heads that they would read block by block.
 
     Without a mesh only where there is one device: arrays that lie on several all the same could not
     be read, since no compiler splits a kernel.
@@ -82,7 +90,8 @@ def has_kernel(dtype: Any, placement: Placement) -> bool:
     devices = jax.devices() if placement.mesh is None else placement.mesh.devices.flat
     if placement.mesh is None and len(devices) > 1:
         return False
-    return devices[0].device_kind in CHIPS and dtype == jnp.bfloat16
+    kinds = (*TWO_CORES, *ONE_CORE) if in_blocks else TWO_CORES
+    return devices[0].device_kind in kinds and dtype == jnp.bfloat16
 
 
 def takes(
@@ -108,7 +117,8 @@ def takes(
     if _axes(placement, "heads", heads) != _axes(placement, "kv_heads", kv_heads):
         return False
     share = _sizes(query, prefix, committed, own, placement.parts("heads", heads))
-    return _room(share, size, query.dtype.itemsize) <= ROOM
+    itemsizes = query.dtype.itemsize, max(part.keys.dtype.itemsize for part in parts)
+    return _room(share, size, *itemsizes) <= ROOM
 
 
 def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
@@ -119,32 +129,40 @@ def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
 
 
 def _sizes(query: Array, prefix: Part, committed: Part, own: int, parts: int = 1) -> _Sizes:
-    _, width, count, heads, _ = query.shape
+    _, width, count, heads, size = query.shape
     kv_heads = prefix.keys.shape[-2]
-    rows = count * (heads // kv_heads)
-    longest = min(LONGEST, max(LANES, SCORES // (4 * rows) // LANES * LANES))
+    queries = count * (heads // kv_heads)
+    rows = _up(queries, SUBLANES // 2)
+    kv_heads = kv_heads // parts
 
-    def blocks(keys: int) -> tuple[int, int, int]:
-        size = min(longest, keys)
-        return keys, size, -(-keys // size)
+    def blocks(part: Part, rows: int) -> tuple[int, int, int]:
+        keys = part.keys.shape[-3]
+        a_key = 2 * kv_heads * size * part.keys.dtype.itemsize
+        longest = min(max(KEYS, BLOCK[0] // a_key), BLOCK[1] // a_key, SCORES // (4 * rows))
+        block = min(max(LANES, longest // LANES * LANES), keys)
+        return keys, block, -(-keys // block)
 
-    first, second = (blocks(part.keys.shape[-3]) for part in (prefix, committed))
-    return _Sizes(width, rows, kv_heads // parts, first, second, _up(own, SUBLANES))
+    # All hypotheses read the prefix at once.
+    first, second = blocks(prefix, width * rows), blocks(committed, rows)
+    return _Sizes(width, queries, rows, kv_heads, first, second, _up(own, SUBLANES))
 
 
-def _room(sizes: _Sizes, head_width: int, itemsize: int) -> int:
-    """Bytes of vector memory: sums, scores, and twice what comes and goes."""
-    each = _up(sizes.rows, SUBLANES)
-    rows = sizes.width * sizes.kv_heads * each
-    sums = 4 * rows * (head_width + 2 * LANES)
+def _room(sizes: _Sizes, head_width: int, itemsize: int, kept: int) -> int:
+    """Bytes of vector memory: queries, sums, scores, and twice what comes and goes.
+
+    itemsize: of queries; kept: of keys and values.
+    """
+    rows = sizes.width * sizes.kv_heads * sizes.rows
+    sums = 4 * rows * (2 * head_width + 2 * LANES)
     ends = 2 * 2 * rows * head_width * itemsize
     blocks = (sizes.prefix[1], sizes.committed[1])
-    a_key = 2 * sizes.kv_heads * head_width * itemsize
-    held = 2 * (sum(blocks) + sizes.width * sizes.own) * a_key
+    numbers = 2 * sizes.kv_heads * head_width
+    held = 2 * (sum(blocks) + sizes.width * sizes.own) * numbers * kept
     own = _up(sizes.own, LANES)
-    mask = 2 * 4 * each * own
+    mask = 2 * 4 * sizes.rows * own
     # Besides as they lie, keys and values stand head by head, and scores as weights.
-    again = (max(blocks) + sizes.own) * a_key + 4 * 4 * each * max(*blocks, own)
+    scores = max(sizes.width * sizes.rows * blocks[0], sizes.rows * max(blocks[1], own))
+    again = (max(blocks) + sizes.own) * numbers * itemsize + 4 * 4 * scores
     return sums + ends + held + mask + again
 
 
@@ -220,10 +238,11 @@ def _attend(
 
     sizes = _sizes(query, prefix, committed, own.keys.shape[2])
     slots, width, count, heads, size = query.shape
-    extra = sizes.own - own.keys.shape[2]
-    own_mask = jnp.pad(jnp.repeat(own_mask, heads // sizes.kv_heads, axis=0), [(0, 0), (0, extra)])
+    each, groups = heads // sizes.kv_heads, sizes.kv_heads
+    extra, more = sizes.own - own.keys.shape[2], sizes.rows - sizes.queries
+    own_mask = jnp.pad(jnp.repeat(own_mask, each, axis=0), [(0, more), (0, extra)])
     offsets = jnp.zeros(count, jnp.int32) if window is None else window.offsets
-    offsets = jnp.repeat(offsets, heads // sizes.kv_heads)[:, None]
+    offsets = jnp.pad(jnp.repeat(offsets, each), [(0, more)])[:, None]
     reach = jnp.zeros((), jnp.int32) if window is None else window.size
     # In one axis each, since another would be filled up to a tile.
     known = jax.tree.leaves((layer, prefix.lengths, committed.lengths, reach))
@@ -237,7 +256,7 @@ def _attend(
     )
     ends = pl.BlockSpec((1, width, count, heads, size), lambda p, j, *n: (p, 0, 0, 0, 0))
     whole = [pl.BlockSpec(x.shape, lambda p, j, *n: (0, 0)) for x in (own_mask, offsets)]
-    groups, rows = sizes.kv_heads, sizes.rows
+    rows, kinds = width * sizes.rows, (size, size, LANES, LANES)
     call = pl.pallas_call(
         functools.partial(
             _kernel, sizes=sizes, scale=scale, softcap=softcap, windowed=window is not None
@@ -247,9 +266,7 @@ def _attend(
             grid=(slots, sizes.steps),
             in_specs=[ends, *_blocks(parts, sizes), *whole],
             out_specs=ends,
-            scratch_shapes=[
-                pltpu.VMEM((width, groups, rows, n), jnp.float32) for n in (size, LANES, LANES)
-            ],
+            scratch_shapes=[pltpu.VMEM((groups, rows, n), jnp.float32) for n in kinds],
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -356,7 +373,7 @@ def _last(length: Any, part: tuple[int, int, int]) -> Any:
 def _kernel(
     layer: Any, prefix_lengths: Any, lengths: Any, window: Any,
     query: Any, prefix: Part, committed: Part, own: Part, own_mask: Any, offsets: Any,
-    out: Any, weighted: Any, total: Any, maximum: Any,
+    out: Any, asked: Any, weighted: Any, total: Any, maximum: Any,
     *, sizes: _Sizes, scale: float | int, softcap: float | None, windowed: bool,
 ) -> None:  # fmt: skip
     """A block of the prefix, of one hypothesis' response, or at last its own new tokens."""
@@ -366,31 +383,44 @@ def _kernel(
     here = slot * sizes.width
     first, blocks = sizes.prefix[2], sizes.committed[2]
     cut = functools.partial(_block, kv_heads=sizes.kv_heads, dtype=query.dtype)
-    read: Any = functools.partial(
-        _read, query, weighted, total, maximum, sizes=sizes, scale=scale, softcap=softcap
-    )
+    sums = (asked, weighted, total, maximum)
+    read: Any = functools.partial(_read, *sums, scale=scale, softcap=softcap, dtype=query.dtype)
+
+    def rows_of(hypothesis: Any) -> Any:
+        return pl.ds(pl.multiple_of(hypothesis * sizes.rows, SUBLANES // 2), sizes.rows)
+
+    def queries_of(hypothesis: Any) -> Any:
+        return pl.ds(pl.multiple_of(hypothesis * sizes.rows, SUBLANES // 2), sizes.queries)
+
+    def of_head(group: int) -> slice:
+        each = query.shape[3] // sizes.kv_heads
+        return slice(group * each, (group + 1) * each)
 
     @pl.when(step == 0)
     def _start() -> None:
-        weighted[...] = jnp.zeros_like(weighted)
-        total[...] = jnp.zeros_like(total)
+        for held in (asked, weighted, total):
+            held[...] = jnp.zeros_like(held)
         maximum[...] = jnp.full_like(maximum, MASKED)
+
+        def one(row: Any, _: None) -> None:
+            for group in range(sizes.kv_heads):
+                own = query[0, row, :, of_head(group)].reshape(sizes.queries, -1)
+                asked[group, queries_of(row)] = own.astype(asked.dtype)
+
+        jax.lax.fori_loop(0, sizes.width, one, None)
 
     def seen(block: Any, part: tuple[int, int, int], length: Any, nearest: Any) -> Array:
         """[1 J], or [rows J] of a window: `nearest` is the place of the first new token."""
         place = block * part[1] + jax.lax.broadcasted_iota(jnp.int32, (1, part[1]), 1)
         near = place < jnp.minimum(length, part[0])
-        return near & (place > nearest - window[0] + offsets[...]) if windowed else near
+        return near & (place > nearest - window[0]) if windowed else near
 
     @pl.when((step < first) & (step * sizes.prefix[1] < prefix_lengths[slot]))
     def _prefix() -> None:
         held = cut(prefix, (0, 0), step, sizes.prefix)
         length = prefix_lengths[slot]
-
-        def one(row: Any, _: None) -> None:
-            read(row, held, seen(step, sizes.prefix, length, length + lengths[here + row]))
-
-        jax.lax.fori_loop(0, sizes.width, one, None)
+        nearest = [length + lengths[here + row] + offsets[...] for row in range(sizes.width)]
+        read(slice(None), held, seen(step, sizes.prefix, length, jnp.concatenate(nearest)))
 
     row = jnp.clip(jax.lax.div(step - first, blocks), 0, sizes.width - 1)
     block, length = jax.lax.rem(step - first, blocks), lengths[here + row]
@@ -399,18 +429,17 @@ def _kernel(
     @pl.when(is_committed & (block * sizes.committed[1] < length))
     def _committed() -> None:
         held = cut(committed, (0, 0, 0), block, sizes.committed)
-        read(row, held, seen(block, sizes.committed, length, length))
+        read(rows_of(row), held, seen(block, sizes.committed, length, length + offsets[...]))
 
     @pl.when(step == sizes.steps - 1)
     def _own() -> None:
         def one(row: Any, _: None) -> None:
             held = cut(own, (0, 0, row), 0, (sizes.own, sizes.own, 1))
-            read(row, held, own_mask[...] > 0)
+            read(rows_of(row), held, own_mask[...] > 0)
             for group in range(sizes.kv_heads):
-                mixed = (weighted[row, group] / total[row, group][:, :1]).astype(out.dtype)
-                out[0, row, :, _heads(out, group, sizes)] = mixed.reshape(
-                    out.shape[2], -1, out.shape[-1]
-                )
+                at = (group, queries_of(row))
+                mixed = (weighted[at] / total[at][:, :1]).astype(out.dtype)
+                out[0, row, :, of_head(group)] = mixed.reshape(out.shape[2], -1, out.shape[-1])
 
         jax.lax.fori_loop(0, sizes.width, one, None)
 
@@ -439,16 +468,14 @@ def _block(
 
 
 def _read(
-    query: Any, weighted: Any, total: Any, maximum: Any,
-    hypothesis: Any, held: Part, seen: Array,
-    *, sizes: _Sizes, scale: float | int, softcap: float | None,
+    asked: Any, weighted: Any, total: Any, maximum: Any, rows: Any, held: Part, seen: Array,
+    *, scale: float | int, softcap: float | None, dtype: Any,
 ) -> None:  # fmt: skip
-    """Online softmax (arXiv 1805.02867) of a hypothesis' queries over a block."""
+    """Online softmax (arXiv 1805.02867) of some rows of queries over a block."""
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    for group in range(sizes.kv_heads):
-        at = (hypothesis, group)
-        rows = query[0, hypothesis, :, _heads(query, group, sizes)].reshape(sizes.rows, -1)
-        scores = dot(rows, held.keys[group], (((1,), (1,)), ((), ()))) * scale
+    for group in range(asked.shape[0]):
+        at = (group, rows)
+        scores = dot(asked[at].astype(dtype), held.keys[group], (((1,), (1,)), ((), ()))) * scale
         if held.key_scales is not None:
             scores = scores * held.key_scales[group : group + 1]
         if softcap is not None:
@@ -461,11 +488,5 @@ def _read(
         total[at] = total[at] * factor + weights.sum(axis=-1, keepdims=True)
         if held.value_scales is not None:
             weights = weights * held.value_scales[group : group + 1]
-        weights = weights.astype(query.dtype)
-        new = dot(weights, held.values[group], (((1,), (0,)), ((), ())))
+        new = dot(weights.astype(dtype), held.values[group], (((1,), (0,)), ((), ())))
         weighted[at] = weighted[at] * factor[:, :1] + new
-
-
-def _heads(query: Any, group: int, sizes: _Sizes) -> slice:
-    each = query.shape[3] // sizes.kv_heads
-    return slice(group * each, (group + 1) * each)
