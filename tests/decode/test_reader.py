@@ -17,7 +17,7 @@ from w2s_jax.decode.reader import (
     start_chunk,
 )
 from w2s_jax.models.cache import commit_chunk
-from w2s_jax.ops import attention, parts_kernel
+from w2s_jax.ops import attention, parts_kernel, parts_sizes
 
 KINDS = {
     "rotary": {},
@@ -64,6 +64,7 @@ def test_reading_by_parts_equals_one_full_pass(kind, parts, monkeypatch):
         taken = partial(asked_and_taken, asked)
         monkeypatch.setattr(parts_kernel, "has_kernel", lambda *_: True)
         monkeypatch.setattr(parts_kernel, "LANES", 4)
+        monkeypatch.setattr(parts_sizes, "LANES", 4)
         monkeypatch.setattr(parts_kernel, "takes", taken)
         monkeypatch.setattr(parts_kernel, "attend", partial(parts_kernel.attend, interpret=True))
     if parts == "in blocks":
@@ -196,10 +197,10 @@ from itertools import product
 from tests.tiny import tiny_model
 from w2s_jax.decode.reader import read_chunk, read_step, read_stems, start_cache, start_chunk
 from w2s_jax.models.model import shard_model
-from w2s_jax.ops import parts_kernel
+from w2s_jax.ops import parts_kernel, parts_sizes
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import SEARCH_RULES
-parts_kernel.LANES = 4
+parts_kernel.LANES = parts_sizes.LANES = 4
 parts_kernel.attend = partial(parts_kernel.attend, interpret=True)
 
 def read(model, dtype, last, tokens):

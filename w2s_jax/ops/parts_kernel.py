@@ -7,7 +7,6 @@ the caches lie. Which version runs is decided in `models/decoder.py`.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,39 +15,18 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.ops.attention import MASKED
+from w2s_jax.ops.parts_sizes import LANES, SUBLANES, Part, Sizes, by_heads, filled, room, sizes_of
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
 TWO_CORES = ("TPU v5", "TPU v5p")
 """Kinds of devices whose cores share no vector memory."""
 ONE_CORE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
-LANES, SUBLANES = 128, 16
-"""Sides of a tile of bfloat16 numbers."""
-KEYS, BLOCK, SCORES = 512, (2**19, 2**21), 2**21
-"""Keys of a block: so many, but within these bytes of keys and values, and these of scores.
-
-With fewer bytes what a step takes besides, some 400 cycles, would be longer than they take to come.
-"""
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
 """Bytes of vector memory that the kernel is judged to take at most, and may take; there are 64.
 
 Beyond the first it would still compile, for minutes.
 """
-
-
-@pytree()
-class Part:
-    """Keys and values that new tokens see: [P J G C], or [P W J G C], of one layer or of all.
-
-    lengths: how many from the first are seen, int32 [P], or [P W]; None where a mask tells. Keys
-    and values with scales, float32 [.. J G 1] of the layer that runs, are int8.
-    """
-
-    keys: Array
-    values: Array
-    lengths: Array | None = None
-    key_scales: Array | None = None
-    value_scales: Array | None = None
 
 
 @pytree()
@@ -60,23 +38,6 @@ class Window:
 
     size: Array
     offsets: Array
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """W, M · H/G and that of whole tiles, G, of both parts J, a block's keys, and blocks, and X."""
-
-    width: int
-    queries: int
-    rows: int
-    kv_heads: int
-    prefix: tuple[int, int, int]
-    committed: tuple[int, int, int]
-    own: int
-
-    @property
-    def steps(self) -> int:
-        return self.prefix[2] + self.width * self.committed[2] + 1
 
 
 def has_kernel(dtype: Any, placement: Placement, in_blocks: bool = False) -> bool:
@@ -103,22 +64,21 @@ def takes(
 ) -> bool:
     """Whether the kernel takes a case: what it holds fits, and no part is empty.
 
-    own: how many keys of its own a hypothesis has (X). Heads must be a multiple of 128 wide, and as
-    many as a power of two for a key/value head, which tiles hold without gaps; devices of a mesh
-    must have the key/value heads of their queries. Keys are as queries, or int8.
+    own: how many keys of its own a hypothesis has (X). Heads must be a multiple of 128 wide, and
+    devices of a mesh have the key/value heads of their queries. Keys are as queries, or int8.
     """
     heads, size = query.shape[-2:]
     kv_heads = prefix.keys.shape[-2]
     parts = (prefix, committed)
-    if (heads // kv_heads).bit_count() > 1 or not all(part.keys.size for part in parts):
+    if not all(part.keys.size for part in parts):
         return False
     if size % LANES or any(x.keys.dtype not in (query.dtype, jnp.int8) for x in parts):
         return False
     if _axes(placement, "heads", heads) != _axes(placement, "kv_heads", kv_heads):
         return False
-    share = _sizes(query, prefix, committed, own, placement.parts("heads", heads))
+    share = sizes_of(query, prefix, committed, own, placement.parts("heads", heads))
     itemsizes = query.dtype.itemsize, max(part.keys.dtype.itemsize for part in parts)
-    return _room(share, size, *itemsizes) <= ROOM
+    return room(share, size, *itemsizes) <= ROOM
 
 
 def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
@@ -126,48 +86,6 @@ def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
     if placement.mesh is None:
         return None
     return placement.rules.targets(axis, size, placement.mesh.shape) or None
-
-
-def _sizes(query: Array, prefix: Part, committed: Part, own: int, parts: int = 1) -> _Sizes:
-    _, width, count, heads, size = query.shape
-    kv_heads = prefix.keys.shape[-2]
-    queries = count * (heads // kv_heads)
-    rows = _up(queries, SUBLANES // 2)
-    kv_heads = kv_heads // parts
-
-    def blocks(part: Part, rows: int) -> tuple[int, int, int]:
-        keys = part.keys.shape[-3]
-        a_key = 2 * kv_heads * size * part.keys.dtype.itemsize
-        longest = min(max(KEYS, BLOCK[0] // a_key), BLOCK[1] // a_key, SCORES // (4 * rows))
-        block = min(max(LANES, longest // LANES * LANES), keys)
-        return keys, block, -(-keys // block)
-
-    # All hypotheses read the prefix at once.
-    first, second = blocks(prefix, width * rows), blocks(committed, rows)
-    return _Sizes(width, queries, rows, kv_heads, first, second, _up(own, SUBLANES))
-
-
-def _room(sizes: _Sizes, head_width: int, itemsize: int, kept: int) -> int:
-    """Bytes of vector memory: queries, sums, scores, and twice what comes and goes.
-
-    itemsize: of queries; kept: of keys and values.
-    """
-    rows = sizes.width * sizes.kv_heads * sizes.rows
-    sums = 4 * rows * (2 * head_width + 2 * LANES)
-    ends = 2 * 2 * rows * head_width * itemsize
-    blocks = (sizes.prefix[1], sizes.committed[1])
-    numbers = 2 * sizes.kv_heads * head_width
-    held = 2 * (sum(blocks) + sizes.width * sizes.own) * numbers * kept
-    own = _up(sizes.own, LANES)
-    mask = 2 * 4 * sizes.rows * own
-    # Besides as they lie, keys and values stand head by head, and scores as weights.
-    scores = max(sizes.width * sizes.rows * blocks[0], sizes.rows * max(blocks[1], own))
-    again = (max(blocks) + sizes.own) * numbers * itemsize + 4 * 4 * scores
-    return sums + ends + held + mask + again
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def attend(
@@ -236,9 +154,11 @@ def _attend(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    sizes = _sizes(query, prefix, committed, own.keys.shape[2])
+    sizes = sizes_of(query, prefix, committed, own.keys.shape[2])
+    groups, given = sizes.kv_heads, query.shape
+    query = _with_filled_heads(query, groups)
     slots, width, count, heads, size = query.shape
-    each, groups = heads // sizes.kv_heads, sizes.kv_heads
+    each = heads // groups
     extra, more = sizes.own - own.keys.shape[2], sizes.rows - sizes.queries
     own_mask = jnp.pad(jnp.repeat(own_mask, each, axis=0), [(0, more), (0, extra)])
     offsets = jnp.zeros(count, jnp.int32) if window is None else window.offsets
@@ -276,7 +196,17 @@ def _attend(
         interpret=interpret,
         name="attention_of_parts",
     )
-    return call(*known, query, *parts, own_mask.astype(jnp.int32), offsets)
+    out = call(*known, query, *parts, own_mask.astype(jnp.int32), offsets)
+    out = out.reshape(*given[:3], groups, each, size)
+    return out[..., : given[3] // groups, :].reshape(given)
+
+
+def _with_filled_heads(query: Array, groups: int) -> Array:
+    slots, width, count, heads, size = query.shape
+    each = heads // groups
+    query = query.reshape(slots, width, count, groups, each, size)
+    query = jnp.pad(query, [(0, 0)] * 4 + [(0, filled(each) - each), (0, 0)])
+    return query.reshape(slots, width, count, -1, size)
 
 
 def _like(part: Part, held: Any, lengths: Any, scales: Any) -> Part:
@@ -291,7 +221,7 @@ def _laid(part: Part, is_layered: bool) -> Part:
     """Keys and values with layers in front, [.. G J C] if by heads, and scales [1 .. G J]."""
 
     def held(x: Array) -> Array:
-        x = x.swapaxes(-3, -2) if _by_heads(x.shape[-2], x.dtype) else x
+        x = x.swapaxes(-3, -2) if by_heads(x.shape[-2], x.dtype) else x
         return x if is_layered else x[None]
 
     def turned(x: Array | None) -> Array | None:
@@ -301,12 +231,7 @@ def _laid(part: Part, is_layered: bool) -> Part:
     return Part(held(part.keys), held(part.values), None, *scales)
 
 
-def _by_heads(kv_heads: int, dtype: Any) -> bool:
-    """Whether keys lie head by head: as others, so few heads would fill up 32 bits."""
-    return kv_heads * dtype.itemsize % 4 > 0
-
-
-def _blocks(parts: tuple[Part, Part, Part], sizes: _Sizes) -> tuple[Part, Part, Part]:
+def _blocks(parts: tuple[Part, Part, Part], sizes: Sizes) -> tuple[Part, Part, Part]:
     """What a step has of prefix, response and own tokens: a BlockSpec in each array's place.
 
     What lies behind the last token that is seen is not fetched.
@@ -328,13 +253,13 @@ def _blocks(parts: tuple[Part, Part, Part], sizes: _Sizes) -> tuple[Part, Part, 
 
     def specs(part: Part, at: Any, rows: tuple[int, ...], keys: int) -> Part:
         groups, size = sizes.kv_heads, part.keys.shape[-1]
-        by_heads = _by_heads(groups, part.keys.dtype)
-        block = (groups, keys, size) if by_heads else (keys, groups, size)
+        is_by_heads = by_heads(groups, part.keys.dtype)
+        block = (groups, keys, size) if is_by_heads else (keys, groups, size)
 
         def held(slot: Any, step: Any, *known: Any) -> tuple[Any, ...]:
             layer = known[0][0] if part.keys.shape[0] > 1 else 0
             *row, place = at(slot, step, known)
-            return layer, *row, *((0, place) if by_heads else (place, 0)), 0
+            return layer, *row, *((0, place) if is_by_heads else (place, 0)), 0
 
         def scales(slot: Any, step: Any, *known: Any) -> tuple[Any, ...]:
             *row, place = at(slot, step, known)
@@ -374,7 +299,7 @@ def _kernel(
     layer: Any, prefix_lengths: Any, lengths: Any, window: Any,
     query: Any, prefix: Part, committed: Part, own: Part, own_mask: Any, offsets: Any,
     out: Any, asked: Any, weighted: Any, total: Any, maximum: Any,
-    *, sizes: _Sizes, scale: float | int, softcap: float | None, windowed: bool,
+    *, sizes: Sizes, scale: float | int, softcap: float | None, windowed: bool,
 ) -> None:  # fmt: skip
     """A block of the prefix, of one hypothesis' response, or at last its own new tokens."""
     from jax.experimental import pallas as pl
@@ -458,7 +383,7 @@ def _block(
 
     def held(x: Any) -> Array:
         own = x[at].astype(dtype)
-        return ended(own if _by_heads(kv_heads, x.dtype) else own.swapaxes(0, 1))
+        return ended(own if by_heads(kv_heads, x.dtype) else own.swapaxes(0, 1))
 
     def factors(x: Any) -> Array | None:
         return None if x is None else ended(x[at])
