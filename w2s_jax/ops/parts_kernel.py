@@ -23,7 +23,7 @@ TWO_CORES = ("TPU v5", "TPU v5p")
 """Kinds of devices whose cores share no vector memory."""
 ONE_CORE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
-"""Bytes of vector memory that the kernel is judged to take at most, and may take; there are 64 or more.
+"""Bytes of vector memory that the kernel is judged to take at most, and may take; a v5p has 64 MiB.
 
 Beyond the first it would still compile, for minutes.
 """
