@@ -218,11 +218,15 @@ last, tokens = rng.integers(0, 24, (4, 2)), rng.integers(0, 24, (4, 4, 3))
 mesh = make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
 for stacked, dtype in product((False, True), (None, jnp.int8)):
     model = tiny_model(0, heads=4, kv_heads=2, vocab_size=24, scan_layers=stacked)
+    placed = shard_model(model, mesh, SEARCH_RULES)
     parts_kernel.has_kernel = lambda *_: False
-    wanted = jax.jit(partial(read, model, dtype))(last, tokens)
+    # Sums of another order may round a key to another whole number.
+    plain = placed if dtype == jnp.int8 else model
+    wanted = jax.jit(partial(read, plain, dtype))(last, tokens)
     parts_kernel.has_kernel = lambda *_: True
-    run = partial(read, shard_model(model, mesh, SEARCH_RULES), dtype)
-    assert str(jax.make_jaxpr(run)(last, tokens)).count("pallas_call") >= 3
+    run = partial(read, placed, dtype)
+    calls = str(jax.make_jaxpr(run)(last, tokens)).count("pallas_call[")
+    assert calls == 3 * (1 if stacked else model.config.layers), calls
     for found, one in zip(jax.jit(run)(last, tokens), wanted, strict=True):
         np.testing.assert_allclose(found, one, atol=2e-4)
 """

@@ -169,7 +169,7 @@ def is_taken(
     ("given", "taken"),
     [({}, True), ({"groups": 8}, True), ({"query": (8, 2, 60, 8, 64)}, False),
      ({"held": jnp.int8}, True), ({"held": jnp.float16}, False), ({"keys": 500}, True),
-     ({"keys": 0}, False),
+     ({"keys": 0}, False), ({"keys": 1}, False),
      ({"query": (1, 8, 4, 32, 128), "groups": 8, "own": 1024}, False), ({"own": 16384}, False),
      ({"query": (1, 1, 820, 8, 128), "own": 820}, False),
      ({"query": (8, 2, 60, 28, 128), "groups": 4}, True),

@@ -188,7 +188,8 @@ def test_a_token_step_reads_keys_and_values_once(run_python, prefix, quantized):
      (MHA_GUIDE, (8, 2, 2, 32768, False), SCORING), ((32, 8), (8, 2, 2, 512, False), SCORING),
      (POLICY, (8, 2, 2, 512, True), STEPS), (POLICY, (16, 4, 4, 4096, True), STEPS),
      ((16, 2), (8, 2, 2, 512, True), STEPS), ((32, 8), (8, 2, 2, 512, True), STEPS),
-     ((28, 4), (8, 2, 2, 512, False), STEPS), (POLICY, (2048, 2, 2, 128, False), STEPS[:1])],
+     ((28, 4), (8, 2, 2, 512, False), STEPS), ((40, 10), (8, 2, 2, 512, False), STEPS),
+     ((12, 12), (8, 2, 2, 512, True), STEPS), (POLICY, (2048, 2, 2, 128, False), STEPS[:1])],
 )  # fmt: skip
 def test_chips_of_two_cores_have_a_kernel(run_python, heads, sizes, names):
     """The cores of a v5p share no vector memory, so that a compiler keeps nothing there.
@@ -216,7 +217,8 @@ def test_scoring_a_chunk_reads_keys_and_values_once(run_python, chip, heads, siz
     ("heads", "sizes", "names"),
     [((2, 2), (8, 2, 2, 8192, False), SCORING), (MHA_GUIDE, (8, 2, 2, 32768, False), SCORING),
      ((32, 32), (8, 2, 2, 4096, False), SCORING), ((16, 4), (8, 2, 2, 16384, False), STEPS[1:]),
-     ((32, 8), (8, 2, 2, 8192, False), STEPS[1:]), ((32, 8), (8, 2, 2, 8192, True), STEPS[1:])],
+     ((32, 8), (8, 2, 2, 8192, False), STEPS[1:]), ((32, 8), (8, 2, 2, 8192, True), STEPS[1:]),
+     ((10, 10), (8, 2, 2, 8192, False), SCORING)],
 )  # fmt: skip
 def test_many_keys_of_several_heads_have_the_kernel(run_python, chip, heads, sizes, names):
     """Where the compiler would move 1.5 to 4.5 times as much as it must."""

@@ -62,7 +62,7 @@ def takes(
     own: int,
     placement: Placement,
 ) -> bool:
-    """Whether the kernel takes a case: what it holds fits, and no part is empty.
+    """Whether the kernel takes a case: what it holds fits, and no part has less than two keys.
 
     own: how many keys of its own a hypothesis has (X). Heads must be a multiple of 128 wide, and
     devices of a mesh have the key/value heads of their queries. Keys are as queries, or int8.
@@ -70,7 +70,7 @@ def takes(
     heads, size = query.shape[-2:]
     kv_heads = prefix.keys.shape[-2]
     parts = (prefix, committed)
-    if not all(part.keys.size for part in parts):
+    if min(part.keys.shape[-3] for part in parts) < 2:
         return False
     if size % LANES or any(x.keys.dtype not in (query.dtype, jnp.int8) for x in parts):
         return False

@@ -55,8 +55,9 @@ class Sizes:
 
 
 def by_heads(kv_heads: int, dtype: Any) -> bool:
-    """Whether keys lie head by head: as others, so few heads would fill up 32 bits."""
-    return kv_heads * dtype.itemsize % 4 > 0
+    """Whether a compiler lays keys [J G C] head by head: so many heads leave gaps in a tile."""
+    is_small_tile = kv_heads in (2, 4) and kv_heads * dtype.itemsize % 4 == 0
+    return kv_heads % 8 > 0 and not is_small_tile
 
 
 def sizes_of(query: Array, prefix: Part, committed: Part, own: int, parts: int = 1) -> Sizes:
