@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-settings.register_profile("w2s", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.register_profile("w2s", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("w2s")
 
 

@@ -26,8 +26,7 @@ def prompts(tmp_path):
     return tmp_path / "in.jsonl"
 
 
-@pytest.mark.parametrize("method", ["cbs", "eft"])
-@pytest.mark.parametrize("role", ["tuned", "policy"])
+@pytest.mark.parametrize(("role", "method"), [("tuned", "cbs"), ("policy", "eft")])
 def test_a_search_says_the_same_with_an_adapter_and_with_it_merged(
     folders, prompts, tmp_path, capsys, role, method
 ):

@@ -58,7 +58,7 @@ def search(models, prompts, output, *flags):
     return main(["search", *models, *files, *SMALL, *flags])
 
 
-@pytest.mark.parametrize(("method", "kept"), [("cbs", 2), ("bon", 3), ("eft", 1), ("sample", 1)])
+@pytest.mark.parametrize(("method", "kept"), [("cbs", 2), ("bon", 3), ("sample", 1)])
 def test_every_method_answers_all_rows_in_order(models, prompts, tmp_path, method, kept):
     assert search(models, prompts, tmp_path / "out.jsonl", "--method", method) == 0
     rows = read_jsonl(tmp_path / "out.jsonl")

@@ -32,8 +32,8 @@ KINDS = {
     },
     "soft-caps": {"attention_softcap": 5.0, "final_softcap": 4.0, "post_norms": True},
 }
-# Each kind of layer and each way to attend meets another; ways to attend know nothing of a kind but its
-# windows, soft-caps and stacking.
+# Each kind of layer and each way to attend meets another: ways to attend know nothing of a kind but
+# its windows, soft-caps and stacking.
 CASES = [
     ("rotary", ""),
     ("learned positions", ""),

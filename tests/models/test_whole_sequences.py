@@ -31,9 +31,14 @@ def windowed(scan, *windows):
     return replace(model, config=replace(model.config, sliding_windows=windows))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("told", ["mask", "segments", None])
-@pytest.mark.parametrize(("scan", "windows"), [(False, (None, None)), (True, (None, 40))])
+@pytest.mark.parametrize(
+    ("scan", "windows", "told", "remat"),
+    [
+        (False, (None, None), "mask", "full"),
+        (True, (None, 40), "segments", "full"),
+        (True, (None, 40), None, "none"),
+    ],
+)
 def test_a_gradient_has_the_kernel(scan, windows, told, remat):
     model = windowed(scan, *windows)
     tokens = jnp.ones((2, LENGTH), jnp.int32)

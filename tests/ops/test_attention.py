@@ -39,6 +39,7 @@ def batch(array):
     return jnp.asarray(array)[None, None]
 
 
+@settings(max_examples=12)
 @given(
     split=st.integers(0, 9),
     seed=st.integers(0, 2**16),
@@ -166,6 +167,7 @@ def test_int8_keys_and_values_count_as_what_they_stand_for(seed, softcap):
     assert np.abs(found - plain(query, keys, values, mask, 0.3, softcap)).max() <= bound + 1e-5
 
 
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**16),
     total=st.integers(4, 23),

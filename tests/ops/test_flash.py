@@ -92,12 +92,9 @@ PACKED = jnp.asarray(
 )
 PACKED = PACKED.reshape(1, 2, LENGTH)
 CASES = {
-    "causal": ({}, Reach(), None),
-    "grouped": ({"heads": 4, "kv_heads": 2}, Reach(), None),
-    "window": ({}, Reach((50,)), None),
+    "grouped, soft-cap": ({"heads": 4, "kv_heads": 2}, Reach(), 2.0),
     "a window of more than there is": ({}, Reach((4096,)), None),
     "one of two windows": ({}, Reach((30, None), jnp.int32(0)), None),
-    "soft-cap": ({}, Reach(), 2.0),
     "padding": ({}, Reach(text=padded(70, -130)), None),
     "packed documents": ({}, Reach((90,), segments=PACKED), None),
     "a length that no block divides": (
@@ -118,7 +115,7 @@ def test_splash_attention_interpreted(case):
     check(kernel, arrays(**shapes), reach, softcap)
 
 
-@pytest.mark.parametrize("case", ["causal", "grouped", "window", "one of two windows", "padding"])
+@pytest.mark.parametrize("case", ["one of two windows", "padding"])
 def test_the_mathematics_of_cudnn(case):
     shapes, reach, _ = CASES[case]
 
@@ -128,7 +125,7 @@ def test_the_mathematics_of_cudnn(case):
     check(kernel, arrays(**shapes), reach)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["grouped, soft-cap", "packed documents"])
 def test_without_a_kernel(case):
     shapes, reach, softcap = CASES[case]
 
@@ -155,7 +152,7 @@ def lowered(attend, reach, platform, **shapes):
     return step.trace(*given).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["one of two windows", "packed documents"])
 def test_a_program_for_tpus_has_the_kernel_and_no_scores(case):
     shapes, reach, softcap = CASES[case]
 
@@ -221,7 +218,7 @@ def kernel(*given):
     return splash(*given, scale=SCALE, interpret=True)
 
 # Rows over data, and over tensor: query heads with key heads of their own, then with shared ones.
-for kv_heads, rows in ((4, (2, 1)), (2, (2, 1)), (1, (1, 2))):
+for kv_heads, rows in ((2, (2, 1)), (1, (1, 2))):
     place = Placement(make_mesh("data=2,tensor=4"), DEFAULT_RULES)
     segments = PACKED.reshape(*rows, -1)
     given = arrays(heads=8, kv_heads=kv_heads, rows=rows)
@@ -234,4 +231,4 @@ for kv_heads, rows in ((4, (2, 1)), (2, (2, 1)), (1, (1, 2))):
 
 
 def test_each_device_has_its_rows_and_heads(run_python):
-    assert run_python(SHARED, devices=8).count("\n") == 3
+    assert run_python(SHARED, devices=8).count("\n") == 2

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.test_attention import plain
@@ -76,7 +76,10 @@ def expected(query, prefix, committed, own, own_mask, layer=None, window=None, *
     return out
 
 
-@settings(max_examples=40, deadline=None)
+# All at once, and none of it; what is drawn lies between.
+@example(0, 2, 3, 2, 3, (20, 7), 5, 5.0, 2, 9, True)
+@example(1, 1, 1, 1, 1, (4, 1), 1, None, None, None, False)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     width=st.integers(1, 2),

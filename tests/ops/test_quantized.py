@@ -47,7 +47,7 @@ def test_jax_and_numpy_round_alike(bits, group, scale_dtype, dtype):
     make = partial(
         quantize_array, contracted=(-3, -2), bits=bits, group=group, scale_dtype=scale_dtype
     )
-    here, there = make(x), jax.jit(make)(jnp.asarray(x))
+    here, there = make(x), make(jnp.asarray(x))
     assert isinstance(here.values, np.ndarray)
     assert isinstance(here.scales, np.ndarray)
     np.testing.assert_array_equal(here.values, there.values)
@@ -72,8 +72,11 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize(("bits", "group", "scale_dtype"), [*KINDS, (4, 8, "float32")])
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "scale_dtype"),
+    [(name, *kind) for name, kind in zip(PRODUCTS, KINDS, strict=False)]
+    + [("out", 4, 8, "float32"), ("head", *KINDS[-1]), ("tied", 4, 8, "float32")],
+)
 def test_products_are_those_with_the_whole_weight(name, bits, group, scale_dtype):
     equation, x_shape, shape, contracted, options = PRODUCTS[name]
     rng = np.random.default_rng(1)

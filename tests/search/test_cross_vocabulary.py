@@ -1,6 +1,5 @@
 """Guides of other vocabularies: every score is that of a plain encoding of the whole text."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -40,14 +39,14 @@ def plain_logprob(member, candidate):
         common += 1
     padded = np.zeros((1, PADDED), np.int32)
     padded[0, : len(tokens)] = tokens
-    logits = np.asarray(member.model(padded)[0], np.float64)
-    logprobs = logits - np.asarray(jax.nn.logsumexp(member.model(padded)[0], axis=-1))[:, None]
+    logits = np.asarray(member.model(padded)[0])
+    logprobs = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     return sum(logprobs[i - 1, tokens[i]] for i in range(max(common, 1), len(tokens)))
 
 
 @pytest.mark.parametrize(
     ("policy_vocabulary", "guide_vocabulary", "template_name"),
-    [("gpt2", "llama2", "auto"), ("llama2", "gpt2", "auto"), ("mistral", "llama2", "zephyr")],
+    [("gpt2", "llama2", "auto"), ("llama2", "gpt2", "zephyr")],
 )
 def test_scores_equal_a_plain_encoding_of_the_whole(
     tokenizers, policy_vocabulary, guide_vocabulary, template_name

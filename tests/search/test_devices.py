@@ -14,20 +14,20 @@ assert jax.device_count() == 8
 rng = np.random.default_rng(0)
 prompts = [rng.integers(4, 24, size).tolist() for size in (3, 9, 1, 6, 12)]
 shape = {"vocab_size": 24, "layers": 1}
-for scan, spec in ((False, "data=2,fsdp=2,tensor=2"), (True, "data=4,tensor=2")):
+options = {"max_new_tokens": 7, "sampling": Sampling(1.0), "slots": 4}
+for scan, spec, config in (
+    (False, "data=4,tensor=2", eft(0.5, **options)),
+    (True, "data=2,fsdp=2,tensor=2", cbs(2, 2, 3, **options)),
+):
     mesh = make_mesh(spec)
     models = [tiny_model(seed, scan_layers=scan, **shape) for seed in range(3)]
-    for config in (
-        cbs(2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=4),
-        eft(0.5, max_new_tokens=5, sampling=Sampling(1.0), slots=4),
-    ):
-        one = search(models[0], Guide(*models[1:]), prompts, config)
-        policy, tuned, untuned = (shard_model(model, mesh) for model in models)
-        many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
-        for left, right in zip(one, many, strict=True):
-            assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
-            scores = [[h.score for h in r.hypotheses] for r in (left, right)]
-            np.testing.assert_allclose(*scores, atol=2e-4)
+    one = search(models[0], Guide(*models[1:]), prompts, config)
+    policy, tuned, untuned = (shard_model(model, mesh) for model in models)
+    many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
+    for left, right in zip(one, many, strict=True):
+        assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
+        scores = [[h.score for h in r.hypotheses] for r in (left, right)]
+        np.testing.assert_allclose(*scores, atol=2e-4)
 
 bundle = search_models(policy, Guide(tuned, untuned))
 config = cbs(2, 2, 3, max_new_tokens=7, slots=4)

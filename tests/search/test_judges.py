@@ -151,8 +151,9 @@ def encoder_judge(tokenizer):
     return RewardScorer(model, template, weight=2.0), plain
 
 
-@pytest.mark.parametrize("judge", [decoder_judge, encoder_judge])
-@pytest.mark.parametrize("config", [BEAM, BEST], ids=["cbs", "best of n"])
+@pytest.mark.parametrize(
+    ("judge", "config"), [(decoder_judge, BEAM), (encoder_judge, BEST)], ids=["cbs", "best of n"]
+)
 def test_rewards_are_those_of_the_whole_text(policy, tokenizers, judge, config):
     scorer, plain = judge(tokenizers["a"])
     recorded = Recorded(scorer)

@@ -8,8 +8,9 @@ from w2s_jax.search import Guide, search_models, search_step, start_search
 from w2s_jax.search.presets import cbs, eft
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("config", [cbs(2, 2, 3), eft(0.5)], ids=["cbs", "eft"])
+@pytest.mark.parametrize(
+    ("platform", "config"), [("tpu", cbs(2, 2, 3)), ("cuda", eft(0.5))], ids=["cbs", "eft"]
+)
 def test_the_step_lowers_for(platform, config):
     models = search_models(tiny_model(0), Guide(tiny_model(1), tiny_model(2)))
     state = start_search(models, config, slots=2, prefix_capacity=16)

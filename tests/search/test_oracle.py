@@ -26,7 +26,6 @@ CASES = {
     "beam": cbs(2, 3, 4, max_new_tokens=11, sampling=PLAIN),
     "one-token chunks": cbs(3, 2, 1, max_new_tokens=6, sampling=PLAIN),
     "top-k and top-p": cbs(2, 2, 3, max_new_tokens=9, sampling=Sampling(0.7, 7, 0.8)),
-    "one hypothesis": cbs(1, 4, 12, max_new_tokens=12, sampling=PLAIN),
     "one successor": cbs(3, 1, 5, max_new_tokens=10, sampling=PLAIN),
     "quirks": cbs(2, 2, 4, max_new_tokens=10, sampling=PLAIN, reference_quirks=True),
     "quirks, whole chunks": cbs(2, 2, 5, max_new_tokens=10, sampling=PLAIN, reference_quirks=True),

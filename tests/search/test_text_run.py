@@ -541,7 +541,6 @@ class Implicit(Hashed):
 ON_DEVICE = {
     "beam": cbs(2, 3, 4, max_new_tokens=11, stop=(spell([5]), spell([9, 14]))),
     "quirks": cbs(2, 2, 4, max_new_tokens=10, reference_quirks=True),
-    "best of n": best_of_n(5, max_new_tokens=12),
 }
 
 

@@ -1,5 +1,7 @@
 """Log-probs of packed rows against each document read alone, whole logits and a softmax."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,30 +61,28 @@ def assert_trees_close(left, right, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), left, right)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "scan_layers"), zip(KINDS, itertools.cycle([False, True])))
 def test_packed_rows_equal_their_documents_with_gradients(kind, scan_layers):
     model = tiny_model(0, scan_layers=scan_layers, sharpness=6.0, **KINDS[kind])
     tokens, weights = batch()
 
-    @jax.jit
     def packed(model):
         scores = sequence_scores(model, tokens, SEGMENTS, block_bytes=FIVE_ROWS)
         return (weights * scores.logprobs).sum(), scores.logprobs
 
-    @jax.jit
     def apart(model):
         logprobs = alone(model, tokens)
         return (weights * logprobs).sum(), logprobs
 
-    (_, found), gradient = jax.value_and_grad(packed, has_aux=True)(model)
-    (_, expected), wanted = jax.value_and_grad(apart, has_aux=True)(model)
+    (_, found), gradient = jax.jit(jax.value_and_grad(packed, has_aux=True))(model)
+    (_, expected), wanted = jax.jit(jax.value_and_grad(apart, has_aux=True))(model)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert_trees_close(gradient, wanted, atol=3e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [("none", False), ("full", True), ("dots", False)]
+)
 def test_the_weighted_sum_has_the_same_gradient_whatever_is_recomputed(remat, scan_layers):
     model = tiny_model(1, scan_layers=scan_layers)
     tokens, weights = batch()

@@ -57,7 +57,8 @@ def test_weight_decay_spares_norms_and_biases(name, ends):
     config = OptimizerConfig(name=name, schedule="constant", warmup=0.0, weight_decay=0.5)
     optimizer = make_optimizer(config, 10)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    update = jax.jit(lambda zeros: optimizer.update(zeros, optimizer.init(PARAMS), PARAMS))
+    updates, _ = update(zeros)
     moved = {
         "/".join(entry.key for entry in path): bool(jnp.any(leaf != 0))
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
@@ -117,9 +118,13 @@ def test_each_optimizer_goes_downhill(name):
     optimizer = make_optimizer(config, 50)
     state = optimizer.init(params)
     loss = lambda tree: jnp.mean(tree["layers_0"]["up"]["kernel"] ** 2)  # noqa: E731
-    for _ in range(50):
+
+    def step(carry, _):
+        params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        return (jax.tree.map(jnp.add, params, updates), state), None
+
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=50))((params, state))
     assert float(loss(params)) < 0.95 * 9
 
 
