@@ -100,7 +100,7 @@ FAULTS = (
         "counts = (positions < proposal.lengths[..., None])[..., None]",
         "counts = (positions < (proposal.lengths - proposal.finished)[..., None])[..., None]",
         "the score of a finished response leaves out its EOS",
-        ("tests/search/test_oracle.py", "tests/search/test_identities.py"),
+        ("tests/search/test_oracle.py",),
     ),
     Fault(
         "search-dropped-beta",
@@ -108,7 +108,7 @@ FAULTS = (
         "mixed = mixed + beta * guide.weight * (tuned - untuned)",
         "mixed = mixed + guide.weight * (tuned - untuned)",
         "emulated fine-tuning is at its full strength whatever β is",
-        ("tests/search/test_guidance.py", "tests/search/test_session.py"),
+        ("tests/search/test_guidance.py",),
     ),
     Fault(
         "search-late-stop",
