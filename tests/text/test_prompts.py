@@ -16,8 +16,12 @@ def tokenizer(tmp_path_factory):
 
 
 def test_a_prompt_keeps_the_special_tokens_of_its_tokenizer(tokenizer):
-    assert encode_prompt(tokenizer, "a film")[0] == tokenizer.bos_token_id
-    assert encode_prompt(tokenizer, "") == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token_id
+    once = encode_prompt(tokenizer, "a film")
+    assert once.count(bos) == 1
+    assert once[0] == bos
+    assert encode_prompt(tokenizer, "") == [bos]
+    assert encode_prompt(tokenizer, f"{tokenizer.bos_token}a film") == once
 
 
 @pytest.mark.parametrize(("bos", "eos", "tokens"), [(5, 7, [5]), (None, 7, [7])])

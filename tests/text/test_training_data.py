@@ -200,6 +200,13 @@ def test_an_empty_prompt_begins_as_a_search_does(tokenizer, config):
     assert texts(tokenizer, batch, 0) == ("<|endoftext|>sea<|endoftext|>", "sea<|endoftext|>")
 
 
+def test_a_bos_in_the_text_is_not_doubled(tokenizer, config):
+    prompts = ("the sea", f"{tokenizer.bos_token}the sea")
+    rows = [{"prompt": prompt, "completion": " and a film"} for prompt in prompts]
+    plain, begun = load_sequences(config(rows), tokenizer).at([0, 1])["tokens"]
+    assert begun.tolist() == plain.tolist()
+
+
 # Length
 
 
