@@ -1,4 +1,4 @@
-"""Models of published sizes fit the slices that the README names; no loop gathers a whole weight."""
+"""Models of published sizes fit the slices that the README names; no weight is gathered whole."""
 
 import json
 
