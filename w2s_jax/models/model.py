@@ -1,6 +1,6 @@
 """The model value: a config and its parameters, callable on tokens. No files, no tokenizer."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -80,15 +80,25 @@ def abstract_model(
 
     Nothing is allocated. A QTensor stands, with its own axes, where `quantize_as` names a weight.
     """
-    boxed = jax.eval_shape(
-        lambda: initial_params(config, jax.random.key(0), jnp.dtype(dtype), scan_layers)
-    )
+    params, axes = _abstract_params(config, jnp.dtype(dtype), scan_layers, quantize_as)
+    return Model(config, params), axes
+
+
+@lru_cache(maxsize=16)
+def _abstract_params(
+    config: ModelConfig,
+    dtype: np.dtype,
+    scan_layers: bool,
+    quantize_as: QuantizeConfig | None,
+) -> tuple[dict, dict]:
+    """Traced once for all the meshes that a model is judged on."""
+    boxed = jax.eval_shape(lambda: initial_params(config, jax.random.key(0), dtype, scan_layers))
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
     axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
     params = meta.unbox(boxed)
     if quantize_as is not None:
         params = jax.eval_shape(partial(quantize, config=quantize_as), params)
-    return Model(config, params), quantized_axes(axes, params)
+    return params, quantized_axes(axes, params)
 
 
 def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model:

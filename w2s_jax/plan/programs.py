@@ -176,8 +176,12 @@ def _on_text(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> 
     apart = [role for role in weights if role not in shapes.members]
     texts = len(shapes.guides) - len(models.guides) + len(shapes.judges)
     state = _abstract_state(models, config, shapes, mesh, texts=texts)
-    _, proposal = jax.eval_shape(step.propose, models, state)
-    totals = jax.ShapeDtypeStruct((shapes.slots, config.rows, texts), jnp.float32)
+
+    def concluding() -> Any:
+        _, proposal = jax.eval_shape(step.propose, models, state)
+        totals = jax.ShapeDtypeStruct((shapes.slots, config.rows, texts), jnp.float32)
+        return session._conclude.trace(models, state, proposal, totals)
+
     programs = [
         _insertion(models, state, shapes),
         Program(
@@ -188,7 +192,7 @@ def _on_text(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> 
         ),
         Program(
             "select",
-            lambda: session._conclude.trace(models, state, proposal, totals),
+            concluding,
             1,
             2 * nbytes((state.proposer, state.scorer)),
         ),
@@ -253,10 +257,13 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
             model, cache, whole, last, tokens, longer, first=width
         )
 
-    found = jax.eval_shape(
-        lambda *given: reading_programs.read_rows(*given, first=width),
-        model, cache, whole, last, tokens, longer,
-    )  # fmt: skip
+    def keeping() -> Any:
+        *_, read = jax.eval_shape(
+            lambda *given: reading_programs.read_rows(*given, first=width),
+            model, cache, whole, last, tokens, longer,
+        )  # fmt: skip
+        return reading_programs.keep.trace(cache, read, whole, last)
+
     own, size = nbytes(model), nbytes(cache)
     return [
         Program(
@@ -270,7 +277,7 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
         Program(f"{role} scores", scoring, 1, own + size),
         Program(
             f"{role} keeps",
-            lambda: reading_programs.keep.trace(cache, found[2], whole, last),
+            keeping,
             1,
             2 * size,
         ),
