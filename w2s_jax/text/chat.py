@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.prompts import encode_prompt
+from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 
 TEMPLATES = tuple(PUBLISHED)
@@ -176,8 +176,7 @@ class Template:
         if not alone:
             start = encode_prompt(self.tokenizer, "")
             return [[*start, *row] for row in rows]
-        behind = tokens_behind(self.tokenizer) if special else 0
-        return [row[: len(row) - behind] for row in rows]
+        return rows
 
     @property
     def eos_id(self) -> int | None:
@@ -223,13 +222,7 @@ class Template:
                 text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt or a response is not text: {error.reason}") from None
-        return self.tokenizer(
-            texts,
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        ).input_ids
+        return encode_texts(self.tokenizer, texts, special=special)
 
 
 def load_template(tokenizer: Any, name: str = "auto", *, where: str) -> Template:
@@ -363,13 +356,3 @@ def _check_syntax(template: Template) -> None:
         # What it refuses beyond that may be this message's fault, not its own.
         if isinstance(error.__cause__, TemplateSyntaxError):
             raise
-
-
-def tokens_behind(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
-    whole = list(tokenizer("a").input_ids)
-    text = list(tokenizer("a", add_special_tokens=False).input_ids)
-    for start in range(len(whole) if text else 0):
-        if whole[start : start + len(text)] == text:
-            return len(whole) - start - len(text)
-    return 0

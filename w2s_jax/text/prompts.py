@@ -1,5 +1,6 @@
 """Prompts into token ids, response tokens back into text, behind any transformers tokenizer."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from w2s_jax.errors import InputError
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
 
+_logger = logging.getLogger(__name__)
 _CONTEXT = 16
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
@@ -17,8 +19,10 @@ _LONGEST_CHARACTER = 4
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt with the special tokens the tokenizer puts in front; never empty.
 
-    A prompt that begins with the BOS token gets no second one, and one without tokens becomes the
-    BOS token, or EOS where there is no BOS. Raises InputError where there is neither.
+    Those that it puts behind, an EOS say, are left out: what follows would begin another text. A
+    special token that the prompt spells stays. A prompt that begins with the BOS token gets no
+    second one, and one without tokens becomes the BOS token, or EOS where there is no BOS. Raises
+    InputError where there is neither.
     """
     try:
         prompt.encode()
@@ -26,13 +30,54 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         raise InputError(f"the prompt is not text: {error.reason}") from None
     bos = tokenizer.bos_token
     special = not (bos and prompt.startswith(bos))
-    tokens = list(tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids)
+    (tokens,) = encode_texts(tokenizer, [prompt], special=special)
     if tokens:
         return tokens
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if start is not None:
             return [start]
     raise InputError("the prompt is empty and the tokenizer has neither a BOS nor an EOS token")
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Token ids of texts that may go on: with special tokens in front or none, and none behind."""
+    if not texts:
+        return []
+    rows = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).input_ids
+    behind = tokens_behind(tokenizer) if special else 0
+    return [list(row[: len(row) - behind]) for row in rows]
+
+
+def tokens_behind(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
+    whole, text = _probed(tokenizer)
+    for start in range(len(whole) if text else 0):
+        if whole[start : start + len(text)] == text:
+            return len(whole) - start - len(text)
+    return 0
+
+
+def tell_left_out(tokenizer: Any, where: str) -> None:
+    """Log a warning that names the special tokens which prompts go without; `where` begins it."""
+    behind = tokens_behind(tokenizer)
+    if behind:
+        whole, _ = _probed(tokenizer)
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(whole[-behind:])))
+        _logger.warning(
+            "%s: the tokenizer puts %s behind every text; prompts are read without", where, names
+        )
+
+
+def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A text's token ids with the tokenizer's special tokens, and without them."""
+    whole = tokenizer("a", add_special_tokens=True).input_ids
+    return list(whole), list(tokenizer("a", add_special_tokens=False).input_ids)
 
 
 def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
