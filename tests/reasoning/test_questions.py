@@ -56,10 +56,22 @@ def test_questions_keep_their_fields_and_get_numbers_for_ids(file):
     assert [row["id"] for row in read_questions(path, ids="index")] == [0, 1]
 
 
-def test_fields_by_other_names(file):
-    path = file([{"id": 7, "problem": "1+1?", "solution": "#### 2", "answer": "2"}])
-    (row,) = read_questions(path, question="problem", answer="solution")
-    assert (row["id"], row["question"], row["answer"]) == (7, "1+1?", "#### 2")
+@pytest.mark.parametrize(
+    ("fields", "answer"),
+    [
+        # The published text of MATH.
+        ({"solution": "So \\boxed{2}.", "answer": "2"}, "So \\boxed{2}. The answer is: 2"),
+        ({"solution": "So \\boxed{2}.", "answer": None}, "So \\boxed{2}."),
+        ({"solution": "Two", "answer": 2}, "Two The answer is: 2"),
+        ({"answer": "2"}, "2"),
+    ],
+)
+def test_the_fields_of_math(file, fields, answer):
+    path = file([{"id": 7, "problem": "1+1?", "level": 1, **fields}])
+    assert read_questions(path, answers_needed=True) == [
+        {"id": 7, "question": "1+1?", "answer": answer, "level": 1}
+    ]
+    assert read_demonstrations(path) == (Demonstration("1+1?", answer),)
 
 
 @pytest.mark.parametrize(

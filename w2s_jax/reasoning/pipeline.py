@@ -27,6 +27,7 @@ from w2s_jax.reasoning.questions import (
     completion_of,
     draw_demonstrations,
     prompt_of,
+    read_demonstrations,
     read_questions,
     read_responses,
 )
@@ -347,10 +348,9 @@ class Pipeline:
                 seed=shown.seed,
                 source=str(self.root / WEAK / GRADED),
             )
-            rows = [{"question": one.question, "answer": one.answer} for one in drawn]
         else:
-            rows = read_jsonl(self.files["demonstrations"])[: shown.count]
-        write_jsonl(path, rows)
+            drawn = read_demonstrations(self.files["demonstrations"])[: shown.count]
+        write_jsonl(path, [{"question": one.question, "answer": one.answer} for one in drawn])
         return str(path)
 
     def _grade(

@@ -19,6 +19,9 @@ Answers = Mapping[Id, Mapping[str, Any]]
 """One row a question, by the question's id."""
 Overflow = Literal["error", "drop-first"]
 
+_ASKED = ("question", "problem")
+_SOLVED = ("solution", "answer")
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -58,15 +61,14 @@ def read_questions(
     path: str | Path,
     *,
     ids: Literal["own", "index"] = "own",
-    question: str = "question",
-    answer: str = "answer",
     answers_needed: bool = False,
 ) -> list[Row]:
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
     ids: "own" takes a row's field id or, where it has none, its number in the file from 1; "index"
-    takes its index from 0, as the published files do. question, answer: the names of those fields
-    in the file; a number as answer becomes text, null is no answer.
+    takes its index from 0, as the published files do. The question is the field "question" or
+    "problem". The answer is "answer", a text or a number, or "solution"; of both, as in MATH, the
+    solution with "The answer is: ANSWER" behind it, as published. Null is no answer.
 
     Raises InputError for a file that cannot be read, a row without question (or, where
     `answers_needed`, without answer), an id that is no integer or text, and one met twice.
@@ -83,13 +85,13 @@ def read_questions(
                 "ids must differ"
             )
         found[row_id] = number
-        kept = {name: row[name] for name in row if name not in (question, answer, "id")}
-        kept |= {"id": row_id, "question": _text(row, question, place)}
-        if row.get(answer) is not None:
-            kept["answer"] = _answer(row, answer, place)
+        kept = {name: row[name] for name in row if name not in ("id", *_ASKED, *_SOLVED)}
+        kept |= {"id": row_id, "question": _question(row, place)}
+        if any(row.get(name) is not None for name in _SOLVED):
+            kept["answer"] = _solution(row, place)
         elif answers_needed:
             raise InputError(
-                f'{place}: no "{answer}"; a question that is trained on or judged needs one'
+                f'{place}: no "answer"; a question that is trained on or judged needs one'
             )
         result.append(kept)
     return result
@@ -145,14 +147,14 @@ def read_responses(
 def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     """The demonstrations of a file of {"question", "answer"} rows, in order.
 
-    Raises InputError for a file that cannot be read and a row that lacks one of the two.
+    Their fields are those of `read_questions`. Raises InputError for a file that cannot be read and
+    a row that lacks one of the two.
     """
     rows, where = read_rows(path)
+    places = (f"{where} {number}" for number in range(1, len(rows) + 1))
     return tuple(
-        Demonstration(
-            _text(row, "question", f"{where} {number}"), _answer(row, "answer", f"{where} {number}")
-        )
-        for number, row in enumerate(rows, start=1)
+        Demonstration(_question(row, place), _solution(row, place))
+        for row, place in zip(rows, places, strict=True)
     )
 
 
@@ -260,6 +262,17 @@ def _text(row: Row, name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f'{place}: no text "{name}"; found {_fields(row)}')
     return value
+
+
+def _question(row: Row, place: str) -> str:
+    return _text(row, next((name for name in _ASKED if name in row), _ASKED[0]), place)
+
+
+def _solution(row: Row, place: str) -> str:
+    """The gold solution, whose end is the final answer."""
+    named = [name for name in _SOLVED if row.get(name) is not None]
+    texts = [_answer(row, name, place) for name in named or _SOLVED[-1:]]
+    return " The answer is: ".join(texts)
 
 
 def _answer(row: Row, name: str, place: str) -> str:
