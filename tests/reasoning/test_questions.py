@@ -13,6 +13,8 @@ from w2s_jax.reasoning.questions import (
     read_demonstrations,
     read_questions,
     read_responses,
+    solution_text,
+    solved_row,
 )
 
 QUESTIONS = [{"id": "a", "question": "1+1?"}, {"id": "b", "question": "2+2?"}]
@@ -72,6 +74,27 @@ def test_the_fields_of_math(file, fields, answer):
         {"id": 7, "question": "1+1?", "answer": answer, "level": 1}
     ]
     assert read_demonstrations(path) == (Demonstration("1+1?", answer),)
+
+
+def test_solutions_are_trained_on_without_the_calculators_marks():
+    row = {"id": 3, "question": "48/2?", "answer": "<<48/2=24>>24, <<a\n>> <<1+1=2>>2\n#### 24"}
+    assert solved_row(row, "gsm8k") == {
+        "id": 3,
+        "prompt": "Question: 48/2?\nAnswer:",
+        "completion": " 24, <<a\n>> 2\n#### 24",
+    }
+    assert solved_row(row, "math")["completion"] == completion_of(row["answer"])
+
+
+@pytest.mark.parametrize(("part", "changed"), [(1, 6821), (2, 6846)])
+def test_marks_of_the_published_questions(shared_data, part, changed):
+    path = shared_data / "w2s_reasoning" / f"gsm8k_train_{part}.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    answers = [row["answer"] for row in read_questions(path)]
+    shown = [solution_text(answer, "gsm8k") for answer in answers]
+    assert sum(a != b for a, b in zip(answers, shown, strict=True)) == changed
+    assert not any("<<" in text for text in shown)
 
 
 @pytest.mark.parametrize(

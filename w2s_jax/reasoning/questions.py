@@ -6,6 +6,7 @@ no tokenizer and no rule of extraction.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ Answers = Mapping[Id, Mapping[str, Any]]
 """One row a question, by the question's id."""
 Overflow = Literal["error", "drop-first"]
 
+_MARK = re.compile("<<.*?>>")
 _ASKED = ("question", "problem")
 _SOLVED = ("solution", "answer")
 
@@ -47,6 +49,23 @@ def prompt_of(question: str, demonstrations: Iterable[Demonstration] = ()) -> st
 def completion_of(response: str) -> str:
     """A response as the text that follows its prompt: one space, and no blanks around it."""
     return f" {response.strip()}"
+
+
+def solution_text(solution: str, kind: str) -> str:
+    """A gold solution as models are shown it, without GSM8K's calculator marks (`<<48/2=24>>`).
+
+    So do the sets published with arXiv 2407.13647.
+    """
+    return _MARK.sub("", solution) if kind == "gsm8k" else solution
+
+
+def solved_row(row: Mapping[str, Any], kind: str) -> Row:
+    """A question with its gold solution as an SFT row {"id", "prompt", "completion"}."""
+    return {
+        "id": row["id"],
+        "prompt": prompt_of(row["question"]),
+        "completion": completion_of(solution_text(row["answer"], kind)),
+    }
 
 
 def draw_key(seed: int, *parts: Id) -> str:
