@@ -27,7 +27,7 @@ WEAK = {
 PUBLISHED_ROWS = {
     "gsm8k": {"id": "gsm8k_2", "question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
     "math": {"problem": "1 + 1?", "solution": "It is $\\boxed{2}$.", "answer": "2"},
-    "olympicarena": {"id": 5, "question": "1 + 1?", "answer": "2"},
+    "olympicarena": {"id": 5, "prompt": "Question: 1 + 1?\n\nAnswer:", "answer": "2"},
 }
 PROJECTIONS = ["query", "key", "value", "out", "gate", "up", "down"]
 

@@ -16,6 +16,7 @@ from w2s_jax.reasoning.questions import (
     solution_text,
     solved_row,
 )
+from w2s_jax.text.rows import read_jsonl
 
 QUESTIONS = [{"id": "a", "question": "1+1?"}, {"id": "b", "question": "2+2?"}]
 
@@ -48,6 +49,18 @@ def test_the_prompt_as_published():
     )
     assert prompt_of("1+1?", shots[:1]) == "Question: 1+1?\nAnswer:"
     assert completion_of(" so 4\n\n") == " so 4"
+
+
+def test_a_question_that_is_a_prompt_itself_is_not_framed_again(shared_data):
+    path = shared_data / "olympicarena" / "test_prompts_subset.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    questions, rows = read_questions(path), read_jsonl(path)
+    assert [prompt_of(row["question"]) for row in questions] == [row["prompt"] for row in rows]
+    first, second = (row["question"] for row in questions[:2])
+    assert "$\\boxed{ANSWER}$" in first
+    shown = prompt_of(second, [Demonstration(first, "So $\\boxed{A}$.")])
+    assert shown == f"{first} So $\\boxed{{A}}$.\n\n{second}"
 
 
 def test_questions_keep_their_fields_and_get_numbers_for_ids(file):

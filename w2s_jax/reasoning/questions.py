@@ -21,7 +21,7 @@ Answers = Mapping[Id, Mapping[str, Any]]
 Overflow = Literal["error", "drop-first"]
 
 _MARK = re.compile("<<.*?>>")
-_ASKED = ("question", "problem")
+_ASKED = ("question", "problem", "prompt")
 _SOLVED = ("solution", "answer")
 
 
@@ -36,14 +36,20 @@ class Demonstration:
 def prompt_of(question: str, demonstrations: Iterable[Demonstration] = ()) -> str:
     """The published prompt: `Question: {}`, `Answer:`, behind demonstrations and blank lines.
 
-    A demonstration of the very same question is left out, so that no prompt holds its own answer.
+    A question that ends in a line `Answer:`, as OlympicArena's do, is a prompt itself and is not
+    framed again. A demonstration of the very same question is left out, so that no prompt holds its
+    own answer.
     """
     solved = (
-        f"Question: {one.question}\nAnswer: {one.answer}\n\n"
+        f"{_framed(one.question)} {one.answer}\n\n"
         for one in demonstrations
         if one.question.strip() != question.strip()
     )
-    return f"{''.join(solved)}Question: {question}\nAnswer:"
+    return f"{''.join(solved)}{_framed(question)}"
+
+
+def _framed(question: str) -> str:
+    return question if question.endswith("\nAnswer:") else f"Question: {question}\nAnswer:"
 
 
 def completion_of(response: str) -> str:
@@ -85,9 +91,11 @@ def read_questions(
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
     ids: "own" takes a row's field id or, where it has none, its number in the file from 1; "index"
-    takes its index from 0, as the published files do. The question is the field "question" or
-    "problem". The answer is "answer", a text or a number, or "solution"; of both, as in MATH, the
-    solution with "The answer is: ANSWER" behind it, as published. Null is no answer.
+    takes its index from 0, as the published files do.
+
+    The question is the field "question", "problem" or, written out (`prompt_of`), "prompt". The
+    answer is "answer", a text or a number, or "solution"; of both, as in MATH, the solution with
+    "The answer is: ANSWER" behind it, as published. Null is no answer.
 
     Raises InputError for a file that cannot be read, a row without question (or, where
     `answers_needed`, without answer), an id that is no integer or text, and one met twice.
