@@ -11,6 +11,7 @@ from w2s_jax.text.prompts import (
     decode_response,
     decode_tokens,
     encode_prompt,
+    escape_notes,
     special_stops,
     tell_left_out,
 )
@@ -130,3 +131,10 @@ def test_stops_that_are_special_tokens_become_ids(tokenizer):
     texts, ids = special_stops(tokenizer, ("\n", special))
     assert texts == ("\n",)
     assert ids == (tokenizer.convert_tokens_to_ids(special),)
+
+
+def test_stops_that_a_shell_did_not_unescape_are_told():
+    assert escape_notes(("\n", "a\\b", "\\text", "Answer")) == []
+    (told,) = escape_notes(("\n", "\\n"))
+    assert "a backslash and a letter" in told
+    assert "$'\\n' in a shell" in told

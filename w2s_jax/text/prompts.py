@@ -1,6 +1,7 @@
 """Prompts into token ids, response tokens back into text, behind any transformers tokenizer."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ INCOMPLETE = "\ufffd"
 
 _logger = logging.getLogger(__name__)
 _CONTEXT = 16
+_ESCAPE = re.compile(r"\\[ntr](?![A-Za-z])")
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
 
@@ -144,6 +146,19 @@ def cut(text: str, stop: Sequence[str]) -> str | None:
     """The text before the first stop string in it, or None where there is none."""
     starts = [start for start in map(text.find, stop) if start >= 0]
     return text[: min(starts)] if starts else None
+
+
+def escape_notes(stop: Sequence[str]) -> list[str]:
+    r"""A line for each stop string that holds \\n or the like as two characters.
+
+    A shell hands them on so, and so does YAML outside of double quotes.
+    """
+    return [
+        f"note: the stop string {text!r} holds a backslash and a letter, not what they stand for; "
+        f"write $'{text}' in a shell, \"{text}\" in YAML"
+        for text in stop
+        if _ESCAPE.search(text)
+    ]
 
 
 def special_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
