@@ -9,6 +9,7 @@ from w2s_jax.cli.config import config_flags, configs_folder, find_config
 from w2s_jax.cli.dpo import DPO
 from w2s_jax.cli.main import main, parse
 from w2s_jax.cli.sft import SFT
+from w2s_jax.reasoning.answers import gold_answer
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.generation import GenerationConfig
 from w2s_jax.reasoning.pipeline import Pipeline
@@ -21,6 +22,12 @@ WEAK = {
     "gemma_2b": "google/gemma-2b",
     "mistral_7b": "mistralai/Mistral-7B-v0.1",
     "llama3_8b_instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+}
+# Fields as in the published files.
+PUBLISHED_ROWS = {
+    "gsm8k": {"id": "gsm8k_2", "question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
+    "math": {"problem": "1 + 1?", "solution": "It is $\\boxed{2}$.", "answer": "2"},
+    "olympicarena": {"id": 5, "prompt": "Question: 1 + 1?\n\nAnswer:", "answer": "2"},
 }
 PROJECTIONS = ["query", "key", "value", "out", "gate", "up", "down"]
 
@@ -86,9 +93,11 @@ def test_a_config_becomes_stages_in_order(name, tmp_path, monkeypatch):
     for place in (config.questions, config.test, config.weak.train):
         if place is not None:
             (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(tmp_path / place, [{"id": 5, "question": "1 + 1?", "answer": "2"}])
+            write_jsonl(tmp_path / place, [PUBLISHED_ROWS[config.kind]])
     monkeypatch.setattr(Pipeline, "weights", {config.strong: "a", config.weak.model: "b"})
-    names = [stage.name for stage in Pipeline(config, tmp_path, tmp_path / "run").stages()]
+    pipeline = Pipeline(config, tmp_path, tmp_path / "run")
+    names = [stage.name for stage in pipeline.stages()]
+    assert gold_answer(pipeline.test[0]["answer"], config.kind) == "2"
     assert names[0] == ("weak-responses" if config.weak.train is None else "weak-model")
     assert "stage-two-1-model" in names
     assert ("iteration-2-sets" in names) == (config.iterations == 2)

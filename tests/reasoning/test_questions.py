@@ -13,7 +13,10 @@ from w2s_jax.reasoning.questions import (
     read_demonstrations,
     read_questions,
     read_responses,
+    solution_text,
+    solved_row,
 )
+from w2s_jax.text.rows import read_jsonl
 
 QUESTIONS = [{"id": "a", "question": "1+1?"}, {"id": "b", "question": "2+2?"}]
 
@@ -48,6 +51,18 @@ def test_the_prompt_as_published():
     assert completion_of(" so 4\n\n") == " so 4"
 
 
+def test_a_question_that_is_a_prompt_itself_is_not_framed_again(shared_data):
+    path = shared_data / "olympicarena" / "test_prompts_subset.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    questions, rows = read_questions(path), read_jsonl(path)
+    assert [prompt_of(row["question"]) for row in questions] == [row["prompt"] for row in rows]
+    first, second = (row["question"] for row in questions[:2])
+    assert "$\\boxed{ANSWER}$" in first
+    shown = prompt_of(second, [Demonstration(first, "So $\\boxed{A}$.")])
+    assert shown == f"{first} So $\\boxed{{A}}$.\n\n{second}"
+
+
 def test_questions_keep_their_fields_and_get_numbers_for_ids(file):
     path = file([{"question": "1+1?", "answer": 2, "source": "x"}, {"question": "2+2?"}])
     first, second = read_questions(path)
@@ -56,10 +71,43 @@ def test_questions_keep_their_fields_and_get_numbers_for_ids(file):
     assert [row["id"] for row in read_questions(path, ids="index")] == [0, 1]
 
 
-def test_fields_by_other_names(file):
-    path = file([{"id": 7, "problem": "1+1?", "solution": "#### 2", "answer": "2"}])
-    (row,) = read_questions(path, question="problem", answer="solution")
-    assert (row["id"], row["question"], row["answer"]) == (7, "1+1?", "#### 2")
+@pytest.mark.parametrize(
+    ("fields", "answer"),
+    [
+        # The published text of MATH.
+        ({"solution": "So \\boxed{2}.", "answer": "2"}, "So \\boxed{2}. The answer is: 2"),
+        ({"solution": "So \\boxed{2}.", "answer": None}, "So \\boxed{2}."),
+        ({"solution": "Two", "answer": 2}, "Two The answer is: 2"),
+        ({"answer": "2"}, "2"),
+    ],
+)
+def test_the_fields_of_math(file, fields, answer):
+    path = file([{"id": 7, "problem": "1+1?", "level": 1, **fields}])
+    assert read_questions(path, answers_needed=True) == [
+        {"id": 7, "question": "1+1?", "answer": answer, "level": 1}
+    ]
+    assert read_demonstrations(path) == (Demonstration("1+1?", answer),)
+
+
+def test_solutions_are_trained_on_without_the_calculators_marks():
+    row = {"id": 3, "question": "48/2?", "answer": "<<48/2=24>>24, <<a\n>> <<1+1=2>>2\n#### 24"}
+    assert solved_row(row, "gsm8k") == {
+        "id": 3,
+        "prompt": "Question: 48/2?\nAnswer:",
+        "completion": " 24, <<a\n>> 2\n#### 24",
+    }
+    assert solved_row(row, "math")["completion"] == completion_of(row["answer"])
+
+
+@pytest.mark.parametrize(("part", "changed"), [(1, 6821), (2, 6846)])
+def test_marks_of_the_published_questions(shared_data, part, changed):
+    path = shared_data / "w2s_reasoning" / f"gsm8k_train_{part}.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    answers = [row["answer"] for row in read_questions(path)]
+    shown = [solution_text(answer, "gsm8k") for answer in answers]
+    assert sum(a != b for a, b in zip(answers, shown, strict=True)) == changed
+    assert not any("<<" in text for text in shown)
 
 
 @pytest.mark.parametrize(

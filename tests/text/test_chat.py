@@ -5,7 +5,14 @@ import pytest
 from tests.text.chats import TURNS, chat, template, text
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
-from w2s_jax.text.chat import TEMPLATES, Conversation, Message, conversation_of, plain
+from w2s_jax.text.chat import (
+    TEMPLATES,
+    Conversation,
+    Message,
+    conversation_of,
+    plain,
+    prompts_from,
+)
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -63,6 +70,13 @@ def chatty(tmp_path_factory):
         ({"instruction": "Sum up.", "input": "A text"}, chat(("user", "Sum up.\n\nA text"))),
         ({"instruction": ""}, chat(("user", ""))),
         ({"prompt": "a", "input": 3}, text("a")),
+        (
+            {
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}],
+                "system": "Be kind.",
+            },
+            chat(("system", "Be kind."), ("user", "hi")),
+        ),
     ],
 )
 def test_a_row_holds_a_conversation(row, conversation):
@@ -76,8 +90,8 @@ def user(content):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, 'no "prompt", "messages" or "instruction"; a row needs one'),
-        ({"prompt": None}, 'no "prompt", "messages" or "instruction"'),
+        ({}, 'no "prompt", "messages", "instruction" or "conversations"; a row'),
+        ({"prompt": None}, 'no "prompt", "messages"'),
         ({"prompt": "a", "messages": user("a")}, '"prompt" and "messages" in one row'),
         ({"prompt": "", "instruction": ""}, '"prompt" and "instruction" in one row'),
         ({"prompt": 3}, '"prompt" is int; it takes text or a list of messages'),
@@ -103,6 +117,9 @@ def user(content):
             "ends with a message of role assistant; the last one must be the user's",
         ),
         ({"messages": [{"role": "system", "content": "b"}]}, "ends with a message of role system"),
+        ({"conversations": "a"}, '"conversations" is str; it takes a list of messages'),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "ends with a message of role assist"),
+        ({"conversations": user("a"), "system": 3}, '"system" is int; it takes text'),
         ({"instruction": ["a"]}, '"instruction" is list; it takes text'),
         ({"instruction": "a", "input": 4}, '"input" is int; it takes text'),
     ],
@@ -113,6 +130,19 @@ def test_a_row_without_a_sound_conversation_is_refused_in_one_line(row, message)
     assert str(error.value).startswith("rows.jsonl line 2: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_field_of_another_name_is_the_prompt():
+    rows = [{"question": "one", "prompt": None}, {"question": user("two"), "id": 3}]
+    assert prompts_from(rows, "question", "in line") == [
+        {"question": "one", "prompt": "one"},
+        {"question": user("two"), "id": 3, "prompt": user("two")},
+    ]
+    assert prompts_from(rows, None, "in line") == rows
+    with pytest.raises(InputError, match='^in line 1: no "text", which --prompt-field names; fou'):
+        prompts_from(rows, "text", "in line")
+    with pytest.raises(InputError, match='^in line 1: a "messages" beside "question", which --pr'):
+        prompts_from([{"question": "a", "messages": user("b")}], "question", "in line")
 
 
 def test_a_conversation_is_a_text_or_messages():

@@ -1,10 +1,20 @@
+import copy
 import types
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.prompts import decode_response, decode_tokens, encode_prompt, special_stops
+from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
+from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.prompts import (
+    decode_response,
+    decode_tokens,
+    encode_prompt,
+    escape_notes,
+    special_stops,
+    tell_left_out,
+)
 from w2s_jax.text.tokenizer import load_tokenizer
 
 
@@ -24,6 +34,40 @@ def test_a_prompt_keeps_the_special_tokens_of_its_tokenizer(tokenizer):
     assert encode_prompt(tokenizer, f"{tokenizer.bos_token}a film") == once
 
 
+@pytest.fixture(scope="module")
+def closing(tokenizer):
+    """The same vocabulary with a post-processor that puts EOS behind every text too."""
+    closing = copy.deepcopy(tokenizer)
+    end = (closing.eos_token, closing.eos_token_id)
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end[0]} $A {end[0]}", pair=f"{end[0]} $A $B {end[0]}", special_tokens=[end]
+    )
+    return closing
+
+
+@pytest.mark.parametrize("spelled", ["", END_OF_TEXT])
+def test_special_tokens_that_the_tokenizer_puts_behind_are_left_out(tokenizer, closing, spelled):
+    prompt = f"a film{spelled}"
+    text, end = tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer.eos_token_id
+    assert closing(prompt).input_ids == [end, *text, end]
+    assert encode_prompt(closing, prompt) == [end, *text]
+    assert encode_prompt(closing, "") == [end]
+    template = load_template(closing, where="here")
+    assert template.encode(Conversation(text=prompt)) == [end, *text]
+    assert template.encode_responses(Conversation(text=prompt), [" ,"])[0][: len(text) + 1] == [
+        end, *text
+    ]  # fmt: skip
+
+
+def test_that_special_tokens_are_left_out_is_said(tokenizer, closing, caplog):
+    tell_left_out(tokenizer, "here")
+    assert not caplog.records
+    tell_left_out(closing, "here")
+    assert caplog.messages == [
+        "here: the tokenizer puts <|endoftext|> behind every text; prompts are read without"
+    ]
+
+
 @pytest.mark.parametrize(("bos", "eos", "tokens"), [(5, 7, [5]), (None, 7, [7])])
 def test_a_prompt_is_never_empty(bos, eos, tokens):
     class Bare:
@@ -32,7 +76,7 @@ def test_a_prompt_is_never_empty(bos, eos, tokens):
         eos_token_id = eos
 
         def __call__(self, text, **_):
-            return types.SimpleNamespace(input_ids=[])
+            return types.SimpleNamespace(input_ids=[[]] if isinstance(text, list) else [])
 
     assert encode_prompt(Bare(), "") == tokens
     Bare.bos_token_id = Bare.eos_token_id = None
@@ -91,3 +135,10 @@ def test_stops_that_are_special_tokens_become_ids(tokenizer):
     texts, ids = special_stops(tokenizer, ("\n", special))
     assert texts == ("\n",)
     assert ids == (tokenizer.convert_tokens_to_ids(special),)
+
+
+def test_stops_that_a_shell_did_not_unescape_are_told():
+    assert escape_notes(("\n", "a\\b", "\\text", "Answer")) == []
+    (told,) = escape_notes(("\n", "\\n"))
+    assert "a backslash and a letter" in told
+    assert "$'\\n' in a shell" in told

@@ -53,6 +53,13 @@ def test_text_without_a_utf8_form_survives():
     assert json.loads(json_line({"text": "\ud800"})) == {"text": "\ud800"}
 
 
+@pytest.mark.parametrize("content", [json.dumps(ROWS), "\n".join(map(json.dumps, ROWS))])
+def test_a_byte_order_mark_in_front_does_not_matter(tmp_path, content):
+    path = tmp_path / "in.json"
+    path.write_text(content, encoding="utf-8-sig")
+    assert read_rows(path)[0] == ROWS
+
+
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("tail", ["", "\n", "\n\n  \n"])
 def test_line_endings_and_blank_ends_do_not_matter(tmp_path, ending, tail):

@@ -29,6 +29,7 @@ from w2s_jax.search.presets import cbs
 from w2s_jax.search.sizes import buckets
 from w2s_jax.text.atomic import check_writable
 from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.synthetic import vocabularies
 
 HEAD_WIDTH = 64
@@ -227,7 +228,7 @@ def measure_across(
         decode=own.decode,
     )
     first, across = timed_twice(whole, options.repeats)
-    tokens = sum(len(other(text).input_ids) for text in texts)
+    tokens = sum(len(encode_prompt(other, text)) for text in texts)
     return CrossFigures(
         seconds_per_prompt=across / options.batch_size,
         ratio=across / seconds,

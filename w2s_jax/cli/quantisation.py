@@ -113,6 +113,7 @@ class QuantisationFlags:
 
     def _texts(self, plan: "Plan") -> list[tuple[int, ...]]:
         from w2s_jax.evaluate.quantisation import text_of
+        from w2s_jax.text.prompts import encode_prompt
         from w2s_jax.text.rows import read_rows
 
         rows, source = read_rows(str(self.data))
@@ -126,7 +127,7 @@ class QuantisationFlags:
         texts = []
         for number, row in enumerate(rows, start=1):
             where = f"{source} {number}"
-            ids = tuple(plan.tokenizer(text_of(row, where))["input_ids"][:length])
+            ids = tuple(encode_prompt(plan.tokenizer, text_of(row, where))[:length])
             if len(ids) < 2:
                 raise InputError(f"{where}: a text of {len(ids)} tokens; it takes two to score one")
             texts.append(ids)

@@ -28,6 +28,7 @@ Row = dict[str, Any]
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (
     "prompts", "output", "batch_size", "mesh", "policy_rules", "guide_rules", "scan_layers",
+    "prompt_field",  # the rows are told apart by what it makes of them
     "config", "models_map", "format", "generator", "report", "show", "concurrency",
     "timeout", "attempts", "prompts_per_request",
     "price_prompt", "price_completion", "api_key_env",
@@ -66,9 +67,12 @@ class Files:
     """What is read and written."""
 
     prompts: Annotated[str, arg(metavar="FILE")]
-    """Rows with "prompt", "messages" or "instruction"; JSON lines or array, also .gz and .xz."""
+    """Rows with "prompt", "messages", "instruction" or ShareGPT's "conversations"; JSON lines or
+    array, also .gz and .xz."""
     output: Annotated[str, arg(metavar="FILE")]
     """Output rows: prompt, response, score, hypotheses, and the other input fields."""
+    prompt_field: Annotated[str | None, arg(metavar="NAME")] = None
+    """Field of the rows that is their prompt, such as question or text; written as "prompt" too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,9 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
         from w2s_jax.text.atomic import check_writable
+        from w2s_jax.text.chat import prompts_from
         from w2s_jax.text.host_journal import job_journal
+        from w2s_jax.text.prompts import escape_notes
         from w2s_jax.text.rows import read_rows
 
         config = self.search_config()
@@ -101,6 +107,8 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         if Path(self.prompts).resolve() == Path(self.output).resolve():
             raise InputError(f"--output {self.output} is the file of prompts; name another")
         rows, source = read_rows(self.prompts)
+        rows = prompts_from(rows, self.prompt_field, source)
+        self._tell(escape_notes(self.stop))
         if self.format == "alpaca_eval":
             self._check_alpaca(rows)
         for path in (self.output, self.report):

@@ -19,6 +19,7 @@ from w2s_jax.search.presets import sample
 from w2s_jax.search.run import search
 from w2s_jax.text.bpe import END_ID
 from w2s_jax.text.journal import journal_path, open_journal
+from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 
 
@@ -76,7 +77,7 @@ def sample_pairs(
         2, sampling=Sampling(config.temperature), max_new_tokens=config.new_tokens,
         seed=config.seed, slots=config.slots,
     )  # fmt: skip
-    encoded: list[list[int]] = tokenizer(prompts)["input_ids"]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for first in range(0, len(prompts), config.block):
         block = [i for i in range(first, min(first + config.block, len(prompts))) if i not in done]
         if not block:

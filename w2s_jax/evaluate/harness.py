@@ -23,6 +23,7 @@ from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.placing import read_places
 from w2s_jax.search.presets import preset
 from w2s_jax.text.chat import Conversation, Message
+from w2s_jax.text.prompts import encode_texts
 
 NAME = "w2s"
 DEFAULT_TOKENS = 256
@@ -269,9 +270,7 @@ class HarnessModel:
         if add_special_tokens is None:
             # What a chat template wrote holds its special tokens.
             add_special_tokens = string not in self._chats and not (bos and string.startswith(bos))
-        return list(
-            self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
-        )
+        return encode_texts(self.tokenizer, [string], special=add_special_tokens)[0]
 
     def _prompts(self, context: str, tokens: Sequence[int]) -> Prompts:
         """What the models read for a context whose tokens are the policy's: one prompt, or each."""

@@ -23,6 +23,7 @@ from w2s_jax.reasoning.questions import (
     read_demonstrations,
     read_questions,
 )
+from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row
 from w2s_jax.text.typed_yaml import from_mapping
 
@@ -122,7 +123,7 @@ def _prompts(
     prompts = fit_prompts(
         questions,
         shown,
-        lambda text: len(tokenizer.encode(text)),
+        lambda text: len(encode_prompt(tokenizer, text)),
         context=min(config.max_positions for config in configs.values()),
         max_new_tokens=task.generation.max_new_tokens,
         overflow=task.overflow,

@@ -13,6 +13,7 @@ from w2s_jax.reasoning.answers import gold_answer, make_checker
 from w2s_jax.reasoning.questions import read_demonstrations, read_questions, read_responses
 from w2s_jax.reasoning.report import FIGURE, REPORT, TABLES
 from w2s_jax.reasoning.stages import DONE, Stage
+from w2s_jax.text.prompts import escape_notes
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def check_run(pipeline: "Pipeline", stages: Sequence[Stage]) -> list[str]:
         _check_demonstrations(files["demonstrations"], config.demonstrations.count)
     if any(not (pipeline.root / stage.name / DONE).exists() for stage in stages):
         _check_prompts(pipeline)
-    told = _shared(pipeline.questions, files["questions"], solved, files.get("weak train"))
+    told = escape_notes(config.decoding.stop)
+    told += _shared(pipeline.questions, files["questions"], solved, files.get("weak train"))
     if config.test is not None:
         for rows, name in ((pipeline.questions, "questions"), (solved, "weak train")):
             told += _shared(pipeline.test, files["test"], rows, files.get(name))

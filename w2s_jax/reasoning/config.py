@@ -37,8 +37,8 @@ class DemonstrationConfig:
     """Solved questions before each prompt of the strong model in context.
 
     Attributes:
-        file: rows {"question", "answer"}; None draws them from the weak model's own responses,
-            those left out that a gold answer in the questions shows to be wrong.
+        file: rows as those of questions, with answers; None draws them from the weak model's own
+            responses, those left out that a gold answer in the questions shows to be wrong.
         count: how many (of a file, the first); 0 asks without.
         seed: of the draw.
         overflow: for prompts too long for the model: "error", or "drop-first" demonstrations.

@@ -24,11 +24,12 @@ from w2s_jax.reasoning.measures import accuracy
 from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.questions import (
     Answers,
-    completion_of,
     draw_demonstrations,
-    prompt_of,
+    read_demonstrations,
     read_questions,
     read_responses,
+    solution_text,
+    solved_row,
 )
 from w2s_jax.reasoning.report import summarise, write_report
 from w2s_jax.reasoning.stages import Stage, run_stages
@@ -150,8 +151,8 @@ class Pipeline:
         assert weak.model is not None
 
         def work(folder: Path) -> Figures:
-            rows = [_solved(row) for row in read_questions(place, answers_needed=True)]
-            write_jsonl(folder / TRAINING, rows)
+            rows = read_questions(place, answers_needed=True)
+            write_jsonl(folder / TRAINING, [solved_row(row, self.config.kind) for row in rows])
             return self._train("sft", folder, self.place(str(weak.model)), weak.sft)
 
         settings = self._training(weak.model, self.config.sft | weak.sft)
@@ -220,7 +221,8 @@ class Pipeline:
 
     def _ceiling(self) -> Stage:
         def work(folder: Path) -> Figures:
-            write_jsonl(folder / TRAINING, [_solved(row) for row in self.questions])
+            rows = [solved_row(row, self.config.kind) for row in self.questions]
+            write_jsonl(folder / TRAINING, rows)
             return self._train("sft", folder, self.place(self.config.strong), {})
 
         return self._tuning("ceiling-model", work, (), _tuning_cost(len(self.questions)))
@@ -347,10 +349,16 @@ class Pipeline:
                 seed=shown.seed,
                 source=str(self.root / WEAK / GRADED),
             )
-            rows = [{"question": one.question, "answer": one.answer} for one in drawn]
         else:
-            rows = read_jsonl(self.files["demonstrations"])[: shown.count]
-        write_jsonl(path, rows)
+            drawn = read_demonstrations(self.files["demonstrations"])[: shown.count]
+        kind = self.config.kind
+        write_jsonl(
+            path,
+            [
+                {"question": one.question, "answer": solution_text(one.answer, kind)}
+                for one in drawn
+            ],
+        )
         return str(path)
 
     def _grade(
@@ -440,15 +448,6 @@ def run_pipeline(
     drawn = [name for name in figures if name.endswith(SAMPLES)]
     samples = {name: pipeline.judged_samples(name) for name in drawn}
     return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
-
-
-def _solved(row: Mapping[str, Any]) -> Row:
-    """A question with its gold solution, to be trained on."""
-    return {
-        "id": row["id"],
-        "prompt": prompt_of(row["question"]),
-        "completion": completion_of(row["answer"]),
-    }
 
 
 def _name(iteration: int, name: str, what: str) -> str:

@@ -6,6 +6,7 @@ no tokenizer and no rule of extraction.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ Answers = Mapping[Id, Mapping[str, Any]]
 """One row a question, by the question's id."""
 Overflow = Literal["error", "drop-first"]
 
+_MARK = re.compile("<<.*?>>")
+_ASKED = ("question", "problem", "prompt")
+_SOLVED = ("solution", "answer")
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -31,19 +36,42 @@ class Demonstration:
 def prompt_of(question: str, demonstrations: Iterable[Demonstration] = ()) -> str:
     """The published prompt: `Question: {}`, `Answer:`, behind demonstrations and blank lines.
 
-    A demonstration of the very same question is left out, so that no prompt holds its own answer.
+    A question that ends in a line `Answer:`, as OlympicArena's do, is a prompt itself and is not
+    framed again. A demonstration of the very same question is left out, so that no prompt holds its
+    own answer.
     """
     solved = (
-        f"Question: {one.question}\nAnswer: {one.answer}\n\n"
+        f"{_framed(one.question)} {one.answer}\n\n"
         for one in demonstrations
         if one.question.strip() != question.strip()
     )
-    return f"{''.join(solved)}Question: {question}\nAnswer:"
+    return f"{''.join(solved)}{_framed(question)}"
+
+
+def _framed(question: str) -> str:
+    return question if question.endswith("\nAnswer:") else f"Question: {question}\nAnswer:"
 
 
 def completion_of(response: str) -> str:
     """A response as the text that follows its prompt: one space, and no blanks around it."""
     return f" {response.strip()}"
+
+
+def solution_text(solution: str, kind: str) -> str:
+    """A gold solution as models are shown it, without GSM8K's calculator marks (`<<48/2=24>>`).
+
+    So do the sets published with arXiv 2407.13647.
+    """
+    return _MARK.sub("", solution) if kind == "gsm8k" else solution
+
+
+def solved_row(row: Mapping[str, Any], kind: str) -> Row:
+    """A question with its gold solution as an SFT row {"id", "prompt", "completion"}."""
+    return {
+        "id": row["id"],
+        "prompt": prompt_of(row["question"]),
+        "completion": completion_of(solution_text(row["answer"], kind)),
+    }
 
 
 def draw_key(seed: int, *parts: Id) -> str:
@@ -58,15 +86,16 @@ def read_questions(
     path: str | Path,
     *,
     ids: Literal["own", "index"] = "own",
-    question: str = "question",
-    answer: str = "answer",
     answers_needed: bool = False,
 ) -> list[Row]:
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
     ids: "own" takes a row's field id or, where it has none, its number in the file from 1; "index"
-    takes its index from 0, as the published files do. question, answer: the names of those fields
-    in the file; a number as answer becomes text, null is no answer.
+    takes its index from 0, as the published files do.
+
+    The question is the field "question", "problem" or, written out (`prompt_of`), "prompt". The
+    answer is "answer", a text or a number, or "solution"; of both, as in MATH, the solution with
+    "The answer is: ANSWER" behind it, as published. Null is no answer.
 
     Raises InputError for a file that cannot be read, a row without question (or, where
     `answers_needed`, without answer), an id that is no integer or text, and one met twice.
@@ -83,13 +112,13 @@ def read_questions(
                 "ids must differ"
             )
         found[row_id] = number
-        kept = {name: row[name] for name in row if name not in (question, answer, "id")}
-        kept |= {"id": row_id, "question": _text(row, question, place)}
-        if row.get(answer) is not None:
-            kept["answer"] = _answer(row, answer, place)
+        kept = {name: row[name] for name in row if name not in ("id", *_ASKED, *_SOLVED)}
+        kept |= {"id": row_id, "question": _question(row, place)}
+        if any(row.get(name) is not None for name in _SOLVED):
+            kept["answer"] = _solution(row, place)
         elif answers_needed:
             raise InputError(
-                f'{place}: no "{answer}"; a question that is trained on or judged needs one'
+                f'{place}: no "answer"; a question that is trained on or judged needs one'
             )
         result.append(kept)
     return result
@@ -145,14 +174,14 @@ def read_responses(
 def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     """The demonstrations of a file of {"question", "answer"} rows, in order.
 
-    Raises InputError for a file that cannot be read and a row that lacks one of the two.
+    Their fields are those of `read_questions`. Raises InputError for a file that cannot be read and
+    a row that lacks one of the two.
     """
     rows, where = read_rows(path)
+    places = (f"{where} {number}" for number in range(1, len(rows) + 1))
     return tuple(
-        Demonstration(
-            _text(row, "question", f"{where} {number}"), _answer(row, "answer", f"{where} {number}")
-        )
-        for number, row in enumerate(rows, start=1)
+        Demonstration(_question(row, place), _solution(row, place))
+        for row, place in zip(rows, places, strict=True)
     )
 
 
@@ -260,6 +289,17 @@ def _text(row: Row, name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f'{place}: no text "{name}"; found {_fields(row)}')
     return value
+
+
+def _question(row: Row, place: str) -> str:
+    return _text(row, next((name for name in _ASKED if name in row), _ASKED[0]), place)
+
+
+def _solution(row: Row, place: str) -> str:
+    """The gold solution, whose end is the final answer."""
+    named = [name for name in _SOLVED if row.get(name) is not None]
+    texts = [_answer(row, name, place) for name in named or _SOLVED[-1:]]
+    return " The answer is: ".join(texts)
 
 
 def _answer(row: Row, name: str, place: str) -> str:

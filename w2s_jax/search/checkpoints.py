@@ -19,6 +19,7 @@ from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.chat import Conversation, Template, load_template
 from w2s_jax.text.mappings import read_mapping
+from w2s_jax.text.prompts import tell_left_out
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
 
 Number = float | int
@@ -234,6 +235,8 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
         if path not in loaded:
             found = load_tokenizer(tokenizer_place(path, adapters))
             loaded[path] = _shared(found, loaded.values())
+            if loaded[path] is found and role in configs:
+                tell_left_out(found, path)
         flag = FLAGS[role.split()[0]]
         templates[role] = load_template(loaded[path], names[role], where=flag)
     on_device = _on_device(sources, templates, configs, needs_tokens)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.prompts import encode_prompt
+from w2s_jax.text.prompts import encode_prompt, encode_texts
+from w2s_jax.text.rows import Row
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
 """Published templates that write no special tokens, so that the tokenizer's own go in front."""
 _NAMES = ("auto", "none", "chat", *TEMPLATES)
-_FIELDS = ("prompt", "messages", "instruction")
+_FIELDS = ("prompt", "messages", "instruction", "conversations")
 _ROLES = ("system", "user", "assistant")
 _MESSAGE = '{"role": "user", "content": "text"}'
 
@@ -44,21 +45,21 @@ class Conversation:
 
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
-    """The conversation in a row's "prompt" (text or messages), "messages" or "instruction".
+    """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
 
     An instruction is one user message, with "input" after a blank line where there is one, as in
     Alpaca's files. A message is {"role", "content"}; its content is text or a list of
-    {"type": "text", "text"} parts, which are joined. A field that is null counts as absent.
+    {"type": "text", "text"} parts, which are joined. Of ShareGPT's conversations, of {"from",
+    "value"} turns behind a "system" text, a last turn of the assistant's is left out: like
+    "output", it is what somebody else answered. A field that is null counts as absent.
 
-    Raises InputError, beginning with `where`, unless exactly one of the three is there and sound.
+    Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
     """
-    fields = [
-        field for field in ("prompt", "messages", "instruction") if row.get(field) is not None
-    ]
+    fields = [field for field in _FIELDS if row.get(field) is not None]
     if not fields:
         raise InputError(
-            f'{where}: no "prompt", "messages" or "instruction"; a row needs one, such as '
-            '{"prompt": "text"}'
+            f'{where}: no "prompt", "messages", "instruction" or "conversations"; a row needs one, '
+            'such as {"prompt": "text"}, or --prompt-field to name its own'
         )
     if len(fields) > 1:
         several = " and ".join(f'"{field}"' for field in fields)
@@ -68,8 +69,13 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
         return Conversation(messages=(Message("user", _instruction(row, where)),))
     if field == "prompt" and isinstance(value, str):
         return Conversation(text=value)
+    if field == "conversations" and isinstance(value, list | tuple):
+        turns = shared_turns(row, where)
+        asked = turns[:-1] if turns[-1].role == "assistant" and len(turns) > 1 else turns
+        return Conversation(messages=_ended(asked, f'{where}: "{field}"'))
     if isinstance(value, list | tuple):
-        return Conversation(messages=_prompt_messages(value, f'{where}: "{field}"'))
+        messages = messages_of(value, f'{where}: "{field}"')
+        return Conversation(messages=_ended(messages, f'{where}: "{field}"'))
     takes = "text or a list of messages" if field == "prompt" else "a list of messages"
     raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes {takes}')
 
@@ -79,6 +85,55 @@ def messages_of(value: Sequence[Any], where: str) -> tuple[Message, ...]:
     if not value:
         raise InputError(f"{where} is empty; it takes messages such as {_MESSAGE}")
     return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def tagged(item: Any) -> Any:
+    """A turn of {from, value} as {role, content}; anything else as it is."""
+    if not isinstance(item, Mapping) or "from" not in item:
+        return item
+    roles = {"human": "user", "gpt": "assistant"}
+    role = item["from"]
+    return {"role": roles.get(role, role), "content": item.get("value")}
+
+
+def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
+
+    Raises InputError, beginning with `where`, for what is not sound.
+    """
+    value, place = row["conversations"], f'{where}: "conversations"'
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{place} is {type(value).__name__}; it takes a list of messages")
+    turns = messages_of([tagged(item) for item in value], place)
+    system = row.get("system")
+    if not isinstance(system, str | None):
+        raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
+    return (Message("system", system), *turns) if system and turns[0].role != "system" else turns
+
+
+def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
+    """The rows with the named field as their "prompt" too; as they are where none is named.
+
+    Raises InputError, naming the row as "SOURCE NUMBER", where the field is missing or the row has
+    another prompt beside it.
+    """
+    if field is None or field == "prompt":
+        return list(rows)
+    found = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{source} {number}"
+        if row.get(field) is None:
+            names = ", ".join(f'"{name}"' for name in row) or "no fields"
+            raise InputError(f'{where}: no "{field}", which --prompt-field names; found {names}')
+        others = [name for name in _FIELDS if name != field and row.get(name) is not None]
+        if others:
+            raise InputError(
+                f'{where}: a "{others[0]}" beside "{field}", which --prompt-field names; leave the '
+                "flag or that field out"
+            )
+        rest = {name: value for name, value in row.items() if name not in _FIELDS or name == field}
+        found.append({**rest, "prompt": row[field]})
+    return found
 
 
 def plain(conversation: Conversation) -> str:
@@ -176,8 +231,7 @@ class Template:
         if not alone:
             start = encode_prompt(self.tokenizer, "")
             return [[*start, *row] for row in rows]
-        behind = tokens_behind(self.tokenizer) if special else 0
-        return [row[: len(row) - behind] for row in rows]
+        return rows
 
     @property
     def eos_id(self) -> int | None:
@@ -223,13 +277,7 @@ class Template:
                 text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt or a response is not text: {error.reason}") from None
-        return self.tokenizer(
-            texts,
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        ).input_ids
+        return encode_texts(self.tokenizer, texts, special=special)
 
 
 def load_template(tokenizer: Any, name: str = "auto", *, where: str) -> Template:
@@ -290,8 +338,8 @@ def _instruction(row: Mapping[str, Any], where: str) -> str:
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
-def _prompt_messages(value: Sequence[Any], where: str) -> tuple[Message, ...]:
-    messages = messages_of(value, where)
+def _ended(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The messages, which the user must end."""
     if messages[-1].role != "user":
         raise InputError(
             f"{where} ends with a message of role {messages[-1].role}; the last one must be the "
@@ -329,7 +377,7 @@ def _part(part: Any, where: str) -> str:
 
 def _read(path: str, where: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{where}: {path} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
@@ -363,13 +411,3 @@ def _check_syntax(template: Template) -> None:
         # What it refuses beyond that may be this message's fault, not its own.
         if isinstance(error.__cause__, TemplateSyntaxError):
             raise
-
-
-def tokens_behind(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
-    whole = list(tokenizer("a").input_ids)
-    text = list(tokenizer("a", add_special_tokens=False).input_ids)
-    for start in range(len(whole) if text else 0):
-        if whole[start : start + len(text)] == text:
-            return len(whole) - start - len(text)
-    return 0

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.chat import Conversation, Message, conversation_of, messages_of
+from w2s_jax.text.chat import (
+    Conversation,
+    Message,
+    conversation_of,
+    messages_of,
+    shared_turns,
+    tagged,
+)
 
 Kind = Literal["sequences", "pairs", "labelled"]
 Format = Literal[
@@ -182,9 +189,7 @@ def _parse_content(row: Row, where: str) -> Example:
 def _parse_sharegpt(row: Row, where: str) -> Example:
     """LLaMA-Factory's: conversations of {from, value}, by human and gpt; system."""
     place = f'{where}: "conversations"'
-    turns = messages_of([_tagged(item) for item in _list(row["conversations"], place)], place)
-    if row.get("system") and turns[0].role != "system":
-        turns = (Message("system", _text(row, "system", where)), *turns)
+    turns = shared_turns(row, where)
     if "chosen" in row or "rejected" in row:
         return _answered(Conversation(messages=turns), row, where)
     if turns[-1].role != "assistant" or len(turns) < 2:
@@ -200,7 +205,7 @@ def _answered(prompt: Conversation, row: Row, where: str) -> Example:
     if prompt.messages[-1].role != "user":
         raise InputError(f"{where}: the prompt must end with what the user says")
     if "chosen" in row:
-        return _pair(prompt, _tagged(row["chosen"]), _tagged(row["rejected"]), where)
+        return _pair(prompt, tagged(row["chosen"]), tagged(row["rejected"]), where)
     output = row["output"]
     if isinstance(output, list | tuple):  # older ranking files
         if len(output) != 2:
@@ -281,15 +286,6 @@ def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
 
 def _dialogue(value: Any, where: str) -> Conversation:
     return Conversation(messages=messages_of(_list(value, where), where))
-
-
-def _tagged(item: Any) -> Any:
-    """A message of {from, value} as {role, content}; anything else as it is."""
-    if not isinstance(item, Mapping) or "from" not in item:
-        return item
-    roles = {"human": "user", "gpt": "assistant"}
-    role = item["from"]
-    return {"role": roles.get(role, role), "content": item.get("value")}
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:

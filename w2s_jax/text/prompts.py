@@ -1,5 +1,7 @@
 """Prompts into token ids, response tokens back into text, behind any transformers tokenizer."""
 
+import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +11,9 @@ from w2s_jax.errors import InputError
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
 
+_logger = logging.getLogger(__name__)
 _CONTEXT = 16
+_ESCAPE = re.compile(r"\\[ntr](?![A-Za-z])")
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
 
@@ -17,8 +21,10 @@ _LONGEST_CHARACTER = 4
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt with the special tokens the tokenizer puts in front; never empty.
 
-    A prompt that begins with the BOS token gets no second one, and one without tokens becomes the
-    BOS token, or EOS where there is no BOS. Raises InputError where there is neither.
+    Those that it puts behind, an EOS say, are left out: what follows would begin another text. A
+    special token that the prompt spells stays. A prompt that begins with the BOS token gets no
+    second one, and one without tokens becomes the BOS token, or EOS where there is no BOS. Raises
+    InputError where there is neither.
     """
     try:
         prompt.encode()
@@ -26,13 +32,54 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         raise InputError(f"the prompt is not text: {error.reason}") from None
     bos = tokenizer.bos_token
     special = not (bos and prompt.startswith(bos))
-    tokens = list(tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids)
+    (tokens,) = encode_texts(tokenizer, [prompt], special=special)
     if tokens:
         return tokens
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if start is not None:
             return [start]
     raise InputError("the prompt is empty and the tokenizer has neither a BOS nor an EOS token")
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Token ids of texts that may go on: with special tokens in front or none, and none behind."""
+    if not texts:
+        return []
+    rows = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).input_ids
+    behind = tokens_behind(tokenizer) if special else 0
+    return [list(row[: len(row) - behind]) for row in rows]
+
+
+def tokens_behind(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
+    whole, text = _probed(tokenizer)
+    for start in range(len(whole) if text else 0):
+        if whole[start : start + len(text)] == text:
+            return len(whole) - start - len(text)
+    return 0
+
+
+def tell_left_out(tokenizer: Any, where: str) -> None:
+    """Log a warning that names the special tokens which prompts go without; `where` begins it."""
+    behind = tokens_behind(tokenizer)
+    if behind:
+        whole, _ = _probed(tokenizer)
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(whole[-behind:])))
+        _logger.warning(
+            "%s: the tokenizer puts %s behind every text; prompts are read without", where, names
+        )
+
+
+def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A text's token ids with the tokenizer's special tokens, and without them."""
+    whole = tokenizer("a", add_special_tokens=True).input_ids
+    return list(whole), list(tokenizer("a", add_special_tokens=False).input_ids)
 
 
 def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -99,6 +146,19 @@ def cut(text: str, stop: Sequence[str]) -> str | None:
     """The text before the first stop string in it, or None where there is none."""
     starts = [start for start in map(text.find, stop) if start >= 0]
     return text[: min(starts)] if starts else None
+
+
+def escape_notes(stop: Sequence[str]) -> list[str]:
+    r"""A line for each stop string that holds \\n or the like as two characters.
+
+    A shell hands them on so, and so does YAML outside of double quotes.
+    """
+    return [
+        f"note: the stop string {text!r} holds a backslash and a letter, not what they stand for; "
+        f"write $'{text}' in a shell, \"{text}\" in YAML"
+        for text in stop
+        if _ESCAPE.search(text)
+    ]
 
 
 def special_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -1,9 +1,11 @@
 """Files of rows, JSON lines or an array, plain or compressed, read with errors that name the row.
 
-One line is one row and blank lines are not allowed, so the row at index i stands on line i + 1.
-Writing is atomic. What a row must hold is for its reader to say.
+One line is one row and blank lines are not allowed, so the row at index i stands on line i + 1. A
+byte-order mark in front is left out. Writing is atomic. What a row must hold is
+for its reader to say.
 """
 
+import codecs
 import gzip
 import json
 import lzma
@@ -74,7 +76,7 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        return _decompress(path, path.read_bytes())
+        return _decompress(path, path.read_bytes()).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (EOFError, lzma.LZMAError, zlib.error) as error:

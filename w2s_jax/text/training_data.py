@@ -19,6 +19,7 @@ from w2s_jax.text.batches import Batch
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.examples import Example, Format, Kind, parser
 from w2s_jax.text.packing import Packing, best_fit
+from w2s_jax.text.prompts import tell_left_out
 from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
@@ -253,6 +254,7 @@ def _unweighted(config: DataConfig, what: str) -> None:
 
 def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     _check(config)
+    tell_left_out(tokenizer, "--model")
     template = load_template(tokenizer, config.template, where="--template")
     sources = [open_source(name, split=config.split) for name in config.data]
     identity = _identity(kind, config, sources, template)
