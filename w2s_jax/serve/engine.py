@@ -18,17 +18,17 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
 from w2s_jax.search.likelihood import ScoredResponse, score_responses
-from w2s_jax.search.results import Hypothesis, Request, SearchResult
+from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.serve.errors import ApiError, queue_full, shutting_down
 from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.pieces import response_text, settled, shared
+from w2s_jax.serve.pieces import settled, shared
 from w2s_jax.serve.schema import MOST_TOP_LOGPROBS
 from w2s_jax.serve.scoring import kind_of, proposer_of
 from w2s_jax.serve.settings import Limits
 from w2s_jax.serve.tasks import Group, Nobody, Task
-from w2s_jax.text.prompts import decode_tokens
+from w2s_jax.text.prompts import decode_tokens, response_text
 
 Score = Callable[..., list[ScoredResponse]]
 _PROGRAMS_BEFORE_CLEARING = 64
@@ -355,17 +355,24 @@ class Engine:
                     self._fail(task, ApiError(500, str(error)))
             return found
 
-    def _text(self, request: Request, hypothesis: Hypothesis) -> str:
-        tokens, behind = hypothesis.tokens, hypothesis.behind
-        return response_text(self._tokenizer, request.prompts[0], tokens, request.stop, behind)
+    def _text(self, job: Job, hypothesis: Hypothesis) -> str:
+        return response_text(
+            self._tokenizer,
+            job.prompt,
+            hypothesis.tokens,
+            finished=hypothesis.finished,
+            stop=job.request.stop,
+            behind=hypothesis.behind,
+            eos_ids=job.ends,
+        )
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
-        request = task.job.request
+        stop = task.job.request.stop
         texts = []
         for hypothesis in result.hypotheses:
-            text = self._text(request, hypothesis)
-            texts.append(text if hypothesis.finished else settled(text, request.stop))
+            text = self._text(task.job, hypothesis)
+            texts.append(text if hypothesis.finished else settled(text, stop))
         if task.job.chooses:
             texts = [shared(texts)] * task.job.choices
         if any(texts) and not task.has_text:
@@ -374,15 +381,13 @@ class Engine:
         task.tell(Progress(task.index, tuple(texts)))
 
     def _choices(self, job: Job, result: SearchResult) -> tuple[Choice, ...]:
-        ends = set(() if job.program is None else job.program.eos_ids)
-
         def choice(hypothesis: Hypothesis) -> Choice:
             ended_by = "length"
             if hypothesis.finished:
-                is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
+                is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in job.ends
                 ended_by = "eos" if is_eos else "stop"
             return Choice(
-                self._text(job.request, hypothesis),
+                self._text(job, hypothesis),
                 hypothesis.tokens,
                 ended_by,
                 hypothesis.score if job.chooses else None,

@@ -110,6 +110,11 @@ class Job:
         return self.request.prompts[0]
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The token ids that end a response."""
+        return () if self.program is None else self.program.eos_ids
+
+    @property
     def chooses(self) -> bool:
         """Whether its choices are the best of several samples."""
         return self.method in CHOOSING

@@ -9,7 +9,10 @@ from w2s_jax.errors import InputError
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
 
-_CONTEXT = 16
+CONTEXT = 64
+"""A response is decoded behind at most this many of its prompt's last tokens."""
+
+_TOKEN_CONTEXT = 16
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
 
@@ -42,25 +45,33 @@ def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
     )
 
 
-def decode_response(
+def response_text(
     tokenizer: Any,
     prompt: Sequence[int],
     tokens: Sequence[int],
+    *,
+    finished: bool,
     stop: Sequence[str] = (),
     behind: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
 ) -> str:
-    """The text that response tokens add to their prompt, up to the first stop string.
+    """The text of a response: what its tokens add to their prompt, up to its EOS or stop string.
 
     Read behind the prompt, because some tokenizers drop a leading space from text of its own.
-    behind: tokens that followed before a stop string took them off; where the last of `tokens`
-    holds the beginning of that string, they show it.
+    finished: whether an EOS or a stop string ended it; a character that its length cut short is
+    left out. behind: tokens that followed before a stop string took them off; where the last of
+    `tokens` holds the beginning of that string, they show it. eos_ids: the last token, if it is one
+    of them, has no text, whether or not the tokenizer knows it as special.
     """
-    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt)
+    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt[-CONTEXT:])
+    if finished and tokens and tokens[-1] in eos_ids:
+        tokens = tokens[:-1]
     for count in range(len(behind) + 1):
         kept = cut(text_of([*tokens, *behind[:count]]), stop)
         if kept is not None:
             return kept
-    return text_of(tokens)
+    text = text_of(tokens)
+    return text if finished else text.rstrip(INCOMPLETE)
 
 
 def text_behind(
@@ -82,7 +93,7 @@ def token_texts(
     A character that several tokens write belongs to the last of them.
     """
     texts: list[str] = []
-    before = list(prompt[-_CONTEXT:])
+    before = list(prompt[-_TOKEN_CONTEXT:])
     waiting: list[int] = []
     for token in tokens:
         waiting.append(token)
@@ -91,7 +102,7 @@ def token_texts(
             texts.append("")
             continue
         texts.append(text)
-        before, waiting = [*before, *waiting][-_CONTEXT:], []
+        before, waiting = [*before, *waiting][-_TOKEN_CONTEXT:], []
     return texts
 
 
