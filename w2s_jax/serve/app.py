@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_jax.serve.answers import Writer, writer
-from w2s_jax.serve.errors import ApiError, too_large
+from w2s_jax.serve.errors import ApiError, shutting_down, too_large
 from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
 from w2s_jax.serve.metrics import CONTENT_TYPE, Metrics
@@ -96,6 +96,10 @@ class _Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
                 await _error(told)(scope, receive, counted)
+        except asyncio.CancelledError:
+            # The server ends, and whatever this request waited for takes too long.
+            if status == _CLIENT_GONE:
+                await _error(shutting_down())(scope, receive, counted)
         finally:
             metrics = self.service.metrics
             metrics.requests.labels(endpoint, str(status)).inc()

@@ -64,7 +64,8 @@ class Engine:
         self._next_compilation = 0.0
         self._wake = threading.Condition()
         self._arrived: deque[Task] = deque()
-        self._waiting = self._open = 0
+        self._open: set[Task] = set()
+        self._waiting = 0
         self._state = "starting"
         self._thread = threading.Thread(target=self._run, name="w2s-engine", daemon=True)
 
@@ -76,7 +77,12 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no job is under way."""
-        return self._open == 0
+        return not self._open
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to warm up, then to answer."""
@@ -92,9 +98,10 @@ class Engine:
             if self._waiting + len(jobs) > self.limits.queue:
                 raise queue_full(self._waiting, self.limits.queue)
             ticket = Ticket()
-            self._arrived.extend(Task(job, ticket, index) for index, job in enumerate(jobs))
+            tasks = [Task(job, ticket, index) for index, job in enumerate(jobs)]
+            self._arrived.extend(tasks)
+            self._open.update(tasks)
             self._waiting += len(jobs)
-            self._open += len(jobs)
             self.metrics.queue.set(self._waiting)
             self._wake.notify()
         return ticket
@@ -106,13 +113,27 @@ class Engine:
                 self._state = "draining"
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End after the current chunk; jobs that are not done fail with 503."""
+        """Fail all jobs that are not done with 503, then wait for the thread to end its chunk.
+
+        The thread may be compiling, which nothing interrupts: see `is_running`.
+        """
         with self._wake:
             if self._state != "failed":
                 self._state = "stopped"
             self._wake.notify()
+        self._dismiss(shutting_down())
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def _dismiss(self, error: ApiError) -> None:
+        """Fail all open jobs, from any thread; what is still found for them goes to nobody."""
+        with self._wake:
+            tasks, self._open = self._open, set()
+        for task in tasks:
+            self.metrics.cancelled.inc()
+            task.tell(Failed(task.index, error))
+        for task in tasks:
+            task.ticket.cancel()
 
     # The thread.
 
@@ -124,7 +145,7 @@ class Engine:
                     self._state = "ready"
             while self._take_arrivals():
                 self._turn()
-            self._fail_all(shutting_down())
+            self._forget_tasks()
         except BaseException as error:  # nothing may end this thread unseen
             if isinstance(error, ApiError):
                 print(f"error: while warming up: {error.message}", file=sys.stderr)  # noqa: T201
@@ -132,18 +153,16 @@ class Engine:
                 traceback.print_exc(file=sys.stderr)
             with self._wake:
                 self._state = "failed"
-            self._fail_all(ApiError(500, "the engine has failed; see the server's log"))
+            self._dismiss(ApiError(500, "the engine has failed; see the server's log"))
+            self._forget_tasks()
 
     def _answer_warm_up(self) -> None:
         for job in self._warm_up:
-            if self._state == "stopped":
-                return
-            with self._wake:
-                self._waiting += 1
-                self._open += 1
             nobody = Nobody()
-            self._sort_in(Task(job, nobody, 0))
+            self._sort_in(Task(job, nobody, 0, has_slot=True))
             while any(self._units()):
+                if self._state == "stopped":
+                    return
                 self._turn()
             if nobody.error is not None:
                 raise nobody.error
@@ -230,7 +249,7 @@ class Engine:
             self.metrics.cancelled.inc()
         self._take_from_queue(task)
         with self._wake:
-            self._open -= 1
+            self._open.discard(task)
 
     def _take_from_queue(self, task: Task) -> None:
         if task.has_slot:
@@ -487,15 +506,11 @@ class Engine:
             )
             self._finish(task)
 
-    def _fail_all(self, error: ApiError) -> None:
+    def _forget_tasks(self) -> None:
         with self._wake:
-            tasks = list(self._arrived)
             self._arrived.clear()
-        for group in self._groups.values():
-            tasks += [*group.running.values(), *group.waiting]
-        for task in [*tasks, *self._to_score]:
-            self.metrics.cancelled.inc()
-            self._fail(task, error)
+            self._waiting = 0
+            self.metrics.queue.set(0)
         self._groups.clear()
         self._to_score.clear()
         self._count_slots()
