@@ -127,3 +127,39 @@ def test_the_process_does_not_wait_for_a_compiler(engine, monkeypatch, is_runnin
     with process.listen("127.0.0.1", 0) as bound:
         assert process.serve(app, engine, bound, grace=0.0, announce=lambda: None)
     assert ends == ([0] if is_running else [])
+
+
+@pytest.mark.parametrize(
+    ("said", "is_closed"),
+    [
+        (b"", True),
+        (b"GET /health HTTP/1.1\r\nHost: loc", True),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea", True),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+         b"Content-Length: 9\r\n\r\n{", False),
+    ],
+    ids=["nothing", "half", "a_second_half", "a_body"],
+)  # fmt: skip
+def test_headers_that_do_not_come_are_not_waited_for(served, engine, monkeypatch, said, is_closed):
+    monkeypatch.setattr(process, "_HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(process, "_LAST_WORDS", 0.1)
+
+    async def dawdle():
+        async with running(served, engine) as (_, address, _):
+            reader, writer = await asyncio.open_connection(
+                *address.removeprefix("http://").split(":")
+            )
+            begun = time.monotonic()
+            for byte in said:
+                # One by one: what comes does not put the end off.
+                writer.write(bytes([byte]))
+            try:
+                await asyncio.wait_for(reader.read(), 2)
+                closed = time.monotonic() - begun
+            except TimeoutError:
+                closed = None
+            writer.close()
+            return closed
+
+    closed = asyncio.run(dawdle())
+    assert (closed is not None) == is_closed

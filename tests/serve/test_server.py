@@ -227,7 +227,8 @@ def test_clients_that_go_away_free_their_slots(client, address):
     ids=range(13),
 )
 def test_malformed_bodies_hurt_nobody(address, content, status):
-    response = httpx.post(f"{address}/v1/completions", content=content)
+    kind = {"content-type": "application/json"}
+    response = httpx.post(f"{address}/v1/completions", content=content, headers=kind)
     assert response.status_code == status, response.text
     assert response.json()["error"]["message"]
     assert httpx.get(f"{address}/health").status_code == 200

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from w2s_jax.cli.choosing import search_shapes
 from w2s_jax.cli.flags import Guidance, Judges
@@ -45,6 +45,9 @@ class Serve(Judges, Guidance):
     """The model's name in requests; by default that of the policy's folder."""
     api_key_env: Annotated[str, arg(metavar="NAME")] = API_KEY
     """Environment variable with a key that clients must send; unset, none is asked for."""
+    allowed_host: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME")]] = ()
+    """A name by which clients may call the server, beside localhost; again for another. On loopback
+    other names are refused, on other addresses any is taken unless some are given here."""
     method: Literal["cbs", "bon", "eft", "ivg", "sample"] | None = None
     """Method where a request names none: cbs where anything scores, else sample."""
     beam_width: Annotated[int, arg(aliases=["--w"])] = 4
@@ -109,9 +112,9 @@ class Serve(Judges, Guidance):
                 )
             engine = Engine(served, limits, metrics, mesh=mesh, warm_up=warm_up)
             tokens = TokenTexts(served.tokenizer)
-            service = Service(
-                self.name, engine, reader, tokens, metrics, key, created=int(time.time())
-            )
+            hosts = self.allowed_host if self.allowed_host or is_loopback(bound) else None
+            now = int(time.time())
+            service = Service(self.name, engine, reader, tokens, metrics, key, now, hosts)
             # Read by those who started the server, possibly through a pipe.
             announce = lambda: print(f"w2s serve: listening on {url_of(bound)}", flush=True)  # noqa: E731
             if not serve(create_app(service), engine, bound, grace=self.grace, announce=announce):

@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from w2s_jax.errors import InputError
 from w2s_jax.serve.engine import Engine
@@ -18,6 +19,7 @@ _TICK = 0.05
 _LAST_WORDS = 5
 _LAST_CHUNK = 1.0
 _BACKLOG = 1024
+_HEADER_SECONDS = 10.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,6 +54,47 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
+class Connection(H11Protocol):
+    """HTTP/1.1 that is closed where a request's headers are not there within `_HEADER_SECONDS`.
+
+    Counted from the connection, and from the answer to the request before.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As asyncio's protocols."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio's protocols."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio's protocols."""
+        self._rest()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Set a deadline unless a request has all its headers and is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._rest()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def _rest(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 class Server(uvicorn.Server):
     """uvicorn whose first signal begins an orderly end, whose second one hastens it.
 
@@ -73,6 +116,8 @@ def settings(app: ASGIApp) -> uvicorn.Config:
     """What uvicorn is told."""
     return uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         lifespan="off",
         access_log=False,
         log_level="warning",
