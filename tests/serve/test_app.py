@@ -165,7 +165,7 @@ def test_models_and_what_is_not_there(service):
 
 def test_bodies_that_are_too_large_or_of_another_kind(service):
     told(post(service, BODY | {"prompt": "a" * 20_000}), 413)
-    told(post(service, BODY | {"prompt": ["a"] * 4}), 413)
+    told(post(service, BODY | {"prompt": ["a"] * 4}), 400)
     raw = json.dumps(BODY).encode()
     for kind in ("application/x-www-form-urlencoded", "text/plain", "application/xml", ""):
         assert "application/json" in told(post(service, raw, kind=kind), 415)["message"]
@@ -184,8 +184,8 @@ def test_bodies_that_are_too_large_or_of_another_kind(service):
 
 def test_bodies_that_are_malformed(service):
     for raw in (b"", b"{", b"[]", b'{"n": NaN}', b"[" * 5000, b"\xff"):
-        told(post(service, raw), 422)
-    assert told(post(service, BODY | {"n": -1}), 422)["param"] == "n"
+        told(post(service, raw), 400)
+    assert told(post(service, BODY | {"n": -1}), 400)["param"] == "n"
     assert told(post(service, BODY | {"suffix": "x"}), 400)["param"] == "suffix"
 
 
@@ -205,7 +205,7 @@ def test_metrics_count_requests_by_endpoint_and_status(service):
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     text = response.text
     assert 'w2s_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
-    assert 'w2s_requests_total{endpoint="/v1/completions",status="422"} 1.0' in text
+    assert 'w2s_requests_total{endpoint="/v1/completions",status="400"} 1.0' in text
     assert 'w2s_requests_total{endpoint="other",status="404"} 1.0' in text
     assert "secret" not in text
 

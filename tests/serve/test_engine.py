@@ -150,10 +150,13 @@ def test_a_character_that_the_length_cuts_short_is_left_out(engine, reader, serv
 
 
 def test_a_stop_string_is_in_no_event(engine, reader):
-    whole = answer(engine, reader, method="cbs", seed=11)[0].text
+    whole = answer(engine, reader, method="sample", seed=11)[0].text
     stop = whole[4:7]
-    asked = jobs(reader, method="cbs", seed=11, stop=stop, stream=True)
+    asked = jobs(reader, method="sample", seed=11, stop=["\x00", stop], stream=True)
     *shown, done = asyncio.run(events(engine, asked))
+    (choice,) = done.choices
+    assert (choice.ended_by, choice.stop) == ("stop", stop), "the string that stopped is told"
+    assert choice.text == whole[: whole.index(stop)]
     for event in shown:
         assert all(stop not in text for text in event.texts)
     assert all(stop not in choice.text for choice in done.choices)

@@ -1,11 +1,19 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.text.chats import TURNS, chat, template, text
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
-from w2s_jax.text.chat import TEMPLATES, Conversation, Message, conversation_of, plain
+from w2s_jax.text.chat import (
+    TEMPLATES,
+    Conversation,
+    Message,
+    conversation_of,
+    load_template,
+    plain,
+)
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -57,6 +65,10 @@ def chatty(tmp_path_factory):
             chat(("user", "one"), ("assistant", "two"), ("user", "thrthr")),
         ),
         ({"messages": [{"role": "user", "content": []}]}, chat(("user", ""))),
+        (
+            {"messages": [{"role": "developer", "content": "be"}, {"role": "user", "content": ""}]},
+            chat(("system", "be"), ("user", "")),
+        ),
         ({"instruction": "Sum up.", "output": "x"}, chat(("user", "Sum up."))),
         ({"instruction": "Sum up.", "input": ""}, chat(("user", "Sum up."))),
         ({"instruction": "Sum up.", "input": None}, chat(("user", "Sum up."))),
@@ -177,6 +189,21 @@ def test_messages_go_through_the_tokenizers_own_template(chatty):
             add_generation_prompt=True,
         )
         assert found.encode(chat(*TURNS)) == list(reference["input_ids"])
+
+
+def test_a_template_reads_further_values(tokenizer, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(CHATML + "{% if enable_thinking is false %}quick{% endif %}")
+    where = "--policy-template"
+    quick = load_template(tokenizer, str(path), where=where, args={"enable_thinking": False})
+    asked = chat(("user", "a"))
+    assert quick.render(asked) == "<|user|>a<|assistant|>quick"
+    assert replace(quick, args={}).describe() != quick.describe()
+    thorough = replace(asked, template_args={"enable_thinking": True})
+    assert quick.render(thorough) == "<|user|>a<|assistant|>", "a conversation's own go before"
+    for name in ("messages", "tokenize", "add_generation_prompt"):
+        with pytest.raises(InputError, match=f"--policy-template: {name} is no value"):
+            quick.render(replace(asked, template_args={name: 1}))
 
 
 def test_chat_makes_a_text_one_user_message(chatty):

@@ -4,7 +4,13 @@ import pytest
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text, special_stops
+from w2s_jax.text.prompts import (
+    decode_tokens,
+    encode_prompt,
+    response_end,
+    response_text,
+    special_stops,
+)
 from w2s_jax.text.tokenizer import load_tokenizer
 
 
@@ -62,6 +68,8 @@ def test_a_response_ends_before_the_first_stop_string(tokenizer, stop, text):
     prompt = encode_prompt(tokenizer, "a film")
     tokens = tokenizer(" of the sea . And", add_special_tokens=False).input_ids
     assert response_text(tokenizer, prompt, tokens, finished=True, stop=stop) == text
+    _, ended_by = response_end(tokenizer, prompt, tokens, finished=True, stop=stop)
+    assert ended_by == {" of the sea ": ".", " of": " the"}.get(text)
 
 
 def test_a_half_written_character_does_not_swallow_the_response(tokenizer):

@@ -204,8 +204,8 @@ class Serve(Judges, Guidance):
         policy, *others = (copy.deepcopy(plan.templates[role]) for role in plan.members)
         own = tuple(None if one.jinja in (None, policy.jinja) else one for one in others)
         scorers = (*steering.scorers, *functions)
-        notes = [*plan.notes(), *places.notes(plan.configs)]
         served = Served(steering.models, policy.tokenizer, policy, own, scorers)
+        notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served)]
         return served, places.mesh, notes
 
     def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
@@ -246,6 +246,21 @@ class Serve(Judges, Guidance):
             raise InputError(f"warming up: {error.message}; see also --warm-up") from None
         # One chunk compiles all that a longer response needs.
         return [replace(job, request=replace(job.request, limit=1)) for job in jobs]
+
+
+def chat_notes(served: "Served") -> list[str]:
+    """A line for each chat template that is missing where chats need it."""
+    from w2s_jax.models.encoder import Classifier
+    from w2s_jax.search.judges import RewardScorer, TextLogRatio
+
+    templates = [served.template]
+    for scorer in served.scorers:
+        if isinstance(scorer, TextLogRatio):
+            templates += [scorer.tuned.template, scorer.untuned.template]
+        elif isinstance(scorer, RewardScorer) and not isinstance(scorer.model, Classifier):
+            templates.append(scorer.template)
+    missing = dict.fromkeys(template.where for template in templates if template.jinja is None)
+    return [f"{where}: no chat template there, so chats will be refused" for where in missing]
 
 
 def _check_installed() -> None:

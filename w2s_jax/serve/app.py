@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_jax.serve.answers import Writer, writer
-from w2s_jax.serve.errors import ApiError, shutting_down, too_large
+from w2s_jax.serve.errors import ApiError, body_too_large, shutting_down
 from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
 from w2s_jax.serve.metrics import CONTENT_TYPE, Metrics
@@ -193,7 +193,7 @@ async def _raw_body(request: Request, most: int) -> bytes:
     if kind != _JSON:
         given = kind or "of no kind"
         raise ApiError(415, f"the body is {given}; send it with Content-Type: {_JSON}")
-    told = too_large(f"the body is larger than {most} bytes, the most that this server reads")
+    told = body_too_large(most)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > _MOST_DISCARDED:
         raise told

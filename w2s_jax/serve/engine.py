@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from w2s_jax.serve.schema import MOST_TOP_LOGPROBS
 from w2s_jax.serve.scoring import kind_of, proposer_of
 from w2s_jax.serve.settings import Limits
 from w2s_jax.serve.tasks import Group, Nobody, Task
-from w2s_jax.text.prompts import decode_tokens, response_text
+from w2s_jax.text.prompts import decode_tokens, response_end
 
 Score = Callable[..., list[ScoredResponse]]
 _PROGRAMS_BEFORE_CLEARING = 64
@@ -374,8 +375,9 @@ class Engine:
                     self._fail(task, ApiError(500, str(error)))
             return found
 
-    def _text(self, job: Job, hypothesis: Hypothesis) -> str:
-        return response_text(
+    def _text(self, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:
+        """A hypothesis' text and the stop string that ended it."""
+        return response_end(
             self._tokenizer,
             job.prompt,
             hypothesis.tokens,
@@ -390,7 +392,7 @@ class Engine:
         stop = task.job.request.stop
         texts = []
         for hypothesis in result.hypotheses:
-            text = self._text(task.job, hypothesis)
+            text, _ = self._text(task.job, hypothesis)
             texts.append(text if hypothesis.finished else settled(text, stop))
         if task.job.chooses:
             texts = [shared(texts)] * task.job.choices
@@ -405,12 +407,9 @@ class Engine:
             if hypothesis.finished:
                 is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in job.ends
                 ended_by = "eos" if is_eos else "stop"
-            return Choice(
-                self._text(job, hypothesis),
-                hypothesis.tokens,
-                ended_by,
-                hypothesis.score if job.chooses else None,
-            )
+            text, stop = self._text(job, hypothesis)
+            score = hypothesis.score if job.chooses else None
+            return Choice(text, hypothesis.tokens, ended_by, score, stop=stop)
 
         return tuple(choice(hypothesis) for hypothesis in result.hypotheses[: job.choices])
 
@@ -501,7 +500,7 @@ class Engine:
         )
         for task in tasks:
             task.found = tuple(
-                Choice(one.text, one.tokens, one.ended_by, one.score, next(scored) if row else None)
+                replace(one, scored=next(scored) if row else None)
                 for one, row in zip(task.found, task.rows, strict=True)
             )
             self._finish(task)

@@ -55,7 +55,22 @@ def response_text(
     behind: Sequence[int] = (),
     eos_ids: Sequence[int] = (),
 ) -> str:
-    """The text of a response: what its tokens add to their prompt, up to its EOS or stop string.
+    """The text of a response: the first that `response_end` gives for the same arguments."""
+    ends = {"finished": finished, "stop": stop, "behind": behind, "eos_ids": eos_ids}
+    return response_end(tokenizer, prompt, tokens, **ends)[0]
+
+
+def response_end(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    finished: bool,
+    stop: Sequence[str] = (),
+    behind: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
+) -> tuple[str, str | None]:
+    """What a response's tokens add to their prompt, up to an EOS or stop string, and that string.
 
     Read behind the prompt, because some tokenizers drop a leading space from text of its own.
     finished: whether an EOS or a stop string ended it; a character that its length cut short is
@@ -67,11 +82,13 @@ def response_text(
     if finished and tokens and tokens[-1] in eos_ids:
         tokens = tokens[:-1]
     for count in range(len(behind) + 1):
-        kept = cut(text_of([*tokens, *behind[:count]]), stop)
+        text = text_of([*tokens, *behind[:count]])
+        kept = cut(text, stop)
         if kept is not None:
-            return kept
+            rest = text[len(kept) :]
+            return kept, next(one for one in stop if rest.startswith(one))
     text = text_of(tokens)
-    return text if finished else text.rstrip(INCOMPLETE)
+    return (text if finished else text.rstrip(INCOMPLETE)), None
 
 
 def text_behind(
