@@ -1,13 +1,16 @@
 import socket
+from dataclasses import replace
 
 import httpx
 import pytest
 
-from tests.serve.tiny_server import checkpoints_at, server, tiny, tokenizer_at
+from tests.serve.tiny_server import checkpoints_at, served_at, server, tiny, tokenizer_at
 from w2s_jax.cli.main import main
-from w2s_jax.cli.serve import Serve
+from w2s_jax.cli.serve import Serve, chat_notes
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import save_model
+from w2s_jax.search.judges import TextLogRatio, TextModel
+from w2s_jax.text.chat import Template
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,8 @@ def refused(capsys, checkpoints, *flags, roles=("policy", "tuned", "untuned")) -
         (["--temperature", "-1"], "temperature is -1"),
         (["--top-p", "2"], "top_p is 2"),
         (["--max-new-tokens", "0"], "max_tokens is 0"),
+        (["--template-args", "quick"], "--template-args: 'quick' is not JSON"),
+        (["--template-args", "[1]"], "no JSON object such as"),
         (["--port", "70000"], "--port is 70000; it must lie in 0 .. 65535"),
         (["--grace", "-1"], "--grace is -1"),
         (["--grace", "nan"], "--grace is nan"),
@@ -91,6 +96,22 @@ def test_defaults_follow_the_guide(checkpoints, monkeypatch):
     assert Serve(policy="x", api_key_env="OTHER").key() == "abc"
     with pytest.raises(InputError, match="beta"):
         Serve(policy="x", beta=-1.0).defaults()
+
+
+def test_a_missing_chat_template_is_told(tmp_path):
+    def where(name, jinja):
+        return Template(tokenizer_at(tmp_path), "auto", jinja, name)
+
+    guide = TextLogRatio(
+        TextModel(tiny(0), where("--guide-template", None)),
+        TextModel(tiny(1), where("--tuned", "x")),
+    )
+    served = replace(served_at(tmp_path), scorers=(guide,))
+    assert chat_notes(served) == [
+        "--guide-template: no chat template there, so chats will be refused"
+    ]
+    bare = replace(served, template=where("--policy-template", None))
+    assert len(chat_notes(bare)) == 2
 
 
 def test_a_guide_of_another_vocabulary_and_an_open_door(checkpoints, tmp_path):

@@ -16,11 +16,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.reasoning import slots as room
 from w2s_jax.reasoning.generation import GenerationConfig, generate, row_key
-from w2s_jax.reasoning.slots import response_text
 from w2s_jax.search import Guide, search, session
 from w2s_jax.search.presets import cbs
-from w2s_jax.search.results import Hypothesis
-from w2s_jax.text.prompts import decode_tokens, encode_prompt
+from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -148,10 +146,8 @@ class Pieces:
 )
 def test_a_stop_string_may_begin_inside_the_last_token_that_counts(pieces, kept, text):
     tokens = tuple(range(len(pieces)))
-    hypothesis = Hypothesis(tokens[:kept], 0.0, True, behind=tokens[kept:])
-    stop = ("Question", "Answer")
-    found = response_text(Pieces(*pieces), [], hypothesis, stop, ())
-    assert found == text
+    ends = {"finished": True, "stop": ("Question", "Answer"), "behind": tokens[kept:]}
+    assert response_text(Pieces(*pieces), [], tokens[:kept], **ends) == text
 
 
 @pytest.mark.parametrize("size", [7])

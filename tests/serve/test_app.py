@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from w2s_jax.serve.pieces import TokenTexts
 from w2s_jax.serve.settings import Defaults, Limits
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
+JSON = "application/json"
 LIMITS = Limits(body=10_000, prompts=3)
 
 
@@ -71,9 +73,11 @@ def call(service, method, path, **request) -> httpx.Response:
     return asyncio.run(send())
 
 
-def post(service, body, path="/v1/completions", **request) -> httpx.Response:
-    how = {"content": body} if isinstance(body, bytes) else {"json": body}
-    return call(service, "POST", path, **how, **request)
+def post(service, body, path="/v1/completions", *, kind=JSON, headers=()) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return call(
+        service, "POST", path, content=content, headers={"content-type": kind} | dict(headers)
+    )
 
 
 def lines(response) -> list:
@@ -161,23 +165,27 @@ def test_models_and_what_is_not_there(service):
 
 def test_bodies_that_are_too_large_or_of_another_kind(service):
     told(post(service, BODY | {"prompt": "a" * 20_000}), 413)
-    told(post(service, BODY | {"prompt": ["a"] * 4}), 413)
-    told(post(service, b"a=b", headers={"content-type": "application/x-www-form-urlencoded"}), 415)
-    assert post(service, json.dumps(BODY).encode()).status_code == 200
+    told(post(service, BODY | {"prompt": ["a"] * 4}), 400)
+    raw = json.dumps(BODY).encode()
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/xml", ""):
+        assert "application/json" in told(post(service, raw, kind=kind), 415)["message"]
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        assert post(service, raw, kind=kind).status_code == 200
 
     async def pieces():
         for _ in range(30):
             yield b" " * 1000
 
-    told(call(service, "POST", "/v1/completions", content=pieces()), 413)
-    declared = {"content-length": str(10**12)}
+    kind = {"content-type": JSON}
+    told(call(service, "POST", "/v1/completions", content=pieces(), headers=kind), 413)
+    declared = kind | {"content-length": str(10**12)}
     told(call(service, "POST", "/v1/completions", content=b"{}", headers=declared), 413)
 
 
 def test_bodies_that_are_malformed(service):
     for raw in (b"", b"{", b"[]", b'{"n": NaN}', b"[" * 5000, b"\xff"):
-        told(post(service, raw), 422)
-    assert told(post(service, BODY | {"n": -1}), 422)["param"] == "n"
+        told(post(service, raw), 400)
+    assert told(post(service, BODY | {"n": -1}), 400)["param"] == "n"
     assert told(post(service, BODY | {"suffix": "x"}), 400)["param"] == "suffix"
 
 
@@ -197,7 +205,7 @@ def test_metrics_count_requests_by_endpoint_and_status(service):
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     text = response.text
     assert 'w2s_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
-    assert 'w2s_requests_total{endpoint="/v1/completions",status="422"} 1.0' in text
+    assert 'w2s_requests_total{endpoint="/v1/completions",status="400"} 1.0' in text
     assert 'w2s_requests_total{endpoint="other",status="404"} 1.0' in text
     assert "secret" not in text
 
@@ -217,6 +225,39 @@ def test_a_key_is_asked_for_everywhere_but_at_health(served, engine):
     right = {"authorization": "Bearer sesame"}
     assert post(service, BODY, headers=right).status_code == 200
     assert call(service, "GET", "/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "is_known"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:8000", True),
+        ("a.localhost:80", True),
+        ("127.0.0.1:8000", True),
+        ("127.3.2.1", True),
+        ("[::1]:8000", True),
+        ("[::1]", True),
+        ("Box.Example:8000", True),
+        ("box.example.", True),
+        ("", True),
+        ("evil.example", False),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("192.168.0.3", False),
+        ("[2001:db8::1]:80", False),
+        ("box.example.evil", False),
+    ],
+)
+def test_a_strange_host_is_refused_on_loopback(service, host, is_known):
+    """A page that a browser shows may be called by the name of this machine: DNS rebinding."""
+    on_loopback = replace(service, hosts=("box.example",))
+    response = call(on_loopback, "GET", "/v1/models", headers={"host": host})
+    if is_known:
+        assert response.status_code == 200
+    else:
+        assert told(response, 403)["code"] == "host_not_allowed"
+    assert call(service, "GET", "/v1/models", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -240,7 +281,8 @@ def test_a_client_that_goes_away_is_not_worked_for(service, engine, streams):
         async def send(message):
             pass
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        headers = [(b"content-type", JSON.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
         scope |= {"query_string": b"", "asgi": {"version": "3.0", "spec_version": "2.3"}}
         await asyncio.wait_for(create_app(service)(scope, receive, send), 10)
 

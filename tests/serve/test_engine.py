@@ -21,7 +21,7 @@ from w2s_jax.serve.metrics import Metrics
 from w2s_jax.serve.schema import Completion
 from w2s_jax.serve.settings import Defaults, Limits
 from w2s_jax.serve.tasks import Group, Nobody, Task
-from w2s_jax.text.prompts import decode_response
+from w2s_jax.text.prompts import decode_tokens, response_text
 
 DEFAULTS = Defaults(w=2, k=2, l=3, max_tokens=12, temperature=1.0, top_k=0)
 LIMITS = Limits(slots=3, queue=64, tokens=16)
@@ -95,7 +95,9 @@ def test_it_finds_what_search_finds(engine, reader, served):
         for choice, hypothesis in zip(done.choices, result.hypotheses, strict=True):
             assert choice.tokens == hypothesis.tokens
             assert choice.score == pytest.approx(hypothesis.score, abs=1e-4)
-            assert choice.text == decode_response(served.tokenizer, prompt, hypothesis.tokens)
+            ends = {"finished": hypothesis.finished, "eos_ids": served.eos_ids}
+            text = response_text(served.tokenizer, prompt, hypothesis.tokens, **ends)
+            assert choice.text == text
             assert choice.ended_by == ("eos" if hypothesis.finished else "length")
 
 
@@ -137,11 +139,24 @@ def test_what_a_stream_said_is_never_taken_back(engine, reader, method, n):
     assert len(shown) >= (0 if method != "cbs" else 2)
 
 
+def test_a_character_that_the_length_cuts_short_is_left_out(engine, reader, served):
+    incomplete = 0
+    for seed in range(4):
+        for choice in answer(engine, reader, method="sample", n=3, seed=seed, max_tokens=16):
+            if choice.ended_by == "length":
+                incomplete += decode_tokens(served.tokenizer, choice.tokens).endswith("\ufffd")
+                assert not choice.text.endswith("\ufffd")
+    assert incomplete, "no response was cut inside a character"
+
+
 def test_a_stop_string_is_in_no_event(engine, reader):
-    whole = answer(engine, reader, method="cbs", seed=11)[0].text
+    whole = answer(engine, reader, method="sample", seed=11)[0].text
     stop = whole[4:7]
-    asked = jobs(reader, method="cbs", seed=11, stop=stop, stream=True)
+    asked = jobs(reader, method="sample", seed=11, stop=["\x00", stop], stream=True)
     *shown, done = asyncio.run(events(engine, asked))
+    (choice,) = done.choices
+    assert (choice.ended_by, choice.stop) == ("stop", stop), "the string that stopped is told"
+    assert choice.text == whole[: whole.index(stop)]
     for event in shown:
         assert all(stop not in text for text in event.texts)
     assert all(stop not in choice.text for choice in done.choices)

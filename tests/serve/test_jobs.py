@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.serve.tiny_server import POSITIONS, served_at
+from tests.serve.tiny_server import CHAT, POSITIONS, served_at
 from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve.errors import ApiError
 from w2s_jax.serve.jobs import Reader, capacity_for, prefix_for
@@ -69,7 +69,7 @@ def test_prompts_of_every_form(reader, served):
     [[], [[]], [["a"]], {}, 3, [1.5], ["a", 3], [True], [[1, "a"]], [-1], [10**9], [2**70]],
 )
 def test_prompts_of_no_form(reader, prompt):
-    assert refused(reader, prompt=prompt).status == 422
+    assert refused(reader, prompt=prompt).status == 400
 
 
 def test_draws_of_several_prompts_do_not_overlap(reader):
@@ -88,14 +88,28 @@ def test_a_seed_is_drawn_where_none_is_given(reader):
     assert ask(reader, seed=5)[0].request.seed == 5
 
 
+def test_seeds_of_64_bits_are_told_apart(reader):
+    wide = (-1, -(2**63), 2**32, 2**32 + 1, 2**63 - 1, 2**64 - 1)
+    found = {ask(reader, seed=seed)[0].request.seed for seed in (0, 1, 2**32 - 1, *wide)}
+    assert len(found) == 9
+    assert all(0 <= seed < 2**32 for seed in found)
+    assert ask(reader, seed=2**32 - 1)[0].request.seed == 2**32 - 1
+
+
+def test_streams_come_in_pieces_of_a_few_tokens(reader, served):
+    for method in ("sample", "eft"):
+        (job,) = ask(reader, method=method, max_tokens=50)
+        assert job.program.config(served.models).length == 4
+
+
 def test_methods_and_their_sizes(reader):
     assert ask(reader, method="bon")[0].program.width == 16
     assert ask(reader, method="bon", k=6, n=6)[0].program.width == 6
     assert ask(reader, method="sample", n=3)[0].program.width == 3
     assert refused(reader, method="bon", w=2).param == "w"
-    assert refused(reader, n=5).status == 422
-    assert refused(reader, w=5, k=5).status == 413
-    assert refused(reader, method="eft", n=17).status == 413
+    assert refused(reader, n=5).status == 400
+    assert refused(reader, w=5, k=5).status == 400
+    assert refused(reader, method="eft", n=17).status == 400
     assert refused(reader, best_of=3).param == "best_of"
     assert ask(reader, best_of=1)
 
@@ -126,16 +140,18 @@ def test_a_guide_of_texts_cannot_mix_logits(served):
 
 
 def test_lengths_are_limited_by_server_and_models(reader):
-    assert refused(reader, max_tokens=65).status == 413
-    assert refused(reader, prompt=[5] * (POSITIONS - 9), max_tokens=10).code == (
-        "context_length_exceeded"
-    )
+    assert refused(reader, max_tokens=65).status == 400
+    error = refused(reader, prompt=[5] * (POSITIONS - 9), max_tokens=10)
+    assert (error.code, error.param) == ("context_length_exceeded", "prompt")
+    # Clients look for these words.
+    assert f"maximum context length is {POSITIONS} tokens" in error.message
+    assert f"you requested {POSITIONS + 1} tokens" in error.message
     # What was not asked for gives way.
     assert ask(reader, prompt=[5] * (POSITIONS - 9))[0].request.limit == 9
-    assert refused(reader, prompt=[5] * POSITIONS).status == 413
-    assert refused(reader, prompt=["a"] * 5).status == 413
-    assert refused(reader, max_tokens=0).status == 422
-    assert refused(reader, max_tokens=0, method="sample").status == 422
+    assert refused(reader, prompt=[5] * POSITIONS).status == 400
+    assert refused(reader, prompt=["a"] * 5).status == 400
+    assert refused(reader, max_tokens=0).status == 400
+    assert refused(reader, max_tokens=0, method="sample").status == 400
 
 
 def test_scoring_alone_needs_no_program(reader):
@@ -163,7 +179,16 @@ def test_chats_go_through_the_template(reader, served):
         messages=[{"role": "developer", "content": "b"}, {"role": "user", "content": "c"}]
     )
     assert served.tokenizer.decode(job.prompt).startswith("<system>b\n")
+    thinks = {"chat_template_kwargs": {"enable_thinking": False}}
+    template = CHAT + "{% if enable_thinking is false %}<quick>{% endif %}"
+    quick = replace(served, template=replace(served.template, jinja=template))
+    body = Chat(model="m", messages=[{"role": "user", "content": "a"}], **thinks)
+    (job,) = Reader(quick, Defaults(), Limits()).chat(body)
+    assert served.tokenizer.decode(job.prompt).endswith("<assistant><quick>")
+    assert job.request.conversation.template_args == {"enable_thinking": False}
     for wrong in (
+        {"chat_template_kwargs": {"messages": []}},
+        {"chat_template_kwargs": {"tokenize": True}},
         {"max_tokens": 3, "max_completion_tokens": 4},
         {"top_logprobs": 2, "method": "sample"},
         {"messages": [{"role": "assistant", "content": "c"}]},
@@ -171,7 +196,7 @@ def test_chats_go_through_the_template(reader, served):
     ):
         with pytest.raises(ApiError) as caught:
             chat(**wrong)
-        assert caught.value.status == 422
+        assert caught.value.status == 400
     (job,) = chat(logprobs=True, method="sample")
     assert job.logprobs == 0
 

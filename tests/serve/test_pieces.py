@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serve.tiny_server import tokenizer_at
-from w2s_jax.serve.pieces import TokenTexts, response_text, settled, shared, token_bytes
-from w2s_jax.text.prompts import decode_tokens
+from w2s_jax.serve.pieces import TokenTexts, settled, shared, token_bytes
+from w2s_jax.text.prompts import decode_tokens, response_text
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,11 @@ def test_settled_text_is_never_retracted(tokenizer_text, stop):
     prompt, tokens = tokenizer("The sea").input_ids, tokenizer(
         tokenizer_text, add_special_tokens=False
     ).input_ids  # fmt: skip
-    final, said = response_text(tokenizer, prompt, tokens, stop), ""
+    text_of = partial(response_text, tokenizer, prompt, finished=False)
+    final, said = text_of(tokens, stop=stop), ""
     for count in range(len(tokens) + 1):
-        text = response_text(tokenizer, prompt, tokens[:count], stop)
-        whole = response_text(tokenizer, prompt, tokens[:count], ())
+        text = text_of(tokens[:count], stop=stop)
+        whole = text_of(tokens[:count])
         if any(one in whole for one in stop):
             break
         now = settled(text, stop)

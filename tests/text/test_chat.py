@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from w2s_jax.text.chat import (
     Conversation,
     Message,
     conversation_of,
+    load_template,
     plain,
     prompts_from,
 )
@@ -64,6 +66,10 @@ def chatty(tmp_path_factory):
             chat(("user", "one"), ("assistant", "two"), ("user", "thrthr")),
         ),
         ({"messages": [{"role": "user", "content": []}]}, chat(("user", ""))),
+        (
+            {"messages": [{"role": "developer", "content": "be"}, {"role": "user", "content": ""}]},
+            chat(("system", "be"), ("user", "")),
+        ),
         ({"instruction": "Sum up.", "output": "x"}, chat(("user", "Sum up."))),
         ({"instruction": "Sum up.", "input": ""}, chat(("user", "Sum up."))),
         ({"instruction": "Sum up.", "input": None}, chat(("user", "Sum up."))),
@@ -207,6 +213,21 @@ def test_messages_go_through_the_tokenizers_own_template(chatty):
             add_generation_prompt=True,
         )
         assert found.encode(chat(*TURNS)) == list(reference["input_ids"])
+
+
+def test_a_template_reads_further_values(tokenizer, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(CHATML + "{% if enable_thinking is false %}quick{% endif %}")
+    where = "--policy-template"
+    quick = load_template(tokenizer, str(path), where=where, args={"enable_thinking": False})
+    asked = chat(("user", "a"))
+    assert quick.render(asked) == "<|user|>a<|assistant|>quick"
+    assert replace(quick, args={}).describe() != quick.describe()
+    thorough = replace(asked, template_args={"enable_thinking": True})
+    assert quick.render(thorough) == "<|user|>a<|assistant|>", "a conversation's own go before"
+    for name in ("messages", "tokenize", "add_generation_prompt"):
+        with pytest.raises(InputError, match=f"--policy-template: {name} is no value"):
+            quick.render(replace(asked, template_args={name: 1}))
 
 
 def test_chat_makes_a_text_one_user_message(chatty):

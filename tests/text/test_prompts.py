@@ -8,10 +8,11 @@ from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
 from w2s_jax.text.chat import Conversation, load_template
 from w2s_jax.text.prompts import (
-    decode_response,
     decode_tokens,
     encode_prompt,
     escape_notes,
+    response_end,
+    response_text,
     special_stops,
     tell_left_out,
 )
@@ -88,8 +89,13 @@ def test_a_prompt_is_never_empty(bos, eos, tokens):
 def test_a_response_is_what_its_tokens_add_to_the_prompt(tokenizer, response):
     prompt = encode_prompt(tokenizer, "the film")
     tokens = tokenizer(response, add_special_tokens=False).input_ids
-    assert decode_response(tokenizer, prompt, tokens) == response
-    assert decode_response(tokenizer, prompt, [*tokens, tokenizer.eos_token_id]) == response
+    assert response_text(tokenizer, prompt, tokens, finished=False) == response
+    ended = [*tokens, tokenizer.eos_token_id]
+    assert response_text(tokenizer, prompt, ended, finished=True) == response
+    # A model may end at an id that its tokenizer does not know as special.
+    ended = [*tokens, tokenizer.convert_tokens_to_ids("a")]
+    eos_ids = ended[-1:]
+    assert response_text(tokenizer, prompt, ended, finished=True, eos_ids=eos_ids) == response
 
 
 @pytest.mark.parametrize(
@@ -104,14 +110,24 @@ def test_a_response_is_what_its_tokens_add_to_the_prompt(tokenizer, response):
 def test_a_response_ends_before_the_first_stop_string(tokenizer, stop, text):
     prompt = encode_prompt(tokenizer, "a film")
     tokens = tokenizer(" of the sea . And", add_special_tokens=False).input_ids
-    assert decode_response(tokenizer, prompt, tokens, stop) == text
+    assert response_text(tokenizer, prompt, tokens, finished=True, stop=stop) == text
+    _, ended_by = response_end(tokenizer, prompt, tokens, finished=True, stop=stop)
+    assert ended_by == {" of the sea ": ".", " of": " the"}.get(text)
 
 
 def test_a_half_written_character_does_not_swallow_the_response(tokenizer):
     prompt = encode_prompt(tokenizer, "the film é")
     cut, rest = prompt[:-1], prompt[-1:]
     assert decode_tokens(tokenizer, cut).endswith("�")
-    assert decode_response(tokenizer, cut, rest)
+    assert response_text(tokenizer, cut, rest, finished=True)
+
+
+@pytest.mark.parametrize(("finished", "text"), [(False, " of"), (True, " of\ufffd")])
+def test_a_character_that_the_length_cut_short_is_left_out(tokenizer, finished, text):
+    prompt = encode_prompt(tokenizer, "the film")
+    tokens = tokenizer(" of電", add_special_tokens=False).input_ids[:-1]
+    assert decode_tokens(tokenizer, tokens) == " of\ufffd"
+    assert response_text(tokenizer, prompt, tokens, finished=finished) == text
 
 
 def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
@@ -122,7 +138,7 @@ def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
     whole = encode_prompt(tokenizer, "The movie was great")
     prompt = encode_prompt(tokenizer, "The movie")
     assert whole[: len(prompt)] == prompt
-    assert decode_response(tokenizer, prompt, whole[len(prompt) :]) == " was great"
+    assert response_text(tokenizer, prompt, whole[len(prompt) :], finished=False) == " was great"
 
 
 def test_text_without_a_utf8_form_is_refused(tokenizer):

@@ -58,6 +58,8 @@ class Guidance:
     """Chat template of the guides: auto, none, chat, a published name, or a .jinja file."""
     untuned_template: Annotated[str | None, arg(metavar="NAME|FILE")] = None
     """Chat template of the guides' untuned models, where it differs."""
+    template_args: Annotated[str | None, arg(metavar="JSON")] = None
+    """Values for all chat templates as a JSON object, such as {"enable_thinking": false}."""
     models_map: Annotated[str | None, arg(metavar="FILE")] = None
     """YAML or JSON file of {name: folder}: where the checkpoints of these names are."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -111,6 +113,7 @@ class Guidance:
             tuned_template=self.guide_template,
             untuned_template=self.untuned_template or self.guide_template,
         )
+        args = self.given_template_args
         return Sources(
             policy=self.policy,
             guides=guides if guided else (),
@@ -118,6 +121,16 @@ class Guidance:
             score_on=self.score_on,
             folders=read_folders(self.models_map) if self.models_map else {},
             quantize=quantize,
+            template_args=args,
+        )
+
+    @property
+    def given_template_args(self) -> dict[str, Any]:
+        """What --template-args gives; InputError where it is no JSON object."""
+        from w2s_jax.text.chat import read_template_args
+
+        return (
+            read_template_args(self.template_args, "--template-args") if self.template_args else {}
         )
 
     @property

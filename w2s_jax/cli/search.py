@@ -242,7 +242,8 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
             price_completion=self.price_completion,
         )
         plan = checkpoints.plan(sources)
-        render = renderer(self.policy_template, where="--policy-template")
+        args = self.given_template_args
+        render = renderer(self.policy_template, where="--policy-template", args=args)
         for number, conversation in enumerate(read_conversations(rows, source), start=1):
             where = f"{source} {number}"
             try:

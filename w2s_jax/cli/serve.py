@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from w2s_jax.cli.choosing import search_shapes
 from w2s_jax.cli.flags import Guidance, Judges
@@ -45,6 +45,9 @@ class Serve(Judges, Guidance):
     """The model's name in requests; by default that of the policy's folder."""
     api_key_env: Annotated[str, arg(metavar="NAME")] = API_KEY
     """Environment variable with a key that clients must send; unset, none is asked for."""
+    allowed_host: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME")]] = ()
+    """A name by which clients may call the server, beside localhost; again for another. On loopback
+    other names are refused, on other addresses any is taken unless some are given here."""
     method: Literal["cbs", "bon", "eft", "ivg", "sample"] | None = None
     """Method where a request names none: cbs where anything scores, else sample."""
     beam_width: Annotated[int, arg(aliases=["--w"])] = 4
@@ -109,9 +112,9 @@ class Serve(Judges, Guidance):
                 )
             engine = Engine(served, limits, metrics, mesh=mesh, warm_up=warm_up)
             tokens = TokenTexts(served.tokenizer)
-            service = Service(
-                self.name, engine, reader, tokens, metrics, key, created=int(time.time())
-            )
+            hosts = self.allowed_host if self.allowed_host or is_loopback(bound) else None
+            now = int(time.time())
+            service = Service(self.name, engine, reader, tokens, metrics, key, now, hosts)
             # Read by those who started the server, possibly through a pipe.
             announce = lambda: print(f"w2s serve: listening on {url_of(bound)}", flush=True)  # noqa: E731
             if not serve(create_app(service), engine, bound, grace=self.grace, announce=announce):
@@ -201,8 +204,8 @@ class Serve(Judges, Guidance):
         policy, *others = (copy.deepcopy(plan.templates[role]) for role in plan.members)
         own = tuple(None if one.jinja in (None, policy.jinja) else one for one in others)
         scorers = (*steering.scorers, *functions)
-        notes = [*plan.notes(), *places.notes(plan.configs)]
         served = Served(steering.models, policy.tokenizer, policy, own, scorers)
+        notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served)]
         return served, places.mesh, notes
 
     def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
@@ -243,6 +246,21 @@ class Serve(Judges, Guidance):
             raise InputError(f"warming up: {error.message}; see also --warm-up") from None
         # One chunk compiles all that a longer response needs.
         return [replace(job, request=replace(job.request, limit=1)) for job in jobs]
+
+
+def chat_notes(served: "Served") -> list[str]:
+    """A line for each chat template that is missing where chats need it."""
+    from w2s_jax.models.encoder import Classifier
+    from w2s_jax.search.judges import RewardScorer, TextLogRatio
+
+    templates = [served.template]
+    for scorer in served.scorers:
+        if isinstance(scorer, TextLogRatio):
+            templates += [scorer.tuned.template, scorer.untuned.template]
+        elif isinstance(scorer, RewardScorer) and not isinstance(scorer.model, Classifier):
+            templates.append(scorer.template)
+    missing = dict.fromkeys(template.where for template in templates if template.jinja is None)
+    return [f"{where}: no chat template there, so chats will be refused" for where in missing]
 
 
 def _check_installed() -> None:

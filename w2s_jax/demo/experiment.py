@@ -26,7 +26,7 @@ from w2s_jax.search.presets import best_of_n, cbs, eft, sample
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.run import search
 from w2s_jax.text.journal import Journal, journal_path, open_journal
-from w2s_jax.text.prompts import decode_response, encode_prompt
+from w2s_jax.text.prompts import encode_prompt, response_text
 from w2s_jax.text.rows import Row
 
 BASE, BEST_OF_N, EFT, CBS, DIRECT = "base", "bon", "eft", "cbs", "tuned_policy"
@@ -207,7 +207,10 @@ def answer(
         Response((prompt,), result.best.tokens)
         for prompt, result in zip(encoded, results, strict=True)
     ]
-    responses = [decode_response(tokenizer, row.prompts[0], row.tokens) for row in asked]
+    responses = [
+        response_text(tokenizer, prompt, result.best.tokens, finished=result.best.finished)
+        for prompt, result in zip(encoded, results, strict=True)
+    ]
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     gold = gold_rewards(models.gold, tokenizer, texts)
     plain = PolicyProposer()

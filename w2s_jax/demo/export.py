@@ -22,6 +22,7 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import sample
 from w2s_jax.search.run import search
 from w2s_jax.text.bpe import END_ID
+from w2s_jax.text.prompts import decode_tokens, response_text
 from w2s_jax.text.tokenizer import load_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -92,7 +93,8 @@ def sampled_texts(model: Model, tokenizer: Any, corpus: Corpus, *, prompts: int)
     settings = sample(sampling=Sampling(1.0), max_new_tokens=50, slots=64)
     results = search(model, None, heads, settings)
     return [
-        tokenizer.decode([*head, *result.best.tokens], skip_special_tokens=True)
+        decode_tokens(tokenizer, head)
+        + response_text(tokenizer, head, result.best.tokens, finished=result.best.finished)
         for head, result in zip(heads, results, strict=True)
     ]
 

@@ -28,7 +28,7 @@ from w2s_jax.search.results import SearchResult
 from w2s_jax.search.sizes import buckets
 from w2s_jax.text.atomic import check_writable
 from w2s_jax.text.chat import Conversation, load_template
-from w2s_jax.text.prompts import decode_response, decode_tokens, encode_prompt
+from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
 from w2s_jax.text.rows import write_jsonl
 
 
@@ -136,7 +136,7 @@ def steer(
         results = run(range(len(prompts)), lambda _: bar.update())
         seconds = time.perf_counter() - start
     responses = [
-        decode_response(tokenizer, prompt, result.best.tokens)
+        response_text(tokenizer, prompt, result.best.tokens, finished=result.best.finished)
         for prompt, result in zip(prompts, results, strict=True)
     ]
     texts = [opening + response for opening, response in zip(openings, responses, strict=True)]

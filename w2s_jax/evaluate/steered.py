@@ -20,7 +20,7 @@ from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.text.chat import Conversation
-from w2s_jax.text.prompts import decode_response, decode_tokens, special_stops
+from w2s_jax.text.prompts import decode_tokens, response_text, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")
 CHOOSING = ("cbs", "bon", "ivg")
@@ -123,7 +123,15 @@ class Steered:
 
         def text(result: SearchResult) -> str:
             prompt, best = policys[result.row_id], result.best
-            return decode_response(tokenizer, prompt, best.tokens, texts, best.behind)
+            return response_text(
+                tokenizer,
+                prompt,
+                best.tokens,
+                finished=best.finished,
+                stop=texts,
+                behind=best.behind,
+                eos_ids=config.eos_ids or (),
+            )
 
         results = search(
             self.models.policy,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
-from w2s_jax.search.results import Hypothesis, Request
+from w2s_jax.search.results import Request
 from w2s_jax.search.session import (
     Session,
     advance,
@@ -26,10 +26,7 @@ from w2s_jax.search.session import (
 )
 from w2s_jax.search.sizes import buckets
 from w2s_jax.search.step import search_eos
-from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens
-
-# Enough of a prompt for what follows to decode as it does behind all of it.
-_TAIL = 64
+from w2s_jax.text.prompts import decode_tokens, response_text
 
 
 @dataclass(frozen=True)
@@ -102,28 +99,18 @@ def read_slots(session: Session, slots: Sequence[int], tokenizer: Any) -> dict[i
     return {
         slot: [
             Response(
-                response_text(tokenizer, session.held[slot].prompts[0], one, config.stop, eos_ids),
+                response_text(
+                    tokenizer,
+                    session.held[slot].prompts[0],
+                    one.tokens,
+                    finished=one.finished,
+                    stop=config.stop,
+                    behind=one.behind,
+                    eos_ids=eos_ids,
+                ),
                 one.finished,
             )
             for one in found.hypotheses
         ]
         for slot, found in results(session, slots).items()
     }
-
-
-def response_text(
-    tokenizer: Any,
-    prompt: Sequence[int],
-    hypothesis: Hypothesis,
-    stop: Sequence[str],
-    eos_ids: Sequence[int],
-) -> str:
-    """The text of a response, ending before its EOS or its stop string.
-
-    Where the response's length cut a character short, that is left out.
-    """
-    tokens = hypothesis.tokens
-    if tokens and tokens[-1] in eos_ids and hypothesis.finished:
-        tokens = tokens[:-1]
-    text = decode_response(tokenizer, prompt[-_TAIL:], tokens, stop, hypothesis.behind)
-    return text if hypothesis.finished else text.rstrip(INCOMPLETE)

@@ -62,7 +62,8 @@ class Sources:
     policy: None where it is behind an API. score_on: "tokens" has guides score the policy's tokens,
     on the device; "text" has them encode responses anew; "auto" takes the first for every guide
     whose token maps are the policy's. quantize: how the policy's weights are quantised (None: not);
-    those of guides never are, since log-ratios are small differences.
+    those of guides never are, since log-ratios are small differences. template_args: values for all
+    chat templates.
     """
 
     policy: str | None
@@ -72,6 +73,7 @@ class Sources:
     score_on: str = "auto"
     folders: Mapping[str, str] = field(default_factory=dict)
     quantize: QuantizeConfig | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def locate(self, name: str) -> str:
         """The folder that stands for a name, or the name."""
@@ -238,7 +240,8 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
             if loaded[path] is found and role in configs:
                 tell_left_out(found, path)
         flag = FLAGS[role.split()[0]]
-        templates[role] = load_template(loaded[path], names[role], where=flag)
+        args = sources.template_args
+        templates[role] = load_template(loaded[path], names[role], where=flag, args=args)
     on_device = _on_device(sources, templates, configs, needs_tokens)
     return Plan(sources, templates, configs, on_device, adapters)
 

@@ -19,7 +19,7 @@ from w2s_jax.search.traces import TRACE, trace_row
 from w2s_jax.text.chat import Conversation, conversation_of
 from w2s_jax.text.host_journal import HostJournal
 from w2s_jax.text.journal import Journal
-from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens, token_texts
+from w2s_jax.text.prompts import decode_tokens, response_text, token_texts
 from w2s_jax.text.rows import Row
 
 Prompts = tuple[tuple[int, ...], ...]
@@ -130,7 +130,7 @@ def answer(
 ) -> Row:
     """The output row of a result: its best response and score, all hypotheses, the input fields."""
     prompt = questions.prompts[result.row_id][0]
-    responses = [response_text(plan, prompt, found, config) for found in result.hypotheses]
+    responses = [_response(plan, prompt, found, config) for found in result.hypotheses]
     return answer_row(
         questions.rows[result.row_id],
         [
@@ -142,14 +142,19 @@ def answer(
     )
 
 
-def response_text(
+def _response(
     plan: Plan, prompt: Sequence[int], hypothesis: Hypothesis, config: SearchConfig
 ) -> str:
-    """The text of a response as it was scored: without a character that its length cut short."""
-    text = decode_response(
-        plan.tokenizer, prompt, hypothesis.tokens, config.stop, hypothesis.behind
+    """The text of a response as it was scored."""
+    return response_text(
+        plan.tokenizer,
+        prompt,
+        hypothesis.tokens,
+        finished=hypothesis.finished or config.reference_quirks,
+        stop=config.stop,
+        behind=hypothesis.behind,
+        eos_ids=config.eos_ids or plan.eos_ids,
     )
-    return text if hypothesis.finished or config.reference_quirks else text.rstrip(INCOMPLETE)
 
 
 def answer_row(
@@ -193,6 +198,6 @@ def winner_tokens(
     readers = [scorer for scorer in steering.scorers if isinstance(scorer, TextLogRatio)]
     if not readers:
         return []
-    response = response_text(plan, questions.prompts[index][0], best, config)
+    response = _response(plan, questions.prompts[index][0], best, config)
     ended = bool(best.tokens) and best.tokens[-1] in (config.eos_ids or plan.eos_ids)
     return readers[0].token_ratios(questions.conversations[index], response, finished=ended)

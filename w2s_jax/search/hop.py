@@ -16,12 +16,9 @@ from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection
 from w2s_jax.search.texts import Candidate, TextScorer
-from w2s_jax.text.prompts import INCOMPLETE, cut, text_behind
+from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
-
-CONTEXT = 32
-"""A response is decoded behind at most this many of its prompt's last tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ def read_rows(
             by_eos = bool(finished[slot, row]) and kept is None
             length = len(response) if kept is None else kept
             at_limit = not by_eos and kept is None and length >= ends_at[slot]
-            text = text_of(response) if texts or kept is not None else ""
+            written = response[:-1] if by_eos else response
+            text = text_of(written) if texts or kept is not None else ""
             if kept is not None:
                 text = cut(text, stop) or ""
             elif not (by_eos or state.config.reference_quirks):

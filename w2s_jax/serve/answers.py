@@ -81,13 +81,10 @@ class Writer:
     def _extra(self, job: Job, choice: Choice) -> Json:
         """Log-probs, and what OpenAI's API does not have: score, stop_reason, token ids.
 
-        As in vLLM stop_reason is a text where a stop string ended the choice, and null where an EOS
-        did.
+        As in vLLM stop_reason is the stop string that ended the choice, and null where an EOS did,
+        which a special token given as a stop string is.
         """
-        extra: Json = {"stop_reason": None}
-        if choice.ended_by == "stop":
-            stops = job.request.stop
-            extra["stop_reason"] = stops[0] if len(stops) == 1 else "stop string"
+        extra: Json = {"stop_reason": choice.stop}
         if choice.score is not None:
             extra["score"] = choice.score
         if job.tells_ids:

@@ -2,7 +2,9 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_jax.serve.answers import Writer, writer
-from w2s_jax.serve.errors import ApiError, too_large
+from w2s_jax.serve.errors import ApiError, body_too_large, shutting_down
 from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
 from w2s_jax.serve.metrics import CONTENT_TYPE, Metrics
@@ -28,15 +30,18 @@ _BODY_SECONDS = 60.0
 # Read and thrown away of a body that is too large, so that its sender hears why.
 _MOST_DISCARDED = 1 << 26
 _CLIENT_GONE = 499
-# What a browser sends to a strange server without asking it first.
-_NOT_JSON = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
+_JSON = "application/json"
 _ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 _OPEN = ("/health",)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints work with. key: the bearer token that clients must send, if any."""
+    """What the endpoints work with.
+
+    key: the bearer token that clients must send, if any. hosts: the names by which the server may
+    be called beside those of this machine for itself, such as localhost; None for any.
+    """
 
     name: str
     engine: Answers
@@ -45,6 +50,7 @@ class Service:
     metrics: Metrics
     key: str | None = None
     created: int = 0
+    hosts: tuple[str, ...] | None = None
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -67,7 +73,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 class _Guard:
-    """Counts requests and lets none pass without the key."""
+    """Counts requests and lets none pass without the key, or to a host that is not this one."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -86,26 +92,62 @@ class _Guard:
             await send(message)
 
         try:
-            if path in _OPEN or _has_key(scope, self.service.key):
+            refusal = self._refusal(scope)
+            if refusal is None:
                 await self.app(scope, receive, counted)
             else:
-                told = ApiError(
-                    401,
-                    "no valid API key; send it as Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await _error(told)(scope, receive, counted)
+                await _error(refusal)(scope, receive, counted)
+        except asyncio.CancelledError:
+            # The server ends, and whatever this request waited for takes too long.
+            if status == _CLIENT_GONE:
+                await _error(shutting_down())(scope, receive, counted)
         finally:
             metrics = self.service.metrics
             metrics.requests.labels(endpoint, str(status)).inc()
             metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
 
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        host = _header(scope, b"host").decode("latin-1")
+        if not _is_known(host, self.service.hosts):
+            told = f"the host {host!r} is none of this server's; see --allowed-host"
+            return ApiError(403, told, code="host_not_allowed")
+        if scope["path"] in _OPEN or _has_key(scope, self.service.key):
+            return None
+        return ApiError(
+            401,
+            "no valid API key; send it as Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for own, value in scope["headers"] if own == name), b"")
+
+
+def _is_known(host: str, hosts: tuple[str, ...] | None) -> bool:
+    """Whether a request's Host is one of these names or a loopback's; without one no browser asks.
+
+    A page of anyone's can have a browser ask this machine under the page's own name (DNS
+    rebinding), and read the answer.
+    """
+    if hosts is None or not host:
+        return True
+    name = re.sub(r":\d*$", "", host.strip()).lower().removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    if name in {own.lower() for own in hosts}:
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
 
 def _has_key(scope: Scope, key: str | None) -> bool:
     if key is None:
         return True
-    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    sent = _header(scope, b"authorization")
     scheme, _, token = sent.partition(b" ")
     return hmac.compare_digest(token.strip(), key.encode()) and scheme.lower() == b"bearer"
 
@@ -147,9 +189,11 @@ def _handler(service: Service, form: type[Body]) -> Handler:
 
 async def _raw_body(request: Request, most: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in _NOT_JSON:
-        raise ApiError(415, f"the body is {kind}; send it as application/json")
-    told = too_large(f"the body is larger than {most} bytes, the most that this server reads")
+    # A browser sends other kinds, or none, to a strange server without asking it first.
+    if kind != _JSON:
+        given = kind or "of no kind"
+        raise ApiError(415, f"the body is {given}; send it with Content-Type: {_JSON}")
+    told = body_too_large(most)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > _MOST_DISCARDED:
         raise told

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from jax.sharding import Mesh
@@ -18,17 +19,17 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
 from w2s_jax.search.likelihood import ScoredResponse, score_responses
-from w2s_jax.search.results import Hypothesis, Request, SearchResult
+from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.serve.errors import ApiError, queue_full, shutting_down
 from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.pieces import response_text, settled, shared
+from w2s_jax.serve.pieces import settled, shared
 from w2s_jax.serve.schema import MOST_TOP_LOGPROBS
 from w2s_jax.serve.scoring import kind_of, proposer_of
 from w2s_jax.serve.settings import Limits
 from w2s_jax.serve.tasks import Group, Nobody, Task
-from w2s_jax.text.prompts import decode_tokens
+from w2s_jax.text.prompts import decode_tokens, response_end
 
 Score = Callable[..., list[ScoredResponse]]
 _PROGRAMS_BEFORE_CLEARING = 64
@@ -64,7 +65,8 @@ class Engine:
         self._next_compilation = 0.0
         self._wake = threading.Condition()
         self._arrived: deque[Task] = deque()
-        self._waiting = self._open = 0
+        self._open: set[Task] = set()
+        self._waiting = 0
         self._state = "starting"
         self._thread = threading.Thread(target=self._run, name="w2s-engine", daemon=True)
 
@@ -76,7 +78,12 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no job is under way."""
-        return self._open == 0
+        return not self._open
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to warm up, then to answer."""
@@ -92,9 +99,10 @@ class Engine:
             if self._waiting + len(jobs) > self.limits.queue:
                 raise queue_full(self._waiting, self.limits.queue)
             ticket = Ticket()
-            self._arrived.extend(Task(job, ticket, index) for index, job in enumerate(jobs))
+            tasks = [Task(job, ticket, index) for index, job in enumerate(jobs)]
+            self._arrived.extend(tasks)
+            self._open.update(tasks)
             self._waiting += len(jobs)
-            self._open += len(jobs)
             self.metrics.queue.set(self._waiting)
             self._wake.notify()
         return ticket
@@ -106,13 +114,27 @@ class Engine:
                 self._state = "draining"
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End after the current chunk; jobs that are not done fail with 503."""
+        """Fail all jobs that are not done with 503, then wait for the thread to end its chunk.
+
+        The thread may be compiling, which nothing interrupts: see `is_running`.
+        """
         with self._wake:
             if self._state != "failed":
                 self._state = "stopped"
             self._wake.notify()
+        self._dismiss(shutting_down())
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def _dismiss(self, error: ApiError) -> None:
+        """Fail all open jobs, from any thread; what is still found for them goes to nobody."""
+        with self._wake:
+            tasks, self._open = self._open, set()
+        for task in tasks:
+            self.metrics.cancelled.inc()
+            task.tell(Failed(task.index, error))
+        for task in tasks:
+            task.ticket.cancel()
 
     # The thread.
 
@@ -124,7 +146,7 @@ class Engine:
                     self._state = "ready"
             while self._take_arrivals():
                 self._turn()
-            self._fail_all(shutting_down())
+            self._forget_tasks()
         except BaseException as error:  # nothing may end this thread unseen
             if isinstance(error, ApiError):
                 print(f"error: while warming up: {error.message}", file=sys.stderr)  # noqa: T201
@@ -132,18 +154,16 @@ class Engine:
                 traceback.print_exc(file=sys.stderr)
             with self._wake:
                 self._state = "failed"
-            self._fail_all(ApiError(500, "the engine has failed; see the server's log"))
+            self._dismiss(ApiError(500, "the engine has failed; see the server's log"))
+            self._forget_tasks()
 
     def _answer_warm_up(self) -> None:
         for job in self._warm_up:
-            if self._state == "stopped":
-                return
-            with self._wake:
-                self._waiting += 1
-                self._open += 1
             nobody = Nobody()
-            self._sort_in(Task(job, nobody, 0))
+            self._sort_in(Task(job, nobody, 0, has_slot=True))
             while any(self._units()):
+                if self._state == "stopped":
+                    return
                 self._turn()
             if nobody.error is not None:
                 raise nobody.error
@@ -230,7 +250,7 @@ class Engine:
             self.metrics.cancelled.inc()
         self._take_from_queue(task)
         with self._wake:
-            self._open -= 1
+            self._open.discard(task)
 
     def _take_from_queue(self, task: Task) -> None:
         if task.has_slot:
@@ -355,17 +375,25 @@ class Engine:
                     self._fail(task, ApiError(500, str(error)))
             return found
 
-    def _text(self, request: Request, hypothesis: Hypothesis) -> str:
-        tokens, behind = hypothesis.tokens, hypothesis.behind
-        return response_text(self._tokenizer, request.prompts[0], tokens, request.stop, behind)
+    def _text(self, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:
+        """A hypothesis' text and the stop string that ended it."""
+        return response_end(
+            self._tokenizer,
+            job.prompt,
+            hypothesis.tokens,
+            finished=hypothesis.finished,
+            stop=job.request.stop,
+            behind=hypothesis.behind,
+            eos_ids=job.ends,
+        )
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
-        request = task.job.request
+        stop = task.job.request.stop
         texts = []
         for hypothesis in result.hypotheses:
-            text = self._text(request, hypothesis)
-            texts.append(text if hypothesis.finished else settled(text, request.stop))
+            text, _ = self._text(task.job, hypothesis)
+            texts.append(text if hypothesis.finished else settled(text, stop))
         if task.job.chooses:
             texts = [shared(texts)] * task.job.choices
         if any(texts) and not task.has_text:
@@ -374,19 +402,14 @@ class Engine:
         task.tell(Progress(task.index, tuple(texts)))
 
     def _choices(self, job: Job, result: SearchResult) -> tuple[Choice, ...]:
-        ends = set(() if job.program is None else job.program.eos_ids)
-
         def choice(hypothesis: Hypothesis) -> Choice:
             ended_by = "length"
             if hypothesis.finished:
-                is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
+                is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in job.ends
                 ended_by = "eos" if is_eos else "stop"
-            return Choice(
-                self._text(job.request, hypothesis),
-                hypothesis.tokens,
-                ended_by,
-                hypothesis.score if job.chooses else None,
-            )
+            text, stop = self._text(job, hypothesis)
+            score = hypothesis.score if job.chooses else None
+            return Choice(text, hypothesis.tokens, ended_by, score, stop=stop)
 
         return tuple(choice(hypothesis) for hypothesis in result.hypotheses[: job.choices])
 
@@ -477,20 +500,16 @@ class Engine:
         )
         for task in tasks:
             task.found = tuple(
-                Choice(one.text, one.tokens, one.ended_by, one.score, next(scored) if row else None)
+                replace(one, scored=next(scored) if row else None)
                 for one, row in zip(task.found, task.rows, strict=True)
             )
             self._finish(task)
 
-    def _fail_all(self, error: ApiError) -> None:
+    def _forget_tasks(self) -> None:
         with self._wake:
-            tasks = list(self._arrived)
             self._arrived.clear()
-        for group in self._groups.values():
-            tasks += [*group.running.values(), *group.waiting]
-        for task in [*tasks, *self._to_score]:
-            self.metrics.cancelled.inc()
-            self._fail(task, error)
+            self._waiting = 0
+            self.metrics.queue.set(0)
         self._groups.clear()
         self._to_score.clear()
         self._count_slots()

@@ -42,13 +42,31 @@ def unsupported(message: str, param: str) -> ApiError:
 
 
 def malformed(message: str, param: str | None = None) -> ApiError:
-    """422: the request is not of the form that the endpoint takes."""
-    return ApiError(422, message, param=param, code="invalid_request")
+    """400: the request is not of the form that the endpoint takes."""
+    return ApiError(400, message, param=param, code="invalid_request")
 
 
-def too_large(message: str, param: str | None = None, code: str = "too_large") -> ApiError:
-    """413: the request is larger than a limit of this server or of its models."""
-    return ApiError(413, message, param=param, code=code)
+def too_large(message: str, param: str) -> ApiError:
+    """400: the request asks for more than this server gives."""
+    return ApiError(400, message, param=param, code="too_large")
+
+
+def body_too_large(most: int) -> ApiError:
+    """413: the body is not read."""
+    told = f"the body is larger than {most} bytes, the most that this server reads"
+    return ApiError(413, told, code="too_large")
+
+
+def too_long(prompt: int, new: int, positions: int, param: str) -> ApiError:
+    """400: prompt and response do not fit the models; in words that OpenAI's clients look for."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {positions} tokens. However, you requested "
+        f"{prompt + new} tokens ({prompt} in the {param}, {new} in the completion). Please reduce "
+        f"the length of the {param} or completion.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def queue_full(waiting: int, queue: int) -> ApiError:

@@ -13,7 +13,7 @@ from w2s_jax.serve.jobs import Job
 
 @dataclass(frozen=True)
 class Choice:
-    """A response. ended_by: "eos", "stop" (a stop string) or "length".
+    """A response. ended_by: "eos", "stop" (the string `stop`) or "length".
 
     score: what the search chose by, None where it did not choose. scored: likelihoods of `tokens`,
     behind those of the prompt's tokens but the first where the prompt is echoed.
@@ -24,6 +24,7 @@ class Choice:
     ended_by: str
     score: float | None = None
     scored: ScoredResponse | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A program is what must be compiled; everything else a request asks for rides along as numbers.
 """
 
+import hashlib
 import secrets
 import threading
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.texts import TextScorer
-from w2s_jax.serve.errors import ApiError, malformed, too_large, unsupported
+from w2s_jax.serve.errors import ApiError, malformed, too_large, too_long, unsupported
 from w2s_jax.serve.schema import Chat, Completion, Generation
 from w2s_jax.serve.settings import Defaults, Limits
 from w2s_jax.text.batches import power_of_two
-from w2s_jax.text.chat import Conversation, Message, Template
+from w2s_jax.text.chat import Conversation, Message, Template, role_of
 from w2s_jax.text.prompts import decode_tokens, special_stops
 
 CHOOSING = {
@@ -35,6 +36,9 @@ _BEAMS = ("cbs", "ivg")
 _MIXING = ("eft", "ivg")
 _SMALLEST_PREFIX = 64
 _SMALLEST_CAPACITY = 16
+_SEED_BITS = 32
+_STREAM_CHUNK = 4
+"""Tokens between two pieces of a stream, for methods that have no chunks of their own."""
 # A temperature and a nucleus that are drawn with; the numbers themselves come with each request.
 _SOME_TEMPERATURE, _SOME_NUCLEUS = 1.0, 0.5
 
@@ -71,11 +75,13 @@ class Program:
             "eos_ids": self.eos_ids,
             "policy_cache": self.policy_cache,
         }
+        streamed = {"chunk_length": min(_STREAM_CHUNK, self.capacity)}
         if self.method == "sample":
-            return presets.sample(self.width, **settings)
+            return presets.sample(self.width, **settings, **streamed)
         if self.method == "eft":
             # Samples stay in their places, so that a stream knows which is which.
-            return replace(presets.eft(beam_width=self.width, **settings), scorer=NoScore())
+            found = presets.eft(beam_width=self.width, **settings, **streamed)
+            return replace(found, scorer=NoScore())
         beam = (self.width, self.successors, self.length)
         if self.method == "ivg":
             return presets.ivg(*beam, **settings)
@@ -108,6 +114,11 @@ class Job:
     def prompt(self) -> tuple[int, ...]:
         """The prompt as the policy reads it."""
         return self.request.prompts[0]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The token ids that end a response."""
+        return () if self.program is None else self.program.eos_ids
 
     @property
     def chooses(self) -> bool:
@@ -172,12 +183,11 @@ class Reader:
         if None not in asked and asked[0] != asked[1]:
             raise malformed("max_tokens and max_completion_tokens differ; send one", "max_tokens")
         limit = next((tokens for tokens in asked if tokens is not None), None)
-        roles = {"developer": "system"}
-        turns = tuple(Message(roles.get(m.role, m.role), m.text) for m in body.messages)
+        turns = tuple(Message(role_of(m.role), m.text) for m in body.messages)
         if turns[-1].role != "user":
             raise malformed(f"the last message is the {turns[-1].role}'s; it must be the user's",
                             "messages")  # fmt: skip
-        conversation = Conversation(messages=turns)
+        conversation = Conversation(messages=turns, template_args=body.chat_template_kwargs)
         with self._lock:
             try:
                 tokens = self._members(self.served.template.encode(conversation), conversation)
@@ -234,13 +244,14 @@ class Reader:
         self._check_method(body, method, width, logprobs, echoes)
         stops, ends = self._stops(body)
         places = {name: _each(body, name, len(read)) for name in ("row_id", "position", "lane")}
-        seed = secrets.randbits(32) if body.seed is None else body.seed
+        seed = secrets.randbits(_SEED_BITS) if body.seed is None else folded(body.seed)
         defaults = self.defaults
         top_p = defaults.top_p if body.top_p is None else body.top_p
         top_k = defaults.top_k if body.top_k is None else body.top_k
         jobs = []
         for index, (tokens, conversation) in enumerate(read):
-            limit = self._limit(asked, max(map(len, tokens)))
+            kind = "messages" if isinstance(body, Chat) else "prompt"
+            limit = self._limit(asked, max(map(len, tokens)), kind)
             if limit == 0 and (echoes[index] is None or method in CHOOSING):
                 raise malformed("max_tokens is 0, which only echo can do without", "max_tokens")
             program = Program(
@@ -346,7 +357,7 @@ class Reader:
             texts, ids = special_stops(self.served.tokenizer, body.stops)
         return texts, tuple(sorted(set(ids) - set(self.served.eos_ids)))
 
-    def _limit(self, asked: int | None, prompt: int) -> int:
+    def _limit(self, asked: int | None, prompt: int, kind: str) -> int:
         """New tokens at most; ApiError where prompt and response do not fit the models."""
         if asked is not None and asked > self.limits.tokens:
             raise too_large(
@@ -357,13 +368,16 @@ class Reader:
         positions = min(model.config.max_positions for model in self.served.models.members)
         least = limit if asked is not None else 1
         if prompt + least > positions:
-            raise too_large(
-                f"a prompt of {prompt} tokens and {least} new ones exceed the {positions} "
-                "positions of the models",
-                "prompt",
-                "context_length_exceeded",
-            )
+            raise too_long(prompt, least, positions, kind)
         return min(limit, positions - prompt)
+
+
+def folded(seed: int) -> int:
+    """A seed of 64 bits as one of the 32 that draws are made of; those that fit are themselves."""
+    if 0 <= seed < 1 << _SEED_BITS:
+        return seed
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=_SEED_BITS // 8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def capacity_for(tokens: int, most: int) -> int:

@@ -4,22 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from w2s_jax.text.prompts import INCOMPLETE, decode_response, decode_tokens
+from w2s_jax.text.prompts import INCOMPLETE, decode_tokens
 
-# Enough of a prompt for what follows to decode as it does behind all of it.
-_TAIL = 64
 _WINDOW = 8
-
-
-def response_text(
-    tokenizer: Any,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    stop: Sequence[str],
-    behind: Sequence[int] = (),
-) -> str:
-    """The text that tokens add to a prompt's, up to the first stop string, as `decode_response`."""
-    return decode_response(tokenizer, prompt[-_TAIL:], tokens, stop, behind)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:

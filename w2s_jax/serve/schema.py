@@ -67,7 +67,7 @@ class Generation(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Count = 1
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -121,6 +121,8 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+    # Chat templates write no names.
+    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -131,19 +133,23 @@ class ChatMessage(_Strict):
 
 
 class Chat(Generation):
-    """Body of POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions.
+
+    chat_template_kwargs, as in vLLM: values that the chat templates may read.
+    """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 Body = TypeVar("Body", Completion, Chat)
 
 
 def read_body(raw: bytes, form: type[Body]) -> Body:
-    """The body of a request; ApiError 422 where it is malformed, 400 where it is not supported."""
+    """The body of a request; ApiError 400 where it is malformed or not supported."""
     try:
         fields = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -186,7 +192,7 @@ def _plain_messages(messages: Any) -> Any:
             raise malformed(f"{where}.content is empty; give a text", f"{where}.content")
         if kept.get("role") in ("tool", "function"):
             raise unsupported(f"{where}: tools are not supported by this server", where)
-        for name in ("tool_calls", "function_call", "audio", "name", "refusal", "annotations"):
+        for name in ("tool_calls", "function_call", "audio", "refusal", "annotations"):
             if name in kept:
                 raise unsupported(f"{where}.{name} is not supported by this server", where)
         content = kept.get("content")

@@ -5,8 +5,10 @@ The published templates themselves are in text/templates.py; holds no model code
 
 import difflib
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ TEXT_TEMPLATES = ("imdb", "plain")
 _NAMES = ("auto", "none", "chat", *TEMPLATES)
 _FIELDS = ("prompt", "messages", "instruction", "conversations")
 _ROLES = ("system", "user", "assistant")
+_ALIASES = {"developer": "system"}
+"""Roles that chat templates know under another name."""
 _MESSAGE = '{"role": "user", "content": "text"}'
 
 
@@ -34,10 +38,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a response answers: a text to continue, or messages of which the user's is the last."""
+    """What a response answers: a text to continue, or messages of which the user's is the last.
+
+    template_args: values for the chat templates that write it, such as enable_thinking; they go
+    before those of a template.
+    """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
@@ -136,6 +145,24 @@ def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Ro
     return found
 
 
+def read_template_args(text: str, where: str) -> dict[str, Any]:
+    """Values for chat templates from a JSON object. Raises InputError, beginning with `where`."""
+    try:
+        args = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {text!r} is not JSON ({error})") from None
+    if not isinstance(args, dict):
+        raise InputError(
+            f'{where}: {text!r} is no JSON object such as {{"enable_thinking": false}}'
+        )
+    return args
+
+
+def role_of(name: Any) -> Any:
+    """The role that chat templates know by this name: OpenAI's developer is the system."""
+    return _ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 def plain(conversation: Conversation) -> str:
     """The text that a scorer of texts or a judge reads.
 
@@ -166,12 +193,14 @@ class Template:
         name: auto, none, chat, a published name, or the path of a .jinja file.
         jinja: the chat template; None where there is none.
         where: how messages of errors name this template, such as the flag it came from.
+        args: further values that the template may read, such as enable_thinking.
     """
 
     tokenizer: Any
     name: str
     jinja: str | None = None
     where: str = "template"
+    args: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def render(self, conversation: Conversation) -> str:
         """The text that the response follows.
@@ -192,7 +221,7 @@ class Template:
                 f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
             )
         messages = conversation.messages or (Message("user", conversation.text or ""),)
-        return self._apply(self.jinja, messages)
+        return self._apply(self.jinja, messages, conversation.template_args)
 
     def render_whole(self, messages: Sequence[Message]) -> str:
         """The text of a finished conversation, without the opening of another answer.
@@ -204,7 +233,7 @@ class Template:
             raise ValueError(f"the template {self.name} writes no finished conversations")
         if self.jinja is None:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, opened=False)
+        return self._apply(self.jinja, messages, {}, opened=False)
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
@@ -249,7 +278,8 @@ class Template:
         kind = self.name if self.name in _NAMES else "jinja"
         if self.jinja is None:
             return kind
-        return f"{kind}:{hashlib.sha256(self.jinja.encode()).hexdigest()[:16]}"
+        told = self.jinja + (json.dumps(dict(self.args), sort_keys=True) if self.args else "")
+        return f"{kind}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def adds_special_tokens(self, conversation: Conversation, prompt: str) -> bool:
         """Whether the tokenizer's special tokens go in front of this rendered prompt."""
@@ -261,11 +291,24 @@ class Template:
         """Whether this is a text that no template touches."""
         return conversation.text is not None and self.name in ("auto", "none")
 
-    def _apply(self, jinja: str, messages: Sequence[Message], *, opened: bool = True) -> str:
+    def _apply(
+        self,
+        jinja: str,
+        messages: Sequence[Message],
+        args: Mapping[str, Any],
+        *,
+        opened: bool = True,
+    ) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        apply, args = self.tokenizer.apply_chat_template, {**self.args, **args}
+        taken = {"messages", *signature(apply).parameters}.intersection(args)
+        if taken:
+            raise InputError(
+                f"{self.where}: {min(taken)} is no value that may be given to templates"
+            )
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=jinja, tokenize=False, add_generation_prompt=opened
+            return apply(
+                turns, chat_template=jinja, tokenize=False, add_generation_prompt=opened, **args
             )
         except Exception as error:  # a template is a program, and may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -280,22 +323,26 @@ class Template:
         return encode_texts(self.tokenizer, texts, special=special)
 
 
-def load_template(tokenizer: Any, name: str = "auto", *, where: str) -> Template:
+def load_template(
+    tokenizer: Any, name: str = "auto", *, where: str, args: Mapping[str, Any] | None = None
+) -> Template:
     """The template of this name behind a tokenizer.
 
     auto takes a text as it stands and writes messages by the tokenizer's chat template; none takes
     texts only; chat makes a text one user message of the tokenizer's chat template; a name of
-    TEMPLATES or a path that ends in .jinja does the same with another template.
+    TEMPLATES or a path that ends in .jinja does the same with another template. args: values that
+    the template may read.
 
     Raises InputError, beginning with `where` (a flag, say), for an unknown name, a file that cannot
     be read, a template that is not jinja, and for chat where the tokenizer has no template.
     """
     if name in PUBLISHED:
-        return Template(tokenizer, name, PUBLISHED[name].jinja, where)
+        return Template(tokenizer, name, PUBLISHED[name].jinja, where, args or {})
     if Path(name).suffix == ".jinja":
-        template = Template(tokenizer, name, _read(name, where), where)
+        template = Template(tokenizer, name, _read(name, where), where, args or {})
     elif name in _NAMES:
-        template = Template(tokenizer, name, _chat_template(tokenizer, name, where), where)
+        jinja = _chat_template(tokenizer, name, where)
+        template = Template(tokenizer, name, jinja, where, args or {})
     else:
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f", perhaps {near[0]}" if near else ""
@@ -308,7 +355,9 @@ def load_template(tokenizer: Any, name: str = "auto", *, where: str) -> Template
     return template
 
 
-def renderer(name: str, *, where: str) -> Callable[[Conversation], str]:
+def renderer(
+    name: str, *, where: str, args: Mapping[str, Any] | None = None
+) -> Callable[[Conversation], str]:
     """How conversations are written for a model whose tokenizer is not here, behind an API.
 
     auto and none take texts as they stand; the other names are those of `load_template`, without
@@ -319,7 +368,7 @@ def renderer(name: str, *, where: str) -> Callable[[Conversation], str]:
     from transformers import PreTrainedTokenizerFast
 
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    template = load_template(nothing, name, where=where)
+    template = load_template(nothing, name, where=where, args=args)
 
     def render(conversation: Conversation) -> str:
         text = template.render(conversation)
@@ -331,10 +380,10 @@ def renderer(name: str, *, where: str) -> Callable[[Conversation], str]:
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> str:
-    for field in ("instruction", "input"):
-        value = row.get(field)
+    for name in ("instruction", "input"):
+        value = row.get(name)
         if not isinstance(value, str | None):
-            raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes text')
+            raise InputError(f'{where}: "{name}" is {type(value).__name__}; it takes text')
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
@@ -351,7 +400,7 @@ def _ended(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise InputError(f"{where} is {type(item).__name__}; a message is {_MESSAGE}")
-    role = item.get("role")
+    role = role_of(item.get("role"))
     if role not in _ROLES:
         fault = "no role" if role is None else f"the role {role!r}"
         raise InputError(f"{where} has {fault}; it takes {', '.join(_ROLES)}")

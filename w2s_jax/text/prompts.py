@@ -11,8 +11,11 @@ from w2s_jax.errors import InputError
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
 
+CONTEXT = 64
+"""A response is decoded behind at most this many of its prompt's last tokens."""
+
 _logger = logging.getLogger(__name__)
-_CONTEXT = 16
+_TOKEN_CONTEXT = 16
 _ESCAPE = re.compile(r"\\[ntr](?![A-Za-z])")
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
@@ -89,25 +92,50 @@ def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
     )
 
 
-def decode_response(
+def response_text(
     tokenizer: Any,
     prompt: Sequence[int],
     tokens: Sequence[int],
+    *,
+    finished: bool,
     stop: Sequence[str] = (),
     behind: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
 ) -> str:
-    """The text that response tokens add to their prompt, up to the first stop string.
+    """The text of a response: the first that `response_end` gives for the same arguments."""
+    ends = {"finished": finished, "stop": stop, "behind": behind, "eos_ids": eos_ids}
+    return response_end(tokenizer, prompt, tokens, **ends)[0]
+
+
+def response_end(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    finished: bool,
+    stop: Sequence[str] = (),
+    behind: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
+) -> tuple[str, str | None]:
+    """What a response's tokens add to their prompt, up to an EOS or stop string, and that string.
 
     Read behind the prompt, because some tokenizers drop a leading space from text of its own.
-    behind: tokens that followed before a stop string took them off; where the last of `tokens`
-    holds the beginning of that string, they show it.
+    finished: whether an EOS or a stop string ended it; a character that its length cut short is
+    left out. behind: tokens that followed before a stop string took them off; where the last of
+    `tokens` holds the beginning of that string, they show it. eos_ids: the last token, if it is one
+    of them, has no text, whether or not the tokenizer knows it as special.
     """
-    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt)
+    text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt[-CONTEXT:])
+    if finished and tokens and tokens[-1] in eos_ids:
+        tokens = tokens[:-1]
     for count in range(len(behind) + 1):
-        kept = cut(text_of([*tokens, *behind[:count]]), stop)
+        text = text_of([*tokens, *behind[:count]])
+        kept = cut(text, stop)
         if kept is not None:
-            return kept
-    return text_of(tokens)
+            rest = text[len(kept) :]
+            return kept, next(one for one in stop if rest.startswith(one))
+    text = text_of(tokens)
+    return (text if finished else text.rstrip(INCOMPLETE)), None
 
 
 def text_behind(
@@ -129,7 +157,7 @@ def token_texts(
     A character that several tokens write belongs to the last of them.
     """
     texts: list[str] = []
-    before = list(prompt[-_CONTEXT:])
+    before = list(prompt[-_TOKEN_CONTEXT:])
     waiting: list[int] = []
     for token in tokens:
         waiting.append(token)
@@ -138,7 +166,7 @@ def token_texts(
             texts.append("")
             continue
         texts.append(text)
-        before, waiting = [*before, *waiting][-_CONTEXT:], []
+        before, waiting = [*before, *waiting][-_TOKEN_CONTEXT:], []
     return texts
 
 
