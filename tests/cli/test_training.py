@@ -188,11 +188,29 @@ def test_training_from_random_weights_with_the_best_step_kept(model, tmp_path, c
     assert load_model(tmp_path / "run" / "model").dtype == np.float32
 
 
-@pytest.mark.parametrize("loss", ["kto", "wspo", "orpo"])
+@pytest.mark.parametrize("loss", ["wspo", "orpo"])
 def test_other_objectives_run(model, pairs, tmp_path, loss):
     guide = [f"--tuned={model}", f"--untuned={model}"] if loss == "wspo" else []
     assert run("dpo", model, pairs, tmp_path / "run", f"--loss-type={loss}", *guide) == 0
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
+def test_kto_of_few_desirable_rows_leaves_a_model_and_json(model, few, tmp_path, capsys):
+    rows = [
+        {"prompt": row["prompt"], "completion": row["rejected"], "label": i % 12 == 0}
+        for i, row in enumerate(PAIRS)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(few, [row for row in rows if not row["label"]][:4])
+    flags = ["--loss-type=kto", f"--eval-data={few}", "--keep-best=eval/rewards/margins"]
+    assert run("dpo", model, tmp_path / "rows.jsonl", tmp_path / "run", *flags) == 0
+    assert "no evaluation gave a number for eval/rewards/margins" in capsys.readouterr().err
+    assert load_model(tmp_path / "run" / "model").dtype == "float32"
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    *steps, held_out = read_metrics(tmp_path / "run")
+    assert all(np.isfinite(row["loss"]) for row in steps)
+    assert held_out["eval/rewards/margins"] is None
+    assert np.isfinite(held_out["eval/rewards/rejected"])
 
 
 @pytest.mark.slow
