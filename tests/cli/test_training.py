@@ -14,10 +14,13 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.lora_huggingface import load_adapted
 from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.training_data import DataConfig, load_pairs
 from w2s_jax.train.loop import read_metrics
+from w2s_jax.train.reference import reference_logprobs
 
 PAIRS = [
     {
@@ -32,7 +35,10 @@ SMALL = ["--batch-size=4", "--log-every=1", "--learning-rate=1e-2"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("models") / "model", 0)
+    """A base as checkpoints are published: in bfloat16, which holds no small changes."""
+    folder = tiny(tmp_path_factory.mktemp("models") / "model", 0)
+    save_model(load_model(folder, dtype="bfloat16"), folder)
+    return folder
 
 
 @pytest.fixture
@@ -41,9 +47,26 @@ def pairs(tmp_path):
     return tmp_path / "pairs.jsonl"
 
 
+@pytest.fixture
+def few(tmp_path):
+    """Held-out pairs."""
+    write_jsonl(tmp_path / "few.jsonl", PAIRS[:4])
+    return tmp_path / "few.jsonl"
+
+
 def run(command, model, data, output, *flags):
     files = [f"--model={model}", f"--data={data}", f"--output={output}"]
     return main([command, *files, *SMALL, *flags])
+
+
+def margins(folder, base, file, rows=4):
+    """The mean implicit-reward margin of the pairs of a file, from what the folders hold."""
+    config = DataConfig(data=(str(file),), max_length=96)
+    pairs = load_pairs(config, load_tokenizer(base))
+    models = load_model(folder), load_model(base, dtype="float32")
+    found, before = (reference_logprobs(model, pairs, rows=rows) for model in models)
+    chosen, rejected = (0.1 * (found - before)).mean(0)
+    return chosen - rejected
 
 
 def without_times(folder):
@@ -51,10 +74,17 @@ def without_times(folder):
     return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(folder)]
 
 
-def test_three_commands_from_a_preference_file_to_a_steered_policy(model, pairs, tmp_path, capsys):
-    assert run("sft", model, pairs, tmp_path / "untuned") == 0
+def test_three_commands_from_a_preference_file_to_a_steered_policy(
+    model, pairs, few, tmp_path, capsys
+):
+    assert run("sft", model, pairs, tmp_path / "untuned", "--save-dtype=bfloat16") == 0
     untuned = tmp_path / "untuned" / "model"
-    assert run("dpo", untuned, pairs, tmp_path / "tuned", "--held-out=4", "--epochs=2") == 0
+    assert load_model(untuned).dtype == "bfloat16"
+    assert "--save-dtype bfloat16 loses " in capsys.readouterr().out
+    # So small a change that bfloat16 would lose most of it.
+    flags = ("--max-steps=10", "--learning-rate=1e-5", "--eval-every=5", "--save-every=5")
+    held_out = f"--eval-data={few}"
+    assert run("dpo", untuned, pairs, tmp_path / "tuned", held_out, *flags) == 0
     tuned = tmp_path / "tuned" / "model"
     told = capsys.readouterr().out
     assert f"step 10 written to {tuned}" in told
@@ -62,9 +92,19 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(model, pairs,
     assert "held out" in told
     rows = read_metrics(tmp_path / "tuned")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
-    evaluation = rows[-1]
+    half, evaluation = (row for row in rows if "eval/loss" in row)
     assert evaluation["eval/rewards/accuracies"] == 1.0
     assert {"eval/loss", "eval/rewards/margins", "eval/logps/chosen"} <= evaluation.keys()
+    assert margins(tuned, untuned, few) == pytest.approx(
+        evaluation["eval/rewards/margins"], abs=1e-6
+    )
+    assert main(["convert", str(tmp_path / "tuned"), str(tmp_path / "half"), "--step=5"]) == 0
+    assert "step 5 of " in capsys.readouterr().out
+    found = margins(tmp_path / "half", untuned, few)
+    assert found == pytest.approx(half["eval/rewards/margins"], abs=1e-6)
+    assert evaluation["eval/rewards/margins"] > half["eval/rewards/margins"] + 1e-4
+    assert main(["convert", str(tmp_path / "tuned"), str(tmp_path / "none"), "--step=4"]) == 2
+    assert "step 4: there is no such step; there are [5, 10]" in capsys.readouterr().err
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "film 7 was"}])
     steered = ["search", f"--policy={model}", f"--tuned={tuned}", f"--untuned={untuned}"]
     files = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
@@ -89,8 +129,11 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
     assert "data" in capsys.readouterr().err
 
 
-def test_adapters_are_trained_beside_their_base_and_loaded_with_it(model, pairs, tmp_path):
-    assert run("dpo", model, pairs, tmp_path / "run", "--lora-rank=2", "--lora-dropout=0.1") == 0
+def test_adapters_are_trained_beside_their_base_and_loaded_with_it(
+    model, pairs, few, tmp_path, capsys
+):
+    flags = ("--lora-rank=2", "--lora-dropout=0.1", "--rslora", f"--eval-data={few}")
+    assert run("dpo", model, pairs, tmp_path / "run", *flags) == 0
     adapter = tmp_path / "run" / "model"
     held = {path.name for path in adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= held
@@ -98,9 +141,18 @@ def test_adapters_are_trained_beside_their_base_and_loaded_with_it(model, pairs,
     base, adapted = load_model(model), load_adapted(adapter)
     tokens = np.arange(10)[None]
     assert np.abs(adapted(tokens) - base(tokens)).max() > 1e-3
-    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
-    assert losses[-1] < losses[0]
+    *rows, held_out = read_metrics(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    sources = {"from-adapter": adapter, "from-run": tmp_path / "run"}
+    for target, source in sources.items():
+        assert main(["convert", str(source), str(tmp_path / target)]) == 0
+    for folder in (adapter, *(tmp_path / target for target in sources)):
+        found = margins(folder, model, few)
+        assert found == pytest.approx(held_out["eval/rewards/margins"], abs=1e-5)
+    assert main(["convert", str(adapter), str(tmp_path / "half"), "--dtype=bfloat16"]) == 0
+    assert "--dtype bfloat16 loses " in capsys.readouterr().out
+    assert load_model(tmp_path / "half").dtype == "bfloat16"
 
 
 def test_reference_log_probs_are_kept_and_equal_live_ones(model, pairs, tmp_path):
@@ -136,11 +188,29 @@ def test_training_from_random_weights_with_the_best_step_kept(model, tmp_path, c
     assert load_model(tmp_path / "run" / "model").dtype == np.float32
 
 
-@pytest.mark.parametrize("loss", ["kto", "wspo"])
+@pytest.mark.parametrize("loss", ["wspo"])
 def test_other_objectives_run(model, pairs, tmp_path, loss):
     guide = [f"--tuned={model}", f"--untuned={model}"] if loss == "wspo" else []
     assert run("dpo", model, pairs, tmp_path / "run", f"--loss-type={loss}", *guide) == 0
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
+def test_kto_of_few_desirable_rows_leaves_a_model_and_json(model, few, tmp_path, capsys):
+    rows = [
+        {"prompt": row["prompt"], "completion": row["rejected"], "label": i % 12 == 0}
+        for i, row in enumerate(PAIRS)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(few, [row for row in rows if not row["label"]][:4])
+    flags = ["--loss-type=kto", f"--eval-data={few}", "--keep-best=eval/rewards/margins"]
+    assert run("dpo", model, tmp_path / "rows.jsonl", tmp_path / "run", *flags) == 0
+    assert "no evaluation gave a number for eval/rewards/margins" in capsys.readouterr().err
+    assert load_model(tmp_path / "run" / "model").dtype == "float32"
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    *steps, held_out = read_metrics(tmp_path / "run")
+    assert all(np.isfinite(row["loss"]) for row in steps)
+    assert held_out["eval/rewards/margins"] is None
+    assert np.isfinite(held_out["eval/rewards/rejected"])
 
 
 @pytest.mark.slow

@@ -77,7 +77,8 @@ def test_an_adapter_alone_is_merged(folders):
     assert not [path for path in buffers(policy) if path[-1].startswith("lora")]
     np.testing.assert_allclose(policy(TOKENS), load_adapted(folders["tuned"])(TOKENS), atol=1e-5)
     assert planned.notes() == [
-        f"policy {folders['tuned']} is an adapter on {folders['untuned']}, merged into its weights"
+        f"policy {folders['tuned']} is an adapter on {folders['untuned']}, "
+        "on which nothing else stands"
     ]
 
 

@@ -67,4 +67,5 @@ def ours_on_kto(batch, beta):
 
     loss, gradient = jax.value_and_grad(mean)(arrays["policy"])
     metrics = kto_metrics(arrays["policy"], arrays["reference"], arrays["labels"], kl, beta=beta)
+    metrics = {name: getattr(value, "value", value) for name, value in metrics.items()}
     return {"loss": loss, "gradients": [gradient], "metrics": metrics}

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.train.checkpoint import read_checkpoint
+from w2s_jax.train.checkpoint import best_step, read_checkpoint
 from w2s_jax.train.loop import LoopConfig, read_metrics, train
 from w2s_jax.train.manifest import steps_on_disk
 from w2s_jax.train.step import init_state, make_train_step
@@ -241,6 +241,16 @@ def test_the_best_step_is_kept_beside_the_last(tmp_path, metric, best):
     assert steps_on_disk(tmp_path / "checkpoints") == [best, 12]
     like = init_state({"w": jnp.ones(4)}, OPTIMIZER, jax.random.key(0))
     assert int(read_checkpoint(tmp_path / "checkpoints", like, best=True).step) == best
+
+
+def test_an_evaluation_of_nothing_is_null_and_gives_no_score(tmp_path):
+    values = {2: np.nan, 4: 3.0}
+    options = {"evaluate": lambda state: {"v": values[int(state.step)]}, "eval_every": 2}
+    run(tmp_path, steps=4, keep_best="eval/v", **options)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert '"eval/v": null' in lines
+    assert "NaN" not in lines
+    assert best_step(tmp_path / "checkpoints") == 4
 
 
 def test_a_best_metric_that_is_not_measured_is_named(tmp_path):

@@ -292,9 +292,19 @@ def test_kto_is_finite_at_extremes_and_its_kl_has_no_gradient(rows, labels):
     assert kto_kl(*jnp.asarray(rows[2:])) >= 0
 
 
-def test_kto_metrics_of_one_kind_alone():
-    row = jnp.array([-3.0, -5.0])
-    metrics = kto_metrics(row, row - 1, jnp.array([True, True]), jnp.float32(0), beta=0.5)
-    assert metrics["rewards/chosen"] == 0.5
-    assert metrics["logps/chosen"] == -4
-    assert np.isnan(metrics["rewards/rejected"])
+def test_kto_metrics_of_parts_make_those_of_the_whole():
+    policy, reference = jnp.array([-3.0, -5.0, -1.0, -4.0]), jnp.array([-4.0, -6.0, -4.0, -4.5])
+    labels = jnp.array([True, True, False, True])
+
+    def metrics(rows):
+        return kto_metrics(policy[rows], reference[rows], labels[rows], jnp.float32(0), beta=0.5)
+
+    whole, *parts = (metrics(slice(*rows)) for rows in ((0, 4), (0, 2), (2, 4)))
+    assert whole["rewards/chosen"].value == pytest.approx(1.25 / 3)
+    assert whole["rewards/margins"].value == pytest.approx(1.25 / 3 - 1.5)
+    assert parts[0]["logps/chosen"].value == -4
+    assert np.isnan(parts[0]["rewards/rejected"].value)
+    assert np.isnan(parts[0]["rewards/margins"].value)
+    for name in whole.keys() - {"kl"}:
+        added = type(whole[name])(*map(jnp.add, *(part[name] for part in parts)))
+        assert added.value == pytest.approx(float(whole[name].value))

@@ -6,6 +6,7 @@ import pytest
 
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.train.logprobs import scored_tokens, sequence_scores
+from w2s_jax.train.losses import Mean
 from w2s_jax.train.step import init_state, make_train_step
 
 
@@ -14,7 +15,8 @@ def loss(params, frozen, batch, key):
     errors = jnp.where(batch["mask"], (batch["x"] @ params["w"] - batch["y"]) ** 2, 0.0)
     weight = batch["mask"].sum()
     value = errors.sum() / weight
-    return value, weight, {"loss": value}
+    rare = batch["mask"] & (batch["y"] > 0)
+    return value, weight, {"loss": value, "rare": Mean((rare * batch["y"]).sum(), rare.sum())}
 
 
 def noisy(params, frozen, batch, key):
@@ -52,6 +54,9 @@ def test_accumulated_steps_equal_whole_ones_though_weights_differ(problem, accum
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-5)
     assert parts_metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), rel=1e-5)
     assert parts_metrics["grad_norm"] == pytest.approx(float(whole_metrics["grad_norm"]), rel=1e-5)
+    positive = [y for y, counts in zip(batch["y"], batch["mask"], strict=True) if counts and y > 0]
+    for metrics in (whole_metrics, parts_metrics):
+        assert metrics["rare"].value == pytest.approx(np.mean(positive), rel=1e-5)
 
 
 def test_each_step_draws_anew_and_runs_repeat(problem):

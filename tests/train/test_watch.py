@@ -3,10 +3,12 @@ import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
 from w2s_jax.train import watch
+from w2s_jax.train.losses import Mean
 from w2s_jax.train.records import RowFile, cut_back, read_metrics
 from w2s_jax.train.watch import Meter, peak_flops, tensorboard, wandb
 
@@ -39,17 +41,29 @@ def test_speed_counts_neither_the_first_step_nor_pauses(clock):
 def test_a_meter_goes_on_where_it_was_saved(clock):
     whole, first = Meter(), Meter()
     values = [0.1, 0.7, 1e-9, 0.3333333, 2 / 3]
+
+    def step(value):
+        margin = Mean(np.array([value, -0.5]), np.array([3.0, value < 0.5]))
+        rare = Mean(np.float32(value), np.float32(value > 0.5))
+        return {"loss": value, "num_tokens": 7, "margin": margin, "rare": rare}
+
     for meter in (whole, first):
         for value in values[:3]:
-            meter.add({"loss": value, "num_tokens": 7})
+            meter.add(step(value))
     clock.now += 5.0
     second = Meter(json.loads(json.dumps(first.saved())))
     for meter in (whole, second):
         for value in values[3:]:
-            meter.add({"loss": value, "num_tokens": 7})
-    assert second.row()["loss"] == whole.row()["loss"] == pytest.approx(sum(values) / 5, rel=1e-15)
-    assert second.row()["num_tokens"] == 35
-    assert second.row()["seconds"] == 5.0
+            meter.add(step(value))
+    row = whole.row()
+    assert second.row() == row
+    assert row["loss"] == pytest.approx(sum(values) / 5, rel=1e-15)
+    # Values and counts are summed, over steps of which some count nothing.
+    assert row["margin"] == pytest.approx(sum(values) / 15 - 2.5 / 3, rel=1e-12)
+    assert row["rare"] == pytest.approx(sum(values) / 2, rel=1e-6)
+    assert (row["num_tokens"], row["seconds"]) == (35, 5.0)
+    whole.add({"rare": Mean(0.0, 0.0)})
+    assert "rare" not in whole.row()
 
 
 def test_without_tokens_or_a_known_device_there_is_no_speed(clock):

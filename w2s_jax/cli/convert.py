@@ -1,4 +1,4 @@
-"""`w2s convert`: a checkpoint written anew, an adapter merged into it or its dtype changed."""
+"""`w2s convert`: a checkpoint written anew: an adapter merged, a run's step, or another dtype."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint anew, with an adapter merged into it or in another dtype.
+    """Write a checkpoint anew: with an adapter merged, a step of a training run, or another dtype.
 
     The target is a folder that w2s and transformers load: config.json, safetensors, tokenizer.
     """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """Checkpoint: a folder or a Hugging Face id; an adapter brings the base that it names."""
+    """Checkpoint: a folder or a Hugging Face id; an adapter brings the base that it names. Or the
+    folder of a training run, of which a checkpoint is written, its adapters merged."""
     target: Annotated[Positional[str], arg(metavar="TARGET")]
     """Folder to write; what it holds of an earlier checkpoint is replaced."""
     merge_lora: Annotated[str | None, arg(metavar="DIR|ID")] = None
     """Adapter in PEFT's format that is merged into SOURCE."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; auto is as stored."""
+    """Dtype of the weights; auto is as stored, and float32 for what was trained: adapters, runs."""
+    step: int | None = None
+    """Step of a run's checkpoints, by default the newest."""
 
     def run(self) -> None:
         """Convert; raises InputError, before any weight is read, for what is wrong."""
@@ -55,9 +58,14 @@ class Convert:
     def _check(self) -> None:
         from w2s_jax.models.huggingface import is_adapter, locate
         from w2s_jax.models.lora_huggingface import base_of
+        from w2s_jax.train.export import is_run
 
         source, adapter = locate(self.source), self.merge_lora and locate(self.merge_lora)
         read = [source, *([adapter] if adapter else [])]
+        if is_run(source) and adapter:
+            raise InputError(f"{source} is a run's folder; name {source / 'model'} as SOURCE")
+        if self.step is not None and not is_run(source):
+            raise InputError(f"--step {self.step}: {source} is not the folder of a training run")
         if adapter and is_adapter(source):
             raise InputError(f"{source} is an adapter itself; name its base as SOURCE")
         if adapter and not is_adapter(adapter):
@@ -72,21 +80,44 @@ class Convert:
         from w2s_jax.models.huggingface import is_adapter, locate
         from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
+        from w2s_jax.train.export import is_run, read_record
 
         places = [locate(path) for path in (self.merge_lora, self.source) if path is not None]
+        if is_run(places[-1]):
+            places[-1] = locate(read_record(places[-1]).base)
         if is_adapter(places[-1]):
             places.append(base_folder(places[-1]))
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":
-        from w2s_jax.models.huggingface import load_model
-        from w2s_jax.models.lora_huggingface import load_adapted
+        from w2s_jax.models.huggingface import is_adapter, load_model, locate
+        from w2s_jax.models.lora_huggingface import base_of, load_adapted
         from w2s_jax.models.reward_huggingface import is_reward_model, load_reward_model
+        from w2s_jax.train.export import export, is_run
 
         dtype = None if self.dtype == "auto" else self.dtype
+        source = locate(self.source)
+        if is_run(source):
+            step, model, start = export(source, self.step)
+            print(f"step {step} of {source}")
+            return self._in_dtype(model, start)
         rewarding = [path for path in (self.source, self.merge_lora) if path is not None]
         if any(is_reward_model(path) for path in rewarding):
             base = self.source if self.merge_lora else None
             return load_reward_model(self.merge_lora or self.source, base=base, dtype=dtype)
-        model = load_model(self.source, dtype=dtype)
-        return model if self.merge_lora is None else load_adapted(self.merge_lora, model)
+        adapter = self.source if is_adapter(source) else self.merge_lora
+        if adapter is None:
+            return load_model(self.source, dtype=dtype)
+        start = load_model(self.source if self.merge_lora else base_of(source), dtype="float32")
+        return self._in_dtype(load_adapted(adapter, start), start)
+
+    def _in_dtype(self, trained: "Model", start: "Model | None") -> "Model":
+        """A trained model in --dtype, with a line on what that loses of its way from the start."""
+        from w2s_jax.models.model import Model
+        from w2s_jax.train.export import measure_rounding, rounded
+
+        if self.dtype in ("auto", "float32"):
+            return trained
+        if start is not None:
+            print(f"--dtype {measure_rounding(start.params, trained.params, self.dtype)}")
+        return Model(trained.config, rounded(trained.params, self.dtype))

@@ -35,6 +35,17 @@ def print_run(folder: Path, step: int) -> None:
     print(", ".join([*told, f"{training['seconds']:.0f} s"]))
 
 
+def print_rounding(before: Mapping[str, float], after: Mapping[str, float], dtype: str) -> None:
+    """Print what an evaluation says of float32 weights, and of the same in another dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("held out", "float32", dtype)
+    for name in (name for name in SHOWN if name in before):
+        table.add_row(name, f"{before[name]:.5f}", f"{after[name]:.5f}")
+    Console().print(table)
+
+
 def _last(rows: list[dict[str, Any]], name: str) -> Mapping[str, Any]:
     return next((row for row in reversed(rows) if name in row), {})
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.choosing import MESH, mesh_before, stored_dtype, training_shapes
+from w2s_jax.cli.choosing import MESH, mesh_before, training_shapes
 from w2s_jax.cli.flags import Hosts, mesh_of
+from w2s_jax.cli.saving import MODEL, save_run
 from w2s_jax.cli.train_flags import (
     DataFlags,
     LoraFlags,
@@ -48,7 +49,7 @@ _OWN = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
 }  # fmt: skip
-MODEL, CACHE = "model", "cache"
+CACHE = "cache"
 ADAPTER_PEAK = 10
 """How much higher the learning rate of adapters is by default, as in TRL's documentation."""
 
@@ -93,6 +94,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.plan.here import name_of
         from w2s_jax.text.atomic import write_whole
         from w2s_jax.text.journal import held
+        from w2s_jax.train.export import Record, write_record
         from w2s_jax.train.placing import check_batch
         from w2s_jax.train.records import METRICS
         from w2s_jax.train.run import fine_tune, number_of_steps, trainable
@@ -119,6 +121,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         agree("run", identity)
         if is_first():
             write_whole(setup.directory / MESH, [name_of(setup.mesh).encode(), b"\n"])
+            weights = None if self.from_scratch else str(identity["model"])
+            write_record(setup.directory, Record(self.base_name, weights, setup.policy.lora))
         state = fine_tune(
             task,
             params,
@@ -172,6 +176,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             )
         if self.sample_prompts < 1:
             raise InputError(f"--sample-prompts {self.sample_prompts} must be 1 or more")
+        if self.save_dtype != "float32" and self.lora_rank:
+            raise InputError("--save-dtype has no effect on adapters, which are small: float32")
         self.loop_config(steps=1)
         for asked, needed in ((self.tensorboard, "tensorboardX"), (self.wandb, "wandb")):
             if asked:
@@ -463,29 +469,18 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def save(self, setup: Setup, task: "Task", state: "TrainState") -> None:
         """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""
-        import jax
-
-        from w2s_jax.cli.run_table import print_run
-        from w2s_jax.models.huggingface import save_model
-        from w2s_jax.models.lora_huggingface import save_adapter
-        from w2s_jax.models.model import Model
-        from w2s_jax.train.checkpoint import read_checkpoint
-        from w2s_jax.train.loop import CHECKPOINTS
-
-        if self.keep_best is not None:
-            state = read_checkpoint(setup.directory / CHECKPOINTS, state, best=True)
-        folder = setup.directory / MODEL
-        if setup.policy.lora is not None:
-            save_adapter(
-                folder, setup.config, setup.policy.lora, state.params,
-                base=self.base_name, tokenizer=setup.tokenizer,
-            )  # fmt: skip
-        else:
-            dtype = "float32" if self.from_scratch else stored_dtype(setup.checkpoint)
-            params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
-            save_model(Model(setup.config, params), folder, tokenizer=setup.tokenizer)
-        print_run(setup.directory, int(state.step))
-        print(f"step {int(state.step)} written to {folder}")
+        save_run(
+            setup.directory,
+            task,
+            state,
+            self.run_config(setup),
+            base=self.base_name,
+            start=functools.partial(self.load, setup),
+            best=self.keep_best,
+            dtype=self.save_dtype,
+            tokenizer=setup.tokenizer,
+            mesh=setup.mesh,
+        )
 
 
 def _tell(what: str, data: "Data") -> None:

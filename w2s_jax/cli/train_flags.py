@@ -172,6 +172,8 @@ class RunFlags:
     keep_best: str | None = None
     """Keep the best checkpoint too, by a metric such as eval/loss (lower is better), or
     eval/rewards/accuracies."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What model/ keeps weights as. Those of fewer bits lose small changes: how much is told."""
     sample_every: int = 0
     """Steps between samples of the model's responses, into samples.jsonl; 0 samples none."""
     sample_prompts: int = 4

@@ -80,7 +80,8 @@ def load_model(
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
     A directory of a LoRA adapter gives the base that it names with the adapter merged into it.
-    dtype: of the parameters; None keeps that of the checkpoint's embedding.
+    dtype: of the parameters; None keeps that of the checkpoint's embedding, and with an adapter is
+        float32.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
     quantize: weights become QTensors as they are read; adapters then stay beside them.

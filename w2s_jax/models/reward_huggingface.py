@@ -99,6 +99,8 @@ def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) ->
     """An adapter merged into its base, with the head of either."""
     base = locate(base)
     config = load_reward_config(base)
+    # Weights of fewer bits, as bases are often stored in, would lose most of an adapter.
+    options = options | {"dtype": options["dtype"] or "float32"}
     if isinstance(config, EncoderConfig):
         raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
     head, old = SCORE, {}

@@ -31,7 +31,7 @@ class Adapted:
             told += f" (it names {self.stands_for}, which is not here)"
         if same_place(self.base) in {same_place(other) for other in others}:
             return f"{told}, whose weights are held once"
-        return f"{told}, merged into its weights"
+        return f"{told}, on which nothing else stands"
 
 
 def same_place(name: str) -> str:
@@ -86,9 +86,9 @@ def load_decoders(
     """Every checkpoint's model, by path; what several stand on is held in memory once.
 
     Each lies on the mesh by the rules that are given with its path; what several share, by those of
-    the first one. An adapter whose base is used by nothing else is merged into it, which computes
-    faster; others, and those on a quantised base, keep their factors beside the arrays of the one
-    base.
+    the first one. An adapter whose base is used by nothing else, and float32, is merged into it,
+    which computes faster; others keep their factors beside the arrays of the one base, as weights
+    of fewer bits would lose most of what is added to them.
 
     Raises InputError for checkpoints that cannot be read and adapters for another base.
     """
@@ -107,7 +107,7 @@ def load_decoders(
             base = load_model(place, rules=paths[together[0]], **options)
         except InputError as error:
             raise (error if place in str(error) else error.at(place)) from None
-        merged = len(together) == 1
+        merged = len(together) == 1 and base.dtype == "float32"
         for path in together:
             models[path] = base
             if path in adapters:

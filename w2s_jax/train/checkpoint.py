@@ -9,7 +9,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -230,11 +230,45 @@ def read_checkpoint(
     Raises InputError where it is not there or not sound. The arrays of `like` are given up.
     """
     folder = Path(folder).absolute()
+    return _restore(folder, _sound_step(folder, step, best=best), like, None)[0]
+
+
+def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """The parameters of a saved state on one device: (step, parameters); by default the newest one.
+
+    Nothing but the parameters is read. Raises InputError where the step is not there or not sound.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).absolute()
+    step = _sound_step(folder, step)
+    place = manifest.step_folder(folder, step) / "state"
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        held = reader.metadata(place).item_metadata.tree["params"]
+        wanted = {
+            "params": jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), held
+            )
+        }
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        arguments = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        return step, reader.restore(place, args=arguments)["params"]
+
+
+def best_step(folder: str | Path) -> int | None:
+    """The step with the highest score of those kept; None where no evaluation gave one."""
+    folder = Path(folder)
+    kept = [manifest.read_manifest(folder, at) for at in manifest.steps_on_disk(folder)]
+    scores = {each.step: each.score for each in kept if each and each.score is not None}
+    return max(scores, key=lambda at: (scores[at], at), default=None)
+
+
+def _sound_step(folder: Path, step: int | None, *, best: bool = False) -> int:
+    """The step asked for, the best by score, or the newest; InputError unless it is sound."""
     steps = manifest.steps_on_disk(folder)
     if best:
-        kept = [manifest.read_manifest(folder, at) for at in steps]
-        scores = {each.step: each.score for each in kept if each and each.score is not None}
-        step = max(scores, key=lambda at: (scores[at], at), default=None)
+        step = best_step(folder)
     elif step is None:
         step = max(steps, default=None)
     if step is None:
@@ -242,7 +276,17 @@ def read_checkpoint(
     fault = manifest.fault(folder, step) if step in steps else "there is no such step"
     if fault is not None:
         raise InputError(f"{folder}: step {step}: {fault}; there are {steps}")
-    return _restore(folder, step, like, None)[0]
+    return step
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    logger.addFilter(_not_by_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_not_by_orbax)
 
 
 def _restore(

@@ -231,10 +231,13 @@ class _Run:
             self.bar.set_postfix(shown)
 
     def _tell(self, done: int, values: Values) -> None:
+        """Write a row; JSON has no number for a mean over nothing, which is null there."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.rows is not None:
-            self.rows.write({"step": done, **values})
+            nulls = dict.fromkeys(values.keys() - finite.keys())
+            self.rows.write({"step": done, **values, **nulls})
         for writer in self.writers:
-            writer.write(done, values)
+            writer.write(done, finite)
 
     def _looks(self, done: int) -> bool:
         return self._evaluates(done) or self._samples(done)

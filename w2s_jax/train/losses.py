@@ -4,11 +4,30 @@ The losses of pairs and responses are in preference_losses.py, reference_free_lo
 response_losses.py. Holds no model, no batch layout and no optimizer.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
+"""Scalars by name, means with the weight of the batch; or `Mean`s, which have their own counts."""
+
+
+class Mean(NamedTuple):
+    """A mean as sum and count, so that those of several batches make one: they are added.
+
+    Of more than one entry, the value is the sum of the entries' means. Where an entry counts
+    nothing there is nothing to report: the value is nan.
+    """
+
+    total: Any
+    count: Any
+
+    @property
+    def value(self) -> Any:
+        """The value; arrays of any library."""
+        return (self.total / self.count).sum()
 
 
 def preference_metrics(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from w2s_jax.train.losses import Metrics
+from w2s_jax.train.losses import Mean, Metrics
 from w2s_jax.train.preference_losses import Logprobs
 
 TokenLogprobs = Float[Array, "B X"]
@@ -53,18 +53,22 @@ def kto_metrics(
 ) -> Metrics:
     """TRL's metrics of a KTO batch: means over its desirable and over its undesirable responses.
 
-    A mean over no response is nan, as there is nothing to report.
+    A mean has its own count, as a batch may hold few of a kind, or none; the margin is the mean of
+    the desirable ones less that of the others.
     """
     rewards = beta * (policy - reference)
 
-    def mean(values: Logprobs, where: Bool[Array, " B"]) -> Array:
-        return jnp.where(where, values, 0.0).sum() / where.sum()
+    def mean(values: Logprobs, where: Bool[Array, " B"]) -> Mean:
+        return Mean(jnp.where(where, values, 0.0).sum(), where.sum().astype(jnp.float32))
 
     chosen, rejected = mean(rewards, labels), mean(rewards, ~labels)
+    margins = Mean(
+        jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])
+    )
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
+        "rewards/margins": margins,
         "logps/chosen": mean(policy, labels),
         "logps/rejected": mean(policy, ~labels),
         "kl": kl,

@@ -21,6 +21,7 @@ from w2s_jax.text.held_out import Part
 from w2s_jax.text.order import Batches
 from w2s_jax.text.training_data import Data
 from w2s_jax.train.loop import LoopConfig, train
+from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from w2s_jax.train.placing import batch_parts, check_batch, host_rows, place, place_state
@@ -207,7 +208,7 @@ def evaluation(
     """What measures a state: the loss and its metrics over the held-out examples, by weight.
 
     Examples are read in order, without dropout; what is left of them after whole batches is a
-    batch of its own, as far as the mesh divides it.
+    batch of its own, as far as the mesh divides it. A mean over no example is nan.
     """
     data = task.held_out
     assert data is not None
@@ -224,20 +225,29 @@ def evaluation(
         return weight, metrics
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        weights = 0.0
+        sums: dict[str, Mean] = {}
         for start in starts:
             stop = min(start + rows, len(data) - len(data) % parts)
             own = host_rows(mesh, stop - start)
             batch = place(data.at(np.arange(start, stop), own), mesh, stop - start)
             weight, metrics = jax.device_get(measure(state.params, dict(task.frozen), batch))
-            weights += float(weight)
             for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(weight) * float(value)
-        means = {name: total / max(weights, 1e-9) for name, total in totals.items()}
-        return {name: mean for name, mean in means.items() if name not in SUMMED}
+                part = _as_mean(value, float(weight))
+                sums[name] = Mean(*map(np.add, sums.get(name, Mean(0.0, 0.0)), part))
+        return {
+            name: float(mean.value) if np.all(mean.count) else math.nan
+            for name, mean in sums.items()
+            if name not in SUMMED
+        }
 
     return evaluate
+
+
+def _as_mean(value: Any, weight: float) -> Mean:
+    """A metric of a batch as sums in float64; one of a batch without weight counts nothing."""
+    if not isinstance(value, Mean):
+        value = Mean(weight * value if weight else 0.0, weight)
+    return Mean(*(np.asarray(part, np.float64) for part in value))
 
 
 def _check_best(wanted: str | None, task: Task, params: Any, config: RunConfig) -> None:

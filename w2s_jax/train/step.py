@@ -14,10 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from w2s_jax.ops.sharding import DEFAULT_RULES
+from w2s_jax.train.losses import Mean, Metrics
 
 Batch = dict[str, Any]
-Metrics = dict[str, Array]
-
 
 LossFunction = Callable[[Any, Any, Batch, Array | None], tuple[Array, Array, Metrics]]
 """(params, frozen, batch, key) -> (mean loss, weight of the mean, metrics).
@@ -134,8 +133,10 @@ def cast(tree: Any, dtype: DTypeLike | None) -> Any:
 
 
 def _part(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(means, sums)."""
-    sums = {name: value for name, value in metrics.items() if name in SUMMED}
+    """(means, what is summed)."""
+    sums = {
+        name: value for name, value in metrics.items() if name in SUMMED or isinstance(value, Mean)
+    }
     return {name: value for name, value in metrics.items() if name not in sums}, sums
 
 

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from w2s_jax.errors import InputError
+from w2s_jax.train.losses import Mean
 
 Values = dict[str, Any]
 
@@ -45,8 +48,8 @@ class Meter:
         peak: float | int | None = None,
     ):
         saved = saved or {}
-        self._sums: dict[str, float] = dict(saved.get("sums", {}))
-        self._counts: dict[str, int] = dict(saved.get("counts", {}))
+        self._sums: dict[str, list[float]] = dict(saved.get("sums", {}))
+        self._counts: dict[str, list[float]] = dict(saved.get("counts", {}))
         self._tokens = int(saved.get("num_tokens", 0))
         self._earlier = float(saved.get("seconds", 0.0))
         self._rate = (flops_per_token / peak) if flops_per_token and peak else None
@@ -56,15 +59,22 @@ class Meter:
         self._counted = "num_tokens" in saved
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Count one step; a value that is not finite (the mean of no rows) is left out."""
+        """Count one step; a value that is not finite is left out.
+
+        Steps count alike, but in a `losses.Mean` as many times as it counts.
+        """
         tokens = 0
         for name, value in metrics.items():
-            number = float(value)
             if name == "num_tokens":
-                tokens, self._counted = int(number), True
-            elif math.isfinite(number):
-                self._sums[name] = self._sums.get(name, 0.0) + number
-                self._counts[name] = self._counts.get(name, 0) + 1
+                tokens, self._counted = int(value), True
+                continue
+            mean = value if isinstance(value, Mean) else Mean(value, 1.0)
+            added, counted = (np.ravel(part).astype(float).tolist() for part in mean)
+            if not all(map(math.isfinite, (*added, *counted))):
+                continue
+            zeros = [0.0] * len(added)
+            self._sums[name] = _added(self._sums.get(name, zeros), added)
+            self._counts[name] = _added(self._counts.get(name, zeros), counted)
         self._tokens += tokens
         if self._since is None:
             self._since = time.monotonic()
@@ -76,7 +86,10 @@ class Meter:
         values: Values = {"seconds": round(self.seconds(), 2)}
         if self._counted:
             values["num_tokens"] = self._tokens
-        values |= {name: self._sums[name] / self._counts[name] for name in self._sums}
+        for name, totals in self._sums.items():
+            if all(self._counts[name]):
+                pairs = zip(totals, self._counts[name], strict=True)
+                values[name] = sum(total / count for total, count in pairs)
         now = time.monotonic()
         if self._fresh and self._since is not None and now > self._since:
             speed = self._fresh / (now - self._since)
@@ -106,6 +119,10 @@ class Meter:
         """JSON values from which a Meter goes on to the same bits."""
         kept: Values = {"sums": self._sums, "counts": self._counts, "seconds": self.seconds()}
         return {**kept, "num_tokens": self._tokens} if self._counted else kept
+
+
+def _added(one: list[float], other: list[float]) -> list[float]:
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 PEAKS = {

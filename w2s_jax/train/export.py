@@ -1,0 +1,135 @@
+"""From a run's folder to a model: what the run says it trains, any step it keeps, and rounding.
+
+Weights of few bits hold no small changes, and a guide is a small change: what training made is
+kept in float32 unless another dtype is asked for, and then what rounding loses is measured.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.huggingface import load_config, load_model, locate
+from w2s_jax.models.lora import LoraConfig, merge
+from w2s_jax.models.model import Model
+from w2s_jax.text.atomic import write_whole
+from w2s_jax.train.checkpoint import read_params
+from w2s_jax.train.loop import CHECKPOINTS
+from w2s_jax.train.reference import weights_identity
+
+RECORD = "run.json"
+"""The file of a run's folder that says what is trained there."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run trains: the checkpoint it began with, and the adapters beside it, if any.
+
+    base: a hub id or a folder's full path. weights: the identity of its weights, None where the run
+    began with random ones.
+    """
+
+    base: str
+    weights: str | None
+    lora: LoraConfig | None = None
+
+
+def write_record(directory: Path, record: Record) -> None:
+    """Write a run's record into its folder. Raises InputError where that is not possible."""
+    text = json.dumps(asdict(record), indent=2) + "\n"
+    write_whole(directory / RECORD, [text.encode()])
+
+
+def read_record(directory: Path) -> Record:
+    """The record in a run's folder. Raises InputError where it is missing or malformed."""
+    path = directory / RECORD
+    try:
+        value = json.loads(path.read_bytes())
+        lora = value["lora"]
+        if lora is not None:
+            lora = LoraConfig(**lora | {"targets": tuple(lora["targets"])})
+        return Record(str(value["base"]), value["weights"], lora)
+    except FileNotFoundError:
+        raise InputError(f"{directory}: no {RECORD}, which says what is trained there") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no record of a run ({error})") from None
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a folder is that of a training run."""
+    return (directory / RECORD).is_file() or (directory / CHECKPOINTS).is_dir()
+
+
+def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model | None]:
+    """A step that a run keeps, the newest by default: its number, the model, and what it came from.
+
+    The model is in float32, adapters merged; what it came from is None where that was random.
+    Raises InputError where the step is not there or not sound, and where the adapters' base has
+    changed since.
+    """
+    record = read_record(directory)
+    step, params = read_params(directory / CHECKPOINTS, step)
+    base = locate(record.base)
+    if record.lora is not None and weights_identity(base) != record.weights:
+        raise InputError(f"{directory}: its base {record.base} has other weights than it had then")
+    start = None
+    if record.weights is not None:
+        start = load_model(base, dtype="float32", scan_layers="layers" in params)
+    if record.lora is None:
+        return step, Model(load_config(base), params), start
+    assert start is not None
+    return step, Model(start.config, merge(start.params, params, record.lora)), start
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a dtype loses of the change that training made to the weights.
+
+    reverted: the share of the changed weights that round to where they began. error: the norm of
+    what rounding moves over that of what training moved.
+    """
+
+    dtype: str
+    reverted: float
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype} loses {self.reverted:.1%} of the weights' changes wholly; its error is "
+            f"{self.error:.2g} of the change that training made"
+        )
+
+
+def rounded(params: Any, dtype: str) -> Any:
+    """The parameters in a dtype. Raises InputError where it does not reach that far."""
+    made = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(made)):
+        raise InputError(f"{dtype} does not hold all weights: some are infinite in it")
+    return made
+
+
+def measure_rounding(start: Mapping[str, Any], trained: Mapping[str, Any], dtype: str) -> Rounding:
+    """What `dtype` would lose of the way from one tree of parameters to another of its shape."""
+    sums = [
+        jax.device_get(_rounding_sums(before, after, dtype))
+        for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(trained), strict=True)
+    ]
+    changed, reverted, moved, error = (float(sum(part)) for part in zip(*sums, strict=True))
+    return Rounding(dtype, reverted / max(changed, 1.0), (error / max(moved, 1e-30)) ** 0.5)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _rounding_sums(start: jax.Array, trained: jax.Array, dtype: str) -> tuple[jax.Array, ...]:
+    """(changed, changed back by rounding, squares of the change, squares of the error)."""
+    start, trained = (leaf.astype(jnp.float32) for leaf in (start, trained))
+    kept = trained.astype(dtype).astype(jnp.float32)
+    changed = trained != start
+    reverted = changed & (kept == start.astype(dtype).astype(jnp.float32))
+    squares = [jnp.square(x).sum() for x in (trained - start, kept - trained)]
+    return changed.sum(dtype=jnp.float32), reverted.sum(dtype=jnp.float32), *squares
