@@ -16,9 +16,9 @@ BETA = 0.7
 @pytest.fixture(scope="module")
 def models():
     """A policy with a padded embedding, and two guides, the second of weight −0.5."""
-    policy = tiny_model(0, vocab_size=VOCAB + 5)
-    first = Guide(tiny_model(1), tiny_model(2))
-    second = Guide(tiny_model(3), tiny_model(4, vocab_size=VOCAB + 1), -0.5)
+    policy = tiny_model(0, layers=1, vocab_size=VOCAB + 5)
+    first = Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
+    second = Guide(tiny_model(3, layers=1), tiny_model(4, layers=1, vocab_size=VOCAB + 1), -0.5)
     return search_models(policy, [first, second])
 
 
@@ -83,7 +83,7 @@ def test_the_mixture_equals_brute_force_in_float64(models, monkeypatch, block_by
 def test_only_a_block_of_logits_is_alive(models):
     """The mixed logits of all rows, float32, must not stand in the compiled program's memory."""
     vocabulary, rows, width = 8192, 8, 128
-    wide = search_models(tiny_model(0, vocab_size=vocabulary), None)
+    wide = search_models(tiny_model(0, layers=1, vocab_size=vocabulary), None)
     tokens = np.zeros((rows, width), np.int32)
     row = ((tokens, np.ones_like(tokens, bool), np.zeros(rows, np.int32)),)
     betas = np.zeros(rows, np.float32)
@@ -105,7 +105,7 @@ def test_only_a_block_of_logits_is_alive(models):
 def test_beta_zero_and_equal_guides_are_the_policy(models):
     tokens = draw(1, 4, 9)
     alone = search_models(models.policy, None)
-    narrow = search_models(models.policy, Guide(tiny_model(5), tiny_model(5)))
+    narrow = search_models(models.policy, Guide(*[tiny_model(5, layers=1)] * 2))
     # The policy alone also proposes the ids of its padded embedding; within 0 .. VOCAB − 1 the
     # three differ by their share.
     policy = log_softmax(models.policy(tokens))[..., :VOCAB]
