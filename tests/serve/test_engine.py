@@ -9,7 +9,7 @@ from tests.serve.tiny_server import served_at
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
-from w2s_jax.search.likelihood import token_likelihoods
+from w2s_jax.search.likelihood import score_responses, token_likelihoods
 from w2s_jax.search.presets import cbs
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.texts import FunctionScorer
@@ -294,6 +294,27 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     again = asyncio.run(answers(engine, jobs(reader, prompt=["a sea", "good", "a film"])))
     assert (good, also) == (again[0], again[2])
     engine.stop()
+
+
+def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
+    def damaged(models, proposer, responses, **settings):
+        found = score_responses(models, proposer, responses, **settings)
+        for index, response in enumerate(responses):
+            one, token = found[index], response.prompts[0][-1]
+            if token == 70:
+                found[index] = replace(one, logprobs=one.logprobs * np.nan)
+            elif token == 6:
+                found[index] = replace(one, top_logprobs=one.top_logprobs - np.inf)
+        return found
+
+    engine = Engine(served, LIMITS, Metrics(), score=damaged)
+    engine.start()
+    prompts = [[0, 5], [0, 70], [0, 6]]
+    asked = jobs(reader, prompt=prompts, method="sample", logprobs=1, max_tokens=5)
+    good, bad, also = asyncio.run(answers(engine, asked))
+    engine.stop()
+    assert (type(good), type(also)) == (Done, Done), "a log-prob of −inf is legitimate"
+    assert (type(bad), bad.error.status, bad.error.code) == (Failed, 500, "not_finite")
 
 
 def test_a_fault_of_the_program_is_told_without_its_insides(served, capsys):

@@ -459,6 +459,9 @@ class Engine:
                 self._fail(task, ApiError(400 if isinstance(error, InputError) else 500, told))
             return True
         for task, choices in zip(alive, found, strict=True):
+            if isinstance(choices, ApiError):
+                self._fail(task, choices)
+                continue
             task.found = choices
             self._finish(task)
         return bool(batch)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
+import numpy as np
+
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import (
     ScoredResponse,
@@ -12,6 +14,7 @@ from w2s_jax.search.likelihood import (
     score_responses,
 )
 from w2s_jax.serve.compiling import Compiler
+from w2s_jax.serve.errors import ApiError, not_finite
 from w2s_jax.serve.events import Choice
 from w2s_jax.serve.schema import MOST_TOP_LOGPROBS
 from w2s_jax.serve.scoring import Kind, kind_of, proposer_of
@@ -48,8 +51,8 @@ class Likelihoods:
                 return self._first(tasks)
         return []
 
-    def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...]]:
-        """The choices of tasks of one kind with their log-probs."""
+    def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
+        """The choices of tasks of one kind with their log-probs; 500 for those of no numbers."""
         responses = [response for task in tasks for response in task.rows if response]
         found = self._score(
             self._models,
@@ -60,13 +63,14 @@ class Likelihoods:
             shape=padded_shape(responses),
         )
         scored = iter(found)
-        return [
+        choices = [
             tuple(
                 replace(choice, scored=next(scored) if row else None)
                 for choice, row in zip(task.found, task.rows, strict=True)
             )
             for task in tasks
         ]
+        return [each if all(map(_is_sound, each)) else not_finite() for each in choices]
 
     def forget(self) -> None:
         """Programs are compiled anew."""
@@ -86,3 +90,11 @@ class Likelihoods:
         responses = [response for response in task.rows if response]
         settings = {"top": self._top, "batch_size": self._rows}
         compile_scores(self._models, proposer_of(task.job), responses, **settings)
+
+
+def _is_sound(choice: Choice) -> bool:
+    """Whether log-probs are numbers; −inf is one, that of a token that cannot be."""
+    if choice.scored is None:
+        return True
+    parts = (choice.scored.logprobs, choice.scored.top_logprobs)
+    return not any(np.isnan(part).any() or np.isposinf(part).any() for part in parts)
