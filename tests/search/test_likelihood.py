@@ -4,10 +4,17 @@ import jax
 import numpy as np
 import pytest
 
+from tests.compiled import compilations
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.search import Guide, likelihood, search_models
-from w2s_jax.search.likelihood import Response, score_responses, token_likelihoods
+from w2s_jax.search.likelihood import (
+    Response,
+    compile_scores,
+    padded_shape,
+    score_responses,
+    token_likelihoods,
+)
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 
 BETA = 0.7
@@ -174,6 +181,22 @@ def test_responses_of_many_lengths_behind_one_or_several_prompts(models):
         expected = mixture(models, rows, beta, count=len(response.tokens))
         parts = (scored.logprobs, scored.greedy, scored.top_ids, scored.top_logprobs)
         check(parts, np.asarray(response.tokens), expected, 3)
+
+
+def test_what_is_compiled_ahead_is_all_that_scores(models):
+    """Also of rows that are far shorter than the others."""
+    rows = [Response(((1,),), (4, 5)), Response(((1, 2),), (6,) * 30)]
+    settings = {"top": 2, "batch_size": 2}
+    expected = score_responses(models, PolicyProposer(), rows, **settings)
+    jax.clear_caches()
+    compile_scores(models, PolicyProposer(), rows[1:], **settings)
+    with compilations() as later:
+        found = score_responses(
+            models, PolicyProposer(), rows, shape=padded_shape(rows[1:]), **settings
+        )
+    assert later == []
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_greedy_tokens_carry_the_very_log_prob_of_the_top(models):

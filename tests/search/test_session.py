@@ -1,10 +1,13 @@
 """Slots of one compiled search, each with numbers of its own, against brute force."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
+from tests.compiled import compilations
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
@@ -63,6 +66,26 @@ def run(session, requests):
 
 def tokens_of(result):
     return [h.tokens for h in result.hypotheses]
+
+
+@pytest.mark.parametrize(
+    ("request_of", "count"),
+    [
+        (lambda: Request(0, PROMPTS[:1]), 4),
+        (lambda: Request(0, PROMPTS[:1] * 3, stop=("ab",)), 5),
+    ],
+    ids=["tokens", "texts"],
+)
+def test_what_is_compiled_ahead_is_all_that_runs(start, guide, request_of, count):
+    """Compiled on a thread of its own, for a server whose other thread goes on meanwhile."""
+    jax.clear_caches()
+    request, session = request_of(), start(BEAM, guide, decode=decode)
+    with compilations() as ahead, ThreadPoolExecutor(1) as other:
+        other.submit(sessions.compile_session, session, request).result()
+    assert len(ahead) == count
+    with compilations() as later:
+        run(session, [request, request])
+    assert later == []
 
 
 def test_each_slot_heeds_its_own_numbers(start, policy):

@@ -6,9 +6,11 @@ import time
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.serve.tiny_server import served_at
+from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.errors import ApiError, queue_full
 from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
@@ -27,6 +29,7 @@ class Pretender:
 
     def __init__(self) -> None:
         self.state, self.refusal, self.failure, self.is_silent = "ready", None, None, False
+        self.scored = None
         self.tickets: list[Ticket] = []
         self.jobs: list = []
 
@@ -44,7 +47,8 @@ class Pretender:
                 ticket.put(Failed(index, self.failure))
                 continue
             ticket.put(Progress(index, ("ab",) * job.choices))
-            ticket.put(Done(index, (Choice("abcd é", (5, 6, 7), "eos"),) * job.choices))
+            choice = Choice("abcd é", (5, 6, 7), "eos", scored=self.scored)
+            ticket.put(Done(index, (choice,) * job.choices))
         return ticket
 
 
@@ -107,6 +111,16 @@ def test_token_ids_where_they_are_asked_for(service, served):
     choice = post(service, body).json()["choices"][0]
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([5, 6], [5, 6, 7])
     assert "token_ids" not in post(service, BODY).json()["choices"][0]
+
+
+def test_an_impossible_token_has_a_log_prob_that_json_knows(service, engine):
+    impossible = np.full((3, 2), -np.inf, np.float32)
+    engine.scored = ScoredResponse(
+        impossible[:, 0], np.zeros(3, bool), np.array([[5, 6]] * 3), impossible
+    )
+    (choice,) = post(service, BODY | {"logprobs": 2}).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-9999.0] * 3
+    assert set(choice["logprobs"]["top_logprobs"][0].values()) == {-9999.0}
 
 
 def test_an_echo(service):

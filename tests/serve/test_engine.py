@@ -1,5 +1,5 @@
 import asyncio
-import math
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +9,12 @@ from tests.serve.tiny_server import served_at
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
-from w2s_jax.search.likelihood import token_likelihoods
+from w2s_jax.search.likelihood import score_responses, token_likelihoods
 from w2s_jax.search.presets import cbs
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.texts import FunctionScorer
+from w2s_jax.serve import engine as room
+from w2s_jax.serve import likelihoods
 from w2s_jax.serve.engine import Engine
 from w2s_jax.serve.errors import ApiError
 from w2s_jax.serve.events import Done, Failed, Progress
@@ -20,7 +22,6 @@ from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.metrics import Metrics
 from w2s_jax.serve.schema import Completion
 from w2s_jax.serve.settings import Defaults, Limits
-from w2s_jax.serve.tasks import Group, Nobody, Task
 from w2s_jax.text.prompts import decode_tokens, response_text
 
 DEFAULTS = Defaults(w=2, k=2, l=3, max_tokens=12, temperature=1.0, top_k=0)
@@ -295,6 +296,27 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     engine.stop()
 
 
+def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
+    def damaged(models, proposer, responses, **settings):
+        found = score_responses(models, proposer, responses, **settings)
+        for index, response in enumerate(responses):
+            one, token = found[index], response.prompts[0][-1]
+            if token == 70:
+                found[index] = replace(one, logprobs=one.logprobs * np.nan)
+            elif token == 6:
+                found[index] = replace(one, top_logprobs=one.top_logprobs - np.inf)
+        return found
+
+    engine = Engine(served, LIMITS, Metrics(), score=damaged)
+    engine.start()
+    prompts = [[0, 5], [0, 70], [0, 6]]
+    asked = jobs(reader, prompt=prompts, method="sample", logprobs=1, max_tokens=5)
+    good, bad, also = asyncio.run(answers(engine, asked))
+    engine.stop()
+    assert (type(good), type(also)) == (Done, Done), "a log-prob of −inf is legitimate"
+    assert (type(bad), bad.error.status, bad.error.code) == (Failed, 500, "not_finite")
+
+
 def test_a_fault_of_the_program_is_told_without_its_insides(served, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("XLA: secret insides")
@@ -328,20 +350,52 @@ def test_a_warm_up_comes_before_readiness(served):
     assert engine.state == "stopped"
 
 
-def test_a_program_that_must_compile_leaves_the_others_their_time(served, reader):
-    """While one compiles all wait, so it waits its turn where compiled ones have work."""
+@pytest.mark.parametrize("new", [{"top_k": 7}, {"logprobs": 1}], ids=["search", "likelihoods"])
+def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, new):
+    """Who asks for it waits alone."""
+    begun, over = threading.Event(), threading.Event()
+
+    def slowly(compile_it):
+        def compile_slowly(*args, **settings):
+            begun.set()
+            assert over.wait(60)
+            compile_it(*args, **settings)
+
+        return compile_slowly
+
     engine = Engine(served, LIMITS, Metrics())
-    ticket = Nobody()
-    busy, new = (Group(jobs(reader, top_k=top_k)[0].program) for top_k in (5, 6))
-    for group in (busy, new):
-        engine._groups[group.program] = group
-        group.waiting.append(Task(jobs(reader)[0], ticket, 0))
-    engine._has_run.add(busy.program)
-    engine._next_compilation = math.inf
-    assert engine._is_due(busy)
-    assert not engine._is_due(new)
-    engine._next_compilation = 0.0
-    assert engine._is_due(new), "its turn has come"
-    engine._next_compilation = math.inf
-    busy.waiting.clear()
-    assert engine._is_due(new), "nobody else has work"
+    engine.start()
+    assert answer(engine, reader, method="sample")
+    monkeypatch.setattr(room.sessions, "compile_session", slowly(room.sessions.compile_session))
+    monkeypatch.setattr(likelihoods, "compile_scores", slowly(likelihoods.compile_scores))
+
+    async def ask():
+        waits = asyncio.ensure_future(answers(engine, jobs(reader, method="sample", **new)))
+        assert await asyncio.to_thread(begun.wait, 60)
+        assert engine.is_running
+        (done,) = await answers(engine, jobs(reader, method="sample"))
+        waited = not waits.done()
+        over.set()
+        return done, waited, *(await waits)
+
+    done, waited, late = asyncio.run(ask())
+    engine.stop()
+    assert isinstance(done, Done)
+    assert isinstance(late, Done)
+    assert waited
+
+
+def test_a_compilation_that_fails_fails_who_asked_for_it(served, reader, monkeypatch, capsys):
+    def broken(session, request):
+        raise RuntimeError("out of memory")
+
+    engine = Engine(served, LIMITS, Metrics())
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(room.sessions, "compile_session", broken)
+        with pytest.raises(ApiError) as caught:
+            answer(engine, reader, method="sample")
+    assert (caught.value.status, caught.value.code) == (500, "search_failed")
+    assert "out of memory" in capsys.readouterr().err
+    assert answer(engine, reader, method="sample")
+    engine.stop()

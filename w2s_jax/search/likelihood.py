@@ -7,6 +7,7 @@ samples (CBS, best-of-N) has no likelihood, so none is here.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from w2s_jax.pytrees import pytree
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.proposers import Proposer
 from w2s_jax.text.batches import pad_rows, power_of_two
+
+Shape = tuple[int, int, int]
+"""Tokens to be read, tokens to be scored, and prompts of a row: 1, or one for each model."""
 
 BLOCK_BYTES = 1 << 27
 """Float32 logits that are alive at a time, over all models, where a call needs more than these."""
@@ -108,14 +112,16 @@ def score_responses(
     *,
     top: int = 0,
     batch_size: int = 8,
+    shape: Shape | None = None,
     on_scored: Callable[[int, ScoredResponse], None] = lambda index, scored: None,
 ) -> list[ScoredResponse]:
     """Likelihoods of every response behind its prompts, in the order given.
 
     Rows go longest first in batches of `batch_size`, padded to powers of two of tokens, so that few
-    programs are compiled. on_scored hears each one, with its index, as soon as it is scored. Raises
-    InputError, naming the row, for an empty prompt or response, an id outside the vocabulary, a
-    wrong number of prompts, a row beyond a model's positions, and a `top` beyond the vocabulary.
+    programs are compiled; with `shape`, the `padded_shape` of all or more, one is. on_scored hears
+    each one, with its index, as soon as it is scored. Raises InputError, naming the row, for an
+    empty prompt or response, an id outside the vocabulary, a wrong number of prompts, a row beyond
+    a model's positions, and a `top` beyond the vocabulary.
     """
     if not 0 <= top <= models.vocabulary:
         raise InputError(f"top is {top}; it must lie in 0 .. {models.vocabulary}, the vocabulary")
@@ -125,12 +131,14 @@ def score_responses(
     width = [max(map(len, row.prompts)) + len(row.tokens) - 1 for row in responses]
     waiting = sorted(range(len(responses)), key=lambda index: -width[index])
     while waiting:
-        padded = padded_width(width[waiting[0]])
-        batch = [index for index in waiting[:batch_size] if padded_width(width[index]) == padded]
+        batch = waiting[:batch_size]
+        if shape is None:
+            padded = padded_width(width[waiting[0]])
+            batch = [index for index in batch if padded_width(width[index]) == padded]
         waiting = waiting[len(batch) :]
         rows = [responses[index] for index in batch]
-        rows += [rows[-1]] * (batch_size - len(rows))
-        scored = jax.device_get(_score_batch(models, proposer, rows, padded, top))
+        given = _arguments(models, proposer, rows, batch_size, shape or padded_shape(rows), top)
+        scored = jax.device_get(_likelihoods(*given))
         for place, index in enumerate(batch):
             count = len(responses[index].tokens)
             parts = (scored.logprobs, scored.greedy, scored.top_ids, scored.top_logprobs)
@@ -172,32 +180,54 @@ def _betas(proposer: Proposer, rows: int) -> np.ndarray:
     return np.full(rows, getattr(proposer, "beta", 0.0), np.float32)
 
 
+def compile_scores(
+    models: SearchModels,
+    proposer: Proposer,
+    responses: Sequence[Response],
+    *,
+    top: int = 0,
+    batch_size: int = 8,
+) -> None:
+    """Compile, on the calling thread, what `score_responses` runs for the shape of these."""
+    rows, shape = responses[:batch_size], padded_shape(responses)
+    given = _arguments(models, proposer, rows, batch_size, shape, top)
+    _likelihoods.lower(*given).compile()
+
+
+def padded_shape(rows: Sequence[Response]) -> Shape:
+    """The `Shape` that rows are padded to."""
+    width = padded_width(max(max(map(len, row.prompts)) + len(row.tokens) - 1 for row in rows))
+    count = min(width, padded_width(max(len(row.tokens) for row in rows)))
+    return width, count, max(len(row.prompts) for row in rows)
+
+
 def padded_width(length: int) -> int:
     """The width that a row of `length` tokens is padded to."""
     return power_of_two(length, 16)
 
 
-def _score_batch(
+def _arguments(
     models: SearchModels,
     proposer: Proposer,
     rows: Sequence[Response],
-    width: int,
+    batch_size: int,
+    shape: Shape,
     top: int,
-) -> Likelihoods:
-    """The device's part for one batch. Models that read the same prompt share one array."""
-    count = min(width, padded_width(max(len(row.tokens) for row in rows)))
+) -> tuple[Any, ...]:
+    """What `_likelihoods` takes for a batch. Models that read the same prompt share one array."""
+    width, count, own = shape
+    rows = [*rows, *[rows[-1]] * (batch_size - len(rows))]
     targets, real = pad_rows([row.tokens for row in rows], count, _PADDING)
-    several = any(len(row.prompts) > 1 for row in rows)
     betas = _betas(proposer, len(rows))
     for place, row in enumerate(rows):
         betas[place] = betas[place] if row.beta is None else row.beta
     read = []
-    for member in range(len(models.members) if several else 1):
+    for member in range(own):
         prompts = [row.prompts[member if len(row.prompts) > 1 else 0] for row in rows]
         inputs = [(*prompt, *row.tokens[:-1]) for prompt, row in zip(prompts, rows, strict=True)]
         starts = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
         read.append((*pad_rows(inputs, width, _PADDING), starts))
-    return _likelihoods(models, proposer, tuple(read), targets, real, betas, top)
+    return models, proposer, tuple(read), targets, real, betas, top
 
 
 @partial(jax.jit, static_argnames=("proposer", "top"))

@@ -4,7 +4,7 @@ A session is a value, but what it holds on the device is donated from one to the
 newest may be used. The loop over many prompts is in `run.py`; a server runs one of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import everywhere, whole
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
@@ -173,16 +173,14 @@ def _draws(config: SearchConfig, request: Request) -> tuple:
 def advance(session: Session) -> Session:
     """One chunk for all slots; through the host only where texts are needed."""
     models, state, held = session.models, session.state, session.held
-    stops = bool(state.config.stop) or any(request.stop for request in held.values())
-    if not (stops or session.scorers or session.traced):
+    if not _needs_host(session, held.values()):
         return replace(session, state=step.search_step(models, state))
     assert session.decode is not None
     state, proposal = _propose(models, state)
     texts = bool(session.scorers) or session.traced
     rows = read_rows(state, proposal, held, session.decode, texts=texts)
     lengths, finished = heed_stops(proposal, rows)
-    ends = (everywhere(array, state.mesh) for array in (lengths, finished))
-    proposal = replace(proposal, **dict(zip(("lengths", "finished"), ends, strict=True)))
+    proposal = _ended(proposal, lengths, finished, state.mesh)
     memories, totals = session.memories, None
     if session.scorers:
         memories, totals = score_rows(session.scorers, memories, rows, held, state)
@@ -196,6 +194,47 @@ def advance(session: Session) -> Session:
         )
     chunks = trace(rows, selection, before, held) if session.traced else {}
     return replace(session, state=state, memories=memories, chunks=chunks)
+
+
+def compile_session(session: Session, request: Request) -> None:
+    """Compile, on the calling thread, what requests like this one run in a session.
+
+    Runs no model, so that another thread may run other sessions meanwhile. What scorers of texts
+    read by is not compiled: its shapes are those of the texts.
+    """
+    models, state, count = session.models, session.state, len(request.prompts)
+    prompts = np.zeros((count, session.prefix_capacity + 1), np.int32)
+    own = _draws(state.config, request)
+    _insert.lower(models, state, np.int32(0), own, prompts, np.ones(count, np.int32)).compile()
+    _done.lower(state).compile()
+    _release.lower(state, np.int32(0)).compile()
+    if not _needs_host(session, [request]):
+        step.search_step.lower(models, state).compile()
+        return
+    proposing = _propose.lower(models, state).compile()
+    _, proposal = jax.eval_shape(_propose, models, state)
+    if state.mesh is not None:
+        proposal = with_shardings(proposal, proposing.output_shardings[1])
+    ends = [np.zeros(end.shape, end.dtype) for end in (proposal.lengths, proposal.finished)]
+    proposal = _ended(proposal, *ends, state.mesh)
+    totals = None
+    if session.scorers:
+        shape = (session.slots, state.config.rows, len(session.scorers))
+        totals = np.zeros(shape, np.float32)
+    _conclude.lower(models, state, proposal, totals).compile()
+
+
+def _ended(
+    proposal: step.Proposal, lengths: np.ndarray, finished: np.ndarray, mesh: Mesh | None
+) -> step.Proposal:
+    """A proposal whose rows end as the host has found."""
+    return replace(proposal, lengths=everywhere(lengths, mesh), finished=everywhere(finished, mesh))
+
+
+def _needs_host(session: Session, requests: Iterable[Request]) -> bool:
+    """Whether a chunk goes through the host, which texts need."""
+    stops = bool(session.state.config.stop) or any(request.stop for request in requests)
+    return stops or bool(session.scorers) or session.traced
 
 
 def done_slots(session: Session) -> list[int]:

@@ -12,6 +12,8 @@ from w2s_jax.serve.jobs import Job
 from w2s_jax.serve.pieces import TokenTexts, token_bytes
 
 Json = dict[str, Any]
+LEAST_LOGPROB = -9999.0
+"""What stands for −inf, which JSON does not know, as in OpenAI's API."""
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
@@ -167,9 +169,10 @@ def _rows(
         yield ids.pop(0), None, []
     for place, token in enumerate(ids):
         assert scored is not None
-        best = zip(
+        ids_and_values = zip(
             scored.top_ids[place, :top].tolist(),
             scored.top_logprobs[place, :top].tolist(),
             strict=True,
         )
-        yield token, float(scored.logprobs[place]), list(best)
+        best = [(other, max(value, LEAST_LOGPROB)) for other, value in ids_and_values]
+        yield token, max(float(scored.logprobs[place]), LEAST_LOGPROB), best

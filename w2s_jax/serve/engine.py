@@ -1,7 +1,7 @@
 """The engine: one thread that owns the device and answers jobs side by side.
 
-Jobs of one program share the slots of one session; sessions take turns, a chunk each. Knows
-nothing of HTTP.
+Jobs of one program share the slots of one session; sessions take turns, a chunk each. A program
+that is new is compiled on another thread, while the others run. Knows nothing of HTTP.
 """
 
 import copy
@@ -11,30 +11,27 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
-from w2s_jax.search.likelihood import ScoredResponse, score_responses
-from w2s_jax.search.results import Hypothesis, SearchResult
+from w2s_jax.search.likelihood import score_responses
+from w2s_jax.search.results import SearchResult
+from w2s_jax.search.session import Session
+from w2s_jax.serve.compiling import Compiler
 from w2s_jax.serve.errors import ApiError, queue_full, shutting_down
 from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
+from w2s_jax.serve.likelihoods import Likelihoods, Score
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.pieces import settled, shared
-from w2s_jax.serve.schema import MOST_TOP_LOGPROBS
-from w2s_jax.serve.scoring import kind_of, proposer_of
+from w2s_jax.serve.reading import choices_of, settled_texts
 from w2s_jax.serve.settings import Limits
 from w2s_jax.serve.tasks import Group, Nobody, Task
-from w2s_jax.text.prompts import decode_tokens, response_end
+from w2s_jax.text.prompts import decode_tokens
 
-Score = Callable[..., list[ScoredResponse]]
 _PROGRAMS_BEFORE_CLEARING = 64
-_COMPILING_SHARE = 4
-"""After a compilation what is compiled runs for at least so many times as long."""
 
 
 class Engine:
@@ -55,14 +52,15 @@ class Engine:
         score: Score = score_responses,
     ) -> None:
         self.served, self.limits, self.metrics = served, limits, metrics
-        self._mesh, self._warm_up, self._score = mesh, tuple(warm_up), score
+        self._mesh, self._warm_up = mesh, tuple(warm_up)
         # The thread decodes while others encode, which one tokenizer cannot do at once.
         self._tokenizer = copy.deepcopy(served.tokenizer)
         self._groups: OrderedDict[Program, Group] = OrderedDict()
         self._to_score: deque[Task] = deque()
-        self._compiled: set[Program] = set()
-        self._has_run: set[Program] = set()
-        self._next_compilation = 0.0
+        self._programs: set[Program] = set()
+        self._compiler = Compiler(self._note_compilation)
+        self._likelihoods = Likelihoods(served.models, limits.slots, self._compiler, score)
+        self._has_compiled = False
         self._wake = threading.Condition()
         self._arrived: deque[Task] = deque()
         self._open: set[Task] = set()
@@ -82,8 +80,8 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread has not ended."""
-        return self._thread.is_alive()
+        """Whether a thread works or compiles."""
+        return self._thread.is_alive() or self._compiler.is_busy
 
     def start(self) -> None:
         """Begin to warm up, then to answer."""
@@ -144,8 +142,7 @@ class Engine:
             with self._wake:
                 if self._state == "starting":
                     self._state = "ready"
-            while self._take_arrivals():
-                self._turn()
+            self._go_on_while(lambda: True)
             self._forget_tasks()
         except BaseException as error:  # nothing may end this thread unseen
             if isinstance(error, ApiError):
@@ -156,24 +153,36 @@ class Engine:
                 self._state = "failed"
             self._dismiss(ApiError(500, "the engine has failed; see the server's log"))
             self._forget_tasks()
+        finally:
+            self._compiler.close()
+
+    def _go_on_while(self, is_wanted: Callable[[], bool]) -> None:
+        """Take turns as long as that holds and the engine is not stopped."""
+        progress = True
+        while is_wanted() and self._take_arrivals(progress):
+            progress = self._turn()
 
     def _answer_warm_up(self) -> None:
         for job in self._warm_up:
             nobody = Nobody()
             self._sort_in(Task(job, nobody, 0, has_slot=True))
-            while any(self._units()):
-                if self._state == "stopped":
-                    return
-                self._turn()
+            self._go_on_while(lambda nobody=nobody: not nobody.is_over)  # type: ignore[misc]
             if nobody.error is not None:
                 raise nobody.error
 
-    def _take_arrivals(self) -> bool:
-        """Sort in what has arrived, waiting for it where there is nothing else; False to end."""
+    def _take_arrivals(self, progress: bool) -> bool:
+        """Sort in what has arrived; False to end.
+
+        Where there is nothing to do, or the last turn got nothing done since all waits for
+        compilations, wait for what arrives or is compiled.
+        """
         with self._wake:
-            while not self._arrived and not any(self._units()) and self._state != "stopped":
+            while not (self._arrived or self._has_compiled or self._state == "stopped"):
+                if progress and any(self._units()):
+                    break
                 self._wake.wait()
             arrived, self._arrived = self._arrived, deque()
+            self._has_compiled = False
             if self._state == "stopped":
                 self._arrived = arrived
                 return False
@@ -195,47 +204,36 @@ class Engine:
         busy = [group for group in self._groups.values() if group.waiting or group.running]
         return [*busy, *([self._to_score] if self._to_score else [])]
 
-    def _turn(self) -> None:
-        """A chunk for every group with work, a batch of likelihoods between them."""
+    def _turn(self) -> bool:
+        """A chunk for every group with work, a batch of likelihoods between them.
+
+        False where nothing could be done: all waits for compilations.
+        """
+        progress = False
         for program in list(self._groups):
             group = self._groups.get(program)
             if group is None:
                 continue
-            self._drop_cancelled(group)
+            progress |= self._drop_cancelled(group)
             if group.waiting or group.running:
-                if not self._is_due(group):
-                    continue
-                started = time.monotonic()
                 try:
-                    self._serve(group)
+                    progress |= self._serve(group)
                 except Exception as error:  # one group's fault is not the others'
                     self._give_up(group, error)
-                self._note_compilation(group, started)
-            elif group.session is None:
+                    progress = True
+            elif group.session is None and not group.is_compiling:
                 del self._groups[program]
-            if self._to_score:
-                self._score_some()
-        if self._to_score:
-            self._score_some()
+            progress |= self._score_some()
+        return self._score_some() or progress
 
-    def _is_due(self, group: Group) -> bool:
-        """Whether a group may go on now; one that must compile leaves the others most of the time.
+    def _note_compilation(self) -> None:
+        with self._wake:
+            self._has_compiled = True
+            self._wake.notify()
 
-        All wait while a program compiles, and clients choose the settings that decide it.
-        """
-        if group.program in self._has_run:
-            return True
-        others = [other for other in self._groups.values() if other.program in self._has_run]
-        is_alone = not any(other.waiting or other.running for other in others)
-        return is_alone or time.monotonic() >= self._next_compilation
-
-    def _note_compilation(self, group: Group, started: float) -> None:
-        if group.session is not None and group.program not in self._has_run:
-            now = time.monotonic()
-            self._has_run.add(group.program)
-            self._next_compilation = now + _COMPILING_SHARE * (now - started)
-
-    def _drop_cancelled(self, group: Group) -> None:
+    def _drop_cancelled(self, group: Group) -> bool:
+        """Let go of what nobody waits for; False where there is no such thing."""
+        before = len(group.waiting) + len(group.running)
         for task in [task for task in group.waiting if task.ticket.is_cancelled]:
             group.waiting.remove(task)
             self._leave(task)
@@ -243,6 +241,7 @@ class Engine:
             if task.ticket.is_cancelled:
                 self._free(group, slot)
                 self._leave(task)
+        return len(group.waiting) + len(group.running) < before
 
     def _leave(self, task: Task, *, was_answered: bool = False) -> None:
         """A task is over."""
@@ -261,13 +260,13 @@ class Engine:
             self._waiting -= 1
             self.metrics.queue.set(self._waiting)
 
-    def _serve(self, group: Group) -> None:
-        """Fill free slots, advance by a chunk, hand out what came of it."""
+    def _serve(self, group: Group) -> bool:
+        """Fill free slots, advance by a chunk, hand out what came of it; False where it waits."""
         if not self._seat(group):
-            return
+            return False
         self._fill(group)
         if group.session is None or not group.running:
-            return
+            return not group.is_leaving
         started = time.monotonic()
         session = group.session = sessions.advance(group.held)
         done = [slot for slot in sessions.done_slots(session) if slot in group.running]
@@ -279,29 +278,43 @@ class Engine:
                 self._show(task, result)
                 continue
             self._free(group, slot)
-            task.found = self._choices(task.job, result)
+            task.found = choices_of(self._tokenizer, task.job, result)
             self._score_or_finish(task)
+        return True
 
     def _seat(self, group: Group) -> bool:
-        """Give a group memory on the device; False where it must wait for another to leave."""
+        """Give a group memory on the device; False where it waits for a compilation or for room."""
+        others = [other for other in self._groups.values() if other is not group]
         if group.session is not None:
-            others = (other for other in self._groups.values() if other is not group)
-            group.is_leaving &= any(other.waiting and other.session is None for other in others)
+            group.is_leaving &= any(other.waiting and not other.has_seat for other in others)
             return True
-        seated = [other for other in self._groups.values() if other.session is not None]
+        if group.future is not None:
+            if group.is_compiling:
+                return False
+            future, group.future = group.future, None
+            group.session = future.result()
+            self._count_programs()
+            return True
+        seated = [other for other in others if other.has_seat]
         if len(seated) >= self.limits.programs:
-            idle = [other for other in seated if not other.running]
+            idle = [other for other in seated if not (other.running or other.is_compiling)]
             leaving = [other for other in idle if other.is_leaving or not other.waiting]
             if not leaving:
                 if not any(other.is_leaving for other in seated):
                     min(seated, key=lambda other: other.seated).is_leaving = True
                 return False
             self._unseat(min(leaving, key=lambda other: other.seated))
-        if len(self._compiled) >= _PROGRAMS_BEFORE_CLEARING:
+        if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:
             self._forget_programs()
-        self._compiled.add(group.program)
-        served, program = self.served, group.program
-        group.session = sessions.start_session(
+        self._programs.add(group.program)
+        group.future = self._compiler.ask(self._session_of, group.program, group.waiting[0].job)
+        group.seated = time.monotonic()
+        return False
+
+    def _session_of(self, program: Program, job: Job) -> Session:
+        """A session of a program with all compiled that it runs; for the compiler's thread."""
+        served = self.served
+        session = sessions.start_session(
             served.models,
             program.config(served.models),
             slots=self.limits.slots,
@@ -310,12 +323,12 @@ class Engine:
             scorers=served.scorers if program.method in CHOOSING else (),
             mesh=self._mesh,
         )
-        group.seated = time.monotonic()
-        self._count_programs()
-        return True
+        sessions.compile_session(session, job.request)
+        return session
 
     def _unseat(self, group: Group) -> None:
-        group.session, group.is_leaving = None, False
+        group.session = group.future = None
+        group.is_leaving = False
         # Behind the others, so that whoever waited longer is seated first.
         self._groups.move_to_end(group.program)
         self._count_programs()
@@ -325,8 +338,8 @@ class Engine:
         import jax
 
         jax.clear_caches()
-        self._compiled.clear()
-        self._has_run.clear()
+        self._programs.clear()
+        self._likelihoods.forget()
 
     def _count_programs(self) -> None:
         seated = sum(group.session is not None for group in self._groups.values())
@@ -375,43 +388,13 @@ class Engine:
                     self._fail(task, ApiError(500, str(error)))
             return found
 
-    def _text(self, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:
-        """A hypothesis' text and the stop string that ended it."""
-        return response_end(
-            self._tokenizer,
-            job.prompt,
-            hypothesis.tokens,
-            finished=hypothesis.finished,
-            stop=job.request.stop,
-            behind=hypothesis.behind,
-            eos_ids=job.ends,
-        )
-
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
-        stop = task.job.request.stop
-        texts = []
-        for hypothesis in result.hypotheses:
-            text, _ = self._text(task.job, hypothesis)
-            texts.append(text if hypothesis.finished else settled(text, stop))
-        if task.job.chooses:
-            texts = [shared(texts)] * task.job.choices
+        texts = settled_texts(self._tokenizer, task.job, result)
         if any(texts) and not task.has_text:
             task.has_text = True
             self.metrics.first_seconds.observe(time.monotonic() - task.arrived)
-        task.tell(Progress(task.index, tuple(texts)))
-
-    def _choices(self, job: Job, result: SearchResult) -> tuple[Choice, ...]:
-        def choice(hypothesis: Hypothesis) -> Choice:
-            ended_by = "length"
-            if hypothesis.finished:
-                is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in job.ends
-                ended_by = "eos" if is_eos else "stop"
-            text, stop = self._text(job, hypothesis)
-            score = hypothesis.score if job.chooses else None
-            return Choice(text, hypothesis.tokens, ended_by, score, stop=stop)
-
-        return tuple(choice(hypothesis) for hypothesis in result.hypotheses[: job.choices])
+        task.tell(Progress(task.index, texts))
 
     def _score_or_finish(self, task: Task) -> None:
         if task.job.logprobs is not None and any(task.rows):
@@ -456,54 +439,32 @@ class Engine:
         self._unseat(group)
         self._count_slots()
 
-    def _score_some(self) -> None:
-        """Likelihoods for a batch of tasks of about one length, the longest-waiting among them."""
-        first = self._to_score[0]
-        kind = kind_of(first.job, first.found)
-        alike = [task for task in self._to_score if kind_of(task.job, task.found) == kind]
-        batch: list[Task] = []
-        rows = 0
-        for task in alike:
-            needed = sum(map(bool, task.rows))
-            if batch and rows + needed > self.limits.slots:
-                break
-            batch.append(task)
-            rows += needed
+    def _score_some(self) -> bool:
+        """Log-probs for a batch of tasks; False where there are none, or all must wait."""
+        batch, alive = self._likelihoods.ready(self._to_score), []
         for task in batch:
             self._to_score.remove(task)
             self._take_from_queue(task)
-        alive = [task for task in batch if not task.ticket.is_cancelled]
-        for task in batch:
             if task.ticket.is_cancelled:
                 self._leave(task)
+            else:
+                alive.append(task)
         try:
-            self._score_batch(alive)
+            found = self._likelihoods.score(alive) if alive else []
         except Exception as error:
             if not isinstance(error, InputError):
                 traceback.print_exception(error, file=sys.stderr)
             told = str(error) if isinstance(error, InputError) else "scoring failed"
             for task in alive:
                 self._fail(task, ApiError(400 if isinstance(error, InputError) else 500, told))
-
-    def _score_batch(self, tasks: list[Task]) -> None:
-        if not tasks:
-            return
-        responses = [response for task in tasks for response in task.rows if response]
-        scored = iter(
-            self._score(
-                self.served.models,
-                proposer_of(tasks[0].job),
-                responses,
-                top=min(MOST_TOP_LOGPROBS, self.served.models.vocabulary),
-                batch_size=self.limits.slots,
-            )
-        )
-        for task in tasks:
-            task.found = tuple(
-                replace(one, scored=next(scored) if row else None)
-                for one, row in zip(task.found, task.rows, strict=True)
-            )
+            return True
+        for task, choices in zip(alive, found, strict=True):
+            if isinstance(choices, ApiError):
+                self._fail(task, choices)
+                continue
+            task.found = choices
             self._finish(task)
+        return bool(batch)
 
     def _forget_tasks(self) -> None:
         with self._wake:

@@ -69,6 +69,15 @@ def too_long(prompt: int, new: int, positions: int, param: str) -> ApiError:
     )
 
 
+def not_finite() -> ApiError:
+    """500: what the models say of this request is no number."""
+    return ApiError(
+        500,
+        "a log-prob is not a number; a model's weights may be damaged, or overflow in this dtype",
+        code="not_finite",
+    )
+
+
 def queue_full(waiting: int, queue: int) -> ApiError:
     """429: as many prompts wait as may."""
     return ApiError(

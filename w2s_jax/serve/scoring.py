@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
-from w2s_jax.search.likelihood import Response, padded_width
+from w2s_jax.search.likelihood import Response, Shape, padded_shape
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.serve.events import Choice
 from w2s_jax.serve.jobs import Job
+
+Kind = tuple[type, Shape]
+"""A proposer and the shape of what is scored."""
 
 
 def proposer_of(job: Job) -> Proposer:
@@ -27,8 +30,7 @@ def responses_of(job: Job, choices: Sequence[Choice]) -> list[Response | None]:
     return rows
 
 
-def kind_of(job: Job, choices: Sequence[Choice]) -> tuple[type, int]:
+def kind_of(job: Job, choices: Sequence[Choice]) -> Kind:
     """Jobs of one kind are scored by one program; some choice must have tokens."""
     rows = [row for row in responses_of(job, choices) if row]
-    width = max(max(map(len, row.prompts)) + len(row.tokens) - 1 for row in rows)
-    return type(proposer_of(job)), padded_width(width)
+    return type(proposer_of(job)), padded_shape(rows)

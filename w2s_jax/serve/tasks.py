@@ -3,12 +3,13 @@
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from w2s_jax.search.likelihood import Response
 from w2s_jax.search.session import Session
 from w2s_jax.serve.errors import ApiError
-from w2s_jax.serve.events import Choice, Event, Failed, Ticket
+from w2s_jax.serve.events import Choice, Done, Event, Failed, Ticket
 from w2s_jax.serve.jobs import Job, Program
 from w2s_jax.serve.scoring import responses_of
 
@@ -43,12 +44,17 @@ class Task:
 
 @dataclass(eq=False)
 class Group:
-    """The jobs of one program. session: None while the group has no memory on the device."""
+    """The jobs of one program.
+
+    session: None while the group has no memory on the device. future: the session that is being
+    compiled, until it is taken.
+    """
 
     program: Program
     waiting: deque[Task] = field(default_factory=deque)
     running: dict[int, Task] = field(default_factory=dict)
     session: Session | None = None
+    future: Future[Session] | None = None
     seated: float = 0.0
     is_leaving: bool = False
 
@@ -57,6 +63,16 @@ class Group:
         """The session of a group that has one."""
         assert self.session is not None
         return self.session
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether its session is on the way."""
+        return self.future is not None and not self.future.done()
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether it has memory on the device, or is about to."""
+        return self.session is not None or self.future is not None
 
     @property
     def is_lost(self) -> bool:
@@ -76,7 +92,9 @@ class Nobody(Ticket):
     def __init__(self) -> None:
         self._cancelled = threading.Event()
         self.error: ApiError | None = None
+        self.is_over = False
 
     def put(self, event: Event) -> None:
+        self.is_over |= isinstance(event, Done | Failed)
         if isinstance(event, Failed):
             self.error = event.error
