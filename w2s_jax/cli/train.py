@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     Rows = Data | Part
 
 DEFAULT_LENGTH = 1024
-# What an identity holds by content, or what changes no number.
+# What an identity holds by content, what changes no number, and what a run may go on without.
 _ELSEWHERE = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
-    "untuned", "hosts",
+    "untuned", "hosts", "accumulate", "remat", "epochs", "max_steps",
 }  # fmt: skip
 # Where a host finds or puts things.
 _OWN = {
@@ -405,7 +405,9 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def identity(self, setup: Setup, task: "Task") -> dict[str, Any]:
         """What a run depends on: a folder that holds another run is not gone on with."""
-        from w2s_jax.train.reference import weights_identity
+        from w2s_jax.train.checkpoint import FILES, FREE
+        from w2s_jax.train.reference import file_digests, weights_identity
+        from w2s_jax.train.run import number_of_steps
 
         told = {item.name for item in fields(RunFlags)} | _ELSEWHERE
         options = {
@@ -417,9 +419,16 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             **options,
             "model": weights or asdict(setup.config),
             "data": task.data.identity,
+            "eval_data": task.held_out and task.held_out.identity,
             "frozen": {
                 name: weights_identity(folder) for name, folder in self.frozen_folders().items()
             },
+            FREE: {
+                "accumulate": self.accumulate,
+                "remat": self.remat,
+                "steps": number_of_steps(self.run_config(setup), task.data),
+            },
+            FILES: {"data": file_digests(self.data), "eval_data": file_digests(self.eval_data)},
         }
 
     def frozen_folders(self) -> dict[str, Path]:
