@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from tyro.conf import arg
 
 from w2s_jax.cli.choosing import MESH, mesh_before, training_shapes
 from w2s_jax.cli.flags import Hosts, mesh_of
+from w2s_jax.cli.run_table import tell_data
 from w2s_jax.cli.saving import MODEL, save_run
 from w2s_jax.cli.train_flags import (
     DataFlags,
@@ -328,14 +328,14 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             raise InputError("--held-out and --eval-data both name what to evaluate on; give one")
         data = self.load_data(self.data_config(self.data, self.split, setup), setup.tokenizer)
         data = data.fitting(setup.config.vocab_size)
-        _tell("data", data)
+        tell_data("data", data)
         if self.held_out:
             return hold_out(data, self.held_out, seed=self.seed)
         if not self.eval_data:
             return data, None
         config = replace(self.data_config(self.eval_data, self.eval_split, setup), limit=None)
         held_out = self.load_data(config, setup.tokenizer).fitting(setup.config.vocab_size)
-        _tell("held out", held_out)
+        tell_data("held out", held_out)
         return data, held_out
 
     def load(self, setup: Setup) -> "Model":
@@ -490,13 +490,3 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             tokenizer=setup.tokenizer,
             mesh=setup.mesh,
         )
-
-
-def _tell(what: str, data: "Data") -> None:
-    """A line about data that was read: how many rows and tokens, and what became of others."""
-    figures = data.figures
-    told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
-    told.append(f"{figures['targets']:,} of them count in the loss")
-    told += [f"{figures[name]:,} {name}" for name in ("truncated", "dropped", "equal")
-             if figures.get(name)]  # fmt: skip
-    print(", ".join(told), file=sys.stderr)
