@@ -1,5 +1,6 @@
 """PEFT's adapters in and out, against golden files of PEFT; live in test_lora_parity.py."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.models.test_lora import GPT2, LORA, TOKENS, adapted
 from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_config, load_model, save_model
-from w2s_jax.models.lora import LoraConfig, attach, stack_adapter
+from w2s_jax.models.lora import LoraConfig, attach, merge, stack_adapter
 from w2s_jax.models.lora_huggingface import base_of, load_adapted, load_adapter, save_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.ops.meshes import make_mesh
@@ -257,6 +258,55 @@ def test_a_head_of_its_own_on_tied_embeddings_is_refused(tmp_path):
     add("base_model.model.lm_head.weight", 23, 16)(tmp_path)
     with pytest.raises(InputError, match="its base ties the head to the embedding"):
         load_adapter(tmp_path, model.config)
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(("held", "rows"), [
+    ((EMBEDDING,), 23), ((HEAD,), 23), ((EMBEDDING, HEAD), 23), ((EMBEDDING, HEAD), 29),
+])  # fmt: skip
+def test_an_embedding_or_head_of_an_adapters_own_unties_them_as_in_peft(tmp_path, held, rows):
+    model = tiny_model(0, tied_embeddings=True)
+    save_model(model, tmp_path / "base")
+    save_adapter(tmp_path / "adapter", model.config, LORA, adapted(model), "../base")
+    rng = np.random.default_rng(0)
+    new = {name: rng.normal(size=(rows, 16)).astype(np.float32) for name in held}
+    # Of a resized vocabulary PEFT writes what was there before too, and the new under two names.
+    module = "model.embed_tokens"
+    extra = {f"{module}.original_module.weight": np.zeros((rows, 16), np.float32)}
+    extra |= {f"{module}.modules_to_save.weight": new[name] for name in held if name == EMBEDDING}
+    written = {f"base_model.model.{name}": x for name, x in (new | extra).items()}
+    tensors(lambda found: found.update(written))(tmp_path / "adapter")
+    found = load_model(tmp_path / "adapter")
+    config = load_config(tmp_path / "adapter")
+    assert found.config == config == dataclasses.replace(
+        model.config, tied_embeddings=False, vocab_size=rows
+    )  # fmt: skip
+    lora, tree = load_adapter(tmp_path / "adapter", config)
+    own = np.asarray(model.params["embed"]["embedding"])
+    params = model.params | {
+        "embed": {"embedding": jnp.asarray(new.get(EMBEDDING, own))},
+        "head": {"kernel": jnp.asarray(new.get(HEAD, own).T)},
+    }
+    tree = {name: subtree for name, subtree in tree.items() if name.startswith("layers")}
+    for into, merged in ((merge, True), (attach, False)):
+        expected = into(params, tree, lora)
+        loaded = load_adapted(tmp_path / "adapter", merged=merged)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+def test_a_tied_vocabulary_that_grew_stays_tied(tmp_path):
+    model = tiny_model(0, tied_embeddings=True)
+    save_model(model, tmp_path / "base")
+    save_adapter(tmp_path / "adapter", model.config, LORA, adapted(model), "../base")
+    grown = np.random.default_rng(0).normal(size=(29, 16)).astype(np.float32)
+    written = {f"base_model.model.{name}": grown for name in (EMBEDDING, HEAD)}
+    tensors(lambda found: found.update(written))(tmp_path / "adapter")
+    found = load_model(tmp_path / "adapter")
+    assert found.config == dataclasses.replace(model.config, vocab_size=29)
+    assert "head" not in found.params
+    np.testing.assert_array_equal(found.params["embed"]["embedding"], grown)
 
 
 @pytest.mark.parametrize("name", [None, "", 3])

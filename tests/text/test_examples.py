@@ -128,6 +128,8 @@ def test_labelled(row, labels):
     assert all(example.prompt == ASKED for example in found)
     answers = {example.responses[0].messages[0].content: example.label for example in found}
     assert answers == labels
+    # To imitate, those that are wanted.
+    assert len(parse("sequences", row)) == sum(labels.values())
 
 
 def test_a_named_format_is_read_whatever_else_a_row_holds():

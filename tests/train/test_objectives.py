@@ -66,7 +66,7 @@ def test_sft_is_the_mean_over_targets_with_its_accuracy(models):
     np.testing.assert_allclose(value, -found.sum() / count, rtol=1e-5)
     right = logprobs[:, :-1].argmax(-1) == batch["tokens"][:, 1:]
     expected = (right & batch["targets"][:, 1:]).sum() / count
-    np.testing.assert_allclose(metrics["mean_token_accuracy"], expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["mean_token_accuracy"].value, expected, rtol=1e-6)
     assert metrics["num_tokens"] == batch["segments"].sum()
 
 
@@ -109,6 +109,12 @@ def test_pairs_are_the_losses_of_their_log_probs(models, options, live):
     expected, expected_metrics = preference_loss(config, pairs)
     np.testing.assert_allclose(value, expected.mean(), rtol=1e-4)
     assert weight == 4
+    # The tokens of the chosen alone, as in TRL.
+    chosen = {name: array[:, 0] for name, array in batch.items() if array.ndim == 3}
+    _, logprobs = token_logprobs(model, chosen)
+    right = (logprobs[:, :-1].argmax(-1) == chosen["tokens"][:, 1:]) & chosen["targets"][:, 1:]
+    expected_accuracy = right.sum() / chosen["targets"].sum()
+    np.testing.assert_allclose(metrics["mean_token_accuracy"].value, expected_accuracy, rtol=1e-6)
     for name, number in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-4, atol=1e-4, err_msg=name)
 

@@ -39,6 +39,10 @@ def test_schedules_warm_up_and_then_fall(kind, expected):
 
 
 def test_a_trapezoid_is_the_same_before_its_fall_whatever_the_steps():
+    # A number of steps from 1 on, a share below.
+    for warmup, steps in ((1.0, 1), (0.99, 99), (10.0, 10)):
+        schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup=warmup), 100)
+        assert [float(schedule(step)) for step in (0, steps)] == [0.0, 1.0]
     config = OptimizerConfig(schedule="trapezoid", warmup=10.0, decay=0.5)
     np.testing.assert_array_equal(rates(config, 100, range(50)), rates(config, 400, range(50)))
 

@@ -1,14 +1,17 @@
 """The evaluation of a run, on a loss that shows what it is given."""
 
-from types import SimpleNamespace
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import tiny_config
+from w2s_jax.text.held_out import Part
 from w2s_jax.train.losses import Mean
+from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig
-from w2s_jax.train.run import RunConfig, Task, evaluation
+from w2s_jax.train.run import RunConfig, Task, evaluation, number_of_steps
+from w2s_jax.train.step import TrainState
 
 VALUES = np.array([4.0, np.nan, 1.0, 2.0, 3.0, np.nan, np.nan])
 
@@ -19,7 +22,7 @@ class Rows:
     def __len__(self):
         return len(VALUES)
 
-    def at(self, indices, part=slice(None)):
+    def at(self, indices, part):
         return {"x": VALUES[indices][part].astype(np.float32)}
 
 
@@ -39,10 +42,20 @@ def loss(params, frozen, batch, key):
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_an_evaluation_sums_values_and_counts_over_batches(rows):
     config = RunConfig(OptimizerConfig(), eval_batch_size=rows)
-    task = Task(None, loss, None, Rows())
-    found = evaluation(task, config)(SimpleNamespace(params={}))
+    rows = Part(Rows(), np.arange(len(VALUES)))
+    task = Task(Policy(tiny_config()), loss, rows, rows)
+    state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
+    found = evaluation(task, config)(state)
     # The last batch of two or three has no row that counts.
     assert found["loss"] == pytest.approx(2.5)
     assert found["low"] == 1.0
     assert np.isnan(found["never"])
     assert found.keys() == {"loss", "low", "never"}
+
+
+@pytest.mark.parametrize(("rows", "epochs", "steps"), [
+    (11, 1, 2), (20, 1, 3), (16, 1, 2), (20, 2, 5), (30, 0.1, 1), (24, 0.01, 1), (300, 0.1, 4),
+])  # fmt: skip
+def test_an_epoch_reads_every_row(rows, epochs, steps):
+    config = RunConfig(OptimizerConfig(), epochs=epochs, batch_size=8)
+    assert number_of_steps(config, Part(None, np.arange(rows))) == steps

@@ -80,6 +80,7 @@ def compare(ours, theirs, names):
 DPO_METRICS = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "rewards/chosen", "rewards/rejected",
     "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "mean_token_accuracy",
 )  # fmt: skip
 
 

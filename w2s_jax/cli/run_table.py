@@ -1,14 +1,28 @@
-"""The table that ends a run of training: what its last rows of metrics say."""
+"""What a run of training says: of its data, and in the table that ends it, of its last metrics."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from w2s_jax.text.training_data import Data
 
 SHOWN = (
     "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
     "mean_token_accuracy", "kl",
 )  # fmt: skip
 EVAL = "eval/"
+
+
+def tell_data(what: str, data: "Data") -> None:
+    """A line about data that was read: how many rows and tokens, and what became of others."""
+    figures = data.figures
+    told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
+    told.append(f"{figures['targets']:,} of them count in the loss")
+    left_out = ("truncated", "dropped", "equal", "undesirable")
+    told += [f"{figures[name]:,} {name}" for name in left_out if figures.get(name)]
+    print(", ".join(told), file=sys.stderr)
 
 
 def print_run(folder: Path, step: int) -> None:

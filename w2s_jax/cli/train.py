@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from tyro.conf import arg
 
 from w2s_jax.cli.choosing import MESH, mesh_before, training_shapes
 from w2s_jax.cli.flags import Hosts, mesh_of
+from w2s_jax.cli.run_table import tell_data
 from w2s_jax.cli.saving import MODEL, save_run
 from w2s_jax.cli.train_flags import (
     DataFlags,
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     Rows = Data | Part
 
 DEFAULT_LENGTH = 1024
-# What an identity holds by content, or what changes no number.
+# What an identity holds by content, what changes no number, and what a run may go on without.
 _ELSEWHERE = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
-    "untuned", "hosts",
+    "untuned", "hosts", "accumulate", "remat", "epochs", "max_steps",
 }  # fmt: skip
 # Where a host finds or puts things.
 _OWN = {
@@ -328,14 +328,14 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             raise InputError("--held-out and --eval-data both name what to evaluate on; give one")
         data = self.load_data(self.data_config(self.data, self.split, setup), setup.tokenizer)
         data = data.fitting(setup.config.vocab_size)
-        _tell("data", data)
+        tell_data("data", data)
         if self.held_out:
             return hold_out(data, self.held_out, seed=self.seed)
         if not self.eval_data:
             return data, None
         config = replace(self.data_config(self.eval_data, self.eval_split, setup), limit=None)
         held_out = self.load_data(config, setup.tokenizer).fitting(setup.config.vocab_size)
-        _tell("held out", held_out)
+        tell_data("held out", held_out)
         return data, held_out
 
     def load(self, setup: Setup) -> "Model":
@@ -405,7 +405,9 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def identity(self, setup: Setup, task: "Task") -> dict[str, Any]:
         """What a run depends on: a folder that holds another run is not gone on with."""
-        from w2s_jax.train.reference import weights_identity
+        from w2s_jax.train.checkpoint import FILES, FREE
+        from w2s_jax.train.reference import file_digests, weights_identity
+        from w2s_jax.train.run import number_of_steps
 
         told = {item.name for item in fields(RunFlags)} | _ELSEWHERE
         options = {
@@ -417,9 +419,16 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             **options,
             "model": weights or asdict(setup.config),
             "data": task.data.identity,
+            "eval_data": task.held_out and task.held_out.identity,
             "frozen": {
                 name: weights_identity(folder) for name, folder in self.frozen_folders().items()
             },
+            FREE: {
+                "accumulate": self.accumulate,
+                "remat": self.remat,
+                "steps": number_of_steps(self.run_config(setup), task.data),
+            },
+            FILES: {"data": file_digests(self.data), "eval_data": file_digests(self.eval_data)},
         }
 
     def frozen_folders(self) -> dict[str, Path]:
@@ -481,13 +490,3 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             tokenizer=setup.tokenizer,
             mesh=setup.mesh,
         )
-
-
-def _tell(what: str, data: "Data") -> None:
-    """A line about data that was read: how many rows and tokens, and what became of others."""
-    figures = data.figures
-    told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
-    told.append(f"{figures['targets']:,} of them count in the loss")
-    told += [f"{figures[name]:,} {name}" for name in ("truncated", "dropped", "equal")
-             if figures.get(name)]  # fmt: skip
-    print(", ".join(told), file=sys.stderr)

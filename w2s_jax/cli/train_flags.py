@@ -67,7 +67,7 @@ class OptimizationFlags:
     """How the parameters change."""
 
     epochs: float = 1.0
-    """Passes over the data."""
+    """Passes over the data; the last step is filled up from the next pass."""
     max_steps: int | None = None
     """Steps; in place of --epochs."""
     batch_size: int = 8
@@ -81,7 +81,7 @@ class OptimizationFlags:
     schedule: Literal["constant", "linear", "cosine", "trapezoid"] = "linear"
     """Learning rate after the warm-up."""
     warmup: float = 0.0
-    """Share of the steps that warm up, or their number when above 1."""
+    """Share of the steps that warm up, below 1; from 1 on their number, so 1 is one step."""
     decay: float = 0.3
     """Share of the steps at the end in which a trapezoid falls."""
     final: float = 0.0

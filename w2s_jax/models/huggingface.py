@@ -38,7 +38,7 @@ from w2s_jax.models.arrange import (
     unstacked,
 )
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, open_file
+from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, equal, open_file
 from w2s_jax.models.materialise import materialise
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
@@ -164,15 +164,15 @@ def quickest_dtype() -> str | None:
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint, from its config.json and generation_config.json.
 
-    For an adapter it is that of the base it names.
+    For an adapter it is that of the base it names, with what the adapter changes of it.
 
     Raises InputError for a missing or malformed file, and as ModelConfig.from_hf says.
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
-        from w2s_jax.models.lora_huggingface import base_folder
+        from w2s_jax.models.lora_huggingface import adapted_config, base_folder
 
-        return load_config(base_folder(directory))
+        return adapted_config(directory, load_config(base_folder(directory)))
     hf = read_json(directory / CONFIG)
     generation = directory / GENERATION_CONFIG
     generation_config = read_json(generation) if generation.is_file() else None
@@ -429,14 +429,14 @@ def _match(
     tensors: Tensors = {}
     for name, values in found.items():
         full = full_name(config, name, head)
-        if full in tensors and not (head.wrapped and _equal(values, tensors[full])):
+        if full in tensors and not (head.wrapped and equal(values, tensors[full])):
             how = "with different values" if head.wrapped else "with its prefix and without"
             raise InputError(f"{directory}: tensor {full} is there twice, {how}")
         if full is not None:
             tensors[full] = values
     if config.tied_embeddings and head == LANGUAGE_HEAD and head.weight in tensors:
         embedding = tensors.get(stored["embed/embedding"].name)
-        if embedding is not None and not _equal(tensors.pop(head.weight), embedding):
+        if embedding is not None and not equal(tensors.pop(head.weight), embedding):
             raise InputError(
                 f"{directory}: {head.weight} differs from the embedding, though {CONFIG} ties them"
             )
@@ -462,14 +462,6 @@ def _match(
                 f"{directory}: tensor {name} is stored as {dtype}, not as floating point"
             )
     return tensors
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if one.get_shape() != other.get_shape():
-        return False
-    rows = one.get_shape()[0]
-    blocks = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
-    return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _parameter_dtype(dtype: Any, embedding: Any) -> jnp.dtype:

@@ -58,3 +58,12 @@ def open_file(path: Path) -> Tensors:
         raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two tensors hold the same values, read in blocks."""
+    if one.get_shape() != other.get_shape():
+        return False
+    rows = one.get_shape()[0]
+    blocks = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(np.array_equal(one[block], other[block]) for block in blocks)

@@ -31,7 +31,7 @@ from w2s_jax.models.huggingface import (
     read_json,
     write_files,
 )
-from w2s_jax.models.huggingface_tensors import open_file
+from w2s_jax.models.huggingface_tensors import equal, open_file
 from w2s_jax.models.layout import layer_name, unstack_layers
 from w2s_jax.models.lora import (
     FACTORS,
@@ -47,9 +47,11 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, full_name, stored_parameters
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
+from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
 _PREFIX = "base_model.model."
+_WRAPPERS = r"\.(base_layer|modules_to_save(\.default)?)(?=\.)"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -138,16 +140,62 @@ def load_adapted(
             )
         except InputError as error:
             raise InputError(f"{directory}: its base: {error}") from None
+    config = adapted_config(directory, base.config)
     lora, adapter = load_adapter(
         directory,
-        base.config,
+        config,
         dtype=base.dtype,
         mesh=mesh,
         rules=rules,
         scan_layers=base.scan_layers,
     )
+    base = _with_vocabulary(base, config, adapter)
     into = merge if merged and not is_quantized(base.params) else attach
     return Model(base.config, into(base.params, adapter, lora), base.placement)
+
+
+def adapted_config(path_or_hub_id: str | Path, config: ModelConfig) -> ModelConfig:
+    """The config of a base of `config` with this adapter on it.
+
+    An adapter may hold an embedding or a head, of another vocabulary too. As PEFT has it, either
+    alone, or both where they differ, unties them.
+
+    Raises InputError for missing or damaged files.
+    """
+    directory = locate(path_or_hub_id)
+    try:
+        _, whole = _sorted(config, _open(directory), LANGUAGE_HEAD)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+    rows = stored_parameters(config, ["embed/embedding"])
+    embedding, head = (
+        whole.get(name) for name in (rows["embed/embedding"].name, LANGUAGE_HEAD.weight)
+    )
+    held = [tensor for tensor in (embedding, head) if tensor is not None]
+    if not held or any(tensor.get_shape()[1:] != (config.width,) for tensor in held):
+        return config
+    tied = config.tied_embeddings and len(held) == 2 and equal(*held)
+    # Where one alone is held, it has the rows of the base's other.
+    vocabulary = held[0].get_shape()[0] if len(held) == 2 else config.vocab_size
+    return replace(config, tied_embeddings=tied, vocab_size=vocabulary)
+
+
+def _held_vocabulary(config: ModelConfig, whole: Tensors) -> list[Any]:
+    """The embedding and the head that an adapter holds, of whole tensors by their full names."""
+    embedding = stored_parameters(config, ["embed/embedding"])["embed/embedding"].name
+    return [whole[name] for name in (embedding, LANGUAGE_HEAD.weight) if name in whole]
+
+
+def _with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
+    """A base made one of `config`: embedding and head taken out of the adapter, or untied."""
+    params = dict(base.params)
+    if base.config.tied_embeddings and not config.tied_embeddings:
+        embedding = params["embed"]["embedding"]
+        if isinstance(embedding, QTensor):
+            raise InputError("an adapter that unties the head needs a base that is not quantised")
+        params["head"] = {"kernel": embedding.T}
+    taken = {name: adapter.pop(name) for name in ("embed", "head") if name in adapter}
+    return replace(base, config=config, params=params | taken)
 
 
 def load_adapter(
@@ -160,7 +208,7 @@ def load_adapter(
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
 ) -> tuple[LoraConfig, dict[str, Any]]:
-    """An adapter of PEFT's, to be attached to or merged into a base of this config.
+    """An adapter of PEFT's, to be attached to or merged into a base of this `adapted_config`.
 
     The tree is as `init_adapter` makes it, with whole parameters where PEFT saved them
     (`modules_to_save`, `bias`); a reward model's head under `head`'s name is "head". Modules that
@@ -182,13 +230,18 @@ def load_adapter(
     try:
         factors, whole = _sorted(config, tensors, head)
         _check_targets(factors, places, targets)
+        held = _held_vocabulary(config, whole)
+        if config.tied_embeddings and len(held) == 2 and equal(*held):
+            del whole[LANGUAGE_HEAD.weight]  # the embedding again
         flat = _read_whole(config, whole, head)
+        if head == LANGUAGE_HEAD and adapted_config(directory, config) != config:
+            raise InputError("it unties the head from the embedding; take `adapted_config`")
         for module, pair in factors.items():
             flat |= _read_factors(module, modules[module], pair, places[module], lora)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
-    held = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
-    lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in held))
+    adapted = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
+    lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in adapted))
     adapter = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in flat.items()}, sep="/")
     if scan_layers:
         adapter = stack_adapter(adapter, config.layers)
@@ -230,12 +283,16 @@ def _sorted(
         match = _FACTOR.fullmatch(bare)
         if bare == name or (match is None and "lora_" in bare):
             raise InputError(f"tensor {name} is not supported in an adapter")
-        bare = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", bare)
+        if ".original_module." in bare:
+            continue  # what stood there before `modules_to_save` did
+        bare = re.sub(_WRAPPERS, "", bare)
         full = full_name(config, f"{match[1]}.weight" if match else bare, head)
         if full is None:
             continue
         held = factors.setdefault(full.removesuffix(".weight"), {}) if match else whole
         key = match[2] if match else full
+        if key in held and not match and equal(values, held[key]):
+            continue  # PEFT writes a resized embedding under its own name and its wrapper's
         if key in held:
             raise InputError(f"tensor {name} is there twice, under another name too")
         if values.get_dtype() not in ("F64", "F32", "F16", "BF16"):

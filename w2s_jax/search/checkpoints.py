@@ -248,11 +248,12 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
     from w2s_jax.models.huggingface import load_config
+    from w2s_jax.models.lora_huggingface import adapted_config
 
     if path not in adapters:
         return load_config(path)
     try:
-        return load_config(adapters[path].base)
+        return adapted_config(path, load_config(adapters[path].base))
     except InputError as error:
         raise InputError(f"{path} is an adapter; its base: {error}") from None
 

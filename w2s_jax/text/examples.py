@@ -53,7 +53,8 @@ def parser(
     """What turns rows with these columns into examples: (row, where it stands) → examples.
 
     auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
-    response, and `labelled` both of its responses. Raises InputError, beginning with `where`, which
+    response, and `labelled` both of its responses; a labelled row gives `sequences` nothing where
+    its response is not wanted. Raises InputError, beginning with `where`, which
     names the columns that are missing and those found; so does what is returned, for its row.
     """
     known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
@@ -81,6 +82,8 @@ def _as_kind(kind: Kind, example: Example, where: str) -> tuple[Example, ...]:
             raise InputError(f"{where}: one response; a pair takes a chosen and a rejected one")
         return (example,)
     if kind == "sequences":
+        if example.label is False:
+            return ()
         return (replace(example, responses=example.responses[:1]),)
     if len(example.responses) == 2:  # as TRL's unpair_preference_dataset
         sides = zip(example.responses, (True, False), strict=True)
@@ -229,14 +232,15 @@ class _Parser:
 
 _SIDES = ("chosen", "rejected")
 _ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
+_SINGLE: tuple[Kind, ...] = ("sequences", "labelled")
 # The order is that in which `auto` tries them: a row may hold more columns than its format needs.
 _PARSERS = (
-    _Parser("sharegpt", ("labelled",), ("conversations", "kto_tag"), _parse_sharegpt),
+    _Parser("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt),
     _Parser("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt),
-    _Parser("alpaca", ("labelled",), ("instruction", "output", "kto_tag"), _parse_alpaca),
+    _Parser("alpaca", _SINGLE, ("instruction", "output", "kto_tag"), _parse_alpaca),
     _Parser("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca),
     _Parser("alpaca", _ALL, ("instruction", "output"), _parse_alpaca),
-    _Parser("labelled", ("labelled",), ("prompt", "completion", "label"), _parse_labelled),
+    _Parser("labelled", _SINGLE, ("prompt", "completion", "label"), _parse_labelled),
     _Parser("messages", ("sequences",), ("messages",), _parse_messages),
     _Parser("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt),
     _Parser("preference", _ALL, _SIDES, _parse_preference, may=("prompt",)),

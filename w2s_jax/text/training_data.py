@@ -24,9 +24,12 @@ from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
 
-_VERSION = 2  # of what is cached: raise it when the same rows would give other tokens
+_VERSION = 3  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
-_FIGURES = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
+_FIGURES = (
+    "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
+    "targets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +194,7 @@ def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
     """Rows to imitate: `text`, `messages`, `prompt` and `completion`, Alpaca's, ShareGPT's; of a
-    preference row its chosen response.
+    preference row its chosen response, of labelled rows those that are wanted.
 
     Raises InputError for files and rows that cannot be read, columns that are missing, and data of
     which nothing is left.
@@ -345,7 +348,9 @@ def _examples(
                 return
             figures["rows"] += 1
             place = source.place(index + 1)
-            for example in parse(rows[index], place):
+            examples = parse(rows[index], place)
+            figures["undesirable"] += not examples
+            for example in examples:
                 if kind == "pairs" and example.responses[0] == example.responses[1]:
                     if config.equal_pairs == "error":
                         raise InputError(

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 Values = dict[str, Any]
 """JSON values by name: what is saved beside the arrays."""
 
+FREE, FILES = "may change", "files"
+"""Parts of an identity: settings by name that a run may go on without; and, under the names of data
+in the identity, digests of its files, which only say which of them changed where data has."""
+
 
 class Checkpoints:
     """The checkpoints of one run in a folder, written by one run at a time.
@@ -52,7 +56,8 @@ class Checkpoints:
         and removed once one before them is restored. The arrays of `like` are given up.
 
         Raises InputError, and removes nothing, where no step is sound, where `identity` differs
-        from the one saved, and where the state is of another kind than `like`.
+        from the one saved (but in its part FREE, of which a warning tells), and where the state is
+        of another kind than `like`.
         """
         step, faults = self._newest_sound()
         if step is None:
@@ -325,17 +330,38 @@ def _restore(
 def _check_identity(
     folder: Path, step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    there, here = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    """Raise InputError where an identity differs but in what is FREE, which a warning tells."""
+    wanted = json.loads(json.dumps(wanted))
+    (there, free_there, files_there), (here, free_here, files_here) = (
+        ({k: v for k, v in held.items() if k not in (FREE, FILES)}, held.get(FREE), held.get(FILES))
+        for held in (found, wanted)
+    )
+    files = _differences(files_there, files_here)
     different = [
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        f"{name}: {', '.join(own)} changed"
+        if (own := [path.removeprefix(f"{name}.") for path in files if path.startswith(f"{name}.")])
+        else f"{name}: {one!r} there, {other!r} here"
+        for name, (one, other) in _differences(there, here).items()
     ]
     if different:
         raise InputError(
             f"{folder}: step {step} is of a run with other settings ({', '.join(different)}); "
             "go on with those, or name another directory to start anew"
         )
+    for name, (one, other) in _differences(free_there, free_here).items():
+        told = (
+            "learning rates follow the schedule of these" if name == "steps" else "not to the bit"
+        )
+        log.warning("%s: %s until step %d, %s from there on; %s", name, one, step, other, told)
+
+
+def _differences(
+    one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
+) -> dict[str, tuple[Any, Any]]:
+    """What two nested mappings do not have alike, by dotted name."""
+    there, here = _flat(one or {}), _flat(other or {})
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return {name: (there.get(name), here.get(name)) for name in names}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

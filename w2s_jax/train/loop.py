@@ -85,7 +85,8 @@ def train(
     `batches(i)` (and `names(i)`, its rows' names for errors) must depend on i alone, counted from
     0: then the step number is the data position. `put` takes a batch to the devices. `step` reads
     `frozen`, which is never saved. `identity` holds JSON values that must not change between the
-    runs of a directory: settings, the data's hash. `schedule(i)` is the learning rate, for the
+    runs of a directory: settings, the data's hash; of its parts FREE and FILES see
+    train/checkpoint.py. `schedule(i)` is the learning rate, for the
     log alone.
 
     Writes metrics.jsonl: a row every `log_every` steps, with the means since the row before,
@@ -110,6 +111,11 @@ def train(
         stack.callback(_close_quietly, checkpoints)
         saved = checkpoints.restore(state, identity or {})
         state, values = saved or (state, {})
+        if int(state.step) > config.steps:
+            raise InputError(
+                f"{directory}: step {int(state.step)} is saved, beyond the {config.steps} steps "
+                "that are asked for; ask for more, or name another directory to start anew"
+            )
         run = _Run(
             config, directory, checkpoints, stop, values, int(state.step),
             identity=dict(identity or {}), evaluate=evaluate, sample=sample, names=names,

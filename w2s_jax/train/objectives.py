@@ -19,6 +19,7 @@ from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
+from w2s_jax.train.losses import Mean
 from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
 from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics, wspo
 from w2s_jax.train.step import Batch, LossFunction, Metrics
@@ -124,7 +125,7 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
         weights = batch.get("weights", jnp.ones(shape[0], jnp.float32))
         weight = weights.sum()
         value = (weights * values).sum() / weight
-        accuracy = _accuracy(scores, flat["targets"])
+        accuracy = _accuracy(scores, _of_chosen(batch))
         metrics |= {"loss": value, "mean_token_accuracy": accuracy, "num_tokens": _read(batch)}
         return value, weight, metrics
 
@@ -224,10 +225,16 @@ def _reference(frozen: Frozen, batch: Batch) -> Float[Array, "B 2"]:
     return jax.lax.stop_gradient(response_logprobs(reference_of(frozen), batch))
 
 
-def _accuracy(scores: TokenScores, targets: Bool[Array, "B X"]) -> Float[Array, ""]:
+def _of_chosen(batch: Batch) -> Bool[Array, "B2 X"]:
+    """The targets of pairs [B, 2, X] that are of chosen responses, as rows [2 B, X]."""
+    targets = batch["targets"].at[:, 1].set(False)
+    return targets.reshape(-1, targets.shape[-1])
+
+
+def _accuracy(scores: TokenScores, targets: Bool[Array, "B X"]) -> Mean:
     """Share of targets that the model holds likeliest."""
-    right = (scores.correct & targets).sum()
-    return jax.lax.stop_gradient(right / jnp.maximum(targets.sum(), 1))
+    counts = (mask.sum().astype(jnp.float32) for mask in (scores.correct & targets, targets))
+    return jax.lax.stop_gradient(Mean(*counts))
 
 
 def _read(batch: Batch) -> Float[Array, ""]:

@@ -29,7 +29,7 @@ class OptimizerConfig:
     decoupled and scaled by the learning rate in all of them.
 
     `learning_rate` is the peak, `muon_learning_rate` that of the matrices under Muon. `warmup` is
-    a share of the steps, or their number when above 1; `final` is a share of the peak. A
+    a share of the steps below 1, their number from 1 on; `final` is a share of the peak. A
     trapezoid stays at the peak until the last `decay` share of the steps, so their number may be
     settled on the way.
     """
@@ -68,7 +68,7 @@ class OptimizerConfig:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0 to the peak, then as `config.schedule` says."""
     peak = config.learning_rate
-    warmup = round(config.warmup if config.warmup > 1 else config.warmup * steps)
+    warmup = round(config.warmup if config.warmup >= 1 else config.warmup * steps)
     rest = max(steps - warmup, 1)
     after: Callable[[Any], Any]
     if config.schedule == "constant":

@@ -53,6 +53,18 @@ def place(batch: Batch, mesh: Mesh | None, rows: int | None = None) -> Batch:
     return {name: put(np.asarray(array)) for name, array in batch.items()}
 
 
+def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch as device arrays, all of it on every device; every host gives the same."""
+    if mesh is None:
+        return batch
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, everywhere, lambda index: array[index])
+
+    return {name: put(np.asarray(array)) for name, array in batch.items()}
+
+
 def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     """The state with what lies on one device (counts, the key) on all of the mesh's.
 

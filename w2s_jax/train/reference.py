@@ -6,7 +6,7 @@ Their place in a cache is named by what they depend on: the reference's weights 
 import hashlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,16 @@ def weights_identity(directory: Path) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:24]
+
+
+def file_digests(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files that are here, by the last part of their names: folders may be moved."""
+    found = {}
+    for path in (Path(name).expanduser() for name in names):
+        if path.is_file():
+            with path.open("rb") as opened:
+                found[path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def _on_all_hosts(flag: bool) -> bool:

@@ -4,7 +4,7 @@ Puts together what the neighbours hold; reads no flags and prints nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
-from w2s_jax.train.placing import batch_parts, check_batch, host_rows, place, place_state
+from w2s_jax.train.placing import (
+    batch_parts,
+    check_batch,
+    host_rows,
+    place,
+    place_state,
+    place_whole,
+)
 from w2s_jax.train.reference import Referenced
 from w2s_jax.train.step import (
     SUMMED,
@@ -95,14 +102,10 @@ class Task:
 
 
 def number_of_steps(config: RunConfig, data: Source) -> int:
-    """The steps of a run; InputError where an epoch has less than one."""
-    per_epoch = len(data) / config.batch_size
-    steps = config.steps or round(config.epochs * per_epoch)
-    if steps < 1:
-        raise InputError(
-            f"{len(data)} examples make less than one step of batch size {config.batch_size} in "
-            f"{config.epochs:g} epochs; lower --batch-size or give --max-steps"
-        )
+    """The steps of a run, in which an epoch's every row is read; InputError for too many."""
+    wanted = config.epochs * len(data) / config.batch_size
+    # A share such as 0.1 of an epoch is no exact number, and is not to make a step more.
+    steps = config.steps or max(1, math.ceil(wanted - 1e-9 * wanted))
     if steps > MOST_STEPS:
         raise InputError(f"{config.epochs:g} epochs are {steps:.3g} steps, {MOST_STEPS} at most")
     return steps
@@ -208,16 +211,18 @@ def evaluation(
     """What measures a state: the loss and its metrics over the held-out examples, by weight.
 
     Examples are read in order, without dropout; what is left of them after whole batches is a
-    batch of its own, as far as the mesh divides it. A mean over no example is nan.
+    batch of its own. Those that the mesh does not divide are read on every part of it, few at a
+    time. A mean over no example is nan.
     """
     data = task.held_out
     assert data is not None
     rows = config.eval_batch
     parts = batch_parts(mesh)
     check_batch(rows, 1, mesh, flag="--eval-batch-size")
-    if len(data) < parts:
-        raise InputError(f"{len(data)} held-out examples are fewer than the mesh's {parts} parts")
-    starts = range(0, len(data) - len(data) % parts, rows)
+    divided = len(data) - len(data) % parts
+    spans = list(_spans(0, divided, rows))
+    # Two at the least, as some losses pair the rows of a batch.
+    spans += _spans(divided, len(data), max(2, rows // parts))
 
     @jax.jit
     def measure(params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
@@ -226,10 +231,13 @@ def evaluation(
 
     def evaluate(state: TrainState) -> dict[str, float]:
         sums: dict[str, Mean] = {}
-        for start in starts:
-            stop = min(start + rows, len(data) - len(data) % parts)
-            own = host_rows(mesh, stop - start)
-            batch = place(data.at(np.arange(start, stop), own), mesh, stop - start)
+        for start, stop in spans:
+            indices = np.arange(start, stop)
+            if start < divided:
+                own = host_rows(mesh, stop - start)
+                batch = place(data.at(indices, own), mesh, stop - start)
+            else:
+                batch = place_whole(data.at(indices), mesh)
             weight, metrics = jax.device_get(measure(state.params, dict(task.frozen), batch))
             for name, value in metrics.items():
                 part = _as_mean(value, float(weight))
@@ -241,6 +249,10 @@ def evaluation(
         }
 
     return evaluate
+
+
+def _spans(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + rows, stop)) for at in range(start, stop, rows))
 
 
 def _as_mean(value: Any, weight: float) -> Mean:
