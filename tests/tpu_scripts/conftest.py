@@ -1,6 +1,6 @@
 """A stub cloud for tpu_scripts/: a gcloud and pythons on PATH, in a folder of the test."""
 
-import json
+import ast
 import os
 import shutil
 import subprocess
@@ -57,7 +57,7 @@ class Cloud:
 
     def play(self, **answers: list[str]) -> None:
         for name, states in answers.items():
-            (self.folder / name).write_text(json.dumps(states))
+            (self.folder / name).write_text("\n".join(states))
 
     def ready(self, *, set_up: bool = True) -> None:
         """A slice of two workers, with worker.sh where setup.sh puts it."""
@@ -72,8 +72,9 @@ class Cloud:
 
     @property
     def calls(self) -> list[list[str]]:
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [ast.literal_eval(line) for line in lines]
 
     def verbs(self) -> list[str]:
         """The calls, by the words that say what they do: `tpu-vm create`."""

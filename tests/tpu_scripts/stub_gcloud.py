@@ -1,21 +1,18 @@
 """A gcloud for tests: records its calls, plays states, and runs what ssh is told on this machine.
 
-Its folder is W2S_STUB. `calls.jsonl` holds the argv of every call; `node`, `queue` and `create` are
-JSON lists of answers, of which the last stays; every worker is a folder with a home of its own, and
-`bucket/` stands for Cloud Storage. An answer `ERROR words` is a call that fails with these words.
+Its folder is W2S_STUB. `calls` holds the argv of every call, a literal a line; `node`, `queue` and
+`create` hold answers, a line each, of which the last stays; every worker is a folder with a home of
+its own, and `bucket/` stands for Cloud Storage. An answer `ERROR words` is a call that fails with
+these words.
+
+It starts some thousand times in a run of the tests, so that it imports what starts quickly.
 """
 
-import contextlib
 import fcntl
-import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
-HERE = Path(os.environ["W2S_STUB"])
+HERE = os.environ["W2S_STUB"]
 
 
 def fail(words: str) -> None:
@@ -27,30 +24,37 @@ def flag(arguments: list[str], name: str) -> str:
     return next(a for a in arguments if a.startswith(f"--{name}=")).split("=", 1)[1]
 
 
-def put(name: str, answers: list[str]) -> None:
-    (HERE / name).write_text(json.dumps(answers))
+def text(name: str) -> str:
+    with open(f"{HERE}/{name}") as file:
+        return file.read()
+
+
+def put(name: str, *answers: str) -> None:
+    with open(f"{HERE}/{name}", "w") as file:
+        file.write("\n".join(answers))
 
 
 def take(name: str) -> str:
-    """The next answer of a list; the last one stays."""
-    answers = json.loads((HERE / name).read_text())
-    if len(answers) > 1:
-        put(name, answers[1:])
-    if answers[0].startswith("ERROR "):
-        fail(answers[0].removeprefix("ERROR "))
-    return answers[0]
-
-
-def workers() -> int:
-    return int((HERE / "workers").read_text())
+    """The next answer; the last one stays."""
+    first, *rest = text(name).splitlines()
+    if rest:
+        put(name, *rest)
+    if first.startswith("ERROR "):
+        fail(first.removeprefix("ERROR "))
+    return first
 
 
 def wipe() -> None:
     """What a deleted machine leaves behind: no process and no disk."""
-    for home in HERE.glob("worker-*"):
-        for pid in home.glob("w2s/runs/*/pid"):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(pid.read_text().split()[0]), signal.SIGKILL)
+    import contextlib
+    import glob
+    import shutil
+    import signal
+
+    for home in glob.glob(f"{glob.escape(HERE)}/worker-*"):
+        for path in glob.glob(f"{glob.escape(home)}/w2s/runs/*/pid"):
+            with contextlib.suppress(ProcessLookupError), open(path) as file:
+                os.killpg(int(file.read().split()[0]), signal.SIGKILL)
         shutil.rmtree(home)
 
 
@@ -63,19 +67,19 @@ def node(verb: str, rest: list[str]) -> None:
         state = take("node")
         if state == "MISSING":
             not_found("nodes", rest[0])
-        print(f"{state},{workers()},{(HERE / 'type').read_text()}")
+        print(f"{state},{int(text('workers'))},{text('type')}")
     elif verb == "create":
         answer = take("create")
-        put("node", ["CREATING", "READY"])
-        (HERE / "type").write_text(flag(rest, "accelerator-type"))
+        put("node", "CREATING", "READY")
+        put("type", flag(rest, "accelerator-type"))
         print(answer)
     elif verb == "delete":
-        if json.loads((HERE / "node").read_text())[0] == "MISSING":
+        if text("node").splitlines()[0] == "MISSING":
             not_found("nodes", rest[0])
-        put("node", ["MISSING"])
+        put("node", "MISSING")
         wipe()
     elif verb == "list":
-        print((HERE / "others").read_text(), end="")
+        print(text("others"), end="")
 
 
 def queue(verb: str, rest: list[str]) -> None:
@@ -86,55 +90,58 @@ def queue(verb: str, rest: list[str]) -> None:
         print(state)
     elif verb == "create":
         take("create")
-        put("queue", ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
-        put("node", ["MISSING", "CREATING", "READY"])
-        (HERE / "type").write_text(flag(rest, "accelerator-type"))
+        put("queue", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+        put("node", "MISSING", "CREATING", "READY")
+        put("type", flag(rest, "accelerator-type"))
     elif verb == "delete":
-        put("queue", ["MISSING"])
-        put("node", ["MISSING"])
+        put("queue", "MISSING")
+        put("node", "MISSING")
         wipe()
 
 
-def home_of(arguments: list[str]) -> Path:
+def home_of(arguments: list[str]) -> str:
     """The home of the one worker that ssh and scp speak to."""
-    state = json.loads((HERE / "node").read_text())[0]
+    state = text("node").splitlines()[0]
     if state != "READY":
         fail(f"the TPU is in state {state}")
-    if (HERE / "ssh").exists() and take("ssh") != "ok":
+    if os.path.exists(f"{HERE}/ssh") and take("ssh") != "ok":
         fail("[/usr/bin/ssh] exited with return code [255].")
-    home = HERE / f"worker-{int(flag(arguments, 'worker'))}"
-    home.mkdir(exist_ok=True)
+    home = f"{HERE}/worker-{int(flag(arguments, 'worker'))}"
+    os.makedirs(home, exist_ok=True)
     return home
 
 
-def ssh(rest: list[str], home: Path) -> None:
+def ssh(rest: list[str], home: str) -> None:
     # gcloud splits the command at spaces and ssh joins the words again; the login shell reads that.
     command = " ".join(flag(rest, "command").split(" "))
-    env = os.environ | {"HOME": str(home), "STUB_WORKER": home.name}
-    sys.exit(subprocess.run(["bash", "-c", command], cwd=home, env=env, check=False).returncode)
+    os.chdir(home)
+    os.environ |= {"HOME": home, "STUB_WORKER": os.path.basename(home)}
+    os.execvp("bash", ["bash", "-c", command])
 
 
 def storage(verb: str, rest: list[str]) -> None:
     """ls, cp and rsync --recursive between `bucket/` and the working folder."""
-    if (HERE / "storage").exists():
+    import shutil
+
+    if os.path.exists(f"{HERE}/storage"):
         take("storage")
-    paths = [Path(a.replace("gs://", f"{HERE}/bucket/")) for a in rest if not a.startswith("--")]
+    paths = [a.replace("gs://", f"{HERE}/bucket/") for a in rest if not a.startswith("--")]
     if verb == "ls":
-        if not paths[0].exists():
+        if not os.path.exists(paths[0]):
             fail("One or more URLs matched no objects.")
-        print(rest[0] if paths[0].is_file() else f"{rest[0]}/..")
+        print(rest[0] if os.path.isfile(paths[0]) else f"{rest[0]}/..")
     elif verb == "cp":
-        paths[1].parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(paths[1]), exist_ok=True)
         shutil.copy(*paths)
     elif verb == "rsync":
         shutil.copytree(*paths, dirs_exist_ok=True)
 
 
 def main(arguments: list[str]) -> None:
-    with (HERE / "lock").open("w") as lock:
+    with open(f"{HERE}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with (HERE / "calls.jsonl").open("a") as calls:
-            calls.write(json.dumps(arguments) + "\n")
+        with open(f"{HERE}/calls", "a") as calls:
+            calls.write(ascii(arguments) + "\n")
         home = None
         match [a for a in arguments if a != "alpha"]:
             case ["compute", "tpus", "tpu-vm", "ssh" | "scp" as verb, *rest]:
@@ -150,7 +157,9 @@ def main(arguments: list[str]) -> None:
     if verb == "ssh":
         ssh(rest, home)
     else:
-        shutil.copy(rest[0], home / rest[1].split(":", 1)[1])
+        import shutil
+
+        shutil.copy(rest[0], os.path.join(home, rest[1].split(":", 1)[1]))
 
 
 if __name__ == "__main__":

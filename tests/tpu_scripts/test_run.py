@@ -202,7 +202,7 @@ def test_a_slice_that_is_taken_away(cloud):
     begun = f"{cloud.folder}/begun-"
     code = (
         f"touch {begun}$STUB_WORKER; until [[ -e {begun}worker-0 && -e {begun}worker-1 ]]; "
-        f"do sleep 0.02; done; echo '[\"PREEMPTED\"]' >{cloud.folder}/node; exec sleep 60"
+        f"do sleep 0.02; done; echo PREEMPTED >{cloud.folder}/node; exec sleep 60"
     )
     done = cloud.run("run.sh", *shell(code))
     assert done.returncode == 75

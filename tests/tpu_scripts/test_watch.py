@@ -24,7 +24,7 @@ COUNT = (
 TAKEN = (
     '[[ $STUB_WORKER == worker-0 ]] || exec sleep 60; until [[ -e "$W2S_STUB/lives-worker-1" && '
     '$(wc -l <"$W2S_STUB/lives-worker-1") -ge lives ]]; do sleep 0.02; done; '
-    'echo \'["PREEMPTED"]\' >"$W2S_STUB/node"; exec sleep 60'
+    'echo PREEMPTED >"$W2S_STUB/node"; exec sleep 60'
 )
 
 
@@ -60,7 +60,7 @@ def test_a_preemption_is_survived(cloud):
 
 
 def test_a_queued_resource_that_is_suspended(cloud):
-    states = {"queue": '["SUSPENDED"]', "node": '["MISSING"]'}
+    states = {"queue": "SUSPENDED", "node": "MISSING"}
     suspended = "".join(f"echo '{s}' >\"$W2S_STUB/{name}\"; " for name, s in states.items())
     suspended += "exec sleep 60"
     done = watch(
@@ -119,6 +119,7 @@ def test_passing_faults_of_gcloud(cloud):
 def test_a_watch_takes_up_the_run_that_is_under_way(cloud):
     cloud.ready()
     cloud.run("run.sh", "--detach", "--", "bash", "-c", "sleep 3; echo ended")
+    cloud.env["W2S_TPU_POLL"] = "0.3"  # while it sleeps, every look would be a process
     done = watch(cloud, "true")
     assert done.returncode == 0, done.stderr
     assert "'main' is under way already" in done.stderr
