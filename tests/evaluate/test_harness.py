@@ -142,7 +142,7 @@ def _check_texts(loaded, results, beta):
     assert any(texts)
 
 
-@pytest.mark.parametrize("method", ["cbs", "bon"])
+@pytest.mark.parametrize("method", ["cbs"])
 def test_methods_that_choose_among_samples_generate(folders, tasks, tmp_path, method, capsys):
     runs = [
         evaluate(folders, tasks, tmp_path / f"{seed}.json", "tiny_write", "--method", method,
@@ -161,8 +161,7 @@ def test_methods_that_choose_among_samples_generate(folders, tasks, tmp_path, me
     assert one["samples"]["tiny_write"][0]["resps"] == texts[0][0]
 
 
-@pytest.mark.parametrize("method", ["cbs", "bon"])
-@pytest.mark.parametrize("task", ["tiny_choice", "tiny_pages"])
+@pytest.mark.parametrize(("method", "task"), [("cbs", "tiny_choice"), ("bon", "tiny_pages")])
 def test_methods_without_a_likelihood_say_so(folders, tasks, tmp_path, method, task, capsys):
     code, _ = evaluate(folders, tasks, tmp_path / "o.json", task, "--method", method)
     assert code == 2

@@ -1,5 +1,6 @@
 """Reward models: heads on decoders, their checkpoints' layouts, and live parity with torch."""
 
+import itertools
 import json
 
 import jax
@@ -343,8 +344,7 @@ def padded(vocabulary, pad):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize(("case", "labels"), zip(PARITY, itertools.cycle([1, 3])))
 def test_sequence_classifiers_equal_those_of_transformers(case, labels, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
