@@ -87,7 +87,6 @@ DPO_METRICS = (
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ((), {}),
         (("--loss-type=ipo", "--warmup=0.25"), {"loss_type": ["ipo"], "warmup_steps": 6}),
         (
             ("--loss-type=sigmoid", "--loss-type=sft", "--loss-weights=1", "--loss-weights=0.5",
@@ -97,7 +96,7 @@ DPO_METRICS = (
         ),
         (("--reference-logprobs=live", "--weight-decay=0.1"), {"weight_decay": 0.1}),
     ],
-    ids=["default", "ipo", "mixed", "live"],
+    ids=["ipo", "mixed", "live"],
 )  # fmt: skip
 def test_dpo_follows_trl(model, tmp_path, flags, options):
     compare(*both("dpo", model, tmp_path, flags, **options), DPO_METRICS)
