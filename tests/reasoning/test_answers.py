@@ -30,17 +30,22 @@ ONE_VOTE = [
     ),
     ("3/2", r"1\frac{1}{2}", "1 1/2", r"1 \frac12", "1.5", r"\frac{3}{2}"),
     ("-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", "−0.5", r"-\frac12"),
-    ("50", r"50\%", "50%", "50 percent", "50 %"),
-    (
-        "5",
-        "5 cm",
-        r"5\text{ cm}",
-        r"5 \mathrm{~cm}",
-        "5 centimeters",
-        "x = 5",
-        "£5",
-        "5 square feet",
-    ),
+    ("1/2", r"50\%", "50%", "50 percent", "50 %"),
+    ("5 cm", r"5\text{ cm}", r"5 \mathrm{~cm}", "5 centimeters", "x = 5 cm", "50 mm", "0.05 m"),
+    ("5 cm^2", r"5\text{ cm}^2", "5 square centimeters", "5 sq cm", "5 cm²"),
+    ("5", "x = 5", "5 apples", "$5", "5 dollars", "500 cents", "approximately 5."),
+    ("2.5 h", "2 hours 30 minutes", "2 hours and 30 minutes", "150 min"),
+    ("4:30 pm", "4:30 p.m.", "4:30 PM", "16:30"),
+    ("1/3", r"0.\overline{3}", r"0.\overline3", "0.333..."),
+    (r"60^\circ,120^\circ", "120°, 60°", r"60^{\circ} \text{ and } 120^{\circ}"),
+    (r"2\pi", "2pi", "2π", "2*pi"),
+    ("x>3", r"(3,\infty)", "3 < x", r"x \in (3, \infty)"),
+    (r"x \le 3", r"x\leq 3", r"x \leqslant 3", r"(-\infty, 3]"),
+    (r"3\pmod7", r"3 \pmod{7}", r"x \equiv 3 \pmod 7"),
+    ("xy", "yx", r"x \cdot y"),
+    (r"\pm3", "3, -3", "±3", r"x = \pm 3"),
+    ("y = 2x+1", "2x+1", "2x - y + 1 = 0"),
+    (r"\sin^2 x", r"1-\cos^2 x"),
     ("90", r"90^\circ", r"90^{\circ}", "90 degrees", "90°"),
     ("72", "72 clips in total", "072", r"\text{72}", "72.00"),
     (r"(1,2)", r"\left( 1, 2 \right)", r"\left(1,2\right)", "(1, 2)", "( 1.0 , 2 )"),
@@ -57,25 +62,29 @@ ONE_VOTE = [
     ("1024", "2^10", "2**10", "2^{10}"),
     (r"6.02 \times 10^{23}", "6.02e23", r"602 \cdot 10^{21}"),
     ("0.001", "10^{-3}", "1e-3"),
-    ("12 m/s", r"12 \mathrm{~m/s}", "12"),
+    ("10 m/s", r"10 \mathrm{~m/s}", "36 km/h", "10 m s^{-1}", "10 meters per second"),
+    (r"\binom{12}{4}", "495"),
     ("B", r"\text{(B)}", "(B)", "B: 86 years", "B. because"),
     ("yes", "Yes", r"\text{Yes}"),
     ("4294967296", "2^{32}"),
     ("24", "4!"),
 ]
-# Equal in value, but not one vote: a vote does not convert, and a percentage is its number.
+# Equal, but not one vote: one leaves out what the question may have told, or rounds.
 EQUAL = [
-    *[("50%", "0.5"), ("500 cm", "5 m"), ("50 cents", "$0.50"), ("36 km/h", "10 m/s")],
-    *[("0.333333", r"\frac{1}{3}"), (r"\binom{12}{4}", "495")],
+    *[("5", "5 cm"), ("£5", "5"), ("12 m/s", "12"), ("50%", "50"), ("60, 120 cm", "60, 120")],
+    *[(r"3 \pmod 7", "3"), ("101_2", "101"), ("4:30", "4:30 pm"), ("0.333333", r"\frac{1}{3}")],
 ]
 DIFFERENT = [
     *[("5", "6"), ("", "5"), ("-5", "5"), ("1,2", "12"), ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]")],
     *[("0.33", "1/3"), (r"\{1,2\}", r"\{1,2,3\}"), ("3 or 5", "3"), ("x+1", "x+2"), ("5x", "5")],
     *[("10_2", "10_3"), (r"\sqrt{2}", "1.41"), ("1/0", "0"), ("yes", "no"), ("5i", "5")],
-    *[("5 cm", "5 m"), ("36 km/h", "36 m/s"), ("5 kg", "5 s"), ("50%", "5"), ("A", "B")],
-    *[(r"6.67 \times 10^{-11}", r"1 \times 10^{-11}"), ("1e-9", "0")],
+    *[("5 cm", "5 m"), ("5 cm", "5 cm^2"), ("36 km/h", "36 m/s"), ("5 kg", "5 s"), ("50%", "5")],
+    *[(r"6.67 \times 10^{-11}", r"1 \times 10^{-11}"), ("1e-9", "0"), ("A", "B"), ("0.5%", "50%")],
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
     *[(r"(\frac{17}{4},0)", r"\frac{17}{4}"), ("17/4", r"\le(\frac{17}{4},0\right)")],
+    *[("27 7", "34"), ("8 4", "12"), ("1 2", "12"), ("mg", "Mg"), ("F", "f"), ("NRT", "nRT")],
+    *[("4:30", "2:15"), ("4:30 am", "4:30 pm"), ("2:00", "3:00"), ("20 °C", "20 °F"), ("5xy", "5")],
+    *[("$5", "5 euros"), ("5 mg", "5 Mg"), ("x=1, y=2", "y=1, x=2"), ("x > 3", r"x \ge 3")],
 ]
 
 
@@ -94,20 +103,26 @@ def test_forms_of_one_answer(judge, forms):
 
 
 @pytest.mark.parametrize(("left", "right"), EQUAL)
-def test_equal_in_value(judge, left, right):
+def test_equal_where_one_says_less(judge, left, right):
     assert judge("equal", left, right) is True
     assert judge("equal", right, left) is True
+    assert judge("canonical", left) != judge("canonical", right)
 
 
 @pytest.mark.parametrize(("left", "right"), DIFFERENT)
 def test_different_answers(judge, left, right):
     assert judge("equal", left, right) is False
     assert judge("equal", right, left) is False
+    assert judge("canonical", left) != judge("canonical", right)
 
 
 def test_canonical_forms(judge):
     forms = {
         "$1,000.00": "1000",
+        "90°": "90",
+        "5 cm": "1/20 m",
+        "€5": "5 euro",
+        "50%": "1/2",
         "-0.75": "-3/4",
         "2, 1": "{1,2}",
         "(2, 1.0]": "(2,1]",
@@ -151,7 +166,24 @@ def test_olympic_answers(prediction, gold, same):
         ("The answer is:\n\n7", "7"),
         ("The answer is 3. So \\boxed{12", "3"),
         ("The final answer is \\[\\boxed{A}\\]", "A"),
+        ("Hence $\\boxed{7}$. We can check that this answer is correct.", "7"),
+        ("#### 18\nThe answer is in dollars, and without the eggs it would be 20.", "18"),
+        ("The answer is 11. To check, the answer is valid for n = 1.", "11"),
+        ("The sum is $\\boxed 5$.", "5"),
+        ("The sum is $\\boxed \\frac{3}{4}$.", "\\frac{3}{4}"),
+        ("The answer is **72**.", "72"),
+        ("**Final Answer: 72**", "72"),
+        ("### Final Answer\n\n**72**", "72"),
+        ("#### Step 1: 3 dogs\n\n#### 2. Eight cats\n\nAnswer: 11 animals", "11 animals"),
+        ("So she sold **72** clips in May.", "72"),
+        ("**Answer:** 2**10", "2^{10}"),
+        ("<think>The answer is 3.</think>\n\n**4**", "4"),
+        ("The answer is approximately 3.", "3"),
+        ("The answer is Evelyn.", "Evelyn"),
+        ("The answer is $20 and not $30.", "$20 and not $30"),
+        ("She spent $70 on 7.\nEach gift cost $10", "$10"),
         *[("\\boxed{12", ""), ("She has 72 clips.", ""), ("#### ", ""), ("", "")],
+        *[("This answer is correct.", ""), ("The answer is not clear to me yet", "")],
     ],
 )
 def test_extraction(response, answer):
@@ -159,7 +191,7 @@ def test_extraction(response, answer):
 
 
 def test_gsm8k_reads_its_own_mark_first():
-    response = "#### 4\nThe answer is: 5"
+    response = "#### 4\nThat is \\boxed{5}, so the answer is 6."
     assert make_checker("math", "gsm8k").extract(response) == "4"
     assert make_checker("math", "math").extract(response) == "5"
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.grading import canonical_answers, grade, judged
+from w2s_jax.reasoning import workers
+from w2s_jax.reasoning.grading import canonical_answers, grade, judged, votes
 from w2s_jax.reasoning.workers import Failure, Workers
 
 BAD = "tests.reasoning.bad_checkers:Bad"
@@ -65,6 +66,43 @@ def test_a_bad_answer_costs_itself_only(command, reason):
     assert [row["pred"] for row in graded] == answers
     assert [row["result"] for row in graded] == [True, True, False, True, True, True]
     assert [row.get("error") for row in graded] == [None, None, reason, None, None, None]
+
+
+def computing():
+    def compute(seconds: float) -> float:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        return seconds
+
+    return compute
+
+
+def test_an_answer_that_a_busy_machine_left_no_time_is_given_more(monkeypatch):
+    with Workers("tests.reasoning.test_grading:computing", workers=1, seconds=0.1) as pool:
+        monkeypatch.setattr(workers, "_processor_time", lambda pid: (True, 0.0))
+        assert pool.run([0.5]) == [0.5]
+        monkeypatch.setattr(workers, "_processor_time", lambda pid: (False, 0.0))
+        assert pool.run([60.0]) == [Failure("timed out after 0.1 s")]
+
+
+def test_answers_of_one_question_that_are_equal_are_one_vote():
+    preds = {
+        "says less": ["5", "5 cm", "5.0", "", "7"],
+        "which unit": ["5", "5 cm", "5 m"],
+        "percent": ["50", "50%", "0.75"],
+        "exact": ["$1,000", "1000", "1000 clips"],
+    }
+    rows = [{"id": row_id, "pred": pred} for row_id, found in preds.items() for pred in found]
+    voted: dict[str, list[str]] = {}
+    for row in votes(rows, "math", "math"):
+        voted.setdefault(row["id"], []).append(row["pred"])
+    assert voted == {
+        "says less": ["1/20 m", "1/20 m", "1/20 m", "", "7"],
+        "which unit": ["5", "1/20 m", "5 m"],
+        "percent": ["1/2", "1/2", "3/4"],
+        "exact": ["1000", "1000", "1000"],
+    }
 
 
 def test_many_crashing_answers_among_good_ones():

@@ -5,15 +5,53 @@ Knows no values: numbers are read in quantities.py, expressions in math_answers.
 
 import re
 
-_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_TOKENS = re.compile(
+    r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>\d[\d.,]*|(?<=\s)(?:\\[a-z]+(?:\{[^{}]*\})*|[^\s${}\\]+)))"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
 _BETWEEN_BOXES = re.compile(r"(?:[\s$\\,;.()]|\band\b|\bor\b){1,20}")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
-_ANSWER_IS = re.compile(r"(?i)\banswers?(?: +is| +are)? *: *\**\s*|\banswers? +(?:is|are)\b\s*")
+_ANSWER_IS = re.compile(
+    r"""(?imx) (?<!\bthis\ )(?<!\bthat\ )(?<!\bwrong\ ) \banswers?\b
+    (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*[:=] ) \s*
+    | ^\W* (?:the\ )? (?:final\ |correct\ )? answers? \W* \n \s*"""
+)
+# What may stand between "answer is" and the answer.
+_LEAD = re.compile(
+    r"(?i)(?:\s*\b(?:approximately|about|around|roughly|exactly|simply|just|therefore|thus|then|also"
+    r"|indeed|equal to|option|choice)\b[\s:]*)+"
+)
+_MATHEMATICS = re.compile(
+    r"[-+−±]?\s*(?:\.?\d|[$€£¥₹√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
+    r"|(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
+)
+_WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
+# "The answer is correct": a remark on the answer, or the beginning of one.
+_REMARKS = re.compile(
+    r"(?i)(?:correct|right|wrong|incorrect|reasonable|valid|consistent|helpful|clear|unclear|the|not"
+    r"|in|as|given|obtained|found|that|this|because|what|still|unknown|verified|expressed|if|rounded"
+    r"|based|also|same|to|for)\b"
+)
+_NUMBERED = re.compile(r"\d+[.)]\s+[A-Za-z]")
+# An inline formula opens and closes at a character, so that "$20 and $30" is none.
 _SPAN = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+    r"\$\$(.+?)\$\$|(?<!\\)\$((?! )(?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+    re.DOTALL,
 )
 _JOINED = re.compile(r"[\s,;]*(?:\band\b|\bor\b)?[\s,;]*")
-_CLAUSE = re.compile(r"[.;!]\s|,\s+(?=(?:because|since|so|which|as|where|and we|therefore)\b)|\n")
+_CLAUSE = re.compile(
+    r"[.;!]\s|,?\s+(?=(?:because|since)\b)|\n"
+    r"|,\s+(?=(?:so|which|as|where|when|and we|therefore|rounded|not)\b)"
+)
+_EMPHASIS = re.compile(
+    r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
+)
+_BOLD = re.compile(r"(?<![\w*\\])(?:\*\*|__)(?=[^\s*])([^*\n]*?[^\s*])(?:\*\*|__)(?![\w*])")
+_SENTENCE = re.compile(r"[A-Z][A-Za-z' -]+ ([$€£]?-?\d[\d,]*(?:\.\d+)?%?)\.?")
+_LINE_MARK = re.compile(
+    r"(?m)^[ \t]*(?:>[ \t]*|[-*][ \t]+|#{1,3}[ \t]+|#{5,}[ \t]+)+|^```\w*[ \t]*$"
+)
 
 _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\(?:displaystyle|quad|qquad|limits)(?![a-zA-Z])"
@@ -27,6 +65,13 @@ _SHORT_FRACTION = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|\{[^{}]*\})")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d)")
 # What the published normaliser, which takes "ft" out of everything, leaves of \\left and \\infty.
 _DAMAGED = ((re.compile(r"\\le(?=[(\[{|])(?=.*\\right)"), ""), (re.compile(r"\\iny\b"), r"\\infty"))
+_SYNONYMS = (
+    (re.compile(r"\\(?:leq(?:slant)?|leqq|lt)(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"\\(?:geq(?:slant)?|geqq|gt)(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff\ud800-\udfff]")
 _CHARACTERS = str.maketrans(
     {
@@ -41,6 +86,8 @@ _CHARACTERS = str.maketrans(
         "∪": r"\cup ",
         "≤": r"\le ",
         "≥": r"\ge ",
+        "±": r"\pm ",
+        "≈": r"\approx ",
         "½": r"\frac{1}{2}",
         "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}",
@@ -68,6 +115,8 @@ def last_box(text: str) -> tuple[int, str]:
             if open_boxes and (begin := open_boxes.pop()):
                 boxes = [box for box in boxes[-8:] if box[0] < begin[0]]
                 boxes.append((begin[0], token.end(), text[begin[1] : token.start()]))
+        elif token["bare"]:
+            boxes.append((token.start(), token.end(), token["bare"]))
         elif token[0].startswith(("\\boxed", "\\fbox")):
             open_boxes.append((token.start(), token.end()))
     if not boxes:
@@ -81,17 +130,71 @@ def last_box(text: str) -> tuple[int, str]:
 
 
 def after_hashes(text: str) -> tuple[int, str]:
-    """Where the last "####" with something behind it on its line stands, and what that is."""
-    found = [match for match in _HASHES.finditer(text) if match[1].strip()]
-    return (found[-1].start(), found[-1][1].strip()) if found else (-1, "")
+    """Where the last "####" with an answer behind it on its line stands, and what that is.
+
+    A heading of Markdown is none; a word is an answer there only where it ends the text.
+    """
+    for match in reversed(list(_HASHES.finditer(text))):
+        told = match[1].strip()
+        last = not text[match.end() :].strip()
+        if not _NUMBERED.match(told) and reads_as_answer(told, worded=last):
+            return match.start(), told
+    return -1, ""
 
 
 def after_answer_is(text: str) -> tuple[int, str]:
-    """Where the last "answer is", "answer:" or the like stands, and the statement behind it."""
+    """Where the last "answer is" or "answer:" before an answer stands, and that answer."""
     for match in reversed(list(_ANSWER_IS.finditer(text))):
-        if statement := text[match.end() :].strip(" *:"):
-            return match.start(), _stated(statement)
+        statement = text[match.end() :].strip(" *:")
+        statement = statement[lead.end() :] if (lead := _LEAD.match(statement)) else statement
+        if (stated := _stated(statement)) and reads_as_answer(statement, stated):
+            return match.start(), stated
     return -1, ""
+
+
+def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True) -> bool:
+    """Whether a text begins with mathematics or a letter of a choice, or is a few words.
+
+    stated: its first clause, which the words must be. worded: whether words count.
+    """
+    if _MATHEMATICS.match(text):
+        return True
+    words = text if stated is None else stated
+    return worded and _WORDED.fullmatch(words.strip(" .")) is not None and not _REMARKS.match(words)
+
+
+def last_bold(text: str) -> str:
+    """The last bold answer of the last line of Markdown: "So she sold **72** clips."."""
+    line = text.rstrip().rpartition("\n")[2]
+    found = [bold for bold in _BOLD.findall(line) if reads_as_answer(bold)]
+    return found[-1] if found else ""
+
+
+def without_markdown(text: str) -> str:
+    """A text without marks of emphasis, code, quotation, lists and headings; "####" stays."""
+    text = _LINE_MARK.sub("", text)
+    for _ in range(2):
+        text = _EMPHASIS.sub(lambda match: match[2] or match[3], text)
+    return text
+
+
+def final_answer(response: str, *, hashes_first: bool = False) -> str:
+    """The final answer as it is written in a response; "" where there is none.
+
+    A box or "####", of several the last one, outranks what "the answer is" says, that a bold text
+    in the last line, and that the number at the end of a last line that is a plain sentence.
+    What a model thought before "</think>" counts only where nothing follows.
+    """
+    spoken = response.rpartition("</think>")[2]
+    marked = spoken if spoken.strip() else response
+    text = without_markdown(marked)
+    hashes, box = after_hashes(text), last_box(text)
+    if max(hashes[0], box[0]) >= 0:
+        if hashes_first and hashes[0] >= 0:
+            return hashes[1]
+        return max(hashes, box, key=lambda at: at[0])[1]
+    ends = _SENTENCE.fullmatch(text.rstrip().rpartition("\n")[2])
+    return after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
 
 
 def _stated(statement: str) -> str:
@@ -109,11 +212,13 @@ def _stated(statement: str) -> str:
 
 def clean(answer: str) -> str:
     r"""An answer without what does not change its value: spacing, \left, $..$, \text, dots."""
-    answer = _CONTROL.sub("", answer).translate(_CHARACTERS).strip()
+    answer = without_markdown(_CONTROL.sub("", answer)).translate(_CHARACTERS).strip()
     answer = re.sub(r"\\[(\[](.*)\\[)\]]", r"\1", answer, flags=re.DOTALL)
     if answer.count("$") >= 2 and not re.search(r"\$\s*[\d.,]+\s.*\$", answer):
         answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = answer.replace("\\$", "$").replace("\\%", "%").replace("{,}", ",")
+    answer = answer.replace("\\$", "$").replace("\\%", "%").replace("{,}", ",").replace("{:}", ":")
+    for pattern, plain in _SYNONYMS:
+        answer = pattern.sub(plain, answer)
     answer = answer.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
     for pattern, repaired in _DAMAGED:
         answer = pattern.sub(repaired, answer)

@@ -41,8 +41,8 @@ class Checker(Protocol):
 def make_checker(name: str, kind: str) -> Checker:
     """A checker by name, for answers of a kind.
 
-    `math` judges by value with math-verify; `published` has the rules of the code of
-    arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's GSM8K filters.
+    `math` judges by value and reads LaTeX by math-verify's parser; `published` has the rules of the
+    code of arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's filters.
     Raises InputError for an unknown name or kind, a harness checker of other answers than GSM8K's,
     and for `math` where math-verify or its ANTLR runtime is missing or of another version.
     """

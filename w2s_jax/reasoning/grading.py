@@ -4,7 +4,9 @@ What an answer is and which answers are equal is for the checkers in `answers.py
 """
 
 import importlib
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from w2s_jax.errors import InputError
@@ -13,6 +15,8 @@ from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
 Task = tuple[str, ...]
+_NUMBER = re.compile(r"-?\d")
+_BARE = re.compile(r"[-+\d.,/ ]+")
 
 
 def grade(
@@ -98,6 +102,52 @@ def canonical_answers(
         forms = _run(pool, [("canonical", pred) for pred in preds])
     pairs = zip(preds, forms, strict=True)
     return [pred if isinstance(form, Failure) else form for pred, form in pairs]
+
+
+def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> list[Row]:
+    """The rows with "pred" in the one form that it votes for, in their order.
+
+    rows: each with "id" and "pred". Of one question, numbers of which any two are equal are one
+    vote, that of the first in the order of characters: "5 cm" and "5", where nobody says "5 m".
+    Raises InputError as `make_checker` does.
+    """
+    preds = sorted({row["pred"] for row in rows if row["pred"]})
+    forms = dict(zip(preds, canonical_answers(preds, checker_name, kind), strict=True))
+    asked: dict[Any, dict[str, str]] = {}
+    for pred, row_id in sorted({(row["pred"], row["id"]) for row in rows if row["pred"]}, key=str):
+        asked.setdefault(row_id, {}).setdefault(forms[pred], pred)
+    alike = _equal_numbers(asked, checker_name, kind)
+    return [
+        {**row, "pred": _shared_form(forms[row["pred"]], alike[row["id"]]) if row["pred"] else ""}
+        for row in rows
+    ]
+
+
+def _equal_numbers(
+    asked: Mapping[Any, Mapping[str, str]], checker_name: str, kind: str
+) -> dict[Any, dict[str, set[str]]]:
+    """For each question and form of a number there, the forms that are equal to it."""
+    alike = {row_id: {form: {form} for form in found} for row_id, found in asked.items()}
+    pairs = [
+        (row_id, pair)
+        for row_id, found in asked.items()
+        for pair in combinations([form for form in found if _NUMBER.match(form)], 2)
+        if not all(_BARE.fullmatch(found[form]) for form in pair)
+    ]
+    if pairs:
+        with _checking(checker_name, kind, None, 5.0, 1024) as pool:
+            tasks = [("equal", *(asked[row_id][form] for form in pair)) for row_id, pair in pairs]
+            verdicts = _run(pool, tasks)
+        for (row_id, (one, other)), verdict in zip(pairs, verdicts, strict=True):
+            if verdict is True:
+                alike[row_id][one].add(other)
+                alike[row_id][other].add(one)
+    return alike
+
+
+def _shared_form(form: str, alike: Mapping[str, set[str]]) -> str:
+    same = alike[form]
+    return min(same) if all(alike[one] == same for one in same) else form
 
 
 def methods(checker_name: str, kind: str) -> Callable[[Task], Any]:

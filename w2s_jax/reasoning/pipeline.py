@@ -4,7 +4,7 @@ Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their
 again and what is not is for `stages.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, reso
 from w2s_jax.reasoning.contrasts import WEIGHT, contrastive_pairs
 from w2s_jax.reasoning.curation import curate, sft_set
 from w2s_jax.reasoning.generation import GenerationConfig
-from w2s_jax.reasoning.grading import canonical_answers, judged
+from w2s_jax.reasoning.grading import judged, votes
 from w2s_jax.reasoning.measures import accuracy
 from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.questions import (
@@ -182,14 +182,13 @@ class Pipeline:
 
     def _sets(self, iteration: int, sources: tuple[str, str]) -> Stage:
         def work(folder: Path) -> Figures:
-            weak, icl = (self._graded(name) for name in sources)
+            weak, icl = self._voted(*(self._graded(name).values() for name in sources))
             found = curate(
                 self.questions,
-                weak,
-                icl,
+                _by_id(weak),
+                _by_id(icl),
                 iteration=iteration,
                 published=self.config.published,
-                canonical=self._canonical(*weak.values(), *icl.values()),
                 sources=self._places(*sources),
             )
             for name, rows in (("weak", found.weak), ("icl", found.icl), ("hybrid", found.hybrid)):
@@ -243,14 +242,13 @@ class Pipeline:
         drawn = self._answers(samples, None, before, generation=generation)
 
         def make_pairs(folder: Path) -> Figures:
-            weak = self._graded(WEAK)
-            rows = read_jsonl(self.root / samples / GRADED)
+            graded = read_jsonl(self.root / samples / GRADED)
+            weak, rows = self._voted(self._graded(WEAK).values(), graded)
             found = contrastive_pairs(
                 self.questions,
-                weak,
+                _by_id(weak),
                 rows,
                 config.contrasts,
-                canonical=self._canonical(*weak.values(), *rows),
                 sources=self._places(WEAK, samples),
             )
             write_jsonl(folder / TRAINING, found.pairs)
@@ -382,23 +380,25 @@ class Pipeline:
     def judged_samples(self, stage: str) -> list[Row]:
         """Graded rows of a stage that drew several a question, with the `answer` that votes."""
         rows = read_jsonl(self.root / stage / GRADED)
-        canonical = self._canonical(*rows)
-        return [row | {"answer": canonical(row["pred"]) if row["pred"] else ""} for row in rows]
+        (voted,) = self._voted(rows)
+        return [row | {"answer": vote["pred"]} for row, vote in zip(rows, voted, strict=True)]
 
     def _places(self, weak: str, other: str) -> tuple[str, str]:
         """The files of two stages' graded rows, for messages."""
         return str(self.root / weak / GRADED), str(self.root / other / GRADED)
 
     def _graded(self, stage: str) -> Answers:
-        return {row["id"]: row for row in read_jsonl(self.root / stage / GRADED)}
+        return _by_id(read_jsonl(self.root / stage / GRADED))
 
-    def _canonical(self, *rows: Mapping[str, Any]) -> Any:
-        """The one form of each final answer in these rows."""
+    def _voted(self, *sources: Iterable[Mapping[str, Any]]) -> list[list[Row]]:
+        """The rows of each source with `pred` in the form that it votes for."""
+        lists = [[dict(row) for row in rows] for rows in sources]
         if self.config.votes == "published":
-            return str
-        preds = sorted({row["pred"] for row in rows if row["pred"]})
-        forms = canonical_answers(preds, self.config.votes, self.config.kind)
-        return dict(zip(preds, forms, strict=True)).__getitem__
+            return lists
+        voted = iter(
+            votes([row for rows in lists for row in rows], self.config.votes, self.config.kind)
+        )
+        return [[next(voted) for _ in rows] for rows in lists]
 
     def generation(self, **options: Any) -> GenerationConfig:
         """How responses are written, greedily but for the options."""
@@ -448,6 +448,10 @@ def run_pipeline(
     drawn = [name for name in figures if name.endswith(SAMPLES)]
     samples = {name: pipeline.judged_samples(name) for name in drawn}
     return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
+
+
+def _by_id(rows: Iterable[Mapping[str, Any]]) -> Answers:
+    return {row["id"]: row for row in rows}
 
 
 def _name(iteration: int, name: str, what: str) -> str:

@@ -1,61 +1,53 @@
-"""Plain numbers with their units: read exactly, compared, written in one form.
+"""Numbers with their units: read exactly where they are plain, compared, written in one form.
 
-Everything beyond a number (roots, variables, lists) is not read here.
+Constants beyond plain numbers (roots, pi) are worked out in expressions.py.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from w2s_jax.reasoning.units import NO_UNIT, Unit, read_unit
 
 # A decimal stands for a number that is not its equal when it tells at least this many digits.
 SIGNIFICANT_DIGITS = 6
 _MOST_DIGITS = 400
 
 _DECIMAL = (
-    r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d*)?"
+    r"|\d+\.?\d*|\.\d+)"
 )
-_CURRENCY = r"(?:US\s?\$|USD|EUR|Rs\.?|[$€£¥₹])"
+_CURRENCY = r"(?:US\s?\$|USD|EUR|GBP|Rs\.?|[$€£¥₹])"
 _NUMBER = re.compile(
     rf"""\s*(?P<sign>[-+]?)\s*(?P<currency>{_CURRENCY})?\s*(?P<sign2>-?)\s*
     (?: (?: (?P<whole>\d+) (?:\s+|(?=\\frac)) )?
-        (?: \\frac\{{\s*(?P<minus>-?)(?P<above>{_DECIMAL})\s*\}}\{{\s*(?P<below>{_DECIMAL})\s*\}}
+        (?: \\frac\{{\s*(?P<minus>-?)(?P<above>{_DECIMAL})\s*\}}
+              \{{\s*(?P<minus2>-?)(?P<below>{_DECIMAL})\s*\}}
           | (?P<over>{_DECIMAL})\s*/\s*(?P<under>{_DECIMAL}) )
+      | (?P<start>\d*)\.(?P<head>\d*)
+        (?: \\(?:overline|bar|dot)\s*\{{?\s*(?P<cycle>\d+)\s*\}}?
+          | (?P<again>\d{{1,6}}?)(?P=again){{2,}}\s*(?:\.{{2,}}|…|\\[lc]?dots) )
       | (?P<decimal>{_DECIMAL})
         (?: \s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>[-+]?\s*\d+)\s*\}}?
           | [eE](?P<exponent>[-+]?\d+) )?
       | 10\s*\^\s*\{{?\s*(?P<ten>[-+]?\s*\d+)\s*\}}? )
-    \s*(?P<rest>.*)""",
+    (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-_PERCENT = re.compile(r"(?:%|percent(?:age)?\b|per cent\b|pct\b)\s*(?:points?)?", re.IGNORECASE)
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(?:%|percent(?:age)?\b|per cent\b|pct\b)\s*(?:points?)?", re.IGNORECASE)
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve"
+_NUMBER_WORDS = {name: value for value, name in enumerate(_ONES.split())}
+_PREPOSITIONS = frozenset(("a", "an", "in", "of", "on", "at", "by", "as"))
 # Words that go on with the mathematics instead of naming what was counted.
 _MATH_WORDS = frozenset(
     (
-        *("or", "and", "pi", "sqrt", "sin", "cos", "tan", "sec", "csc", "cot", "log", "ln", "exp"),
-        *("mod", "to", "if", "when", "for", "plus", "minus", "times", "over", "is", "where"),
-        *("with", "choose", "i", "e", "x", "y", "z", "n", "k"),
+        *("and", "choose", "cos", "cot", "csc", "exp", "for", "minus", "mod", "over", "plus"),
+        *("sec", "sin", "sqrt", "tan", "times", "when", "where", "with", "alpha", "beta"),
+        *("gamma", "delta", "theta", "lambda", "sigma", "omega"),
     )
 )
-_UNIT_LETTERS = frozenset((*"msghNJKCVAWLlTF", "Hz", "Pa"))
-_UNITS: dict[str, tuple[str, Fraction]] = {}
-for _dimension, _table in {
-    "length": "nm:1/1000000000 um:1/1000000 mm:1/1000 cm:1/100 m:1 km:1000 millimeter:1/1000 "
-    "centimeter:1/100 meter:1 kilometer:1000 centimetre:1/100 metre:1 kilometre:1000 in:127/5000 "
-    "inch:127/5000 inche:127/5000 ft:381/1250 feet:381/1250 foot:381/1250 yard:1143/1250 "
-    "mile:201168/125",
-    "time": "ms:1/1000 s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 "
-    "week:604800",
-    "mass": "mg:1/1000000 g:1/1000 gram:1/1000 kg:1 kilogram:1 ton:1000 tonne:1000",
-    "money": "$:1 dollar:1 usd:1 us$:1 cent:1/100",
-    "volume": "ml:1/1000 milliliter:1/1000 l:1 liter:1 litre:1",
-    "area": "cm^2:1/10000 m^2:1 km^2:1000000",
-    "speed": "m/s:1 km/h:5/18 kmph:5/18 mph:1397/3125 km/s:1000",
-    "energy": "j:1 kj:1000 mj:1000000",
-    "frequency": "hz:1 khz:1000 mhz:1000000",
-}.items():
-    for _entry in _table.split():
-        _name, _factor = _entry.rsplit(":", 1)
-        _UNITS[_name] = (_dimension, Fraction(_factor))
 
 
 @dataclass(frozen=True)
@@ -66,31 +58,76 @@ class Quantity:
     """
 
     value: Fraction
-    unit: str = ""
+    unit: Unit = NO_UNIT
     percent: bool = False
     places: int | None = None
     digits: int = 0
 
+    @property
+    def told(self) -> Fraction:
+        """The value in base units, a percentage as a part of one."""
+        return self.value * self.unit.factor / (100 if self.percent else 1)
+
+    def bare(self) -> "Quantity":
+        """The number as it is written."""
+        return replace(self, unit=NO_UNIT, percent=False)
+
 
 def read_quantity(text: str) -> Quantity | None:
-    """The number that a cleaned answer is, with or without a unit; None for everything else."""
+    """The number that a cleaned answer is, with or without a unit; None for everything else.
+
+    "2 hours 30 minutes" is one number: parts of one dimension, each smaller than the one before.
+    """
+    if text.lower() in _NUMBER_WORDS:
+        return Quantity(Fraction(_NUMBER_WORDS[text.lower()]))
+    read = _first(text)
+    if read is None:
+        return None
+    total, rest = read
+    while rest:
+        read = _first(re.sub(r"^(?:,|\band\b|\s)+", "", rest)) if total.unit.powers else None
+        if read is None:
+            return total if is_counted(rest) else None
+        part, rest = read
+        same = part.unit.powers == total.unit.powers and part.unit.factor < total.unit.factor
+        if not same or total.percent or part.percent or min(part.value, total.value) < 0:
+            return None
+        value = total.value + part.value * part.unit.factor / total.unit.factor
+        total = replace(total, value=value, places=None)
+    return total
+
+
+def _first(text: str) -> tuple[Quantity, str] | None:
+    """The number that a text begins with and its unit, and what stands behind both."""
     match = _NUMBER.fullmatch(text) if len(text) <= 4 * _MOST_DIGITS else None
     if match is None or max(map(len, re.findall(r"\d+", text)), default=0) > _MOST_DIGITS:
         return None
     number = _value(match)
-    rest = match["rest"].strip()
-    percent = _PERCENT.match(rest)
-    unit = rest[percent.end() :].strip() if percent else rest
-    if number is None or not _is_unit(unit, text, rest):
+    if number is None:
         return None
     value, places, digits = number
-    if "-" in match["sign"] + match["sign2"] + (match["minus"] or ""):
+    if "".join(match[name] or "" for name in ("sign", "sign2", "minus", "minus2")).count("-") % 2:
         value = -value
-    return Quantity(value, unit or match["currency"] or "", percent is not None, places, digits)
+    rest = match["rest"]
+    if scale := _SCALE.match(rest):
+        value, rest = value * _SCALES[scale[1].lower()], rest[scale.end() :]
+    percent = _PERCENT.match(rest)
+    rest = rest[percent.end() :] if percent else rest
+    unit, after = (NO_UNIT, rest.strip()) if percent else read_unit(rest)
+    if match["currency"] and not unit.powers:
+        unit = read_unit(match["currency"].replace(" ", ""))[0]
+    elif re.match(r"[A-Za-z](?![A-Za-z])" if unit.powers else "[A-Za-z]", rest):
+        # "5m" may be five times m, "5 m" is a length.
+        return None
+    return Quantity(value, unit, percent is not None, places, digits), after
 
 
 def _value(match: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
     """The size of a number, its decimals and significant digits."""
+    if cycle := match["cycle"] or match["again"]:
+        head, nines = match["head"], 10 ** len(cycle) - 1
+        repeated = Fraction(int(cycle), nines * 10 ** len(head))
+        return Fraction(f"{match['start'] or 0}.{head or 0}") + repeated, None, 0
     if match["decimal"] or match["ten"]:
         digits = re.sub("[ ,]", "", match["decimal"] or "1")
         power = int((match["power"] or match["exponent"] or match["ten"] or "0").replace(" ", ""))
@@ -108,46 +145,27 @@ def _value(match: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
     return int(match["whole"] or 0) + top / bottom, None, 0
 
 
-def _is_unit(unit: str, text: str, rest: str) -> bool:
-    if not unit:
-        return True
-    first = re.match(r"[A-Za-z]+|\$|€|£", unit)
-    if first is None or (first[0].lower() in _MATH_WORDS and first[0] not in _UNIT_LETTERS):
+def is_counted(rest: str) -> bool:
+    """Whether what stands behind a number only says what was counted: "72 clips in total"."""
+    first = re.match(r"[A-Za-z]+", rest)
+    if first is None or first[0].lower() in _MATH_WORDS:
         return False
-    if re.search(r"(?<![\^A-Za-z\-{])\d|[=+*(\[\\<>]|\b(?:or|and)\s+[-\d$\\]", unit):
+    if re.search(r"\d|[=+*(\[\\<>^_]|\b(?:or|and)\s+[-$\\]", rest):
         return False
-    # "5m" may be five times m, "5 m" is a length.
-    spaced = text[: len(text) - len(rest)].endswith(" ") if rest == unit else True
-    return len(first[0]) > 1 or first[0] in "$€£" or (spaced and first[0] in _UNIT_LETTERS)
+    return first[0].lower() in _PREPOSITIONS or reads_as_word(first[0])
 
 
-def same_quantity(prediction: Quantity, gold: Quantity) -> bool:
-    """Whether two numbers are the same answer.
-
-    Known units are converted and must be of one dimension; composed units must be alike; other
-    words count nothing, and neither does a unit that only one has. 50% is 50 and is 0.5.
-    """
-    left, right = _base(prediction.unit), _base(gold.unit)
-    if left and right and left != right:
-        known = _UNITS.get(left), _UNITS.get(right)
-        if known[0] and known[1]:
-            scaled = (known[0][1] / known[1][1]) if known[0][0] == known[1][0] else None
-            return scaled is not None and prediction.value * scaled == gold.value
-        if any(re.search(r"[/^]", unit) for unit in (left, right)):
-            return False
-    if _near(prediction, gold):
-        return True
-    if prediction.percent == gold.percent:
-        return False
-    whole, part = (prediction, gold) if prediction.percent else (gold, prediction)
-    return _near(Quantity(whole.value / 100), part)
+def reads_as_word(letters: str) -> bool:
+    """Whether letters are a word and no product of variables."""
+    least = 3
+    return len(letters) >= least and re.search("[aeiou]", letters.lower()) is not None
 
 
-def _near(left: Quantity, right: Quantity) -> bool:
-    if left.value == right.value:
-        return True
+def near(left: Quantity, right: Quantity) -> bool:
+    """Whether one is a decimal of at least SIGNIFICANT_DIGITS digits that the other rounds to."""
     told = [side for side in (left, right) if side.places is not None]
-    if not told:
+    units = {side.unit for side in (left, right)} - {NO_UNIT}
+    if not told or len(units) > 1:
         return False
     coarse = min(told, key=lambda side: side.places or 0)
     other = right if coarse is left else left
@@ -155,17 +173,3 @@ def _near(left: Quantity, right: Quantity) -> bool:
         return False
     step = Fraction(10) ** -(coarse.places or 0)
     return abs(coarse.value - other.value) * 2 <= step
-
-
-def write_value(value: Fraction) -> str:
-    """One form for a value: "1000", "-3/4"."""
-    return str(value)
-
-
-def _base(unit: str) -> str:
-    unit = re.sub(r"[\s{}]", "", unit).lower().removesuffix(".")
-    known = unit if unit in _UNITS else unit.removesuffix("s")
-    if known in _UNITS:
-        return known
-    match = re.fullmatch(r"square(\w+?)s?|(\w+?)s?squared", unit)
-    return f"{match[1] or match[2]}^2" if match else unit

@@ -28,6 +28,7 @@ from w2s_jax.errors import InputError
 
 START_SECONDS = 120.0
 BATCH = 64
+PATIENCE = 20
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from w2s_jax.reasoning.workers import serve; serve(int(sys.argv[1]))"
@@ -46,6 +47,8 @@ class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
     deadline: float
+    worked: float = 0.0  # seconds of processor time when its task began
+    extensions: int = 0
     ready: bool = False
     tasks: deque[int] = field(default_factory=deque)  # sent and not answered; the first one runs
 
@@ -60,7 +63,8 @@ class Workers:
     """Processes that apply one function to tasks, to be used in a `with` block.
 
     factory: "module:attribute", called in every worker with `arguments`, gives the function; tasks,
-    arguments and results must pickle. seconds: for each task, on the clock. memory_mb: address
+    arguments and results must pickle. seconds: for each task, on the clock; a worker that computes
+    and was left less of a busy machine's time may take PATIENCE times as long. memory_mb: address
     space of a worker (where the system limits it: Linux). Workers start at the first `run`, hash
     with seed 0, print nowhere, and die with the block, or with their parent.
     """
@@ -136,7 +140,7 @@ class Workers:
     def _send(self, worker: _Worker, tasks: Sequence[Any], waiting: deque[int], size: int) -> None:
         batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
         worker.tasks.extend(batch)
-        worker.deadline = time.monotonic() + self._seconds
+        self._allow(worker)
         try:
             worker.connection.send([tasks[index] for index in batch])
         except OSError:
@@ -155,7 +159,8 @@ class Workers:
         for worker in [w for w in self._workers if w.deadline < now and (w.tasks or not w.ready)]:
             if not worker.ready:
                 raise RuntimeError(f"a worker did not start within {START_SECONDS:g} s")
-            self._give_up(worker, waiting, finish, f"timed out after {self._seconds:g} s")
+            if not self._extended(worker):
+                self._give_up(worker, waiting, finish, f"timed out after {self._seconds:g} s")
 
     def _receive(
         self, worker: _Worker, waiting: deque[int], finish: Callable[[int, Any], None]
@@ -168,13 +173,27 @@ class Workers:
                 raise RuntimeError(f"a worker did not start: {_ending(code)}") from None
             self._give_up(worker, waiting, finish, f"the worker died: {_ending(code)}")
             return
-        worker.deadline = time.monotonic() + self._seconds
+        self._allow(worker)
         if worker.ready:
             finish(worker.tasks.popleft(), answer)
         elif isinstance(answer, Exception):
             raise answer
         else:
             worker.ready = True
+
+    def _allow(self, worker: _Worker) -> None:
+        worker.deadline = time.monotonic() + self._seconds
+        worker.worked = _processor_time(worker.process.pid)[1]
+        worker.extensions = 0
+
+    def _extended(self, worker: _Worker) -> bool:
+        """More time for a worker that computes, but was left less than its time to do so."""
+        computes, now = _processor_time(worker.process.pid)
+        worker.extensions += 1
+        if computes and now - worker.worked < self._seconds and worker.extensions < PATIENCE:
+            worker.deadline = time.monotonic() + self._seconds
+            return True
+        return False
 
     def _give_up(
         self,
@@ -211,6 +230,16 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
         start_new_session=True,
         env=os.environ | {"PYTHONHASHSEED": "0"},
     )
+
+
+def _processor_time(pid: int) -> tuple[bool, float]:
+    """Whether a process runs or waits for a disk, and its processor time so far, where /proc is."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return False, 0.0
+    return fields[0] in "RD", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ending(code: int) -> str:

@@ -1,0 +1,275 @@
+r"""One form for all ways to write an answer: "3/4", "1/20 m", "{1,2}", "(3,oo)", "no solution".
+
+Texts are those that `answer_text.clean` returns. Of a unit, "%", a base, "mod 7" and "p.m.", a form
+says all ("told"), all but what a bare number mostly is, dollars and degrees ("voted"), or nothing,
+since a question may have said it ("bare").
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from math import gcd
+from typing import Literal
+
+from w2s_jax.reasoning.answer_text import split_top
+from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
+from w2s_jax.reasoning.quantities import Quantity, is_counted, read_quantity, reads_as_word
+from w2s_jax.reasoning.units import NO_UNIT, read_unit
+
+How = Literal["told", "voted", "bare"]
+
+_IMPLIED = ((("degree", 1),), (("dollar", 1),))
+_LEAD = re.compile(
+    r"(?i)(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*"
+)
+_LABEL = re.compile(
+    r"\s*(\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
+    r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
+)
+_MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "not", "any", "two", "six"))
+_ARTICLES = re.compile(r"\b(?:an?|the)\s+")
+_REALS = frozenset((r"\mathbb{R}", r"\R", r"\Reals", "all real numbers", "all reals"))
+_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}"))
+_CLOCK = re.compile(
+    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*([ap])\.?\s*m\.?)?|(\d{1,2})\s*([ap])\.?\s*m\.?",
+    re.IGNORECASE,
+)
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|\bto\b)\s*\d+(?:\.\d+)?)+")
+_IN_BASE = re.compile(r"(\d{1,200})_\s*\{?\s*(\d{1,2}|ten|two)\s*\}?")
+_RESIDUE = re.compile(
+    r"(?:[^=<>,]*\\equiv\s*)?(-?\d{1,200})\s*\(?\s*\\?[pb]?mod(?![a-z])\s*\{?\s*(\d{1,200})\s*\}?\s*\)?"
+)
+_MATRIX = re.compile(r"\\begin\{[bp]?matrix\}(.*)\\end\{[bp]?matrix\}", re.DOTALL)
+_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
+_ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
+_CUP = re.compile(r"\\cup(?![a-zA-Z])")
+_JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
+_SIGNS = re.compile(r"\\pm(?![a-zA-Z])\s*")
+_IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_FUNCTION = re.compile(r"\\(?!frac|pi|sqrt|cdot|times)[a-z]")
+_TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
+
+
+def form(answer: str, how: How = "told") -> str:
+    """The one form of an answer, the text without spaces where nothing else can be read."""
+    for lead in (_LEAD, _MEMBER):
+        if found := lead.match(answer):
+            answer = answer[found.end() :].strip()
+    labelled = _LABEL.fullmatch(answer)
+    if labelled and "," not in labelled[2]:
+        answer = labelled[2].strip()
+    for read in _READERS:
+        told = read(answer, how)
+        if told is not None:
+            return told
+    return _IDLE_SPACE.sub("", answer)
+
+
+def quantity(answer: str) -> Quantity | None:
+    r"""The number with its unit that an answer is, a plain one or a constant: 5 cm, 60\pi cm^2."""
+    answer = labelled[2].strip() if (labelled := _LABEL.fullmatch(answer)) else answer
+    if (plain := read_quantity(answer)) is not None:
+        return plain
+    for place in [match.start() for match in _TAIL.finditer(answer)]:
+        if _FUNCTION.search(answer[:place]):
+            continue
+        unit, rest = read_unit(answer[place:])
+        if (unit.powers and not rest) or (not unit.powers and is_counted(rest)):
+            value = constant(answer[:place])
+            if value is not None:
+                return Quantity(value, unit)
+    value = constant(answer)
+    return None if value is None else Quantity(value)
+
+
+def _words(answer: str, how: How) -> str | None:
+    if answer in _EMPTY:
+        return "{}"
+    if answer in _REALS or answer.lower() in _REALS:
+        return "(-oo,oo)"
+    if not _WORDS.fullmatch(answer):
+        return None
+    words = _ARTICLES.sub("", answer.lower()).split()
+    if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
+        return None
+    if read_quantity(answer) is not None:
+        return None
+    return " ".join(word[:-1] if re.search(r"[^s]s$", word) else word for word in words)
+
+
+def _clock(answer: str, how: How) -> str | None:
+    """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
+    match = _CLOCK.fullmatch(answer)
+    if match is None or int(match[1] or match[5]) > 24:
+        return None
+    hour, minute = int(match[1] or match[5]), match[2] or "00"
+    minute += f":{match[3]}" if match[3] else ""
+    half = (match[4] or match[6] or "").lower()
+    if half and how != "bare":
+        return f"{hour % 12 + 12 * (half == 'p')}:{minute} h"
+    return f"{hour}:{minute} h" if hour > 12 and how != "bare" else f"{hour}:{minute}"
+
+
+def _ratio(answer: str, how: How) -> str | None:
+    if not _RATIO.fullmatch(answer):
+        return None
+    parts = [Fraction(part) for part in re.findall(r"[\d.]+", answer)]
+    if len(parts) == 2 and parts[1]:
+        return write(parts[0] / parts[1])
+    whole = [int(part * 10**6) for part in parts]
+    return ":".join(str(part // max(gcd(*whole), 1)) for part in whole)
+
+
+def _in_base(answer: str, how: How) -> str | None:
+    match = _IN_BASE.fullmatch(answer)
+    if match is None:
+        return None
+    base = {"ten": 10, "two": 2}.get(match[2]) or int(match[2])
+    try:
+        return str(int(match[1])) if how == "bare" else f"{int(match[1], base)} in a base"
+    except ValueError:
+        return None
+
+
+def _residue(answer: str, how: How) -> str | None:
+    match = _RESIDUE.fullmatch(answer)
+    if match is None or int(match[2]) == 0:
+        return None
+    value, modulus = int(match[1]), int(match[2])
+    return str(value) if how == "bare" else f"{value % modulus} mod {modulus}"
+
+
+def _infinity(answer: str, how: How) -> str | None:
+    match = re.fullmatch(r"([-+]?)\s*\\infty", answer)
+    return match and f"{match[1].strip('+')}oo"
+
+
+def _plain(answer: str, how: How) -> str | None:
+    return _write(read_quantity(answer), how)
+
+
+def _constant(answer: str, how: How) -> str | None:
+    return _write(quantity(answer), how)
+
+
+def _write(found: Quantity | None, how: How) -> str | None:
+    if found is None:
+        return None
+    if how == "bare":
+        return write(found.value)
+    if found.unit == NO_UNIT or (how == "voted" and found.unit.powers in _IMPLIED):
+        return write(found.told)
+    return f"{write(found.told)} {found.unit}"
+
+
+def _matrix(answer: str, how: How) -> str | None:
+    match = _MATRIX.fullmatch(answer)
+    if match is None or "\\begin" in match[1]:
+        return None
+    rows = [row.split("&") for row in match[1].split("\\\\") if row.strip()]
+    return "; ".join(", ".join(form(cell.strip(), how) for cell in row) for row in rows)
+
+
+def _bracketed(answer: str, how: How) -> str | None:
+    """A tuple or an interval in its order, a set sorted."""
+    if answer.startswith("\\{") and answer.endswith("\\}"):
+        return _listed(split_top(answer[2:-2]), how)
+    if not (re.fullmatch(r"[(\[].+[)\]]", answer) and _one_bracket(answer)):
+        return None
+    parts = split_top(answer[1:-1].replace(";", ","))
+    if parts is None or not all(parts):
+        return None
+    forms = [form(part, how) for part in parts]
+    return forms[0] if len(forms) == 1 else answer[0] + ",".join(forms) + answer[-1]
+
+
+def _union(answer: str, how: How) -> str | None:
+    r"""Intervals and inequalities joined by \cup or "or", in any order."""
+    parts = _CUP.split(answer)
+    if len(parts) == 1:
+        parts = re.split(r"\s*,?\s*\bor\b\s*", answer)
+        if len(parts) == 1 or not all(_ORDER.search(part) for part in parts):
+            return None
+    return " u ".join(sorted(form(part.strip(), how) for part in parts))
+
+
+def _inequality(answer: str, how: How) -> str | None:
+    r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
+    signs = [sign[0] for sign in _ORDER.finditer(answer)]
+    sides = [side.strip() for side in _ORDER.split(answer)]
+    if not 1 <= len(signs) <= 2 or not all(sides):
+        return None
+    falling = [sign in (">", r"\ge") for sign in signs]
+    if len(set(falling)) > 1:
+        return None
+    if falling[0]:
+        signs, sides = signs[::-1], sides[::-1]
+    open_ends = [sign in ("<", ">") for sign in signs]
+    if len(signs) == 1 and _VARIABLE.fullmatch(sides[0]):
+        open_ends, sides = [True, *open_ends], [r"-\infty", *sides]
+    elif len(signs) == 1 and _VARIABLE.fullmatch(sides[1]):
+        open_ends, sides = [*open_ends, True], [*sides, r"\infty"]
+    elif len(signs) == 1 or not _VARIABLE.fullmatch(sides[1]):
+        names = [" < " if is_open else " <= " for is_open in open_ends]
+        forms = [form(side, how) for side in sides]
+        return "".join(piece for pair in zip(forms, [*names, ""], strict=True) for piece in pair)
+    low, high = form(sides[0], how), form(sides[2], how)
+    return f"{'[('[open_ends[0]]}{low},{high}{'])'[open_ends[1]]}"
+
+
+def _several(answer: str, how: How) -> str | None:
+    """A list in any order; x = 1, y = 2 in the order of its names."""
+    parts = split_top(_JOINED.sub(",", answer))
+    if parts is None or not all(parts):
+        return None
+    labels = [label for label in map(_LABEL.fullmatch, parts) if label]
+    names = {re.sub(r"\s", "", label[1]): label[2].strip() for label in labels}
+    if 1 < len(parts) == len(names):
+        return "(" + ",".join(form(value, how) for _, value in sorted(names.items())) + ")"
+    if len(labels) == 1:
+        parts[0] = _LABEL.sub(r"\2", parts[0])
+    return _listed(parts, how) if len(parts) > 1 or _SIGNS.search(parts[0]) else None
+
+
+def _listed(parts: list[str] | None, how: How) -> str | None:
+    if parts is None or not all(parts):
+        return None
+    told = [sign for part in parts for sign in _both_signs(part)]
+    forms = sorted({form(part, how) for part in told})
+    return forms[0] if len(forms) == 1 else "{" + ",".join(forms) + "}"
+
+
+def _both_signs(part: str) -> list[str]:
+    if not _SIGNS.search(part):
+        return [part]
+    # A plus in front of all is no sign of an expression.
+    return [_SIGNS.sub("+", part).removeprefix("+"), _SIGNS.sub("-", part)]
+
+
+def _equation(answer: str, how: How) -> str | None:
+    sides = re.split(r"(?<![<>!])=", answer)
+    if len(sides) < 2 or not all(side.strip() for side in sides):
+        return None
+    return equation_form(sides[-2].strip(), sides[-1].strip())
+
+
+def _expression(answer: str, how: How) -> str | None:
+    return expression_form(answer)
+
+
+_READERS: tuple[Callable[[str, How], str | None], ...] = (
+    *(_words, _clock, _ratio, _in_base, _residue, _infinity, _plain, _matrix, _bracketed),
+    *(_union, _inequality, _several, _equation, _constant, _expression),
+)
+
+
+def _one_bracket(answer: str) -> bool:
+    """Whether the first bracket closes at the very end, as in (1,2) and not in (1,2)u(3,4)."""
+    depth = 0
+    for index, character in enumerate(answer):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return index == len(answer) - 1
+    return False
