@@ -153,6 +153,54 @@ def test_answers_in_a_template_with_marks(config, row, loss_on, counted):
     assert texts(chatty, batch, 0)[1] == counted
 
 
+def test_a_conversation_that_the_assistant_opens(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|system|>Be kind.\n{% endif %}" + CHATML
+    )
+    rows = [{"messages": [{"role": "assistant", "content": "hi"}, *DIALOGUE]}]
+    batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
+    end = "<|endoftext|>\n"
+    assert texts(chatty, batch, 0)[1] == f"hi{end}two{end}four{end}"
+
+
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+        {"role": "tool", "content": "a film"},
+        {"role": "assistant", "content": "two"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look"}}],
+}
+CALLING = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }})"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_calls_of_tools_are_trained_on_as_the_template_writes_them(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = CALLING
+    batch = load_sequences(config([TOOL_ROW], loss_on="assistant"), chatty).at([0])
+    whole = "[look]<|user|>one<|assistant|>look({})<|tool|>a film<|assistant|>two"
+    assert texts(chatty, batch, 0) == (whole, "look({})two")
+    chatty.chat_template = CHATML
+    with pytest.raises(InputError, match="line 1: .*template does not write the tool 'look'"):
+        load_sequences(config([TOOL_ROW]), chatty)
+    with pytest.raises(InputError, match="line 1: the template zephyr writes no tools"):
+        load_sequences(config([TOOL_ROW], template="zephyr"), chatty)
+
+
+def test_what_is_no_part_of_the_training_is_told_once(tokenizer, config, caplog):
+    rows = [row | {"system": "s", "score": 1} for row in ROWS]
+    load_sequences(config(rows), tokenizer)
+    (told,) = caplog.messages
+    assert told.endswith('rows.jsonl line 1: no part of the training: "system"')
+
+
 def test_the_last_answer_behind_a_plain_text_of_turns(tokenizer, config):
     options = {"template": "plain", "loss_on": "completion"}
     data = load_sequences(config([{"messages": DIALOGUE}], **options), tokenizer)

@@ -6,6 +6,7 @@ in text/order.py.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,7 +25,8 @@ from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
 
-_VERSION = 2  # of what is cached: raise it when the same rows would give other tokens
+_logger = logging.getLogger(__name__)
+_VERSION = 3  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
 _FIGURES = ("rows", "kept", "dropped", "truncated", "equal", "merged_borders", "tokens", "targets")
 
@@ -340,11 +342,16 @@ def _examples(
         rows, wanted = source.rows()
         columns = [column for column, value in rows[wanted[0]].items() if value is not None]
         parse = parser(kind, config.format, columns, source.name)
+        told = {config.weight_column}
         for index in wanted:
             if figures["rows"] == config.limit:
                 return
             figures["rows"] += 1
             place = source.place(index + 1)
+            if unread := parse.unread(rows[index]) - told:
+                names = ", ".join(f'"{name}"' for name in sorted(unread))
+                _logger.warning("%s: no part of the training: %s", place, names)
+                told |= unread
             for example in parse(rows[index], place):
                 if kind == "pairs" and example.responses[0] == example.responses[1]:
                     if config.equal_pairs == "error":
