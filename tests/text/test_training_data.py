@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from w2s_jax.text import training_data
 from w2s_jax.text.order import Batches
 from w2s_jax.text.packing import best_fit
 from w2s_jax.text.rows import write_jsonl
+from w2s_jax.text.sources import open_source
 from w2s_jax.text.supervised import Encoded, Side, shorten
 from w2s_jax.text.token_store import Document, write_store
 from w2s_jax.text.tokenizer import load_tokenizer
@@ -162,6 +165,47 @@ def test_a_conversation_that_the_assistant_opens(config):
     batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
     end = "<|endoftext|>\n"
     assert texts(chatty, batch, 0)[1] == f"hi{end}two{end}four{end}"
+
+
+def test_thoughts_that_a_template_forgets_when_the_conversation_goes_on(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    batch = load_sequences(config([{"messages": DIALOGUE}], loss_on="assistant"), chatty).at([0])
+    end = "<|endoftext|>\n"
+    assert texts(chatty, batch, 0)[1] == f"two{end}<think>\n\n</think>\n\nfour{end}"
+
+
+def test_columns_are_read_by_the_names_of_the_format(tokenizer, config):
+    rows = [{"question": row["prompt"], "answer": row["completion"], "prompt": 3} for row in ROWS]
+    columns = ("prompt=question", "completion=answer")
+    named = load_sequences(config(rows, columns=columns), tokenizer)
+    assert (
+        named.at([1])["tokens"].tolist()
+        == load_sequences(config(ROWS), tokenizer).at([1])["tokens"].tolist()
+    )
+    for wrong, told in (("prompt", "takes NAME=COLUMN"), ("prompt=q", 'no "q"; found "question"')):
+        with pytest.raises(InputError, match=f"^--columns {wrong}: .*{told}"):
+            load_sequences(config(rows, columns=(wrong,)), tokenizer)
+
+
+def test_brackets_in_a_path_are_no_pattern(tokenizer, tmp_path):
+    folder = tmp_path / "rows[1]"
+    folder.mkdir()
+    write_jsonl(folder / "train[2].jsonl", ROWS)
+    table = pyarrow.table({"text": ["the sea", "a film"]})
+    pyarrow.parquet.write_table(table, folder / "rows[3].parquet")
+    rows = {
+        name: len(load_sequences(DataConfig(data=(str(name),), cache=str(tmp_path)), tokenizer))
+        for name in (folder / "train[2].jsonl", folder / "rows[3].parquet")
+    }
+    assert list(rows.values()) == [len(ROWS), 2]
+    (folder / "rows[3].parquet").unlink()
+    assert len(open_source(str(folder)).rows()[0]) == len(ROWS)
 
 
 TOOL_ROW = {

@@ -20,6 +20,7 @@ from w2s_jax.text.templates import PUBLISHED
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]
 
+_THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -234,6 +235,7 @@ def _answers(
             closing = template.render_whole(whole[: index + 1], tools)
             # Templates put a system's message of their own in front, which nobody said.
             opening = opening if before else closing[: closing.rfind(message.content.strip())]
+            closing = _as_it_goes_on(text, opening, closing)
         if not (text.startswith(opening) and text.startswith(closing)):
             raise InputError(
                 "the chat template writes a conversation's beginning differently when it goes on, "
@@ -242,6 +244,17 @@ def _answers(
             )
         spans.append((len(opening), len(closing)))
     return spans
+
+
+def _as_it_goes_on(text: str, opening: str, closing: str) -> str:
+    """A conversation up to an answer, as the whole one begins.
+
+    Templates such as Qwen3's write an answer's thoughts only as long as nothing follows it.
+    """
+    if text.startswith(closing) or not closing.startswith(opening):
+        return closing
+    spoken = opening + _THOUGHTS.sub("", closing[len(opening) :])
+    return spoken if text.startswith(spoken) else closing
 
 
 def _closed(template: Template, text: str, answer: str) -> str:
