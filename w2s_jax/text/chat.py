@@ -15,6 +15,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.rows import Row
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
+from w2s_jax.text.time_limit import apply_template
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
@@ -317,7 +318,8 @@ class Template:
         self, jinja: str, messages: Sequence[Message], tools: Sequence[Any], *, opened: bool = True
     ) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = apply_template(
+                self.tokenizer,
                 [message.turn for message in messages],
                 tools=list(tools) or None,
                 chat_template=jinja,

@@ -16,6 +16,7 @@ from w2s_jax.text.chat import Conversation, Message, Template
 from w2s_jax.text.examples import Example
 from w2s_jax.text.prompts import encode_prompt, tokens_behind
 from w2s_jax.text.templates import PUBLISHED
+from w2s_jax.text.time_limit import apply_template
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]
@@ -271,7 +272,8 @@ def _by_generation(
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and marks of a template that says itself what the assistant writes."""
     template.render_whole(whole, tools)  # its faults in one line
-    found = template.tokenizer.apply_chat_template(
+    found = apply_template(
+        template.tokenizer,
         [message.turn for message in whole],
         tools=list(tools) or None,
         chat_template=template.jinja,
