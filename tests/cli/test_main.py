@@ -6,6 +6,7 @@ import pytest
 from tyro.conf import Positional
 
 import w2s_jax
+from w2s_jax.cli.config import each_alone
 from w2s_jax.cli.main import COMMANDS, main, parse
 from w2s_jax.errors import InputError
 
@@ -99,6 +100,24 @@ def test_short_and_long_flags_are_the_same():
     long = ["--beam-width", "2", "--successors", "3", "--chunk-length", "7", "--samples", "9"]
     assert parse([*SEARCH, *long]) == short
     assert dataclasses.asdict(short)["chunk_length"] == 7
+
+
+def test_a_flag_takes_several_values():
+    from w2s_jax.cli.sft import SFT
+
+    flags = [
+        "--data",
+        "a[1].jsonl",
+        "b.jsonl",
+        "--lora-targets=q_proj",
+        "v_proj",
+        "--lora-rank",
+        "2",
+    ]
+    assert each_alone(SFT, flags) == [
+        "--data", "a[1].jsonl", "--data", "b.jsonl",
+        "--lora-targets=q_proj", "--lora-targets", "v_proj", "--lora-rank", "2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", ["w: 2", "beam_width: 2", "beam-width: 2"])

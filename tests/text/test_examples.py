@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from tests.text.chats import chat, text
 from w2s_jax.errors import InputError
+from w2s_jax.text.chat import Message
 from w2s_jax.text.examples import Example, parser
 
 ASK, YES, NO = (
@@ -9,6 +12,10 @@ ASK, YES, NO = (
     {"role": "assistant", "content": "yes"},
     {"role": "assistant", "content": "no"},
 )
+SYSTEM = {"role": "system", "content": "s"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sea"}}}
+TEXT_CALL = {"id": "7", "function": {"name": "look", "arguments": '{"at": "sea"}'}}
 HUMAN, GPT = {"from": "human", "value": "ask"}, {"from": "gpt", "value": "yes"}
 GPT_NO = {"from": "gpt", "value": "no"}
 ASKED = chat(("user", "ask"))
@@ -85,6 +92,14 @@ def test_sequences(row, example):
             pair(ASKED, ANSWERED, REFUSED),
         ),
         ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, pair(ASKED, ANSWERED, REFUSED)),
+        # A system's message that only the prompt holds.
+        *(
+            (
+                {"prompt": prompt, "chosen": [ASK, YES], "rejected": [ASK, NO]},
+                pair(chat(("system", "s"), ("user", "ask")), ANSWERED, REFUSED),
+            )
+            for prompt in ([SYSTEM, ASK], [SYSTEM])
+        ),
         (
             {"chosen": "the sea is", "rejected": "the sun"},
             pair(text("the s"), text("ea is"), text("un")),
@@ -111,6 +126,68 @@ def test_sequences(row, example):
 )
 def test_pairs(row, example):
     assert parse("pairs", row) == (example,)
+
+
+def calling(call):
+    calls = Message("assistant", "", (("tool_calls", [call]),))
+    found = Message("tool", "a film", (("name", "look"),))
+    return (Message("user", "ask"), calls, found, Message("assistant", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("row", "call"),
+    [
+        (
+            {
+                "messages": [
+                    ASK,
+                    {"role": "assistant", "content": None, "tool_calls": [TEXT_CALL]},
+                    {"role": "tool", "name": "look", "content": "a film"},
+                    YES | {"name": "x"},
+                ],
+                "tools": [TOOL],
+            },
+            CALL | {"id": "7"},
+        ),
+        (
+            {
+                "conversations": [
+                    HUMAN,
+                    {
+                        "from": "function_call",
+                        "value": '{"name": "look", "arguments": {"at": "sea"}}',
+                    },
+                    {"from": "observation", "value": "a film"},
+                    GPT,
+                ],
+                "tools": json.dumps([TOOL]),
+            },
+            CALL,
+        ),
+    ],
+)
+def test_tools_and_their_calls_are_read(row, call):
+    (example,) = parse("sequences", row)
+    (whole,) = example.responses
+    assert whole.tools == (TOOL,)
+    wanted = calling(call)
+    assert [message.role for message in whole.messages] == [one.role for one in wanted]
+    assert [message.content for message in whole.messages] == [one.content for one in wanted]
+    (called,) = dict(whole.messages[1].more)["tool_calls"]
+    assert {name: called[name] for name in call} == call
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "unread"),
+    [
+        ("pairs", {"prompt": "a", "system": "s", "chosen": "b", "rejected": "c"}, {"system"}),
+        ("sequences", {"prompt": "a", "completion": "b", "notes": ["x"], "score": 3}, {"notes"}),
+        ("sequences", {"instruction": "a", "output": "b", "system": "s", "id": "7"}, set()),
+        ("sequences", {"messages": [ASK, YES], "tools": [TOOL], "prompt": None}, set()),
+    ],
+)
+def test_columns_that_are_no_part_of_examples_are_known(kind, row, unread):
+    assert parser(kind, "auto", row, "rows.jsonl").unread(row) == unread
 
 
 @pytest.mark.parametrize(
@@ -181,7 +258,17 @@ def test_missing_columns_are_named_with_those_found(kind, form, row, told):
         ("sequences", None, {"text": ["a"]}, '"text" is list; it takes text'),
         ("sequences", None, {"messages": "a"}, '"messages" is str; it takes a list of messages'),
         ("sequences", None, {"messages": []}, '"messages" is empty'),
-        ("sequences", None, {"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool'"),
+        ("sequences", None, {"messages": [{"role": "bot", "content": "x"}]}, "the role 'bot'"),
+        ("sequences", None, {"messages": [ASK, YES], "tools": ["x"]}, '"tools" takes a list of fu'),
+        ("sequences", None, {"messages": [ASK, YES | {"tool_calls": [{"id": "1"}]}]},
+         'takes a list of calls, each of a function with a "name"'),
+        ("sequences", None, {"prompt": "a", "completion": "b", "tools": [TOOL]}, "beside a text"),
+        ("pairs", None, {"question": "a", "chosen": "b c", "rejected": "b d", "system": "s"},
+         'no "prompt", but "question" beside .*--columns prompt=question'),
+        ("pairs", None, {"prompt": "b", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+         'a dialogue that is not the "prompt"'),
+        ("pairs", None, {"prompt": [SYSTEM, YES], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+         'a dialogue that is not the "prompt"'),
         ("sequences", None, {"prompt": [ASK], "completion": [ASK, YES]},
          "must begin with what the assistant says"),
         ("sequences", None, {"conversations": [HUMAN]}, "must end with gpt's answer"),

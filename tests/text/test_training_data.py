@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from w2s_jax.text import training_data
 from w2s_jax.text.order import Batches
 from w2s_jax.text.packing import best_fit
 from w2s_jax.text.rows import write_jsonl
+from w2s_jax.text.sources import open_source
 from w2s_jax.text.supervised import Encoded, Side, shorten
 from w2s_jax.text.token_store import Document, write_store
 from w2s_jax.text.tokenizer import load_tokenizer
@@ -151,6 +154,95 @@ def test_answers_in_a_template_with_marks(config, row, loss_on, counted):
     chatty.chat_template = MARKED
     batch = load_sequences(config([row], loss_on=loss_on), chatty).at([0])
     assert texts(chatty, batch, 0)[1] == counted
+
+
+def test_a_conversation_that_the_assistant_opens(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|system|>Be kind.\n{% endif %}" + CHATML
+    )
+    rows = [{"messages": [{"role": "assistant", "content": "hi"}, *DIALOGUE]}]
+    batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
+    end = "<|endoftext|>\n"
+    assert texts(chatty, batch, 0)[1] == f"hi{end}two{end}four{end}"
+
+
+def test_thoughts_that_a_template_forgets_when_the_conversation_goes_on(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    batch = load_sequences(config([{"messages": DIALOGUE}], loss_on="assistant"), chatty).at([0])
+    end = "<|endoftext|>\n"
+    assert texts(chatty, batch, 0)[1] == f"two{end}<think>\n\n</think>\n\nfour{end}"
+
+
+def test_columns_are_read_by_the_names_of_the_format(tokenizer, config):
+    rows = [{"question": row["prompt"], "answer": row["completion"], "prompt": 3} for row in ROWS]
+    columns = ("prompt=question", "completion=answer")
+    named = load_sequences(config(rows, columns=columns), tokenizer)
+    assert (
+        named.at([1])["tokens"].tolist()
+        == load_sequences(config(ROWS), tokenizer).at([1])["tokens"].tolist()
+    )
+    for wrong, told in (("prompt", "takes NAME=COLUMN"), ("prompt=q", 'no "q"; found "question"')):
+        with pytest.raises(InputError, match=f"^--columns {wrong}: .*{told}"):
+            load_sequences(config(rows, columns=(wrong,)), tokenizer)
+
+
+def test_brackets_in_a_path_are_no_pattern(tokenizer, tmp_path):
+    folder = tmp_path / "rows[1]"
+    folder.mkdir()
+    write_jsonl(folder / "train[2].jsonl", ROWS)
+    table = pyarrow.table({"text": ["the sea", "a film"]})
+    pyarrow.parquet.write_table(table, folder / "rows[3].parquet")
+    rows = {
+        name: len(load_sequences(DataConfig(data=(str(name),), cache=str(tmp_path)), tokenizer))
+        for name in (folder / "train[2].jsonl", folder / "rows[3].parquet")
+    }
+    assert list(rows.values()) == [len(ROWS), 2]
+    (folder / "rows[3].parquet").unlink()
+    assert len(open_source(str(folder)).rows()[0]) == len(ROWS)
+
+
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+        {"role": "tool", "content": "a film"},
+        {"role": "assistant", "content": "two"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look"}}],
+}
+CALLING = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }})"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_calls_of_tools_are_trained_on_as_the_template_writes_them(config):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = CALLING
+    batch = load_sequences(config([TOOL_ROW], loss_on="assistant"), chatty).at([0])
+    whole = "[look]<|user|>one<|assistant|>look({})<|tool|>a film<|assistant|>two"
+    assert texts(chatty, batch, 0) == (whole, "look({})two")
+    chatty.chat_template = CHATML
+    with pytest.raises(InputError, match="line 1: .*template does not write the tool 'look'"):
+        load_sequences(config([TOOL_ROW]), chatty)
+    with pytest.raises(InputError, match="line 1: the template zephyr writes no tools"):
+        load_sequences(config([TOOL_ROW], template="zephyr"), chatty)
+
+
+def test_what_is_no_part_of_the_training_is_told_once(tokenizer, config, caplog):
+    rows = [row | {"system": "s", "score": 1} for row in ROWS]
+    load_sequences(config(rows), tokenizer)
+    (told,) = caplog.messages
+    assert told.endswith('rows.jsonl line 1: no part of the training: "system"')
 
 
 def test_the_last_answer_behind_a_plain_text_of_turns(tokenizer, config):

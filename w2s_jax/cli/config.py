@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import UseAppendAction
+
 import w2s_jax
 from w2s_jax.errors import InputError
 from w2s_jax.text.mappings import read_mapping
@@ -99,6 +101,31 @@ def mapping_flags(
         if field not in given and value is not None:
             expanded += _as_flags(field.replace("_", "-"), value)
     return expanded
+
+
+def each_alone(command: type[Any], flags: Sequence[str]) -> list[str]:
+    """The flags with each value of those that take several behind a flag of its own.
+
+    `--data a b` is `--data a --data b`. The first value may look like a flag; others may not.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    names = flag_names(command)
+    several = {
+        field for field, hint in hints.items()
+        if UseAppendAction in getattr(hint, "__metadata__", ())
+    }  # fmt: skip
+    found: list[str] = []
+    current: str | None = None
+    values = 0
+    for flag in flags:
+        if flag.startswith("--") and not (current and values == 0):
+            current = flag.split("=")[0] if names.get(_plain(flag)) in several else None
+            values = int("=" in flag)
+        elif current:
+            values += 1
+            found += [current] * (values > 1)
+        found.append(flag)
+    return found
 
 
 def flag_names(command: type[Any]) -> dict[str, str]:

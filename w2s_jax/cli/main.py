@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import w2s_jax
 from w2s_jax import hosts
-from w2s_jax.cli.config import config_flags, find_config
+from w2s_jax.cli.config import config_flags, each_alone, find_config
 from w2s_jax.cli.together import Attempt, End, run_started, run_together
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.train.stopping import Diverged, Preempted
@@ -165,7 +165,7 @@ def parse(args: Sequence[str]) -> Command:
     words = _words(args)
     module, name, _ = COMMANDS[words]
     command = getattr(importlib.import_module(f"w2s_jax.cli.{module}"), name)
-    flags = list(args[len(words) :])
+    flags = each_alone(command, args[len(words) :])
     source = find_config(flags, folder="/".join(words)) if _takes_config(command) else None
     preset = config_flags(source, command, flags) if source else []
     return read_flags(command, [*preset, *flags], words)

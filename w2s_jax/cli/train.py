@@ -304,6 +304,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             data=files,
             split=split,
             format=self.format,
+            columns=self.columns,
             template=self.template,
             max_length=setup.length,
             truncation=self.truncation,

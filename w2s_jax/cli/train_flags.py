@@ -42,6 +42,8 @@ class DataFlags:
         "alpaca", "sharegpt",
     ] = "auto"  # fmt: skip
     """Layout of the examples; auto finds it by their columns."""
+    columns: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME=COLUMN")]] = ()
+    """Columns that are read under another name, such as prompt=question response=answer."""
     template: Annotated[str, arg(metavar="NAME|FILE")] = "auto"
     """Chat template: auto is the tokenizer's own for messages, and none for texts."""
     max_length: int | None = None

@@ -24,6 +24,7 @@ from w2s_jax.search.placing import read_places
 from w2s_jax.search.presets import preset
 from w2s_jax.text.chat import Conversation, Message
 from w2s_jax.text.prompts import encode_texts
+from w2s_jax.text.time_limit import apply_template
 
 NAME = "w2s"
 DEFAULT_TOKENS = 256
@@ -248,7 +249,8 @@ class HarnessModel:
                 "--policy-template: the tokenizer has no chat template; name one, or apply none"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = apply_template(
+                self.tokenizer,
                 chat_history,
                 chat_template=jinja,
                 tokenize=False,

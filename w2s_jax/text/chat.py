@@ -16,24 +16,38 @@ from w2s_jax.errors import InputError
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.rows import Row
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
+from w2s_jax.text.time_limit import apply_template
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
 """Published templates that write no special tokens, so that the tokenizer's own go in front."""
 _NAMES = ("auto", "none", "chat", *TEMPLATES)
 _FIELDS = ("prompt", "messages", "instruction", "conversations")
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}
 """Roles that chat templates know under another name."""
+# Of people, whom no template names.
+_IDLE = {("name", role) for role in ("system", "user", "assistant")}
+_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 _MESSAGE = '{"role": "user", "content": "text"}'
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; role is system, user or assistant."""
+    """One turn; role is system, user, assistant or tool.
+
+    `more` has (name, value) of further fields that chat templates read: the calls of tools, say.
+    """
 
     role: str
     content: str
+    more: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        return {"role": self.role, "content": self.content, **dict(self.more)}
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,13 @@ class Conversation:
     """What a response answers: a text to continue, or messages of which the user's is the last.
 
     template_args: values for the chat templates that write it, such as enable_thinking; they go
-    before those of a template.
+    before those of a template. `tools` are those that the assistant may call, as JSON schemas.
     """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tools: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
@@ -60,7 +75,8 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     Alpaca's files. A message is {"role", "content"}; its content is text or a list of
     {"type": "text", "text"} parts, which are joined. Of ShareGPT's conversations, of {"from",
     "value"} turns behind a "system" text, a last turn of the assistant's is left out: like
-    "output", it is what somebody else answered. A field that is null counts as absent.
+    "output", it is what somebody else answered. Messages may call the row's "tools" (`tools_of`). A
+    field that is null counts as absent.
 
     Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
     """
@@ -73,18 +89,20 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     if len(fields) > 1:
         several = " and ".join(f'"{field}"' for field in fields)
         raise InputError(f"{where}: {several} in one row; it must hold exactly one of them")
-    field, value = fields[0], row[fields[0]]
+    field, value, tools = fields[0], row[fields[0]], tools_of(row, where)
     if field == "instruction":
-        return Conversation(messages=(Message("user", _instruction(row, where)),))
+        return Conversation(messages=(Message("user", _instruction(row, where)),), tools=tools)
     if field == "prompt" and isinstance(value, str):
+        if tools:
+            raise InputError(f'{where}: "tools" beside a text; they need messages')
         return Conversation(text=value)
     if field == "conversations" and isinstance(value, list | tuple):
         turns = shared_turns(row, where)
         asked = turns[:-1] if turns[-1].role == "assistant" and len(turns) > 1 else turns
-        return Conversation(messages=_ended(asked, f'{where}: "{field}"'))
+        return Conversation(messages=_ended(asked, f'{where}: "{field}"'), tools=tools)
     if isinstance(value, list | tuple):
         messages = messages_of(value, f'{where}: "{field}"')
-        return Conversation(messages=_ended(messages, f'{where}: "{field}"'))
+        return Conversation(messages=_ended(messages, f'{where}: "{field}"'), tools=tools)
     takes = "text or a list of messages" if field == "prompt" else "a list of messages"
     raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes {takes}')
 
@@ -100,9 +118,12 @@ def tagged(item: Any) -> Any:
     """A turn of {from, value} as {role, content}; anything else as it is."""
     if not isinstance(item, Mapping) or "from" not in item:
         return item
-    roles = {"human": "user", "gpt": "assistant"}
-    role = item["from"]
-    return {"role": roles.get(role, role), "content": item.get("value")}
+    role, value = item["from"], item.get("value")
+    if role == "function_call":
+        calls = _json(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"role": _SHAREGPT.get(role, role), "content": value}
 
 
 def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -118,6 +139,34 @@ def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     if not isinstance(system, str | None):
         raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
     return (Message("system", system), *turns) if system and turns[0].role != "system" else turns
+
+
+def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+    """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
+
+    Raises InputError, beginning with `where`, for anything else.
+    """
+    tools = _json(row.get("tools")) or ()
+    if not isinstance(tools, list | tuple) or not all(_function(one) for one in tools):
+        raise InputError(f'{where}: "tools" takes a list of functions, each with a "name"')
+    return tuple(tools)
+
+
+def _function(item: Any) -> Mapping[str, Any]:
+    """The {"name", ..} of a tool or a call of one; empty where there is none."""
+    found = item.get("function") or item if isinstance(item, Mapping) else {}
+    named = isinstance(found, Mapping) and isinstance(found.get("name"), str) and found["name"]
+    return found if named else {}
+
+
+def _json(value: Any) -> Any:
+    """What a JSON text holds; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
@@ -221,9 +270,10 @@ class Template:
                 f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
             )
         messages = conversation.messages or (Message("user", conversation.text or ""),)
-        return self._apply(self.jinja, messages, conversation.template_args)
+        args = conversation.template_args
+        return self._apply(self.jinja, messages, conversation.tools, args)
 
-    def render_whole(self, messages: Sequence[Message]) -> str:
+    def render_whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """The text of a finished conversation, without the opening of another answer.
 
         For chat templates and files only: published templates always open an answer. Raises
@@ -233,7 +283,7 @@ class Template:
             raise ValueError(f"the template {self.name} writes no finished conversations")
         if self.jinja is None:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, {}, opened=False)
+        return self._apply(self.jinja, messages, tools, {}, opened=False)
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
@@ -295,24 +345,39 @@ class Template:
         self,
         jinja: str,
         messages: Sequence[Message],
+        tools: Sequence[Any],
         args: Mapping[str, Any],
         *,
         opened: bool = True,
     ) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        apply, args = self.tokenizer.apply_chat_template, {**self.args, **args}
-        taken = {"messages", *signature(apply).parameters}.intersection(args)
+        args = {**self.args, **args}
+        named = signature(self.tokenizer.apply_chat_template).parameters
+        taken = {"messages", *named}.intersection(args)
         if taken:
             raise InputError(
                 f"{self.where}: {min(taken)} is no value that may be given to templates"
             )
         try:
-            return apply(
-                turns, chat_template=jinja, tokenize=False, add_generation_prompt=opened, **args
+            text = apply_template(
+                self.tokenizer,
+                [message.turn for message in messages],
+                tools=list(tools) or None,
+                chat_template=jinja,
+                tokenize=False,
+                add_generation_prompt=opened,
+                **args,
             )
         except Exception as error:  # a template is a program, and may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{self.where}: the chat template fails: {reason}") from error
+        calls = [call for one in messages for call in dict(one.more).get("tool_calls", ())]
+        unread = next((f for f in map(_function, (*tools, *calls)) if f["name"] not in text), None)
+        if unread is not None:
+            raise InputError(
+                f"{self.where}: the chat template does not write the tool {unread['name']!r}; take "
+                "one that writes tools and their calls"
+            )
+        return text
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         try:
@@ -389,7 +454,7 @@ def _instruction(row: Mapping[str, Any], where: str) -> str:
 
 def _ended(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     """The messages, which the user must end."""
-    if messages[-1].role != "user":
+    if messages[-1].role not in ("user", "tool"):
         raise InputError(
             f"{where} ends with a message of role {messages[-1].role}; the last one must be the "
             "user's, since the response answers it"
@@ -404,14 +469,31 @@ def _message(item: Any, where: str) -> Message:
     if role not in _ROLES:
         fault = "no role" if role is None else f"the role {role!r}"
         raise InputError(f"{where} has {fault}; it takes {', '.join(_ROLES)}")
+    more = {name: item[name] for name in _MORE if item.get(name) and (name, role) not in _IDLE}
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(more["tool_calls"], f'{where}["tool_calls"]')
     content = item.get("content")
     if isinstance(content, list | tuple):
         parts = (_part(part, f'{where}["content"][{i}]') for i, part in enumerate(content))
-        return Message(role, "".join(parts))
+        content = "".join(parts)
+    if content is None and "tool_calls" in more:
+        content = ""
     if not isinstance(content, str):
         fault = "no content" if content is None else f"{type(content).__name__} as its content"
         raise InputError(f"{where} has {fault}; it takes text")
-    return Message(role, content)
+    return Message(role, content, tuple(more.items()))
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """Calls of tools with their arguments as an object, which templates write as JSON."""
+    if not isinstance(value, list | tuple) or not all(_function(call) for call in value):
+        raise InputError(f'{where} takes a list of calls, each of a function with a "name"')
+    found = []
+    for call in value:
+        function = {**_function(call), "arguments": _json(_function(call).get("arguments", {}))}
+        around = call if "function" in call else {}
+        found.append({"type": "function", **around, "function": function})
+    return found
 
 
 def _part(part: Any, where: str) -> str:

@@ -16,6 +16,7 @@ from w2s_jax.text.chat import (
     messages_of,
     shared_turns,
     tagged,
+    tools_of,
 )
 
 Kind = Literal["sequences", "pairs", "labelled"]
@@ -47,15 +48,36 @@ class Example:
     weight: float = 1.0
 
 
-def parser(
-    kind: Kind, form: Format, columns: Iterable[str], where: str
-) -> Callable[[Row, str], tuple[Example, ...]]:
-    """What turns rows with these columns into examples: (row, where it stands) → examples.
+@dataclass(frozen=True)
+class Reader:
+    """What turns rows of one format into examples: (row, where it stands) → examples.
+
+    Raises InputError, beginning with that place, for a row that is not sound.
+    """
+
+    kind: Kind
+    format: "_Parser"
+
+    def __call__(self, row: Row, where: str) -> tuple[Example, ...]:
+        present = {column: value for column, value in row.items() if value is not None}
+        missing = [column for column in self.format.columns if column not in present]
+        if missing:
+            raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
+        return _as_kind(self.kind, self.format.parse(present, where), where)
+
+    def unread(self, row: Row) -> set[str]:
+        """The columns of a row that hold text, messages or the like and are no part of examples."""
+        held = {name for name, value in row.items() if isinstance(value, str | list | dict)}
+        return held - {*self.format.columns, *self.format.may, *_NAMING}
+
+
+def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Reader:
+    """What reads rows with these columns.
 
     auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
     response, and `labelled` both of its responses; a labelled row gives `sequences` nothing where
-    its response is not wanted. Raises InputError, beginning with `where`, which
-    names the columns that are missing and those found; so does what is returned, for its row.
+    its response is not wanted. Raises InputError, beginning with `where`, which names the columns
+    that are missing and those found.
     """
     known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
     if not known:
@@ -65,15 +87,7 @@ def parser(
     fits = next((one for one in known if set(one.columns) <= found), None)
     if fits is None:
         raise InputError(f"{where}: {_missing(known, found)}; found {_names(columns)}")
-
-    def parse(row: Row, where: str) -> tuple[Example, ...]:
-        present = {column: value for column, value in row.items() if value is not None}
-        missing = [column for column in fits.columns if column not in present]
-        if missing:
-            raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
-        return _as_kind(kind, fits.parse(present, where), where)
-
-    return parse
+    return Reader(kind, fits)
 
 
 def _as_kind(kind: Kind, example: Example, where: str) -> tuple[Example, ...]:
@@ -120,7 +134,10 @@ def _parse_text(row: Row, where: str) -> Example:
 
 
 def _parse_messages(row: Row, where: str) -> Example:
-    return Example(None, (_dialogue(row["messages"], f'{where}: "messages"'),), "all")
+    place = f'{where}: "messages"'
+    messages = messages_of(_list(row["messages"], place), place)
+    whole = Conversation(messages=messages, tools=tools_of(row, where))
+    return Example(None, (whole,), "all")
 
 
 def _parse_completion(row: Row, where: str) -> Example:
@@ -141,6 +158,7 @@ def _parse_preference(row: Row, where: str) -> Example:
     if "prompt" in row and not both[0]:
         return _pair(_prompt(row, where), *sides, where)
     if not both[0]:
+        _check_beside(row, where)
         texts = _text(row, "chosen", where), _text(row, "rejected", where)
         start, *ends = _split_texts(*texts)
         return _pair(Conversation(text=start), ends[0], ends[1], where)
@@ -149,13 +167,45 @@ def _parse_preference(row: Row, where: str) -> Example:
     ]
     if "prompt" in row and all(answer[0].role == "assistant" for answer in answers):
         return _pair(_prompt(row, where), *sides, where)
-    # A prompt that stands in both sides too is left aside, as TRL does with a text.
     shared = min(_common(*answers), *(len(answer) - 1 for answer in answers))
     if not shared:
         raise InputError(f'{where}: no "prompt", and "chosen" and "rejected" begin differently')
-    prompt = Conversation(messages=answers[0][:shared])
+    asked = _agreed(row, answers[0][:shared], where)
+    prompt = Conversation(messages=asked, tools=tools_of(row, where))
     responses = (Conversation(messages=answer[shared:]) for answer in answers)
     return _checked(Example(prompt, tuple(responses), "completion"), where)
+
+
+def _agreed(row: Row, shared: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The beginning of both sides, which a prompt beside them repeats, or opens with a system's.
+
+    A text is one of the user's messages in it, as in UltraFeedback.
+    """
+    value = row.get("prompt")
+    if isinstance(value, str):
+        if any(value.strip() == one.content.strip() for one in shared if one.role == "user"):
+            return shared
+    elif value is None:
+        return shared
+    else:
+        own = messages_of(_list(value, f'{where}: "prompt"'), f'{where}: "prompt"')
+        system = own[:1] if own[0].role == "system" != shared[0].role else ()
+        if own[len(system) :] == shared[: len(own) - len(system)]:
+            return (*system, *shared)
+    raise InputError(
+        f'{where}: "chosen" and "rejected" begin with a dialogue that is not the "prompt"; '
+        "leave the prompt out, or give answers alone as the sides"
+    )
+
+
+def _check_beside(row: Row, where: str) -> None:
+    """Raise InputError where the prompt of a pair seems to be in a column of another name."""
+    beside = next((name for name in _ASKING if isinstance(row.get(name), str)), None)
+    if beside is not None:
+        raise InputError(
+            f'{where}: no "prompt", but "{beside}" beside "chosen" and "rejected"; if it is the '
+            f"prompt, --columns prompt={beside} says so"
+        )
 
 
 def _parse_responses(row: Row, where: str) -> Example:
@@ -192,20 +242,23 @@ def _parse_content(row: Row, where: str) -> Example:
 def _parse_sharegpt(row: Row, where: str) -> Example:
     """LLaMA-Factory's: conversations of {from, value}, by human and gpt; system."""
     place = f'{where}: "conversations"'
-    turns = shared_turns(row, where)
+    turns, tools = shared_turns(row, where), tools_of(row, where)
     if "chosen" in row or "rejected" in row:
-        return _answered(Conversation(messages=turns), row, where)
+        return _answered(Conversation(messages=turns, tools=tools), row, where)
     if turns[-1].role != "assistant" or len(turns) < 2:
         raise InputError(f"{place} must end with gpt's answer to what came before")
     if "kto_tag" in row:
-        prompt, answer = Conversation(messages=turns[:-1]), Conversation(messages=turns[-1:])
+        prompt, answer = (
+            Conversation(messages=turns[:-1], tools=tools),
+            Conversation(messages=turns[-1:]),
+        )
         return Example(prompt, (answer,), "completion", _label(row["kto_tag"], f"{where}: kto_tag"))
-    return Example(None, (Conversation(messages=turns),), "assistant")
+    return Example(None, (Conversation(messages=turns, tools=tools),), "assistant")
 
 
 def _answered(prompt: Conversation, row: Row, where: str) -> Example:
     """The response or the pair of a LLaMA-Factory row behind its prompt."""
-    if prompt.messages[-1].role != "user":
+    if prompt.messages[-1].role not in ("user", "tool"):
         raise InputError(f"{where}: the prompt must end with what the user says")
     if "chosen" in row:
         return _pair(prompt, tagged(row["chosen"]), tagged(row["rejected"]), where)
@@ -231,22 +284,28 @@ class _Parser:
 
 
 _SIDES = ("chosen", "rejected")
+_ASKING = ("question", "query", "instruction", "input", "context", "user", "system")
+_NAMING = ("id", "_id", "uid", "uuid", "prompt_id")
 _ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
 _SINGLE: tuple[Kind, ...] = ("sequences", "labelled")
+_TOOLS = ("tools",)
+_ALPACA, _SHARED = ("input", "system", "history"), ("system", "tools")
 # The order is that in which `auto` tries them: a row may hold more columns than its format needs.
 _PARSERS = (
-    _Parser("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt),
-    _Parser("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt),
-    _Parser("alpaca", _SINGLE, ("instruction", "output", "kto_tag"), _parse_alpaca),
-    _Parser("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca),
-    _Parser("alpaca", _ALL, ("instruction", "output"), _parse_alpaca),
-    _Parser("labelled", _SINGLE, ("prompt", "completion", "label"), _parse_labelled),
-    _Parser("messages", ("sequences",), ("messages",), _parse_messages),
-    _Parser("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt),
-    _Parser("preference", _ALL, _SIDES, _parse_preference, may=("prompt",)),
-    _Parser("responses", _ALL, ("prompt", "responses", "chosen"), _parse_responses),
-    _Parser("prompt-completion", ("sequences",), ("prompt", "completion"), _parse_completion),
-    _Parser("prompt-completion", ("sequences",), ("prompt", "response"), _parse_completion),
+    _Parser("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt, _SHARED),
+    _Parser("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt, _SHARED),
+    _Parser("alpaca", _SINGLE, ("instruction", "output", "kto_tag"), _parse_alpaca, _ALPACA),
+    _Parser("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca, _ALPACA),
+    _Parser("alpaca", _ALL, ("instruction", "output"), _parse_alpaca, _ALPACA),
+    _Parser("labelled", _SINGLE, ("prompt", "completion", "label"), _parse_labelled, _TOOLS),
+    _Parser("messages", ("sequences",), ("messages",), _parse_messages, _TOOLS),
+    _Parser("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt, _SHARED),
+    _Parser("preference", _ALL, _SIDES, _parse_preference, ("prompt", "tools")),
+    _Parser("responses", _ALL, ("prompt", "responses", "chosen"), _parse_responses, _TOOLS),
+    _Parser(
+        "prompt-completion", ("sequences",), ("prompt", "completion"), _parse_completion, _TOOLS
+    ),
+    _Parser("prompt-completion", ("sequences",), ("prompt", "response"), _parse_completion, _TOOLS),
     _Parser("alpaca", ("sequences",), ("content", "output"), _parse_content),
     _Parser("text", ("sequences",), ("text",), _parse_text),
 )
@@ -272,7 +331,7 @@ def _checked(example: Example, where: str) -> Example:
 
 
 def _prompt(row: Row, where: str) -> Conversation:
-    return conversation_of({"prompt": row.get("prompt")}, where)
+    return conversation_of({name: row.get(name) for name in ("prompt", "tools")}, where)
 
 
 def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
@@ -286,10 +345,6 @@ def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
     if prompt.messages:
         return Conversation(messages=(Message("assistant", value),))
     return Conversation(text=value)
-
-
-def _dialogue(value: Any, where: str) -> Conversation:
-    return Conversation(messages=messages_of(_list(value, where), where))
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:

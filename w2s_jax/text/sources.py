@@ -4,6 +4,7 @@ JSON is read by text/rows.py, so that errors name lines and rows may differ in t
 by `datasets`, which runs no code of a data set.
 """
 
+import glob
 import hashlib
 import re
 import sys
@@ -17,6 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.text.rows import read_rows
 
 _JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".json.xz")
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TAKES = ".jsonl, .json (also .gz and .xz) or .parquet"
 _SPLIT = re.compile(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
@@ -81,12 +83,24 @@ def open_source(name: str, *, split: str = "train") -> Source:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         digest = f"{asked[1]} {_digest(files)}"
-        return Source(name, unit, digest, partial(read, str(path)), **part)
+        return Source(name, unit, digest, partial(read, **_folder(path, files)), **part)
     if path.name.endswith((*_JSON, ".parquet")) or not _HUB.fullmatch(name):
         raise InputError(f"{name}: no such file; it takes {_TAKES}, or an id on the hub")
     identity, _, config = name.partition(":")
     found = read(identity, name=config or None)
     return Source(name, unit, f"{asked[1]} {found._fingerprint}", lambda: found, **part)
+
+
+def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
+    """What `datasets` takes for a folder.
+
+    It reads names as patterns; where one holds [, * or ?, the kind of the files must be said.
+    """
+    if glob.escape(str(path)) == str(path):
+        return {"kind": str(path)}
+    endings = [ending for file in files for ending in file.suffixes]
+    found = next((_BUILDERS[ending] for ending in endings if ending in _BUILDERS), "json")
+    return {"kind": found, "data_dir": glob.escape(str(path))}
 
 
 def _file(name: str, path: Path, part: dict[str, str]) -> Source:
@@ -95,7 +109,7 @@ def _file(name: str, path: Path, part: dict[str, str]) -> Source:
         unit = "row" if path.name.endswith((".json", ".json.gz", ".json.xz")) else "line"
         return Source(name, f"{name} {unit}", digest, lambda: read_rows(path)[0], **part)
     if path.suffix == ".parquet":
-        read = partial(_load, name, "train", "parquet", data_files=str(path))
+        read = partial(_load, name, "train", "parquet", data_files=glob.escape(str(path)))
         return Source(name, f"{name} row", digest, read, **part)
     raise InputError(f"{name}: not one of the files that can be read: {_TAKES}")
 

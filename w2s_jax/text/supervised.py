@@ -16,10 +16,12 @@ from w2s_jax.text.chat import Conversation, Message, Template
 from w2s_jax.text.examples import Example
 from w2s_jax.text.prompts import encode_prompt, tokens_behind
 from w2s_jax.text.templates import PUBLISHED
+from w2s_jax.text.time_limit import apply_template
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]
 
+_THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -164,17 +166,20 @@ def _render(template: Template, example: Example, loss: str) -> _Rendered:
         special = not (bos and sides[0].startswith(bos))
         return _Rendered(None if prompt is None else start, sides, special, _end(template))
     before = _messages(prompt, "user") if prompt else ()
-    written = None if prompt is None else template.render(Conversation(messages=before))
+    tools = (prompt or responses[0]).tools
+    written = None
+    if prompt is not None:
+        written = template.render(Conversation(messages=before, tools=tools))
     wholes = [(*before, *_messages(response, "assistant")) for response in responses]
     marked = loss == "assistant"
     if template.name in PUBLISHED:
-        return _render_published(template, written, wholes, marked)
+        return _render_published(template, written, wholes, tools, marked)
     if marked and template.jinja and _GENERATION.search(template.jinja):
-        ready = tuple(_by_generation(template, whole) for whole in wholes)
+        ready = tuple(_by_generation(template, whole, tools) for whole in wholes)
         return _Rendered(written, ("",) * len(wholes), False, None, ready=ready)
-    sides = tuple(template.render_whole(whole) for whole in wholes)
+    sides = tuple(template.render_whole(whole, tools) for whole in wholes)
     spans = zip(wholes, sides, strict=True)
-    marks = tuple(_answers(template, *one) for one in spans) if marked else None
+    marks = tuple(_answers(template, *one, tools) for one in spans) if marked else None
     return _Rendered(written, sides, False, None, marks)
 
 
@@ -185,38 +190,53 @@ def _last_answer(example: Example) -> Example:
         raise InputError("a text of its own has no prompt; take the loss on all of it")
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise InputError("a conversation must end with what the assistant says to somebody")
-    before, last = Conversation(messages=messages[:-1]), Conversation(messages=messages[-1:])
+    before = Conversation(messages=messages[:-1], tools=example.responses[0].tools)
+    last = Conversation(messages=messages[-1:])
     return Example(before, (last,), "completion")
 
 
 def _render_published(
-    template: Template, written: str | None, wholes: Sequence[Sequence[Message]], marked: bool
+    template: Template,
+    written: str | None,
+    wholes: Sequence[Sequence[Message]],
+    tools: Sequence[Any],
+    marked: bool,
 ) -> _Rendered:
     sides = []
     for whole in wholes:
         if whole[-1].role != "assistant":
             raise InputError("a conversation must end with what the assistant says")
+        if tools or any(message.more for message in whole):
+            raise InputError(
+                f"the template {template.name} writes no tools and no more than contents of "
+                "messages; take the tokenizer's own, or a .jinja file"
+            )
         opened = Conversation(messages=tuple(whole[:-1])) if whole[:-1] else None
         sides.append((template.render(opened) if opened else "") + whole[-1].content)
     asked = Conversation(messages=tuple(wholes[0][:1]))
     special = template.adds_special_tokens(asked, sides[0])
     spans = zip(wholes, sides, strict=True)
-    marks = tuple(_answers(template, *one) for one in spans) if marked else None
+    marks = tuple(_answers(template, *one, tools) for one in spans) if marked else None
     return _Rendered(written, tuple(sides), special, _end(template), marks)
 
 
-def _answers(template: Template, whole: Sequence[Message], text: str) -> Spans:
+def _answers(
+    template: Template, whole: Sequence[Message], text: str, tools: Sequence[Any]
+) -> Spans:  # fmt: skip
     """Where in a written conversation the assistant's turns are, without the text opening them."""
     spans = []
     for index, message in enumerate(whole):
         if message.role != "assistant":
             continue
-        before = Conversation(messages=tuple(whole[:index])) if index else None
+        before = Conversation(messages=tuple(whole[:index]), tools=tuple(tools)) if index else None
         opening = template.render(before) if before else ""
         if template.name in PUBLISHED:
             closing = _closed(template, text, opening + message.content)
         else:
-            closing = template.render_whole(whole[: index + 1])
+            closing = template.render_whole(whole[: index + 1], tools)
+            # Templates put a system's message of their own in front, which nobody said.
+            opening = opening if before else closing[: closing.rfind(message.content.strip())]
+            closing = _as_it_goes_on(text, opening, closing)
         if not (text.startswith(opening) and text.startswith(closing)):
             raise InputError(
                 "the chat template writes a conversation's beginning differently when it goes on, "
@@ -225,6 +245,17 @@ def _answers(template: Template, whole: Sequence[Message], text: str) -> Spans:
             )
         spans.append((len(opening), len(closing)))
     return spans
+
+
+def _as_it_goes_on(text: str, opening: str, closing: str) -> str:
+    """A conversation up to an answer, as the whole one begins.
+
+    Templates such as Qwen3's write an answer's thoughts only as long as nothing follows it.
+    """
+    if text.startswith(closing) or not closing.startswith(opening):
+        return closing
+    spoken = opening + _THOUGHTS.sub("", closing[len(opening) :])
+    return spoken if text.startswith(spoken) else closing
 
 
 def _closed(template: Template, text: str, answer: str) -> str:
@@ -237,13 +268,14 @@ def _closed(template: Template, text: str, answer: str) -> str:
 
 
 def _by_generation(
-    template: Template, whole: Sequence[Message]
+    template: Template, whole: Sequence[Message], tools: Sequence[Any]
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and marks of a template that says itself what the assistant writes."""
-    turns = [{"role": message.role, "content": message.content} for message in whole]
-    template.render_whole(whole)  # its faults in one line
-    found = template.tokenizer.apply_chat_template(
-        turns,
+    template.render_whole(whole, tools)  # its faults in one line
+    found = apply_template(
+        template.tokenizer,
+        [message.turn for message in whole],
+        tools=list(tools) or None,
         chat_template=template.jinja,
         tokenize=True,
         return_dict=True,

@@ -6,7 +6,8 @@ in text/order.py.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
 
+_logger = logging.getLogger(__name__)
 _VERSION = 3  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
 _FIGURES = (
@@ -42,6 +44,8 @@ class DataConfig:
     """Split of hub data sets and folders; of files too the part, such as train[:90%]."""
     format: Format = "auto"
     """Columns of the rows; auto takes the first format that they hold."""
+    columns: tuple[str, ...] = ()
+    """NAME=COLUMN: the column that is read under the name which the format has for it."""
     template: str = "auto"
     """Chat template: auto is the tokenizer's own for messages, and none for texts."""
     max_length: int = 1024
@@ -341,14 +345,21 @@ def _examples(
     """Examples with the numbers of their source and row."""
     for number, source in enumerate(sources):
         rows, wanted = source.rows()
-        columns = [column for column, value in rows[wanted[0]].items() if value is not None]
+        named = _renaming(config.columns, rows[wanted[0]], source.name)
+        first = named(rows[wanted[0]])
+        columns = [column for column, value in first.items() if value is not None]
         parse = parser(kind, config.format, columns, source.name)
+        told = {config.weight_column}
         for index in wanted:
             if figures["rows"] == config.limit:
                 return
             figures["rows"] += 1
-            place = source.place(index + 1)
-            examples = parse(rows[index], place)
+            row, place = named(rows[index]), source.place(index + 1)
+            if unread := parse.unread(row) - told:
+                names = ", ".join(f'"{name}"' for name in sorted(unread))
+                _logger.warning("%s: no part of the training: %s", place, names)
+                told |= unread
+            examples = parse(row, place)
             figures["undesirable"] += not examples
             for example in examples:
                 if kind == "pairs" and example.responses[0] == example.responses[1]:
@@ -360,9 +371,31 @@ def _examples(
                     figures["equal"] += 1
                     continue
                 if config.weight_column is not None:
-                    weight = _weight(rows[index], config.weight_column, place)
+                    weight = _weight(row, config.weight_column, place)
                     example = replace(example, weight=weight)
                 yield example, number, index + 1
+
+
+def _renaming(
+    columns: Sequence[str], first: Mapping[str, Any], where: str
+) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """What gives rows the names of `columns` (NAME=COLUMN); InputError if the first lacks one."""
+    pairs = [column.partition("=")[::2] for column in columns]
+    for column, (name, old) in zip(columns, pairs, strict=True):
+        if not name or not old:
+            raise InputError(f"--columns {column}: it takes NAME=COLUMN, such as prompt=question")
+        if old not in first:
+            found = ", ".join(f'"{one}"' for one in first)
+            raise InputError(f'--columns {column}: {where} has no "{old}"; found {found}')
+    if not pairs:
+        return lambda row: row
+    taken = {old for _, old in pairs}
+
+    def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        rest = {name: value for name, value in row.items() if name not in taken}
+        return rest | {name: row.get(old) for name, old in pairs}
+
+    return renamed
 
 
 def _weight(row: Mapping[str, Any], column: str, place: str) -> float:
@@ -401,7 +434,7 @@ def _identity(
         _VERSION,
         kind,
         [(source.digest, source.first, source.last) for source in sources],
-        [config.format, config.max_length, config.truncation, config.loss_on],
+        [config.format, config.columns, config.max_length, config.truncation, config.loss_on],
         [config.equal_pairs, config.append_eos, config.limit, config.weight_column],
         [template.describe(), template.eos_id, _tokenizer_digest(template.tokenizer)],
     ]

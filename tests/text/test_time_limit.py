@@ -1,0 +1,62 @@
+import sys
+import threading
+
+import pytest
+
+from tests.text.chats import chat, template
+from w2s_jax.errors import InputError
+from w2s_jax.text import time_limit
+from w2s_jax.text.bpe import train_bpe
+from w2s_jax.text.time_limit import TimeUp, within
+
+LONG = "range(99999)"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a film"], 258))
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        f"{{% for a in {LONG} %}}{{% for b in {LONG} %}}{{% endfor %}}{{% endfor %}}",
+        f"{{% for a in {LONG} %}}{{{{ {LONG} | map('string') | join }}}}{{% endfor %}}",
+        "{% macro again() %}{% for a in 'ab' %}{{ a }}{% endfor %}{% endmacro %}"
+        f"{{% for a in {LONG} %}}{{% for b in {LONG} %}}{{{{ again() }}}}"
+        "{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_an_error(tokenizer, monkeypatch, jinja):
+    monkeypatch.setattr(time_limit, "TEMPLATE_SECONDS", 0.05)
+    tokenizer.chat_template = jinja
+    found = []
+
+    def render():
+        with pytest.raises(InputError, match="the chat template fails: it takes longer than 0.05"):
+            template(tokenizer).render(chat(("user", "hi")))
+        found.append(True)
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    thread.join()
+    render()
+    assert found == [True, True]
+
+
+def test_what_watched_before_watches_again():
+    seen = []
+
+    def tracer(frame, event, argument):
+        seen.append(frame.f_code.co_name)
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        with pytest.raises(TimeUp), within(-1):
+            sorted([2, 1], key=lambda one: one)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
