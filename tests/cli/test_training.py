@@ -113,7 +113,7 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
-    model, pairs, few, tmp_path, capsys
+    model, pairs, few, tmp_path, capsys, caplog
 ):
     assert run("dpo", model, pairs, tmp_path / "run") == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -129,10 +129,10 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
     assert run("dpo", model, pairs, tmp_path / "run", "--epochs=0.5") == 2
     assert "step 6 is saved, beyond the 3 steps" in capsys.readouterr().err
     # More micro-batches and more steps are a run that goes on, though not to the bit.
+    caplog.clear()
     assert run("dpo", model, pairs, tmp_path / "run", "--accumulate=2", "--epochs=1.1") == 0
-    error = capsys.readouterr().err
-    assert "accumulate: 1 until step 6, 2 from there on; not to the bit" in error
-    assert "steps: 6 until step 6, 7 from there on; learning rates follow the schedule" in error
+    assert "accumulate: 1 until step 6, 2 from there on; not to the bit" in caplog.text
+    assert "steps: 6 until step 6, 7 from there on; learning rates follow the" in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [*range(1, 8)]
     write_jsonl(pairs, PAIRS[:20])
     assert run("dpo", model, pairs, tmp_path / "run") == 2

@@ -54,7 +54,8 @@ def test_an_evaluation_sums_values_and_counts_over_batches(rows):
 
 
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [
-    (11, 1, 2), (20, 1, 3), (16, 1, 2), (20, 2, 5), (30, 0.1, 1), (24, 0.01, 1), (300, 0.1, 4),
+    (11, 1.0, 2), (20, 1.0, 3), (16, 1.0, 2), (20, 2.0, 5), (30, 0.1, 1), (24, 0.01, 1),
+    (300, 0.1, 4),
 ])  # fmt: skip
 def test_an_epoch_reads_every_row(rows, epochs, steps):
     config = RunConfig(OptimizerConfig(), epochs=epochs, batch_size=8)

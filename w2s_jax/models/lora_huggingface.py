@@ -167,11 +167,7 @@ def adapted_config(path_or_hub_id: str | Path, config: ModelConfig) -> ModelConf
         _, whole = _sorted(config, _open(directory), LANGUAGE_HEAD)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
-    rows = stored_parameters(config, ["embed/embedding"])
-    embedding, head = (
-        whole.get(name) for name in (rows["embed/embedding"].name, LANGUAGE_HEAD.weight)
-    )
-    held = [tensor for tensor in (embedding, head) if tensor is not None]
+    held = _held_vocabulary(config, whole)
     if not held or any(tensor.get_shape()[1:] != (config.width,) for tensor in held):
         return config
     tied = config.tied_embeddings and len(held) == 2 and equal(*held)
@@ -194,8 +190,9 @@ def _with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) 
         if isinstance(embedding, QTensor):
             raise InputError("an adapter that unties the head needs a base that is not quantised")
         params["head"] = {"kernel": embedding.T}
-    taken = {name: adapter.pop(name) for name in ("embed", "head") if name in adapter}
-    return replace(base, config=config, params=params | taken)
+    for name in ("embed", "head"):
+        params |= {name: params[name] | adapter.pop(name)} if name in adapter else {}
+    return replace(base, config=config, params=params)
 
 
 def load_adapter(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_config, load_model, locate
@@ -115,10 +116,15 @@ def rounded(params: Any, dtype: str) -> Any:
 
 
 def measure_rounding(start: Mapping[str, Any], trained: Mapping[str, Any], dtype: str) -> Rounding:
-    """What `dtype` would lose of the way from one tree of parameters to another of its shape."""
+    """What `dtype` would lose of the way from one tree of parameters to another, in what both have.
+
+    An adapter may have given the model an embedding or a head of other rows.
+    """
+    before, after = (dict(tree_leaves_with_path(tree)) for tree in (start, trained))
     sums = [
-        jax.device_get(_rounding_sums(before, after, dtype))
-        for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(trained), strict=True)
+        jax.device_get(_rounding_sums(before[path], leaf, dtype))
+        for path, leaf in after.items()
+        if path in before and before[path].shape == leaf.shape
     ]
     changed, reverted, moved, error = (float(sum(part)) for part in zip(*sums, strict=True))
     return Rounding(dtype, reverted / max(changed, 1.0), (error / max(moved, 1e-30)) ** 0.5)
