@@ -1,6 +1,8 @@
 """The exception for wrong input. Internal faults are not raised through it."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -26,3 +28,63 @@ class Undivided(InputError):
     def at(self, place: str) -> "Undivided":
         """The same error behind what it is about."""
         return Undivided(f"{place}: {self.told}", self._meshes, self._rules)
+
+
+class RowFailed(InputError):
+    """A row that came to nothing: models gave it logits that are no distribution.
+
+    That is where one is NaN or +inf, or all are −inf. models: the names of those at fault; none
+    where a score is no finite number though all logits are sound.
+    """
+
+    def __init__(self, row_id: int, models: Sequence[str]) -> None:
+        self.row_id, self.models = row_id, tuple(models)
+        super().__init__(f"row {row_id}: {_fault(self.models)}")
+
+
+class RowsFailed(InputError):
+    """Rows that failed, after all others were done.
+
+    failures: in the order of the row ids. results: of all rows in the order asked for, None for one
+    that failed. Told as "WHERE NUMBER, NUMBER ..", by the `number` of each row id.
+    """
+
+    SHOWN = 8
+
+    def __init__(
+        self,
+        failures: Sequence[RowFailed],
+        results: Sequence[Any] = (),
+        *,
+        where: str = "row",
+        number: Callable[[int], Any] = lambda row_id: row_id,
+    ) -> None:
+        self.failures = tuple(sorted(failures, key=lambda failure: failure.row_id))
+        self.results = tuple(results)
+        rows: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+        for failure in self.failures:
+            rows[failure.models].append(number(failure.row_id))
+        told = [f"{where} {self._listed(own)}: {_fault(models)}" for models, own in rows.items()]
+        super().__init__("; ".join(told))
+
+    def named(
+        self, models: Mapping[str, str], *, where: str, number: Callable[[int], Any]
+    ) -> "RowsFailed":
+        """The same with models and rows called otherwise."""
+        failures = [
+            RowFailed(failure.row_id, [models.get(name, name) for name in failure.models])
+            for failure in self.failures
+        ]
+        return RowsFailed(failures, self.results, where=where, number=number)
+
+    def _listed(self, numbers: Sequence[Any]) -> str:
+        shown = ", ".join(map(str, numbers[: self.SHOWN]))
+        more = len(numbers) - self.SHOWN
+        return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _fault(models: Sequence[str]) -> str:
+    advice = "weights may be damaged, or overflow in this dtype"
+    if not models:
+        return f"a score is not a finite number; {advice}"
+    return f"logits of the {' and the '.join(models)} are NaN or infinite; {advice}"

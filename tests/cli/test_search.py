@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from w2s_jax.cli.main import main
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.model import init_model
 from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.rows import read_jsonl, write_jsonl
@@ -95,6 +96,32 @@ def test_a_stop_string_ends_a_response_and_is_not_part_of_it(models, prompts, tm
 
 def test_the_method_sample_needs_no_guide(models, prompts, tmp_path):
     assert search(models[:2], prompts, tmp_path / "out.jsonl", "--method", "sample") == 0
+
+
+def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, tmp_path, capsys):
+    """An embedding that is NaN, of a token that some prompts hold and others do not."""
+    folder = Path(models[1])
+    tokenizer = load_tokenizer(folder)
+    film, we = (set(tokenizer(text).input_ids) for text in ("A film", "WeWe"))
+    model = load_model(folder)
+    embedding = model.params["embed"]["embedding"].at[min(film - we)].set(float("nan"))
+    broken = type(model)(model.config, {**model.params, "embed": {"embedding": embedding}})
+    save_model(broken, tmp_path / "broken", tokenizer=tokenizer)
+    others, out = ["--policy", str(tmp_path / "broken"), *models[2:]], tmp_path / "out.jsonl"
+    assert search(models, prompts, tmp_path / "sound.jsonl") == 0
+    assert search(others, prompts, out) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert f": logits of the policy {tmp_path / 'broken'} are NaN or infinite" in told
+    assert told.endswith(f"kept in {out}.journal")
+    named = re.match(rf"error: {prompts} line ((?:\d+, )*\d+):", told)[1]
+    failed = {int(number) - 1 for number in named.split(", ")}
+    assert failed >= {1, 3, 5}
+    kept = {line["row_id"]: line["row"] for line in read_jsonl(f"{out}.journal")[1:]}
+    assert set(kept) == set(range(len(PROMPTS))) - failed
+    assert set(kept)
+    assert not out.exists()
+    sound = read_jsonl(tmp_path / "sound.jsonl")
+    assert all(row["response"] == sound[index]["response"] for index, row in kept.items())
 
 
 KILLED = """

@@ -142,6 +142,39 @@ def test_rope_scaling_under_both_names_of_its_kind(key):
     assert config.rope == Rope(500.0, "linear", 3.0)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        (None, 64),
+        (YARN | {ORIGINAL: 64}, 256),
+        (YARN | {ORIGINAL: 8}, 64),
+        (YARN, 256),
+        ({"rope_type": "yarn", ORIGINAL: 16}, 64),
+        ({"type": "linear", "factor": 2.5}, 160),
+        ({"type": "linear", "factor": 4.0, ORIGINAL: 16}, 64),
+        (LLAMA3 | {ORIGINAL: 64}, 512),
+        (LLAMA3 | {ORIGINAL: 8}, 64),
+        ({"type": "dynamic", "factor": 4.0}, 64),
+        ({"type": "dynamic", "factor": 4.0, ORIGINAL: 32}, 32),
+    ],
+)
+def test_positions_are_those_that_the_scaled_rope_reaches(scaling, positions):
+    config = read(max_position_embeddings=64, rope_scaling=scaling)
+    assert config.max_positions == positions
+    # Written again, the file says the same: positions are not stretched twice.
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_dynamic_scaling_is_the_plain_rope_within_its_positions():
+    scaling = {"type": "dynamic", "factor": 4.0}
+    assert read(rope_theta=5e5, rope_scaling=scaling).rope == Rope(5e5)
+
+
 def test_yarn_takes_its_attention_factor_from_mscale():
     scaling = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5}
     rope = read(rope_scaling=scaling, original_max_position_embeddings=64).rope
@@ -156,8 +189,8 @@ def test_yarn_takes_its_attention_factor_from_mscale():
         ({}, "model_type None is not supported"),
         (LLAMA | {"hidden_act": "mish"}, "activation 'mish' is not supported; supported: silu"),
         (
-            LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope kind 'dynamic' is not supported; supported: default, linear, llama3, yarn",
+            LLAMA | {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope kind 'longrope' is not supported; supported: default, linear, llama3, yarn, dyn",
         ),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a number"),
         (

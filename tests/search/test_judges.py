@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.heads import RewardModel
+from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
@@ -149,6 +150,24 @@ def encoder_judge(tokenizer):
         return float(logits[1] - logits[0])
 
     return RewardScorer(model, template, weight=2.0), plain
+
+
+def without_numbers(params):
+    return jax.tree.map(lambda leaf: leaf * np.nan, params)
+
+
+def test_rows_name_the_judge_whose_logits_are_no_numbers(policy, tokenizers):
+    tuned, untuned = (
+        replace(text_model(seed, tokenizers["a"], "auto"), name="") for seed in (1, 2)
+    )
+    broken = Model(untuned.model.config, without_numbers(untuned.model.params))
+    scorer = TextLogRatio(tuned, replace(untuned, model=broken))
+    with pytest.raises(RowsFailed, match="row 0, 1, 2, 3: logits of the untuned model are NaN"):
+        searched(policy, BEAM, [scorer])
+    judge, _ = encoder_judge(tokenizers["a"])
+    broken = Classifier(judge.model.config, without_numbers(judge.model.params))
+    with pytest.raises(RowsFailed, match="row 0, 1, 2, 3: logits of the reward model are NaN"):
+        searched(policy, BEAM, [replace(judge, model=broken)])
 
 
 @pytest.mark.parametrize(

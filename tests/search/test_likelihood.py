@@ -1,13 +1,17 @@
 """Likelihoods against a NumPy float64 mixture of the models' plain logits, and their identities."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.compiled import compilations
 from tests.tiny import VOCAB, tiny_model
-from w2s_jax.errors import InputError
-from w2s_jax.search import Guide, likelihood, search_models
+from w2s_jax.errors import InputError, RowsFailed
+from w2s_jax.models.model import Model
+from w2s_jax.search import Guide, SearchModels, likelihood, search_models
 from w2s_jax.search.likelihood import (
     Response,
     compile_scores,
@@ -197,6 +201,24 @@ def test_what_is_compiled_ahead_is_all_that_scores(models):
     assert later == []
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_a_row_that_a_model_fails_is_told_and_the_others_are_scored(models):
+    bad = 9
+    embedding = models.guides[0].untuned.params["embed"]["embedding"].at[bad, 0].set(jnp.nan)
+    params = {**models.guides[0].untuned.params, "embed": {"embedding": embedding}}
+    untuned = Model(models.guides[0].untuned.config, params)
+    guides = (replace(models.guides[0], untuned=untuned), *models.guides[1:])
+    responses = [Response(((4, 5),), (6, 7)), Response(((4, bad),), (6,)), Response(((8,),), (5,))]
+    heard = {}
+    with pytest.raises(RowsFailed, match="^row 1: logits of the untuned model 0 are") as raised:
+        score_responses(
+            SearchModels(models.policy, guides), EFTProposer(BETA), responses, top=3, batch_size=4,
+            on_scored=heard.__setitem__,
+        )  # fmt: skip
+    assert [row is None for row in raised.value.results] == [False, True, False]
+    assert sorted(heard) == [0, 2]
+    assert all(np.isfinite(scored.logprobs).all() for scored in heard.values())
 
 
 def test_greedy_tokens_carry_the_very_log_prob_of_the_top(models):

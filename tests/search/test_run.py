@@ -9,13 +9,14 @@ import pytest
 
 from tests.search.oracle import next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import Guide, SearchConfig, search
+from w2s_jax.ops.logprobs import token_logprobs
+from w2s_jax.ops.sampling import Sampling, choose, shortlist
+from w2s_jax.search import Guide, SearchConfig, search, search_models
 from w2s_jax.search.hop import kept_tokens
 from w2s_jax.search.presets import METHODS, cbs, preset, sample
-from w2s_jax.search.proposers import EFTProposer
+from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.search.scorers import ProposedLogRatio
 from w2s_jax.search.sizes import buckets
 from w2s_jax.text.prompts import cut
@@ -147,10 +148,102 @@ def test_eos_ids_that_no_model_shares_are_refused(guide):
     assert np.isfinite(result.best.score)
 
 
-def test_scores_that_are_not_finite_name_their_row(policy, guide):
-    broken = Model(guide.tuned.config, jax.tree.map(lambda x: x * jnp.nan, guide.tuned.params))
-    with pytest.raises(InputError, match="row 7: a score is not a finite number"):
-        search(policy, Guide(broken, guide.untuned), [[4]], cbs(2, 2, 2), row_ids=[7])
+BAD = 9
+"""A token of prompts that no greedy search below draws."""
+
+
+def changed(model, path, change):
+    outer, inner = path
+    held = {inner: change(model.params[outer][inner])}
+    return Model(model.config, {**model.params, outer: held})
+
+
+def never_drawing(model):
+    """The model with the logit of a lower id for BAD, so that greedy draws take that."""
+    return changed(model, ("head", "kernel"), lambda x: x.at[:, BAD].set(x[:, 4]))
+
+
+def broken(model):
+    """The model with an embedding of BAD that makes its logits NaN."""
+    return changed(model, ("embed", "embedding"), lambda x: x.at[BAD, 0].set(jnp.nan))
+
+
+@pytest.mark.parametrize(
+    ("method", "at_fault"),
+    [
+        ("sample", ("policy",)),
+        ("cbs", ("policy",)),
+        ("cbs", ("tuned model",)),
+        ("cbs", ("untuned model",)),
+        ("eft", ("policy",)),
+        ("eft", ("tuned model",)),
+        ("eft", ("untuned model",)),
+    ],
+)
+def test_a_row_that_a_model_fails_is_told_and_the_others_are_done(policy, guide, method, at_fault):
+    configs = {
+        "sample": sample(max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3),
+        "cbs": cbs(2, 2, 3, max_new_tokens=6, sampling=Sampling(0.0), slots=2),
+        "eft": preset("eft", max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3),
+    }
+    prompts = [[4, 5], [6, BAD], [7, 8], [8, 4], [BAD, 5], [10, 11]]
+    members = {"policy": policy, "tuned model": guide.tuned, "untuned model": guide.untuned}
+    models = {name: never_drawing(model) for name, model in members.items()}
+    steered = Guide(models["tuned model"], models["untuned model"]) if method != "sample" else None
+    expected = search(models["policy"], steered, prompts, configs[method])
+    others = [result for index, result in enumerate(expected) if index not in (1, 4)]
+    assert all(BAD not in h.tokens for result in others for h in result.hypotheses)
+    models |= {name: broken(models[name]) for name in at_fault}
+    if steered:
+        steered = Guide(models["tuned model"], models["untuned model"])
+    seen = []
+    with pytest.raises(RowsFailed, match=f"^row 1, 4: logits of the {at_fault[0]} are") as raised:
+        search(models["policy"], steered, prompts, configs[method], on_result=seen.append)
+    told = raised.value
+    assert [(one.row_id, one.models) for one in told.failures] == [(1, at_fault), (4, at_fault)]
+    # Slots that a failed row leaves are taken by others, which nothing of it reaches.
+    for found in ([one for one in told.results if one], sorted(seen, key=lambda r: r.row_id)):
+        assert [r.row_id for r in found] == [r.row_id for r in others]
+        for one, other in zip(found, others, strict=True):
+            assert [h.tokens for h in one.hypotheses] == [h.tokens for h in other.hypotheses]
+            assert one.best.score == pytest.approx(other.best.score, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(0.7), Sampling(0.7, top_k=2), Sampling(1.0, 5, 0.5)]
+)
+def test_one_logit_that_is_no_number_is_found_whatever_is_drawn_from(value, sampling):
+    """Negative NaNs are what x86 makes of inf − inf, and are sorted below all numbers."""
+    logits = jnp.linspace(-1.0, 1.0, 8).at[2].set(jnp.float32(value))
+    both = jnp.stack([logits, jnp.linspace(-1.0, 1.0, 8).at[2].set(-jnp.inf)])
+    token = choose(*shortlist(both, sampling), jax.random.split(jax.random.key(0), 2))
+    mark = jnp.take_along_axis(both, token[:, None], axis=1)[:, 0]
+    models = search_models(tiny_model(0, vocab_size=8), None)
+    np.testing.assert_array_equal(
+        PolicyProposer().faults(models, (both,), mark), [[True, False], [False, False]]
+    )
+
+
+def test_guides_may_exclude_tokens_from_a_mixture():
+    """−inf for some ids is a distribution; only NaN, +inf or no finite logit is a fault."""
+    flat = jnp.zeros((1, 1, 6))
+    without = flat.at[..., 2].set(-jnp.inf)
+    none = jnp.full((1, 1, 6), -jnp.inf)
+    tiny = tiny_model(0, vocab_size=6)
+    models = search_models(tiny, Guide(tiny, tiny))
+    proposer, beta = EFTProposer(1.0), jnp.ones(1)
+    mixed = proposer.mix(models, (flat, without, without), beta)
+    np.testing.assert_array_equal(jnp.isfinite(mixed[0, 0]), np.arange(6) != 2)
+    assert not proposer.faults(models, (flat, without, without), jnp.zeros((1, 1))).any()
+    policy = proposer.mix(models, (flat, without, without), jnp.zeros(1))
+    np.testing.assert_allclose(policy, jax.nn.log_softmax(flat))
+    found = proposer.faults(models, (flat, none, without), jnp.zeros((1, 1)))
+    np.testing.assert_array_equal(found[0, 0], [False, True, False, False])
+    # Probability 0 is −inf; a fault is NaN, for whichever token.
+    assert token_logprobs(without, jnp.array([[2]])) == -jnp.inf
+    for bad in (none, without.at[..., 1].set(jnp.inf), flat.at[..., 1].set(jnp.nan)):
+        assert jnp.isnan(token_logprobs(bad, jnp.array([[3]])))
 
 
 def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy, guide):

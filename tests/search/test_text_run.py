@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.search.oracle import Oracle
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.config import SearchConfig
@@ -424,6 +424,29 @@ def test_rows_are_resumed_where_the_journal_ends(tmp_path):
     assert list(lines[1]) == ["prompt", "response", "score", "hypotheses", "gold"]
     assert lines[1]["hypotheses"][0] == {k: lines[1][k] for k in ("response", "score")}
     assert lines[-1]["instruction"] == "say {it}"
+
+
+class Failing(Hashed):
+    """Values no response to "a b", as a model would whose logits are NaN."""
+
+    def score(self, memory, candidates):
+        memory, scores = super().score(memory, candidates)
+        fails = [candidate.conversation.text == "a b" for candidate in candidates]
+        return memory, np.where(fails, np.float32(np.nan), scores)
+
+    def blame(self, memory, place):
+        return ("judge",)
+
+
+def test_a_row_that_a_scorer_cannot_value_fails_alone():
+    config, seen = cbs(2, 2, 3, max_new_tokens=6, slots=2), []
+    expected = search_texts(Scripted(), [Hashed()], conversations(), config)
+    with pytest.raises(RowsFailed, match="^row 4: logits of the judge are NaN or inf") as raised:
+        search_texts(Scripted(), [Failing()], conversations(), config, on_result=seen.append)
+    assert [failure.models for failure in raised.value.failures] == [("judge",)]
+    others = [None if result.row_id == 4 else result for result in expected]
+    assert list(raised.value.results) == others
+    assert len(seen) == len(PROMPTS) - 1
 
 
 def test_a_trace_tells_what_the_search_looked_at(tmp_path):

@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from w2s_jax.cli.choosing import search_shapes
 from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, weights_stamp
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.hosts import is_first, started
 
 if TYPE_CHECKING:
@@ -121,7 +121,11 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
             waiting = len(rows) - len(journal.read())
             started = time.monotonic()
             if waiting:
-                self._with_progress(run, journal, len(rows), waiting)
+                try:
+                    self._with_progress(run, journal, len(rows), waiting)
+                except RowsFailed as failed:
+                    kept = f"what was found for the others is kept in {journal.path}"
+                    raise InputError(f"{failed}; {kept}") from None
             seconds = time.monotonic() - started
             self._finish(journal, len(rows), config)
             print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")

@@ -24,12 +24,14 @@ class Chunk:
     """A sampled chunk.
 
     tokens int32 [P, R, L]; values float32 [P, R, L, n] or None, what `value` said of each token;
-    for every model a cache with the hypotheses' last tokens committed, and a buffer
-    [P, R, L − 1, G, C] a layer with the keys and values of all but the chunk's last token.
+    faults bool [P, R, L, m], what `fault` said; for every model a cache with the hypotheses' last
+    tokens committed, and a buffer [P, R, L − 1, G, C] a layer with the keys and values of all but
+    the chunk's last token.
     """
 
     tokens: Array
     values: Array | None
+    faults: Array
     caches: tuple[KVCache, ...]
     buffers: tuple[LayersKV, ...]
 
@@ -56,6 +58,7 @@ def sample_chunk(
     *,
     mix: Callable[[Logits], Array],
     value: Callable[[Logits, Array], Array] | None,
+    fault: Callable[[Logits, Array], Array],
     keys: Callable[[Int[Array, ""]], Key[Array, "P R"]],
     shortlist: Callable[[Array], tuple[Array, Array | None]],
     successors: int,
@@ -65,8 +68,10 @@ def sample_chunk(
 
     `mix` turns the models' logits [P .. V] into those sampled from and `shortlist` into what may
     be drawn; `value` (optional) gives a float32 number [P .. n], n of them for each drawn token
-    [P ..], from the models' logits; `keys(t)` are the draws' keys for the t-th token. `last` holds
-    the hypotheses' last tokens as each model reads them: once, not once per successor. The chunk's
+    [P ..], from the models' logits; `fault` bools [P .. m] from these and the mixed logit of each
+    drawn token, which is not finite where a logit is NaN or +inf or all are −inf; `keys(t)` are the
+    draws' keys for the t-th token. `last` holds the hypotheses' last tokens as each model reads
+    them: once, not once per successor. The chunk's
     last token is not read at all.
     """
     slots, hypotheses = last[0].shape
@@ -74,17 +79,18 @@ def sample_chunk(
     stems = [read_stems(*reader) for reader in zip(models, caches, last, strict=True)]
     caches = tuple(cache for _, cache in stems)
     first = tuple(jnp.expand_dims(logits, 2) for logits, _ in stems)
-    values, ids = shortlist(mix(first))
+    mixed = mix(first)
     grouped = keys(jnp.int32(0)).reshape(slots, hypotheses, successors)
-    tokens = choose(values, ids, grouped)
+    tokens = choose(*shortlist(mixed), grouped)
     said = None if value is None else value(first, tokens).reshape(slots, rows, 1, -1)
+    faults = fault(first, _at(mixed, tokens)).reshape(slots, rows, 1, -1)
     tokens = tokens.reshape(slots, rows)
     buffers = tuple(
         start_chunk(m, slots, rows, length - 1, part_dtype(cache.committed))
         for m, cache in zip(models, caches, strict=True)
     )
     if length == 1:
-        return Chunk(tokens[..., None], said, caches, buffers)
+        return Chunk(tokens[..., None], said, faults, caches, buffers)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         buffers, tokens = carry
@@ -93,14 +99,22 @@ def sample_chunk(
             for m, cache, buffer in zip(models, caches, buffers, strict=True)
         ]
         logits = tuple(logits for logits, _ in reads)
-        drawn = choose(*shortlist(mix(logits)), keys(t))
+        mixed = mix(logits)
+        drawn = choose(*shortlist(mixed), keys(t))
         out = None if value is None else value(logits, drawn)
-        return (tuple(buffer for _, buffer in reads), drawn), (drawn, out)
+        told = fault(logits, _at(mixed, drawn))
+        return (tuple(buffer for _, buffer in reads), drawn), (drawn, out, told)
 
-    (buffers, _), (later, later_said) = jax.lax.scan(
+    (buffers, _), (later, later_said, later_faults) = jax.lax.scan(
         step, (buffers, tokens), jnp.arange(1, length, dtype=jnp.int32)
     )
     tokens = jnp.concatenate([tokens[..., None], jnp.moveaxis(later, 0, -1)], axis=-1)
     if said is not None:
         said = jnp.concatenate([said, jnp.moveaxis(later_said, 0, 2)], axis=2)
-    return Chunk(tokens, said, caches, buffers)
+    faults = jnp.concatenate([faults, jnp.moveaxis(later_faults, 0, 2)], axis=2)
+    return Chunk(tokens, said, faults, caches, buffers)
+
+
+def _at(logits: Array, tokens: Array) -> Array:
+    """The logits of tokens, one each, from rows that broadcast against them."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

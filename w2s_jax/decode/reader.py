@@ -70,7 +70,8 @@ def prefill(
     """Read a right-padded prompt of `length` tokens, all but its last, into one slot's prefix.
 
     The last token is left for `read_stems`, which needs its logits anyway. S is the capacity of
-    the prefix part; the slot's committed part is emptied.
+    the prefix part; the slot's committed part is emptied, as a masked NaN would still be one in a
+    sum over values.
     """
     layout = Layout(False, 1, prompt.shape[0])
     tokens, place = prompt[None, None], model.placement
@@ -83,9 +84,14 @@ def prefill(
         row = new[:, 0] if stacked else new[0]
         return jax.lax.dynamic_update_index_in_dim(prefix, row, slot, axis=int(stacked))
 
+    def empty(committed: Array) -> Array:
+        zeros = jnp.zeros_like(committed[:, 0] if stacked else committed[0])
+        return jax.lax.dynamic_update_index_in_dim(committed, zeros, slot, axis=int(stacked))
+
     return replace(
         cache,
         prefix=jax.tree.map(put, cache.prefix, read),
+        committed=jax.tree.map(empty, cache.committed),
         prefix_length=cache.prefix_length.at[slot].set(length - 1),
         committed_length=cache.committed_length.at[slot].set(0),
     )

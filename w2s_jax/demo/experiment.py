@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.decode.chunk import Logits
 from w2s_jax.demo import Demo
@@ -107,6 +107,11 @@ class Tempered:
         self, models: SearchModels, logits: Logits, tokens: Int[Array, "P *rows"]
     ) -> Float[Array, "P *rows J"]:
         return self.proposer.value(models, logits, tokens)
+
+    def faults(
+        self, models: SearchModels, logits: Logits, mark: Float[Array, "P *rows"]
+    ) -> Bool[Array, "P *rows F"]:
+        return self.proposer.faults(models, logits, mark)
 
 
 def experiment_methods(

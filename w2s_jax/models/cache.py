@@ -46,9 +46,9 @@ class KVCache:
 
     prefix and committed hold a KV per layer (a tuple), or one KV stacked over layers.
     prefix_length [P] and committed_length [P, W] count the valid entries; entries beyond them are
-    arbitrary. The committed part begins with the prompt's last token, so that the tokens whose
-    next-token logits a chunk needs first are always those of the hypotheses. placement says where
-    the arrays lie.
+    arbitrary but finite, unless a model's own numbers are not. The committed part begins with the
+    prompt's last token, so that the tokens whose next-token logits a chunk needs first are always
+    those of the hypotheses. placement says where the arrays lie.
     """
 
     prefix: LayersKV

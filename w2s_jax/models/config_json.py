@@ -250,7 +250,8 @@ def _write_gpt2(config: "ModelConfig") -> dict[str, Any]:
 
 def _read_rotary(architecture: str, hf: Json) -> dict[str, Any]:
     width, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    layers, positions = _size(hf, "num_hidden_layers"), _size(hf, "max_position_embeddings")
+    layers = _size(hf, "num_hidden_layers")
+    rope, positions = _read_rope(hf)
     kv_heads = heads if hf["num_key_value_heads"] is None else _size(hf, "num_key_value_heads")
     fields: dict[str, Any] = {
         "width": width,
@@ -261,7 +262,7 @@ def _read_rotary(architecture: str, hf: Json) -> dict[str, Any]:
         "mlp_width": _size(hf, "intermediate_size"),
         "max_positions": positions,
         "norm_epsilon": _number(hf, "rms_norm_eps"),
-        "rope": _read_rope(hf, positions),
+        "rope": rope,
     }
     activation = hf["hidden_act"]
     if architecture in ("llama", "qwen3", "gemma", "gemma2"):
@@ -304,7 +305,7 @@ def _write_rotary(config: "ModelConfig") -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope.theta,
-        "rope_scaling": _write_rope(config.rope),
+        "rope_scaling": _write_rope(config.rope, config.max_positions),
         "hidden_act": activation,
     }
     if config.architecture in ("llama", "qwen3", "gemma", "gemma2"):
@@ -362,21 +363,47 @@ def _write_windows(config: "ModelConfig") -> dict[str, Any]:
     return {}
 
 
-def _read_rope(hf: Json, max_positions: int) -> Rope:
+_DYNAMIC = "dynamic"
+
+
+def _read_rope(hf: Json) -> tuple[Rope, int]:
+    """The rope, and how many positions it reaches: files name them before the scaling or after it.
+
+    Where `original_max_position_embeddings` is there, the larger of `max_position_embeddings` and
+    original × factor; without it `linear` and `yarn` stretch `max_position_embeddings`.
+    """
+    max_positions = _size(hf, "max_position_embeddings")
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in scaling.values()):
         raise InputError("config field rope_parameters differs by layer, which is not supported")
     _refuse_unsupported(scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise InputError(f"rope kind {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    if kind not in (*ROPE_KINDS, _DYNAMIC):
+        known = ", ".join((*ROPE_KINDS, _DYNAMIC))
+        raise InputError(f"rope kind {kind!r} is not supported; supported: {known}")
     theta = _number({"rope_theta": 10000.0, **hf, **scaling}, "rope_theta")
+    given = _original_positions(hf, scaling)
+    if kind == _DYNAMIC:
+        # Its angles change with the length only beyond the original positions.
+        return Rope(theta=theta), min(max_positions, given or max_positions)
+    rope = _scaled_rope(kind, theta, scaling, given or max_positions, max_positions)
+    if given:
+        return rope, max(max_positions, int(given * rope.factor))
+    return rope, int(max_positions * rope.factor) if kind in ("linear", "yarn") else max_positions
+
+
+def _original_positions(hf: Json, scaling: Json) -> int | None:
+    """How many positions a model was first trained on, where the file says so."""
+    name = "original_max_position_embeddings"
+    held = next((held for held in (hf, scaling) if held.get(name) is not None), None)
+    return None if held is None else _size(held, name)
+
+
+def _scaled_rope(kind: str, theta: float, scaling: Json, original: int, max_positions: int) -> Rope:
     if kind == "default":
         return Rope(theta=theta)
     if kind == "linear":
         return Rope(theta=theta, kind=kind, factor=_number(scaling, "factor"))
-    name = "original_max_position_embeddings"
-    original = _size(hf if name in hf else {name: max_positions, **scaling}, name)
     if kind == "llama3":
         return Rope(
             theta=theta,
@@ -409,12 +436,13 @@ def _yarn_attention_factor(scaling: Json, factor: float) -> float | None:
     return (over * growth + 1.0) / (under * growth + 1.0)
 
 
-def _write_rope(rope: Rope) -> dict[str, Any] | None:
+def _write_rope(rope: Rope, max_positions: int) -> dict[str, Any] | None:
     if rope.kind == "default":
         return None
     hf: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind in ("llama3", "yarn"):
-        hf["original_max_position_embeddings"] = rope.original_max_positions
+    # So that the positions are not taken for those before the scaling.
+    original = rope.original_max_positions or int(max_positions / rope.factor)
+    hf["original_max_position_embeddings"] = original
     if rope.kind == "llama3":
         hf["low_freq_factor"] = rope.low_frequency_factor
         hf["high_freq_factor"] = rope.high_frequency_factor

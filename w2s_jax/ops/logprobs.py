@@ -19,11 +19,21 @@ def token_logprobs(
 ) -> Float[Array, "*rows"]:
     """log softmax(logits)[token] in float32, without the normalised [.., V] array.
 
-    Rows broadcast: several tokens may be looked up in one row of logits.
+    Rows broadcast: several tokens may be looked up in one row of logits. NaN, for every token,
+    where the logits are no distribution (see `normalised`).
     """
     wide = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(wide, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(wide, axis=-1)
+    return normalised(chosen, jax.nn.logsumexp(wide, axis=-1))
+
+
+def normalised(logits: Float[Array, "*#rows"], normaliser: Float[Array, "*#rows"]) -> Array:
+    """Log-probabilities: logits less the log of their normaliser, NaN where that is not finite.
+
+    It is not where a logit is NaN or +inf, or where all are −inf. Some may be −inf: their tokens
+    have probability 0, and it would not be told from a normaliser of +inf.
+    """
+    return jnp.where(jnp.isfinite(normaliser), logits - normaliser, jnp.nan)
 
 
 def blocked_token_logprobs(
@@ -33,7 +43,7 @@ def blocked_token_logprobs(
     *,
     block: int,
 ) -> Float[Array, "groups rows n"]:
-    """Log-probabilities of n targets after each hidden state, float32.
+    """Log-probabilities of n targets after each hidden state, as `token_logprobs` has them.
 
     `head` maps [.. m D] to float32 logits [.. m V]; of each group at most `block` rows of logits
     are alive at a time, so that groups that lie on devices of their own stay there.
@@ -42,7 +52,7 @@ def blocked_token_logprobs(
     def score(hidden: Array, targets: Array) -> Array:
         logits = head(hidden)
         normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return jnp.take_along_axis(logits, targets, axis=-1) - normaliser
+        return normalised(jnp.take_along_axis(logits, targets, axis=-1), normaliser)
 
     groups, rows, width = targets.shape
     if rows <= block:
@@ -219,7 +229,7 @@ def _read(head: Head, logits: Array, tokens: Array) -> tuple[Array, Array, Array
         # A lookup would gather the vocabulary's parts; a sum over it is added up where it lies.
         hit = tokens[..., None] == jnp.arange(logits.shape[-1])
         chosen = jnp.where(hit, logits, 0.0).sum(-1)
-    return chosen - normaliser, chosen >= top, normaliser
+    return normalised(chosen, normaliser), chosen >= top, normaliser
 
 
 def _by_logits(

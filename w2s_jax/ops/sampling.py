@@ -57,7 +57,8 @@ def shortlist(
 
     Ids are None where the list is the whole vocabulary in order. Greedy sampling keeps one token.
     Arrays of temperatures (0 is greedy) and of masses take the places of sampling's own numbers,
-    which then only say whether there is a draw and whether a nucleus is cut.
+    which then only say whether there is a draw and whether a nucleus is cut. Where a logit is NaN
+    it, or one of +inf, is the first choice, so that what is drawn tells of it.
     """
     if sampling.temperature == 0:
         ids = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
@@ -67,6 +68,8 @@ def shortlist(
         scaled = scaled / sampling.temperature
     else:
         scaled = _tempered(scaled, temperature[..., None])
+    # By its sign a NaN is sorted above or below all numbers.
+    scaled = jnp.where(jnp.isnan(scaled), jnp.inf, scaled)
     vocabulary = logits.shape[-1]
     top_k = min(sampling.top_k, vocabulary) or vocabulary
     if top_k == vocabulary and sampling.top_p == 1.0:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
@@ -150,11 +150,15 @@ def generate(
             slots=min(config.batch_size, len(requests)),
             mesh=mesh,
         )
-        for place, responses in found:
-            entry = _entry(rows, config, waiting[place], responses)
-            journal.append(waiting[place], entry)
-            done += len(entry["rows"])
-            progress(done, count)
+        try:
+            for place, responses in found:
+                entry = _entry(rows, config, waiting[place], responses)
+                journal.append(waiting[place], entry)
+                done += len(entry["rows"])
+                progress(done, count)
+        except RowsFailed as failed:
+            ids = {row_key(row["id"]): row["id"] for row in rows}
+            raise failed.named({}, where=f"{source} row".strip(), number=ids.get) from None
         kept = journal.read()
         answers = list(_flat(kept[index] for index in range(len(requests))))
         journal.merge(path, len(requests), _write)

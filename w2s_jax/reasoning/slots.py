@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from w2s_jax.errors import RowFailed, RowsFailed
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import SearchModels
@@ -20,8 +21,8 @@ from w2s_jax.search.session import (
     advance,
     done_slots,
     insert,
+    outcomes,
     release,
-    results,
     start_session,
 )
 from w2s_jax.search.sizes import buckets
@@ -50,9 +51,10 @@ def respond(
     """Yield (index of the request, its W responses, best first or by lane) as requests finish.
 
     Requests of about one length run side by side, so that little of a prompt's room is padding; a
-    request's own length alone chooses the program that it runs in. Raises InputError as
-    `start_session`, `insert` and `results` do.
+    request's own length alone chooses the program that it runs in. Raises RowsFailed, once all
+    others are done, for rows that a model fails, and InputError as `start_session` and `insert` do.
     """
+    failures: list[RowFailed] = []
     longest = [max(map(len, request.prompts)) for request in requests]
     for capacity, members in buckets(longest).items():
         session = start_session(
@@ -64,13 +66,20 @@ def respond(
             mesh=mesh,
             rules=rules,
         )
-        yield from _run(session, {index: requests[index] for index in members}, tokenizer)
+        own = {index: requests[index] for index in members}
+        for index, outcome in _run(session, own, tokenizer):
+            if isinstance(outcome, RowFailed):
+                failures.append(outcome)
+            else:
+                yield index, outcome
         del session  # before the next one's caches are made
+    if failures:
+        raise RowsFailed(failures)
 
 
 def _run(
     session: Session, requests: dict[int, Request], tokenizer: Any
-) -> Iterator[tuple[int, list[Response]]]:
+) -> Iterator[tuple[int, list[Response] | RowFailed]]:
     waiting = deque(requests)
     index_of: dict[int, int] = {}
 
@@ -90,13 +99,19 @@ def _run(
             session = refill(session, slot)
 
 
-def read_slots(session: Session, slots: Sequence[int], tokenizer: Any) -> dict[int, list[Response]]:
-    """The responses of slots whose search has ended, in the order of `session.results`."""
+def read_slots(
+    session: Session, slots: Sequence[int], tokenizer: Any
+) -> dict[int, list[Response] | RowFailed]:
+    """The responses of slots whose search has ended, in the order of `session.results`.
+
+    For one that a model failed, the failure.
+    """
     if not slots:
         return {}
     config = session.state.config
     eos_ids = search_eos(session.models, config)
-    return {
+    finished, failed = outcomes(session, slots)
+    return failed | {
         slot: [
             Response(
                 response_text(
@@ -112,5 +127,5 @@ def read_slots(session: Session, slots: Sequence[int], tokenizer: Any) -> dict[i
             )
             for one in found.hypotheses
         ]
-        for slot, found in results(session, slots).items()
+        for slot, found in finished.items()
     }

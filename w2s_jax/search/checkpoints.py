@@ -13,7 +13,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
 from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
-from w2s_jax.search.guides import Guide, SearchModels, search_models
+from w2s_jax.search.guides import Guide, SearchModels, member_names, search_models
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.texts import TextScorer
@@ -123,6 +123,16 @@ class Plan:
         pairs = list(zip(roles, roles, strict=True))
         on_device = [pair for pair, here in zip(pairs, self.on_device, strict=True) if here]
         return ("policy", *(role for pair in on_device for role in pair))
+
+    def called(self, role: str) -> str:
+        """What to call a model in messages: its role and where it is."""
+        kind = f"{role} model" if "tuned" in role else role
+        return f"{kind} {self.sources.checkpoints[role]}"
+
+    def called_members(self) -> dict[str, str]:
+        """The same for the models that read the policy's tokens, under `guides.member_names`."""
+        names = member_names(sum(self.on_device))
+        return dict(zip(names, map(self.called, self.members), strict=True))
 
     def notes(self) -> list[str]:
         """A line for each guide: where it scores, and why there; and for each adapter its base."""
@@ -364,7 +374,7 @@ def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -
             guides.append(Guide(tuned, untuned, float(guide.weight)))
             continue
         readers = [
-            TextModel(model, plan.templates[role])
+            TextModel(model, plan.templates[role], plan.called(role))
             for model, role in zip((tuned, untuned), pair, strict=True)
         ]
         scorers.append(TextLogRatio(readers[0], readers[1], guide.weight))
@@ -374,7 +384,8 @@ def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -
         adapted = plan.adapters.get(checkpoints[role])
         base = None if adapted is None else adapted.base
         judge = load_reward_model(checkpoints[role], base=base, rules=places.others, **options)
-        scorers.append(RewardScorer(judge, plan.templates[role], reward.weight, reward.label))
+        options_of = (plan.templates[role], reward.weight, reward.label, plan.called(role))
+        scorers.append(RewardScorer(judge, *options_of))
     policy = None if sources.policy is None else (models | alone)[checkpoints["policy"]]
     found = None if policy is None else search_models(policy, guides)
     return Steering(found, tuple(scorers), _distinct([*names[0], *names[1]]))

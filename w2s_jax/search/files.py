@@ -9,7 +9,7 @@ from functools import partial
 
 from jax.sharding import Mesh
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.search.checkpoints import Plan, Steering
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.judges import TextLogRatio
@@ -29,12 +29,14 @@ Prompts = tuple[tuple[int, ...], ...]
 class Questions:
     """The rows of a file with their conversations, and their prompts as the models read them.
 
-    prompts: for each row one sequence of token ids for all members, or one each.
+    prompts: for each row one sequence of token ids for all members, or one each. source: what rows
+    are called in messages, before their number.
     """
 
     rows: Sequence[Row]
     conversations: Sequence[Conversation]
     prompts: Sequence[Prompts]
+    source: str = "row"
 
 
 def read_conversations(rows: Sequence[Row], source: str) -> list[Conversation]:
@@ -59,7 +61,7 @@ def encode_questions(
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         plan.check_length(conversation, max_new_tokens, where)
-    return Questions(rows, conversations, prompts)
+    return Questions(rows, conversations, prompts, source)
 
 
 def search_rows(
@@ -79,7 +81,8 @@ def search_rows(
     On several hosts, each writes its share of the rows, and `on_row` is called with None for the
     others'. The row's index is its id, so that its draws do not depend on where an earlier run
     stopped. Where `traced`, a row's field "trace" tells what its search looked at (see
-    `traces.py`), under the method's name. Raises InputError as `search` does.
+    `traces.py`), under the method's name. Raises RowsFailed, once all others are in the journal,
+    for rows that a model fails, naming it, and InputError as `search` does.
     """
     assert steering.models is not None
     finished = journal.read()
@@ -103,22 +106,30 @@ def search_rows(
         on_row(row)
 
     prompts = [questions.prompts[index] for index in waiting]
-    search(
-        steering.models.policy,
-        steering.models.guides,
-        [own[0] for own in prompts],
-        config,
-        guide_prompts=of_guides(prompts, len(steering.models.members)),
-        scorers=steering.scorers,
-        conversations=[questions.conversations[index] for index in waiting],
-        row_ids=waiting,
-        decode=partial(decode_tokens, plan.tokenizer),
-        on_result=keep,
-        on_chunk=(lambda chunk: chunks.setdefault(chunk.row_id, []).append(chunk))
-        if traced
-        else None,
-        mesh=mesh,
-    )
+    try:
+        search(
+            steering.models.policy,
+            steering.models.guides,
+            [own[0] for own in prompts],
+            config,
+            guide_prompts=of_guides(prompts, len(steering.models.members)),
+            scorers=steering.scorers,
+            conversations=[questions.conversations[index] for index in waiting],
+            row_ids=waiting,
+            decode=partial(decode_tokens, plan.tokenizer),
+            on_result=keep,
+            on_chunk=(lambda chunk: chunks.setdefault(chunk.row_id, []).append(chunk))
+            if traced
+            else None,
+            mesh=mesh,
+        )
+    except RowsFailed as failed:
+        names = plan.called_members()
+        raise failed.named(names, where=questions.source, number=_number) from None
+
+
+def _number(index: int) -> int:
+    return index + 1
 
 
 def answer(

@@ -1,6 +1,7 @@
 """The models of a search: the policy and the guides that steer it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
@@ -34,15 +35,30 @@ class SearchModels:
     @property
     def member_names(self) -> tuple[str, ...]:
         """What to call the members in messages."""
-        if len(self.guides) == 1:
-            return ("policy", "tuned model", "untuned model")
-        pairs = ((f"tuned model {i}", f"untuned model {i}") for i in range(len(self.guides)))
-        return ("policy", *(name for pair in pairs for name in pair))
+        return member_names(len(self.guides))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where logits come from, F of them: the members, then what a proposer mixes of them."""
+        return (*self.member_names, "mixture of policy and guides")
+
+    def at_fault(self, faults: Sequence[Any]) -> tuple[str, ...]:
+        """The sources that [F] flags name; the mixture only where no member is at fault."""
+        names = [name for name, flag in zip(self.sources, faults, strict=True) if flag]
+        return tuple(names[:-1] if len(names) > 1 and names[-1] == self.sources[-1] else names)
 
     @property
     def vocabulary(self) -> int:
         """Token ids that every model knows; only these are proposed. Embeddings may be padded."""
         return min(model.config.vocab_size for model in self.members)
+
+
+def member_names(guides: int) -> tuple[str, ...]:
+    """What to call the policy and the models of so many guides in messages."""
+    if guides == 1:
+        return ("policy", "tuned model", "untuned model")
+    pairs = ((f"tuned model {i}", f"untuned model {i}") for i in range(guides))
+    return ("policy", *(name for pair in pairs for name in pair))
 
 
 LARGEST_PADDING = 1024

@@ -15,7 +15,7 @@ from w2s_jax.exchange import whole
 from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection
-from w2s_jax.search.texts import Candidate, TextScorer
+from w2s_jax.search.texts import Candidate, TextScorer, at_fault
 from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
@@ -129,8 +129,8 @@ def score_rows(
     rows: Sequence[Row],
     held: Mapping[int, Request],
     state: SearchState,
-) -> tuple[tuple[Any, ...], np.ndarray]:
-    """Weighted scores float32 [P, R, scorers] of the rows, and the scorers' memories.
+) -> tuple[tuple[Any, ...], np.ndarray, dict[int, tuple[str, ...]]]:
+    """The scorers' memories, weighted scores float32 [P, R, scorers], and who failed in a slot.
 
     Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
     """
@@ -146,15 +146,17 @@ def score_rows(
         candidates.append(Candidate(row.slot, row.row, row.parent, conversation, row.text, end))
     totals = np.zeros((*state.finished.shape[:1], config.rows, len(scorers)), np.float32)
     if not candidates:
-        return tuple(memories), totals
+        return tuple(memories), totals, {}
     slots = np.array([candidate.slot for candidate in candidates])
     places = np.array([candidate.row for candidate in candidates])
-    kept = []
+    kept: list[Any] = []
+    failed: dict[int, tuple[str, ...]] = {}
     for index, (scorer, memory) in enumerate(zip(scorers, memories, strict=True)):
         memory, scores = scorer.score(memory, candidates)
         totals[slots, places, index] = scorer.weight * scores
+        failed |= at_fault(scorer, memory, candidates, scores)
         kept.append(memory)
-    return tuple(kept), totals
+    return tuple(kept), totals, failed
 
 
 def trace(

@@ -36,10 +36,11 @@ from w2s_jax.text.prompts import decode_tokens, token_texts
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model and the template behind which it reads conversations."""
+    """A model, the template behind which it reads conversations, and its name in messages."""
 
     model: Model
     template: Template
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class TextLogRatio:
         ratios = [ups[place] - downs[place] for place in texts]
         return (tuned, untuned), np.asarray(ratios, np.float32)
 
+    def blame(self, memory: tuple[Reading, ...], place: Place) -> tuple[str, ...]:
+        """The models whose logits were no distribution for a row of the last `score`."""
+        pairs = zip(self.members, memory, ("tuned model", "untuned model"), strict=True)
+        return tuple(m.name or usual for m, read, usual in pairs if place in read.unsound)
+
     def keep(
         self, memory: tuple[Reading, ...], parents: np.ndarray, rows: np.ndarray
     ) -> tuple[Reading, ...]:
@@ -122,6 +128,7 @@ class RewardScorer:
     template: Template
     weight: float | int = 1.0
     label: str | int | None = None
+    name: str = "reward model"
 
     def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> Any:
         if isinstance(self.model, Classifier):
@@ -140,6 +147,10 @@ class RewardScorer:
         memory, logits = read_rewards(self.model, memory, texts)
         rows = np.stack([logits[place] for place in texts])
         return memory, rows @ self._contrast
+
+    def blame(self, memory: Any, place: Place) -> tuple[str, ...]:
+        """The model: a reward that is not finite is its fault."""
+        return (self.name,)
 
     def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
         return None if memory is None else keep_rows(memory, parents, rows)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.forward import logits as logits_of
 from w2s_jax.models.model import Model, hidden_states
+from w2s_jax.ops.logprobs import normalised
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.proposers import Proposer
@@ -36,12 +37,15 @@ class Likelihoods:
 
     logprobs float32 [B n]: log p(token | all before it). greedy bool [B n]: whether it was the
     likeliest. top_ids int32, top_logprobs float32 [B n top]: the likeliest tokens, best first.
+    faults bool [B F]: which of `SearchModels.sources` gave logits that are no distribution; the
+    log-probs are NaN there.
     """
 
     logprobs: Array
     greedy: Array
     top_ids: Array
     top_logprobs: Array
+    faults: Array
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def token_likelihoods(
         behind_first(found.greedy, False),
         behind_first(found.top_ids, 0),
         behind_first(found.top_logprobs, -np.inf),
+        found.faults,
     )
 
 
@@ -119,15 +124,17 @@ def score_responses(
 
     Rows go longest first in batches of `batch_size`, padded to powers of two of tokens, so that few
     programs are compiled; with `shape`, the `padded_shape` of all or more, one is. on_scored hears
-    each one, with its index, as soon as it is scored. Raises InputError, naming the row, for an
-    empty prompt or response, an id outside the vocabulary, a wrong number of prompts, a row beyond
-    a model's positions, and a `top` beyond the vocabulary.
+    each one, with its index, as soon as it is scored. Raises RowsFailed, once all others are
+    scored, for rows where a model's logits are NaN or infinite, and InputError, naming the row, for
+    an empty prompt or response, an id outside the vocabulary, a wrong number of prompts, a row
+    beyond a model's positions, and a `top` beyond the vocabulary.
     """
     if not 0 <= top <= models.vocabulary:
         raise InputError(f"top is {top}; it must lie in 0 .. {models.vocabulary}, the vocabulary")
     for index, response in enumerate(responses):
         check_response(models, response, f"row {index}")
     found: dict[int, ScoredResponse] = {}
+    failures: list[RowFailed] = []
     width = [max(map(len, row.prompts)) + len(row.tokens) - 1 for row in responses]
     waiting = sorted(range(len(responses)), key=lambda index: -width[index])
     while waiting:
@@ -140,10 +147,15 @@ def score_responses(
         given = _arguments(models, proposer, rows, batch_size, shape or padded_shape(rows), top)
         scored = jax.device_get(_likelihoods(*given))
         for place, index in enumerate(batch):
+            if scored.faults[place].any():
+                failures.append(RowFailed(index, models.at_fault(scored.faults[place])))
+                continue
             count = len(responses[index].tokens)
             parts = (scored.logprobs, scored.greedy, scored.top_ids, scored.top_logprobs)
             found[index] = ScoredResponse(*(part[place, :count] for part in parts))
             on_scored(index, found[index])
+    if failures:
+        raise RowsFailed(failures, [found.get(index) for index in range(len(responses))])
     return [found[index] for index in range(len(responses))]
 
 
@@ -258,10 +270,11 @@ def _likelihoods(
     widest = sum(4 * reader.config.vocab_size for reader in readers)
     block = max(1, BLOCK_BYTES // widest)
     scored = _in_blocks(score, (flat, targets.reshape(-1), betas), block)
-    logprobs, greedy, ids, values = (
+    logprobs, greedy, ids, values, faults = (
         part.reshape(*targets.shape, *part.shape[1:]) for part in scored
     )
-    return Likelihoods(jnp.where(real, logprobs, 0.0), greedy & real, ids, values)
+    faults = jnp.any(faults & real[..., None], axis=1)
+    return Likelihoods(jnp.where(real, logprobs, 0.0), greedy & real, ids, values, faults)
 
 
 def _score_states(
@@ -270,8 +283,8 @@ def _score_states(
     proposer: Proposer,
     top: int,
     block: tuple[tuple[Float[Array, "m _"], ...], Int[Array, " m"], Float[Array, " m"]],
-) -> tuple[Array, Array, Array, Array]:
-    """(log-probs [m], greedy [m], ids and log-probs of the likeliest [m top]) of m targets."""
+) -> tuple[Array, Array, Array, Array, Array]:
+    """(log-probs, greedy [m], ids and log-probs of the likeliest [m top], faults) of m targets."""
     hidden, targets, betas = block
     each = tuple(
         logits_of(reader.config, reader.params, states)
@@ -279,14 +292,21 @@ def _score_states(
     )
     mixed = proposer.mix(models, each, betas)
     normaliser = jax.nn.logsumexp(mixed, axis=-1)
-    logprobs = jnp.take_along_axis(mixed, targets[:, None], axis=-1)[:, 0] - normaliser
+    chosen = jnp.take_along_axis(mixed, targets[:, None], axis=-1)[:, 0]
+    logprobs = normalised(chosen, normaliser)
     greedy = jnp.argmax(mixed, axis=-1) == targets
     values, ids = jax.lax.top_k(mixed, top)
     values = values - normaliser[:, None]
     if top:
         # Clients compare the two for equality, which separate roundings could break.
         logprobs = jnp.where(greedy, values[:, 0], logprobs)
-    return logprobs, greedy, ids.astype(jnp.int32), values
+    return (
+        logprobs,
+        greedy,
+        ids.astype(jnp.int32),
+        values,
+        proposer.faults(models, each, normaliser),
+    )
 
 
 def _in_blocks(function: Callable, rows: tuple, block: int) -> tuple[Array, ...]:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.decode.chunk import Logits
 from w2s_jax.errors import InputError
@@ -35,6 +35,15 @@ class Proposer(Protocol):
     ) -> Float[Array, "P *rows J"]:
         """The implicit rewards of drawn tokens, one of each guide, from the readers' logits."""
 
+    def faults(
+        self, models: SearchModels, logits: Logits, mark: Float[Array, "P *rows"]
+    ) -> Bool[Array, "P *rows F"]:
+        """Which of `SearchModels.sources` gave logits that are no distribution.
+
+        That is where one is NaN or +inf, or all are −inf. mark: a number that is finite where the
+        mixed logits are one: their normaliser, or the logit of what was drawn.
+        """
+
 
 @dataclass(frozen=True)
 class PolicyProposer:
@@ -57,6 +66,12 @@ class PolicyProposer:
     ) -> Float[Array, "P *rows J"]:
         raise TypeError("the policy alone says nothing of the implicit reward")
 
+    def faults(
+        self, models: SearchModels, logits: Logits, mark: Float[Array, "P *rows"]
+    ) -> Bool[Array, "P *rows F"]:
+        others = jnp.zeros((*mark.shape, len(models.members)), bool)
+        return jnp.concatenate([~jnp.isfinite(mark)[..., None], others], axis=-1)
+
 
 @dataclass(frozen=True)
 class EFTProposer:
@@ -65,8 +80,10 @@ class EFTProposer:
     The differences are of log-probabilities; a constant a row does not change the softmax. As all
     models read each token, its implicit reward costs nothing more. With top_k above 0 only the
     policy's top_k likeliest tokens may be drawn, so that the guides never bring in a token that the
-    policy finds unlikely (PAD, arXiv 2410.04070 section 3.4). Sources: arXiv 2310.12962 eq. 3,
-    arXiv 2405.19262 section 4. Raises InputError for a beta or a top_k out of range.
+    policy finds unlikely (PAD, arXiv 2410.04070 section 3.4). Where β is above 0, a token to which
+    a member of a guide gives probability 0 is not drawn, as its log-ratio is no number. Sources:
+    arXiv 2310.12962 eq. 3, arXiv 2405.19262 section 4. Raises InputError for a beta or a top_k out
+    of range.
     """
 
     beta: float | int = 1.0
@@ -92,7 +109,9 @@ class EFTProposer:
         beta = beta.reshape(-1, *(1,) * (policy.ndim - 1))
         mixed = policy
         for guide, tuned, untuned in zip(models.guides, others[0::2], others[1::2], strict=True):
-            mixed = mixed + beta * guide.weight * (tuned - untuned)
+            ratio = tuned - untuned
+            steer = jnp.where(jnp.isfinite(ratio), beta * guide.weight * ratio, -jnp.inf)
+            mixed = mixed + jnp.where(beta * guide.weight == 0, 0.0, steer)
         if 0 < self.top_k < models.vocabulary:
             least = jax.lax.top_k(policy, self.top_k)[0][..., -1:]
             mixed = jnp.where(policy >= least, mixed, -jnp.inf)
@@ -102,6 +121,13 @@ class EFTProposer:
         self, models: SearchModels, logits: Logits, tokens: Int[Array, "P *rows"]
     ) -> Float[Array, "P *rows J"]:
         return implicit_rewards(models, tuple(token_logprobs(x, tokens) for x in logits[1:]))
+
+    def faults(
+        self, models: SearchModels, logits: Logits, mark: Float[Array, "P *rows"]
+    ) -> Bool[Array, "P *rows F"]:
+        # The softmaxes of `mix` need these maxima too: they are computed once.
+        largest = (jnp.broadcast_to(x.max(axis=-1), mark.shape) for x in logits)
+        return ~jnp.isfinite(jnp.stack([*largest, mark], axis=-1))
 
 
 def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float[Array, "*rows J"]:

@@ -61,6 +61,7 @@ class Reading:
     `prefix` [P] tokens of each prompt (−1: not read yet), the committed part those behind. prompts:
     each slot's prompt as tokens; known: its hypotheses [P][W]; pending: the hypotheses that the
     rows of the last read would make, and buffer their keys and values; None when there are none.
+    unsound: the rows of the last read for which the model gave what is no number.
     """
 
     hypotheses: int
@@ -72,6 +73,7 @@ class Reading:
     prompts: tuple[np.ndarray | None, ...]
     known: tuple[tuple[Known, ...], ...]
     pending: Mapping[Place, Known]
+    unsound: frozenset[Place] = frozenset()
 
 
 def start_reading(slots: int, hypotheses: int, successors: int, chunk_length: int) -> Reading:
@@ -123,7 +125,8 @@ def read_logprobs(
             sums[place] = float(known.logprobs[behind:].sum(dtype=np.float32))
         pending |= _forgotten(reading, plan, merged)
         reading = replace(reading, cache=cache, buffer=buffer)
-    return replace(reading, pending=pending), sums
+    unsound = frozenset(place for place, total in sums.items() if np.isnan(total))
+    return replace(reading, pending=pending, unsound=unsound), sums
 
 
 def read_rewards(
@@ -146,7 +149,8 @@ def read_rewards(
             logits[place] = read[place]
         pending |= _forgotten(reading, plan, merged)
         reading = replace(reading, cache=cache, buffer=buffer)
-    return replace(reading, pending=pending), logits
+    unsound = frozenset(p for p, found in logits.items() if not np.isfinite(found).all())
+    return replace(reading, pending=pending, unsound=unsound), logits
 
 
 def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Reading:
@@ -293,6 +297,7 @@ def _prepare(
         behind = tokens[stem:]
         plan.committed[slot, parent] = stem - 1 - reading.prefix[slot]
         plan.last[slot, parent] = tokens[stem - 1]
+        plan.tokens[place] = tokens[stem - 1]
         plan.tokens[place][: len(behind)] = behind
         plan.counts[place] = len(behind)
     return reading, plan
@@ -358,7 +363,8 @@ def _read_prompts(
         if 0 <= reading.prefix[slot] < shared:
             continue
         reading = _grow(_allocate(model, reading, shared), prefix=shared - 1)
-        padded = np.zeros(_capacity(reading, "prefix"), np.int32)
+        # A token of its own, so that no other's embedding is read beside it.
+        padded = np.full(_capacity(reading, "prefix"), rows[0][0], np.int32)
         padded[: shared - 1] = rows[0][: shared - 1]
         cache = prefill_slot(model, _cache(reading), np.int32(slot), padded, np.int32(shared))
         prefix, known = reading.prefix.copy(), list(reading.known)

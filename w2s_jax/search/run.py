@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jax.sharding import Mesh
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search.config import SearchConfig
@@ -17,8 +17,8 @@ from w2s_jax.search.session import (
     advance,
     done_slots,
     insert,
+    outcomes,
     release,
-    results,
     start_session,
 )
 from w2s_jax.search.sizes import SMALLEST_BUCKET, buckets
@@ -54,9 +54,11 @@ def search(
     its prompt is done, in the order of finishing; on_chunk with what each chunk offered and kept.
     mesh (the models') splits the slots over its devices as the rules say.
 
-    Raises InputError for an empty prompt, token ids outside the vocabulary, a prompt that leaves
-    no room for max_new_tokens in a model's positions, stop strings, scorers or on_chunk without
-    decode, and a mesh that does not divide the slots or the heads.
+    Raises RowsFailed, once all others are done, for rows where a model's logits are NaN or infinite
+    or a score is no finite number. Raises InputError for an empty prompt, token ids outside the
+    vocabulary, a prompt that leaves no room for max_new_tokens in a model's positions, stop
+    strings, scorers or on_chunk without decode, and a mesh that does not divide the slots or the
+    heads.
     """
     models = search_models(policy, guides)
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
@@ -76,6 +78,7 @@ def search(
         check_request(models, config, request, f"row {request.row_id}")
     slots = config.slots or max(1, min(DEFAULT_SLOTS, len(prompts)))
     found: dict[int, SearchResult] = {}
+    failures: list[RowFailed] = []
     longest = [max(map(len, request.prompts)) for request in requests]
     # Even without prompts, what the settings lack is said.
     for capacity, members in (buckets(longest) or {SMALLEST_BUCKET: []}).items():
@@ -92,9 +95,14 @@ def search(
         )
         waiting = [(index, requests[index]) for index in members]
         for index, result in _run(session, waiting, on_chunk):
+            if isinstance(result, RowFailed):
+                failures.append(result)
+                continue
             found[index] = result
             if on_result is not None:
                 on_result(result)
+    if failures:
+        raise RowsFailed(failures, [found.get(index) for index in range(len(prompts))])
     return [found[index] for index in range(len(prompts))]
 
 
@@ -161,8 +169,8 @@ def _run(
     session: Session,
     requests: Sequence[tuple[int, Request]],
     on_chunk: Callable[[ChunkTrace], None] | None,
-) -> Iterator[tuple[int, SearchResult]]:
-    """Yield (index, result) as prompts finish; a slot is refilled as soon as it is free."""
+) -> Iterator[tuple[int, SearchResult | RowFailed]]:
+    """Yield (index, outcome) as prompts finish; a slot is refilled as soon as it is free."""
     waiting = iter(requests)
     index_of: dict[int, int] = {}
 
@@ -183,6 +191,7 @@ def _run(
         done = done_slots(session)
         if not done:
             continue
-        for slot, result in results(session, done).items():
-            yield index_of[slot], result
+        found, failed = outcomes(session, done)
+        for slot, outcome in (found | failed).items():
+            yield index_of[slot], outcome
             session = refill(session, slot)

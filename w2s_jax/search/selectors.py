@@ -27,8 +27,19 @@ class Candidates:
 
     @property
     def scores(self) -> Float[Array, "P candidates"]:
-        """The sums of the objectives, −inf where there is no candidate."""
-        return jnp.where(self.alive, self.objectives.sum(axis=-1), -jnp.inf)
+        """The sums of the objectives, ordered as `ordered` says."""
+        return self.ordered(self.objectives.sum(axis=-1))
+
+    @property
+    def sound(self) -> Bool[Array, "P candidates"]:
+        """Which candidates have finite objectives."""
+        return self.alive & jnp.isfinite(self.objectives).all(axis=-1)
+
+    def ordered(self, values: Float[Array, "P candidates"]) -> Float[Array, "P candidates"]:
+        """The values; behind all of them candidates without a finite one, then none (−inf)."""
+        lowest = jnp.finfo(values.dtype).min
+        values = jnp.where(jnp.isfinite(values), values, lowest)
+        return jnp.where(self.alive, values, -jnp.inf)
 
 
 @runtime_checkable
@@ -84,8 +95,7 @@ class Maximin:
 
     def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         worst = jnp.einsum("pcj,pj->pc", candidates.objectives, self.weights(candidates))
-        worst = jnp.where(candidates.alive, worst, -jnp.inf)
-        return jax.lax.top_k(worst, hypotheses)[1].astype(jnp.int32)
+        return jax.lax.top_k(candidates.ordered(worst), hypotheses)[1].astype(jnp.int32)
 
 
 SHARPEST = 1e5
@@ -95,7 +105,7 @@ SHARPEST = 1e5
 @partial(jax.jit, static_argnums=(1, 2))
 def _worst_weights(candidates: Candidates, scale: float, steps: int) -> Float[Array, "P J"]:
     find = partial(_worst_weights_of_slot, scale=scale, steps=steps)
-    return jax.vmap(find)(candidates.objectives, candidates.alive)
+    return jax.vmap(find)(candidates.objectives, candidates.sound)
 
 
 def _worst_weights_of_slot(

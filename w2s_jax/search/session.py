@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed
 from w2s_jax.exchange import everywhere, whole
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
@@ -33,7 +33,8 @@ class Session:
     """The models, the state on the device, and what is in its slots.
 
     held: the request in each used slot. scorers, memories: of texts, and what each remembers.
-    chunks: what the last `advance` offered and kept, where the session is traced.
+    failed: slots whose texts a scorer could not value, and the models at fault. chunks: what the
+    last `advance` offered and kept, where the session is traced.
     """
 
     models: SearchModels
@@ -44,6 +45,7 @@ class Session:
     memories: tuple[Any, ...] = ()
     traced: bool = False
     held: Mapping[int, Request] = field(default_factory=dict)
+    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
 
     @property
@@ -119,7 +121,8 @@ def insert(session: Session, slot: int, request: Request) -> Session:
     _check_numbers(request)
     if request.stop and session.decode is None:
         raise InputError("stop strings need `decode`, which turns token ids into text")
-    padded = np.zeros((len(prompts), room), np.int32)
+    # Padded with a token of its own, so that no other's embedding is read beside it.
+    padded = np.tile(np.array([[prompt[0]] for prompt in prompts], np.int32), room)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -134,8 +137,12 @@ def insert(session: Session, slot: int, request: Request) -> Session:
         )
     # Last, since it donates the state: what is refused leaves the session as it was.
     state = _insert(models, session.state, np.int32(slot), own, padded, lengths)
-    held = {**session.held, slot: request}
-    return replace(session, state=state, memories=memories, held=held)
+    held, failed = {**session.held, slot: request}, _without(session.failed, slot)
+    return replace(session, state=state, memories=memories, held=held, failed=failed)
+
+
+def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
+    return {key: value for key, value in slots.items() if key != slot}
 
 
 def _check_numbers(request: Request) -> None:
@@ -181,9 +188,10 @@ def advance(session: Session) -> Session:
     rows = read_rows(state, proposal, held, session.decode, texts=texts)
     lengths, finished = heed_stops(proposal, rows)
     proposal = _ended(proposal, lengths, finished, state.mesh)
-    memories, totals = session.memories, None
+    memories, totals, failed = session.memories, None, session.failed
     if session.scorers:
-        memories, totals = score_rows(session.scorers, memories, rows, held, state)
+        memories, totals, at_fault = score_rows(session.scorers, memories, rows, held, state)
+        failed = {**at_fault, **failed}
     before = whole(state.finished)
     state, selection = _conclude(models, state, proposal, totals)
     if session.scorers:
@@ -193,7 +201,7 @@ def advance(session: Session) -> Session:
             for scorer, memory in zip(session.scorers, memories, strict=True)
         )
     chunks = trace(rows, selection, before, held) if session.traced else {}
-    return replace(session, state=state, memories=memories, chunks=chunks)
+    return replace(session, state=state, memories=memories, failed=failed, chunks=chunks)
 
 
 def compile_session(session: Session, request: Request) -> None:
@@ -238,29 +246,47 @@ def _needs_host(session: Session, requests: Iterable[Request]) -> bool:
 
 
 def done_slots(session: Session) -> list[int]:
-    """Slots whose search has ended and whose results may be read."""
-    return np.flatnonzero(whole(_done(session.state))).tolist()
+    """Slots whose search has ended, well or not, and whose outcomes may be read."""
+    return sorted({*np.flatnonzero(whole(_done(session.state))).tolist(), *session.failed})
 
 
 def results(session: Session, slots: Sequence[int]) -> dict[int, SearchResult]:
     """The hypotheses of these slots, best first; of a search that still runs, those so far.
 
-    Raises InputError for a score that is not a finite number.
+    Raises RowFailed for a row that came to nothing; `outcomes` gives those of the others too.
     """
+    found, failed = outcomes(session, slots)
+    for failure in failed.values():
+        raise failure
+    return found
+
+
+def outcomes(
+    session: Session, slots: Sequence[int]
+) -> tuple[dict[int, SearchResult], dict[int, RowFailed]]:
+    """The results of those slots that have one, as `results` gives them, and why others failed."""
     state = session.state
     arrays = (state.tokens, state.lengths, state.objectives, state.finished, state.token_scores)
-    kept = whole(arrays)
+    faults, *kept = whole((state.faults, *arrays))
     eos_ids = step.search_eos(session.models, state.config)
-    return {
-        slot: _result(state.config, session.held[slot], eos_ids, *(array[slot] for array in kept))
-        for slot in slots
-    }
+    found: dict[int, SearchResult] = {}
+    failed: dict[int, RowFailed] = {}
+    for slot in slots:
+        row_id, objectives = session.held[slot].row_id, kept[2][slot]
+        at_fault = session.models.at_fault(faults[slot]) or session.failed.get(slot, ())
+        if at_fault or not np.isfinite(objectives).all():
+            failed[slot] = RowFailed(row_id, at_fault)
+            continue
+        own = (array[slot] for array in kept)
+        found[slot] = _result(state.config, session.held[slot], eos_ids, *own)
+    return found, failed
 
 
 def release(session: Session, slot: int) -> Session:
     """Empty a slot, whether or not its search has ended."""
-    held = {key: value for key, value in session.held.items() if key != slot}
-    return replace(session, state=_release(session.state, np.int32(slot)), held=held)
+    held, failed = (_without(slots, slot) for slots in (session.held, session.failed))
+    state = _release(session.state, np.int32(slot))
+    return replace(session, state=state, held=held, failed=failed)
 
 
 def _result(
@@ -273,11 +299,6 @@ def _result(
     finished: Any,
     token_scores: Any,
 ) -> SearchResult:
-    if not np.isfinite(objectives).all():
-        raise InputError(
-            f"row {request.row_id}: a score is not a finite number; a model's weights may be "
-            "damaged, or overflow in this dtype"
-        )
     scores = objectives.sum(axis=-1)
     # A selector's best first may be another than the highest sum first.
     ranked = config.selector.reorders

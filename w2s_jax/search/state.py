@@ -82,9 +82,10 @@ class SearchState:
     read next by each of the M members of the models. tokens int32 [P, W, T] and token_scores
     float32 [P, W, T, j], of which lengths int32 [P, W] count; beyond that they are arbitrary.
     objectives float32 [P, W, J]: j sums of the counted token scores, then what texts were given.
-    finished bool [P, W]: ended by EOS or a stop string. proposer, scorer: one cache for each member
-    that the proposer, the scorer reads. With a mesh the slots are split over it as the rules say;
-    caches lie where their models do.
+    finished bool [P, W]: ended by EOS or a stop string. faults bool [P, F]: which sources gave
+    logits that are no distribution, so that the search is over. proposer, scorer: one cache for
+    each member that the proposer, the scorer reads. With a mesh the slots are split over it as the
+    rules say; caches lie where their models do.
     """
 
     seed: Array
@@ -97,6 +98,7 @@ class SearchState:
     lengths: Array
     objectives: Array
     finished: Array
+    faults: Array
     proposer: tuple[KVCache, ...]
     scorer: tuple[KVCache, ...]
     config: SearchConfig
@@ -110,9 +112,10 @@ class SearchState:
 
     @property
     def done(self) -> Array:
-        """bool [P]: slots whose prompt needs no further chunk."""
+        """bool [P]: slots whose prompt needs no further chunk, or can have none."""
         full = self.base >= self.draws.limit
-        return self.active & (full | jnp.all(self.finished, axis=1))
+        over = jnp.all(self.finished, axis=1) | jnp.any(self.faults, axis=1)
+        return self.active & (full | over)
 
 
 def start_search(
@@ -192,6 +195,7 @@ def _empty(
         lengths=jnp.zeros(each, jnp.int32),
         objectives=jnp.zeros((*each, on_tokens + text_objectives), jnp.float32),
         finished=jnp.zeros(each, bool),
+        faults=jnp.zeros((slots, len(models.sources)), bool),
         proposer=caches(config.proposer.readers(models)),
         scorer=caches(config.scorer.readers(models)),
         # The program depends on neither; without them, another seed does not compile it again.
@@ -209,6 +213,7 @@ def state_axes(state: SearchState) -> SearchState:
     axes |= dict.fromkeys(("active", "base"), slot)
     axes |= dict.fromkeys(("lengths", "finished"), each)
     axes |= {"last": ("slots", "members", "hypotheses"), "objectives": (*each, "objectives")}
+    axes |= {"faults": ("slots", "members")}
     axes |= {
         "tokens": (*each, "committed"),
         "token_scores": (*each, "committed", "objectives"),
@@ -268,6 +273,7 @@ def insert_prompt(
             lengths=state.lengths.at[slot].set(0),
             objectives=state.objectives.at[slot].set(0.0),
             finished=state.finished.at[slot].set(False),
+            faults=state.faults.at[slot].set(False),
             proposer=fill(config.proposer.readers(models), state.proposer),
             scorer=fill(config.scorer.readers(models), state.scorer),
         )

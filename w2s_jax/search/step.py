@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from w2s_jax.decode.chunk import draw_keys, sample_chunk
 from w2s_jax.decode.reader import read_chunk
@@ -30,14 +30,16 @@ class Proposal:
 
     tokens int32 [P, R, L]; values float32 [P, R, L, J] or None, what the proposer says of them;
     lengths int32 [P, R]: tokens of the response that count, those of earlier chunks included (it
-    may end before this chunk where a stop string began earlier); finished bool [P, R]; buffers: the
-    chunk's keys and values for each model that the proposer reads.
+    may end before this chunk where a stop string began earlier); finished bool [P, R]; faults bool
+    [P, R, L, F]: whose logits were no distribution where a token was drawn; buffers: the chunk's
+    keys and values for each model that the proposer reads.
     """
 
     tokens: Array
     values: Array | None
     lengths: Array
     finished: Array
+    faults: Array
     buffers: Buffers
 
 
@@ -46,12 +48,14 @@ class Scored:
     """What the scorer says of a proposal.
 
     token_scores float32 [P, R, L, j]; end_scores float32 [P, R, j] or None, to be added where a row
-    is cut by length (reference_quirks); buffers: the chunk's keys and values for each of its
+    is cut by length (reference_quirks); faults bool [P, F]: whose logits were no distribution
+    where a token that counts was scored; buffers: the chunk's keys and values for each of its
     models.
     """
 
     token_scores: Array
     end_scores: Array | None
+    faults: Array
     buffers: Buffers
 
 
@@ -96,6 +100,7 @@ def propose(models: SearchModels, state: SearchState) -> tuple[SearchState, Prop
         tuple(state.last[:, reader] for reader in readers),
         mix=partial(proposer.mix, models, beta=own.beta),
         value=value,
+        fault=partial(proposer.faults, models),
         keys=lambda t: draw_keys(own.key, own.position + state.base + t, lanes),
         shortlist=partial(_shortlist, config.sampling, own),
         successors=config.successors,
@@ -104,7 +109,7 @@ def propose(models: SearchModels, state: SearchState) -> tuple[SearchState, Prop
     ends = _ends(chunk.tokens, state.base, search_eos(models, config), own.limit)
     return (
         replace(state, proposer=chunk.caches),
-        Proposal(chunk.tokens, chunk.values, *ends, chunk.buffers),
+        Proposal(chunk.tokens, chunk.values, *ends, chunk.faults, chunk.buffers),
     )
 
 
@@ -148,14 +153,30 @@ def score(
     logprobs = tuple(read[0] for read in reads)
     like = jnp.zeros(tokens.shape, jnp.float32)
     scores = config.scorer.token_scores(models, logprobs, proposal.values, like)
-    ends = None
+    ends, lengths = None, proposal.lengths
     if adds_end:
         at = _end_index(state.base, state.draws.limit, config.length)[:, None, None, None]
         ends = jnp.take_along_axis(scores, at, axis=2)[:, :, 0]
-        cut = (state.base + config.length >= state.draws.limit)[:, None]
-        ends = jnp.where((cut & ~proposal.finished)[..., None], ends, 0.0)
+        cut = (state.base + config.length >= state.draws.limit)[:, None] & ~proposal.finished
+        ends = jnp.where(cut[..., None], ends, 0.0)
+        lengths = lengths + cut
+    read_by = jnp.zeros((*tokens.shape, len(models.sources)), bool)
+    for reader, found in zip(readers, logprobs, strict=True):
+        read_by = read_by.at[..., reader].set(jnp.isnan(found))
+    faults = _faults(state, read_by, lengths)
     state = replace(state, scorer=tuple(read[1] for read in reads))
-    return state, Scored(scores[:, :, : config.length], ends, tuple(read[2] for read in reads))
+    kept = tuple(read[2] for read in reads)
+    return state, Scored(scores[:, :, : config.length], ends, faults, kept)
+
+
+def _faults(
+    state: SearchState, faults: Bool[Array, "P R n F"], lengths: Int[Array, "P R"]
+) -> Bool[Array, "P F"]:
+    """Those of tokens that count, in rows of hypotheses that go on."""
+    over = jnp.repeat(state.finished, state.config.successors, axis=1) | ~state.active[:, None]
+    positions = state.base[:, None, None] + jnp.arange(faults.shape[2])
+    counts = (positions < lengths[..., None]) & ~over[..., None]
+    return jnp.any(faults & counts[..., None], axis=(1, 2))
 
 
 def _end_index(base: Array, limit: Array, length: int) -> Array:
@@ -211,6 +232,7 @@ def select(
         lengths=jnp.where(extends, _take(proposal.lengths, rows), of_parent(state.lengths)),
         objectives=_take(candidates.objectives, chosen),
         finished=jnp.where(extends, _take(proposal.finished, rows), of_parent(state.finished)),
+        faults=state.faults | scored.faults | _faults(state, proposal.faults, proposal.lengths),
         proposer=commit(state.proposer, proposal.buffers),
         scorer=commit(state.scorer, scored.buffers),
     )

@@ -5,6 +5,7 @@ As `files.py` does for policies in this process; reads no file of rows and opens
 
 from collections.abc import Callable, Sequence
 
+from w2s_jax.errors import RowsFailed
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.files import answer_row, read_conversations
 from w2s_jax.search.judges import TextLogRatio
@@ -38,7 +39,7 @@ def search_text_rows(
     names are those of the scorers. What is finished stays in the journal when the search fails.
     Where `traced`, a row's field "trace" tells what its search looked at (see `traces.py`), under
     the method's name and the prompt as `render` writes it. Raises InputError, naming it as "SOURCE
-    NUMBER", for a row without a conversation, and as `search_texts` does.
+    NUMBER", for a row without a conversation, and as `search_texts` does; RowsFailed names rows so.
     """
     conversations = read_conversations(rows, source)
     finished = journal.read()
@@ -59,15 +60,18 @@ def search_text_rows(
         journal.append(index, row)
         on_row(row)
 
-    search_texts(
-        proposer,
-        scorers,
-        [conversations[index] for index in waiting],
-        config,
-        row_ids=waiting,
-        on_result=keep,
-        on_chunk=note if traced else None,
-    )
+    try:
+        search_texts(
+            proposer,
+            scorers,
+            [conversations[index] for index in waiting],
+            config,
+            row_ids=waiting,
+            on_result=keep,
+            on_chunk=note if traced else None,
+        )
+    except RowsFailed as failed:
+        raise failed.named({}, where=source, number=lambda index: index + 1) from None
 
 
 def _winner_tokens(

@@ -11,14 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.results import ChunkTrace
 from w2s_jax.search.run import DEFAULT_SLOTS
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.selectors import Candidates
-from w2s_jax.search.texts import Candidate, TextScorer
+from w2s_jax.search.texts import Candidate, TextScorer, at_fault
 from w2s_jax.text.chat import Conversation
 from w2s_jax.text.prompts import cut
 
@@ -150,22 +150,29 @@ def search_texts(
     row_ids (by default 0, 1, ...) tell the proposer the draws apart. on_result is called with each
     result as soon as its prompt is done, on_chunk with what each chunk offered and kept.
 
-    Raises InputError for a config that needs the policy's logits, for no scorer where the method
-    scores, for a score that is not finite, and what the proposer and the scorers raise.
+    Raises RowsFailed, once all others are done, for rows with a score that is not finite. Raises
+    InputError for a config that needs the policy's logits, for no scorer where the method scores,
+    and what the proposer and the scorers raise.
     """
     _check(config, scorers)
     ids = list(range(len(conversations))) if row_ids is None else list(row_ids)
     if len(ids) != len(conversations):
         raise InputError(f"{len(ids)} row ids for {len(conversations)} prompts; give one each")
     results: dict[int, TextResult] = {}
+    failures: list[RowFailed] = []
     rows = zip(ids, conversations, strict=True)
     fresh = (TextHypothesis(),) * config.beam_width
     waiting = (_Held(index, *row, fresh) for index, row in enumerate(rows))
     slots = config.slots or max(1, min(DEFAULT_SLOTS, len(conversations)))
     for index, result in _run(proposer, scorers, waiting, config, slots, on_chunk):
+        if isinstance(result, RowFailed):
+            failures.append(result)
+            continue
         results[index] = result
         if on_result is not None:
             on_result(result)
+    if failures:
+        raise RowsFailed(failures, [results.get(index) for index in range(len(conversations))])
     return [results[index] for index in range(len(conversations))]
 
 
@@ -191,8 +198,8 @@ def _run(
     config: SearchConfig,
     slots: int,
     on_chunk: Callable[[ChunkTrace], None] | None,
-) -> Iterator[tuple[int, TextResult]]:
-    """Yield (index, result) as prompts finish; a slot is refilled as soon as it is free."""
+) -> Iterator[tuple[int, TextResult | RowFailed]]:
+    """Yield (index, outcome) as prompts finish; a slot is refilled as soon as it is free."""
     width, count = config.beam_width, config.successors
     states = [scorer.start(slots, width, count, config.length) for scorer in scorers]
     held: dict[int, _Held] = {}
@@ -210,13 +217,17 @@ def _run(
         refill(slot)
     while held:
         rows, spent = _propose(proposer, held, config)
-        states, objectives = _score(scorers, states, held, rows, slots, config)
+        states, objectives, failed = _score(scorers, states, held, rows, slots, config)
         candidates = _candidates(held, rows, objectives, config)
         chosen = np.asarray(config.selector.select(candidates, width, count))
         states = _keep(scorers, states, chosen, list(held), config)
         for slot, entry in list(held.items()):
             picked = chosen[slot].tolist()
-            sums = np.asarray(candidates.scores[slot])
+            if slot in failed:
+                yield entry.index, RowFailed(entry.row_id, failed[slot])
+                refill(slot)
+                continue
+            sums = np.asarray(candidates.objectives[slot].sum(axis=-1))
             options = _options(entry, rows[slot], objectives[slot], sums, config)
             if on_chunk is not None:
                 on_chunk(_trace(entry, rows[slot], options, picked, config))
@@ -226,7 +237,7 @@ def _run(
                 entry.index, entry.row_id, entry.conversation, kept, base, tokens
             )
             if after.is_done(config):
-                yield entry.index, _result(after, config)
+                yield entry.index, _outcome(after, config)
                 refill(slot)
 
 
@@ -279,8 +290,8 @@ def _score(
     rows: dict[int, dict[int, _Row]],
     slots: int,
     config: SearchConfig,
-) -> tuple[list[Any], np.ndarray]:
-    """The scorers' new states, and weighted objectives of the rows, float32 [P, R, J].
+) -> tuple[list[Any], np.ndarray, dict[int, tuple[str, ...]]]:
+    """The scorers' new states, weighted objectives of the rows, float32 [P, R, J], and who failed.
 
     Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
     """
@@ -293,19 +304,16 @@ def _score(
     ]
     objectives = np.zeros((slots, config.rows, len(scorers)), np.float32)
     if not asked:
-        return states, objectives
-    after = []
+        return states, objectives, {}
+    after: list[Any] = []
+    failed: dict[int, tuple[str, ...]] = {}
     for j, (scorer, state) in enumerate(zip(scorers, states, strict=True)):
         state, values = scorer.score(state, asked)
         after.append(state)
+        failed |= at_fault(scorer, state, asked, np.asarray(values))
         for candidate, value in zip(asked, np.asarray(values).tolist(), strict=True):
-            if not np.isfinite(value):
-                raise InputError(
-                    f"row {held[candidate.slot].row_id}: {type(scorer).__name__} gave {value} for "
-                    "a response; a score must be a finite number"
-                )
             objectives[candidate.slot, candidate.row, j] = scorer.weight * value
-    return after, objectives
+    return after, objectives, failed
 
 
 def _candidates(
@@ -404,8 +412,10 @@ def _trace(
     )
 
 
-def _result(entry: _Held, config: SearchConfig) -> TextResult:
+def _outcome(entry: _Held, config: SearchConfig) -> TextResult | RowFailed:
     hypotheses = entry.hypotheses
+    if not all(np.isfinite(hypothesis.score) for hypothesis in hypotheses):
+        return RowFailed(entry.row_id, ())
     if not config.selector.reorders:
         hypotheses = tuple(sorted(hypotheses, key=lambda hypothesis: -hypothesis.score))
     return TextResult(entry.row_id, hypotheses, entry.tokens)

@@ -35,7 +35,8 @@ class TextScorer(Protocol):
     """Values whole responses as texts. A frozen value; what it remembers goes in and comes out.
 
     The score of a hypothesis gains weight · score. What was scored before and kept is told by
-    `keep`, so that a scorer may read only what is new.
+    `keep`, so that a scorer may read only what is new. Where a score is not finite, `blame` (which
+    a scorer may lack) tells which of its models is at fault.
     """
 
     @property
@@ -53,6 +54,24 @@ class TextScorer(Protocol):
 
     def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
         """The memory of the kept hypotheses, int [P, W]: of which old one, and of which row."""
+
+
+def at_fault(
+    scorer: TextScorer, memory: Any, candidates: Sequence[Candidate], scores: np.ndarray
+) -> dict[int, tuple[str, ...]]:
+    """Slots with a score that is not finite as models failed, and their names.
+
+    memory: what `score` gave with the scores. A scorer may say `blame(memory, (slot, row))`: the
+    names of its models whose logits were NaN or infinite, none where a token's probability is 0.
+    One that does not is itself at fault.
+    """
+    blame = getattr(scorer, "blame", lambda memory, place: (f"scorer {type(scorer).__name__}",))
+    failed: dict[int, tuple[str, ...]] = {}
+    for index in np.flatnonzero(~np.isfinite(scores)):
+        one = candidates[index]
+        names = blame(memory, (one.slot, one.row))
+        failed |= {one.slot: names} if names else {}
+    return failed
 
 
 @dataclass(frozen=True)

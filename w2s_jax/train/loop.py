@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.text.journal import held
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
@@ -281,7 +281,7 @@ class _Run:
                     score = self._score(values)
                 if self.sample is not None and self._samples(done):
                     with self.stop.interruptible():
-                        drawn = [{"step": done, **row} for row in self.sample(state)]
+                        drawn = [{"step": done, **row} for row in self._drawn(done, state)]
                     if self.samples is not None:
                         for row in drawn:
                             self.samples.write(row)
@@ -289,6 +289,13 @@ class _Run:
             self._stop(done, state, due=True)
         self.due = False
         return score
+
+    def _drawn(self, done: int, state: TrainState) -> Sequence[Mapping[str, Any]]:
+        assert self.sample is not None
+        try:
+            return self.sample(state)
+        except RowsFailed as failed:
+            raise self._diverged(done - 1, f"samples: {failed}") from None
 
     def _score(self, values: Values) -> float | None:
         if self.config.keep_best is None:
