@@ -223,8 +223,10 @@ def compile_session(session: Session, request: Request) -> None:
     _, proposal = jax.eval_shape(_propose, models, state)
     if state.mesh is not None:
         proposal = with_shardings(proposal, proposing.output_shardings[1])
-    ends = [np.zeros(end.shape, end.dtype) for end in (proposal.lengths, proposal.finished)]
-    proposal = _ended(proposal, *ends, state.mesh)
+    lengths, finished = (
+        np.zeros(end.shape, end.dtype) for end in (proposal.lengths, proposal.finished)
+    )
+    proposal = _ended(proposal, lengths, finished, state.mesh)
     totals = None
     if session.scorers:
         shape = (session.slots, state.config.rows, len(session.scorers))

@@ -67,7 +67,7 @@ def at_fault(
     """
     blame = getattr(scorer, "blame", lambda memory, place: (f"scorer {type(scorer).__name__}",))
     failed: dict[int, tuple[str, ...]] = {}
-    for index in np.flatnonzero(~np.isfinite(scores)):
+    for index in np.flatnonzero(~np.isfinite(scores)).tolist():
         one = candidates[index]
         names = blame(memory, (one.slot, one.row))
         failed |= {one.slot: names} if names else {}

@@ -103,8 +103,10 @@ def response_text(
     eos_ids: Sequence[int] = (),
 ) -> str:
     """The text of a response: the first that `response_end` gives for the same arguments."""
-    ends = {"finished": finished, "stop": stop, "behind": behind, "eos_ids": eos_ids}
-    return response_end(tokenizer, prompt, tokens, **ends)[0]
+    text, _ = response_end(
+        tokenizer, prompt, tokens, finished=finished, stop=stop, behind=behind, eos_ids=eos_ids
+    )
+    return text
 
 
 def response_end(
