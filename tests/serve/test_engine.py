@@ -152,7 +152,8 @@ def test_a_character_that_the_length_cuts_short_is_left_out(engine, reader, serv
 
 def test_a_stop_string_is_in_no_event(engine, reader):
     whole = answer(engine, reader, method="sample", seed=11)[0].text
-    stop = whole[4:7]
+    # A letter: what decodes to U+FFFD may do so only until further bytes come.
+    stop = next(letter for letter in whole[3:] if letter.isascii() and letter.isprintable())
     asked = jobs(reader, method="sample", seed=11, stop=["\x00", stop], stream=True)
     *shown, done = asyncio.run(events(engine, asked))
     (choice,) = done.choices

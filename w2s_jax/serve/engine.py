@@ -207,7 +207,7 @@ class Engine:
     def _turn(self) -> bool:
         """A chunk for every group with work, a batch of likelihoods between them.
 
-        False where nothing could be done: all waits for compilations.
+        False where nothing can be done before something is compiled.
         """
         progress = False
         for program in list(self._groups):
@@ -224,7 +224,7 @@ class Engine:
             elif group.session is None and not group.is_compiling:
                 del self._groups[program]
             progress |= self._score_some()
-        return self._score_some() or progress
+        return self._score_some() or progress or not self._compiler.is_busy
 
     def _note_compilation(self) -> None:
         with self._wake:
@@ -300,8 +300,10 @@ class Engine:
             idle = [other for other in seated if not (other.running or other.is_compiling)]
             leaving = [other for other in idle if other.is_leaving or not other.waiting]
             if not leaving:
-                if not any(other.is_leaving for other in seated):
-                    min(seated, key=lambda other: other.seated).is_leaving = True
+                # Whoever is still to come must have had its turn.
+                here = [other for other in seated if other.session is not None]
+                if here and not any(other.is_leaving for other in here):
+                    min(here, key=lambda other: other.seated).is_leaving = True
                 return False
             self._unseat(min(leaving, key=lambda other: other.seated))
         if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:

@@ -141,7 +141,7 @@ def serve(
     """
     engine.start()
     is_sound = asyncio.run(run(Server(settings(app)), engine, bound, grace, announce))
-    if engine.is_running:
+    if is_sound and engine.is_running:
         _end_at_once()
     return is_sound
 
