@@ -385,6 +385,14 @@ def test_a_row_of_another_form_is_told_and_leaves_no_file(tmp_path, change, faul
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tokens_are_counted_as_the_policy_wrote_them(tmp_path):
+    """A guide of another vocabulary reads the response in tokens of its own, which are shaded."""
+    path = tmp_path / "report.html"
+    write_report(path, [ROWS[0] | {"policy_tokens": 2}, ROWS[1]], title="t", settings={})
+    sizes = [entry[5] for entry in packed(path)["index-data"]["rows"]]
+    assert sizes == [2, len(ROWS[1]["tokens"])]
+
+
 def test_a_failing_trace_leaves_the_old_page(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")

@@ -460,6 +460,7 @@ def test_a_trace_tells_what_the_search_looked_at(tmp_path):
         assert trace["prompt"] == f"<{row['prompt']}>"
         assert (trace["response"], trace["score"]) == (row["response"], row["score"])
         assert (trace["method"], trace["tokens"]) == ("cbs", [])
+        assert trace["policy_tokens"] > 0
         kept = [c["kept"] for c in trace["chunks"][0]["candidates"]]
         assert sorted(k for k in kept if k is not None) == [0, 1]
         assert len(kept) == 4

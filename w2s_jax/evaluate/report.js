@@ -216,7 +216,7 @@ function drawRow(i, detail) {
   const facts = el("dl", { class: "facts" }, fact("Score", fixed(entry[SCORE]), exact(entry[SCORE])));
   if (entry[METHOD]) facts.append(fact("Method", visible(entry[METHOD])));
   if (detail.chunks.length) facts.append(fact("Chunks", count(detail.chunks.length)));
-  if (detail.tokens.length) facts.append(fact("Tokens", count(detail.tokens.length)));
+  if (entry[SIZE]) facts.append(fact("Tokens", count(entry[SIZE])));
   byId("view").replaceChildren(crumbs(i), el("div", { class: "headline" }, heading, facts),
     el("div", { class: "texts" }, prose("Prompt", entry[PROMPT], "prompt"),
       detail.tokens.length ? tokensSection(detail.tokens) : prose("Response", entry[RESPONSE], "response")));

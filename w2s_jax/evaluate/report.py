@@ -39,8 +39,9 @@ def write_report(
     candidate is {"parent": int, "text": str, "score": float, "objectives": [float, ...],
     "kept": int or null, "finished": bool}: `parent` is the place, among those that the chunk
     before kept, of the hypothesis it continues (all continue the prompt in the first chunk),
-    `kept` its own place, null where it was dropped. method, chunks, tokens and objectives may be
-    left out. `settings` are shown as they are: values by name, nothing secret.
+    `kept` its own place, null where it was dropped. The tokens are as a guide reads them;
+    "policy_tokens" is how many the policy wrote, by default as many. method, chunks, tokens and
+    objectives may be left out. `settings` are shown as they are: values by name, nothing secret.
 
     Rows are read once and packed one at a time. Raises InputError where the file cannot be
     written, and for a row that is not of this form or whose row_id came before.
@@ -120,7 +121,7 @@ def _compact(row: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         _text(row["response"]),
         _number(row["score"]),
         _text(row.get("method", "")),
-        len(tokens),
+        int(row.get("policy_tokens", len(tokens))),
     ]
     return entry, {"chunks": chunks, "tokens": tokens}
 

@@ -100,7 +100,7 @@ def search_rows(
         row = answer(plan, steering, questions, result, config)
         if traced:
             prompt = plan.templates["policy"].render(questions.conversations[index])
-            told = (row, method, chunks.pop(index, []), tokens)
+            told = (row, method, chunks.pop(index, []), tokens, len(result.best.tokens))
             row = row | {TRACE: trace_row(index, prompt, *told)}
         journal.append(index, row)
         on_row(row)

@@ -55,7 +55,7 @@ def search_text_rows(
         row = answer_row(rows[index], found, [each.score for each in result.hypotheses], names)
         if traced:
             tokens = _winner_tokens(scorers, conversations[index], result)
-            told = (row, method, chunks.pop(index, []), tokens)
+            told = (row, method, chunks.pop(index, []), tokens, result.best.tokens)
             row = row | {TRACE: trace_row(index, render(conversations[index]), *told)}
         journal.append(index, row)
         on_row(row)

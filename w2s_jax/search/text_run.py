@@ -71,7 +71,7 @@ class TextHypothesis:
     """A response and its score, the sum of its weighted objectives (one a scorer).
 
     finished: an EOS or a stop string ended it; otherwise max_new_tokens did. by_eos: an EOS is
-    scored behind it.
+    scored behind it. tokens: how many the proposer says its continuations took.
     """
 
     response: str = ""
@@ -80,6 +80,7 @@ class TextHypothesis:
     objectives: tuple[float, ...] = ()
     by_eos: bool = False
     trail: Any = field(default=None, repr=False, compare=False)
+    tokens: int = field(default=0, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Held:
 class _Row:
     """A proposed successor: what it adds and what it makes.
 
-    ended: nothing will be added to it. by_eos: an EOS is scored behind it.
+    ended: nothing will be added to it. by_eos: an EOS is scored behind it. tokens: what it took.
     """
 
     text: str
@@ -125,6 +126,7 @@ class _Row:
     ended: bool
     by_eos: bool
     trail: Any = None
+    tokens: int = 0
 
 
 def search_texts(
@@ -274,13 +276,14 @@ def _row(before: str, continuation: Continuation, full: bool, config: SearchConf
     response = before + continuation.text
     kept = cut(response, config.stop)
     if kept is not None:
-        return _Row(kept[len(before) :], kept, finished=True, ended=True, by_eos=False)
+        took = continuation.tokens
+        return _Row(kept[len(before) :], kept, True, ended=True, by_eos=False, tokens=took)
     finished = continuation.finished
     by_eos = config.reference_quirks and full
     if finished:
         by_eos = not continuation.stopped
-    trail = continuation.trail
-    return _Row(continuation.text, response, finished, finished or full, by_eos, trail)
+    more = (continuation.trail, continuation.tokens)
+    return _Row(continuation.text, response, finished, finished or full, by_eos, *more)
 
 
 def _score(
@@ -376,8 +379,9 @@ def _options(
     for r in range(config.rows):
         if r in rows:
             row, values = rows[r], tuple(objectives[r].tolist())
+            tokens = entry.hypotheses[r // config.successors].tokens + row.tokens
             options[r] = TextHypothesis(
-                row.response, float(sums[r]), row.finished, values, row.by_eos, row.trail
+                row.response, float(sums[r]), row.finished, values, row.by_eos, row.trail, tokens
             )
         elif config.reference_quirks:
             options[r] = entry.hypotheses[r // config.successors]

@@ -39,8 +39,12 @@ def trace_row(
     method: str,
     chunks: Sequence[ChunkTrace],
     tokens: Sequence[tuple[str, float]],
+    policy_tokens: int,
 ) -> dict[str, Any]:
-    """A prompt's trace: its chunks, and the winner's tokens with their log-ratios."""
+    """A prompt's trace: its chunks, and the winner's tokens with their log-ratios.
+
+    Those are as the guide reads them; policy_tokens: how many the policy wrote.
+    """
     return {
         "row_id": row_id,
         "prompt": prompt,
@@ -49,4 +53,5 @@ def trace_row(
         "method": method,
         "chunks": [chunk_row(chunk) for chunk in chunks],
         "tokens": [[text, value] for text, value in tokens],
+        "policy_tokens": policy_tokens,
     }
