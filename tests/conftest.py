@@ -27,6 +27,19 @@ settings.register_profile("w2s", deadline=None, derandomize=True, database=None,
 settings.load_profile("w2s")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "tests marked accelerator run at toy size on the CPU"
+    parser.addoption("--rehearse", action="store_true", help=told)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("accelerator") and not item.config.getoption("--rehearse"):
+        import jax
+
+        if jax.default_backend() == "cpu":
+            pytest.skip("jax has no GPU or TPU here (JAX_PLATFORMS says which it may look for)")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """Lets go of what a file compiled: some hundreds of tests map as much memory as a process may.

@@ -29,14 +29,16 @@ ALLOWED = {
     "cli": {*BELOW_EVALUATE, "evaluate", "serve", "bench", "plan", "demo", "reasoning"},
 }
 
+# What is measured beside this package, each in a process of its own.
+PEERS = ("bench/train_trl.py", "bench/decode_transformers.py")
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
-    "transformers": ("models/huggingface.py", "text/", "bench/train_trl.py"),
+    "transformers": ("models/huggingface.py", "text/", *PEERS),
     "safetensors": ("models/huggingface.py", "models/huggingface_tensors.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),
-    "torch": ("bench/train_trl.py",),
+    "torch": PEERS,
     "lm_eval": ("evaluate/harness.py", "cli/lm_eval.py"),
     "openai": ("serve/client.py", "serve/retry.py"),
 }

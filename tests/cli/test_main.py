@@ -62,6 +62,7 @@ def test_every_command_has_help_for_every_flag(words, capsys):
             ["bench", "--repeats", "2"],
             "bench is followed by another word: bench search, bench train",
         ),
+        (["bench", "train", "--shape", "llama-9b"], "--shape llama-9b: no such shape; known are"),
         ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),
         ([*SEARCH, "--w", "0"], "--w is 0; it must be at least 1"),
         ([*SEARCH, "--method", "sample", "--seed", "-1"], "seed is -1"),

@@ -4,9 +4,11 @@ Counts follow from shapes alone; the two rates they are divided by are measured.
 here.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,13 +122,20 @@ def search_work(
     return work
 
 
-def measure_rates(dtype: DTypeLike, *, side: int = 2048, megabytes: int = 512) -> Rates:
+def measure_rates(
+    dtype: DTypeLike, *, side: int | None = None, megabytes: int | None = None
+) -> Rates:
     """Measure both rates: a side³ matmul in `dtype`, and the fastest way found to read an array.
 
     Bytes are read by a sum and by a product with a vector, as weights are; the faster one counts,
-    since a floor must not be undercut.
+    since a floor must not be undercut. Sizes that are not given take a CPU a tenth of a second, and
+    an accelerator a millisecond, which is many times what starting a program takes.
     """
-    square = jnp.ones((side, side), dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    side = side or (2048 if on_cpu else 8192)
+    megabytes = megabytes or (512 if on_cpu else 4096)
+    # Of random numbers: a GPU multiplies ones and zeros faster.
+    square = jax.jit(lambda key: jax.random.normal(key, (side, side), dtype))(jax.random.key(0))
     matmul = best_seconds(jax.jit(lambda a: a @ a), square)
     wide = jnp.ones((megabytes * 2**18 // side, side), jnp.float32)
     vector = jnp.ones((side, 8), jnp.float32)
@@ -147,3 +156,14 @@ def best_seconds(run: Callable, *arguments: object, repeats: int = 5) -> float:
         jax.block_until_ready(run(*arguments))
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def timed_twice(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds of the first run, with compilation, and the median of so many further ones."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return once(), statistics.median(once() for _ in range(repeats))

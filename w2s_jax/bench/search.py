@@ -4,9 +4,7 @@ What the floor counts is in `floor.py`.
 """
 
 import json
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work
+from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work, timed_twice
+from w2s_jax.bench.shapes import GUIDE_SHAPE, named_shape, random_model, refuse_beside_shape
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.model import Model, init_model
+from w2s_jax.models.model import Model
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.judges import TextLogRatio, TextModel
@@ -33,12 +32,19 @@ from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.synthetic import vocabularies
 
 HEAD_WIDTH = 64
+SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab")
+"""Options that a named shape decides."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The shapes and sizes of a run; sizes count tokens, layers, prompts."""
+    """The shapes and sizes of a run; sizes count tokens, layers, prompts.
 
+    shape: the policy's, one of `shapes.SHAPES`, with guides of `GUIDE_SHAPE`; it stands in place of
+    layers, widths and vocabulary.
+    """
+
+    shape: str | None = None
     policy_layers: int = 12
     policy_width: int = 768
     guide_layers: int = 4
@@ -101,7 +107,12 @@ def run(options: Options, *, json_path: str | Path | None = None) -> Figures:
 
 
 def check(options: Options) -> SearchConfig:
-    """The search that the options describe."""
+    """The search that the options describe; InputError for sizes out of range."""
+    if options.shape is not None:
+        named_shape(options.shape)
+        refuse_beside_shape(options, SIZES)
+        if options.cross_vocabulary:
+            raise InputError("--cross-vocabulary has vocabularies of its own; leave --shape out")
     for name, least in (
         ("policy_layers", 1),
         ("guide_layers", 1),
@@ -130,7 +141,17 @@ def check(options: Options) -> SearchConfig:
     )
 
 
-def shape(options: Options, layers: int, width: int) -> ModelConfig:
+def shapes_of(options: Options) -> tuple[ModelConfig, ModelConfig]:
+    """The policy's shape, and that of both models of the guide."""
+    if options.shape is not None:
+        return named_shape(options.shape), named_shape(GUIDE_SHAPE)
+    return (
+        _gpt2(options, options.policy_layers, options.policy_width),
+        _gpt2(options, options.guide_layers, options.guide_width),
+    )
+
+
+def _gpt2(options: Options, layers: int, width: int) -> ModelConfig:
     """A GPT-2-shaped decoder with room for the prompt and the response."""
     return ModelConfig(
         architecture="gpt2",
@@ -157,14 +178,12 @@ def shape(options: Options, layers: int, width: int) -> ModelConfig:
 def measure(options: Options, config: SearchConfig) -> Figures:
     """Time whole searches (the median of the repeats), then the phases of one, and the rates."""
     dtype = jnp.dtype(options.dtype)
-    policy_shape = shape(options, options.policy_layers, options.policy_width)
-    guide_shape = shape(options, options.guide_layers, options.guide_width)
-    policy = init_model(policy_shape, jax.random.key(0), dtype=dtype)
-    tuned, untuned = (init_model(guide_shape, jax.random.key(i), dtype=dtype) for i in (1, 2))
-    guide = Guide(tuned, untuned)
+    policy_shape, guide_shape = shapes_of(options)
+    policy = random_model(policy_shape, 0, dtype=dtype)
+    guide = Guide(*(random_model(guide_shape, seed, dtype=dtype) for seed in (1, 2)))
     generator = np.random.default_rng(0)
     size = (options.batch_size, options.prompt_tokens)
-    prompts = generator.integers(2, options.vocab, size).tolist()
+    prompts = generator.integers(2, policy_shape.vocab_size, size).tolist()
     whole = partial(search, policy, guide, prompts, config)
     first, seconds = timed_twice(whole, options.repeats)
     rates = measure_rates(dtype)
@@ -191,17 +210,6 @@ def measure(options: Options, config: SearchConfig) -> Figures:
         if options.cross_vocabulary
         else None,
     )
-
-
-def timed_twice(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Seconds of the first run, with compilation, and the median of so many further ones."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return once(), statistics.median(once() for _ in range(repeats))
 
 
 def measure_across(
@@ -279,9 +287,11 @@ def phase_seconds(
 
 def report(console: Console, options: Options, figures: Figures) -> None:
     """Print the figures as a table of phases under a line of totals."""
+    policy, guide = shapes_of(options)
+    named = "" if options.shape is None else f"{options.shape}: "
     console.print(
-        f"policy {options.policy_layers} × {options.policy_width}, guides {options.guide_layers} × "
-        f"{options.guide_width}, vocabulary {options.vocab}, {options.dtype}; W/K/L "
+        f"{named}policy {policy.layers} × {policy.width}, guides {guide.layers} × "
+        f"{guide.width}, vocabulary {policy.vocab_size}, {options.dtype}; W/K/L "
         f"{options.beam_width}/{options.successors}/{options.chunk_length}, "
         f"{options.prompt_tokens} + {options.max_new_tokens} tokens, batch {options.batch_size}"
     )

@@ -1,35 +1,38 @@
 """Measures training steps on random weights, and TRL's beside them in the same run.
 
-Every measurement is a process of its own (train_own.py, train_trl.py), so that peaks of memory do
-not mix; the two take turns, so that a busy machine slows both.
+Every measurement is a process of its own (train_own.py, train_trl.py) unless told otherwise, so
+that peaks of memory do not mix; the two take turns, so that a busy machine slows both.
 """
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.bench import train_own
 from w2s_jax.bench.floor import measure_rates, read_work
+from w2s_jax.bench.programs import call, missing
+from w2s_jax.bench.shapes import named_shape, random_model, refuse_beside_shape
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import save_model
-from w2s_jax.models.model import init_model
 from w2s_jax.text.atomic import check_writable
 from w2s_jax.text.synthetic import vocabularies
 
 HEAD_WIDTH = 64
 OBJECTIVES = ("sft", "dpo")
 LEARNING_RATE = 1e-5
+SIZES = ("architecture", "layers", "width", "vocab")
+"""Options that a named shape decides."""
+NO_TRL = "install the extra 'parity' or give --trl-python"
 TRL_PROGRAM = Path(__file__).with_name("train_trl.py")
 
 
@@ -39,10 +42,14 @@ class Options:
 
     A step has `batch_size` rows of `length` tokens: texts for SFT; for DPO the two sides of half as
     many pairs, of which `prompt_tokens` are a prompt. gpt2 has layer norms, learned positions and
-    tied embeddings; llama has a gated MLP and four query heads to a key head.
+    tied embeddings; llama has a gated MLP and four query heads to a key head. shape: one of
+    `shapes.SHAPES`, in place of architecture, layers, width and vocabulary. apart: whether this
+    package's steps are taken in a process of their own; otherwise their peak of memory is that of
+    all that this process did.
     """
 
     objectives: tuple[str, ...] = OBJECTIVES
+    shape: str | None = None
     architecture: str = "gpt2"
     layers: int = 12
     width: int = 768
@@ -55,6 +62,7 @@ class Options:
     rounds: int = 1
     trl: bool = False
     trl_python: str = sys.executable
+    apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,10 @@ def run(options: Options, *, json_path: str | Path | None = None) -> Figures:
 
 
 def check(options: Options) -> None:
-    """Raises InputError for sizes out of range."""
+    """Raises InputError for sizes out of range and for a shape that is not known."""
+    if options.shape is not None:
+        named_shape(options.shape)
+        refuse_beside_shape(options, SIZES)
     for name in ("layers", "batch_size", "repeats", "rounds", "prompt_tokens"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
@@ -127,6 +138,8 @@ def check(options: Options) -> None:
 
 def shape(options: Options) -> ModelConfig:
     """The decoder that is trained."""
+    if options.shape is not None:
+        return named_shape(options.shape)
     heads = options.width // HEAD_WIDTH
     size: dict[str, Any] = {
         "vocab_size": options.vocab,
@@ -150,24 +163,23 @@ def measure(options: Options) -> Figures:
     """Run the programs in turns, then measure the matmul rate in this process."""
     config = shape(options)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    no_trl = missing(options.trl_python) if options.trl else None
+    no_trl = missing(options.trl_python, "torch, trl", NO_TRL) if options.trl else None
+    with_trl = options.trl and no_trl is None
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, tokenizer = Path(folder) / "model", Path(folder) / "tokenizer"
-        save_model(init_model(config, jax.random.key(0)), checkpoint)
-        vocabularies(32)[0].save_pretrained(str(tokenizer))
+        given: dict[str, Any] = {"config": config.to_hf()}
+        if with_trl:
+            given |= _for_both(config, Path(folder))
         for _ in range(options.rounds):
             for objective in options.objectives:
-                job = job_of(options, objective) | {
-                    "checkpoint": str(checkpoint),
-                    "tokenizer": str(tokenizer),
-                }
+                job = job_of(options, config, objective) | given
                 path = Path(folder) / "job.json"
                 path.write_text(json.dumps(job))
-                programs = {"own": [sys.executable, "-m", "w2s_jax.bench.train_own"]}
-                if options.trl and no_trl is None:
-                    programs["trl"] = [options.trl_python, "-P", str(TRL_PROGRAM)]
-                for name, program in programs.items():
-                    found.setdefault((name, objective), []).append(call([*program, str(path)]))
+                own = [sys.executable, "-m", "w2s_jax.bench.train_own", str(path)]
+                took = call(own) if options.apart else train_own.run(job)
+                found.setdefault(("own", objective), []).append(took)
+                if with_trl:
+                    took = call([options.trl_python, "-P", str(TRL_PROGRAM), str(path)])
+                    found.setdefault(("trl", objective), []).append(took)
     tokens = options.batch_size * options.length
     sides: dict[str, dict[str, Side]] = {"own": {}, "trl": {}}
     for (name, objective), rounds in found.items():
@@ -181,27 +193,21 @@ def measure(options: Options) -> Figures:
     )
 
 
-def missing(python: str) -> str | None:
-    """Why TRL cannot be run with this interpreter, or None."""
-    try:
-        done = subprocess.run(
-            [python, "-c", "import torch, trl"], capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        return f"{python}: {error.strerror}"
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or ["it failed"])[-1]
-    return f"{python}: {last}; install the extra 'parity' or give --trl-python"
+def _for_both(config: ModelConfig, folder: Path) -> dict[str, str]:
+    """A checkpoint and a tokenizer that both trainers load, as entries of a job."""
+    checkpoint, tokenizer = folder / "model", folder / "tokenizer"
+    save_model(random_model(config, 0), checkpoint)
+    vocabularies(32)[0].save_pretrained(str(tokenizer))
+    return {"checkpoint": str(checkpoint), "tokenizer": str(tokenizer)}
 
 
-def job_of(options: Options, objective: str) -> dict[str, Any]:
+def job_of(options: Options, config: ModelConfig, objective: str) -> dict[str, Any]:
     """What both programs are given: random rows of one length, and the settings."""
     rng = np.random.default_rng(0)
     steps = options.repeats + 1
 
     def ids(*size: int) -> list:
-        return rng.integers(2, options.vocab, size).tolist()
+        return rng.integers(2, config.vocab_size, size).tolist()
 
     if objective == "sft":
         texts = ids(steps * options.batch_size, options.length)
@@ -212,7 +218,7 @@ def job_of(options: Options, objective: str) -> dict[str, Any]:
         sides = (ids(count, options.prompt_tokens), ids(count, response), ids(count, response))
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         rows = [dict(zip(names, row, strict=True)) for row in zip(*sides, strict=True)]
-    off = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if options.architecture == "gpt2" else ()
+    off = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if config.architecture == "gpt2" else ()
     return {
         "objective": objective,
         "steps": steps,
@@ -223,14 +229,6 @@ def job_of(options: Options, objective: str) -> dict[str, Any]:
         "no_dropout": dict.fromkeys(off, 0.0),
         "rows": rows,
     }
-
-
-def call(command: list[str]) -> dict[str, Any]:
-    """The JSON line that a program prints; RuntimeError with its last words where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summary(rounds: list[dict[str, Any]], tokens: int) -> Side:
@@ -265,8 +263,10 @@ def step_operations(options: Options, config: ModelConfig, objective: str) -> fl
 
 def report(console: Console, options: Options, figures: Figures) -> None:
     """Print the figures as a table, a row for each trainer and objective."""
+    config = shape(options)
     console.print(
-        f"{options.architecture} {options.layers} × {options.width}, vocabulary {options.vocab}, "
+        f"{options.shape or config.architecture} {config.layers} × {config.width}, "
+        f"vocabulary {config.vocab_size}, "
         f"{options.dtype}; {options.batch_size} rows of {options.length} tokens a step"
     )
     table = Table(

@@ -1,6 +1,7 @@
-"""A program of its own: times this package's training step on a checkpoint and rows of token ids.
+"""Times this package's training step on rows of token ids; also a program of its own.
 
-`python -m w2s_jax.bench.train_own JOB_JSON` prints one JSON line, as train_trl.py does.
+`python -m w2s_jax.bench.train_own JOB_JSON` prints one JSON line, as train_trl.py does. The weights
+are those of the job's checkpoint, or random ones of its config.
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from w2s_jax.bench.shapes import random_model
+from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
@@ -24,7 +27,10 @@ from w2s_jax.train.step import Batch, init_state, make_train_step
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train for the job's steps; seconds, CPU seconds and losses by step, and peak memory."""
     dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
-    model = load_model(job["checkpoint"])
+    if "checkpoint" in job:
+        model = load_model(job["checkpoint"])
+    else:
+        model = random_model(ModelConfig.from_hf(job["config"]), 0)
     policy, frozen = Policy(model.config), {}
     loss = pair_loss(policy, PreferenceConfig()) if dpo else sft_loss(policy)
     if dpo:

@@ -14,6 +14,9 @@ class BenchSearch:
     prefill, proposing, scoring and selecting, compile time, and the share of the roofline floor.
     """
 
+    shape: Annotated[str | None, arg(metavar="NAME")] = None
+    """Shape of the policy, llama-1b or llama-8b, with llama-1b guides, in place of layers, widths
+    and vocabulary."""
     policy_layers: int = 12
     """Layers of the policy."""
     policy_width: int = 768
@@ -62,6 +65,9 @@ class BenchTrain:
 
     objectives: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
     """What is trained for."""
+    shape: Annotated[str | None, arg(metavar="NAME")] = None
+    """Shape of the model, llama-1b or llama-8b, in place of architecture, layers, width and
+    vocabulary."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
     """Kind of the model."""
     layers: int = 12

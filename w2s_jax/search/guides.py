@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Array
+
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
 from w2s_jax.pytrees import pytree
@@ -17,7 +19,7 @@ class Guide:
 
     tuned: Model
     untuned: Model
-    weight: float = 1.0
+    weight: float | Array = 1.0
 
 
 @pytree()
