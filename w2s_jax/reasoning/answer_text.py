@@ -147,7 +147,10 @@ def after_answer_is(text: str) -> tuple[int, str]:
     for match in reversed(list(_ANSWER_IS.finditer(text))):
         statement = text[match.end() :].strip(" *:")
         statement = statement[lead.end() :] if (lead := _LEAD.match(statement)) else statement
-        if (stated := _stated(statement)) and reads_as_answer(statement, stated):
+        stated = _stated(statement)
+        # Behind a colon all that is left is the answer, whatever it says.
+        last = ":" in match[0] and statement.rstrip(" .*") == stated.rstrip(" .*")
+        if stated and (last or reads_as_answer(statement, stated)):
             return match.start(), stated
     return -1, ""
 
