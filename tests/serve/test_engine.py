@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.serve.tiny_server import served_at
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.likelihood import score_responses, token_likelihoods
@@ -300,13 +300,15 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
 def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
     def damaged(models, proposer, responses, **settings):
         found = score_responses(models, proposer, responses, **settings)
+        failed = []
         for index, response in enumerate(responses):
             one, token = found[index], response.prompts[0][-1]
             if token == 70:
-                found[index] = replace(one, logprobs=one.logprobs * np.nan)
+                found[index] = None
+                failed.append(RowFailed(index, ("policy",)))
             elif token == 6:
                 found[index] = replace(one, top_logprobs=one.top_logprobs - np.inf)
-        return found
+        raise RowsFailed(failed, found)
 
     engine = Engine(served, LIMITS, Metrics(), score=damaged)
     engine.start()

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-import numpy as np
-
+from w2s_jax.errors import RowsFailed
 from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import (
     ScoredResponse,
@@ -52,16 +51,20 @@ class Likelihoods:
         return []
 
     def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
-        """The choices of tasks of one kind with their log-probs; 500 for those of no numbers."""
+        """The choices of tasks of one kind with log-probs; 500 for those that a model fails."""
         responses = [response for task in tasks for response in task.rows if response]
-        found = self._score(
-            self._models,
-            proposer_of(tasks[0].job),
-            responses,
-            top=self._top,
-            batch_size=self._rows,
-            shape=padded_shape(responses),
-        )
+        found: Sequence[ScoredResponse | None]
+        try:
+            found = self._score(
+                self._models,
+                proposer_of(tasks[0].job),
+                responses,
+                top=self._top,
+                batch_size=self._rows,
+                shape=padded_shape(responses),
+            )
+        except RowsFailed as error:
+            found = error.results
         scored = iter(found)
         choices = [
             tuple(
@@ -70,7 +73,10 @@ class Likelihoods:
             )
             for task in tasks
         ]
-        return [each if all(map(_is_sound, each)) else not_finite() for each in choices]
+        return [
+            each if _is_whole(task, each) else not_finite()
+            for task, each in zip(tasks, choices, strict=True)
+        ]
 
     def forget(self) -> None:
         """Programs are compiled anew."""
@@ -92,9 +98,10 @@ class Likelihoods:
         compile_scores(self._models, proposer_of(task.job), responses, **settings)
 
 
-def _is_sound(choice: Choice) -> bool:
-    """Whether log-probs are numbers; −inf is one, that of a token that cannot be."""
-    if choice.scored is None:
-        return True
-    parts = (choice.scored.logprobs, choice.scored.top_logprobs)
-    return not any(np.isnan(part).any() or np.isposinf(part).any() for part in parts)
+def _is_whole(task: Task, choices: Sequence[Choice]) -> bool:
+    """Whether all that was to be scored has log-probs."""
+    return all(
+        choice.scored is not None
+        for choice, row in zip(choices, task.rows, strict=True)
+        if row is not None
+    )
