@@ -58,7 +58,7 @@ def _same(arrays: list[jax.Array]) -> list[jax.Array]:
 def everywhere(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """A host's array, the same on all hosts, on every device of a mesh."""
     if mesh is None:
-        return jax.numpy.asarray(array)
+        return jax.device_put(array)
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

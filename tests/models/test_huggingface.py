@@ -53,7 +53,7 @@ def assert_same_params(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize(("case", "scan_layers"), zip(CASES, itertools.cycle([False, True])))
+@pytest.mark.parametrize(("case", "scan_layers"), list(zip(CASES, itertools.cycle([False, True]))))
 def test_logits_are_those_of_transformers(case, scan_layers):
     expected = load_file(GOLDEN / case / "expected.safetensors")
     model = load_model(GOLDEN / case, scan_layers=scan_layers)

@@ -31,7 +31,9 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize(("case", "scan_layers"), zip(CASES, [False, True, False], strict=True))
+@pytest.mark.parametrize(
+    ("case", "scan_layers"), list(zip(CASES, [False, True, False], strict=True))
+)
 def test_logits_are_those_of_peft(case, scan_layers):
     expected = load_file(GOLDEN / case / "expected.safetensors")
     model = load_model(GOLDEN / case, scan_layers=scan_layers)

@@ -344,7 +344,7 @@ def padded(vocabulary, pad):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("case", "labels"), zip(PARITY, itertools.cycle([1, 3])))
+@pytest.mark.parametrize(("case", "labels"), list(zip(PARITY, itertools.cycle([1, 3]))))
 def test_sequence_classifiers_equal_those_of_transformers(case, labels, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -61,7 +61,7 @@ def assert_trees_close(left, right, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), left, right)
 
 
-@pytest.mark.parametrize(("kind", "scan_layers"), zip(KINDS, itertools.cycle([False, True])))
+@pytest.mark.parametrize(("kind", "scan_layers"), list(zip(KINDS, itertools.cycle([False, True]))))
 def test_packed_rows_equal_their_documents_with_gradients(kind, scan_layers):
     model = tiny_model(0, scan_layers=scan_layers, sharpness=6.0, **KINDS[kind])
     tokens, weights = batch()

@@ -1,6 +1,6 @@
 """The models of a search: the policy and the guides that steer it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxtyping import Array
@@ -44,7 +44,7 @@ class SearchModels:
         """Where logits come from, F of them: the members, then what a proposer mixes of them."""
         return (*self.member_names, "mixture of policy and guides")
 
-    def at_fault(self, faults: Sequence[Any]) -> tuple[str, ...]:
+    def at_fault(self, faults: Iterable[Any]) -> tuple[str, ...]:
         """The sources that [F] flags name; the mixture only where no member is at fault."""
         names = [name for name, flag in zip(self.sources, faults, strict=True) if flag]
         return tuple(names[:-1] if len(names) > 1 and names[-1] == self.sources[-1] else names)

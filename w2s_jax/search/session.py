@@ -223,12 +223,12 @@ def compile_session(session: Session, request: Request) -> None:
     _, proposal = jax.eval_shape(_propose, models, state)
     if state.mesh is not None:
         proposal = with_shardings(proposal, proposing.output_shardings[1])
-    # As `_ended` leaves it: what the host has found lies on every device.
-    ends = {
-        id(end): everywhere(np.zeros(end.shape, end.dtype), state.mesh)
-        for end in (proposal.lengths, proposal.finished)
-    }
-    proposal = jax.tree.map(lambda leaf: ends.get(id(leaf), leaf), proposal)
+    if state.mesh is not None:  # as `_ended` leaves it: what the host has found is on every device
+        ends = {
+            id(end): everywhere(np.zeros(end.shape, end.dtype), state.mesh)
+            for end in (proposal.lengths, proposal.finished)
+        }
+        proposal = jax.tree.map(lambda leaf: ends.get(id(leaf), leaf), proposal)
     totals = None
     if session.scorers:
         shape = (session.slots, state.config.rows, len(session.scorers))
@@ -277,7 +277,7 @@ def outcomes(
     failed: dict[int, RowFailed] = {}
     for slot in slots:
         row_id, objectives = session.held[slot].row_id, kept[2][slot]
-        at_fault = session.models.at_fault(faults[slot].tolist()) or session.failed.get(slot, ())
+        at_fault = session.models.at_fault(faults[slot]) or session.failed.get(slot, ())
         if at_fault or not np.isfinite(objectives).all():
             failed[slot] = RowFailed(row_id, at_fault)
             continue
