@@ -150,14 +150,19 @@ def rolling(
 def greedy(
     models: list[Model], tokenizer, prompt: list[int], count: int, stop: str, beta: float | None
 ) -> str:
-    """The likeliest tokens' text, up to EOS, `count` tokens or the stop string."""
+    """The likeliest tokens' text, up to EOS, `count` tokens or the stop string.
+
+    A character that `count` cuts short is left out.
+    """
     response: list[int] = []
     while len(response) < count and stop not in tokenizer.decode(response):
         after = distribution(models, [*prompt, *response], beta)[-1]
         response.append(int(after.argmax()))
         if response[-1] in models[0].config.eos_ids:
             break
-    return tokenizer.decode(response, skip_special_tokens=True).split(stop)[0]
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    is_ended = response[-1] in models[0].config.eos_ids or stop in text
+    return text.split(stop)[0] if is_ended else text.rstrip("\ufffd")
 
 
 def _log_softmax(x) -> np.ndarray:
