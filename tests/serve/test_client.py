@@ -465,7 +465,7 @@ def test_the_key_is_never_shown(caplog, capfd, tmp_path):
 
     caplog.set_level(logging.DEBUG)
     for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+        caplog.set_level(logging.DEBUG, logger=name)
     scripts = [
         lambda number, body: error(401, f"Incorrect API key: {KEY}"),
         lambda number, body: error(500, f"Bearer {KEY}"),
