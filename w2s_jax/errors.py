@@ -2,7 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""What Git LFS leaves in the place of a file that was not fetched begins so."""
 
 
 class InputError(ValueError):
@@ -88,3 +92,14 @@ def _fault(models: Sequence[str]) -> str:
     if not models:
         return f"a score is not a finite number; {advice}"
     return f"logits of the {' and the '.join(models)} are NaN or infinite; {advice}"
+
+
+def check_fetched(path: Path) -> None:
+    """Raise InputError where a file is a pointer of Git LFS, which stands for the file itself."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError:
+        return
+    if start == POINTER:
+        raise InputError(f"{path} is a Git LFS pointer, not the file; run git lfs pull there")

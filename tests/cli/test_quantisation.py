@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.test_search import models, prompts, search, tiny  # noqa: F401
 from w2s_jax.cli.main import main, parse
+from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import quantize, read_quantize, weight_bytes
@@ -108,6 +109,25 @@ def test_wrong_flags_are_one_line(folders, data, flags, message, capsys):
     err = capsys.readouterr().err
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_groups_are_judged_before_weights_and_finished_columns_stay(
+    folders, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "figures.json"
+    assert report(folders["p"], data, "--quantise=int8", "--quantise=int4:5", "--json", out) == 2
+    assert "16 inputs are not divisible into groups of 5; give 8" in capsys.readouterr().err
+    assert not out.exists()
+
+    def full(*arguments, **options):
+        raise InputError("no room")
+
+    monkeypatch.setattr("w2s_jax.search.adapters.load_decoders", full)
+    assert report(folders["p"], data, "--quantise=int8", "--json", out) == 2
+    said = capsys.readouterr()
+    assert "no room" in said.err
+    assert "as stored" in said.out
+    assert list(json.loads(out.read_text())["figures"]) == ["as stored"]
 
 
 def test_texts_that_cannot_be_scored_are_named(folders, tmp_path, capsys):

@@ -81,8 +81,9 @@ def test_paired_differences_are_over_the_same_prompts():
 
 def test_warming_up_takes_one_prompt_of_each_padded_length_or_all():
     prompts = [[1] * length for length in (3, 40, 5, 17, 60)]
-    assert warm_up(prompts, text=False) == [0, 1]
-    assert list(warm_up(prompts, text=True)) == [0, 1, 2, 3, 4]
+    assert warm_up(prompts, text=False) == [[4]], "too few for two programs"
+    assert warm_up(prompts * 6, text=False) == [[3], [4]]
+    assert [list(some) for some in warm_up(prompts, text=True)] == [[0, 1, 2, 3, 4]]
 
 
 def stand_in(directory):

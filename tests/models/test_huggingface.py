@@ -332,6 +332,16 @@ SPOILED = {
     ),
     "pickle": ("gpt2", only_pickle, "pytorch_model.bin is pickle, which is never read: convert it"),
     "truncated": ("gpt2", truncate, "model.safetensors is not a whole safetensors file"),
+    "pointer": (
+        "gpt2",
+        rewrite("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "model.safetensors is a Git LFS pointer, not the file; run git lfs pull there",
+    ),
+    "config is a pointer": (
+        "gpt2",
+        rewrite("config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "config.json is a Git LFS pointer",
+    ),
     "garbled": ("gpt2", garble, "model.safetensors is not a whole safetensors file"),
     "missing tensor": (
         "llama_3_1",

@@ -209,7 +209,7 @@ def test_an_adapter_stays_beside_a_quantised_base():
         ),
         (
             lambda: quantize(tiny_model(0).params, read_quantize("int4:5")),
-            "layers_0/attention/.*/kernel: 16 inputs are not divisible into groups of 5",
+            "layers_0/attention/.*/kernel: 16 inputs are not divisible into groups of 5; give 8$",
         ),
         (
             lambda: quantize(quantize(tiny_model(0).params, INT8), INT8),

@@ -1,5 +1,7 @@
 """The host's side: results, refilled slots, stop strings, wrong input."""
 
+import inspect
+import re
 from dataclasses import replace
 
 import jax
@@ -52,7 +54,10 @@ def test_results_come_in_order_and_are_reported_as_they_finish(policy):
 
 
 def test_prompts_are_grouped_by_power_of_two():
-    assert buckets([1, 17, 18, 33, 34, 5]) == {16: [0, 1, 5], 32: [2, 3], 64: [4]}
+    lengths = [1, 17, 18, 33, 34, 5]
+    assert buckets(lengths) == {16: [0, 1, 5], 32: [2, 3], 64: [4]}
+    assert buckets(lengths, slots=3) == {16: [0, 1, 5], 64: [2, 3, 4]}
+    assert buckets(lengths, slots=8) == {64: [0, 1, 2, 3, 4, 5]}
 
 
 def test_no_prompts_no_results(policy):
@@ -291,6 +296,33 @@ def test_wrong_prompts_are_refused(policy, guide):
     other = Guide(tiny_model(5, layers=1, vocab_size=2000), tiny_model(6, layers=1))
     with pytest.raises(InputError, match="the tuned model has 2000 logits, the policy 23"):
         search(policy, other, [[4]], config)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        (["The film"], "not a list that holds str 'The film'"),
+        ("The film", "not str 'The film'"),
+        ([4, 5], "not a list that holds int 4"),
+        ({"input_ids": [[4, 5]]}, "not dict {'input_ids': [[4, 5]]}"),
+        ([[0.5, 1.0]], "not a list that holds list [0.5, 1.0]"),
+        (7, "not int 7"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_are_refused_in_one_line(policy, prompts, told):
+    unchecked = inspect.unwrap(search)  # without the test run's own checks of types
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        unchecked(policy, None, prompts, sample(max_new_tokens=2))
+    assert str(caught.value).startswith("prompts are a list of token ids for each prompt")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model_or_guide_is_refused_in_one_line(policy, guide):
+    unchecked = inspect.unwrap(search_models)
+    with pytest.raises(InputError, match="the policy is what load_model gives, not str"):
+        unchecked("path/to/policy", None)
+    with pytest.raises(InputError, match=r"a guide is Guide\(tuned, untuned\), not Model"):
+        unchecked(policy, [guide.tuned, guide.untuned])
 
 
 @pytest.mark.parametrize(("method", "sizes"), [("cbs", (40, VOCAB)), ("eft", (VOCAB, 30))])

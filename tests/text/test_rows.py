@@ -75,6 +75,7 @@ def test_line_endings_and_blank_ends_do_not_matter(tmp_path, ending, tail):
         (b'{"a": 1}\n\n{"a": 2}\n', "line 2: an empty line"),
         (b'{"a": 1}\n[1, 2]\n', "line 2: not a JSON object but list"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not UTF-8 (invalid start byte at byte 8)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
         (b"", "no rows; one JSON object a line is needed"),
         (b"\n \n", "no rows"),
     ],

@@ -173,6 +173,9 @@ def test_vocabularies_are_compared_by_token_not_by_size(tmp_path, byte_level):
     assert not same_vocabulary(plain, far_longer)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+
+
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -183,6 +186,8 @@ def write(name, content):
         (lambda folder: None, "no tokenizer; it takes tokenizer.json, vocab.json with merges.txt"),
         (write("tokenizer.json", b"{"), "the tokenizer cannot be read"),
         (write("tokenizer.json", b"{}"), "the tokenizer cannot be read"),
+        (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
+        (write("tokenizer.model", POINTER), "tokenizer.model is a Git LFS pointer"),
         (write("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is not a SentencePiece BPE model"),
         (write("tokenizer.model", b"\xff" * 40), "is not a SentencePiece BPE model"),
         (write("tokenizer_config.json", b"no json"), "the tokenizer cannot be read"),

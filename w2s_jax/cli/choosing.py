@@ -34,7 +34,7 @@ def search_shapes(
     twice.
     """
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.huggingface import locate, quickest_dtype
+    from w2s_jax.models.huggingface import STORED, locate, quickest_dtype
     from w2s_jax.models.reward_huggingface import load_reward_config
     from w2s_jax.plan.programs import GuideShapes, SearchShapes
 
@@ -44,6 +44,7 @@ def search_shapes(
     bases = {path: adapted.base for path, adapted in plan.adapters.items()}
     rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
     judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    dtype = dtype or quickest_dtype()
     return SearchShapes(
         policy=plan.configs["policy"],
         guides=tuple(
@@ -54,7 +55,7 @@ def search_shapes(
         prompt_tokens=prompt_tokens,
         slots=slots,
         slots_flag=slots_flag,
-        dtype=dtype or quickest_dtype() or stored_dtype(locate(checkpoints["policy"])),
+        dtype=stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,

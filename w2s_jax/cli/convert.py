@@ -90,12 +90,12 @@ class Convert:
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":
-        from w2s_jax.models.huggingface import is_adapter, load_model, locate
+        from w2s_jax.models.huggingface import STORED, is_adapter, load_model, locate
         from w2s_jax.models.lora_huggingface import base_of, load_adapted
         from w2s_jax.models.reward_huggingface import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run
 
-        dtype = None if self.dtype == "auto" else self.dtype
+        dtype: str | None = STORED if self.dtype == "auto" else self.dtype
         source = locate(self.source)
         if is_run(source):
             step, model, start = export(source, self.step)
@@ -103,8 +103,10 @@ class Convert:
             return self._in_dtype(model, start)
         rewarding = [path for path in (self.source, self.merge_lora) if path is not None]
         if any(is_reward_model(path) for path in rewarding):
-            base = self.source if self.merge_lora else None
-            return load_reward_model(self.merge_lora or self.source, base=base, dtype=dtype)
+            base, place = self.source if self.merge_lora else None, self.merge_lora or self.source
+            if is_adapter(locate(place)) and self.dtype == "auto":
+                dtype = None
+            return load_reward_model(place, base=base, dtype=dtype)
         adapter = self.source if is_adapter(source) else self.merge_lora
         if adapter is None:
             return load_model(self.source, dtype=dtype)

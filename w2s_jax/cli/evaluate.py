@@ -160,8 +160,8 @@ class Evaluate(QuantisationFlags, Hosts):
     ) -> "np.ndarray":
         """The rewards of all rows, those of the first file written to --output."""
         import numpy as np
-        from tqdm import tqdm
 
+        from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
         from w2s_jax.exchange import agree
         from w2s_jax.text.host_journal import job_journal
@@ -188,13 +188,13 @@ class Evaluate(QuantisationFlags, Hosts):
                     values[index] = value
                     if journal and journal.is_own(index):
                         journal.append(index, rows[index] | {FIELD: value})
-                bar.update(len(some))
+                advance(len(some))
 
             if len(waiting):
                 mesh = mesh_of(self.mesh)
                 model = self.load(mesh)
                 total, done = len(encoded), len(finished)
-                with tqdm(total=total, initial=done, unit="row", disable=None) as bar:
+                with progress(total, "row", done=done) as advance:
                     ids = [encoded[index] for index in waiting]
                     options: dict[str, Any] = {"batch_size": self.batch_size, "label": self.label}
                     options["mesh"] = mesh
@@ -214,10 +214,9 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def load(self, mesh: "Mesh | None") -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
-        from w2s_jax.models.huggingface import quickest_dtype
         from w2s_jax.models.reward_huggingface import load_reward_model
 
-        dtype = quickest_dtype() if self.dtype == "auto" else self.dtype
+        dtype = None if self.dtype == "auto" else self.dtype
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)
 
 

@@ -4,6 +4,7 @@ The figures are made in w2s_jax/evaluate/quantisation.py.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,10 @@ from w2s_jax.cli.flags import named_mesh
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from w2s_jax.evaluate.quantisation import Figures, Trial
+    from w2s_jax.models.quantize import QuantizeConfig
     from w2s_jax.search.checkpoints import Plan
     from w2s_jax.search.config import SearchConfig
 
@@ -55,7 +59,8 @@ class QuantisationFlags:
     ) -> None:
         """Measure every quantisation, print the table and write the JSON file `out`.
 
-        Raises InputError, before any weight is read, for what is wrong.
+        Both hold what was finished when one fails. Raises InputError, before any weight is read,
+        for what is wrong.
         """
         from w2s_jax.evaluate.quantisation import Trial
         from w2s_jax.models.quantize import read_quantize
@@ -80,21 +85,27 @@ class QuantisationFlags:
         searching = self._searching(seed, batch_size) if self.tuned else None
         devices = None if mesh is None else named_mesh(mesh)
         plan = self._plan()
+        _check_shapes(plan, specs.values(), devices)
         texts = self._texts(plan)
         prompts = [text[: min(self.prompt_tokens, max(1, len(text) // 2))] for text in texts]
         trial = Trial(texts, prompts, self.max_new_tokens, searching, batch_size, mesh=devices)
-        figures = self._measure(plan, trial, specs, dtype)
-        told = {
-            "policy": self.quantisation_report,
-            "data": self.data,
-            "rows": len(texts),
-            "tokens": sum(map(len, texts)),
-            "policy_cache": self.policy_cache,
-            "figures": {name: asdict(one) for name, one in figures.items()},
-        }
-        if out is not None:
-            write_whole(out, [json.dumps(told, indent=2).encode(), b"\n"])
-        show(figures, f"{len(texts)} texts, {told['tokens']} tokens")
+        tokens, figures = sum(map(len, texts)), dict[str, "Figures"]()
+        try:
+            for name, one in self._measure(plan, trial, specs, dtype):
+                figures[name] = one
+                told = {
+                    "policy": self.quantisation_report,
+                    "data": self.data,
+                    "rows": len(texts),
+                    "tokens": tokens,
+                    "policy_cache": self.policy_cache,
+                    "figures": {name: asdict(one) for name, one in figures.items()},
+                }
+                if out is not None:
+                    write_whole(out, [json.dumps(told, indent=2).encode(), b"\n"])
+        finally:
+            if figures:
+                show(figures, f"{len(texts)} texts, {tokens} tokens")
 
     def _searching(self, seed: int, batch_size: int) -> "SearchConfig":
         from w2s_jax.search.presets import cbs
@@ -135,25 +146,25 @@ class QuantisationFlags:
 
     def _measure(
         self, plan: "Plan", trial: "Trial", specs: dict[str, Any], dtype: str | None
-    ) -> "dict[str, Figures]":
-        from tqdm import tqdm
-
+    ) -> "Iterator[tuple[str, Figures]]":
+        """Every policy's name and figures, as each is done."""
+        from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.quantisation import compare, measure
-        from w2s_jax.models.huggingface import quickest_dtype
         from w2s_jax.search.adapters import load_decoders
         from w2s_jax.search.checkpoints import load
         from w2s_jax.search.guides import search_models
         from w2s_jax.search.placing import Places
 
-        places, dtype = Places(trial.mesh), dtype or quickest_dtype()
+        places = Places(trial.mesh)
         steps = len(trial.texts) * (3 if trial.searching else 2) * (1 + len(specs))
-        with tqdm(total=steps, unit="text", disable=None) as bar:
+        with progress(steps, "reading") as advance:
             models = load(plan, dtype=dtype, places=places).models
             assert models is not None
-            plain = measure(models, trial, bar.update)
+            plain = measure(models, trial, lambda: advance(1))
             guides = models.guides
             del models  # the next policy takes its place
-            figures, cache = {AS_STORED: compare(plain, plain)}, self.policy_cache
+            yield AS_STORED, compare(plain, plain)
+            cache = self.policy_cache
             if trial.searching is not None:
                 searching = replace(trial.searching, policy_cache=cache)
                 trial = replace(trial, searching=searching)
@@ -168,10 +179,21 @@ class QuantisationFlags:
                     scan_layers=places.scan_layers,
                     quantize=config,
                 )[place]
-                other = measure(search_models(policy, guides), trial, bar.update)
-                figures[spec] = compare(plain, other)
+                other = measure(search_models(policy, guides), trial, lambda: advance(1))
+                yield spec, compare(plain, other)
                 del policy
-        return figures
+
+
+def _check_shapes(plan: "Plan", configs: "Iterable[QuantizeConfig]", mesh: "Mesh | None") -> None:
+    """Raise InputError, naming the weight, where a group or a mesh divides the policy's not."""
+    from w2s_jax.models.model import abstract_model
+    from w2s_jax.ops.sharding import resolve_tree
+    from w2s_jax.search.placing import ONE_DEVICE
+
+    for config in configs:
+        model, axes = abstract_model(plan.configs["policy"], quantize_as=config)
+        if mesh is not None:
+            resolve_tree(axes, model.params, ONE_DEVICE.policy, mesh)
 
 
 def show(figures: "dict[str, Figures]", of: str) -> None:

@@ -298,11 +298,12 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         from rich.console import Console
         from tqdm import tqdm
 
+        from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.terminal import show, show_plain
         from w2s_jax.search.traces import TRACE
 
         console = Console()
-        with tqdm(total=count, initial=count - waiting, unit="prompt", disable=None) as bar:
+        with progress(count, "prompt", done=count - waiting) as advance:
 
             def on_row(row: Row | None) -> None:
                 if self.show and row is not None:
@@ -313,7 +314,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
                             show(console, trace["prompt"], tokens, row["score"])
                         else:
                             show_plain(console, trace["prompt"], row["response"], row["score"])
-                bar.update()
+                advance(1)
 
             run(journal, on_row)
 

@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from w2s_jax.demo import Demo, OtherGuide, load_demo, load_other_guide
 from w2s_jax.errors import InputError
+from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.judges import TextLogRatio, TextModel
@@ -129,11 +129,11 @@ def steer(
             on_result=on_result,
         )
 
-    with tqdm(total=len(prompts), desc=name, unit="prompt", disable=None) as bar:
-        run(warm_up(prompts, text=other is not None), lambda _: None)
-        bar.reset()
+    with progress(len(prompts), "prompt", name=name) as advance:
+        for members in warm_up(prompts, text=other is not None):
+            run(members, lambda _: None)
         start = time.perf_counter()
-        results = run(range(len(prompts)), lambda _: bar.update())
+        results = run(range(len(prompts)), lambda _: advance(1))
         seconds = time.perf_counter() - start
     responses = [
         response_text(tokenizer, prompt, result.best.tokens, finished=result.best.finished)
@@ -155,14 +155,16 @@ def text_scorer(guide: OtherGuide) -> TextLogRatio:
     return TextLogRatio(TextModel(guide.tuned, template), TextModel(guide.untuned, template))
 
 
-def warm_up(prompts: Sequence[Sequence[int]], *, text: bool) -> Sequence[int]:
-    """The indices of prompts whose search compiles what all of them need.
+def warm_up(prompts: Sequence[Sequence[int]], *, text: bool) -> list[Sequence[int]]:
+    """The indices of prompts whose searches, one after the other, compile what all need together.
 
     One of every padded length; all where texts are scored, since their sizes are not known before.
     """
     if text:
-        return range(len(prompts))
-    return [members[0] for members in buckets([len(prompt) for prompt in prompts]).values()]
+        return [range(len(prompts))]
+    lengths = [len(prompt) for prompt in prompts]
+    together = buckets(lengths, slots=SLOTS).values()
+    return [[max(members, key=lengths.__getitem__)] for members in together]
 
 
 def summarise(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

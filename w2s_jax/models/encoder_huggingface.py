@@ -14,7 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
-from w2s_jax.models.huggingface import CONFIG, locate, open_tensors, read_json, write_checkpoint
+from w2s_jax.models.huggingface import (
+    CONFIG,
+    locate,
+    open_tensors,
+    parameter_dtype,
+    read_json,
+    write_checkpoint,
+)
 
 ARCHITECTURE = "DistilBertForSequenceClassification"
 _BODY = "distilbert."
@@ -39,7 +46,7 @@ _LAYER = {
 
 
 def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classifier:
-    """Load a classifier from a directory or a hub id; `dtype` None keeps the stored one.
+    """Load a classifier from a directory or a hub id; `dtype` as in `load_model`.
 
     Raises InputError for a missing directory or file, another architecture, an activation other
     than GELU, and any tensor missing, misshapen or too many.
@@ -57,7 +64,8 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
         expected = _stored_shape(path, leaf.shape)
         if values.shape != expected:
             raise InputError(f"{directory}: tensor {name} has shape {values.shape}, not {expected}")
-        leaves[path] = jnp.asarray(_to_ours(path, values, leaf.shape), dtype)
+        found = _to_ours(path, values, leaf.shape)
+        leaves[path] = jnp.asarray(found, parameter_dtype(dtype, found.dtype))
     if tensors:
         raise InputError(f"{directory}: tensor {min(tensors)} is no part of a {ARCHITECTURE}")
     return Classifier(config, unflatten_dict(leaves, sep="/"))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.hosts import is_first
 from w2s_jax.models.arrange import (
     Parameter,
@@ -54,6 +54,7 @@ TOKENIZER_PATTERNS = (
     "vocab*",
     "merges.txt",
 )
+STORED = "stored"
 LONGEST_PATH = 4000
 # An adapter's, which stand in the place of config.json and model.safetensors.
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -80,8 +81,8 @@ def load_model(
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
     A directory of a LoRA adapter gives the base that it names with the adapter merged into it.
-    dtype: of the parameters; None keeps that of the checkpoint's embedding, and with an adapter is
-        float32.
+    dtype: of the parameters. None is as stored (as the embedding is), but float32 on a CPU, which
+        computes slowly in the half-sized types, and with an adapter; "stored" is so everywhere.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
     scan_layers: stack the layers on a leading axis (see `models/layout.py`).
     quantize: weights become QTensors as they are read; adapters then stay beside them.
@@ -140,7 +141,7 @@ def load_parameters(
     """
     stored = stored_parameters(config, per_layer, head)
     tensors = _match(directory, config, per_layer, stored, tensors, head)
-    dtype = _parameter_dtype(dtype, tensors[stored["embed/embedding"].name])
+    dtype = parameter_dtype(dtype, tensors[stored["embed/embedding"].name][:0].dtype)
     parameters = {
         path: Parameter(
             shape, axes, reader(stored[path], shape, tensors), (major_axis(stored[path]),)
@@ -153,12 +154,29 @@ def load_parameters(
     return unflatten_dict(params, sep="/")
 
 
-def quickest_dtype() -> str | None:
-    """What to load weights as where nothing else is asked for: as stored, float32 on a CPU.
+def quickest_dtype() -> str:
+    """What weights are loaded as where nothing else is asked for: "stored", but on a CPU float32.
 
     CPUs compute slowly in the half-sized types that checkpoints hold.
     """
-    return "float32" if jax.default_backend() == "cpu" else None
+    return "float32" if jax.default_backend() == "cpu" else STORED
+
+
+def parameter_dtype(dtype: Any, stored: Any) -> jnp.dtype:
+    """The dtype that `load_model`'s argument names, for parameters stored as `stored`.
+
+    Raises InputError for what is no floating-point type.
+    """
+    dtype = quickest_dtype() if dtype is None else dtype
+    if isinstance(dtype, str) and dtype == STORED:
+        dtype = stored
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise InputError(f"dtype {dtype!r} is unknown; try float32 or bfloat16") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype {dtype} is not a floating-point type; try float32 or bfloat16")
+    return dtype
 
 
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
@@ -278,6 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path.parent}: no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
+        check_fetched(path)
         raise InputError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -462,15 +481,3 @@ def _match(
                 f"{directory}: tensor {name} is stored as {dtype}, not as floating point"
             )
     return tensors
-
-
-def _parameter_dtype(dtype: Any, embedding: Any) -> jnp.dtype:
-    if dtype is None:
-        dtype = embedding[:0].dtype
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        raise InputError(f"dtype {dtype!r} is unknown; try float32 or bfloat16") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype {dtype} is not a floating-point type; try float32 or bfloat16")
-    return dtype

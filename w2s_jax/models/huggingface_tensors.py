@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.arrange import Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,6 +57,7 @@ def open_file(path: Path) -> Tensors:
     except FileNotFoundError:
         raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
     except (OSError, SafetensorError) as error:
+        check_fetched(path)
         raise InputError(f"{path} is not a whole safetensors file ({error})") from None
 
 

@@ -82,13 +82,23 @@ class QuantizeConfig:
         if size > self.group and size % self.group:
             raise InputError(
                 f"{path}: {size} inputs are not divisible into groups of {self.group}; give "
-                "another group"
+                + (_groups_that_divide(size) or "none")
             )
         return min(self.group, size)
 
     def __str__(self) -> str:
         others = "".join(f"+{name}" for name in self.targets if name not in PROJECTIONS)
         return f"int{self.bits}" + (f":{self.group}" if self.group else "") + others
+
+
+def _groups_that_divide(size: int) -> str:
+    """Up to three groups for so many inputs, multiples of as much of 32 as can be."""
+    known = range(2, min(size, USUAL_GROUP + 1))
+    for step in (32, 16, 8, 1):
+        groups = [str(group) for group in known if group % step == 0 and size % group == 0][:3]
+        if groups:
+            return " or ".join([", ".join(groups[:-1]), groups[-1]] if groups[1:] else groups)
+    return ""
 
 
 def read_quantize(spec: str) -> QuantizeConfig:

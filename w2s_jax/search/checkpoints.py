@@ -340,13 +340,11 @@ def _on_device(
 def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
     """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
 
-    dtype None is as stored, but float32 on a CPU, where that is faster. Raises InputError for
-    checkpoints that cannot be read, and for a mesh that does not divide them.
+    dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
+    that does not divide them.
     """
-    from w2s_jax.models.huggingface import quickest_dtype
     from w2s_jax.models.reward_huggingface import load_reward_model
 
-    dtype = dtype or quickest_dtype()
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     options: dict[str, Any] = {
         "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers

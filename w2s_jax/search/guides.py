@@ -71,9 +71,17 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
 
     Padding may make their sizes differ. Whether the token maps are equal is for whoever holds the
     tokenizers to check (`text.tokenizer.same_vocabulary`).
-    Raises InputError where the sizes differ by more than padding does (1024).
+    Raises InputError where the sizes differ by more than padding does (1024), and for what is no
+    model or guide.
     """
     chosen = (guides,) if isinstance(guides, Guide) else tuple(guides or ())
+    for guide in chosen:
+        if not isinstance(guide, Guide):
+            raise InputError(f"a guide is Guide(tuned, untuned), not {type(guide).__name__}")
+    members = (policy, *(model for guide in chosen for model in (guide.tuned, guide.untuned)))
+    for name, model in zip(member_names(len(chosen)), members, strict=True):
+        if not isinstance(model, Model):
+            raise InputError(f"the {name} is what load_model gives, not {type(model).__name__}")
     for index, guide in enumerate(chosen):
         for role, model in (("tuned", guide.tuned), ("untuned", guide.untuned)):
             if abs(model.config.vocab_size - policy.config.vocab_size) > LARGEST_PADDING:

@@ -1,8 +1,10 @@
 """A search over many prompts: into slots as they come free, out as they finish."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
@@ -58,9 +60,12 @@ def search(
     or a score is no finite number. Raises InputError for an empty prompt, token ids outside the
     vocabulary, a prompt that leaves no room for max_new_tokens in a model's positions, stop
     strings, scorers or on_chunk without decode, and a mesh that does not divide the slots or the
-    heads.
+    heads, for prompts that are no token ids, and for a policy or a guide that is none.
     """
     models = search_models(policy, guides)
+    prompts = _token_rows("prompts", prompts)
+    if guide_prompts is not None:
+        guide_prompts = [_token_rows("guide_prompts", own) for own in guide_prompts]
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
     ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
@@ -81,7 +86,7 @@ def search(
     failures: list[RowFailed] = []
     longest = [max(map(len, request.prompts)) for request in requests]
     # Even without prompts, what the settings lack is said.
-    for capacity, members in (buckets(longest) or {SMALLEST_BUCKET: []}).items():
+    for capacity, members in (buckets(longest, slots=slots) or {SMALLEST_BUCKET: []}).items():
         session = start_session(
             models,
             config,
@@ -116,6 +121,25 @@ def of_guides(
     if all(len(own) == 1 for own in prompts):
         return None
     return [own[1:] if len(own) > 1 else [own[0]] * (members - 1) for own in prompts]
+
+
+def _token_rows(name: str, rows: Any) -> list[tuple[int, ...]]:
+    """Rows of token ids as tuples; InputError for a text, a mapping, one flat row and the like."""
+    taken = f"{name} are a list of token ids for each prompt, as text.prompts.encode_prompt gives"
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise InputError(f"{taken}; not {_kind(rows)}")
+    found = []
+    for row in rows:
+        ids = np.asarray(row)  # of text and of mappings an array without axes
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise InputError(f"{taken}; not a list that holds {_kind(row)}")
+        found.append(tuple(ids.tolist()))
+    return found
+
+
+def _kind(value: Any) -> str:
+    told = repr(value)
+    return f"{type(value).__name__} {told if len(told) <= 40 else told[:39] + '…'}"
 
 
 def _of_members(

@@ -15,9 +15,18 @@ def bucket(length: int) -> int:
     return power_of_two(length - 1, SMALLEST_BUCKET)
 
 
-def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """Indices of the prompts by the prefix capacity they need; a program is compiled for each."""
+def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
+    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+
+    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    """
     grouped: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         grouped.setdefault(bucket(length), []).append(index)
-    return dict(sorted(grouped.items()))
+    joined: dict[int, list[int]] = {}
+    few: list[int] = []
+    for capacity, members in sorted(grouped.items()):
+        few = sorted(few + members)
+        if len(few) >= slots or capacity == max(grouped):
+            joined[capacity], few = few, []
+    return joined

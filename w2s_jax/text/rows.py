@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.atomic import write_whole
 
 Row = dict[str, Any]
@@ -75,6 +75,7 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> bytes:
+    check_fetched(path)
     try:
         return _decompress(path, path.read_bytes()).removeprefix(codecs.BOM_UTF8)
     except OSError as error:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, no_type_check
 
 TEMPLATE_SECONDS = 5.0
 """What a chat template may take; those of models take milliseconds."""
@@ -34,6 +34,7 @@ def within(seconds: float) -> Iterator[None]:
     """
     end = time.thread_time() + seconds
 
+    @no_type_check  # it is called for every line
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if time.thread_time() > end:
             raise TimeUp(f"it takes longer than {seconds:g} seconds")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,9 +40,11 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
         return load_tokenizer(_base(directory))
     try:
         tokenizer = _load(directory)
-    except InputError:
-        raise
     except Exception as error:  # the parsers of tokenizers raise bare Exception
+        for path in sorted(file for pattern in _PATTERNS for file in directory.glob(pattern)):
+            check_fetched(path)
+        if isinstance(error, InputError):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -97,7 +99,7 @@ def _base(directory: Path) -> str:
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     holds = {path.name for path in directory.iterdir()}
     options = {}
@@ -108,14 +110,24 @@ def _load(directory: Path) -> "PreTrainedTokenizerBase":
         # encodes as "leading". This class keeps to the file, whatever class the config names.
         return PreTrainedTokenizerFast.from_pretrained(str(directory))
     if {"vocab.json", "merges.txt"} <= holds:
-        named = AutoTokenizer if "tokenizer_class" in options else GPT2Tokenizer
-        return named.from_pretrained(str(directory), trust_remote_code=False)
+        return _load_bpe(directory, options)
     if "tokenizer.model" in holds:
         return _load_spm(directory, options)
     raise InputError(
         f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
         "tokenizer.model"
     )
+
+
+def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    """By AutoTokenizer only where a class is to be found: it imports torch where there is one."""
+    if options.get("tokenizer_class", "GPT2Tokenizer") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        from transformers import GPT2Tokenizer
+
+        return GPT2Tokenizer.from_pretrained(str(directory))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
 
 
 def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
