@@ -1,5 +1,6 @@
 """Guides of other vocabularies: every score is that of a plain encoding of the whole text."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from w2s_jax.text.chat import Conversation, Message, load_template
 from w2s_jax.text.prompts import decode_tokens, encode_prompt
 
 PROMPTS = ("The film", "Émigré naïve – 日本", "A line\n  then", "", " x", "don", "🎬🎬 wow")
-PADDED = 256
+PADDED = 128
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def tokenizers(shared_data, tmp_path_factory):
 
 def model_of(seed, tokenizer, **fields):
     size = {"vocab_size": len(tokenizer), "eos_ids": (tokenizer.eos_token_id,)}
-    return tiny_model(seed, layers=1, max_positions=PADDED, **(size | fields))
+    return tiny_model(seed, layers=1, max_positions=256, **(size | fields))
 
 
 def plain_logprob(member, candidate):
@@ -39,9 +40,13 @@ def plain_logprob(member, candidate):
         common += 1
     padded = np.zeros((1, PADDED), np.int32)
     padded[0, : len(tokens)] = tokens
-    logits = np.asarray(member.model(padded)[0])
-    logprobs = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    return sum(logprobs[i - 1, tokens[i]] for i in range(max(common, 1), len(tokens)))
+    start = max(common, 1)
+    logits = np.asarray(_read(member.model, padded)[0, start - 1 : len(tokens) - 1], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return sum(row[token] for row, token in zip(logprobs, tokens[start:], strict=True))
+
+
+_read = jax.jit(lambda model, tokens: model(tokens))
 
 
 @pytest.mark.parametrize(

@@ -109,37 +109,39 @@ def test_killed_again_and_again_every_logged_number_is_that_of_the_whole_run(run
 
 MESHES = """
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-mesh = Mesh(np.array(jax.devices()), ("data",))
-assert len(jax.devices()) == {devices}
-
-def shard(x):
-    wide = x.ndim == 2 and x.shape[-1] % 8 == 0
-    spec = PartitionSpec(None, "data") if wide else PartitionSpec()
-    return jax.device_put(x, NamedSharding(mesh, spec))
 
 class Stop(Exception):
     pass
 
-def batches(i):
-    if i == {until}:
-        raise Stop
-    return jax.device_put(batch_at(i), NamedSharding(mesh, PartitionSpec("data")))
+def part(folder, devices, until):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
 
-try:
-    state = run({folder!r}, batches, steps=30, shard=lambda state: jax.tree.map(shard, state),
-                log_every=1, save_every=5)
-    assert len(state.params["in"]["kernel"].sharding.device_set) == {devices}
-except Stop:
-    pass
+    def shard(x):
+        wide = x.ndim == 2 and x.shape[-1] % 8 == 0
+        spec = PartitionSpec(None, "data") if wide else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def batches(i):
+        if i == until:
+            raise Stop
+        return jax.device_put(batch_at(i), NamedSharding(mesh, PartitionSpec("data")))
+
+    try:
+        state = run(folder, batches, steps=30, shard=lambda state: jax.tree.map(shard, state),
+                    log_every=1, save_every=5)
+        assert len(state.params["in"]["kernel"].sharding.device_set) == devices
+    except Stop:
+        pass
+
+for arguments in PARTS:
+    part(*arguments)
 """
 
 
 def test_resumed_on_other_meshes_the_losses_are_those_of_one_device(run_python, tmp_path):
-    for folder, parts in {"one": [(1, -1)], "moved": [(1, 11), (8, 21), (2, -1)]}.items():
-        for devices, until in parts:
-            where = str(tmp_path / folder)
-            code = RUN + MESHES.format(devices=devices, until=until, folder=where)
-            run_python(code, devices=devices)
+    folders = {"one": [(1, -1)], "moved": [(1, 11), (8, 21), (2, -1)]}
+    parts = [(str(tmp_path / folder), *part) for folder, own in folders.items() for part in own]
+    run_python(f"{RUN}\nPARTS = {parts!r}\n{MESHES}", devices=8)
     one, moved = rows(tmp_path / "one"), rows(tmp_path / "moved")
     assert [row["step"] for row in moved] == [row["step"] for row in one]
     assert len([row for row in moved if "loss" in row]) == 30
