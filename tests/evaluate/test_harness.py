@@ -356,13 +356,16 @@ def test_repeats_of_a_context_draw_anew_and_alone():
     assert rows_of(["\ud800"])
 
 
-def test_the_class_is_registered_once_and_reads_lm_evals_argument_string(folders):
+def test_the_class_is_registered_once_and_reads_lm_evals_argument_string(folders, tmp_path):
     from lm_eval.api.registry import get_model
 
     assert register() is register() is get_model("w2s")
     text = f"policy={folders['policy']},method=sample,max_gen_toks=7,seed=3"
+    (tmp_path / "calm.jinja").write_text("{% if calm %}calm: {% endif %}{{ messages[0].content }}")
+    text += f',policy_template={tmp_path / "calm.jinja"},template_args={{"calm": true}}'
     model = get_model("w2s").create_from_arg_string(text, {"batch_size": "auto"})
     assert isinstance(model, HarnessModel)
+    assert model.apply_chat_template([{"role": "user", "content": "sea"}]) == "calm: sea"
     config = model.steered.config
     assert (config.max_new_tokens, config.seed, model.batch_size) == (7, 3, 8)
 
@@ -377,6 +380,7 @@ def test_the_class_is_registered_once_and_reads_lm_evals_argument_string(folders
         ({"batch_size": 0}, "batch_size is 0"),
         ({"top_p": 0}, "top_p is 0"),
         ({"policy": None}, "policy is missing"),
+        ({"template_args": "calm"}, "template_args: 'calm' is not JSON"),
         ({"policy_template": "chatt"}, "no template 'chatt', perhaps chat"),
     ],
 )

@@ -22,9 +22,8 @@ from w2s_jax.search.checkpoints import Sources, guide_sources
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.placing import read_places
 from w2s_jax.search.presets import preset
-from w2s_jax.text.chat import Conversation, Message
+from w2s_jax.text.chat import Conversation, Message, read_template_args
 from w2s_jax.text.prompts import encode_texts
-from w2s_jax.text.time_limit import apply_template
 
 NAME = "w2s"
 DEFAULT_TOKENS = 256
@@ -60,6 +59,7 @@ def steered_from(
     policy_template: str = "auto",
     guide_template: str = "auto",
     untuned_template: str | None = None,
+    template_args: str | Mapping[str, Any] = "{}",
     score_on: str = "auto",
     method: str = "sample",
     w: int = 4,
@@ -98,6 +98,11 @@ def steered_from(
             untuned_template=untuned_template or guide_template,
         ),
         policy_template=policy_template,
+        template_args=(
+            read_template_args(template_args, "template_args")
+            if isinstance(template_args, str)
+            else template_args
+        ),
         score_on=score_on,
         quantize=read_quantize(quantise_policy) if quantise_policy else None,
     )
@@ -243,26 +248,13 @@ class HarnessModel:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        jinja = self.steered.plan.templates["policy"].jinja
-        if jinja is None:
-            raise InputError(
-                "--policy-template: the tokenizer has no chat template; name one, or apply none"
-            )
-        try:
-            text = apply_template(
-                self.tokenizer,
-                chat_history,
-                chat_template=jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise InputError(f"--policy-template: the chat template fails: {reason}") from None
-        if add_generation_prompt:
-            turns = tuple(Message(turn["role"], turn["content"]) for turn in chat_history)
-            self._chats[text] = Conversation(messages=turns)
+        template = self.steered.plan.templates["policy"]
+        turns = tuple(Message(turn["role"], turn["content"]) for turn in chat_history)
+        if not add_generation_prompt:
+            return template.render_begun(turns)
+        conversation = Conversation(messages=turns)
+        text = template.render(conversation)
+        self._chats[text] = conversation
         return text
 
     def tok_encode(

@@ -285,6 +285,12 @@ class Template:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
         return self._apply(self.jinja, messages, tools, {}, opened=False)
 
+    def render_begun(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation whose last message goes on. Raises InputError as `render`."""
+        if self.jinja is None:
+            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
+        return self._apply(self.jinja, messages, (), {}, opened=False, continued=True)
+
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
         prompt = self.render(conversation)
@@ -349,6 +355,7 @@ class Template:
         args: Mapping[str, Any],
         *,
         opened: bool = True,
+        continued: bool = False,
     ) -> str:
         args = {**self.args, **args}
         named = signature(self.tokenizer.apply_chat_template).parameters
@@ -365,6 +372,7 @@ class Template:
                 chat_template=jinja,
                 tokenize=False,
                 add_generation_prompt=opened,
+                continue_final_message=continued,
                 **args,
             )
         except Exception as error:  # a template is a program, and may raise anything

@@ -4,6 +4,8 @@ The real step is compiled for abstract arguments, on the devices that are there.
 """
 
 import math
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ class Estimate:
     """Bytes on the fullest device; `limit` is what the device has to give, where it says so.
 
     working: gradients, activations and logits, all that the step needs beside its arguments.
+    process: on a CPU, whose memory it shares, what libraries and compiled programs take of it.
     """
 
     parameters: int
@@ -37,11 +40,13 @@ class Estimate:
     working: int
     devices: int
     limit: int | None = None
+    process: int = 0
 
     @property
     def total(self) -> int:
         """All of it together."""
-        return self.parameters + self.optimizer + self.frozen + self.batch + self.working
+        arguments = self.parameters + self.optimizer + self.frozen + self.batch
+        return arguments + self.working + self.process
 
 
 def estimate_step(
@@ -58,7 +63,8 @@ def estimate_step(
     """The memory of one step; params, batch and frozen hold arrays or `jax.ShapeDtypeStruct`s.
 
     What has a sharding is counted, and compiled, by its shards. Takes as long as the first step
-    takes to compile.
+    takes to compile. On a CPU this process's own memory, with the step compiled, is counted too;
+    call it where no model is loaded.
     """
     params, frozen, batch = (jax.tree.map(_abstract, tree) for tree in (params, frozen, batch))
     state = abstract_state(params, optimizer)
@@ -78,6 +84,7 @@ def estimate_step(
         + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
         devices=1 if mesh is None else mesh.size,
         limit=(device.memory_stats() or {}).get("bytes_limit"),
+        process=_process_bytes() if device.platform == "cpu" else 0,
     )
 
 
@@ -138,15 +145,31 @@ def abstract_batch(
 def report(console: Console, estimate: Estimate) -> None:
     """Print the estimate as a table, in GiB for each device."""
     table = Table("on each device", "GiB")
-    for name in ("parameters", "optimizer", "frozen", "batch", "working", "total"):
-        label = "gradients and activations" if name == "working" else name
-        table.add_row(
-            label, f"{getattr(estimate, name) / 2**30:.2f}", end_section=name == "working"
-        )
+    labels = {
+        "parameters": "parameters",
+        "optimizer": "optimizer",
+        "frozen": "frozen",
+        "batch": "batch",
+        "working": "gradients and activations",
+        "process": "libraries and programs",
+        "total": "total",
+    }
+    if not estimate.process:
+        del labels["process"]
+    for name, label in labels.items():
+        if name == "total":
+            table.add_section()
+        table.add_row(label, f"{getattr(estimate, name) / 2**30:.2f}")
     console.print(table)
     if estimate.limit is not None:
         fits = "fits" if estimate.total <= estimate.limit else "does not fit"
         console.print(f"{fits}: a device has {estimate.limit / 2**30:.2f} GiB")
+
+
+def _process_bytes() -> int:
+    """The most memory that this process held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
