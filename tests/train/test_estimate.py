@@ -1,11 +1,15 @@
 """Estimates against what real arrays and the compiled step take."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from tests.cli.test_search import tiny
 from tests.tiny import tiny_config, tiny_model
+from w2s_jax.text.rows import write_jsonl
 from w2s_jax.train.estimate import (
     abstract_batch,
     abstract_on_mesh,
@@ -107,3 +111,32 @@ assert four.batch == one.batch / 4
 
 def test_a_mesh_divides_parameters_optimizer_and_batch(run_python):
     run_python(SHARDED, devices=4)
+
+
+COMMAND = """
+import resource
+from w2s_jax.cli.main import main
+assert main(WORDS) == 0
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("sft",), ("dpo", "--lora-rank", "8")])
+def test_on_a_cpu_the_total_is_the_peak_of_the_process(run_python, tmp_path, words):
+    """Both in GiB, within a tenth, for a step whose arrays are as large as XLA and the rest."""
+    shape = {"width": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 64}
+    shape |= {"mlp_width": 1024, "vocab_size": 8192, "max_positions": 256}
+    model = tiny(tmp_path / "base", 0, **shape)
+    # Longer than --max-length, for which the estimate is made.
+    rows = [{"prompt": "a film", "chosen": " of the sea" * 150, "rejected": " a film" * 150}] * 8
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    files = ["--model", model, "--data", str(tmp_path / "rows.jsonl")]
+    files += ["--output", str(tmp_path / "run")]
+    sizes = ["--batch-size", "8", "--max-length", "256", "--max-steps", "1"]
+    run = [words[0], *files, *sizes, *words[1:]]
+    told = run_python(f"WORDS = {[*run, '--estimate']!r}\n{COMMAND}")
+    total = float(re.search(r"total\W+([\d.]+)", told)[1])
+    peak = float(run_python(f"WORDS = {run!r}\n{COMMAND}").split("peak")[-1])
+    assert peak > 0.8, "arrays are the larger part"
+    assert total == pytest.approx(peak, rel=0.1)
