@@ -165,6 +165,34 @@ def test_adapters_are_trained_beside_their_base_and_loaded_with_it(
     assert load_model(tmp_path / "half").dtype == "bfloat16"
 
 
+def test_an_adapter_is_trained_further_beside_its_base(model, pairs, tmp_path, capsys):
+    assert run("sft", model, pairs, tmp_path / "first", "--lora-rank=2", "--max-steps=2") == 0
+    first = tmp_path / "first" / "model"
+    flags = ("--continue-adapter", "--max-steps=2")
+    assert run("dpo", first, pairs, tmp_path / "kept", *flags) == 0
+    assert run("dpo", first, pairs, tmp_path / "live", *flags, "--reference-logprobs=live") == 0
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("kept", "live")]
+    # The reference is the adapter as it was, not its base.
+    assert losses[0][0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses[0][1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-6)
+    adapter = tmp_path / "kept" / "model"
+    one, other = (json.loads((x / "adapter_config.json").read_text()) for x in (first, adapter))
+    assert other == one
+    tokens = np.arange(10)[None]
+    before, after = (load_adapted(folder)(tokens) for folder in (first, adapter))
+    assert np.abs(after - before).max() > 1e-3
+    assert main(["convert", str(tmp_path / "kept"), str(tmp_path / "whole")]) == 0
+    np.testing.assert_allclose(load_model(tmp_path / "whole")(tokens), after, atol=1e-5)
+    capsys.readouterr()
+    for wrong, told in (
+        (("sft", model, pairs, tmp_path / "x", "--continue-adapter"), "is no adapter"),
+        (("sft", first, pairs, tmp_path / "x", *flags, "--lora-rank=2"), "leave out --lora-rank"),
+    ):
+        assert run(*wrong) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_reference_log_probs_are_kept_and_equal_live_ones(model, pairs, tmp_path):
     cache = f"--cache={tmp_path / 'cache'}"
     assert run("dpo", model, pairs, tmp_path / "kept", cache) == 0

@@ -136,7 +136,7 @@ class DPO(Training):
         from w2s_jax.train.objectives import REFERENCE, TUNED, UNTUNED
 
         held = super().frozen(setup, model)
-        if self.reference_is_live and self.reference:
+        if self.reference_is_live and (self.reference or self.continue_adapter):
             held[REFERENCE] = self.reference_model(setup, model)
         elif self.reference_is_live and not held:
             # The arrays of a model that is trained are given up in the first step.
@@ -154,7 +154,7 @@ class DPO(Training):
 
         held = super().frozen_configs(setup)
         folders = self.frozen_folders()
-        if self.reference_is_live and (self.reference or not held):
+        if self.reference_is_live and (self.reference or self.continue_adapter or not held):
             held[REFERENCE] = setup.config
         return held | {
             role: load_config(folder)
@@ -203,9 +203,12 @@ class DPO(Training):
 
     def reference_model(self, setup: Setup, model: "Model") -> "Model":
         """The reference in the dtype that is computed in: --reference, or the model as it is."""
+        from w2s_jax.models.lora_huggingface import load_adapted
         from w2s_jax.models.model import Model
         from w2s_jax.train.step import cast
 
+        if self.reference is None and self.continue_adapter:
+            return load_adapted(setup.checkpoint, model, merged=False, mesh=setup.mesh)
         if self.reference is None:
             return Model(model.config, cast(model.params, self.compute_dtype))
         return self.other_model(setup, self.reference, "reference")

@@ -91,13 +91,15 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
         from w2s_jax.exchange import agree, check_shared
+        from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.plan.here import name_of
         from w2s_jax.text.atomic import write_whole
         from w2s_jax.text.journal import held
         from w2s_jax.train.export import Record, write_record
         from w2s_jax.train.placing import check_batch
         from w2s_jax.train.records import METRICS
-        from w2s_jax.train.run import fine_tune, number_of_steps, trainable
+        from w2s_jax.train.reference import weights_identity
+        from w2s_jax.train.run import fine_tune, number_of_steps
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         setup = self.prepare()
@@ -116,12 +118,14 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         agree("run", self.alike(data, held_out))
         model = self.load(setup)
         task = self.task(setup, model, data, held_out)
-        params = trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
+        params = self.start(setup, model)
         identity = self.identity(setup, task)
         agree("run", identity)
         if is_first():
             write_whole(setup.directory / MESH, [name_of(setup.mesh).encode(), b"\n"])
             weights = None if self.from_scratch else str(identity["model"])
+            if self.continue_adapter:
+                weights = weights_identity(base_folder(setup.checkpoint))
             write_record(setup.directory, Record(self.base_name, weights, setup.policy.lora))
         state = fine_tune(
             task,
@@ -186,6 +190,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
         from w2s_jax.models.huggingface import is_adapter, load_config, locate
+        from w2s_jax.models.lora_huggingface import load_factors
         from w2s_jax.ops.sharding import Placement
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
@@ -202,9 +207,11 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         config = load_config(checkpoint)
         if lora is not None and is_adapter(checkpoint):
             raise InputError(
-                f"--model {self.model} is an adapter itself; merge it first: "
-                f"w2s convert {self.model} TARGET"
+                f"--model {self.model} is an adapter itself; train it further with "
+                f"--continue-adapter, or merge it first: w2s convert {self.model} TARGET"
             )
+        if self.continue_adapter:
+            lora = replace(load_factors(checkpoint, config)[0], dropout=self.lora_dropout)
         if lora is not None and lora.rank > config.width:
             raise InputError(
                 f"--lora-rank {lora.rank} is more than the width {config.width} of {self.model}, "
@@ -351,9 +358,18 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             model = init_model(setup.config, key, scan_layers=self.scan_layers)
             return model if setup.mesh is None else shard_model(model, setup.mesh)
         dtype = "float32" if setup.policy.lora is None else self.compute_dtype
-        return load_model(
-            setup.checkpoint, dtype=dtype, mesh=setup.mesh, scan_layers=self.scan_layers
-        )
+        place = self.base_name if self.continue_adapter else setup.checkpoint
+        return load_model(place, dtype=dtype, mesh=setup.mesh, scan_layers=self.scan_layers)
+
+    def start(self, setup: Setup, model: "Model") -> Any:
+        """What is trained as it is before the first step."""
+        from w2s_jax.models.lora_huggingface import load_factors
+        from w2s_jax.train.run import trainable
+
+        if not self.continue_adapter:
+            return trainable(setup.policy, model, seed=self.seed, mesh=setup.mesh)
+        options: dict[str, Any] = {"mesh": setup.mesh, "scan_layers": self.scan_layers}
+        return load_factors(setup.checkpoint, setup.config, **options)[1]
 
     @property
     def compute_dtype(self) -> str:
@@ -474,8 +490,11 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     @property
     def base_name(self) -> str:
         """How an adapter names its base: a hub id, or the folder's full path."""
-        folder = Path(str(self.model)).expanduser()
-        return str(folder.resolve() if folder.is_dir() else self.model)
+        from w2s_jax.models.lora_huggingface import base_of
+
+        name = base_of(str(self.model)) if self.continue_adapter else str(self.model)
+        folder = Path(name).expanduser()
+        return str(folder.resolve() if folder.is_dir() else name)
 
     def save(self, setup: Setup, task: "Task", state: "TrainState") -> None:
         """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""

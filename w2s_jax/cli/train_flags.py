@@ -126,6 +126,9 @@ class LoraFlags:
     """Projections with an adapter, by default all seven: query key value out gate up down."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    continue_adapter: bool = False
+    """Train the adapter that --model is further, beside its base; without this an adapter is merged
+    and all weights are trained."""
 
     def lora(self) -> "LoraConfig | None":
         """The adapters' config; InputError for options without effect or out of range."""
@@ -134,7 +137,7 @@ class LoraFlags:
         if self.lora_rank == 0:
             used = {
                 "--lora-alpha": self.lora_alpha,
-                "--lora-dropout": self.lora_dropout,
+                "--lora-dropout": self.lora_dropout and not self.continue_adapter,
                 "--lora-targets": self.lora_targets,
                 "--rslora": self.rslora,
             }
@@ -142,6 +145,10 @@ class LoraFlags:
                 if value:
                     raise InputError(f"{flag} has no effect without --lora-rank")
             return None
+        if self.continue_adapter:
+            raise InputError(
+                "--continue-adapter takes the adapter's own rank; leave out --lora-rank"
+            )
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
         options = {"targets": self.lora_targets} if self.lora_targets else {}
         return LoraConfig(

@@ -245,6 +245,32 @@ def load_adapter(
     return lora, adapter if mesh is None else shard_adapter(config, adapter, mesh, rules)
 
 
+def load_factors(
+    path_or_hub_id: str | Path,
+    config: ModelConfig,
+    *,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """An adapter in float32 that is to be trained further beside its base, of this config.
+
+    Raises InputError as `load_adapter` does, for what is no adapter, and for one that holds whole
+    parameters, which are not trained beside a base.
+    """
+    directory = locate(path_or_hub_id)
+    if not is_adapter(directory):
+        raise InputError(f"{directory} is no adapter: it holds no {ADAPTER_CONFIG}")
+    lora, adapter = load_adapter(directory, config, mesh=mesh, scan_layers=scan_layers)
+    leaves = flatten_dict(adapter, sep="/")
+    whole = sorted(path for path in leaves if path.split("/")[-1] not in FACTORS)
+    if whole:
+        raise InputError(
+            f"{directory}: {whole[0]} is a whole parameter, which is not trained beside a base; "
+            f"merge the adapter: w2s convert {directory} TARGET"
+        )
+    return lora, adapter
+
+
 def _open(directory: Path) -> Tensors:
     if (directory / ADAPTER).is_file():
         return open_file(directory / ADAPTER)
