@@ -79,7 +79,7 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
 ):
     assert run("sft", model, pairs, tmp_path / "untuned", "--save-dtype=bfloat16") == 0
     untuned = tmp_path / "untuned" / "model"
-    assert load_model(untuned).dtype == "bfloat16"
+    assert load_model(untuned, dtype="stored").dtype == "bfloat16"
     assert "--save-dtype bfloat16 loses " in capsys.readouterr().out
     # So small a change that bfloat16 would lose most of it.
     flags = ("--max-steps=10", "--learning-rate=1e-5", "--eval-every=5", "--save-every=5")
@@ -162,7 +162,7 @@ def test_adapters_are_trained_beside_their_base_and_loaded_with_it(
         assert found == pytest.approx(held_out["eval/rewards/margins"], abs=1e-5)
     assert main(["convert", str(adapter), str(tmp_path / "half"), "--dtype=bfloat16"]) == 0
     assert "--dtype bfloat16 loses " in capsys.readouterr().out
-    assert load_model(tmp_path / "half").dtype == "bfloat16"
+    assert load_model(tmp_path / "half", dtype="stored").dtype == "bfloat16"
 
 
 def test_an_adapter_is_trained_further_beside_its_base(model, pairs, tmp_path, capsys):
