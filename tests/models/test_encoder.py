@@ -55,7 +55,7 @@ def test_bfloat16_is_kept_on_disk(classifier, tmp_path):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), classifier)
     save_classifier(half, tmp_path / "gold")
     assert json.loads((tmp_path / "gold" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    loaded = load_classifier(tmp_path / "gold")
+    loaded = load_classifier(tmp_path / "gold", dtype="stored")
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(loaded.params))
     wide = load_classifier(tmp_path / "gold", dtype=jnp.float32)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(wide.params))

@@ -86,7 +86,7 @@ def test_bfloat16_weights_arrive_bit_for_bit(tmp_path):
 
     model = build("qwen3").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
+    ours = load_model(tmp_path, dtype="stored")
     assert ours.dtype == jnp.bfloat16
     theirs = model.model.embed_tokens.weight.detach().view(torch.int16).numpy()
     np.testing.assert_array_equal(

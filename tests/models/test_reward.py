@@ -127,12 +127,12 @@ def test_a_head_with_a_bias_keeps_it(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_reward_model(tmp_path).head, model.head)
 
 
-def test_the_dtype_is_the_stored_one_unless_told(tmp_path):
+def test_on_a_cpu_the_dtype_is_float32_unless_told(tmp_path):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_reward_model())
     save_reward_model(half, tmp_path)
-    kept, wide = load_reward_model(tmp_path), load_reward_model(tmp_path, dtype="float32")
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+    for dtype, expected in ((None, "float32"), ("stored", "bfloat16"), ("float16", "float16")):
+        loaded = load_reward_model(tmp_path, dtype=dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(expected)}
 
 
 def test_an_encoder_classifier_loads_as_one(tmp_path):
