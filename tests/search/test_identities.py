@@ -10,7 +10,6 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
-from w2s_jax.search.selectors import KeepAll
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(1)
@@ -131,9 +130,3 @@ def test_a_finished_hypothesis_is_kept_once_and_with_the_quirks_fills_the_beam(p
 
     assert copies(quirks=False) == 0
     assert copies(quirks=True) > 0
-
-
-def test_keep_all_needs_one_successor(policy, guide):
-    config = cbs(2, 2, 3, max_new_tokens=3, selector=KeepAll())
-    with pytest.raises(ValueError, match="one successor"):
-        search(policy, guide, PROMPTS[:1], config)
