@@ -133,7 +133,7 @@ def test_rows_without_a_target_have_zeros_and_a_gradient_of_zero():
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
 
 
-WIDE = {"vocab_size": 4096, "tied_embeddings": True}
+WIDE = {"layers": 1, "vocab_size": 4096, "tied_embeddings": True}
 ROWS, LENGTH = 8, 128
 
 
