@@ -105,8 +105,8 @@ FAULTS = (
     Fault(
         "search-dropped-beta",
         "w2s_jax/search/proposers.py",
-        "mixed = mixed + beta * guide.weight * (tuned - untuned)",
-        "mixed = mixed + guide.weight * (tuned - untuned)",
+        "steer = jnp.where(jnp.isfinite(ratio), beta * guide.weight * ratio, -jnp.inf)",
+        "steer = jnp.where(jnp.isfinite(ratio), guide.weight * ratio, -jnp.inf)",
         "emulated fine-tuning is at its full strength whatever β is",
         ("tests/search/test_guidance.py",),
     ),

@@ -244,7 +244,7 @@ from w2s_jax.ops.meshes import make_mesh
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
 for scan_layers in (False, True):
-    model = tiny_model(1, scan_layers=scan_layers, vocab_size=24)
+    model = tiny_model(1, layers=1, scan_layers=scan_layers, vocab_size=24)
     adapter = adapted(model, scan_layers=scan_layers)
     expected = Model(model.config, attach(model.params, adapter, LORA))(TOKENS)
     split, base = shard_adapter(model.config, adapter, mesh), shard_model(model, mesh)

@@ -91,11 +91,18 @@ PACKED = jnp.asarray(
     [np.repeat([[1, 2, 3, 0]], [100, 90, 50, 16], axis=1), [[1] * 130 + [2] * 126]]
 )
 PACKED = PACKED.reshape(1, 2, LENGTH)
+CAPPED = "grouped, soft-cap, a window of more than there is"
 CASES = {
-    "grouped, soft-cap": ({"heads": 4, "kv_heads": 2}, Reach(), 2.0),
-    "a window of more than there is": ({}, Reach((4096,)), None),
-    "one of two windows": ({}, Reach((30, None), jnp.int32(0)), None),
-    "padding": ({}, Reach(text=padded(70, -130)), None),
+    CAPPED: (
+        {"heads": 4, "kv_heads": 2},
+        Reach((4096,)),
+        2.0,
+    ),
+    "one of two windows, padding": (
+        {},
+        Reach((30, None), jnp.int32(0), text=padded(70, -130)),
+        None,
+    ),
     "packed documents": ({}, Reach((90,), segments=PACKED), None),
     "a length that no block divides": (
         {"length": 200},
@@ -115,7 +122,7 @@ def test_splash_attention_interpreted(case):
     check(kernel, arrays(**shapes), reach, softcap)
 
 
-@pytest.mark.parametrize("case", ["one of two windows", "padding"])
+@pytest.mark.parametrize("case", ["one of two windows, padding"])
 def test_the_mathematics_of_cudnn(case):
     shapes, reach, _ = CASES[case]
 
@@ -125,7 +132,7 @@ def test_the_mathematics_of_cudnn(case):
     check(kernel, arrays(**shapes), reach)
 
 
-@pytest.mark.parametrize("case", ["grouped, soft-cap", "packed documents"])
+@pytest.mark.parametrize("case", [CAPPED, "packed documents"])
 def test_without_a_kernel(case):
     shapes, reach, softcap = CASES[case]
 
@@ -152,7 +159,7 @@ def lowered(attend, reach, platform, **shapes):
     return step.trace(*given).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("case", ["one of two windows", "packed documents"])
+@pytest.mark.parametrize("case", ["one of two windows, padding", "packed documents"])
 def test_a_program_for_tpus_has_the_kernel_and_no_scores(case):
     shapes, reach, softcap = CASES[case]
 

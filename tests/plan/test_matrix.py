@@ -63,7 +63,8 @@ def test_small_slices_are_passed_over_and_said_so():
     assert row.as_row()["plan"]["mesh"] == row.plan.mesh
 
 
-def test_a_slice_is_refused_by_the_mesh_that_needs_least():
+def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
+    monkeypatch.setattr("w2s_jax.plan.trials.topologies", lambda family: ["v6e:2x4"])
     cell = Cell("v6e", "70B", "sft", "full")
     row = plan_cell(cell, trying(Compiler()))
     # 12 bytes of 70.6e9 parameters over eight chips; split over the four of tensor=4, twice that.
@@ -73,15 +74,16 @@ def test_a_slice_is_refused_by_the_mesh_that_needs_least():
     assert f": holds {least:.1f} GiB" in dict(row.refused)["v6e:2x4"]
 
 
-def test_a_cell_that_fits_no_slice():
+def test_a_cell_that_fits_no_slice(monkeypatch):
+    monkeypatch.setattr("w2s_jax.plan.trials.topologies", lambda family: ["v6e:1x1", "v6e:2x4"])
     row = plan_cell(Cell("v6e", "8B", "dpo", "full"), trying(Compiler(beside=1000)))
     assert row.plan is None
-    assert len(row.refused) == 1 + 2 * 7
+    assert len(row.refused) == 1 + 2
     assert "takes 10" in row.refused[-1][1]
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
-    order, asked = cells(), cells("v5e,8B,sft,dpo")
+    order, asked = cells(), cells("v5e,8B,sft,dpo,lora")
     table, figures = tmp_path / "plans.md", tmp_path / "plans.json"
 
     def run(compiler, count):
@@ -91,9 +93,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         return [cell.name for cell in lacking], failed
 
     names = [cell.name for cell in asked]
-    assert run(Compiler(), 2) == (names, [])
+    assert run(Compiler(), 1) == (names, [])
     first = table.read_text()
-    assert run(Compiler(), 9) == (names[2:], [])
+    assert run(Compiler(), 9) == (names[1:], [])
     whole = table.read_text()
     assert run(Compiler(), 9) == ([], [])
     assert table.read_text() == whole

@@ -1,19 +1,20 @@
 """Identities of DESIGN that hold for every search, on tiny random models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tests.search.oracle import next_logprobs
+from tests.search.oracle import Oracle, assert_found, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
-from w2s_jax.search.selectors import KeepAll
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(1)
 PROMPTS = [RNG.integers(4, VOCAB, size).tolist() for size in (3, 7, 1, 12, 5)]
-BEAM = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=5)
+BEAM = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=2)
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +94,33 @@ def test_greedy_search_follows_the_argmax(policy, guide):
 
 def test_order_batch_and_slots_change_nothing(policy, guide):
     ids = list(range(5))
-    config = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=2)
-    together = search(policy, guide, PROMPTS, config, row_ids=ids)
+    together = search(policy, guide, PROMPTS, BEAM, row_ids=ids)
     order = [3, 0, 4, 2, 1]
-    shuffled = search(policy, guide, [PROMPTS[i] for i in order], config, row_ids=order)
+    shuffled = search(policy, guide, [PROMPTS[i] for i in order], BEAM, row_ids=order)
     assert [r.row_id for r in shuffled] == order
     back = sorted(shuffled, key=lambda result: result.row_id)
     assert tokens_of(back) == tokens_of(together)
     # The same program on the same rows gives the same bits, wherever in the batch they stood.
     np.testing.assert_array_equal(scores_of(back), scores_of(together))
-    alone = [search(policy, guide, [PROMPTS[i]], config, row_ids=[i])[0] for i in ids]
+    alone = [search(policy, guide, [PROMPTS[i]], BEAM, row_ids=[i])[0] for i in ids]
     assert tokens_of(alone) == tokens_of(together)
     np.testing.assert_array_equal(scores_of(alone), scores_of(together))
 
 
 def test_stacked_layers_search_the_same(guide):
-    results = [
-        search(tiny_model(0, scan_layers=scan, sliding_windows=(4, None)), guide, PROMPTS, BEAM)
-        for scan in (False, True)
-    ]
-    assert tokens_of(results[1]) == tokens_of(results[0])
-    np.testing.assert_allclose(scores_of(results[1]), scores_of(results[0]), atol=1e-4)
+    """As brute force does with the layers one by one."""
+    apart, stacked = (
+        tiny_model(0, scan_layers=scan, sliding_windows=(4, None)) for scan in (False, True)
+    )
+    results = search(stacked, guide, PROMPTS[:3], BEAM)
+    assert_found(Oracle(apart, [guide], BEAM, EOS), PROMPTS[:3], results)
 
 
 def test_a_finished_hypothesis_is_kept_once_and_with_the_quirks_fills_the_beam(policy, guide):
     prompts = [[4 + i] for i in range(8)]
 
     def copies(quirks):
-        config = cbs(3, 2, 2, max_new_tokens=12, sampling=PLAIN, reference_quirks=quirks)
+        config = replace(BEAM, reference_quirks=quirks)
         kept = [
             [h.tokens for h in result.hypotheses if h.finished]
             for result in search(policy, guide, prompts, config)
@@ -130,9 +130,3 @@ def test_a_finished_hypothesis_is_kept_once_and_with_the_quirks_fills_the_beam(p
 
     assert copies(quirks=False) == 0
     assert copies(quirks=True) > 0
-
-
-def test_keep_all_needs_one_successor(policy, guide):
-    config = cbs(2, 2, 3, max_new_tokens=3, selector=KeepAll())
-    with pytest.raises(ValueError, match="one successor"):
-        search(policy, guide, PROMPTS[:1], config)

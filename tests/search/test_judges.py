@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -138,22 +139,27 @@ def decoder_judge(tokenizer):
     return RewardScorer(model, template, weight=2.0), plain
 
 
+# A program: its operations one by one would each be compiled.
+classify = jax.jit(lambda model, *batch: model(*batch))
+
+
 def encoder_judge(tokenizer):
     size = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 24, "max_positions": 16}
-    model = init_classifier(EncoderConfig(len(tokenizer), **size), jax.random.key(0))
-    model = Classifier(model.config, jax.tree.map(lambda x: 8 * x, model.params))
+    draw = jax.jit(partial(init_classifier, EncoderConfig(len(tokenizer), **size)))
+    model = draw(jax.random.key(0))
+    model = Classifier(model.config, jax.tree.map(lambda x: 8 * np.asarray(x), model.params))
     template = load_template(tokenizer, "auto", where="test")
 
     def plain(conversation, response, finished):
         tokens = tokenizer(conversation.text + response).input_ids[:16]
-        logits = model(padded(tokens, 16), np.arange(16)[None] < len(tokens))[0]
+        logits = classify(model, padded(tokens, 16), np.arange(16)[None] < len(tokens))[0]
         return float(logits[1] - logits[0])
 
     return RewardScorer(model, template, weight=2.0), plain
 
 
 def without_numbers(params):
-    return jax.tree.map(lambda leaf: leaf * np.nan, params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
 
 
 def test_rows_name_the_judge_whose_logits_are_no_numbers(policy, tokenizers):

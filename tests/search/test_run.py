@@ -64,22 +64,26 @@ def test_no_prompts_no_results(policy):
     assert search(policy, None, [], sample(max_new_tokens=2)) == []
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_stop_string_ends_the_response_before_it(policy, guide, length):
+def test_a_stop_string_ends_the_response_before_it(policy, guide):
+    """Across two chunks, as of the first response, and within one, as of the last."""
     prompts = [[4 + i, 9] for i in range(4)]
-    config = cbs(1, 1, length, max_new_tokens=10, sampling=PLAIN)
+    config = cbs(1, 1, 2, max_new_tokens=10, sampling=PLAIN)
     free = search(policy, guide, prompts, config)
-    text = decode(free[0].best.tokens)
-    stop = text[3:5]
-    stopped = search(policy, guide, prompts, replace(config, stop=(stop,)), decode=decode)
+    text, last = (decode(result.best.tokens) for result in (free[0], free[-1]))
+    stops = (text[3:5], last[4:6])
+    assert text.find(stops[0]) == 3, "change the seed"
+    assert stops[1] not in text, "change the seed"
+    assert last.find(stops[1]) == 4, "change the seed"
+    assert stops[0] not in last, "change the seed"
+    stopped = search(policy, guide, prompts, replace(config, stop=stops), decode=decode)
     for before, after in zip(free, stopped, strict=True):
-        kept = cut(decode(before.best.tokens), (stop,))
+        kept = cut(decode(before.best.tokens), stops)
         expected = decode(before.best.tokens) if kept is None else kept
         assert decode(after.best.tokens) == expected
         assert after.best.finished == (kept is not None or before.best.finished)
     # The score counts the kept tokens only.
     best = stopped[0].best
-    assert len(best.tokens) == text.find(stop)
+    assert len(best.tokens) == 3
     score = 0.0
     for place, token in enumerate(best.tokens):
         before = [*prompts[0], *best.tokens[:place]]
@@ -251,13 +255,13 @@ def test_guides_may_exclude_tokens_from_a_mixture():
         assert jnp.isnan(token_logprobs(bad, jnp.array([[3]])))
 
 
-def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy, guide):
+def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy):
     prompts = [[4 + i] for i in range(6)]
-    config = cbs(1, 1, 3, max_new_tokens=12, sampling=PLAIN, eos_ids=())
-    free = search(policy, guide, prompts, config)
+    config = sample(max_new_tokens=12, sampling=PLAIN, chunk_length=3, eos_ids=())
+    free = search(policy, None, prompts, config)
     ends = {free[0].best.tokens[3], free[1].best.tokens[5]}
     several = replace(config, eos_ids=tuple(ends))
-    for whole, cut_off in zip(free, search(policy, guide, prompts, several), strict=True):
+    for whole, cut_off in zip(free, search(policy, None, prompts, several), strict=True):
         places = [i for i, token in enumerate(whole.best.tokens) if token in ends]
         length = places[0] + 1 if places else 12
         assert cut_off.best.tokens == whole.best.tokens[:length]

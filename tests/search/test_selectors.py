@@ -169,6 +169,8 @@ def test_keep_all_keeps_rows_in_place_and_ended_hypotheses_as_they_are():
     alive = jnp.asarray(np.concatenate([~ended, ended], axis=1))
     candidates = Candidates(jnp.zeros((2, 6, 1)), alive)
     assert KeepAll().select(candidates, 3, 1).tolist() == [[0, 4, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="one successor"):
+        KeepAll().select(candidates, 3, 2)
 
 
 @pytest.mark.parametrize(

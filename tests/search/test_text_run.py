@@ -178,7 +178,7 @@ SIZES = {
 }
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(**SIZES)
 def test_search_texts_equals_brute_force(sizes, l, limit, seed, quirks, stop, scorers):  # noqa: E741
     w, k, slots = sizes
@@ -194,7 +194,7 @@ def test_search_texts_equals_brute_force(sizes, l, limit, seed, quirks, stop, sc
         assert all(sum(h.objectives) == h.score for h in result.hypotheses)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     sizes=st.sampled_from([(1, 2), (3, 3), (5, 4)]),
     **{name: SIZES[name] for name in ("limit", "seed", "quirks", "stop")},
@@ -244,7 +244,7 @@ def test_samples_are_scored_when_they_end_and_not_before():
     assert sorted(calls) == sorted(ended)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(order=st.permutations(range(len(PROMPTS))), slots=st.sampled_from([1, 2, 5, 8]))
 def test_order_and_company_of_prompts_change_nothing(order, slots):
     config = cbs(2, 3, 3, max_new_tokens=9, slots=slots)
@@ -568,7 +568,8 @@ ON_DEVICE = {
 }
 
 
-@pytest.mark.parametrize("name", ON_DEVICE)
+# Quirks: on the device in test_oracle.py, of texts above.
+@pytest.mark.parametrize("name", ["beam", pytest.param("quirks", marks=pytest.mark.slow)])
 def test_the_same_draws_give_what_the_search_on_the_device_gives(name):
     config = replace(ON_DEVICE[name], seed=4, slots=2, sampling=Sampling(1.0))
     policy, guide = tiny_model(0, layers=1), Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))

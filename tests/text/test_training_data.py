@@ -682,9 +682,9 @@ def llama2(shared_data, tmp_path_factory):
 
 def test_the_published_reasoning_pairs(shared_data, llama2, tmp_path):
     name = shared_data / "w2s_reasoning" / "train_gsm8k_llama2_7b_iter2_hybrid_paired.json.gz"
-    made = DataConfig(data=(str(name),), template="plain", cache=str(tmp_path))
+    made = DataConfig(data=(str(name),), template="plain", cache=str(tmp_path), limit=100)
     data = load_pairs(made, llama2)
-    assert (len(data), data.figures["dropped"]) == (2563, 0)
+    assert (len(data), data.figures["dropped"]) == (100, 0)
     read, counted = texts(llama2, data.at([0]), 0, side=0)
     assert read.endswith("How much did she earn?\nAnswer:" + counted)
     assert counted.endswith("#### 10</s>")

@@ -39,7 +39,7 @@ def size(tree):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_the_abstract_state_is_the_real_one(name):
     optimizer = make_optimizer(OptimizerConfig(name=name), 10)
-    model = tiny_model(0)
+    model = tiny_model(0, layers=1)
     real = init_state(model.params, optimizer, jax.random.key(0))
     abstract = abstract_state(abstract_on_mesh(model.config).params, optimizer)
     jax.tree.map(
@@ -51,7 +51,7 @@ def test_the_abstract_state_is_the_real_one(name):
 
 def test_parts_are_counted_from_shapes_alone():
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    model = tiny_model(0)
+    model = tiny_model(0, layers=1)
     shapes = abstract_on_mesh(model.config)
     found = estimate_step(loss, optimizer, shapes, abstract_batch(BATCH))
     assert found.parameters == size(model.params)
@@ -69,7 +69,7 @@ def test_parts_are_counted_from_shapes_alone():
 
 def test_micro_batches_take_less():
     optimizer = make_optimizer(OptimizerConfig(name="sgd"), 10)
-    shapes = abstract_on_mesh(tiny_config(vocab_size=2048))
+    shapes = abstract_on_mesh(tiny_config(layers=1, vocab_size=2048))
     whole, parts = (
         estimate_step(loss, optimizer, shapes, abstract_batch(BATCH), accumulate=count)
         for count in (1, 8)
@@ -80,7 +80,7 @@ def test_micro_batches_take_less():
 def test_the_table_names_every_part():
     optimizer = make_optimizer(OptimizerConfig(), 10)
     found = estimate_step(
-        loss, optimizer, abstract_on_mesh(tiny_model(0).config), abstract_batch(BATCH)
+        loss, optimizer, abstract_on_mesh(tiny_model(0, layers=1).config), abstract_batch(BATCH)
     )
     console = Console(record=True, width=80)
     report(console, found)
@@ -96,7 +96,7 @@ from tests.train.test_estimate import BATCH, loss
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, estimate_step
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-config = tiny_config(vocab_size=64)
+config = tiny_config(layers=1, vocab_size=64)
 optimizer = make_optimizer(OptimizerConfig(), 10)
 def on(mesh):
     model = abstract_on_mesh(config, mesh=mesh)

@@ -1,6 +1,7 @@
 """Log-probs of packed rows against each document read alone, whole logits and a softmax."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,14 @@ SEGMENTS = np.array(
     np.int32,
 )
 KINDS = {
-    "rotary": {},
-    "windows": {"sliding_windows": (3, None)},
     "learned": {
         "architecture": "gpt2", "position": "learned", "norm": "layer", "kv_heads": 4,
         "gated_mlp": False, "activation": "gelu_tanh", "tied_embeddings": True, "qkv_bias": True,
-        "max_positions": 12,
+        "max_positions": 12, "layers": 1,
     },
-    "soft-capped": {"final_softcap": 4.0, "attention_softcap": 3.0},
+    "soft-capped windows": {
+        "final_softcap": 4.0, "attention_softcap": 3.0, "sliding_windows": (3, None),
+    },
 }  # fmt: skip
 FIVE_ROWS = 5 * VOCAB * 4
 
@@ -84,7 +85,7 @@ def test_packed_rows_equal_their_documents_with_gradients(kind, scan_layers):
     ("remat", "scan_layers"), [("none", False), ("full", True), ("dots", False)]
 )
 def test_the_weighted_sum_has_the_same_gradient_whatever_is_recomputed(remat, scan_layers):
-    model = tiny_model(1, scan_layers=scan_layers)
+    model = tiny_model(1, layers=1, scan_layers=scan_layers)
     tokens, weights = batch()
 
     def scored(model):
@@ -105,12 +106,13 @@ def test_the_weighted_sum_has_the_same_gradient_whatever_is_recomputed(remat, sc
 
 
 def test_only_targets_are_scored_and_hits_are_the_likeliest_tokens():
-    model = tiny_model(2)
+    model = tiny_model(2, layers=1)
     tokens, _ = batch()
     targets = np.zeros(SEGMENTS.shape, bool)
     targets[0, 4:], targets[1, :7] = True, True
-    whole = sequence_scores(model, tokens, SEGMENTS)
-    some = sequence_scores(model, tokens, SEGMENTS, targets=targets, block_bytes=FIVE_ROWS)
+    whole = jax.jit(sequence_scores)(model, tokens, SEGMENTS)
+    in_blocks = jax.jit(partial(sequence_scores, block_bytes=FIVE_ROWS))
+    some = in_blocks(model, tokens, SEGMENTS, targets=targets)
     kept = scored_tokens(SEGMENTS, targets)
     np.testing.assert_allclose(some.logprobs, np.where(kept, whole.logprobs, 0.0), atol=1e-5)
     np.testing.assert_array_equal(some.correct, kept & np.asarray(whole.correct))
@@ -119,19 +121,19 @@ def test_only_targets_are_scored_and_hits_are_the_likeliest_tokens():
 
 
 def test_rows_without_a_target_have_zeros_and_a_gradient_of_zero():
-    model = tiny_model(2)
+    model = tiny_model(2, layers=1)
     tokens, _ = batch()
     nothing = np.zeros(SEGMENTS.shape, bool)
 
     def total(model):
         return sequence_scores(model, tokens, SEGMENTS, targets=nothing).logprobs.sum()
 
-    value, gradient = jax.value_and_grad(total)(model)
+    value, gradient = jax.jit(jax.value_and_grad(total))(model)
     assert value == 0
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
 
 
-WIDE = {"vocab_size": 4096, "tied_embeddings": True}
+WIDE = {"layers": 1, "vocab_size": 4096, "tied_embeddings": True}
 ROWS, LENGTH = 8, 128
 
 
@@ -167,12 +169,16 @@ def test_recomputed_layers_take_less_memory():
 
 
 def test_half_precision_is_close_and_sums_in_float32():
-    model = tiny_model(3, sharpness=4.0)
+    model = tiny_model(3, layers=1, sharpness=4.0)
     tokens, _ = batch()
     half = Model(model.config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
-    scores = sequence_scores(half, tokens, SEGMENTS)
-    assert scores.logprobs.dtype == jnp.float32
-    wide = sequence_scores(model, tokens, SEGMENTS).logprobs
-    np.testing.assert_allclose(scores.logprobs, wide, atol=0.1)
-    gradient = jax.grad(lambda m: sequence_scores(m, tokens, SEGMENTS).logprobs.sum())(half)
+
+    def total(model):
+        logprobs = sequence_scores(model, tokens, SEGMENTS).logprobs
+        return logprobs.sum(), logprobs
+
+    (_, near), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(half)
+    assert near.dtype == jnp.float32
+    _, wide = jax.jit(total)(model)
+    np.testing.assert_allclose(near, wide, atol=0.1)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}

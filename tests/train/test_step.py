@@ -93,23 +93,22 @@ def decoder_loss(params, frozen, batch, key):
 def test_a_decoder_on_micro_batches_equals_the_large_batch():
     optimizer = optax.sgd(0.1)
     found = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 4):
         step = make_train_step(decoder_loss, optimizer, accumulate=accumulate)
-        state = init_state(tiny_model(0), optimizer, jax.random.key(0))
+        state = init_state(tiny_model(0, layers=1), optimizer, jax.random.key(0))
         found.append(step(state, None, decoder_problem()))
-    (whole, metrics), *parts = found
-    for state, others in parts:
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, whole.params
-        )
-        assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
-        assert float(others["num_tokens"]) == float(metrics["num_tokens"]) == 9 + 3 + 9 + 1
+    (whole, metrics), (state, others) = found
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, whole.params
+    )
+    assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    assert float(others["num_tokens"]) == float(metrics["num_tokens"]) == 9 + 3 + 9 + 1
 
 
 def test_half_precision_computes_narrow_and_keeps_float32_masters():
     optimizer = optax.adam(1e-4)
     step = make_train_step(decoder_loss, optimizer, compute_dtype=jnp.bfloat16)
-    start, frozen = tiny_model(0, sharpness=4.0), tiny_model(1)
+    start, frozen = tiny_model(0, layers=1, sharpness=4.0), tiny_model(1, layers=1)
     state = init_state(start, optimizer, jax.random.key(0))
     losses = []
     for _ in range(3):
