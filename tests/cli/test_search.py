@@ -243,7 +243,7 @@ def replaced(models, role, folder):
 
 
 def one_error(capsys, status):
-    err = capsys.readouterr().err
+    err = re.sub(r"^\d+ of \d+ prompts.*\n", "", capsys.readouterr().err, flags=re.MULTILINE)
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
