@@ -1,11 +1,15 @@
 """The benchmark end to end at a small size, and its wrong options."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from w2s_jax.bench.search import Options, check, run
+from w2s_jax.bench.floor import measure_rates
+from w2s_jax.bench.search import Options, check, report, run
 from w2s_jax.errors import InputError
 from w2s_jax.text.synthetic import vocabularies
 
@@ -23,9 +27,12 @@ SMALL = {
 }
 
 
-def test_figures_are_printed_and_written(tmp_path, capsys):
+def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
+    # As quick as can be: what is looked at is what becomes of the rates.
+    rates = partial(measure_rates, side=256, megabytes=4)
+    monkeypatch.setattr("w2s_jax.bench.search.measure_rates", rates)
     path = tmp_path / "bench.json"
-    figures = run(Options(**SMALL), json_path=path)
+    figures = run(Options(**SMALL, cross_vocabulary=True), json_path=path)
     written = json.loads(path.read_text())
     assert written["options"]["batch_size"] == 2
     assert written["prompts_per_second"] == figures.prompts_per_second > 0
@@ -34,15 +41,14 @@ def test_figures_are_printed_and_written(tmp_path, capsys):
         sum(figures.floor_seconds.values()) / (2 * figures.seconds_per_prompt)
     )
     assert set(figures.phase_seconds) == {"prefill", "proposing", "scoring", "selecting"}
-    assert "share of the floor" in capsys.readouterr().out
-
-
-def test_guides_of_another_vocabulary_are_measured_beside(capsys):
-    figures = run(Options(**SMALL, cross_vocabulary=True))
     across = figures.cross_vocabulary
     assert across.ratio == pytest.approx(across.seconds_per_prompt / figures.seconds_per_prompt)
     assert 1 <= across.token_ratio <= 2
-    assert "guides of another vocabulary" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "share of the floor" in told
+    assert "guides of another vocabulary" in told
+    report(Console(), Options(**SMALL), replace(figures, cross_vocabulary=None))
+    assert "guides of another vocabulary" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [16, 8192, 32000])

@@ -2,11 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
+from rich.console import Console
 
-from w2s_jax.bench.train import Options, check, run, shape, step_operations
+from w2s_jax.bench.floor import measure_rates
+from w2s_jax.bench.train import Options, check, report, run, shape, step_operations
 from w2s_jax.errors import InputError
 
 SMALL = {
@@ -15,25 +19,26 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_figures_are_printed_and_written(tmp_path, capsys):
+def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
+    """And an interpreter without TRL is told, where one was named."""
+    # As quick as can be: what is looked at is what becomes of the rates.
+    rates = partial(measure_rates, side=256, megabytes=4)
+    monkeypatch.setattr("w2s_jax.bench.train.measure_rates", rates)
     path = tmp_path / "bench.json"
-    figures = run(Options(**SMALL), json_path=path)
+    options = Options(**SMALL, trl=True, trl_python=str(tmp_path / "none"))
+    figures = run(options, json_path=path)
     written = json.loads(path.read_text())
     assert set(written["own"]) == {"sft", "dpo"} == set(written["operations"])
     for side in figures.own.values():
         assert side.tokens_per_second == pytest.approx(32 / side.seconds)
         assert side.peak_bytes > 10_000_000
     assert figures.own["dpo"].first_loss == pytest.approx(0.693147, abs=1e-4)
+    assert not figures.trl
     out = capsys.readouterr().out
     assert "of the matmul rate" in out
-    assert "TRL was not measured" not in out
-
-
-def test_an_interpreter_without_trl_is_said(tmp_path, capsys):
-    options = Options(**SMALL, objectives=("sft",), trl=True, trl_python=str(tmp_path / "none"))
-    figures = run(options)
-    assert not figures.trl
-    assert "TRL was not measured" in capsys.readouterr().out
+    assert "TRL was not measured" in out
+    report(Console(), Options(**SMALL), replace(figures, no_trl=None))
+    assert "TRL was not measured" not in capsys.readouterr().out
 
 
 @pytest.mark.parity

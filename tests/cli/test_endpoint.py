@@ -45,7 +45,7 @@ def guide_of(checkpoints, method):
     return ["--tuned", checkpoints["tuned"], "--untuned", checkpoints["untuned"]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["cbs", pytest.param("bon", marks=pytest.mark.slow), "sample"])
 def test_steering_through_the_server_is_steering_in_process(
     checkpoints, address, prompts, tmp_path, capsys, method
 ):
@@ -55,8 +55,12 @@ def test_steering_through_the_server_is_steering_in_process(
     assert main(["search", *flags, *local]) == 0
     remote = ["--endpoint", address, "--endpoint-model=policy", "--share-draws"]
     prices = ["--price-prompt=0.5", "--price-completion=1.5"]
-    assert main(["search", *flags, *remote, *prices, "--output", str(there)]) == 0
+    page = tmp_path / "page.html"
+    shown = ["--report", str(page), "--show"] if method == "cbs" else []
+    assert main(["search", *flags, *remote, *prices, *shown, "--output", str(there)]) == 0
     told = capsys.readouterr().out
+    assert not shown or page.stat().st_size > 10_000
+    assert all("trace" not in row for row in read_jsonl(there))
     assert "the policy gives text only" in told or method == "sample"
     assert "cost 0.00" in told
     for one, other in zip(read_jsonl(here), read_jsonl(there), strict=True):
@@ -66,17 +70,6 @@ def test_steering_through_the_server_is_steering_in_process(
         ]
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)
         assert one["id"] == other["id"]
-
-
-def test_a_report_and_alpaca_rows_of_a_policy_behind_an_api(
-    checkpoints, address, tmp_path, prompts
-):
-    page, out = tmp_path / "page.html", tmp_path / "out.jsonl"
-    remote = ["--endpoint", address, "--endpoint-model=policy", "--report", str(page), "--show"]
-    flags = [*prompts, *guide_of(checkpoints, "cbs"), *METHODS["cbs"], *SIZES, "--output", str(out)]
-    assert main(["search", *flags, *remote]) == 0
-    assert page.stat().st_size > 10_000
-    assert all("trace" not in row for row in read_jsonl(out))
 
 
 def test_wrong_endpoints(checkpoints, prompts, tmp_path, capsys, monkeypatch):

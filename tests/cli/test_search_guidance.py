@@ -14,14 +14,15 @@ from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
 CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% for m in messages %}{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a>{% endif %}"
 )
+# All of up to 16 tokens: for each size of prompts a search is compiled anew.
 PROMPTS = [
     {"prompt": "A film {of} the sea", "id": 7},
-    {"messages": [{"role": "user", "content": "Say {{ this }}"}]},
+    {"messages": [{"role": "user", "content": "Say {{x}}"}]},
     {"instruction": "", "input": "é"},
-    {"prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "film"}]},
+    {"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "film"}]},
 ]
 
 
@@ -50,7 +51,7 @@ def folders(tmp_path_factory):
     for seed, (name, fields) in enumerate(texts.items()):
         folder = Path(tiny(root / name, seed, max_positions=256, **fields))
         options = json.loads((folder / "tokenizer_config.json").read_text())
-        template = CHAT if name != "far-tuned" else CHAT.replace("<", "[").replace(">", "]")
+        template = CHAT if name != "far-tuned" else CHAT.replace(">", "]")
         (folder / "tokenizer_config.json").write_text(
             json.dumps(options | {"chat_template": template})
         )
@@ -79,6 +80,7 @@ def search(folders, prompts, output, *flags, guide="near"):
 
 @pytest.mark.parametrize("guide", ["near", "far"])
 def test_conversations_of_every_kind_are_answered(folders, prompts, tmp_path, capsys, guide):
+    """And a report or a view of every search changes no response."""
     out = tmp_path / "out.jsonl"
     assert search(folders, prompts, out, guide=guide) == 0
     where = {"near": "scores tokens on the device", "far": "scores texts, encoded anew"}[guide]
@@ -87,6 +89,13 @@ def test_conversations_of_every_kind_are_answered(folders, prompts, tmp_path, ca
     for row, asked in zip(rows, PROMPTS, strict=True):
         assert {name: row[name] for name in asked} == asked
         assert row["score"] == row["hypotheses"][0]["score"] != 0.0
+    shown, page = tmp_path / "shown.jsonl", tmp_path / "report.html"
+    assert search(folders, prompts, shown, "--report", str(page), "--show", guide=guide) == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert all("trace" not in row for row in rows)
+    assert shown.read_bytes() == out.read_bytes()
+    assert "A film {of} the sea" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.journal"))
 
 
 def test_a_guide_scored_on_text_is_the_one_scored_on_tokens(folders, tmp_path):
@@ -220,19 +229,6 @@ def test_names_of_checkpoints_are_looked_up(folders, prompts, tmp_path, capsys):
     (tmp_path / "map.yaml").write_text('{"some/policy": "nowhere"}')
     status = main(["search", *named, *flags, "--models-map", str(tmp_path / "map.yaml")])
     assert "no such folder" in one_error(capsys, status)
-
-
-@pytest.mark.parametrize("guide", ["near", "far"])
-def test_a_report_and_a_view_of_every_search(folders, prompts, tmp_path, capsys, guide):
-    out, page = tmp_path / "out.jsonl", tmp_path / "report.html"
-    assert search(folders, prompts, out, "--report", str(page), "--show", guide=guide) == 0
-    assert page.read_text().startswith("<!DOCTYPE html>")
-    assert all("trace" not in row for row in read_jsonl(out))
-    plain = tmp_path / "plain.jsonl"
-    assert search(folders, prompts, plain, guide=guide) == 0
-    assert plain.read_bytes() == out.read_bytes(), "a report changes no response"
-    assert "A film {of} the sea" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.journal"))
 
 
 def test_alpaca_eval_files(folders, tmp_path, capsys):

@@ -11,6 +11,7 @@ from w2s_jax.cli.main import main
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.text.journal import held
 from w2s_jax.text.rows import write_jsonl
+from w2s_jax.train.reference import weights_identity
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,9 @@ def test_a_second_run_in_a_folder_is_told_before_weights_are_read(
 def test_an_adapter_is_trained_further_whole_and_never_adapted_again(
     model, pairs, tmp_path, capsys
 ):
-    assert run("sft", model, pairs, tmp_path / "first", "--lora-rank=2") == 0
+    """And its reference log-probs are those of its base too: another base, other weights."""
+    base = shutil.copytree(model, tmp_path / "base")
+    assert run("sft", base, pairs, tmp_path / "first", "--lora-rank=2") == 0
     adapter = tmp_path / "first" / "model"
     assert run("sft", adapter, pairs, tmp_path / "whole") == 0
     assert load_model(tmp_path / "whole" / "model").dtype == np.float32
@@ -139,20 +142,12 @@ def test_an_adapter_is_trained_further_whole_and_never_adapted_again(
     error = one_error(capsys, run("sft", adapter, pairs, tmp_path / "again", "--lora-rank=2"))
     assert f"w2s convert {adapter} TARGET" in error
     assert main(["convert", str(adapter), str(tmp_path / "merged")]) == 0
+    before = weights_identity(adapter)
+    tiny(base, 5)
+    assert weights_identity(adapter) != before
 
 
 def test_adapters_are_not_written_beside_a_whole_model(model, pairs, tmp_path, capsys, unread):
     shutil.copytree(model, tmp_path / "run" / "model")
     status = run("sft", model, pairs, tmp_path / "run", "--lora-rank=2")
     assert "holds a whole model, beside which no adapter is read" in one_error(capsys, status)
-
-
-def test_reference_log_probs_of_an_adapter_are_those_of_its_base_too(model, pairs, tmp_path):
-    from w2s_jax.train.reference import weights_identity
-
-    base = tmp_path / "base"
-    shutil.copytree(model, base)
-    assert run("sft", base, pairs, tmp_path / "run", "--lora-rank=2") == 0
-    before = weights_identity(tmp_path / "run" / "model")
-    tiny(base, 5)
-    assert weights_identity(tmp_path / "run" / "model") != before

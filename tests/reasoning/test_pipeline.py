@@ -25,7 +25,8 @@ from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 
 SUMS = [(a, b) for a in range(5) for b in range(4)]
-SFT = {"batch_size": 16, "learning_rate": 0.003, "max_length": 64}
+SFT = {"batch_size": 16, "learning_rate": 0.01, "max_length": 64}
+SHORT = {"iterations": 1, "naive": False, "ceiling": False}
 RUN = {
     "kind": "gsm8k",
     "questions": "part2.jsonl",
@@ -35,7 +36,7 @@ RUN = {
     "demonstrations": {"count": 0},
     "decoding": {"max_new_tokens": 8, "batch_size": 16},
     "sets": ["hybrid"],
-    "sft": {"max_steps": 12} | SFT,
+    "sft": {"max_steps": 6} | SFT,
     "dpo": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-4, "max_length": 64},
     "stage_two": {
         "temperature": 1.5,
@@ -54,7 +55,7 @@ def rows_of(sums, prefix):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Questions, and a weak and a strong model that have learned to add, the weak one badly."""
+    """Questions, and a model that has learned to add: half-way it is the weak one."""
     folder = tmp_path_factory.mktemp("data")
     write_jsonl(folder / "part1.jsonl", rows_of(SUMS[:12], "a"))
     write_jsonl(folder / "part2.jsonl", rows_of(SUMS, "q"))
@@ -64,12 +65,13 @@ def data(tmp_path_factory):
         for row in rows_of(SUMS, "p")
     ]
     write_jsonl(folder / "taught.jsonl", taught)
-    for name, seed, steps in (("weak", 0, 150), ("strong", 1, 250)):
-        start = tiny(folder / f"{name}-start", seed, width=48, layers=2, mlp_width=96)
-        flags = SFT | {"model": start, "data": str(folder / "taught.jsonl"), "seed": seed}
-        flags |= {"output": str(folder / name), "from_scratch": True, "max_steps": steps}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(flags))
-        assert main(["sft", "--config", str(folder / f"{name}.yaml")]) == 0
+    start = tiny(folder / "start", 1, width=48, mlp_width=96)
+    flags = SFT | {"model": start, "data": str(folder / "taught.jsonl"), "from_scratch": True}
+    flags |= {"output": str(folder / "strong"), "max_steps": 120, "save_every": 60}
+    (folder / "strong.yaml").write_text(yaml.safe_dump(flags))
+    assert main(["sft", "--config", str(folder / "strong.yaml")]) == 0
+    weak = str(folder / "weak" / "model")
+    assert main(["convert", str(folder / "strong"), weak, "--step=60"]) == 0
     return folder
 
 
@@ -122,6 +124,7 @@ def results(root):
     return found
 
 
+@pytest.mark.slow
 def test_a_whole_run_reports_every_model(data, in_process, tmp_path):
     text = go(data, tmp_path)
     summary = json.loads((tmp_path / "report.json").read_text())
@@ -143,32 +146,18 @@ def test_a_whole_run_reports_every_model(data, in_process, tmp_path):
     )
     assert kept == {i for i in weak if weak[i] and weak[i] == icl[i]}
     assert sets["kept"] == len(kept) > 0
-    made = in_process.made
-    before = results(tmp_path)
-    assert go(data, tmp_path) == text
-    assert in_process.made == made
-    assert results(tmp_path) == before
 
 
-def test_a_change_redoes_what_depends_on_it(data, in_process, tmp_path):
-    short = {"test": None, "naive": False, "ceiling": False, "iterations": 1}
-    go(data, tmp_path, **short)
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"*/{DONE}")}
-    two = RUN["stage_two"] | {"contrasts": RUN["stage_two"]["contrasts"] | {"samples": 3}}
-    go(data, tmp_path, **short, stage_two=two)
-    again = {path.parent.name for path in stamps if path.stat().st_mtime_ns != stamps[path]}
-    assert again == {"stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model"}
-
-
+@pytest.mark.slow
 def test_adapters_and_weights_of_pairs_reach_the_next_stage(data, in_process, tmp_path):
     lora = {"lora_rank": 4}
-    short = {"iterations": 1, "naive": False, "ceiling": False, "sets": []}
     contrasts = RUN["stage_two"]["contrasts"] | {"weighted": True}
     two = RUN["stage_two"] | {"rounds": 2, "contrasts": contrasts}
     go(
         data,
         tmp_path,
-        **short,
+        **SHORT,
+        sets=[],
         sft=RUN["sft"] | lora,
         dpo=RUN["dpo"] | lora,
         stage_two=two,
@@ -192,8 +181,8 @@ class Killed(BaseException):
 
 
 def test_cut_off_at_every_stage_border_the_files_are_the_same(data, in_process, tmp_path):
-    short = {"iterations": 1, "naive": False, "ceiling": False}
-    go(data, tmp_path / "whole", **short)
+    text = go(data, tmp_path / "whole", **SHORT)
+    before = results(tmp_path / "whole")
     moments = set()
 
     def cut(moment):
@@ -204,20 +193,73 @@ def test_cut_off_at_every_stage_border_the_files_are_the_same(data, in_process, 
     in_process.cut = cut
     for _ in range(60):
         try:
-            go(data, tmp_path / "cut", **short)
+            assert go(data, tmp_path / "cut", **SHORT) == text
             break
         except Killed:
             continue
     assert len(moments) > 15
-    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert results(tmp_path / "cut") == before
+
+    summary = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert list(summary["models"]) == ["weak", "strong-icl", "iteration-1-hybrid", "stage-two-1"]
+    assert (tmp_path / "whole" / "report.md").read_text() == text
+    assert summary["data"]["iteration-1-sets"]["kept"] > 0
+
+    made = in_process.made
+    assert go(data, tmp_path / "whole", **SHORT) == text
+    assert in_process.made == made
+    assert results(tmp_path / "whole") == before
+    in_process.cut = lambda _: None
+    changed_samples_redo_what_depends_on_them(data, tmp_path / "whole")
 
 
+def changed_samples_redo_what_depends_on_them(data, root):
+    stamps = {path: path.stat().st_mtime_ns for path in root.glob(f"*/{DONE}")}
+    two = RUN["stage_two"] | {"contrasts": RUN["stage_two"]["contrasts"] | {"samples": 3}}
+    go(data, root, **SHORT, stage_two=two)
+    again = {path.parent.name for path in stamps if path.stat().st_mtime_ns != stamps[path]}
+    made = {"stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model", "test-stage-two-1"}
+    assert again == made
+
+
+def test_guides_and_weights_reach_the_commands_of_their_stages(data, in_process, tmp_path):
+    """By the stages alone, cut off where they would start a command."""
+    weak = {"model": str(data / "weak" / "model"), "train": "part1.jsonl"}
+    contrasts = RUN["stage_two"]["contrasts"] | {"weighted": True}
+    two = RUN["stage_two"] | {"sampler": "cbs", "beam_width": 2, "contrasts": contrasts}
+    built = build(data, tmp_path, **SHORT, weak=weak, stage_two=two)
+    stages = {stage.name: stage for stage in built.stages()}
+
+    def cut(moment):
+        raise Killed
+
+    in_process.cut = cut
+    for name in ("stage-two-1-samples", "stage-two-1-pairs", "stage-two-1-model"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(Killed):
+        stages["stage-two-1-samples"].work(tmp_path / "stage-two-1-samples")
+    task = json.loads((tmp_path / "stage-two-1-samples" / "answering.json").read_text())
+    assert task["model"] == str(tmp_path / "iteration-1-hybrid-model" / "model")
+    assert task["tuned"] == str(tmp_path / "weak-model" / "model")
+    assert task["untuned"] == weak["model"]
+    assert (task["generation"]["method"], task["generation"]["samples"]) == ("cbs", 4)
+
+    write_jsonl(tmp_path / "stage-two-1-pairs" / "training.jsonl", [{"prompt": "a"}])
+    shutil.copytree(data / "strong" / "model", tmp_path / "iteration-1-hybrid-model" / "model")
+    with pytest.raises(Killed):
+        stages["stage-two-1-model"].work(tmp_path / "stage-two-1-model")
+    flags = yaml.safe_load((tmp_path / "stage-two-1-model" / "dpo.yaml").read_text())
+    assert flags["weight_column"] == "weight"
+    assert flags["model"] == str(tmp_path / "iteration-1-hybrid-model" / "model")
+
+
+@pytest.mark.slow
 def test_samples_of_a_guided_search_cut_off_inside_are_the_same(
     data, in_process, tmp_path, monkeypatch
 ):
-    short = {"iterations": 1, "naive": False, "ceiling": False, "sets": [], "test": None}
+    short = SHORT | {"sets": [], "test": None}
     short["weak"] = {"model": str(data / "weak" / "model"), "train": "part1.jsonl"}
-    short["weak"]["sft"] = {"max_steps": 4}
+    short["weak"]["sft"] = {"max_steps": 4, "learning_rate": 1e-4}
     shape = {"sampler": "cbs", "beam_width": 2, "successors": 2, "chunk_length": 2}
     short["stage_two"] = RUN["stage_two"] | shape
     appended = []
@@ -241,10 +283,6 @@ def test_samples_of_a_guided_search_cut_off_inside_are_the_same(
         (f"q{i}", n) for i in range(20) for n in range(4)
     ]
     assert len({row["response"] for row in rows}) > 4
-    task = json.loads((samples / "answering.json").read_text())
-    assert task["tuned"] == str(tmp_path / "weak-model" / "model")
-    assert task["untuned"] == str(data / "weak" / "model")
-    assert task["generation"]["method"] == "cbs"
     assert read_jsonl(tmp_path / "stage-two-1-pairs" / "training.jsonl")
 
     before, made = results(tmp_path), in_process.made
@@ -256,7 +294,7 @@ def test_samples_of_a_guided_search_cut_off_inside_are_the_same(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_files_are_the_same(data, tmp_path):
-    short = settings(data, iterations=1, naive=False, ceiling=False, sets=["weak"])
+    short = settings(data, **SHORT | {"sets": ["weak"]})
     short["stage_two"] = RUN["stage_two"] | {"start": "weak"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(short))
 
@@ -273,7 +311,7 @@ def test_killed_at_random_moments_the_files_are_the_same(data, tmp_path):
     assert process.wait(600) == 0, process.stderr.read()
     alone = time.monotonic() - began
     chance = random.Random(3)
-    for _ in range(6):
+    for _ in range(3):
         process = start("killed")
         time.sleep(chance.uniform(0.1, 0.45) * alone)
         os.killpg(process.pid, signal.SIGKILL)
@@ -319,6 +357,8 @@ def test_a_dry_run_writes_nothing_and_a_part_can_be_asked_for(data, tmp_path, ca
     assert main([*words, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "4 × 20 responses of up to 8 tokens" in told
+    for name in ("naive", "iteration-1-weak", "iteration-2-hybrid", "stage-two-1", "ceiling"):
+        assert f"test-{name}" in told
     assert not (tmp_path / "out").exists()
     assert main([*words, "--until", "weak-responses"]) == 0
     assert [path.parent.name for path in (tmp_path / "out").glob(f"*/{BEGUN}")] == [

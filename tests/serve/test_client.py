@@ -565,18 +565,20 @@ journal.merge(folder + "/out.jsonl", len(rows))
 """
 
 
-def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path):
+def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path, monkeypatch):
     rows = [{"prompt": f"row {i}:"} for i in range(8)]
     env = os.environ | {"PYTHONPATH": os.getcwd()}
+    for name in ("part", "whole"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "in.jsonl", rows)
 
-    def work(api, folder):
-        folder.mkdir(exist_ok=True)
-        write_jsonl(folder / "in.jsonl", rows)
-        command = [sys.executable, "-c", WORKER, api.url, str(folder)]
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    def work_here(api, folder):
+        monkeypatch.setattr(sys, "argv", ["-c", api.url, str(folder)])
+        exec(WORKER, {})
 
     with FakeAPI(lambda number, body: good(body, delay=0.05)) as api:
-        killed = work(api, tmp_path / "part")
+        command = [sys.executable, "-c", WORKER, api.url, str(tmp_path / "part")]
+        killed = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
         journal = tmp_path / "part" / "out.journal"
         until = time.monotonic() + 120
         while time.monotonic() < until and killed.poll() is None:
@@ -589,15 +591,13 @@ def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path):
         assert 3 <= len(done) < len(rows)
         time.sleep(0.2)  # what was on its way has come
         first = len(api.bodies)
-        resumed = work(api, tmp_path / "part")
-        assert resumed.wait(timeout=120) == 0, resumed.communicate()[1]
+        work_here(api, tmp_path / "part")
         asked_again = api.bodies[first:]
     assert asked_again
     for row in done:
         assert not [b for b in asked_again if any(t.startswith(f"row {row}:") for t in b["prompt"])]
     with FakeAPI() as api:
-        whole = work(api, tmp_path / "whole")
-        assert whole.wait(timeout=120) == 0, whole.communicate()[1]
+        work_here(api, tmp_path / "whole")
     outputs = [(tmp_path / name / "out.jsonl").read_bytes() for name in ("part", "whole")]
     assert outputs[0] == outputs[1]
 

@@ -122,7 +122,11 @@ def test_a_seed_and_a_row_give_one_text_whatever_the_load(engine, reader, method
 
 
 @pytest.mark.parametrize(
-    ("method", "n"), [("cbs", 1), ("cbs", 2), ("ivg", 1), ("sample", 3), ("eft", 2), ("bon", 2)]
+    ("method", "n"),
+    [
+        *[("cbs", 1), ("cbs", 2), ("sample", 3), ("eft", 2), ("bon", 2)],
+        pytest.param("ivg", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_stream_said_is_never_taken_back(engine, reader, method, n):
     for seed in range(4):

@@ -132,6 +132,7 @@ def test_flags_by_variables_and_by_equals_signs(cloud):
     assert "delete other --project=p --zone=us-west4-a" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
 def test_shellcheck():
     scripts = [str(path) for path in sorted(SCRIPTS.glob("*.sh"))]

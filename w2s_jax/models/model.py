@@ -1,5 +1,6 @@
 """The model value: a config and its parameters, callable on tokens. No files, no tokenizer."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import jax
@@ -62,11 +63,17 @@ def init_model(
     config: ModelConfig, key: Array, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> Model:
     """A model with random parameters (normal, 0.02; norms at one, biases at zero)."""
+    return Model(config, _drawing(config, jnp.dtype(dtype), scan_layers)(key))
+
+
+@lru_cache(maxsize=16)
+def _drawing(config: ModelConfig, dtype: np.dtype, scan_layers: bool) -> Callable[[Array], dict]:
+    """Compiled once for all the models of a shape: a policy's guides are two."""
 
     def draw(key: Array) -> dict:
-        return meta.unbox(initial_params(config, key, jnp.dtype(dtype), scan_layers))
+        return meta.unbox(initial_params(config, key, dtype, scan_layers))
 
-    return Model(config, jax.jit(draw)(key))
+    return jax.jit(draw)
 
 
 def abstract_model(
