@@ -15,7 +15,9 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
 from w2s_jax.search import session as sessions
 from w2s_jax.search.presets import cbs, eft, sample
+from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
+from w2s_jax.text.chat import Conversation
 from w2s_jax.text.prompts import cut
 
 RNG = np.random.default_rng(2)
@@ -86,6 +88,23 @@ def test_what_is_compiled_ahead_is_all_that_runs(start, guide, request_of, count
     with compilations() as later:
         run(session, [request, request])
     assert later == []
+
+
+def test_where_texts_are_scored_two_chunks_are_searched_ahead(start):
+    """What scorers compile has the shapes of texts, which are not known before."""
+    seen = []
+
+    def length(prompts, responses):
+        seen.extend(responses)
+        return [float(len(response)) for response in responses]
+
+    config = replace(BEAM, scorer=NoScore())
+    request = Request(0, PROMPTS[:1], conversation=Conversation(text="a"))
+    options = {"decode": decode, "scorers": [FunctionScorer(length)]}
+    session = sessions.compile_session(start(config, **options), request)
+    assert BEAM.length < max(map(len, seen)) <= 2 * BEAM.length
+    assert not session.held
+    assert run(session, [request]) == run(start(config, **options), [request])
 
 
 def test_each_slot_heeds_its_own_numbers(start, policy):

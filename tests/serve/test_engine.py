@@ -366,7 +366,7 @@ def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, n
         def compile_slowly(*args, **settings):
             begun.set()
             assert over.wait(60)
-            compile_it(*args, **settings)
+            return compile_it(*args, **settings)
 
         return compile_slowly
 

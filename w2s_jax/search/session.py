@@ -204,11 +204,13 @@ def advance(session: Session) -> Session:
     return replace(session, state=state, memories=memories, failed=failed, chunks=chunks)
 
 
-def compile_session(session: Session, request: Request) -> None:
-    """Compile, on the calling thread, what requests like this one run in a session.
+def compile_session(session: Session, request: Request) -> Session:
+    """Compile, on the calling thread, what requests like this one run in an empty session.
 
-    Runs no model, so that another thread may run other sessions meanwhile. What scorers of texts
-    read by is not compiled: its shapes are those of the texts.
+    Runs no model, so that another thread may run other sessions meanwhile, but where texts are
+    scored: what scorers read by has the shapes of the texts, and two chunks of the request are
+    searched to find them. On a mesh they are not, since two threads' collectives would meet there.
+    Returns the session, empty again.
     """
     models, state, count = session.models, session.state, len(request.prompts)
     prompts = np.zeros((count, session.prefix_capacity + 1), np.int32)
@@ -218,7 +220,7 @@ def compile_session(session: Session, request: Request) -> None:
     _release.lower(state, np.int32(0)).compile()
     if not _needs_host(session, [request]):
         step.search_step.lower(models, state).compile()
-        return
+        return session
     proposing = _propose.lower(models, state).compile()
     _, proposal = jax.eval_shape(_propose, models, state)
     if state.mesh is not None:
@@ -234,6 +236,16 @@ def compile_session(session: Session, request: Request) -> None:
         shape = (session.slots, state.config.rows, len(session.scorers))
         totals = np.zeros(shape, np.float32)
     _conclude.lower(models, state, proposal, totals).compile()
+    return _rehearsed(session, request) if session.scorers and state.mesh is None else session
+
+
+def _rehearsed(session: Session, request: Request) -> Session:
+    config = session.state.config
+    limit = min(request.limit or config.max_new_tokens, 2 * config.length)
+    session = insert(session, 0, replace(request, limit=limit))
+    while not done_slots(session):
+        session = advance(session)
+    return release(session, 0)
 
 
 def _ended(

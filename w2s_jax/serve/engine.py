@@ -325,8 +325,7 @@ class Engine:
             scorers=served.scorers if program.method in CHOOSING else (),
             mesh=self._mesh,
         )
-        sessions.compile_session(session, job.request)
-        return session
+        return sessions.compile_session(session, job.request)
 
     def _unseat(self, group: Group) -> None:
         group.session = group.future = None
