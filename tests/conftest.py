@@ -47,6 +47,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Tracing makes objects by the hundred thousand, few of them garbage.
 gc.set_threshold(100_000, 20, 50)
 
+MOST_MAPPINGS = 20_000
+"""With so many a file of tests leaves its programs to nobody."""
+
 settings.register_profile("w2s", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("w2s")
 
@@ -64,16 +67,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("jax has no GPU or TPU here (JAX_PLATFORMS says which it may look for)")
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Lets go of what a file compiled: some hundreds of tests map as much memory as a process may.
+    """Lets go of compiled programs before they map as much memory as a process may.
 
-    Each compiled program takes several mappings; at Linux's 65,530 the process dies in LLVM.
+    Each program takes several mappings; at Linux's 65,530 the process dies in LLVM. What few are
+    left serve the next file: the many small programs of operations outside of any program.
     """
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and _mappings() > MOST_MAPPINGS:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+def _mappings() -> int:
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:  # another system, whose limit is not known
+        return MOST_MAPPINGS + 1
 
 
 @pytest.fixture(scope="session")

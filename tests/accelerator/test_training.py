@@ -30,7 +30,7 @@ def pairs(length):
 
 
 def steps(base, adapter, lora, batch, dtype):
-    """The metrics of two steps, and the adapter behind them."""
+    """Loss and norm of the gradients of two steps, and the adapter behind them."""
     optimizer = make_optimizer(OPTIMIZER, 2)
     step = make_train_step(
         pair_loss(Policy(base.config, lora), PreferenceConfig()), optimizer, compute_dtype=dtype
@@ -38,7 +38,7 @@ def steps(base, adapter, lora, batch, dtype):
     state, told = init_state(adapter, optimizer, jax.random.key(0)), []
     for _ in range(2):
         state, metrics = step(state, {BASE: base}, batch)
-        told.append({name: float(value) for name, value in metrics.items()})
+        told.append({name: float(metrics[name]) for name in ("loss", "grad_norm")})
     return told, state.params
 
 
