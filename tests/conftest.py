@@ -1,12 +1,11 @@
 """What all tests share: where they run, where real data lies, and processes of their own."""
 
 import gc
-import importlib.util
-import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,31 +13,17 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
-# By the element-wise emitters a small program compiles in half the time that MLIR's take.
-_XLA_FLAGS = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
-
-
-def _known_to_xla(flags: tuple[str, ...]) -> str:
-    """Those that this jaxlib knows, as one string: of an unknown one XLA dies."""
-    spec = importlib.util.find_spec("jaxlib")
-    library = Path(spec.submodule_search_locations[0]) / "libjax_common.so"
-    if not library.exists():
-        return flags[0]
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return " ".join(x for x in flags if text.find(x.strip("-").split("=")[0].encode()) >= 0)
-
+# Most of the suite's time is the compiler's, which need not work hard for programs that run once.
+XLA_FLAGS = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    # By the element-wise emitters small programs compile in half the time; later ones die of them.
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 # Set before jax is imported: tolerances hold on the CPU, and no test has a network.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Most of the suite's time is LLVM's, which need not work hard for programs that run once, and need
-# not work twice for what several files or processes compile.
-os.environ.setdefault("XLA_FLAGS", _known_to_xla(_XLA_FLAGS))
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
