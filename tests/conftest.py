@@ -32,7 +32,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Tracing makes objects by the hundred thousand, few of them garbage.
 gc.set_threshold(100_000, 20, 50)
 
-MOST_MAPPINGS = 20_000
+MOST_MAPPINGS = 10_000
 """With so many a file of tests leaves its programs to nobody."""
 
 settings.register_profile("w2s", deadline=None, derandomize=True, database=None, max_examples=25)
