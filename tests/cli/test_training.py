@@ -268,9 +268,9 @@ def test_a_mesh_changes_no_loss(model, pairs, tmp_path, run_python):
 
 @pytest.mark.slow
 def test_sigterm_saves_exits_with_75_and_the_same_command_goes_on(model, pairs, tmp_path):
-    assert run("dpo", model, pairs, tmp_path / "whole", "--max-steps=2000") == 0
+    assert run("dpo", model, pairs, tmp_path / "whole", "--max-steps=400") == 0
     words = ["dpo", f"--model={model}", f"--data={pairs}", f"--output={tmp_path / 'run'}", *SMALL,
-             "--max-steps=2000"]  # fmt: skip
+             "--max-steps=400"]  # fmt: skip
     command = [sys.executable, "-m", "w2s_jax", *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
