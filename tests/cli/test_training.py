@@ -188,6 +188,7 @@ def test_an_adapter_is_trained_further_beside_its_base(model, pairs, tmp_path, c
     for wrong, told in (
         (("sft", model, pairs, tmp_path / "x", "--continue-adapter"), "is no adapter"),
         (("sft", first, pairs, tmp_path / "x", *flags, "--lora-rank=2"), "leave out --lora-rank"),
+        (("sft", first, pairs, tmp_path / "x", *flags, "--from-scratch"), "--from-scratch"),
     ):
         assert run(*wrong) == 2
         assert told in capsys.readouterr().err

@@ -210,6 +210,14 @@ def test_an_adapter_stays_beside_a_quantised_base():
             "layers_0/attention/.*/kernel: 16 inputs are not divisible into groups of 5; give 8$",
         ),
         (
+            lambda: read_quantize("int4").group_of((576, 8), (0,), "w"),
+            "w: 576 inputs are not divisible into groups of 128; give 32, 64 or 96$",
+        ),
+        (
+            lambda: read_quantize("int4:5").group_of((17, 8), (0,), "w"),
+            "w: 17 inputs are not divisible into groups of 5; give 17, which is one group$",
+        ),
+        (
             lambda: quantize(quantize(tiny_model(0).params, INT8), INT8),
             "kernel is quantised already",
         ),

@@ -95,19 +95,19 @@ class Convert:
         from w2s_jax.models.reward_huggingface import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run
 
-        dtype: str | None = STORED if self.dtype == "auto" else self.dtype
         source = locate(self.source)
+        adapter = self.source if is_adapter(source) else self.merge_lora
+        dtype: str | None = None if self.dtype == "auto" else self.dtype
+        if adapter is None:  # what one adds is lost in the few bits that a base may be stored in
+            dtype = dtype or STORED
         if is_run(source):
             step, model, start = export(source, self.step)
             print(f"step {step} of {source}")
             return self._in_dtype(model, start)
         rewarding = [path for path in (self.source, self.merge_lora) if path is not None]
         if any(is_reward_model(path) for path in rewarding):
-            base, place = self.source if self.merge_lora else None, self.merge_lora or self.source
-            if is_adapter(locate(place)) and self.dtype == "auto":
-                dtype = None
-            return load_reward_model(place, base=base, dtype=dtype)
-        adapter = self.source if is_adapter(source) else self.merge_lora
+            base = self.source if self.merge_lora else None
+            return load_reward_model(self.merge_lora or self.source, base=base, dtype=dtype)
         if adapter is None:
             return load_model(self.source, dtype=dtype)
         start = load_model(self.source if self.merge_lora else base_of(source), dtype="float32")

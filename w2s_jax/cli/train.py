@@ -201,8 +201,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         if not self.data and not self.estimate:
             raise InputError("--data is missing: a file of examples, or an id on the hub")
         lora = self.lora()
-        if lora is not None and self.from_scratch:
-            raise InputError("--lora-rank adapts a trained model; leave out --from-scratch")
+        if self.from_scratch and (lora is not None or self.continue_adapter):
+            raise InputError("adapters stand beside a trained model; leave out --from-scratch")
         checkpoint = locate(self.model)
         config = load_config(checkpoint)
         if lora is not None and is_adapter(checkpoint):

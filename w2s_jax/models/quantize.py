@@ -82,7 +82,7 @@ class QuantizeConfig:
         if size > self.group and size % self.group:
             raise InputError(
                 f"{path}: {size} inputs are not divisible into groups of {self.group}; give "
-                + (_groups_that_divide(size) or "none")
+                + (_groups_that_divide(size) or f"{size}, which is one group")
             )
         return min(self.group, size)
 
