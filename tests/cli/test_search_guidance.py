@@ -9,7 +9,8 @@ from tests.cli.test_search import SMALL, one_error, tiny
 from w2s_jax.cli.main import main
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.search.reading import logprobs_alone
-from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 

@@ -11,7 +11,8 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.judges import TextLogRatio, TextModel
 from w2s_jax.search.presets import best_of_n, cbs
-from w2s_jax.text.chat import Conversation, Message, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.prompts import decode_tokens, encode_prompt
 
 PROMPTS = ("The film", "Émigré naïve – 日本", "A line\n  then", "", " x", "don", "🎬🎬 wow")

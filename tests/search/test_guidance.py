@@ -11,7 +11,7 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.presets import cbs, eft, ivg
 from w2s_jax.search.selectors import Maximin, TopW
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(0)

@@ -21,7 +21,8 @@ from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.presets import best_of_n, cbs
 from w2s_jax.search.texts import Candidate
-from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
 from w2s_jax.text.tokenizer import load_tokenizer
 

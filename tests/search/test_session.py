@@ -17,7 +17,7 @@ from w2s_jax.search import session as sessions
 from w2s_jax.search.presets import cbs, eft, sample
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
 
 RNG = np.random.default_rng(2)

@@ -22,7 +22,7 @@ from w2s_jax.search.selectors import Maximin, TopW
 from w2s_jax.search.text_files import search_text_rows
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
 from w2s_jax.search.texts import Candidate, FunctionScorer
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.journal import open_journal
 
 PROMPTS = ("", "the sea", "{x} \n", "ein Ω", "a b", "one more", "the sea")

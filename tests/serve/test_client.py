@@ -25,7 +25,7 @@ from w2s_jax.search.text_run import Extension, search_texts
 from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve.client import Endpoint, draw_seed, open_policy
 from w2s_jax.serve.retry import EndpointError, Meter, Patience, Usage
-from w2s_jax.text.chat import Conversation, Message, plain
+from w2s_jax.text.conversations import Conversation, Message, plain
 from w2s_jax.text.journal import open_journal
 from w2s_jax.text.rows import write_jsonl
 
@@ -550,7 +550,7 @@ from w2s_jax.search.presets import cbs
 from w2s_jax.search.text_files import search_text_rows
 from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve.client import Endpoint, open_policy
-from w2s_jax.text.chat import plain
+from w2s_jax.text.conversations import plain
 from w2s_jax.text.journal import open_journal
 from w2s_jax.text.rows import read_jsonl
 

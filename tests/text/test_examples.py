@@ -4,7 +4,7 @@ import pytest
 
 from tests.text.chats import chat, text
 from w2s_jax.errors import InputError
-from w2s_jax.text.chat import Message
+from w2s_jax.text.conversations import Message
 from w2s_jax.text.examples import Example, parser
 
 ASK, YES, NO = (

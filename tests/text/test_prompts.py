@@ -6,7 +6,8 @@ from tokenizers.processors import TemplateProcessing
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
-from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import (
     decode_tokens,
     encode_prompt,

@@ -27,7 +27,8 @@ from w2s_jax.search.judges import TextLogRatio, TextModel
 from w2s_jax.search.presets import cbs
 from w2s_jax.search.sizes import buckets
 from w2s_jax.text.atomic import check_writable
-from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.synthetic import vocabularies
 

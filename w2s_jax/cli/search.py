@@ -97,7 +97,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
         from w2s_jax.text.atomic import check_writable
-        from w2s_jax.text.chat import prompts_from
+        from w2s_jax.text.conversations import prompts_from
         from w2s_jax.text.host_journal import job_journal
         from w2s_jax.text.prompts import escape_notes
         from w2s_jax.text.rows import read_rows

@@ -27,7 +27,8 @@ from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.sizes import buckets
 from w2s_jax.text.atomic import check_writable
-from w2s_jax.text.chat import Conversation, load_template
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
 from w2s_jax.text.rows import write_jsonl
 

@@ -22,7 +22,8 @@ from w2s_jax.search.checkpoints import Sources, guide_sources
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.placing import read_places
 from w2s_jax.search.presets import preset
-from w2s_jax.text.chat import Conversation, Message, read_template_args
+from w2s_jax.text.chat import read_template_args
+from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.prompts import encode_texts
 
 NAME = "w2s"

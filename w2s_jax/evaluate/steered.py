@@ -19,7 +19,7 @@ from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.run import of_guides, search
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import decode_tokens, response_text, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")

@@ -17,7 +17,8 @@ from w2s_jax.search.guides import Guide, SearchModels, member_names, search_mode
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.placing import ONE_DEVICE, Places
 from w2s_jax.search.texts import TextScorer
-from w2s_jax.text.chat import Conversation, Template, load_template
+from w2s_jax.text.chat import Template, load_template
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.mappings import read_mapping
 from w2s_jax.text.prompts import tell_left_out
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary

@@ -16,7 +16,7 @@ from w2s_jax.search.judges import TextLogRatio
 from w2s_jax.search.results import ChunkTrace, Hypothesis, SearchResult
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.traces import TRACE, trace_row
-from w2s_jax.text.chat import Conversation, conversation_of
+from w2s_jax.text.conversations import Conversation, conversation_of
 from w2s_jax.text.host_journal import HostJournal
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import decode_tokens, response_text, token_texts

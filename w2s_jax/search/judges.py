@@ -30,7 +30,8 @@ from w2s_jax.search.reading import (
 )
 from w2s_jax.search.texts import Candidate
 from w2s_jax.text.batches import pad_rows, power_of_two
-from w2s_jax.text.chat import Conversation, Template, plain
+from w2s_jax.text.chat import Template
+from w2s_jax.text.conversations import Conversation, plain
 from w2s_jax.text.prompts import decode_tokens, token_texts
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 
 Number = float | int
 

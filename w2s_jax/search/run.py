@@ -25,7 +25,7 @@ from w2s_jax.search.session import (
 )
 from w2s_jax.search.sizes import SMALLEST_BUCKET, buckets
 from w2s_jax.search.texts import TextScorer
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 
 DEFAULT_SLOTS = 8
 

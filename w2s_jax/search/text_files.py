@@ -13,7 +13,7 @@ from w2s_jax.search.results import ChunkTrace
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.search.traces import TRACE, trace_row
-from w2s_jax.text.chat import Conversation, plain
+from w2s_jax.text.conversations import Conversation, plain
 from w2s_jax.text.host_journal import HostJournal
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.rows import Row

@@ -19,7 +19,7 @@ from w2s_jax.search.run import DEFAULT_SLOTS
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.selectors import Candidates
 from w2s_jax.search.texts import Candidate, TextScorer, at_fault
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import from_first
-from w2s_jax.text.chat import Conversation, plain
+from w2s_jax.text.conversations import Conversation, plain
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.text_run import Continuation, Extension
 from w2s_jax.serve.retry import NO_KEY, Answer, Meter, Patience, Usage, ask_all
-from w2s_jax.text.chat import Conversation
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import INCOMPLETE
 
 Prompt = str | tuple[int, ...]

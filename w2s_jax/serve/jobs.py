@@ -23,7 +23,8 @@ from w2s_jax.serve.errors import ApiError, malformed, too_large, too_long, unsup
 from w2s_jax.serve.schema import Chat, Completion, Generation
 from w2s_jax.serve.settings import Defaults, Limits
 from w2s_jax.text.batches import power_of_two
-from w2s_jax.text.chat import Conversation, Message, Template, role_of
+from w2s_jax.text.chat import Template
+from w2s_jax.text.conversations import Conversation, Message, role_of
 from w2s_jax.text.prompts import decode_tokens, special_stops
 
 CHOOSING = {

@@ -1,4 +1,4 @@
-"""Conversations: what a row asks, and how each model wants to read it, as text and as token ids.
+"""Chat templates: how each model wants to read a conversation, as text and as token ids.
 
 The published templates themselves are in text/templates.py; holds no model code.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.conversations import Conversation, Message, function_of
 from w2s_jax.text.prompts import encode_prompt, encode_texts
-from w2s_jax.text.rows import Row
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 from w2s_jax.text.time_limit import apply_template
 
@@ -22,176 +22,6 @@ TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
 """Published templates that write no special tokens, so that the tokenizer's own go in front."""
 _NAMES = ("auto", "none", "chat", *TEMPLATES)
-_FIELDS = ("prompt", "messages", "instruction", "conversations")
-_ROLES = ("system", "user", "assistant", "tool")
-_ALIASES = {"developer": "system"}
-"""Roles that chat templates know under another name."""
-# Of people, whom no template names.
-_IDLE = {("name", role) for role in ("system", "user", "assistant")}
-_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-_MESSAGE = '{"role": "user", "content": "text"}'
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; role is system, user, assistant or tool.
-
-    `more` has (name, value) of further fields that chat templates read: the calls of tools, say.
-    """
-
-    role: str
-    content: str
-    more: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def turn(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
-        return {"role": self.role, "content": self.content, **dict(self.more)}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a response answers: a text to continue, or messages of which the user's is the last.
-
-    template_args: values for the chat templates that write it, such as enable_thinking; they go
-    before those of a template. `tools` are those that the assistant may call, as JSON schemas.
-    """
-
-    text: str | None = None
-    messages: tuple[Message, ...] = ()
-    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    tools: tuple[Any, ...] = ()
-
-    def __post_init__(self) -> None:
-        if (self.text is None) == (not self.messages):
-            raise ValueError("a conversation is either a text or messages")
-
-
-def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
-    """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
-
-    An instruction is one user message, with "input" after a blank line where there is one, as in
-    Alpaca's files. A message is {"role", "content"}; its content is text or a list of
-    {"type": "text", "text"} parts, which are joined. Of ShareGPT's conversations, of {"from",
-    "value"} turns behind a "system" text, a last turn of the assistant's is left out: like
-    "output", it is what somebody else answered. Messages may call the row's "tools" (`tools_of`). A
-    field that is null counts as absent.
-
-    Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
-    """
-    fields = [field for field in _FIELDS if row.get(field) is not None]
-    if not fields:
-        raise InputError(
-            f'{where}: no "prompt", "messages", "instruction" or "conversations"; a row needs one, '
-            'such as {"prompt": "text"}, or --prompt-field to name its own'
-        )
-    if len(fields) > 1:
-        several = " and ".join(f'"{field}"' for field in fields)
-        raise InputError(f"{where}: {several} in one row; it must hold exactly one of them")
-    field, value, tools = fields[0], row[fields[0]], tools_of(row, where)
-    if field == "instruction":
-        return Conversation(messages=(Message("user", _instruction(row, where)),), tools=tools)
-    if field == "prompt" and isinstance(value, str):
-        if tools:
-            raise InputError(f'{where}: "tools" beside a text; they need messages')
-        return Conversation(text=value)
-    if field == "conversations" and isinstance(value, list | tuple):
-        turns = shared_turns(row, where)
-        asked = turns[:-1] if turns[-1].role == "assistant" and len(turns) > 1 else turns
-        return Conversation(messages=_ended(asked, f'{where}: "{field}"'), tools=tools)
-    if isinstance(value, list | tuple):
-        messages = messages_of(value, f'{where}: "{field}"')
-        return Conversation(messages=_ended(messages, f'{where}: "{field}"'), tools=tools)
-    takes = "text or a list of messages" if field == "prompt" else "a list of messages"
-    raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes {takes}')
-
-
-def messages_of(value: Sequence[Any], where: str) -> tuple[Message, ...]:
-    """The messages of a list, whoever speaks last. Raises InputError, beginning with `where`."""
-    if not value:
-        raise InputError(f"{where} is empty; it takes messages such as {_MESSAGE}")
-    return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
-
-
-def tagged(item: Any) -> Any:
-    """A turn of {from, value} as {role, content}; anything else as it is."""
-    if not isinstance(item, Mapping) or "from" not in item:
-        return item
-    role, value = item["from"], item.get("value")
-    if role == "function_call":
-        calls = _json(value)
-        calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    return {"role": _SHAREGPT.get(role, role), "content": value}
-
-
-def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
-
-    Raises InputError, beginning with `where`, for what is not sound.
-    """
-    value, place = row["conversations"], f'{where}: "conversations"'
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{place} is {type(value).__name__}; it takes a list of messages")
-    turns = messages_of([tagged(item) for item in value], place)
-    system = row.get("system")
-    if not isinstance(system, str | None):
-        raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
-    return (Message("system", system), *turns) if system and turns[0].role != "system" else turns
-
-
-def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
-    """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
-
-    Raises InputError, beginning with `where`, for anything else.
-    """
-    tools = _json(row.get("tools")) or ()
-    if not isinstance(tools, list | tuple) or not all(_function(one) for one in tools):
-        raise InputError(f'{where}: "tools" takes a list of functions, each with a "name"')
-    return tuple(tools)
-
-
-def _function(item: Any) -> Mapping[str, Any]:
-    """The {"name", ..} of a tool or a call of one; empty where there is none."""
-    found = item.get("function") or item if isinstance(item, Mapping) else {}
-    named = isinstance(found, Mapping) and isinstance(found.get("name"), str) and found["name"]
-    return found if named else {}
-
-
-def _json(value: Any) -> Any:
-    """What a JSON text holds; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
-    """The rows with the named field as their "prompt" too; as they are where none is named.
-
-    Raises InputError, naming the row as "SOURCE NUMBER", where the field is missing or the row has
-    another prompt beside it.
-    """
-    if field is None or field == "prompt":
-        return list(rows)
-    found = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{source} {number}"
-        if row.get(field) is None:
-            names = ", ".join(f'"{name}"' for name in row) or "no fields"
-            raise InputError(f'{where}: no "{field}", which --prompt-field names; found {names}')
-        others = [name for name in _FIELDS if name != field and row.get(name) is not None]
-        if others:
-            raise InputError(
-                f'{where}: a "{others[0]}" beside "{field}", which --prompt-field names; leave the '
-                "flag or that field out"
-            )
-        rest = {name: value for name, value in row.items() if name not in _FIELDS or name == field}
-        found.append({**rest, "prompt": row[field]})
-    return found
 
 
 def read_template_args(text: str, where: str) -> dict[str, Any]:
@@ -205,23 +35,6 @@ def read_template_args(text: str, where: str) -> dict[str, Any]:
             f'{where}: {text!r} is no JSON object such as {{"enable_thinking": false}}'
         )
     return args
-
-
-def role_of(name: Any) -> Any:
-    """The role that chat templates know by this name: OpenAI's developer is the system."""
-    return _ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-def plain(conversation: Conversation) -> str:
-    """The text that a scorer of texts or a judge reads.
-
-    A text as it is; of one message, its content; of more, "role: content" lines.
-    """
-    if conversation.text is not None:
-        return conversation.text
-    if len(conversation.messages) == 1:
-        return conversation.messages[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in conversation.messages)
 
 
 @dataclass(frozen=True)
@@ -379,7 +192,9 @@ class Template:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{self.where}: the chat template fails: {reason}") from error
         calls = [call for one in messages for call in dict(one.more).get("tool_calls", ())]
-        unread = next((f for f in map(_function, (*tools, *calls)) if f["name"] not in text), None)
+        unread = next(
+            (f for f in map(function_of, (*tools, *calls)) if f["name"] not in text), None
+        )
         if unread is not None:
             raise InputError(
                 f"{self.where}: the chat template does not write the tool {unread['name']!r}; take "
@@ -450,68 +265,6 @@ def renderer(
         return next((text.removeprefix(bos) for bos in BOS_TEXTS if text.startswith(bos)), text)
 
     return render
-
-
-def _instruction(row: Mapping[str, Any], where: str) -> str:
-    for name in ("instruction", "input"):
-        value = row.get(name)
-        if not isinstance(value, str | None):
-            raise InputError(f'{where}: "{name}" is {type(value).__name__}; it takes text')
-    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-
-
-def _ended(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """The messages, which the user must end."""
-    if messages[-1].role not in ("user", "tool"):
-        raise InputError(
-            f"{where} ends with a message of role {messages[-1].role}; the last one must be the "
-            "user's, since the response answers it"
-        )
-    return messages
-
-
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise InputError(f"{where} is {type(item).__name__}; a message is {_MESSAGE}")
-    role = role_of(item.get("role"))
-    if role not in _ROLES:
-        fault = "no role" if role is None else f"the role {role!r}"
-        raise InputError(f"{where} has {fault}; it takes {', '.join(_ROLES)}")
-    more = {name: item[name] for name in _MORE if item.get(name) and (name, role) not in _IDLE}
-    if "tool_calls" in more:
-        more["tool_calls"] = _calls(more["tool_calls"], f'{where}["tool_calls"]')
-    content = item.get("content")
-    if isinstance(content, list | tuple):
-        parts = (_part(part, f'{where}["content"][{i}]') for i, part in enumerate(content))
-        content = "".join(parts)
-    if content is None and "tool_calls" in more:
-        content = ""
-    if not isinstance(content, str):
-        fault = "no content" if content is None else f"{type(content).__name__} as its content"
-        raise InputError(f"{where} has {fault}; it takes text")
-    return Message(role, content, tuple(more.items()))
-
-
-def _calls(value: Any, where: str) -> list[Any]:
-    """Calls of tools with their arguments as an object, which templates write as JSON."""
-    if not isinstance(value, list | tuple) or not all(_function(call) for call in value):
-        raise InputError(f'{where} takes a list of calls, each of a function with a "name"')
-    found = []
-    for call in value:
-        function = {**_function(call), "arguments": _json(_function(call).get("arguments", {}))}
-        around = call if "function" in call else {}
-        found.append({"type": "function", **around, "function": function})
-    return found
-
-
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping):
-        raise InputError(f'{where} is {type(part).__name__}; a part is {{"type": "text", "text"}}')
-    if part.get("type") != "text":
-        raise InputError(f"{where} is of type {part.get('type')!r}; only text is read")
-    if not isinstance(part.get("text"), str):
-        raise InputError(f'{where} has no "text" of text')
-    return part["text"]
 
 
 def _read(path: str, where: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.chat import (
+from w2s_jax.text.conversations import (
     Conversation,
     Message,
     conversation_of,
