@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -67,6 +68,12 @@ def test_parts_are_counted_from_shapes_alone():
     assert beside.frozen == found.parameters
 
 
+def test_memory_of_the_starting_process_is_not_counted(run_python):
+    held = np.ones(2**29, np.uint8)
+    code = "from w2s_jax.train.estimate import peak_memory; print(peak_memory())"
+    assert 2**25 < int(run_python(code)) < held.nbytes
+
+
 def test_micro_batches_take_less():
     optimizer = make_optimizer(OptimizerConfig(name="sgd"), 10)
     shapes = abstract_on_mesh(tiny_config(layers=1, vocab_size=2048))
@@ -114,10 +121,10 @@ def test_a_mesh_divides_parameters_optimizer_and_batch(run_python):
 
 
 COMMAND = """
-import resource
 from w2s_jax.cli.main import main
+from w2s_jax.train.estimate import peak_memory
 assert main(WORDS) == 0
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print("peak", peak_memory() / 2**30)
 """
 
 
@@ -125,18 +132,18 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 @pytest.mark.parametrize("words", [("sft",), ("dpo", "--lora-rank", "8")])
 def test_on_a_cpu_the_total_is_the_peak_of_the_process(run_python, tmp_path, words):
     """Both in GiB, within a tenth, for a step whose arrays are as large as XLA and the rest."""
-    shape = {"width": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 64}
-    shape |= {"mlp_width": 1024, "vocab_size": 8192, "max_positions": 256}
+    shape = {"width": 384, "layers": 4, "heads": 6, "kv_heads": 6, "head_width": 64}
+    shape |= {"mlp_width": 1536, "vocab_size": 16384, "max_positions": 512}
     model = tiny(tmp_path / "base", 0, **shape)
     # Longer than --max-length, for which the estimate is made.
-    rows = [{"prompt": "a film", "chosen": " of the sea" * 150, "rejected": " a film" * 150}] * 8
+    rows = [{"prompt": "a film", "chosen": " of the sea" * 300, "rejected": " a film" * 300}] * 8
     write_jsonl(tmp_path / "rows.jsonl", rows)
     files = ["--model", model, "--data", str(tmp_path / "rows.jsonl")]
     files += ["--output", str(tmp_path / "run")]
-    sizes = ["--batch-size", "8", "--max-length", "256", "--max-steps", "1"]
+    sizes = ["--batch-size", "8", "--max-length", "512", "--max-steps", "1"]
     run = [words[0], *files, *sizes, *words[1:]]
     told = run_python(f"WORDS = {[*run, '--estimate']!r}\n{COMMAND}")
     total = float(re.search(r"total\W+([\d.]+)", told)[1])
     peak = float(run_python(f"WORDS = {run!r}\n{COMMAND}").split("peak")[-1])
-    assert peak > 0.8, "arrays are the larger part"
+    assert peak > 1.5, "arrays are the larger part"
     assert total == pytest.approx(peak, rel=0.1)

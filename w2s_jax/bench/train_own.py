@@ -5,7 +5,6 @@ are those of the job's checkpoint, or random ones of its config.
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from w2s_jax.bench.shapes import random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
+from w2s_jax.train.estimate import peak_memory
 from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 from w2s_jax.train.preference_config import PreferenceConfig
@@ -52,7 +52,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started[0])
         cpu_seconds.append(time.process_time() - started[1])
         losses.append(float(metrics["loss"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     held = jax.devices()[0].memory_stats()
     return {
         "seconds": seconds,

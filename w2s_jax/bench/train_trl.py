@@ -5,10 +5,10 @@ of this package, so that any interpreter that has those can run it.
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -60,7 +60,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]

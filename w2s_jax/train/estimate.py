@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ def estimate_step(
         + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
         devices=1 if mesh is None else mesh.size,
         limit=(device.memory_stats() or {}).get("bytes_limit"),
-        process=_process_bytes() if device.platform == "cpu" else 0,
+        process=peak_memory() if device.platform == "cpu" else 0,
     )
 
 
@@ -166,10 +167,17 @@ def report(console: Console, estimate: Estimate) -> None:
         console.print(f"{fits}: a device has {estimate.limit / 2**30:.2f} GiB")
 
 
-def _process_bytes() -> int:
-    """The most memory that this process held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_memory() -> int:
+    """The most bytes of memory that this process held so far.
+
+    What getrusage tells instead counts in the process that started this one.
+    """
+    try:
+        told = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(told.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
