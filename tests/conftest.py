@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import tests.typechecking  # noqa: F401 -- jaxtyping looks it up by name
+
 ROOT = Path(__file__).parent.parent
 
 # Most of the suite's time is the compiler's, which need not work hard for programs that run once.
