@@ -43,10 +43,11 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parity
 @pytest.mark.skipif(not find_spec("trl"), reason="needs trl: pip install -e '.[test,parity]'")
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_trl_is_given_the_same_model_and_rows(architecture):
-    options = Options(**SMALL, architecture=architecture, trl=True, trl_python=sys.executable)
-    figures = run(options)
+@pytest.mark.parametrize(("architecture", "objective"), [("gpt2", "dpo"), ("llama", "sft")])
+def test_trl_is_given_the_same_model_and_rows(architecture, objective):
+    asked = {"architecture": architecture, "objectives": (objective,)}
+    figures = run(Options(**SMALL | asked, trl=True, trl_python=sys.executable))
+    assert list(figures.own) == [objective]
     for objective, own in figures.own.items():
         assert own.first_loss == pytest.approx(figures.trl[objective].first_loss, abs=1e-4)
 

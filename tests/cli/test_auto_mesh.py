@@ -10,7 +10,7 @@ from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
-SHAPE = {"width": 32, "layers": 2, "heads": 8, "kv_heads": 4, "head_width": 8, "mlp_width": 64,
+SHAPE = {"width": 32, "layers": 1, "heads": 8, "kv_heads": 4, "head_width": 8, "mlp_width": 64,
          "vocab_size": 304}  # fmt: skip
 
 # Runs commands one after the other; shows their statuses, lines on stderr, and leaves' shardings.

@@ -311,7 +311,7 @@ def test_killed_at_random_moments_the_files_are_the_same(data, tmp_path):
     assert process.wait(600) == 0, process.stderr.read()
     alone = time.monotonic() - began
     chance = random.Random(3)
-    for _ in range(3):
+    for _ in range(2):
         process = start("killed")
         time.sleep(chance.uniform(0.1, 0.45) * alone)
         os.killpg(process.pid, signal.SIGKILL)

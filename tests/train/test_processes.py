@@ -118,9 +118,9 @@ def test_one_told_host_stops_both_at_the_same_step_and_one_process_goes_on(
 
 def test_four_hosts_of_which_one_dies_then_two_go_on(files, tmp_path, run_python):
     """With a tensor axis that reaches over hosts, so that two read the same rows."""
-    run_python(run(sft(files, tmp_path / "one", "--epochs=8", "--save-every=2")))
+    run_python(run(sft(files, tmp_path / "one", "--epochs=5", "--save-every=2")))
     output = tmp_path / "many"
-    arguments = sft(files, output, "--epochs=8", "--save-every=2")
+    arguments = sft(files, output, "--epochs=5", "--save-every=2")
     with Hosts(4, [*arguments, "--mesh=data=2,tensor=2"], tmp_path, devices=1) as hosts:
         await_steps(hosts, output, 7)
         hosts.processes[2].send_signal(signal.SIGKILL)
@@ -131,15 +131,3 @@ def test_four_hosts_of_which_one_dies_then_two_go_on(files, tmp_path, run_python
     assert run_hosts(2, [*arguments, "--mesh=fsdp=4"], tmp_path) == [0, 0]
     assert_close(rows(output), rows(tmp_path / "one"))
     assert_same_weights(output, tmp_path / "one")
-
-
-def test_one_process_dies_and_two_hosts_go_on(files, tmp_path, run_python):
-    output = tmp_path / "two"
-    arguments = dpo(files, output, "--epochs=4", "--save-every=2")
-    with Hosts(1, arguments, tmp_path, devices=1) as alone:
-        await_steps(alone, output, 6)
-        alone.processes[0].send_signal(signal.SIGKILL)
-        alone.statuses()
-    assert run_hosts(2, arguments, tmp_path, devices=1) == [0, 0]
-    run_python(run(dpo(files, tmp_path / "one", "--epochs=4", "--save-every=2")))
-    assert_close(rows(output), rows(tmp_path / "one"))
