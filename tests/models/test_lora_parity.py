@@ -99,19 +99,24 @@ def test_peft_loads_an_adapter_that_was_trained_here(name, targets, rslora, tmp_
     jax.tree.map(np.testing.assert_array_equal, adapter, same)
 
 
-@pytest.mark.parametrize("headless", [False, True])
-def test_a_reward_model_that_is_an_adapter(headless, tmp_path):
+@pytest.mark.parametrize(("headless", "rows"), [(False, 53), (True, 53), (True, 59)])
+def test_a_reward_model_that_is_an_adapter(headless, rows, tmp_path):
     import torch
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from w2s_jax.models.reward_huggingface import load_reward_labels, load_reward_model
+    from w2s_jax.models.reward_huggingface import (
+        load_reward_config,
+        load_reward_labels,
+        load_reward_model,
+    )
 
     build("qwen2").save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     if not headless:
         model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(rows)
     model = get_peft_model(model, Theirs(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -119,9 +124,10 @@ def test_a_reward_model_that_is_an_adapter(headless, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.eval().save_pretrained(tmp_path / "adapter")
-    tokens = np.random.default_rng(1).integers(3, 50, (1, 9)).astype(np.int32)
+    tokens = np.random.default_rng(1).integers(3, rows, (1, 9)).astype(np.int32)
     expected = logits_of(model, tokens)
     ours = load_reward_model(tmp_path / "adapter")
     np.testing.assert_allclose(ours(tokens), expected, **TOLERANCE)
     assert load_reward_labels(tmp_path / "adapter") == ours.labels
     assert ours.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert ours.config.vocab_size == load_reward_config(tmp_path / "adapter").vocab_size == rows

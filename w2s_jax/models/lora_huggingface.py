@@ -154,22 +154,27 @@ def load_adapted(
     return Model(base.config, into(base.params, adapter, lora), base.placement)
 
 
-def adapted_config(path_or_hub_id: str | Path, config: ModelConfig) -> ModelConfig:
+def adapted_config(
+    path_or_hub_id: str | Path, config: ModelConfig, *, head: Head = LANGUAGE_HEAD
+) -> ModelConfig:
     """The config of a base of `config` with this adapter on it.
 
     An adapter may hold an embedding or a head, of another vocabulary too. As PEFT has it, either
-    alone, or both where they differ, unties them.
+    alone, or both where they differ, unties them. A reward model, of another `head`, has but the
+    embedding.
 
     Raises InputError for missing or damaged files.
     """
     directory = locate(path_or_hub_id)
     try:
-        _, whole = _sorted(config, _open(directory), LANGUAGE_HEAD)
+        _, whole = _sorted(config, _open(directory), head)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     held = _held_vocabulary(config, whole)
     if not held or any(tensor.get_shape()[1:] != (config.width,) for tensor in held):
         return config
+    if head != LANGUAGE_HEAD:
+        return replace(config, vocab_size=held[0].get_shape()[0])
     tied = config.tied_embeddings and len(held) == 2 and equal(*held)
     # Where one alone is held, it has the rows of the base's other.
     vocabulary = held[0].get_shape()[0] if len(held) == 2 else config.vocab_size

@@ -30,7 +30,7 @@ from w2s_jax.models.huggingface import (
     save_parameters,
 )
 from w2s_jax.models.lora import merge
-from w2s_jax.models.lora_huggingface import base_of, load_adapter
+from w2s_jax.models.lora_huggingface import adapted_config, base_of, load_adapter
 from w2s_jax.models.names import REWARD_HEADS, Head
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 
@@ -98,18 +98,16 @@ def is_reward_model(path_or_hub_id: str | Path) -> bool:
 def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) -> RewardModel:
     """An adapter merged into its base, with the head of either."""
     base = locate(base)
-    config = load_reward_config(base)
     # Weights of fewer bits, as bases are often stored in, would lose most of an adapter.
     options = options | {"dtype": options["dtype"] or "float32"}
+    head, labels, config = _adapted_head(directory, base)
     if isinstance(config, EncoderConfig):
         raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
-    head, old = SCORE, {}
-    labels: tuple[str, ...] = ()
+    old: dict[str, Any] = {}
     if is_reward_model(base):
         found = load_reward_model(base, **options)
         assert isinstance(found, RewardModel)
-        params, old, labels, placement = found.params, found.head, found.labels, found.placement
-        head, _ = _find_head(base, open_tensors(base))
+        params, old, placement = found.params, dict(found.head), found.placement
     else:
         whole = load_model(base, **options)
         params = {name: subtree for name, subtree in whole.params.items() if name != "head"}
@@ -117,10 +115,24 @@ def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) ->
     options = options | {"dtype": params["embed"]["embedding"].dtype}
     lora, adapter = load_adapter(directory, config, head=head, **options)
     new = old | adapter.pop("head", {})
+    # Of another vocabulary it cannot be written over the base's.
+    params = params | {name: adapter.pop(name) for name in ("embed",) if name in adapter}
     if not new:
         raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
     labels = _adapted_labels(labels, new)
     return RewardModel(config, merge(params, adapter, lora), new, labels, placement)
+
+
+def _adapted_head(
+    directory: Path, base: Path
+) -> tuple[Head, tuple[str, ...], ModelConfig | EncoderConfig]:
+    """The head and the labels of an adapter's base, which may have none, and the adapted config."""
+    config = load_reward_config(base)
+    if isinstance(config, EncoderConfig):
+        return SCORE, (), config
+    whole = is_reward_model(base)
+    head, labels = _find_head(base, open_tensors(base)) if whole else (SCORE, ())
+    return head, labels, adapted_config(directory, config, head=head)
 
 
 def _adapted_labels(labels: tuple[str, ...], head: Mapping[str, Any]) -> tuple[str, ...]:
@@ -136,7 +148,7 @@ def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfi
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
-        return load_reward_config(base_of(directory))
+        return _adapted_head(directory, locate(base_of(directory)))[2]
     kind = read_json(directory / CONFIG).get("model_type")
     if kind == ENCODER:
         return encoder_config(directory)
@@ -154,15 +166,15 @@ def load_reward_labels(path_or_hub_id: str | Path) -> tuple[str, ...]:
     Raises InputError as `load_reward_model` does, but for the tensors' shapes.
     """
     directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        head, labels, config = _adapted_head(directory, locate(base_of(directory)))
+        if isinstance(config, EncoderConfig):
+            return config.label_names
+        _, adapter = load_adapter(directory, config, head=head)
+        return _adapted_labels(labels, adapter["head"]) if "head" in adapter else labels
     config = load_reward_config(directory)
     if isinstance(config, EncoderConfig):
         return config.label_names
-    if is_adapter(directory):
-        base = locate(base_of(directory))
-        whole = is_reward_model(base)
-        head, labels = _find_head(base, open_tensors(base)) if whole else (SCORE, ())
-        _, adapter = load_adapter(directory, config, head=head)
-        return _adapted_labels(labels, adapter["head"]) if "head" in adapter else labels
     return _find_head(directory, open_tensors(directory))[1]
 
 
