@@ -7,6 +7,7 @@ import pytest
 from tests.search.recorded import Recorded
 from tests.tiny import tiny_model
 from tests.vocabularies import REAL, real_tokenizer
+from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.judges import TextLogRatio, TextModel
@@ -41,10 +42,19 @@ def plain_logprob(member, candidate):
         common += 1
     padded = np.zeros((1, PADDED), np.int32)
     padded[0, : len(tokens)] = tokens
-    start = max(common, 1)
-    logits = np.asarray(_read(member.model, padded)[0, start - 1 : len(tokens) - 1], np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return sum(row[token] for row, token in zip(logprobs, tokens[start:], strict=True))
+    start, model = max(common, 1), member.model
+    # Logits of the scored tokens alone: of so many ids those of all places are most of the time.
+    states = _read(_headless(model), padded)[0, start - 1 : len(tokens) - 1]
+    logits = np.asarray(states) @ np.asarray(model.params["head"]["kernel"])
+    most = logits.max(-1)
+    normalisers = most + np.log(np.exp(logits - most[:, None]).sum(-1))
+    drawn = logits[np.arange(len(logits)), tokens[start:]]
+    return float((drawn.astype(np.float64) - normalisers).sum())
+
+
+def _headless(model):
+    """The model whose logits are the states that its own head reads."""
+    return Model(model.config, model.params | {"head": {"kernel": np.eye(model.config.width)}})
 
 
 _read = jax.jit(lambda model, tokens: model(tokens))
@@ -68,7 +78,7 @@ def test_scores_equal_a_plain_encoding_of_the_whole(
         policy,
         None,
         [encode_prompt(own, text) for text in texts],
-        cbs(2, 2, 4, max_new_tokens=16, sampling=Sampling(1.0), slots=3),
+        cbs(2, 2, 4, max_new_tokens=12, sampling=Sampling(1.0), slots=3),
         scorers=[recorded],
         conversations=[Conversation(text=text) for text in texts],
         decode=lambda tokens: decode_tokens(own, tokens),
@@ -79,7 +89,7 @@ def test_scores_equal_a_plain_encoding_of_the_whole(
     kept = {score for _, score in recorded.seen}
     for result in results:
         assert result.best.score in kept
-    assert len(recorded.seen) >= len(texts) * 3 * 4
+    assert len(recorded.seen) >= len(texts) * 2 * 4
     assert any("\ufffd" in candidate.response for candidate, _ in recorded.seen)
     assert any(not candidate.response.isascii() for candidate, _ in recorded.seen)
 
@@ -92,7 +102,7 @@ def test_the_same_vocabulary_on_text_scores_as_on_tokens(tokenizers):
     template = load_template(own, "auto", where="test")
     scorer = TextLogRatio(TextModel(tuned, template), TextModel(untuned, template))
     prompts = [encode_prompt(own, text) for text in PROMPTS if text]
-    config = best_of_n(24, max_new_tokens=4, sampling=Sampling(0.6))
+    config = best_of_n(4, max_new_tokens=4, sampling=Sampling(0.6))
     on_tokens = search(policy, Guide(tuned, untuned), prompts, config)
     on_text = search(
         policy,
@@ -113,7 +123,7 @@ def test_the_same_vocabulary_on_text_scores_as_on_tokens(tokenizers):
                 continue
             same += 1
             assert hypothesis.score == pytest.approx(scores[hypothesis.tokens], abs=1e-3)
-    assert same >= 3
+    assert same >= 12
 
 
 def test_messages_are_read_behind_each_models_own_template(tokenizers):

@@ -2,25 +2,29 @@
 
 CODE = """
 import jax, numpy as np
+from tests.search.test_quantized import quantized
 from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.meshes import make_mesh
-from w2s_jax.search import Guide, search, search_models, start_search, search_step, insert_prompt
+from w2s_jax.search import Guide, search, search_models, start_search, search_step
 from w2s_jax.search.presets import cbs, eft
 
 assert jax.device_count() == 8
 rng = np.random.default_rng(0)
 prompts = [rng.integers(4, 24, size).tolist() for size in (3, 9, 1, 6, 12)]
-shape = {"vocab_size": 24, "layers": 1}
+shape = {"vocab_size": 24, "layers": 1, "sharpness": 8.0}
 options = {"max_new_tokens": 7, "sampling": Sampling(1.0), "slots": 4}
-for scan, spec, config in (
-    (False, "data=4,tensor=2", eft(0.5, **options)),
-    (True, "data=2,fsdp=2,tensor=2", cbs(2, 2, 3, **options)),
+plain = [tiny_model(seed, **shape) for seed in range(3)]
+# Of stacked layers and of others, of whole and of quantised weights and caches.
+stacked = [tiny_model(seed, scan_layers=seed < 2, **shape) for seed in range(3)]
+stacked[0] = quantized(stacked[0])
+for models, spec, config in (
+    (plain, "data=4,tensor=2", eft(0.5, **options)),
+    (stacked, "data=2,fsdp=2,tensor=2", cbs(2, 2, 3, policy_cache="int8", **options)),
 ):
     mesh = make_mesh(spec)
-    models = [tiny_model(seed, scan_layers=scan, **shape) for seed in range(3)]
     one = search(models[0], Guide(*models[1:]), prompts, config)
     policy, tuned, untuned = (shard_model(model, mesh) for model in models)
     many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
@@ -30,12 +34,13 @@ for scan, spec, config in (
         np.testing.assert_allclose(*scores, atol=2e-4)
 
 bundle = search_models(policy, Guide(tuned, untuned))
-config = cbs(2, 2, 3, max_new_tokens=7, slots=4)
 state = start_search(bundle, config, slots=4, prefix_capacity=16, mesh=mesh)
 before = jax.tree.map(lambda x: x.sharding, state)
 after = jax.tree.map(lambda x: x.sharding, search_step(bundle, state))
 jax.tree.map(np.testing.assert_equal, before, after)
-assert before.proposer[0].prefix.keys.spec[3] == "tensor", before.proposer[0].prefix.keys
+kept = before.proposer[0].prefix
+for sharding in (kept.keys, kept.key_scales, before.scorer[0].prefix.keys):
+    assert sharding.spec[3] == "tensor", sharding
 try:
     start_search(bundle, config, slots=3, prefix_capacity=16, mesh=mesh)
 except InputError as error:

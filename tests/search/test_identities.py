@@ -14,6 +14,7 @@ from w2s_jax.search.presets import best_of_n, cbs, eft, sample
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(1)
 PROMPTS = [RNG.integers(4, VOCAB, size).tolist() for size in (3, 7, 1, 12, 5)]
+SHORT = [[4 + i] for i in range(8)]
 BEAM = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=2)
 
 
@@ -72,14 +73,6 @@ def test_eft_without_weight_or_with_equal_models_is_the_policy(policy, guide):
     np.testing.assert_allclose(scores_of(results), 0, atol=1e-6)
 
 
-def test_weights_of_guides_add_up(policy, guide):
-    whole = search(policy, guide, PROMPTS, BEAM)
-    halves = [Guide(guide.tuned, guide.untuned, 0.5)] * 2
-    split = search(policy, halves, PROMPTS, BEAM)
-    assert tokens_of(split) == tokens_of(whole)
-    np.testing.assert_allclose(scores_of(split), scores_of(whole), atol=1e-4)
-
-
 def test_greedy_search_follows_the_argmax(policy, guide):
     config = sample(max_new_tokens=6, sampling=Sampling(0.0))
     following = next_logprobs(policy)
@@ -107,26 +100,22 @@ def test_order_batch_and_slots_change_nothing(policy, guide):
     np.testing.assert_array_equal(scores_of(alone), scores_of(together))
 
 
-def test_stacked_layers_search_the_same(guide):
+def copies_of_finished(results):
+    kept = [[h.tokens for h in result.hypotheses if h.finished] for result in results]
+    assert any(kept), "no response ends by EOS here; change the seed"
+    return sum(len(tokens) - len(set(tokens)) for tokens in kept)
+
+
+def test_a_finished_hypothesis_is_kept_once(policy, guide):
+    assert copies_of_finished(search(policy, guide, SHORT, BEAM)) == 0
+
+
+def test_stacked_layers_search_the_same_and_with_the_quirks_what_ended_fills_the_beam(guide):
     """As brute force does with the layers one by one."""
     apart, stacked = (
         tiny_model(0, scan_layers=scan, sliding_windows=(4, None)) for scan in (False, True)
     )
-    results = search(stacked, guide, PROMPTS[:3], BEAM)
-    assert_found(Oracle(apart, [guide], BEAM, EOS), PROMPTS[:3], results)
-
-
-def test_a_finished_hypothesis_is_kept_once_and_with_the_quirks_fills_the_beam(policy, guide):
-    prompts = [[4 + i] for i in range(8)]
-
-    def copies(quirks):
-        config = replace(BEAM, reference_quirks=quirks)
-        kept = [
-            [h.tokens for h in result.hypotheses if h.finished]
-            for result in search(policy, guide, prompts, config)
-        ]
-        assert any(kept), "no response ends by EOS here; change the seed"
-        return sum(len(tokens) - len(set(tokens)) for tokens in kept)
-
-    assert copies(quirks=False) == 0
-    assert copies(quirks=True) > 0
+    config = replace(BEAM, reference_quirks=True)
+    results = search(stacked, guide, PROMPTS[:3] + SHORT, config)
+    assert_found(Oracle(apart, [guide], config, EOS), PROMPTS[:3] + SHORT, results)
+    assert copies_of_finished(results) > 0

@@ -25,11 +25,10 @@ def models():
 CASES = {
     "beam": cbs(2, 3, 4, max_new_tokens=11, sampling=PLAIN),
     "one-token chunks": cbs(3, 2, 1, max_new_tokens=6, sampling=PLAIN),
-    "one successor, top-k and top-p": cbs(
-        3, 1, 5, max_new_tokens=10, sampling=Sampling(0.7, 7, 0.8)
+    "one successor, top-k and top-p, quirks, whole chunks": cbs(
+        3, 1, 5, max_new_tokens=10, sampling=Sampling(0.7, 7, 0.8), reference_quirks=True
     ),
     "quirks": cbs(2, 2, 4, max_new_tokens=10, sampling=PLAIN, reference_quirks=True),
-    "quirks, whole chunks": cbs(2, 2, 5, max_new_tokens=10, sampling=PLAIN, reference_quirks=True),
     "best of n": best_of_n(5, max_new_tokens=12, sampling=PLAIN),
 }
 # Of these the objectives are those of two guides; emulated fine-tuning is in test_guidance.py.

@@ -136,44 +136,6 @@ def test_no_weight_is_converted_ahead_of_the_token_loop(models):
         assert not [shape for shape in (*kernels, *prefix) if shape in line]
 
 
-DEVICES = """
-import jax, numpy as np
-from dataclasses import replace
-from tests.search.test_quantized import PROMPTS, quantized
-from tests.tiny import tiny_model
-from w2s_jax.models.model import shard_model
-from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.meshes import make_mesh
-from w2s_jax.search import Guide, search, search_models, search_step, start_search
-from w2s_jax.search.presets import cbs
-
-shape = {"vocab_size": 24, "sharpness": 8.0}
-config = cbs(2, 2, 3, max_new_tokens=5, sampling=Sampling(1.0), slots=4, policy_cache="int8")
-mesh = make_mesh("data=2,fsdp=2,tensor=2")
-models = [tiny_model(seed, scan_layers=not seed, layers=1, **shape) for seed in range(3)]
-models[0] = quantized(models[0])
-one = search(models[0], Guide(*models[1:]), PROMPTS, config)
-policy, tuned, untuned = (shard_model(model, mesh) for model in models)
-many = search(policy, Guide(tuned, untuned), PROMPTS, config, mesh=mesh)
-for left, right in zip(one, many, strict=True):
-    assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
-    scores = [[h.score for h in r.hypotheses] for r in (left, right)]
-    np.testing.assert_allclose(*scores, atol=2e-4)
-bundle = search_models(policy, Guide(tuned, untuned))
-state = start_search(bundle, config, slots=4, prefix_capacity=16, mesh=mesh)
-before = jax.tree.map(lambda x: x.sharding, state)
-after = jax.tree.map(lambda x: x.sharding, search_step(bundle, state))
-jax.tree.map(np.testing.assert_equal, before, after)
-assert before.proposer[0].prefix.keys.spec[3] == "tensor"
-assert before.proposer[0].prefix.key_scales.spec[3] == "tensor"
-print("same")
-"""
-
-
-def test_eight_devices_equal_one(run_python):
-    assert run_python(DEVICES, devices=8).endswith("same\n")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

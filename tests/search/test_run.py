@@ -41,15 +41,21 @@ def guide():
     return Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
 
 
+# Greedy and drawn samples that several tests look at: a program each.
+GREEDY = sample(max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3)
+ENDS = (8, EOS, 19)
+DRAWN = sample(max_new_tokens=8, sampling=PLAIN, slots=3, chunk_length=2, eos_ids=ENDS)
+DRAWN_ROWS = range(50, 57)
+
+
 def test_results_come_in_order_and_are_reported_as_they_finish(policy):
     prompts = [[4 + i] for i in range(7)]
     seen = []
-    config = sample(max_new_tokens=8, sampling=PLAIN, slots=3, chunk_length=2)
-    results = search(policy, None, prompts, config, row_ids=range(50, 57), on_result=seen.append)
-    assert [result.row_id for result in results] == list(range(50, 57))
+    results = search(policy, None, prompts, DRAWN, row_ids=DRAWN_ROWS, on_result=seen.append)
+    assert [result.row_id for result in results] == list(DRAWN_ROWS)
     assert sorted(seen, key=lambda result: result.row_id) == results
     for result in results:
-        assert result.best.finished == (result.best.tokens[-1] == EOS)
+        assert result.best.finished == (result.best.tokens[-1] in ENDS)
         assert result.best.finished or len(result.best.tokens) == 8
 
 
@@ -137,12 +143,11 @@ def test_a_stop_string_is_looked_for_behind_the_prompt(policy):
     def bare(tokens):
         return decode(tokens)[1:]
 
-    config = sample(max_new_tokens=6, sampling=Sampling(0.0))
     prompts = [[10 + i] for i in range(6)]
-    free = search(policy, None, prompts, config)
+    free = search(policy, None, prompts, GREEDY)
     texts = [decode(result.best.tokens) for result in free]
     stop = texts[0][:2]
-    stopped = search(policy, None, prompts, replace(config, stop=(stop,)), decode=bare)
+    stopped = search(policy, None, prompts, replace(GREEDY, stop=(stop,)), decode=bare)
     assert stopped[0].best.tokens == ()
     assert stopped[0].best.finished
 
@@ -152,9 +157,6 @@ def test_eos_ids_that_no_model_shares_are_refused(guide):
     config = cbs(2, 2, 2, max_new_tokens=4, reference_quirks=True)
     with pytest.raises(InputError, match="no EOS id"):
         search(wide, guide, [[4]], config)
-    both = replace(config, eos_ids=(29, EOS))
-    (result,) = search(wide, guide, [[4]], both)
-    assert np.isfinite(result.best.score)
 
 
 BAD = 9
@@ -191,7 +193,7 @@ def broken(model):
 )
 def test_a_row_that_a_model_fails_is_told_and_the_others_are_done(policy, guide, method, at_fault):
     configs = {
-        "sample": sample(max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3),
+        "sample": GREEDY,
         "cbs": cbs(2, 2, 3, max_new_tokens=6, sampling=Sampling(0.0), slots=2),
         "eft": preset("eft", max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3),
     }
@@ -256,16 +258,17 @@ def test_guides_may_exclude_tokens_from_a_mixture():
 
 
 def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy):
-    prompts = [[4 + i] for i in range(6)]
-    config = sample(max_new_tokens=12, sampling=PLAIN, chunk_length=3, eos_ids=())
-    free = search(policy, None, prompts, config)
-    ends = {free[0].best.tokens[3], free[1].best.tokens[5]}
-    several = replace(config, eos_ids=tuple(ends))
-    for whole, cut_off in zip(free, search(policy, None, prompts, several), strict=True):
-        places = [i for i, token in enumerate(whole.best.tokens) if token in ends]
-        length = places[0] + 1 if places else 12
+    prompts = [[4 + i] for i in range(7)]
+    free = search(policy, None, prompts, replace(DRAWN, eos_ids=()), row_ids=DRAWN_ROWS)
+    several = search(policy, None, prompts, DRAWN, row_ids=DRAWN_ROWS)
+    last = set()
+    for whole, cut_off in zip(free, several, strict=True):
+        places = [i for i, token in enumerate(whole.best.tokens) if token in ENDS]
+        length = places[0] + 1 if places else 8
         assert cut_off.best.tokens == whole.best.tokens[:length]
         assert cut_off.best.finished == bool(places)
+        last |= {whole.best.tokens[places[0]]} if places else set()
+    assert last == set(ENDS), "change the seed"
 
 
 def test_bfloat16_models_are_searched(policy, guide):
@@ -339,12 +342,17 @@ def test_padded_vocabularies_are_one_and_padding_is_never_proposed(policy, guide
         return Model(replace(model.config, vocab_size=size), params)
 
     prompts = [[4 + i] for i in range(6)]
-    config = preset(method, w=2, k=2, l=3, max_new_tokens=12, sampling=Sampling(3.0))
+    # Of EOS ids the first is one that not all models know: what is scored behind a cut is another.
+    quirks = {"reference_quirks": method == "cbs", "eos_ids": (max(sizes) - 1, EOS)}
+    config = preset(method, w=2, k=2, l=3, max_new_tokens=12, sampling=Sampling(3.0), **quirks)
     wide = Guide(padded(guide.tuned, sizes[1]), guide.untuned)
     results = search(padded(policy, sizes[0]), wide, prompts, config)
-    drawn = {t for result in results for h in result.hypotheses for t in h.tokens}
+    hypotheses = [h for result in results for h in result.hypotheses]
+    drawn = {token for hypothesis in hypotheses for token in hypothesis.tokens}
     assert len(drawn) > VOCAB // 2
     assert max(drawn) < VOCAB
+    assert np.isfinite([hypothesis.score for hypothesis in hypotheses]).all()
+    assert not all(hypothesis.finished for hypothesis in hypotheses), "none is cut; change the seed"
 
 
 def test_presets_by_name():
