@@ -16,6 +16,7 @@ from w2s_jax.train.estimate import (
     abstract_on_mesh,
     abstract_state,
     estimate_step,
+    peak_memory,
     report,
 )
 from w2s_jax.train.logprobs import sequence_scores
@@ -72,6 +73,11 @@ def test_memory_of_the_starting_process_is_not_counted(run_python):
     held = np.ones(2**29, np.uint8)
     code = "from w2s_jax.train.estimate import peak_memory; print(peak_memory())"
     assert 2**25 < int(run_python(code)) < held.nbytes
+
+
+def test_peaks_are_told_where_the_system_keeps_none_of_a_process(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "VmRSS:\t   12 kB\n")
+    assert peak_memory() > 2**25
 
 
 def test_micro_batches_take_less():

@@ -5,6 +5,8 @@ of this package, so that any interpreter that has those can run it.
 """
 
 import json
+import re
+import resource
 import sys
 import tempfile
 import time
@@ -60,10 +62,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {
         "seconds": clock.seconds,
@@ -71,6 +71,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "losses": logged,
         "peak_bytes": peak,
     }
+
+
+def peak_memory() -> int:
+    """As `w2s_jax.train.estimate.peak_memory`."""
+    status = Path("/proc/self/status")
+    told = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text() if status.exists() else "", re.M)
+    if told:
+        return int(told[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

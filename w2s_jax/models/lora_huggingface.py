@@ -195,9 +195,16 @@ def _with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) 
         if isinstance(embedding, QTensor):
             raise InputError("an adapter that unties the head needs a base that is not quantised")
         params["head"] = {"kernel": embedding.T}
-    for name in ("embed", "head"):
-        params |= {name: params[name] | adapter.pop(name)} if name in adapter else {}
-    return replace(base, config=config, params=params)
+    return replace(base, config=config, params=take_vocabulary(params, adapter))
+
+
+def take_vocabulary(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with an adapter's embedding and head, which are taken out of the adapter.
+
+    Of another vocabulary they cannot be written over the base's by `merge`.
+    """
+    names = [name for name in ("embed", "head") if name in adapter]
+    return params | {name: params[name] | adapter.pop(name) for name in names}
 
 
 def load_adapter(

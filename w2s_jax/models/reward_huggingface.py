@@ -30,7 +30,7 @@ from w2s_jax.models.huggingface import (
     save_parameters,
 )
 from w2s_jax.models.lora import merge
-from w2s_jax.models.lora_huggingface import adapted_config, base_of, load_adapter
+from w2s_jax.models.lora_huggingface import adapted_config, base_of, load_adapter, take_vocabulary
 from w2s_jax.models.names import REWARD_HEADS, Head
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 
@@ -115,8 +115,7 @@ def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) ->
     options = options | {"dtype": params["embed"]["embedding"].dtype}
     lora, adapter = load_adapter(directory, config, head=head, **options)
     new = old | adapter.pop("head", {})
-    # Of another vocabulary it cannot be written over the base's.
-    params = params | {name: adapter.pop(name) for name in ("embed",) if name in adapter}
+    params = take_vocabulary(params, adapter)
     if not new:
         raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
     labels = _adapted_labels(labels, new)

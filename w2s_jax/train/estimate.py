@@ -4,6 +4,7 @@ The real step is compiled for abstract arguments, on the devices that are there.
 """
 
 import math
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -170,14 +171,14 @@ def report(console: Console, estimate: Estimate) -> None:
 def peak_memory() -> int:
     """The most bytes of memory that this process held so far.
 
-    What getrusage tells instead counts in the process that started this one.
+    As Linux tells it; what getrusage tells elsewhere counts in the process that started this one.
     """
-    try:
-        told = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return int(told.partition("VmHWM:")[2].split()[0]) * 1024
+    status = Path("/proc/self/status")
+    told = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text() if status.exists() else "", re.M)
+    if told:
+        return int(told[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
