@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-import tests.typechecking  # noqa: F401 -- jaxtyping looks it up by name
+from tests.typechecking import check_shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +20,8 @@ XLA_FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
     # By the element-wise emitters small programs compile in half the time; later ones die of them.
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+check_shapes()
 
 # Set before jax is imported: tolerances hold on the CPU, and no test has a network.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -57,6 +59,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: no collection of garbage need look at it again."""
     gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Nor need pytest's own, five in a row, when all is over."""
     gc.freeze()
 
 

@@ -132,12 +132,17 @@ def test_onto_a_mesh(tmp_path):
     np.testing.assert_allclose(found(TOKENS), expected(TOKENS), atol=1e-6)
 
 
-def test_the_base_may_lie_beside_the_adapter(tmp_path):
+def test_the_base_may_lie_beside_the_adapter(tmp_path, monkeypatch):
     model = tiny_model(0)
+    # Where the tokenizer is looked for too, whatever lies about the working folder.
+    (tmp_path / "elsewhere" / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
     save_model(model, tmp_path / "base")
     save_adapter(tmp_path / "adapter", model.config, LORA, adapted(model), "../base")
     assert load_config(tmp_path / "adapter") == model.config
     shutil.move(tmp_path / "base", tmp_path / "gone")
+    (tmp_path / "elsewhere" / "base").rmdir()
     with pytest.raises(InputError, match=r"its base: \.\./base: no such directory"):
         load_model(tmp_path / "adapter")
 

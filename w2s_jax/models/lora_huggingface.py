@@ -73,7 +73,7 @@ class _Kernel:
 
 
 def base_of(path_or_hub_id: str | Path) -> str:
-    """The base that an adapter names: a folder, also relative to the adapter's own, or a hub id.
+    """The base that an adapter names: a hub id, or a folder, also relative to the adapter's own.
 
     Raises InputError where it names none, and where the base is an adapter itself.
     """
@@ -84,7 +84,8 @@ def base_of(path_or_hub_id: str | Path) -> str:
             f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}; it must name the "
             "adapter's base"
         )
-    for place in (Path(name).expanduser(), directory / name):
+    # The adapter's own first: what lies about a working folder is there by chance.
+    for place in (directory / Path(name).expanduser(), Path(name)):
         if place.is_dir():
             if is_adapter(place):
                 raise InputError(f"{directory}: its base {name} is an adapter; merge that first")
