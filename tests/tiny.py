@@ -1,11 +1,10 @@
 """Tiny random models with sharp distributions, for tests of decoding and search."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.layout import stack_layers
+from w2s_jax.models.layout import STACKED, layer_name
 from w2s_jax.models.model import Model, abstract_model
 
 VOCAB = 23
@@ -31,16 +30,19 @@ def tiny_config(**fields) -> ModelConfig:
 def tiny_model(seed: int, *, scan_layers: bool = False, sharpness: float = 12.0, **fields) -> Model:
     """Random weights large enough that log-probs differ and choices can be told apart.
 
-    Both layouts of a seed hold the same numbers. Drawn in NumPy: nothing is compiled.
+    Both layouts of a seed hold the same numbers. Made in NumPy: nothing is compiled.
     """
     config = tiny_config(**fields)
     shapes, _ = abstract_model(config)
     rng = np.random.default_rng(seed)
 
-    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(leaf.shape) == 1:
-            return jnp.asarray(1.0 + 0.1 * rng.normal(size=leaf.shape), leaf.dtype)
-        return jnp.asarray(0.02 * sharpness * rng.normal(size=leaf.shape), leaf.dtype)
+    def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.normal(size=leaf.shape)
+        wide = 1.0 + 0.1 * drawn if drawn.ndim == 1 else 0.02 * sharpness * drawn
+        return wide.astype(leaf.dtype)
 
     params = jax.tree.map(fill, shapes.params)
-    return Model(config, stack_layers(params, config.layers) if scan_layers else params)
+    if scan_layers:
+        layers = [params.pop(layer_name(layer)) for layer in range(config.layers)]
+        params[STACKED] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return Model(config, jax.device_put(params))

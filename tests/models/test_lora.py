@@ -36,11 +36,17 @@ TOKENS = np.random.default_rng(5).integers(0, VOCAB, (2, 9)).astype(np.int32)
 def filled(adapter, seed=0, scale=0.2):
     """The same adapter with random numbers everywhere, so that B is not zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), adapter)
+    return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(x.dtype), adapter)
 
 
 def adapted(model, lora=LORA, **options):
     return filled(init_adapter(model.config, lora, jax.random.key(0), **options))
+
+
+@jax.jit
+def merged(params, adapter):
+    """In one program, not one for every operation."""
+    return merge(params, adapter, LORA)
 
 
 def assert_close(one, other):
@@ -57,42 +63,42 @@ def test_a_projection_adds_scale_a_b(name, shape, contract):
     b = rng.normal(size=(2, *shape[contract:]))
     layer = Linear(shape, ("embed",) * len(shape), contract=contract)
     leaves = {"kernel": kernel, "lora_a": a, "lora_b": b, "lora_scale": 0.7, "lora_dropout": 0.5}
-    params = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in leaves.items()}
+    params = {key: np.float32(leaf) for key, leaf in leaves.items()}
     flat = x.reshape(15, -1)
     change = flat @ a.reshape(flat.shape[1], 2) @ b.reshape(2, -1)
     expected = flat @ kernel.reshape(flat.shape[1], -1) + 0.7 * change
-    found = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    found = np.asarray(jax.jit(layer.apply)({"params": params}, np.float32(x)))
     assert_close(found.reshape(15, -1), expected)
 
 
 def test_dropout_acts_on_the_adapters_input_alone_and_only_with_a_key():
     layer = Linear((1000, 1), ("embed", "mlp"))
     params = {
-        "kernel": jnp.full((1000, 1), 1.0), "lora_a": jnp.eye(1000), "lora_b": jnp.ones((1000, 1)),
-        "lora_scale": jnp.float32(2.0), "lora_dropout": jnp.float32(0.25),
+        "kernel": np.full((1000, 1), 1.0), "lora_a": np.eye(1000), "lora_b": np.ones((1000, 1)),
+        "lora_scale": 2.0, "lora_dropout": 0.25,
     }  # fmt: skip
-    x = jnp.ones((4, 1000))
-    np.testing.assert_allclose(layer.apply({"params": params}, x), 3000.0)
-    key = jax.random.key(1)
-    once, again = (layer.apply({"params": params}, x, rngs={"dropout": key}) for _ in range(2))
+    params, x = jax.tree.map(np.float32, params), np.ones((4, 1000), np.float32)
+    apply = jax.jit(lambda **rngs: layer.apply({"params": params}, x, rngs=rngs))
+    np.testing.assert_allclose(apply(), 3000.0)
+    once, again = (apply(dropout=jax.random.key(1)) for _ in range(2))
     np.testing.assert_array_equal(once, again)
     kept = (np.asarray(once)[:, 0] - 1000) / 2 * 0.75  # how many of 1000 inputs were kept
     assert np.all(np.abs(kept - 750) < 5 * np.sqrt(1000 * 0.25 * 0.75))
     assert len(np.unique(kept)) > 1
-    other = layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(2)})
+    other = apply(dropout=jax.random.key(2))
     assert np.any(np.asarray(other) != np.asarray(once))
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_dropout_through_the_whole_decoder_is_alike_in_both_layouts(rate):
-    lora, key = dataclasses.replace(LORA, dropout=rate), jax.random.key(4)
-    model = tiny_model(1)
-    attached = Model(model.config, attach(model.params, adapted(model, lora), lora))
-    stacked = Model(model.config, stack_layers(attached.params, 2))
+def test_dropout_through_the_whole_decoder_is_alike_in_both_layouts():
+    model, key = tiny_model(1), jax.random.key(4)
     states = jax.jit(lambda model, key: hidden_states(model, jnp.asarray(TOKENS), key=key))
-    plain, dropped = states(attached, None), states(attached, key)
-    assert (np.abs(plain - dropped).max() > 0.05) == (rate > 0)
-    assert_close(states(stacked, key), dropped)
+    for rate in (0.0, 0.5):
+        lora = dataclasses.replace(LORA, dropout=rate)
+        attached = Model(model.config, attach(model.params, adapted(model, lora), lora))
+        plain, dropped = (np.asarray(states(attached, given)) for given in (None, key))
+        assert (np.abs(plain - dropped).max() > 0.05) == (rate > 0)
+        stacked = Model(model.config, stack_layers(attached.params, 2))
+        assert_close(states(stacked, key), dropped)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_attached_and_merged_say_the_same_and_differ_from_the_base(fields, scan_
     model = tiny_model(1, scan_layers=scan_layers, **fields)
     adapter = adapted(model, scan_layers=scan_layers)
     beside = Model(model.config, attach(model.params, adapter, LORA))(TOKENS)
-    within = Model(model.config, merge(model.params, adapter, LORA))(TOKENS)
+    within = Model(model.config, merged(model.params, adapter))(TOKENS)
     assert_close(beside, within)
     assert np.abs(beside - model(TOKENS)).max() > 0.05
 
@@ -141,7 +147,7 @@ def test_layers_that_differ_are_filled_up_with_zeros_when_stacked():
     expected = Model(model.config, attach(model.params, mixed, LORA))(TOKENS)
     stacked = stack_layers(model.params, 2)
     assert_close(Model(model.config, attach(stacked, mixed, LORA))(TOKENS), expected)
-    assert_close(Model(model.config, merge(stacked, mixed, LORA))(TOKENS), expected)
+    assert_close(Model(model.config, merged(stacked, mixed))(TOKENS), expected)
 
 
 def test_the_attached_model_holds_the_bases_own_arrays():
@@ -161,14 +167,14 @@ def test_a_whole_parameter_stands_in_for_the_bases():
 
 def test_merging_rounds_once_to_the_kernels_dtype():
     model = tiny_model(1)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), model.params)
     adapter = adapted(model)
-    merged = merge(half, adapter, LORA)["layers_0"]["mlp"]["up"]["kernel"]
+    found = merged(half, adapter)["layers_0"]["mlp"]["up"]["kernel"]
     kernel = np.asarray(half["layers_0"]["mlp"]["up"]["kernel"], np.float64)
     a, b = (np.asarray(adapter["layers_0"]["mlp"]["up"][f"lora_{x}"], np.float64) for x in "ab")
-    assert merged.dtype == jnp.bfloat16
-    expected = jnp.asarray(kernel + 5 / 3 * a @ b, jnp.float32).astype(jnp.bfloat16)
-    assert np.mean(np.asarray(merged != expected)) < 0.02  # ties of rounding
+    assert found.dtype == jnp.bfloat16
+    expected = np.float32(kernel + 5 / 3 * a @ b).astype(jnp.bfloat16)
+    assert np.mean(np.asarray(found) != expected) < 0.02  # ties of rounding
 
 
 def test_gradients_reach_the_adapter_alone():
@@ -178,7 +184,7 @@ def test_gradients_reach_the_adapter_alone():
     def loss(adapter):
         return jnp.sum(Model(model.config, attach(model.params, adapter, LORA))(TOKENS) ** 2)
 
-    gradients = jax.grad(loss)(adapter)
+    gradients = jax.jit(jax.grad(loss))(adapter)
     assert set(flatten_dict(gradients, sep="/")) == {
         f"layers_{i}/{place}/lora_{x}"
         for i in range(2) for place in ("attention/query", "mlp/down") for x in "ab"
@@ -253,7 +259,8 @@ for scan_layers in (False, True):
     assert "tensor" in str(a.sharding.spec) and "fsdp" not in str(a.sharding.spec), a.sharding
     assert "tensor" in str(b.sharding.spec), b.sharding
     for change in (attach, merge):
-        found = Model(model.config, change(base.params, split, LORA))(TOKENS)
+        held = jax.jit(lambda *given: change(*given, LORA))(base.params, split)
+        found = Model(model.config, held)(TOKENS)
         np.testing.assert_allclose(found, expected, atol=3e-5)
 """
 

@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as arrays
 
 from w2s_jax.ops.quantized import QTensor, dequantize, dot, quantize_array, take_rows
 
+# In one program each, not one for every operation.
+compiled = jax.jit(quantize_array, static_argnames=("contracted", "bits", "group", "scale_dtype"))
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 KINDS = [(8, None, "float32"), (8, 4, "float32"), (4, None, "float32"), (4, 4, "bfloat16")]
 
@@ -47,7 +49,7 @@ def test_jax_and_numpy_round_alike(bits, group, scale_dtype, dtype):
     make = partial(
         quantize_array, contracted=(-3, -2), bits=bits, group=group, scale_dtype=scale_dtype
     )
-    here, there = make(x), make(jnp.asarray(x))
+    here, there = make(x), jax.jit(make)(x)
     assert isinstance(here.values, np.ndarray)
     assert isinstance(here.scales, np.ndarray)
     np.testing.assert_array_equal(here.values, there.values)
@@ -58,8 +60,8 @@ def test_jax_and_numpy_round_alike(bits, group, scale_dtype, dtype):
 def test_what_is_not_finite_is_not_hidden():
     x = np.ones((4, 2), np.float32)
     x[1, 0], x[2, 1] = np.nan, np.inf
-    for array in (x, jnp.asarray(x)):
-        found = np.asarray(dequantize(quantize_array(array, (-2,))))
+    for tensor in (quantize_array(x, (-2,)), compiled(x, contracted=(-2,))):
+        found = np.asarray(jax.jit(dequantize)(tensor))
         assert not np.isfinite(found).all(axis=0).any()
 
 
@@ -82,24 +84,26 @@ def test_products_are_those_with_the_whole_weight(name, bits, group, scale_dtype
     rng = np.random.default_rng(1)
     x, weight = rng.normal(size=x_shape), rng.normal(size=shape).astype(np.float32)
     x = x.astype(np.float32)
-    tensor = quantize_array(
-        jnp.asarray(weight), contracted, bits=bits, group=group, scale_dtype=scale_dtype
-    )
+
+    @jax.jit
+    def run(x, weight):
+        made = quantize_array(weight, contracted, bits=bits, group=group, scale_dtype=scale_dtype)
+        return made, dot(x, made, **options), dot(x, weight, **options), dequantize(made)
+
+    tensor, found, plain, again = run(x, weight)
     expected = np.einsum(equation, x.astype(np.float64), whole(tensor))
-    found = jax.jit(partial(dot, **options))(jnp.asarray(x), tensor)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    plain = dot(jnp.asarray(x), jnp.asarray(weight), **options)
     np.testing.assert_allclose(plain, np.einsum(equation, x, weight), atol=2e-5)
-    np.testing.assert_allclose(dequantize(tensor), whole(tensor), rtol=1e-6)
+    np.testing.assert_allclose(again, whole(tensor), rtol=1e-6)
 
 
 def test_products_in_bfloat16_keep_its_dtype():
     rng = np.random.default_rng(2)
-    weight = jnp.asarray(rng.normal(size=(16, 12)), jnp.bfloat16)
-    x = jnp.asarray(rng.normal(size=(3, 16)), jnp.bfloat16)
+    weight = rng.normal(size=(16, 12)).astype(jnp.bfloat16)
+    x = rng.normal(size=(3, 16)).astype(jnp.bfloat16)
     for bits, group in ((8, None), (4, 8)):
-        tensor = quantize_array(weight, (-2,), bits=bits, group=group)
-        found = dot(x, tensor)
+        tensor = compiled(weight, contracted=(-2,), bits=bits, group=group)
+        found = jax.jit(dot)(x, tensor)
         assert found.dtype == jnp.bfloat16
         expected = np.asarray(x, np.float64) @ whole(tensor)
         # Two roundings to 8 bits of sums of this size, where the plain product has one.
@@ -108,30 +112,31 @@ def test_products_in_bfloat16_keep_its_dtype():
 
 @pytest.mark.parametrize("group", [None, 4])
 def test_rows_of_a_table_come_in_its_dtype(group):
-    table = jnp.asarray(np.random.default_rng(3).normal(size=(9, 8)), jnp.bfloat16)
-    tensor, index = quantize_array(table, (-1,), group=group), jnp.asarray([[3, 0], [8, 3]])
-    found = take_rows(tensor, index)
+    table = np.random.default_rng(3).normal(size=(9, 8)).astype(jnp.bfloat16)
+    tensor, index = compiled(table, contracted=(-1,), group=group), np.array([[3, 0], [8, 3]])
+    found, plain = jax.jit(lambda *tables: [take_rows(held, index) for held in tables])(
+        tensor, table
+    )
     assert found.dtype == jnp.bfloat16
-    expected = whole(tensor)[np.asarray(index)]
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
-    np.testing.assert_array_equal(take_rows(table, index), table[index])
+    np.testing.assert_allclose(np.asarray(found, np.float64), whole(tensor)[index], rtol=2**-8)
+    np.testing.assert_array_equal(plain, table[index])
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 4)])
 def test_a_gradient_passes_to_the_input(bits, group):
     rng = np.random.default_rng(4)
-    tensor = quantize_array(jnp.asarray(rng.normal(size=(8, 6))), (-2,), bits=bits, group=group)
-    x = jnp.asarray(rng.normal(size=(3, 8)))
-    slope = jax.grad(lambda x: jnp.sum(jnp.square(dot(x, tensor))))(x)
+    weight, x = (rng.normal(size=size).astype(np.float32) for size in ((8, 6), (3, 8)))
+    tensor = compiled(weight, contracted=(-2,), bits=bits, group=group)
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(dot(x, tensor)))))(x)
     weight = whole(tensor)
-    np.testing.assert_allclose(slope, 2 * (np.asarray(x) @ weight) @ weight.T, atol=1e-4)
+    np.testing.assert_allclose(slope, 2 * (x @ weight) @ weight.T, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 16)])
 def test_no_loop_converts_the_weight_ahead_of_itself(bits, group):
     """XLA's CPU compiler moves what does not change out of loops, to where it stays alive."""
-    weight = jnp.asarray(np.random.default_rng(5).normal(size=(48, 48)), jnp.float32)
-    tensor = quantize_array(weight, (-2,), bits=bits, group=group)
+    weight = np.random.default_rng(5).normal(size=(48, 48)).astype(np.float32)
+    tensor = jax.tree.map(jnp.asarray, quantize_array(weight, (-2,), bits=bits, group=group))
 
     def run(x, tensor):
         return jax.lax.scan(lambda x, _: (jnp.tanh(dot(x, tensor)), None), x, None, length=5)[0]

@@ -138,16 +138,20 @@ def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any
     return unflatten_dict(flat, sep="/")
 
 
+# Compiled always: outside a program, and so elsewhere, the same arithmetic may round otherwise.
+_compiled = jax.jit(quantize_array, static_argnames=("contracted", "bits", "group", "scale_dtype"))
+
+
 def _quantized(
     leaf: Any, contracted: tuple[int, ...], config: QuantizeConfig, path: str
 ) -> QTensor:
     group = config.group_of(tuple(leaf.shape), contracted, path)
     options: dict[str, Any] = {"bits": config.bits, "group": group}
-    made = partial(
-        quantize_array, contracted=contracted, scale_dtype=jnp.dtype(config.scale_dtype), **options
-    )
-    # Compiled always: outside a program, and so elsewhere, the same arithmetic may round otherwise.
-    return jax.jit(made, out_shardings=_shardings(leaf, contracted, group, path))(leaf)
+    options |= {"contracted": contracted, "scale_dtype": jnp.dtype(config.scale_dtype)}
+    shardings = _shardings(leaf, contracted, group, path)
+    if shardings is None:
+        return _compiled(leaf, **options)
+    return jax.jit(partial(quantize_array, **options), out_shardings=shardings)(leaf)
 
 
 def _shardings(leaf: Any, contracted: tuple[int, ...], group: int | None, path: str) -> Any:
