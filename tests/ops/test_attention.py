@@ -56,7 +56,7 @@ def attended(query, keys, values, mask, *scales, splits=(), **options):
 
 
 def batch(array):
-    return jnp.asarray(array)[None, None]
+    return np.asarray(array)[None, None]
 
 
 @settings(max_examples=12)
@@ -93,33 +93,45 @@ def test_rows_of_a_group_share_its_keys():
 
 def test_a_part_that_is_not_seen_has_no_weight():
     rng = np.random.default_rng(0)
-    query = jnp.asarray(rng.normal(size=(1, 1, 2, 2, 4)), jnp.float32)
-    keys, values = jnp.asarray(rng.normal(size=(2, 1, 1, 3, 2, 4)), jnp.float32)
-    seen = attend_part(query, keys, values, jnp.ones((1, 1, 1, 3), bool), scale=1.0)
-    masked = attend_part(query, keys, values * 1e6, jnp.zeros((1, 1, 1, 3), bool), scale=1.0)
-    for other in (masked, unseen(query)):
-        np.testing.assert_array_equal(merge([seen, other]), merge([seen]))
+    query = rng.normal(size=(1, 1, 2, 2, 4)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 1, 1, 3, 2, 4)).astype(np.float32)
+
+    @jax.jit
+    def merged(query, keys, values):
+        whole, none = jnp.ones((1, 1, 1, 3), bool), jnp.zeros((1, 1, 1, 3), bool)
+        seen = attend_part(query, keys, values, whole, scale=1.0)
+        masked = attend_part(query, keys, values * 1e6, none, scale=1.0)
+        return merge([seen]), merge([seen, masked]), merge([seen, unseen(query)])
+
+    alone, *others = merged(query, keys, values)
+    for other in others:
+        np.testing.assert_array_equal(other, alone)
 
 
 def test_partials_stand_side_by_side():
     rng = np.random.default_rng(1)
-    query = jnp.asarray(rng.normal(size=(1, 2, 3, 2, 4)), jnp.float32)
-    keys, values = jnp.asarray(rng.normal(size=(2, 1, 2, 5, 2, 4)), jnp.float32)
-    mask = jnp.ones((1, 1, 1, 5), bool)
-    whole = attend_part(query, keys, values, mask, scale=1.0)
-    pieces = [
-        attend_part(part, keys, values, mask, scale=1.0)
-        for part in (query[:, :, :1], query[:, :, 1:])
-    ]
-    np.testing.assert_allclose(merge([concatenate(pieces, 2)]), merge([whole]), rtol=0, atol=1e-6)
-    regrouped = whole.reshape(1, 1, 6)
-    np.testing.assert_array_equal(merge([regrouped])[0, 0], merge([whole])[0].reshape(6, 2, 4))
+    query = rng.normal(size=(1, 2, 3, 2, 4)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 1, 2, 5, 2, 4)).astype(np.float32)
+
+    @jax.jit
+    def merged(query, keys, values):
+        mask = jnp.ones((1, 1, 1, 5), bool)
+        attend = partial(attend_part, keys=keys, values=values, mask=mask, scale=1.0)
+        whole = attend(query)
+        apart = concatenate([attend(query[:, :, :1]), attend(query[:, :, 1:])], 2)
+        return merge([whole]), merge([apart]), merge([whole.reshape(1, 1, 6)])
+
+    whole, apart, regrouped = merged(query, keys, values)
+    np.testing.assert_allclose(apart, whole, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(
+        np.asarray(regrouped)[0, 0], np.asarray(whole)[0].reshape(6, 2, 4)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_summed_in_float32(dtype):
     rng = np.random.default_rng(2)
-    query, keys, values = (jnp.asarray(rng.normal(size=(1, 1, 64, 2, 16)), dtype) for _ in range(3))
+    query, keys, values = (rng.normal(size=(1, 1, 64, 2, 16)).astype(dtype) for _ in range(3))
     out = attended(query, keys, values, np.ones((1, 1, 1, 64), bool), scale=0.25)
     assert out.dtype == jnp.float32
     wide = (np.asarray(x[0, 0], np.float32) for x in (query, keys, values))
@@ -135,14 +147,14 @@ def pulled_by(function, slope, *arrays):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_whole_sequence_has_the_value_and_the_gradient_of_its_parts(softcap):
     rng = np.random.default_rng(3)
-    query = jnp.asarray(rng.normal(size=(2, 1, 6, 4, 8)), jnp.float32)
-    keys, values = jnp.asarray(rng.normal(size=(2, 2, 1, 6, 2, 8)), jnp.float32)
+    query = rng.normal(size=(2, 1, 6, 4, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 1, 6, 2, 8)).astype(np.float32)
     reach = Reach()
-    mask = jnp.tril(jnp.ones((6, 6), bool))[None, None]
-    slope = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+    mask = np.tril(np.ones((6, 6), bool))[None, None]
+    slope = rng.normal(size=query.shape).astype(np.float32)
 
     def parts(*arrays):
-        return merge([attend_part(*arrays, mask, scale=0.5, softcap=softcap)])
+        return merge([attend_part(*arrays, jnp.asarray(mask), scale=0.5, softcap=softcap)])
 
     def whole(*arrays):
         return attend_sequence(*arrays, reach, scale=0.5, softcap=softcap)
@@ -267,7 +279,7 @@ def test_turns_of_slots_are_the_whole(seed, devices, turns, together, shared):
     mask = rng.random((1 if shared else slots, 2, 3, 5)) < 0.5
     mask[..., 0] = True
     options = {"split": Split(devices), "together": together}
-    held = tuple(map(jnp.asarray, (keys, values, mask)))
+    held = (keys, values, mask)
     found = jax.jit(partial(attention._turned, mixed, **options))(query, held)
     masks = np.broadcast_to(mask, (slots, *mask.shape[1:]))
     expected = [

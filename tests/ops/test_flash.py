@@ -16,7 +16,7 @@ SCALE = 0.3
 def arrays(length=LENGTH, heads=2, kv_heads=1, width=16, rows=(1, 2), dtype=jnp.float32):
     rng = np.random.default_rng(length + heads)
     shapes = [(*rows, length, count, width) for count in (heads, kv_heads, kv_heads, heads)]
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
 
 
 def sees(reach, rows, length):
@@ -62,7 +62,7 @@ def check(kernel, given, reach, softcap=None, tolerance=1e-3):
     query, keys, values, slope = given
     rows, length = query.shape[:2], query.shape[2]
     text = np.ones((*rows, length), bool) if reach.text is None else np.asarray(reach.text)
-    slope = jnp.where(text[..., None, None], slope, 0)
+    slope = np.where(text[..., None, None], slope, np.zeros_like(slope))
     seen = sees(reach, rows, length)
 
     @jax.jit
@@ -76,7 +76,7 @@ def check(kernel, given, reach, softcap=None, tolerance=1e-3):
 
     out, pulled = found(query, keys, values, slope)
     wanted = plain(query, keys, values, seen, softcap)
-    np.testing.assert_allclose(out[text], wanted[text], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(np.asarray(out)[text], wanted[text], atol=tolerance, rtol=tolerance)
     for ours, theirs in zip(pulled, expected(query, keys, values, slope), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
 
@@ -84,13 +84,11 @@ def check(kernel, given, reach, softcap=None, tolerance=1e-3):
 def padded(*counts, length=LENGTH):
     """Text [1, A, X]: so many tokens of padding on the left, or (negative) on the right."""
     index = np.arange(length)
-    return jnp.asarray([[index >= n if n >= 0 else index < length + n for n in counts]])
+    return np.array([[index >= n if n >= 0 else index < length + n for n in counts]])
 
 
-PACKED = jnp.asarray(
-    [np.repeat([[1, 2, 3, 0]], [100, 90, 50, 16], axis=1), [[1] * 130 + [2] * 126]]
-)
-PACKED = PACKED.reshape(1, 2, LENGTH)
+PACKED = [np.repeat([1, 2, 3, 0], [100, 90, 50, 16]), [1] * 130 + [2] * 126]
+PACKED = np.array(PACKED, np.int32)[None]
 CAPPED = "grouped, soft-cap, a window of more than there is"
 CASES = {
     CAPPED: (
@@ -100,7 +98,7 @@ CASES = {
     ),
     "one of two windows, padding": (
         {},
-        Reach((30, None), jnp.int32(0), text=padded(70, -130)),
+        Reach((30, None), np.int32(0), text=padded(70, -130)),
         None,
     ),
     "packed documents": ({}, Reach((90,), segments=PACKED), None),

@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,9 @@ from hypothesis import strategies as st
 
 from w2s_jax.ops.sampling import Sampling, choose, draw, nucleus, shortlist
 
-LOGITS = jnp.asarray([2.0, -1.0, 0.5, 3.0, 0.5, -4.0])
+LOGITS = np.float32([2.0, -1.0, 0.5, 3.0, 0.5, -4.0])
+# A program: its operations one by one would each be compiled.
+drawn = jax.jit(draw, static_argnames="sampling")
 
 
 def allowed(sampling):
@@ -40,7 +41,7 @@ def allowed(sampling):
 )
 def test_draws_follow_the_distribution(sampling):
     keys = jax.random.split(jax.random.key(0), 20000)
-    tokens = draw(jnp.broadcast_to(LOGITS, (20000, 6)), keys, sampling)
+    tokens = drawn(np.broadcast_to(LOGITS, (20000, 6)), keys, sampling)
     shares = np.bincount(tokens, minlength=6) / 20000
     expected = allowed(sampling)
     assert not shares[expected == 0].any()
@@ -48,35 +49,31 @@ def test_draws_follow_the_distribution(sampling):
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    logits = jnp.asarray([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
+    logits = np.float32([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
     keys = jax.random.split(jax.random.key(0), 2)
-    np.testing.assert_array_equal(draw(logits, keys, Sampling(0.0, top_k=2)), [1, 0])
+    np.testing.assert_array_equal(drawn(logits, keys, Sampling(0.0, top_k=2)), [1, 0])
 
 
 def test_the_likeliest_token_always_stays():
-    np.testing.assert_array_equal(
-        nucleus(LOGITS[jnp.argsort(-LOGITS)], 1e-9) > -jnp.inf, [1, 0, 0, 0, 0, 0]
-    )
+    kept = jax.jit(partial(nucleus, top_p=1e-9))(np.sort(LOGITS)[::-1])
+    np.testing.assert_array_equal(np.asarray(kept) > -np.inf, [1, 0, 0, 0, 0, 0])
 
 
 def test_draws_share_a_shortlist_and_keep_their_own_keys():
     keys = jax.random.split(jax.random.key(3), (2, 5))
-    rows = jnp.stack([LOGITS, -LOGITS])
-    shared = choose(*shortlist(rows[:, None], Sampling(1.0, top_k=4)), keys)
+    rows, sampling = np.stack([LOGITS, -LOGITS]), Sampling(1.0, top_k=4)
+    shared = jax.jit(lambda rows: choose(*shortlist(rows[:, None], sampling), keys))(rows)
     for slot in range(2):
-        alone = [int(draw(rows[slot], keys[slot, i], Sampling(1.0, top_k=4))) for i in range(5)]
+        alone = [int(drawn(rows[slot], keys[slot, i], sampling)) for i in range(5)]
         assert shared[slot].tolist() == alone
-
-
-# A program: its operations one by one would each be compiled.
-by_nucleus = jax.jit(partial(draw, sampling=Sampling(1.0, top_p=0.95)))
 
 
 @settings(max_examples=12)
 @given(seed=st.integers(0, 1000), neighbours=st.integers(0, 3))
 def test_a_draw_does_not_see_its_neighbours(seed, neighbours):
     key = jax.random.key(seed)
-    alone = int(by_nucleus(LOGITS, key))
+    sampling = Sampling(1.0, top_p=0.95)
+    alone = int(drawn(LOGITS, key, sampling))
     others = jax.random.split(jax.random.key(seed + 1), neighbours + 1).at[-1].set(key)
     rows = np.concatenate([np.zeros((neighbours, 6), np.float32), LOGITS[None]])
-    assert int(by_nucleus(rows, others)[-1]) == alone
+    assert int(drawn(rows, others, sampling)[-1]) == alone
