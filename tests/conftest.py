@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.forks import run_forked
 from tests.typechecking import check_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,10 @@ def with_devices(count: int) -> str:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
-    """Runs source in a fresh interpreter and returns its output: `run_python(code, devices=8)`."""
+    """Runs source in a process of its own and returns its output: `run_python(code, devices=8)`.
+
+    On one device in a fresh interpreter, on several in one that has its imports done.
+    """
 
     def run(code: str, *, devices: int = 1, timeout: float = 300) -> str:
         env = os.environ | {
@@ -112,6 +116,8 @@ def run_python() -> Callable[..., str]:
             "XLA_FLAGS": with_devices(devices),
             "PYTHONPATH": str(ROOT),
         }
+        if devices > 1:
+            return run_forked(code, env, ROOT, timeout)
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=env,
