@@ -107,16 +107,17 @@ def with_devices(count: int) -> str:
 def run_python() -> Callable[..., str]:
     """Runs source in a process of its own and returns its output: `run_python(code, devices=8)`.
 
-    On one device in a fresh interpreter, on several in one that has its imports done.
+    On one device in a fresh interpreter, on several, or where asked for, in a fork of a process that
+    has its imports done.
     """
 
-    def run(code: str, *, devices: int = 1, timeout: float = 300) -> str:
+    def run(code: str, *, devices: int = 1, forked: bool = False, timeout: float = 300) -> str:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": with_devices(devices),
             "PYTHONPATH": str(ROOT),
         }
-        if devices > 1:
+        if forked or devices > 1:
             return run_forked(code, env, ROOT, timeout)
         done = subprocess.run(
             [sys.executable, "-c", code],

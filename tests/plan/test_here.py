@@ -73,8 +73,8 @@ print("judged by what they have")
 
 @pytest.mark.slow
 def test_listed_devices_get_the_mesh_of_their_plan(run_python):
-    assert run_python(START + AS_PLANNED).endswith("as planned\n")
+    assert run_python(START + AS_PLANNED, forked=True).endswith("as planned\n")
 
 
 def test_others_are_judged_by_the_memory_they_have(run_python):
-    assert run_python(START + UNLISTED).endswith("judged by what they have\n")
+    assert run_python(START + UNLISTED, forked=True).endswith("judged by what they have\n")

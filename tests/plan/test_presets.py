@@ -18,7 +18,7 @@ print(preset_mesh(shapes, "v5e:4x4"))
 
 
 def test_no_device_is_looked_for(run_python):
-    search, training = run_python(CODE).splitlines()
+    search, training = run_python(CODE, forked=True).splitlines()
     assert "tensor=8" in search
     assert training
 
@@ -46,7 +46,7 @@ except InputError as error:
 
 
 def test_a_batch_that_is_not_divided_is_named_as_the_user_gave_it(run_python):
-    explicit, judged, chosen, none = run_python(UNEVEN).splitlines()
+    explicit, judged, chosen, none = run_python(UNEVEN, forked=True).splitlines()
     assert explicit == judged == "--batch-size 3 is not divisible by 8 parts of the mesh; try 8"
     assert chosen == "tensor=8"
     assert none == f"v5e:2x4: no mesh: {judged}"

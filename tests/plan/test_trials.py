@@ -207,7 +207,7 @@ print("judged")
 
 
 def test_searches_are_judged(run_python):
-    assert run_python(SEARCHES).endswith("judged\n")
+    assert run_python(SEARCHES, forked=True).endswith("judged\n")
 
 
 @pytest.mark.parametrize(
