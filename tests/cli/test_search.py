@@ -9,7 +9,7 @@ import pytest
 from w2s_jax.cli.main import main, parse
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model, save_model
-from w2s_jax.models.model import init_model
+from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import best_of_n, cbs, eft, ivg, sample
 from w2s_jax.text.bpe import save_bpe, train_bpe
@@ -27,15 +27,24 @@ SMALL = ["--w=2", "--k=2", "--l=3", "--n=3", "--max-new-tokens=8", "--batch-size
 
 
 def tiny(directory: Path, seed: int, *, text: str = "a film of the sea", **changes: int) -> str:
-    """A random llama with a byte-level tokenizer, saved as a checkpoint folder."""
+    """A random llama with a byte-level tokenizer, saved as a checkpoint folder.
+
+    Drawn in NumPy: nothing is compiled.
+    """
     shape = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
     shape |= {"vocab_size": VOCABULARY, "max_positions": POSITIONS} | changes
     config = ModelConfig(architecture="llama", eos_ids=(0,), **shape)
     save_bpe(train_bpe([text] * 50, VOCABULARY), directory, max_length=POSITIONS)
-    model = init_model(config, jax.random.key(seed))
-    # Larger weights than a fresh model's, so that its distributions are far from uniform.
-    params = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf) * 8), model.params)
-    save_model(type(model)(config, params), directory, tokenizer=load_tokenizer(directory))
+    shapes, _ = abstract_model(config)
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """Larger than a fresh model's, so that distributions are far from uniform."""
+        fresh = np.ones(leaf.shape) if len(leaf.shape) == 1 else rng.normal(0, 0.02, leaf.shape)
+        return jax.device_put((8 * fresh).astype(leaf.dtype))
+
+    params = jax.tree.map(fill, shapes.params)
+    save_model(Model(config, params), directory, tokenizer=load_tokenizer(directory))
     return str(directory)
 
 
