@@ -1,12 +1,13 @@
-"""`w2s search` with a policy behind `w2s serve` in another process, and behind scripted servers."""
+"""`w2s search` with a policy behind `w2s serve`, and behind scripted servers."""
 
 import importlib.resources
 import os
 
 import pytest
 
+from tests.cli.serving import served
 from tests.cli.test_search import one_error
-from tests.serve.tiny_server import server
+from tests.serve.fake_api import FakeAPI
 from w2s_jax.cli.main import main
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 
@@ -27,7 +28,7 @@ def checkpoints():
 
 @pytest.fixture(scope="module")
 def address(checkpoints):
-    with server({"policy": checkpoints["policy"]}, "--warm-up", "0") as (_, url):
+    with served("--policy", checkpoints["policy"], "--warm-up=0") as url:
         yield f"{url}/v1"
 
 
@@ -45,7 +46,9 @@ def guide_of(checkpoints, method):
     return ["--tuned", checkpoints["tuned"], "--untuned", checkpoints["untuned"]]
 
 
-@pytest.mark.parametrize("method", ["cbs", pytest.param("bon", marks=pytest.mark.slow), "sample"])
+@pytest.mark.parametrize(
+    "method", ["cbs", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bon", "sample"))]
+)
 def test_steering_through_the_server_is_steering_in_process(
     checkpoints, address, prompts, tmp_path, capsys, method
 ):
@@ -53,6 +56,7 @@ def test_steering_through_the_server_is_steering_in_process(
     flags = [*prompts, *guide_of(checkpoints, method), *METHODS[method], *SIZES, "--dtype=float32"]
     local = ["--policy", checkpoints["policy"], "--output", str(here), "--score-on=text"]
     assert main(["search", *flags, *local]) == 0
+    assert "the guide scores texts" in capsys.readouterr().out or method == "sample"
     remote = ["--endpoint", address, "--endpoint-model=policy", "--share-draws"]
     prices = ["--price-prompt=0.5", "--price-completion=1.5"]
     page = tmp_path / "page.html"
@@ -70,6 +74,19 @@ def test_steering_through_the_server_is_steering_in_process(
         ]
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)
         assert one["id"] == other["id"]
+
+
+def test_samples_of_an_endpoint_need_no_guide(prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = [*prompts, *METHODS["sample"], *SIZES, "--output", str(out), "--price-completion=1e5"]
+    with FakeAPI() as api:
+        assert main(["search", *flags, "--endpoint", api.url, "--endpoint-model=m"]) == 0
+    rows = read_jsonl(out)
+    assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    assert [row["score"] for row in rows] == [0.0] * 4
+    assert any(row["response"] for row in rows)
+    # Three completion tokens for each of the four.
+    assert "cost 1.2" in capsys.readouterr().out
 
 
 def test_wrong_endpoints(checkpoints, prompts, tmp_path, capsys, monkeypatch):

@@ -57,9 +57,9 @@ def test_the_report_tells_what_whole_rows_of_logits_tell(
     out = tmp_path / "figures.json"
     searched = []
 
-    def watched(policy, guides, prompts, config, **options):
+    def watched(policy, guides, asked, config, **options):
         searched.append((config.policy_cache, bool(guides)))
-        return run_search(policy, guides, prompts, config, **options)
+        return run_search(policy, guides, asked, config, **options)
 
     monkeypatch.setattr("w2s_jax.evaluate.quantisation.search", watched)
     guide = ["--tuned", folders["t"], "--untuned", folders["u"]]
@@ -156,11 +156,11 @@ def test_a_search_takes_a_quantised_policy_and_cache(
 ):
     seen = []
 
-    def asked(policy, guides, prompts, config, **options):
+    def watched(policy, guides, asked, config, **options):
         seen.append((policy, guides, config.policy_cache))
         raise InputError("enough")
 
-    monkeypatch.setattr("w2s_jax.search.files.search", asked)
+    monkeypatch.setattr("w2s_jax.search.files.search", watched)
     flags = ["--quantise-policy", "int8:2+head", "--policy-cache", "int8"]
     assert search(models, prompts, tmp_path / "out.jsonl", *flags) == 2
     assert "enough" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, t
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     models, prompts, tmp_path, monkeypatch
 ):
-    """From what lies on the disk where a kill strikes the third finished row and half of another."""
+    """From what is on the disk where a kill strikes after three rows and half of another."""
     left, written = [], []
     append = Journal.append
 

@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
     texts = {name: {} for name in ("tuned", "untuned", "policy")}
     few = {"vocab_size": WITHOUT_END}
     texts |= {name: {"text": FAR} | few for name in ("far-tuned", "far-untuned")}
-    texts |= {name: few for name in ("plain-tuned", "plain-untuned")}
+    texts |= dict.fromkeys(("plain-tuned", "plain-untuned"), few)
     found = {}
     for seed, (name, fields) in enumerate(texts.items()):
         folder = Path(tiny(root / name, seed, max_positions=256, **fields))
