@@ -32,7 +32,9 @@ def served(*flags: str) -> Iterator[str]:
         finally:
             is_ready.set()
 
-    with mock.patch.object(process, "run", watched):
+    # uvicorn's logging would close handlers that others hold, absl's with pytest's own streams.
+    logging = mock.patch("logging.config.dictConfig")
+    with mock.patch.object(process, "run", watched), logging:
         thread = threading.Thread(target=command, daemon=True)
         thread.start()
         assert is_ready.wait(SECONDS)
