@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.serving import served
 from tests.cli.test_search import one_error
+from tests.cli.test_search_guidance import count_vowels
 from tests.serve.fake_api import FakeAPI
 from w2s_jax.cli.main import main
 from w2s_jax.text.rows import read_jsonl, write_jsonl
@@ -59,12 +60,8 @@ def test_steering_through_the_server_is_steering_in_process(
     assert "the guide scores texts" in capsys.readouterr().out or method == "sample"
     remote = ["--endpoint", address, "--endpoint-model=policy", "--share-draws"]
     prices = ["--price-prompt=0.5", "--price-completion=1.5"]
-    page = tmp_path / "page.html"
-    shown = ["--report", str(page), "--show"] if method == "cbs" else []
-    assert main(["search", *flags, *remote, *prices, *shown, "--output", str(there)]) == 0
+    assert main(["search", *flags, *remote, *prices, "--output", str(there)]) == 0
     told = capsys.readouterr().out
-    assert not shown or page.stat().st_size > 10_000
-    assert all("trace" not in row for row in read_jsonl(there))
     assert "the policy gives text only" in told or method == "sample"
     assert "cost 0.00" in told
     for one, other in zip(read_jsonl(here), read_jsonl(there), strict=True):
@@ -76,17 +73,26 @@ def test_steering_through_the_server_is_steering_in_process(
         assert one["id"] == other["id"]
 
 
-def test_samples_of_an_endpoint_need_no_guide(prompts, tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    flags = [*prompts, *METHODS["sample"], *SIZES, "--output", str(out), "--price-completion=1e5"]
+def test_an_endpoint_may_be_sampled_or_steered_by_a_function_alone(prompts, tmp_path, capsys):
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    flags = [*prompts, *SIZES, "--output", str(out), "--endpoint-model=m"]
     with FakeAPI() as api:
-        assert main(["search", *flags, "--endpoint", api.url, "--endpoint-model=m"]) == 0
+        flags += ["--endpoint", api.url, "--price-completion=1e5"]
+        assert main(["search", *flags, *METHODS["sample"]]) == 0
+        # Three completion tokens for each of the four.
+        assert "cost 1.2" in capsys.readouterr().out
+        rows = read_jsonl(out)
+        assert [row["id"] for row in rows] == [0, 1, 2, 3]
+        assert [row["score"] for row in rows] == [0.0] * 4
+        assert any(row["response"] for row in rows)
+        steered = ["--scorer=tests.cli.test_search_guidance:count_vowels", *METHODS["cbs"]]
+        assert main(["search", *flags, *steered, "--report", str(page), "--show"]) == 0
     rows = read_jsonl(out)
-    assert [row["id"] for row in rows] == [0, 1, 2, 3]
-    assert [row["score"] for row in rows] == [0.0] * 4
-    assert any(row["response"] for row in rows)
-    # Three completion tokens for each of the four.
-    assert "cost 1.2" in capsys.readouterr().out
+    assert all("trace" not in row for row in rows)
+    for kept in (kept for row in rows for kept in row["hypotheses"]):
+        assert kept["score"] == count_vowels([""], [kept["response"]])[0]
+    assert page.stat().st_size > 10_000
+    assert rows[0]["response"].split()[0] in capsys.readouterr().out
 
 
 def test_wrong_endpoints(checkpoints, prompts, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import quantize, read_quantize, weight_bytes
+from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.search.run import search as run_search
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
@@ -55,17 +56,26 @@ def test_the_report_tells_what_whole_rows_of_logits_tell(
 ):
     """Perplexity is read without a cache; quantised policies continue and search with their own."""
     out = tmp_path / "figures.json"
-    searched = []
+    searched, scores = [], {"auto": (1.0, 2.0, 3.0), "int8": (1.5, 2.0, 1.0)}
 
-    def watched(policy, guides, asked, config, **options):
-        searched.append((config.policy_cache, bool(guides)))
-        return run_search(policy, guides, asked, config, **options)
+    def watched(policy, guides, asked, config, *, on_result, **options):
+        searched.append((config.policy_cache, config.beam_width if guides else None))
+        if not guides:
+            return run_search(policy, guides, asked, config, on_result=on_result, **options)
+        # What is found behind a guide is tested in search/: here only what becomes of the scores.
+        found = [
+            SearchResult(row, (Hypothesis((5,), score, True, (score,)),))
+            for row, score in enumerate(scores[config.policy_cache])
+        ]
+        for result in found:
+            on_result(result)
+        return found
 
     monkeypatch.setattr("w2s_jax.evaluate.quantisation.search", watched)
     guide = ["--tuned", folders["t"], "--untuned", folders["u"]]
     flags = ["--quantise", "int4:8+head", "--policy-cache", "int8", *guide, "--json", out]
     assert report(folders["p"], data, *flags) == 0
-    assert searched == [("auto", False), ("auto", True), ("int8", False), ("int8", True)]
+    assert searched == [("auto", None), ("auto", 2), ("int8", None), ("int8", 2)]
     told = json.loads(out.read_text())
     assert told["policy_cache"] == "int8"
     assert list(told["figures"]) == ["as stored", "int4:8+head"]
@@ -90,7 +100,10 @@ def test_the_report_tells_what_whole_rows_of_logits_tell(
     assert stored["perplexity_change"] == stored["score_change"] == 0
     assert stored["equal_next"] == stored["equal_continuations"] == 1
     assert coarse["perplexity_change"] != 0
-    assert coarse["score_change"] == pytest.approx(coarse["score"] - stored["score"])
+    assert (stored["score"], coarse["score"]) == (2.0, 1.5)
+    assert coarse["score_change"] == pytest.approx(-0.5)
+    changes = np.subtract(scores["int8"], scores["auto"])
+    assert coarse["score_change_stderr"] == pytest.approx(changes.std(ddof=1) / np.sqrt(3))
     assert coarse["weight_bytes"] < stored["weight_bytes"]
     table = capsys.readouterr().out
     assert "int4:8+head" in table

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
+from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.lora_huggingface import load_adapted
 from w2s_jax.text.rows import read_jsonl, write_jsonl
@@ -75,7 +76,7 @@ def without_times(folder):
 
 
 def test_three_commands_from_a_preference_file_to_a_steered_policy(
-    model, pairs, few, tmp_path, capsys
+    model, pairs, few, tmp_path, capsys, monkeypatch
 ):
     assert run("sft", model, pairs, tmp_path / "untuned", "--save-dtype=bfloat16") == 0
     untuned = tmp_path / "untuned" / "model"
@@ -108,8 +109,19 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "film 7 was"}])
     steered = ["search", f"--policy={model}", f"--tuned={tuned}", f"--untuned={untuned}"]
     files = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
-    assert main([*steered, *files, "--w=2", "--k=2", "--l=3", "--max-new-tokens=6"]) == 0
-    assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+    searched = []
+
+    def watched(policy, guides, prompts, config, **options):
+        searched.append((policy, guides[0].tuned, guides[0].untuned))
+        raise InputError("enough")
+
+    # That searches are steered by such models is tested elsewhere: here, that these are taken.
+    monkeypatch.setattr("w2s_jax.search.files.search", watched)
+    assert main([*steered, *files]) == 2
+    assert "enough" in capsys.readouterr().err
+    for found, folder in zip(searched[0], (model, tuned, untuned), strict=True):
+        wanted = load_model(folder, dtype="float32").params
+        jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
@@ -227,8 +239,8 @@ def test_training_from_random_weights_with_the_best_step_kept(model, tmp_path, c
     shutil.copytree(model, start)
     (start / "model.safetensors").unlink()
     flags = ["--from-scratch", "--max-length=16", "--truncation=split", "--held-out=8",
-             "--eval-every=2", "--keep-best=-eval/loss", "--epochs=2", "--optimizer=muon",
-             "--sample-every=5", "--sample-prompts=2", "--packing=best-fit"]  # fmt: skip
+             "--eval-every=3", "--keep-best=-eval/loss", "--max-steps=6", "--optimizer=muon",
+             "--sample-every=3", "--sample-prompts=2", "--packing=best-fit"]  # fmt: skip
     assert run("sft", start, tmp_path / "texts.jsonl", tmp_path / "run", *flags) == 0
     losses = [row["eval/loss"] for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
     assert losses[-1] < losses[0] < np.log(300) + 1
