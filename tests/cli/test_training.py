@@ -17,6 +17,7 @@ from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.lora_huggingface import load_adapted
+from w2s_jax.models.model import Model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import DataConfig, load_pairs
@@ -124,50 +125,56 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
         jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
 
 
-def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
-    model, pairs, few, tmp_path, capsys, caplog
-):
-    assert run("dpo", model, pairs, tmp_path / "run") == 0
-    (kept,) = (tmp_path / "run" / "cache").glob("reference-*.npy")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), kept.stat().st_mtime_ns
-    assert run("dpo", model, pairs, tmp_path / "run") == 0
-    after = (tmp_path / "run" / "metrics.jsonl").read_bytes(), kept.stat().st_mtime_ns
-    assert after == before
-    capsys.readouterr()
-    assert run("dpo", model, pairs, tmp_path / "run", "--beta=0.2") == 2
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1
-    assert "beta" in error
-    assert run("dpo", model, pairs, tmp_path / "run", f"--eval-data={few}") == 2
-    assert "eval_data: few.jsonl changed" in capsys.readouterr().err
-    assert run("dpo", model, pairs, tmp_path / "run", "--epochs=0.5") == 2
-    assert "step 6 is saved, beyond the 3 steps" in capsys.readouterr().err
-    # Reference log-probs that were kept are those of a reference in memory.
-    assert run("dpo", model, pairs, tmp_path / "live", "--reference-logprobs=live") == 0
-    live, own = ([row["loss"] for row in read_metrics(tmp_path / x)] for x in ("live", "run"))
-    assert live == pytest.approx(own, abs=1e-4)
-    assert own[-1] < own[0] - 1e-3
-    # More micro-batches and more steps are a run that goes on, though not to the bit.
-    caplog.clear()
-    assert run("dpo", model, pairs, tmp_path / "run", "--accumulate=2", "--epochs=1.1") == 0
-    assert "accumulate: 1 until step 6, 2 from there on; not to the bit" in caplog.text
-    assert "steps: 6 until step 6, 7 from there on; learning rates follow the" in caplog.text
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [*range(1, 8)]
-    write_jsonl(pairs, PAIRS[:20])
-    assert run("dpo", model, pairs, tmp_path / "run") == 2
-    assert "data: pairs.jsonl changed" in capsys.readouterr().err
+ADAPTERS = ("--lora-rank=2", "--lora-dropout=0.1", "--rslora")
 
 
 @pytest.fixture(scope="module")
 def adapted(model, tmp_path_factory):
-    """The folder of a run that trained adapters, and evaluated them on what `few` holds."""
+    """The folder of a run that trained adapters on `pairs`, and evaluated them on `few`."""
     folder = tmp_path_factory.mktemp("adapted")
     pairs, few = folder / "pairs.jsonl", folder / "few.jsonl"
     write_jsonl(pairs, PAIRS)
     write_jsonl(few, PAIRS[:4])
-    flags = ("--lora-rank=2", "--lora-dropout=0.1", "--rslora", f"--eval-data={few}")
-    assert run("dpo", model, pairs, folder / "run", *flags) == 0
+    assert run("dpo", model, pairs, folder / "run", *ADAPTERS, f"--eval-data={few}") == 0
     return folder / "run"
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
+    model, adapted, pairs, few, tmp_path, capsys, caplog
+):
+    folder = shutil.copytree(adapted, tmp_path / "run")
+
+    def again(*flags):
+        return run("dpo", model, pairs, folder, *ADAPTERS, f"--eval-data={few}", *flags)
+
+    kept = sorted((folder / "cache").glob("reference-*.npy"))
+    assert len(kept) == 2
+    before, stamps = (folder / "metrics.jsonl").read_bytes(), [x.stat().st_mtime_ns for x in kept]
+    assert again() == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    # Nor are its reference log-probs computed again.
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    capsys.readouterr()
+    assert again("--beta=0.2") == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert "beta" in error
+    assert again("--epochs=0.5") == 2
+    assert "step 6 is saved, beyond the 3 steps" in capsys.readouterr().err
+    # More micro-batches and more steps are a run that goes on, though not to the bit.
+    caplog.clear()
+    assert again("--accumulate=2", "--epochs=1.1") == 0
+    assert "accumulate: 1 until step 6, 2 from there on; not to the bit" in caplog.text
+    assert "steps: 6 until step 6, 7 from there on; learning rates follow the" in caplog.text
+    steps = [row["step"] for row in read_metrics(folder) if "loss" in row]
+    assert steps == [*range(1, 8)]
+    write_jsonl(few, PAIRS[:3])
+    assert again() == 2
+    assert "eval_data: few.jsonl changed" in capsys.readouterr().err
+    write_jsonl(few, PAIRS[:4])
+    write_jsonl(pairs, PAIRS[:20])
+    assert again() == 2
+    assert "data: pairs.jsonl changed" in capsys.readouterr().err
 
 
 def test_adapters_are_trained_beside_their_base_and_loaded_with_it(
@@ -274,6 +281,8 @@ def test_kto_of_few_desirable_rows_leaves_a_model_and_json(model, few, tmp_path,
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     *steps, held_out = read_metrics(tmp_path / "run")
     assert [row["step"] for row in steps] == [1, 2, 3]
+    # The reference is the model as it was: every reward is zero at first.
+    assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert all(np.isfinite(row["loss"]) for row in steps)
     assert held_out["eval/rewards/margins"] is None
     assert np.isfinite(held_out["eval/rewards/rejected"])
@@ -374,11 +383,8 @@ def test_missing_checkpoints_and_flags(model, pairs, tmp_path, capsys):
 def test_a_loss_that_is_not_a_number_stops_the_run(model, pairs, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
-    from w2s_jax.models.huggingface import save_model
-    from w2s_jax.models.model import Model
-
-    loaded = load_model(model)
-    params = jax.tree.map(lambda leaf: leaf * np.nan, loaded.params)
+    loaded = load_model(model, dtype="float32")
+    params = jax.tree.map(lambda leaf: jax.device_put(np.full_like(leaf, np.nan)), loaded.params)
     save_model(Model(loaded.config, params), broken)
     assert run("sft", broken, pairs, tmp_path / "run") == 1
     error = capsys.readouterr().err
