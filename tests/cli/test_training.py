@@ -125,7 +125,8 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
         jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
 
 
-ADAPTERS = ("--lora-rank=2", "--lora-dropout=0.1", "--rslora")
+ADAPTERS = ("--lora-rank=2", "--lora-dropout=0.1", "--rslora", "--lora-targets=q_proj",
+            "--lora-targets=down_proj")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,7 @@ def test_an_adapter_is_trained_further_beside_its_base(model, adapted, pairs, tm
     adapter = tmp_path / "run" / "model"
     one, other = (json.loads((x / "adapter_config.json").read_text()) for x in (first, adapter))
     assert one["use_rslora"] is True
+    assert set(one["target_modules"]) == {"q_proj", "down_proj"}
     assert other == one | {"lora_dropout": 0.0}
     tokens = np.arange(10)[None]
     before, after = (load_adapted(folder)(tokens) for folder in (first, adapter))
@@ -398,7 +400,7 @@ def test_an_estimate_loads_nothing_and_counts_what_is_known(model, tmp_path, cap
     start = tmp_path / "start"
     shutil.copytree(model, start)
     (start / "model.safetensors").unlink()
-    flags = ["--estimate", "--lora-rank=2", "--loss-type=kto"]
+    flags = ["--estimate", "--lora-rank=2", "--lora-targets=q_proj", "--loss-type=kto"]
     assert main(["dpo", f"--model={start}", f"--output={tmp_path / 'run'}", *flags]) == 0
     told = capsys.readouterr().out
     assert "gradients and activations" in told
