@@ -14,10 +14,13 @@ from w2s_jax.text.rows import read_jsonl, write_jsonl
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    found = {name: tiny(root / name, seed) for seed, name in enumerate(("policy", "untuned"))}
-    found["adapter"] = adapter(root / "adapter", found["untuned"])
-    Convert(found["adapter"], str(root / "merged")).run()
-    return found | {"merged": str(root / "merged")}
+    found = {"untuned": tiny(root / "untuned", 1)}
+    for seed, role in enumerate(("", "tuned-")):
+        one, merged = str(root / f"{role}adapter"), str(root / f"{role}merged")
+        found[f"{role}adapter"] = adapter(one, found["untuned"], seed=seed)
+        Convert(one, merged).run()
+        found[f"{role}merged"] = merged
+    return found
 
 
 @pytest.fixture
@@ -26,24 +29,24 @@ def prompts(tmp_path):
     return tmp_path / "in.jsonl"
 
 
-@pytest.mark.parametrize(("role", "method"), [("tuned", "cbs"), ("policy", "eft")])
-def test_a_search_says_the_same_with_an_adapter_and_with_it_merged(
-    folders, prompts, tmp_path, capsys, role, method
+def test_a_search_says_the_same_with_adapters_and_with_them_merged(
+    folders, prompts, tmp_path, capsys
 ):
+    """Both of the policy and of the tuned model, on the untuned one."""
     found = []
-    for place in ("adapter", "merged"):
-        roles = {name: folders[name] for name in ("policy", "untuned")}
-        roles |= {"tuned": folders["merged"], role: folders[place]}
+    for kind in ("adapter", "merged"):
+        roles = {"policy": folders[kind], "untuned": folders["untuned"]}
+        roles["tuned"] = folders[f"tuned-{kind}"]
         flags = [word for name, folder in roles.items() for word in (f"--{name}", folder)]
-        assert search(flags, prompts, tmp_path / f"{place}.jsonl", "--method", method) == 0
-        found.append(read_jsonl(tmp_path / f"{place}.jsonl"))
-    told = capsys.readouterr()
-    assert f"{role} {folders['adapter']} is an adapter on {folders['untuned']}" in (
-        told.out + told.err
-    )
+        assert search(flags, prompts, tmp_path / f"{kind}.jsonl", "--method", "eft") == 0
+        found.append(read_jsonl(tmp_path / f"{kind}.jsonl"))
+    told = capsys.readouterr().out
+    for role, name in (("policy", "adapter"), ("tuned", "tuned-adapter")):
+        assert f"{role} {folders[name]} is an adapter on {folders['untuned']}" in told
     for one, other in zip(*found, strict=True):
         assert one["response"] == other["response"]
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+        assert one["score"] != 0
 
 
 def test_the_stamp_of_an_adapter_tells_of_its_base_too(folders, tmp_path):

@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,12 +9,14 @@ import pytest
 from tests.tiny import tiny_model
 from w2s_jax.cli import main as entry
 from w2s_jax.cli.main import main
+from w2s_jax.evaluate import rewards as evaluate_rewards
 from w2s_jax.evaluate.compare import compare
-from w2s_jax.models.encoder import EncoderConfig, init_classifier
+from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.reward_huggingface import load_reward_model, save_reward_model
 from w2s_jax.text.bpe import save_bpe, train_bpe
+from w2s_jax.text.journal import Journal, journal_path
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -47,7 +45,8 @@ def save_tokenizer(directory):
 
 def reward_model(directory: Path, labels=("reward",), seed=0) -> str:
     model = tiny_model(seed, vocab_size=VOCABULARY, max_positions=POSITIONS, layers=1)
-    head = {"kernel": jax.random.normal(jax.random.key(seed), (model.config.width, len(labels)))}
+    drawn = np.random.default_rng(seed).normal(size=(model.config.width, len(labels)))
+    head = {"kernel": jax.device_put(drawn.astype(np.float32))}
     params = {name: tree for name, tree in model.params.items() if name != "head"}
     save_reward_model(RewardModel(model.config, params, head, labels), directory)
     save_tokenizer(directory)
@@ -164,100 +163,79 @@ def test_long_rows_are_cut_on_the_side_that_is_asked_for(model, tmp_path, side):
     np.testing.assert_allclose(read_jsonl(scored)[0]["gold_reward"], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("labels", "label", "weights"),
-    [(("bad", "good"), None, (-1, 1)), (("a", "b", "c"), "b", (0, 1, 0))],
-)
-def test_labels(labels, label, weights, results, tmp_path):
-    folder = reward_model(tmp_path / "model", labels)
-    scored = tmp_path / "scored.jsonl"
-    flags = ["--output", scored, *(["--label", label] if label else [])]
-    assert evaluate(folder, results, *flags) == 0
+def test_labels(results, tmp_path):
+    folder = reward_model(tmp_path / "model", ("bad", "good"))
     logits = expected(folder, ["A film" + text for text in RESPONSES])
-    found = [row["gold_reward"] for row in read_jsonl(scored)]
-    np.testing.assert_allclose(found, logits @ np.array(weights, np.float32), atol=1e-4)
+    for label, weights in ((None, (-1, 1)), ("bad", (1, 0))):
+        scored = tmp_path / f"scored-{label}.jsonl"
+        flags = ["--output", scored, *(["--label", label] if label else [])]
+        assert evaluate(folder, results, *flags) == 0
+        found = [row["gold_reward"] for row in read_jsonl(scored)]
+        np.testing.assert_allclose(found, logits @ np.array(weights, np.float32), atol=1e-4)
 
 
-def encoder(directory):
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An encoder classifier's folder."""
+    directory = tmp_path_factory.mktemp("encoder")
     config = EncoderConfig(
         vocab_size=VOCABULARY, width=16, layers=1, heads=2, mlp_width=16, max_positions=24,
         pad_id=1, initializer_range=0.5,
     )  # fmt: skip
-    save_classifier(init_classifier(config, jax.random.key(0)), directory)
+    drawn = jax.jit(lambda key: init_classifier(config, key).params)(jax.random.key(0))
+    save_classifier(Classifier(config, drawn), directory)
     save_bpe(train_bpe([TEXT] * 50, VOCABULARY), directory, max_length=24)
     return str(directory)
 
 
-def test_an_encoder_reads_prompt_and_response_as_one_text(results, tmp_path):
-    folder, scored = encoder(tmp_path / "encoder"), tmp_path / "scored.jsonl"
-    assert evaluate(folder, results, "--output", scored) == 0
-    classifier, tokenizer = load_classifier(folder), load_tokenizer(folder)
+def test_an_encoder_reads_prompt_and_response_as_one_text(encoder, results, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    assert evaluate(encoder, results, "--output", scored) == 0
+    classifier, tokenizer = load_classifier(encoder), load_tokenizer(encoder)
     rows = [tokenizer("A film" + text)["input_ids"][:24] for text in RESPONSES]
-    tokens = jnp.array([row + [0] * (24 - len(row)) for row in rows])
-    logits = classifier(tokens, jnp.arange(24) < jnp.array([[len(row)] for row in rows]))
+    tokens = np.array([row + [0] * (24 - len(row)) for row in rows], np.int32)
+    mask = np.arange(24) < np.array([[len(row)] for row in rows])
+    logits = np.asarray(jax.jit(lambda *batch: classifier(*batch))(tokens, mask))
     found = [row["gold_reward"] for row in read_jsonl(scored)]
     np.testing.assert_allclose(found, logits[:, 1] - logits[:, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [["--template", "zephyr"], ["--end-token"]])
-def test_an_encoder_takes_no_template(flags, results, tmp_path, capsys):
-    assert evaluate(encoder(tmp_path / "encoder"), results, *flags) == 2
+def test_an_encoder_takes_no_template(flags, encoder, results, capsys):
+    assert evaluate(encoder, results, *flags) == 2
     assert "an encoder classifier reads plain text" in capsys.readouterr().err
 
 
-KILLED = """
-import os, signal, sys
-from w2s_jax.cli import main as entry
-from w2s_jax.text.journal import Journal
-entry.COMMANDS[("eval",)] = ("evaluate", "Evaluate", "gold rewards")
-append, count = Journal.append, 0
-def append_and_die(self, row_id, row):
-    global count
-    append(self, row_id, row)
-    count += 1
-    if count == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-Journal.append = append_and_die
-entry.main(sys.argv[1:])
-"""
-
-
 def test_a_killed_run_goes_on_where_it_stopped(model, results, tmp_path, monkeypatch):
-    other, scored = tmp_path / "other.jsonl", tmp_path / "scored.jsonl"
-    write_jsonl(other, [row | {"response": row["response"] + "."} for row in ROWS])
-    flags = ["--against", str(other), "--output", str(scored), "--json", str(tmp_path / "a.json")]
-    command = ["eval", "--results", str(results), "--reward-model", model, "--batch-size=4", *flags]
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, *command],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
-    assert len(read_jsonl(f"{scored}.journal")) == 1 + 5
-    import w2s_jax.evaluate.rewards as evaluate_rewards
+    """From what is on the disk where a kill strikes after five rows."""
+    left, asked = [], []
+    append, rewards = Journal.append, evaluate_rewards.rewards
 
-    asked = []
-    real = evaluate_rewards.rewards
+    def watched(self, row_id, row):
+        append(self, row_id, row)
+        left.append(self.path.read_bytes())
 
     def counting(model, encoded, **options):
         asked.append(len(encoded))
-        return real(model, encoded, **options)
+        return rewards(model, encoded, **options)
 
+    monkeypatch.setattr(Journal, "append", watched)
     monkeypatch.setattr(evaluate_rewards, "rewards", counting)
-    assert main(command) == 0
-    assert asked == [2 * len(ROWS) - 5]
-    resumed = read_jsonl(scored)
-    figures = json.loads((tmp_path / "a.json").read_text())
-    whole, plain = tmp_path / "whole.jsonl", tmp_path / "b.json"
-    flags = ["--against", other, "--output", whole, "--json", plain]
-    assert evaluate(model, results, *flags) == 0
-    found = [row["gold_reward"] for row in resumed]
-    np.testing.assert_allclose(found, [row["gold_reward"] for row in read_jsonl(whole)], atol=1e-5)
-    assert figures["comparison"]["wins"] == json.loads(plain.read_text())["comparison"]["wins"]
-    assert not Path(f"{scored}.journal").exists()
+    other = tmp_path / "other.jsonl"
+    write_jsonl(other, [row | {"response": row["response"] + "."} for row in ROWS])
+    found = {}
+    for name in ("whole", "killed"):
+        scored, figures = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+        if name == "killed":
+            journal_path(scored).write_bytes(left[4])
+        flags = ["--against", other, "--output", scored, "--json", figures]
+        assert evaluate(model, results, *flags) == 0
+        assert not journal_path(scored).exists()
+        rows = [row["gold_reward"] for row in read_jsonl(scored)]
+        found[name] = rows, json.loads(figures.read_text())["comparison"]["wins"]
+    assert asked == [2 * len(ROWS), 2 * len(ROWS) - 5]
+    np.testing.assert_allclose(found["killed"][0], found["whole"][0], atol=1e-5)
+    assert found["killed"][1] == found["whole"][1]
 
 
 def spoil(rows, **changes):

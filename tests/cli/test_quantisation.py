@@ -12,7 +12,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import quantize, read_quantize, weight_bytes
-from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.search.results import Hypothesis, SearchResult
+from w2s_jax.search.run import search as run_search
+from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
 TEXTS = ["a film of the sea, and of a film", "We film the sea", "the sea of a film, a sea"]
@@ -38,20 +40,44 @@ def report(policy, data, *flags):
 
 
 def read_alone(model, ids):
-    """Each text's token log-probs and likeliest tokens, from whole rows of logits."""
+    """Every text's token log-probs and likeliest tokens, from whole rows of logits."""
+    width = max(map(len, ids))
+    logits = np.asarray(model(np.array([[*row, *[0] * (width - len(row))] for row in ids])))
     found = []
-    for row in ids:
-        logprobs = np.asarray(jax.nn.log_softmax(model(np.asarray([row], np.int32))[0]))[:-1]
+    for row, own in zip(ids, logits, strict=True):
+        own = own[: len(row) - 1].astype(np.float64)
+        logprobs = own - np.log(np.exp(own).sum(-1, keepdims=True))
         found.append((logprobs[np.arange(len(row) - 1), row[1:]], logprobs.argmax(-1)))
     return [np.concatenate(part) for part in zip(*found, strict=True)]
 
 
-def test_the_report_tells_what_whole_rows_of_logits_tell(folders, data, tmp_path, capsys):
+def test_the_report_tells_what_whole_rows_of_logits_tell(
+    folders, data, tmp_path, capsys, monkeypatch
+):
+    """Perplexity is read without a cache; quantised policies continue and search with their own."""
     out = tmp_path / "figures.json"
+    searched, scores = [], {"auto": (1.0, 2.0, 3.0), "int8": (1.5, 2.0, 1.0)}
+
+    def watched(policy, guides, asked, config, *, on_result, **options):
+        searched.append((config.policy_cache, config.beam_width if guides else None))
+        if not guides:
+            return run_search(policy, guides, asked, config, on_result=on_result, **options)
+        # What is found behind a guide is tested in search/: here only what becomes of the scores.
+        found = [
+            SearchResult(row, (Hypothesis((5,), score, True, (score,)),))
+            for row, score in enumerate(scores[config.policy_cache])
+        ]
+        for result in found:
+            on_result(result)
+        return found
+
+    monkeypatch.setattr("w2s_jax.evaluate.quantisation.search", watched)
     guide = ["--tuned", folders["t"], "--untuned", folders["u"]]
-    flags = ["--quantise", "int4:8+head", *guide, "--json", out]
+    flags = ["--quantise", "int4:8+head", "--policy-cache", "int8", *guide, "--json", out]
     assert report(folders["p"], data, *flags) == 0
+    assert searched == [("auto", None), ("auto", 2), ("int8", None), ("int8", 2)]
     told = json.loads(out.read_text())
+    assert told["policy_cache"] == "int8"
     assert list(told["figures"]) == ["as stored", "int4:8+head"]
     tokenizer = load_tokenizer(folders["p"])
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -74,23 +100,14 @@ def test_the_report_tells_what_whole_rows_of_logits_tell(folders, data, tmp_path
     assert stored["perplexity_change"] == stored["score_change"] == 0
     assert stored["equal_next"] == stored["equal_continuations"] == 1
     assert coarse["perplexity_change"] != 0
-    assert coarse["score_change"] == pytest.approx(coarse["score"] - stored["score"])
+    assert (stored["score"], coarse["score"]) == (2.0, 1.5)
+    assert coarse["score_change"] == pytest.approx(-0.5)
+    changes = np.subtract(scores["int8"], scores["auto"])
+    assert coarse["score_change_stderr"] == pytest.approx(changes.std(ddof=1) / np.sqrt(3))
     assert coarse["weight_bytes"] < stored["weight_bytes"]
     table = capsys.readouterr().out
     assert "int4:8+head" in table
     assert "perplexity" in table
-
-
-def test_an_int8_cache_is_part_of_what_is_measured(folders, data, tmp_path):
-    figures = {}
-    for cache in ("auto", "int8"):
-        out = tmp_path / f"{cache}.json"
-        flags = ["--quantise", "int8", "--policy-cache", cache, "--json", out]
-        assert report(folders["p"], data, *flags) == 0
-        figures[cache] = json.loads(out.read_text())["figures"]
-        assert figures[cache]["int8"]["score"] is None
-    # Perplexity is read without a cache.
-    assert figures["auto"]["int8"]["perplexity"] == figures["int8"]["int8"]["perplexity"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +144,9 @@ def test_groups_are_judged_before_weights_and_finished_columns_stay(
     said = capsys.readouterr()
     assert "no room" in said.err
     assert "as stored" in said.out
-    assert list(json.loads(out.read_text())["figures"]) == ["as stored"]
+    figures = json.loads(out.read_text())["figures"]
+    assert list(figures) == ["as stored"]
+    assert figures["as stored"]["score"] is None
 
 
 def test_texts_that_cannot_be_scored_are_named(folders, tmp_path, capsys):
@@ -141,16 +160,31 @@ def test_texts_that_cannot_be_scored_are_named(folders, tmp_path, capsys):
     assert "give --results and --reward-model" in capsys.readouterr().err
 
 
-def test_a_search_takes_a_quantised_policy_and_cache(models, prompts, tmp_path):  # noqa: F811
-    plain, out = tmp_path / "plain.jsonl", tmp_path / "out.jsonl"
-    assert search(models, prompts, plain) == 0
+def test_a_search_takes_a_quantised_policy_and_cache(
+    models,  # noqa: F811
+    prompts,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    seen = []
+
+    def watched(policy, guides, asked, config, **options):
+        seen.append((policy, guides, config.policy_cache))
+        raise InputError("enough")
+
+    monkeypatch.setattr("w2s_jax.search.files.search", watched)
     flags = ["--quantise-policy", "int8:2+head", "--policy-cache", "int8"]
-    assert search(models, prompts, out, *flags) == 0
-    pairs = list(zip(read_jsonl(plain), read_jsonl(out), strict=True))
-    same = [a["response"] == b["response"] for a, b in pairs]
-    assert any(same)  # few layers of random weights: most are at a near-tie somewhere
-    for (a, b), equal in zip(pairs, same, strict=True):
-        assert not equal or abs(a["score"] - b["score"]) < 1e-3
+    assert search(models, prompts, tmp_path / "out.jsonl", *flags) == 2
+    assert "enough" in capsys.readouterr().err
+    ((policy, guides, cache),) = seen
+    assert cache == "int8"
+    plain = [load_model(folder, dtype="float32").params for folder in models[1::2]]
+    jax.tree.map(
+        np.testing.assert_array_equal, policy.params, quantize(plain[0], read_quantize(flags[1]))
+    )
+    for guide, whole in zip((guides[0].tuned, guides[0].untuned), plain[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, guide.params, whole)
 
 
 def test_quantising_needs_a_policy_here(models, prompts, tmp_path, capsys):  # noqa: F811

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.cli.test_search import SMALL, one_error, tiny
-from w2s_jax.cli.main import main
+from tests.cli.test_search import one_error, tiny
+from w2s_jax.cli.main import main, parse
 from w2s_jax.models.huggingface import load_model
+from w2s_jax.search.checkpoints import plan
+from w2s_jax.search.files import encode_questions
 from w2s_jax.search.reading import logprobs_alone
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation
+from w2s_jax.text.conversations import conversation_of
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -18,6 +21,10 @@ CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a>{% endif %}"
 )
+SMALL = ["--w=2", "--k=2", "--l=2", "--max-new-tokens=4", "--batch-size=2"]
+FAR = "our quiet seas"
+WITHOUT_END = 270
+"""Tokens of the guides that read texts; the policy's end of turn comes behind them."""
 # All of up to 16 tokens: for each size of prompts a search is compiled anew.
 PROMPTS = [
     {"prompt": "A film {of} the sea", "id": 7},
@@ -43,20 +50,31 @@ def only_one(prompts, responses):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy, a guide of its vocabulary and one of another, each with a chat template."""
+    """A policy with an end of turn, a guide of its vocabulary and two that read texts.
+
+    The far guide has another vocabulary and, as the others, chat templates; the plain one lacks
+    both the template and the end of turn. They are of one shape, so that they share programs.
+    """
     root = tmp_path_factory.mktemp("models")
-    texts = {"tuned": {}, "untuned": {}, "policy": {}}
-    texts |= {"far-tuned": {"text": "quite another sea of words"}}
-    texts |= {"far-untuned": {"text": "quite another sea of words"}}
+    texts = {name: {} for name in ("tuned", "untuned", "policy")}
+    few = {"vocab_size": WITHOUT_END}
+    texts |= {name: {"text": FAR} | few for name in ("far-tuned", "far-untuned")}
+    texts |= dict.fromkeys(("plain-tuned", "plain-untuned"), few)
     found = {}
     for seed, (name, fields) in enumerate(texts.items()):
         folder = Path(tiny(root / name, seed, max_positions=256, **fields))
-        options = json.loads((folder / "tokenizer_config.json").read_text())
-        template = CHAT if name != "far-tuned" else CHAT.replace(">", "]")
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(options | {"chat_template": template})
-        )
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer = load_tokenizer(folder)
+        if not name.startswith("plain"):
+            tokenizer.chat_template = CHAT if name != "far-tuned" else CHAT.replace(">", "]")
+        if not fields:
+            added = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+            tokenizer.add_special_tokens(added)
+            config = json.loads((folder / "config.json").read_text())
+            config["eos_token_id"] = [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+            assert config["eos_token_id"][1] >= WITHOUT_END
+            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        tokenizer.save_pretrained(str(folder))
         found[name] = str(folder)
     return found
 
@@ -68,7 +86,7 @@ def prompts(tmp_path):
 
 
 def search(folders, prompts, output, *flags, guide="near"):
-    mark = {"near": "", "far": "far-"}
+    mark = {"near": "", "far": "far-", "plain": "plain-"}
     roles = [
         word
         for role in ("tuned", "untuned")
@@ -79,9 +97,29 @@ def search(folders, prompts, output, *flags, guide="near"):
     return main(["search", "--policy", folders["policy"], *roles, *files, *SMALL, *flags])
 
 
+def scores_alone(folders, rows):
+    """For each row what its hypotheses may score, by the far guide's reading of prompt and text.
+
+    Two numbers each: the second with the EOS by which the response may have ended.
+    """
+    found = []
+    for name in ("far-tuned", "far-untuned"):
+        model, tokenizer = load_model(folders[name]), load_tokenizer(folders[name])
+        template = load_template(tokenizer, where="test")
+        for row in rows:
+            asked = conversation_of(row, "row")
+            start = len(template.encode(asked))
+            texts = [kept["response"] for kept in row["hypotheses"]]
+            for tokens in template.encode_responses(asked, texts):
+                values = logprobs_alone(model, [*tokens, tokenizer.eos_token_id])[start - 1 :]
+                found.append((values[:-1].sum(), values.sum()))
+    tuned, untuned = np.array(found).reshape(2, len(rows), -1, 2)
+    return tuned - untuned
+
+
 @pytest.mark.parametrize("guide", ["near", "far"])
 def test_conversations_of_every_kind_are_answered(folders, prompts, tmp_path, capsys, guide):
-    """And a report or a view of every search changes no response."""
+    """Texts are scored as they are written; a report or a view of every search changes nothing."""
     out = tmp_path / "out.jsonl"
     assert search(folders, prompts, out, guide=guide) == 0
     where = {"near": "scores tokens on the device", "far": "scores texts, encoded anew"}[guide]
@@ -90,31 +128,18 @@ def test_conversations_of_every_kind_are_answered(folders, prompts, tmp_path, ca
     for row, asked in zip(rows, PROMPTS, strict=True):
         assert {name: row[name] for name in asked} == asked
         assert row["score"] == row["hypotheses"][0]["score"] != 0.0
+    if guide == "far":
+        scores = np.array([[kept["score"] for kept in row["hypotheses"]] for row in rows])
+        alone = scores_alone(folders, rows)
+        assert np.isclose(scores[..., None], alone, atol=1e-3).any(-1).all()
     shown, page = tmp_path / "shown.jsonl", tmp_path / "report.html"
-    assert search(folders, prompts, shown, "--report", str(page), "--show", guide=guide) == 0
+    told = ["--report", str(page), "--show"]
+    assert search(folders, prompts, shown, *told, guide=guide) == 0
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert all("trace" not in row for row in rows)
     assert shown.read_bytes() == out.read_bytes()
     assert "A film {of} the sea" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.journal"))
-
-
-def test_a_guide_scored_on_text_is_the_one_scored_on_tokens(folders, tmp_path):
-    """Where texts encode to the tokens that were sampled, as under greedy draws mostly."""
-    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"A film {i}"} for i in range(4)])
-    rows = {}
-    for where in ("tokens", "text"):
-        out = tmp_path / f"{where}.jsonl"
-        flags = ("--score-on", where, "--max-new-tokens", "3", "--method", "bon")
-        assert search(folders, tmp_path / "in.jsonl", out, *flags) == 0
-        rows[where] = read_jsonl(out)
-    alike = 0
-    for one, other in zip(rows["tokens"], rows["text"], strict=True):
-        scores = {h["response"]: h["score"] for h in one["hypotheses"]}
-        for hypothesis in other["hypotheses"]:
-            assert hypothesis["response"] in scores, "the same draws give the same samples"
-            alike += hypothesis["score"] == pytest.approx(scores[hypothesis["response"]], abs=1e-3)
-    assert alike >= 4
 
 
 def test_two_guides_a_function_and_maximin(folders, prompts, tmp_path):
@@ -135,7 +160,7 @@ def test_two_guides_a_function_and_maximin(folders, prompts, tmp_path):
 def test_a_function_alone_steers(folders, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     name = "tests.cli.test_search_guidance:count_vowels"
-    assert search(folders, prompts, out, "--scorer", name, "--method", "bon", guide=None) == 0
+    assert search(folders, prompts, out, "--scorer", name, guide=None) == 0
     for row in read_jsonl(out):
         for kept in row["hypotheses"]:
             assert kept["score"] == count_vowels([""], [kept["response"]])[0]
@@ -150,45 +175,13 @@ def test_a_function_alone_steers(folders, prompts, tmp_path, capsys):
     assert "it must return one number each" in one_error(capsys, status)
 
 
-def test_a_guide_without_the_policys_end_of_turn_reads_texts(folders, tmp_path, capsys):
+def test_a_guide_without_the_policys_end_of_turn_reads_texts(folders, prompts, tmp_path, capsys):
     """Its logits end before that token, which the policy could then never draw."""
-    policy = Path(tiny(tmp_path / "chat", 5, vocab_size=302, max_positions=256))
-    tokenizer = json.loads((policy / "tokenizer.json").read_text())
-    size = max(token["id"] for token in tokenizer["added_tokens"])
-    size = max(size, *tokenizer["model"]["vocab"].values()) + 1
-    config = json.loads((policy / "config.json").read_text())
-    loaded = load_tokenizer(policy)
-    loaded.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    loaded.save_pretrained(str(policy))
-    end = loaded.convert_tokens_to_ids("<|im_end|>")
-    (policy / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, end]}))
-    (policy / "generation_config.json").unlink(missing_ok=True)
-    small = {name: tiny(tmp_path / name, seed, vocab_size=size) for seed, name in enumerate("tu")}
-    write_jsonl(tmp_path / "in.jsonl", [{"prompt": "A film"}])
-    flags = ["--prompts", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    models = ["--policy", str(policy), "--tuned", small["t"], "--untuned", small["u"]]
-    assert main(["search", *models, *flags, *SMALL]) == 0
+    write_jsonl(prompts, [PROMPTS[0]] * 2)
+    assert search(folders, prompts, tmp_path / "out.jsonl", guide="plain") == 0
     assert "the guide scores texts" in capsys.readouterr().out
-    status = main(["search", *models, *flags, *SMALL, "--method", "eft"])
+    status = search(folders, prompts, tmp_path / "out.jsonl", "--method", "eft", guide="plain")
     assert "do not both have '<|im_end|>'" in one_error(capsys, status)
-
-
-def test_what_is_written_is_what_was_scored(folders, tmp_path, capsys):
-    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"sea {i}"} for i in range(6)])
-    out = tmp_path / "out.jsonl"
-    assert search(folders, tmp_path / "in.jsonl", out, guide="far") == 0
-    readers = [load_model(folders[name]) for name in ("far-tuned", "far-untuned")]
-    template = load_template(load_tokenizer(folders["far-tuned"]), where="test")
-    scored = 0
-    for row in read_jsonl(out):
-        asked = Conversation(text=row["prompt"])
-        for kept in row["hypotheses"]:
-            (tokens,) = template.encode_responses(asked, [kept["response"]])
-            start = len(template.encode(asked))
-            sums = [logprobs_alone(model, tokens)[start - 1 :].sum() for model in readers]
-            scored += kept["score"] == pytest.approx(sums[0] - sums[1], abs=1e-3)
-    # Those that ended by EOS are scored with one more token.
-    assert scored >= 6
 
 
 def test_sampling_takes_no_judges(folders, prompts, tmp_path, capsys):
@@ -199,8 +192,15 @@ def test_sampling_takes_no_judges(folders, prompts, tmp_path, capsys):
 
 def test_templates_by_name(folders, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    flags = ("--policy-template", "tulu", "--guide-template", "zephyr")
-    assert search(folders, prompts, out, *flags) == 0
+    files = ["--prompts", str(prompts), "--output", str(out), "--policy", folders["policy"]]
+    guide = ["--tuned", folders["tuned"], "--untuned", folders["untuned"]]
+    named = ["--policy-template", "tulu", "--guide-template", "zephyr"]
+    planned = plan(parse(["search", *files, *guide, *named]).sources_of_all())
+    (own,) = encode_questions(planned, PROMPTS[:1], "line", max_new_tokens=8).prompts
+    texts = [planned.tokenizer.decode(ids) for ids in own]
+    assert texts[0] == "<|user|>\nA film {of} the sea\n<|assistant|>\n"
+    read = "<|system|>\n</s>\n<|user|>\nA film {of} the sea</s>\n<|assistant|>\n"
+    assert texts[1:] == [read, read]
     status = search(folders, prompts, out, "--policy-template", "zephir")
     assert "zephyr" in one_error(capsys, status)
     status = search(folders, prompts, out, "--guide-template", "none")
@@ -209,15 +209,15 @@ def test_templates_by_name(folders, prompts, tmp_path, capsys):
     assert "takes text only" in error
 
 
-def test_integrated_value_guidance_and_its_top_k(folders, prompts, tmp_path, capsys):
-    for name, flags in (("a", []), ("b", ["--eft-top-k", "3"])):
-        out = tmp_path / f"{name}.jsonl"
-        assert search(folders, prompts, out, "--method", "ivg", "--beta", "0.5", *flags) == 0
-    assert (tmp_path / "a.jsonl").read_bytes() != (tmp_path / "b.jsonl").read_bytes()
-    status = search(folders, prompts, tmp_path / "c", "--eft-top-k", "3")
+def test_mixing_methods_take_one_guide_of_the_policys_vocabulary(
+    folders, prompts, tmp_path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    status = search(folders, prompts, out, "--eft-top-k", "3")
     assert "--eft-top-k is for eft and ivg, not cbs" in one_error(capsys, status)
-    status = search(folders, prompts, tmp_path / "c", "--method", "ivg", guide="far")
-    assert "--method ivg needs one" in one_error(capsys, status)
+    for method in ("eft", "ivg"):
+        status = search(folders, prompts, out, "--method", method, guide="far")
+        assert f"--method {method} needs one" in one_error(capsys, status)
 
 
 def test_names_of_checkpoints_are_looked_up(folders, prompts, tmp_path, capsys):

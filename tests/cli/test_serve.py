@@ -4,7 +4,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from tests.serve.tiny_server import checkpoints_at, served_at, server, tiny, tokenizer_at
+from tests.cli.serving import served
+from tests.serve.tiny_server import checkpoints_at, served_at, tiny, tokenizer_at
 from w2s_jax.cli.main import main
 from w2s_jax.cli.serve import Serve, chat_notes
 from w2s_jax.errors import InputError
@@ -106,23 +107,23 @@ def test_a_missing_chat_template_is_told(tmp_path):
         TextModel(tiny(0), where("--guide-template", None)),
         TextModel(tiny(1), where("--tuned", "x")),
     )
-    served = replace(served_at(tmp_path), scorers=(guide,))
-    assert chat_notes(served) == [
+    guided = replace(served_at(tmp_path), scorers=(guide,))
+    assert chat_notes(guided) == [
         "--guide-template: no chat template there, so chats will be refused"
     ]
-    bare = replace(served, template=where("--policy-template", None))
+    bare = replace(guided, template=where("--policy-template", None))
     assert len(chat_notes(bare)) == 2
 
 
-def test_a_guide_of_another_vocabulary_and_an_open_door(checkpoints, tmp_path):
+def test_a_guide_of_another_vocabulary_and_an_open_door(checkpoints, tmp_path, capsys):
     """Guides that read texts; and a warning, as other machines may come in."""
-    others = {}
+    models = [f"--policy={checkpoints['policy']}"]
     for seed, role in enumerate(("tuned", "untuned"), start=5):
         tokenizer = tokenizer_at(tmp_path / role, text="quite another text " * 50)
         save_model(tiny(seed), tmp_path / role, tokenizer=tokenizer)
-        others[role] = str(tmp_path / role)
-    flags = ["--w=2", "--k=2", "--l=4", "--max-new-tokens=8", "--slots=2", "--warm-up=4"]
-    with server(checkpoints | others, *flags, "--host", "0.0.0.0") as (process, address):
+        models.append(f"--{role}={tmp_path / role}")
+    flags = ["--w=2", "--k=2", "--l=4", "--max-new-tokens=4", "--slots=2", "--warm-up=4"]
+    with served(*models, *flags, "--host=0.0.0.0") as address:
         address = address.replace("0.0.0.0", "127.0.0.1")
         body = {"model": "policy", "prompt": "A film", "seed": 1}
         found = [httpx.post(f"{address}/v1/completions", json=body, timeout=120) for _ in range(2)]
@@ -134,8 +135,6 @@ def test_a_guide_of_another_vocabulary_and_an_open_door(checkpoints, tmp_path):
         chat = {"model": "policy", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
         response = httpx.post(f"{address}/v1/chat/completions", json=chat, timeout=120)
         assert response.status_code == 200, response.text
-        process.terminate()
-        assert process.wait(30) == 0
-        said = process.stderr.read()
+    said = capsys.readouterr().err
     assert "the guide scores texts" in said
     assert "warning: 0.0.0.0 lets other machines in" in said
