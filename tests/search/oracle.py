@@ -5,6 +5,7 @@ It shares with the package only the models' plain forward pass and the random bi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -50,6 +51,17 @@ def next_logprobs(model: Model) -> Callable[[Sequence[int]], np.ndarray]:
         return known[key]
 
     return look_up
+
+
+@partial(jax.jit, static_argnums=4)
+def gumbels(
+    seed: np.uint32, row_id: np.uint32, position: np.int32, lane: np.int32, count: int
+) -> jax.Array:
+    """The noise of one draw; a program, as each of its operations would be one."""
+    key = jax.random.key(seed)
+    for number in (row_id, position, lane):
+        key = jax.random.fold_in(key, number)
+    return jax.random.gumbel(key, (count,))
 
 
 def spread_over_simplex(count: int, steps: int) -> np.ndarray:
@@ -134,11 +146,9 @@ class Oracle:
         if sampling.top_p < 1:
             p = np.exp(log_softmax(kept))
             kept = np.where(np.cumsum(p) - p < sampling.top_p, kept, -np.inf)
-        key = jax.random.key(self.config.seed)
-        for number in (row_id, position, lane):
-            key = jax.random.fold_in(key, number)
-        noise = np.asarray(jax.random.gumbel(key, (len(order),)))
-        return int(order[np.argmax(kept + noise)])
+        where = (np.uint32(row_id), np.int32(position), np.int32(lane))
+        noise = gumbels(np.uint32(self.config.seed), *where, len(order))
+        return int(order[np.argmax(kept + np.asarray(noise))])
 
     def implicit_rewards(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
         totals = []
