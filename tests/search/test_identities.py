@@ -50,12 +50,6 @@ def test_chunk_scores_add_up_to_the_score_of_the_whole(policy, guide):
             assert hypothesis.score == pytest.approx(whole, abs=2e-4)
 
 
-def test_one_hypothesis_and_one_successor_is_sampling_at_any_chunk_length(policy, guide):
-    plain = search(policy, None, PROMPTS, sample(max_new_tokens=9, sampling=PLAIN))
-    config = cbs(1, 1, 2, max_new_tokens=9, sampling=PLAIN)
-    assert tokens_of(search(policy, guide, PROMPTS, config)) == tokens_of(plain)
-
-
 def test_one_long_chunk_is_best_of_n(policy, guide):
     """And what brute force finds."""
     config = best_of_n(6, max_new_tokens=10, sampling=PLAIN)
