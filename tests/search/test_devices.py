@@ -2,10 +2,10 @@
 
 CODE = """
 import jax, numpy as np
-from tests.search.test_quantized import quantized
 from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.model import shard_model
+from w2s_jax.models.model import Model, shard_model
+from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step
@@ -19,7 +19,7 @@ shape = {"vocab_size": 24, "layers": 1, "sharpness": 8.0}
 # Of stacked layers and of others, of whole and of quantised weights and caches; the guides steer
 # every token and read the chunks too.
 models = [tiny_model(seed, scan_layers=seed < 2, **shape) for seed in range(3)]
-models[0] = quantized(models[0])
+models[0] = Model(models[0].config, quantize(models[0].params, read_quantize("int8:2+head")))
 config = cbs(
     2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=4,
     proposer=EFTProposer(0.5), policy_cache="int8",
