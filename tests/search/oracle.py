@@ -94,7 +94,8 @@ def worst_weights(values: np.ndarray, scale: float) -> np.ndarray:
 class Oracle:
     """Chunk-level beam search and its presets, one prompt at a time.
 
-    behind: a prompt, and what each guide model reads in its place. decode: for scorers of texts.
+    behind: a prompt, and what each guide model reads in its place. decode: for scorers of texts
+    and stop strings.
     """
 
     def __init__(
@@ -171,6 +172,20 @@ class Oracle:
             scores.append(scorer.weight * said[0])
         return scores
 
+    def before_stop(self, tokens: Sequence[int]) -> list[int] | None:
+        """The fewest first tokens whose text begins with all that precedes a stop string."""
+        if not self.config.stop:
+            return None
+        assert self.decode is not None
+        text = self.decode(tokens)
+        places = [text.find(stop) for stop in self.config.stop if stop in text]
+        if not places:
+            return None
+        kept, count = text[: min(places)], 0
+        while not self.decode(tokens[:count]).startswith(kept):
+            count += 1
+        return list(tokens[:count])
+
     def extend(self, prompt: Sequence[int], parent: Kept, row_id: int, lane: int) -> Kept:
         tokens = list(parent.tokens)
         ended = False
@@ -179,6 +194,8 @@ class Oracle:
                 break
             tokens.append(self.draw([*prompt, *tokens], row_id, len(tokens), lane))
             ended = tokens[-1] == self.eos
+        kept = self.before_stop(tokens)
+        tokens, ended = (tokens, ended) if kept is None else (kept, True)
         cut = not ended and len(tokens) == self.config.max_new_tokens
         adds_end = self.config.reference_quirks and cut
         rewards = self.implicit_rewards(prompt, [*tokens, self.eos] if adds_end else tokens)

@@ -54,10 +54,10 @@ def lilt(prompts, responses):
     return [sum(math.sin(ord(letter) * i) for i, letter in enumerate(r, 1)) for r in responses]
 
 
-def test_functions_of_texts_beside_a_guide_and_maximin_equal_brute_force(models):
+def test_functions_of_texts_beside_a_guide_stop_strings_and_maximin_equal_brute_force(models):
     policy, (guide, _) = models
     scorers = [FunctionScorer(novelty, 0.5), FunctionScorer(lilt, weight=2)]
-    config = cbs(2, 3, 4, max_new_tokens=9, sampling=PLAIN, selector=Maximin(0.3))
+    config = cbs(2, 3, 4, max_new_tokens=9, sampling=PLAIN, selector=Maximin(0.3), stop=("oe", "l"))
     results = search(
         policy,
         guide,
@@ -74,7 +74,8 @@ def test_functions_of_texts_beside_a_guide_and_maximin_equal_brute_force(models)
 
     beams = assert_found(oracle(config), PROMPTS, results)
     assert all(len(kept.objectives) == 3 for beam in beams for kept in beam)
-    assert any(kept.finished for beam in beams for kept in beam)
+    ends = {kept.tokens[-1:] == (EOS,) for beam in beams for kept in beam if kept.finished}
+    assert ends == {False, True}, "change the seed or the stop strings"
     by_sum = oracle(replace(config, selector=TopW()))
     rows = zip(PROMPTS, range(10, 15), strict=True)
     assert beams != [by_sum.search(*row) for row in rows], "maximin chooses as the sum does"

@@ -16,10 +16,7 @@ PROMPTS = [RNG.integers(4, VOCAB, size).tolist() for size in (1, 2, 5, 9, 14)][:
 
 @pytest.fixture(scope="module")
 def models():
-    policy = tiny_model(0, layers=1)
-    first = Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
-    second = Guide(tiny_model(3, layers=1), tiny_model(4, layers=1), 0.5)
-    return policy, (first, second)
+    return tiny_model(0, layers=1), Guide(tiny_model(1, layers=1), tiny_model(2, layers=1), 0.5)
 
 
 CASES = {
@@ -29,14 +26,14 @@ CASES = {
     ),
 }
 # Best of n, layers in a stack and the quirks in chunks of several tokens are in
-# test_identities.py, emulated fine-tuning and texts in test_guidance.py.
+# test_identities.py; emulated fine-tuning, several guides, texts and stop strings are in
+# test_guidance.py.
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_search_equals_brute_force(models, name):
-    policy, guides = models
-    guides, config = guides if name == "beam" else guides[:1], CASES[name]
-    results = search(policy, guides, PROMPTS, config, row_ids=range(10, 13))
-    expected = assert_found(Oracle(policy, guides, config, EOS), PROMPTS, results)
+    (policy, guide), config = models, CASES[name]
+    results = search(policy, guide, PROMPTS, config, row_ids=range(10, 13))
+    expected = assert_found(Oracle(policy, [guide], config, EOS), PROMPTS, results)
     ended = [kept.finished for beam in expected for kept in beam]
     assert any(ended), "no response of this case ends by EOS; change the seed"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.search.oracle import Oracle, log_softmax, next_logprobs
+from tests.search.oracle import Oracle, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.model import Model
@@ -276,22 +276,6 @@ def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy):
     assert last == set(ENDS), "change the seed"
 
 
-def test_bfloat16_models_are_searched(policy, guide):
-    def half(model):
-        return Model(
-            model.config, jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), model.params)
-        )
-
-    halves = Guide(half(guide.tuned), half(guide.untuned))
-    (result,) = search(half(policy), halves, [[4, 5]], cbs(2, 2, 3, max_new_tokens=6))
-    tokens = [4, 5, *result.best.tokens]
-    score = 0.0
-    for sign, model in ((1, halves.tuned), (-1, halves.untuned)):
-        logits = np.asarray(model(np.asarray([tokens])))[0]
-        score += sign * sum(log_softmax(logits[i - 1])[tokens[i]] for i in range(2, len(tokens)))
-    assert result.best.score == pytest.approx(score, abs=0.15)
-
-
 def test_wrong_prompts_are_refused(policy, guide):
     config = cbs(2, 2, 2, max_new_tokens=4)
     with pytest.raises(InputError, match="row 1: the prompt has no tokens"):
@@ -338,27 +322,36 @@ def test_what_is_no_model_or_guide_is_refused_in_one_line(policy, guide):
         unchecked(policy, [guide.tuned, guide.untuned])
 
 
-def test_padded_vocabularies_are_one_and_padding_is_never_proposed(policy, guide):
-    """With guides that steer, test_likelihood.py has them."""
+def test_padded_vocabularies_of_bfloat16_are_one_and_padding_is_never_proposed(policy, guide):
+    """Of bfloat16 models. With guides that steer, test_likelihood.py has them."""
 
     def padded(model, size):
         behind = ((0, 0), (0, size - VOCAB))
         table = np.pad(model.params["embed"]["embedding"], behind[::-1])
         head = np.pad(model.params["head"]["kernel"], behind)
         params = model.params | {"embed": {"embedding": table}, "head": {"kernel": head}}
-        return Model(replace(model.config, vocab_size=size), params)
+        halves = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+        return Model(replace(model.config, vocab_size=size), halves)
 
     prompts = [[4 + i] for i in range(6)]
     # Of EOS ids the first is one that not all models know: another is scored behind a cut.
     quirks = {"reference_quirks": True, "eos_ids": (39, EOS)}
     config = cbs(2, 2, 3, max_new_tokens=12, sampling=Sampling(3.0), **quirks)
-    wide = Guide(padded(guide.tuned, 30), guide.untuned)
+    wide = Guide(padded(guide.tuned, 30), padded(guide.untuned, VOCAB))
     results = search(padded(policy, 40), wide, prompts, config)
     hypotheses = [h for result in results for h in result.hypotheses]
     drawn = {token for hypothesis in hypotheses for token in hypothesis.tokens}
     assert len(drawn) > VOCAB // 2
     assert max(drawn) < VOCAB
-    assert np.isfinite([hypothesis.score for hypothesis in hypotheses]).all()
+    tuned, untuned = next_logprobs(wide.tuned), next_logprobs(wide.untuned)
+    for prompt, result in zip(prompts, results, strict=True):
+        for found in result.hypotheses:
+            tokens = [*prompt, *found.tokens] if found.finished else [*prompt, *found.tokens, EOS]
+            score = sum(
+                tuned(tokens[:i])[tokens[i]] - untuned(tokens[:i])[tokens[i]]
+                for i in range(1, len(tokens))
+            )
+            assert found.score == pytest.approx(score, abs=0.15)
     assert not all(hypothesis.finished for hypothesis in hypotheses), "none is cut; change the seed"
 
 

@@ -43,10 +43,10 @@ def guide():
 
 
 @pytest.fixture(scope="module")
-def start(policy):
+def start(policy, guide):
     """Empty slots of one program, compiled for the first test that needs it."""
 
-    def begin(config=SAMPLES, guides=None, **settings):
+    def begin(config=SAMPLES, guides=guide, **settings):
         models = search_models(policy, guides)
         return start_session(models, config, slots=4, prefix_capacity=16, **settings)
 
@@ -70,10 +70,10 @@ def tokens_of(result):
     return [h.tokens for h in result.hypotheses]
 
 
-def test_what_is_compiled_ahead_is_all_that_runs(start, guide):
+def test_what_is_compiled_ahead_is_all_that_runs(start):
     """Compiled on a thread of its own, for a server whose other thread goes on meanwhile."""
     jax.clear_caches()
-    session = start(BEAM, guide, decode=decode)
+    session = start(decode=decode)
     on_tokens = Request(0, PROMPTS[:1])
     through_texts = Request(0, PROMPTS[:1] * 3, stop=("ab",))
     # Of the first insert, step, done and release; of the other insert, propose and conclude.
@@ -82,7 +82,7 @@ def test_what_is_compiled_ahead_is_all_that_runs(start, guide):
             other.submit(sessions.compile_session, session, request).result()
         assert len(ahead) == count
         with compilations() as later:
-            run(start(BEAM, guide, decode=decode), [request, request])
+            run(start(decode=decode), [request, request])
         assert later == []
 
 
@@ -96,7 +96,7 @@ def test_where_texts_are_scored_two_chunks_are_searched_ahead(start):
 
     config = replace(BEAM, scorer=NoScore())
     request = Request(0, PROMPTS[:1], conversation=Conversation(text="a"))
-    options = {"decode": decode, "scorers": [FunctionScorer(length)]}
+    options = {"guides": None, "decode": decode, "scorers": [FunctionScorer(length)]}
     session = sessions.compile_session(start(config, **options), request)
     assert BEAM.length < max(map(len, seen)) <= 2 * BEAM.length
     assert not session.held
@@ -194,7 +194,7 @@ def test_a_stop_string_ends_the_request_that_brought_it(start):
 def test_results_so_far_slots_released_and_used_again(start, policy, guide):
     """After every chunk a slot shows what brute force has by then, whoever is beside it."""
     oracle = Oracle(policy, [guide], BEAM, EOS)
-    session = start(BEAM, guide)
+    session = start(BEAM)
     session = insert(session, 0, Request(20, PROMPTS[:1]))
     session = insert(session, 2, Request(21, PROMPTS[1:2]))
     assert results(session, [0])[0].best.tokens == ()
@@ -229,7 +229,7 @@ def test_members_read_prompts_of_their_own(start, policy, guide):
         Request(i, (p, *own)) for i, (p, own) in enumerate(zip(PROMPTS, others, strict=True))
     ]
     # One request whose members read the same, among those that do not.
-    session = insert(start(BEAM, guide), 0, Request(9, PROMPTS[:1]))
+    session = insert(start(BEAM), 0, Request(9, PROMPTS[:1]))
     for slot, request in enumerate(requests[1:], 1):
         session = insert(session, slot, request)
     while len(done_slots(session)) < 4:
@@ -256,21 +256,21 @@ def test_members_read_prompts_of_their_own(start, policy, guide):
 )
 def test_wrong_requests_are_refused(start, guide, request_, message):
     with pytest.raises(InputError, match=message):
-        insert(start(BEAM, guide), 0, request_)
+        insert(start(BEAM), 0, request_)
 
 
 def test_a_slot_that_is_not_there_is_refused(start, guide):
     with pytest.raises(InputError, match="slot 99 is none of the"):
-        insert(start(BEAM, guide), 99, Request(3, ((4,),)))
+        insert(start(BEAM), 99, Request(3, ((4,),)))
 
 
 def test_wrong_sessions_are_refused(start, policy, guide):
     scorer = FunctionScorer(lambda _, responses: [0.0] * len(responses))
     with pytest.raises(InputError, match="need `decode`"):
-        start(BEAM, guide, scorers=[scorer])
+        start(BEAM, scorers=[scorer])
     with pytest.raises(InputError, match="need `decode`"):
-        start(BEAM, guide, traced=True)
-    session = start(BEAM, guide, scorers=[scorer], decode=decode)
+        start(BEAM, traced=True)
+    session = start(BEAM, scorers=[scorer], decode=decode)
     with pytest.raises(InputError, match="row 3: scorers of texts need its conversation"):
         insert(session, 0, Request(3, ((4,),)))
     with pytest.raises(InputError, match="row 0: 2 prompts for 3 models; give one each"):
