@@ -77,7 +77,11 @@ def side_by_side(policy, guide, requests):
 
 
 def test_eft_without_weight_or_with_equal_models_is_the_policy(policy, guide):
-    plain = tokens_of(search(policy, None, PROMPTS, sample(max_new_tokens=9, sampling=PLAIN)))
+    oracle = Oracle(policy, (), sample(max_new_tokens=9, sampling=PLAIN), EOS)
+    plain = [
+        [kept.tokens for kept in oracle.search(prompt, row_id)]
+        for row_id, prompt in enumerate(PROMPTS)
+    ]
     unweighted = [Request(i, (tuple(prompt),), beta=0) for i, prompt in enumerate(PROMPTS)]
     assert tokens_of(side_by_side(policy, guide, unweighted)) == plain
     twins = search(policy, Guide(guide.tuned, guide.tuned), PROMPTS, STEERED)
