@@ -5,6 +5,7 @@ It shares with the package only the models' plain forward pass and the random bi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -52,6 +53,17 @@ def next_logprobs(model: Model) -> Callable[[Sequence[int]], np.ndarray]:
     return look_up
 
 
+@partial(jax.jit, static_argnums=4)
+def gumbels(
+    seed: np.uint32, row_id: np.uint32, position: np.int32, lane: np.int32, count: int
+) -> jax.Array:
+    """The noise of one draw; a program, as each of its operations would be one."""
+    key = jax.random.key(seed)
+    for number in (row_id, position, lane):
+        key = jax.random.fold_in(key, number)
+    return jax.random.gumbel(key, (count,))
+
+
 def spread_over_simplex(count: int, steps: int) -> np.ndarray:
     """Points [n, count] of a regular grid on the simplex."""
     axes = np.meshgrid(*[np.linspace(0, 1, steps + 1)] * (count - 1), indexing="ij")
@@ -82,7 +94,8 @@ def worst_weights(values: np.ndarray, scale: float) -> np.ndarray:
 class Oracle:
     """Chunk-level beam search and its presets, one prompt at a time.
 
-    behind: a prompt, and what each guide model reads in its place. decode: for scorers of texts.
+    behind: a prompt, and what each guide model reads in its place. decode: for scorers of texts
+    and stop strings.
     """
 
     def __init__(
@@ -134,11 +147,9 @@ class Oracle:
         if sampling.top_p < 1:
             p = np.exp(log_softmax(kept))
             kept = np.where(np.cumsum(p) - p < sampling.top_p, kept, -np.inf)
-        key = jax.random.key(self.config.seed)
-        for number in (row_id, position, lane):
-            key = jax.random.fold_in(key, number)
-        noise = np.asarray(jax.random.gumbel(key, (len(order),)))
-        return int(order[np.argmax(kept + noise)])
+        where = (np.uint32(row_id), np.int32(position), np.int32(lane))
+        noise = gumbels(np.uint32(self.config.seed), *where, len(order))
+        return int(order[np.argmax(kept + np.asarray(noise))])
 
     def implicit_rewards(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
         totals = []
@@ -161,6 +172,20 @@ class Oracle:
             scores.append(scorer.weight * said[0])
         return scores
 
+    def before_stop(self, tokens: Sequence[int]) -> list[int] | None:
+        """The fewest first tokens whose text begins with all that precedes a stop string."""
+        if not self.config.stop:
+            return None
+        assert self.decode is not None
+        text = self.decode(tokens)
+        places = [text.find(stop) for stop in self.config.stop if stop in text]
+        if not places:
+            return None
+        kept, count = text[: min(places)], 0
+        while not self.decode(tokens[:count]).startswith(kept):
+            count += 1
+        return list(tokens[:count])
+
     def extend(self, prompt: Sequence[int], parent: Kept, row_id: int, lane: int) -> Kept:
         tokens = list(parent.tokens)
         ended = False
@@ -169,6 +194,8 @@ class Oracle:
                 break
             tokens.append(self.draw([*prompt, *tokens], row_id, len(tokens), lane))
             ended = tokens[-1] == self.eos
+        kept = self.before_stop(tokens)
+        tokens, ended = (tokens, ended) if kept is None else (kept, True)
         cut = not ended and len(tokens) == self.config.max_new_tokens
         adds_end = self.config.reference_quirks and cut
         rewards = self.implicit_rewards(prompt, [*tokens, self.eos] if adds_end else tokens)

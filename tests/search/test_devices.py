@@ -2,36 +2,36 @@
 
 CODE = """
 import jax, numpy as np
-from tests.search.test_quantized import quantized
 from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.model import shard_model
+from w2s_jax.models.model import Model, shard_model
+from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step
-from w2s_jax.search.presets import cbs, eft
+from w2s_jax.search.presets import cbs
+from w2s_jax.search.proposers import EFTProposer
 
 assert jax.device_count() == 8
 rng = np.random.default_rng(0)
 prompts = [rng.integers(4, 24, size).tolist() for size in (3, 9, 1, 6, 12)]
 shape = {"vocab_size": 24, "layers": 1, "sharpness": 8.0}
-options = {"max_new_tokens": 7, "sampling": Sampling(1.0), "slots": 4}
-plain = [tiny_model(seed, **shape) for seed in range(3)]
-# Of stacked layers and of others, of whole and of quantised weights and caches.
-stacked = [tiny_model(seed, scan_layers=seed < 2, **shape) for seed in range(3)]
-stacked[0] = quantized(stacked[0])
-for models, spec, config in (
-    (plain, "data=4,tensor=2", eft(0.5, **options)),
-    (stacked, "data=2,fsdp=2,tensor=2", cbs(2, 2, 3, policy_cache="int8", **options)),
-):
-    mesh = make_mesh(spec)
-    one = search(models[0], Guide(*models[1:]), prompts, config)
-    policy, tuned, untuned = (shard_model(model, mesh) for model in models)
-    many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
-    for left, right in zip(one, many, strict=True):
-        assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
-        scores = [[h.score for h in r.hypotheses] for r in (left, right)]
-        np.testing.assert_allclose(*scores, atol=2e-4)
+# Of stacked layers and of others, of whole and of quantised weights and caches; the guides steer
+# every token and read the chunks too.
+models = [tiny_model(seed, scan_layers=seed < 2, **shape) for seed in range(3)]
+models[0] = Model(models[0].config, quantize(models[0].params, read_quantize("int8:2+head")))
+config = cbs(
+    2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=4,
+    proposer=EFTProposer(0.5), policy_cache="int8",
+)
+mesh = make_mesh("data=2,fsdp=2,tensor=2")
+one = search(models[0], Guide(*models[1:]), prompts, config)
+policy, tuned, untuned = (shard_model(model, mesh) for model in models)
+many = search(policy, Guide(tuned, untuned), prompts, config, mesh=mesh)
+for left, right in zip(one, many, strict=True):
+    assert [h.tokens for h in left.hypotheses] == [h.tokens for h in right.hypotheses]
+    scores = [[h.score for h in r.hypotheses] for r in (left, right)]
+    np.testing.assert_allclose(*scores, atol=2e-4)
 
 bundle = search_models(policy, Guide(tuned, untuned))
 state = start_search(bundle, config, slots=4, prefix_capacity=16, mesh=mesh)

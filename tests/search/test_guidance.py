@@ -1,5 +1,6 @@
 """Further guidance on the same core, against a brute-force search over the same draws."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
-from w2s_jax.search.presets import cbs, eft, ivg
+from w2s_jax.search.presets import cbs, ivg
 from w2s_jax.search.selectors import Maximin, TopW
 from w2s_jax.text.conversations import Conversation
 
@@ -26,59 +27,40 @@ def models():
     return policy, (first, second)
 
 
-CASES = {
-    "eft of few tokens": eft(1.5, max_new_tokens=12, sampling=PLAIN, eft_top_k=3),
-    "ivg": ivg(2, 2, 4, 0.5, max_new_tokens=8, sampling=PLAIN),
-    "maximin": cbs(2, 3, 4, max_new_tokens=8, sampling=PLAIN, selector=Maximin(0.3)),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_search_equals_brute_force(models, name):
+def test_integrated_value_guidance_equals_brute_force(models):
+    """Which steers by two guides, but for the policy's few likeliest tokens, and values by them."""
     policy, guides = models
-    guides, config = guides[:1] if name == "ivg" else guides, CASES[name]
+    config = ivg(2, 2, 4, 0.5, max_new_tokens=8, sampling=PLAIN, eft_top_k=3)
     results = search(policy, guides, PROMPTS, config, row_ids=range(10, 15))
     expected = assert_found(Oracle(policy, guides, config, EOS), PROMPTS, results)
     assert any(kept.finished for beam in expected for kept in beam), "change the seed"
-
-
-def test_maximin_keeps_others_than_the_highest_sum(models):
-    """So that the case above can fail: its selector chooses unlike the one of its neighbours."""
-    policy, guides = models
-    config = CASES["maximin"]
-    beams = [
-        [
-            Oracle(policy, guides, replace(config, selector=selector), EOS).search(prompt, 10)
-            for prompt in PROMPTS
-        ]
-        for selector in (config.selector, TopW())
-    ]
-    assert beams[0] != beams[1]
 
 
 def spell(tokens) -> str:
     return "".join(chr(ord("a") + token) for token in tokens if token != EOS)
 
 
-def vowels(prompts, responses):
-    """Reads prompt and response: vowels in the response that the prompt has not."""
+# No two responses are valued alike: among equals roundings would decide.
+def novelty(prompts, responses):
+    """Reads prompt and response: letters of the response that the prompt has not."""
     pairs = zip(prompts, responses, strict=True)
-    return [3.0 * sum(letter in "aeiou" for letter in set(r) - set(p)) for p, r in pairs]
+    return [
+        3 * sum(math.cos(ord(letter) * i) for i, letter in enumerate(r, 1) if letter not in p)
+        for p, r in pairs
+    ]
 
 
-def evenness(prompts, responses):
-    return [-abs(len(response) - 6) for response in responses]
+def lilt(prompts, responses):
+    return [sum(math.sin(ord(letter) * i) for i, letter in enumerate(r, 1)) for r in responses]
 
 
-@pytest.mark.parametrize("guided", [True, False], ids=["beside guides", "alone"])
-def test_functions_of_texts_equal_brute_force(models, guided):
-    policy, guides = models
-    guides = guides if guided else ()
-    scorers = [FunctionScorer(vowels, 0.5), FunctionScorer(evenness, weight=2)]
-    config = cbs(2, 2, 4, max_new_tokens=9, sampling=PLAIN)
+def test_functions_of_texts_beside_a_guide_stop_strings_and_maximin_equal_brute_force(models):
+    policy, (guide, _) = models
+    scorers = [FunctionScorer(novelty, 0.5), FunctionScorer(lilt, weight=2)]
+    config = cbs(2, 3, 4, max_new_tokens=9, sampling=PLAIN, selector=Maximin(0.3), stop=("oe", "l"))
     results = search(
         policy,
-        guides or None,
+        guide,
         PROMPTS,
         config,
         row_ids=range(10, 15),
@@ -86,7 +68,14 @@ def test_functions_of_texts_equal_brute_force(models, guided):
         conversations=[Conversation(text=spell(prompt)) for prompt in PROMPTS],
         decode=spell,
     )
-    oracle = Oracle(policy, guides, config, EOS, scorers=scorers, decode=spell)
-    beams = assert_found(oracle, PROMPTS, results)
-    assert all(len(kept.objectives) == len(guides) + 2 for beam in beams for kept in beam)
-    assert any(kept.finished for beam in beams for kept in beam)
+
+    def oracle(config):
+        return Oracle(policy, [guide], config, EOS, scorers=scorers, decode=spell)
+
+    beams = assert_found(oracle(config), PROMPTS, results)
+    assert all(len(kept.objectives) == 3 for beam in beams for kept in beam)
+    ends = {kept.tokens[-1:] == (EOS,) for beam in beams for kept in beam if kept.finished}
+    assert ends == {False, True}, "change the seed or the stop strings"
+    by_sum = oracle(replace(config, selector=TopW()))
+    rows = zip(PROMPTS, range(10, 15), strict=True)
+    assert beams != [by_sum.search(*row) for row in rows], "maximin chooses as the sum does"

@@ -8,14 +8,17 @@ import pytest
 from tests.search.oracle import Oracle, assert_found, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import Guide, search
+from w2s_jax.search import Guide, Request, search, search_models
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
+from w2s_jax.search.proposers import EFTProposer
+from w2s_jax.search.session import advance, done_slots, insert, results, start_session
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(1)
 PROMPTS = [RNG.integers(4, VOCAB, size).tolist() for size in (3, 7, 1, 12, 5)]
 SHORT = [[4 + i] for i in range(8)]
-BEAM = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=2)
+BEAM = cbs(2, 2, 3, max_new_tokens=9, sampling=PLAIN, slots=4)
+STEERED = eft(1.0, max_new_tokens=9, sampling=PLAIN, slots=5)
 
 
 @pytest.fixture(scope="module")
@@ -47,36 +50,61 @@ def test_chunk_scores_add_up_to_the_score_of_the_whole(policy, guide):
             assert hypothesis.score == pytest.approx(whole, abs=2e-4)
 
 
-def test_one_hypothesis_and_one_successor_is_sampling_at_any_chunk_length(policy, guide):
-    plain = search(policy, None, PROMPTS, sample(max_new_tokens=9, sampling=PLAIN))
-    config = cbs(1, 1, 2, max_new_tokens=9, sampling=PLAIN)
-    assert tokens_of(search(policy, guide, PROMPTS, config)) == tokens_of(plain)
-
-
 def test_one_long_chunk_is_best_of_n(policy, guide):
+    """And what brute force finds."""
+    config = best_of_n(6, max_new_tokens=10, sampling=PLAIN)
     beam = search(policy, guide, PROMPTS, cbs(1, 6, 10, max_new_tokens=10, sampling=PLAIN))
-    best = search(policy, guide, PROMPTS, best_of_n(6, max_new_tokens=10, sampling=PLAIN))
+    best = search(policy, guide, PROMPTS, config)
+    assert_found(Oracle(policy, [guide], config, EOS), PROMPTS, best)
     assert [r.best.tokens for r in beam] == [r.best.tokens for r in best]
     np.testing.assert_allclose(
         [r.best.score for r in beam], [r.best.score for r in best], atol=1e-4
     )
     assert all(len(r.hypotheses) == 6 for r in best)
+    ended = [h.finished for r in best for h in r.hypotheses]
+    assert {*ended} == {False, True}, "change the seed"
+
+
+def side_by_side(policy, guide, requests):
+    """The results of five requests by `STEERED`, from the first chunk on in a slot each."""
+    models = search_models(policy, guide)
+    session = start_session(models, STEERED, slots=5, prefix_capacity=16)
+    for slot, request in enumerate(requests):
+        session = insert(session, slot, request)
+    while len(done_slots(session)) < 5:
+        session = advance(session)
+    return list(results(session, range(5)).values())
 
 
 def test_eft_without_weight_or_with_equal_models_is_the_policy(policy, guide):
-    plain = tokens_of(search(policy, None, PROMPTS, sample(max_new_tokens=9, sampling=PLAIN)))
-    unweighted = eft(0.0, max_new_tokens=9, sampling=PLAIN)
-    assert tokens_of(search(policy, guide, PROMPTS, unweighted)) == plain
-    twins = Guide(guide.tuned, guide.tuned)
-    results = search(policy, twins, PROMPTS, eft(2.0, max_new_tokens=9, sampling=PLAIN))
-    assert tokens_of(results) == plain
-    np.testing.assert_allclose(scores_of(results), 0, atol=1e-6)
+    oracle = Oracle(policy, (), sample(max_new_tokens=9, sampling=PLAIN), EOS)
+    plain = [
+        [kept.tokens for kept in oracle.search(prompt, row_id)]
+        for row_id, prompt in enumerate(PROMPTS)
+    ]
+    unweighted = [Request(i, (tuple(prompt),), beta=0) for i, prompt in enumerate(PROMPTS)]
+    assert tokens_of(side_by_side(policy, guide, unweighted)) == plain
+    twins = search(policy, Guide(guide.tuned, guide.tuned), PROMPTS, STEERED)
+    assert tokens_of(twins) == plain
+    np.testing.assert_allclose(scores_of(twins), 0, atol=1e-6)
 
 
-def test_greedy_search_follows_the_argmax(policy, guide):
+def test_each_request_has_its_own_beta(policy, guide):
+    betas = (None, 0, 0.3, 2, 5)
+    asked = [Request(8, (tuple(PROMPTS[0]),), beta=beta) for beta in betas]
+    found = side_by_side(policy, guide, asked)
+    for beta, result in zip(betas, found, strict=True):
+        own = replace(STEERED, proposer=EFTProposer(1.0 if beta is None else float(beta)))
+        assert_found(Oracle(policy, [guide], own, EOS), PROMPTS[:1], [result])
+    assert len({tokens for of in tokens_of(found) for tokens in of}) >= 3
+
+
+def test_greedy_search_follows_the_argmax(policy):
+    """Also behind a prompt that is longer than the smallest room for prompts."""
     config = sample(max_new_tokens=6, sampling=Sampling(0.0))
     following = next_logprobs(policy)
-    for prompt, result in zip(PROMPTS, search(policy, None, PROMPTS, config), strict=True):
+    prompts = [*PROMPTS, RNG.integers(4, VOCAB, 30).tolist()]
+    for prompt, result in zip(prompts, search(policy, None, prompts, config), strict=True):
         sequence = list(prompt)
         for _ in range(6):
             sequence.append(int(np.argmax(following(sequence))))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tests.search.oracle import log_softmax
 from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
@@ -17,7 +18,7 @@ from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import FunctionScorer, Guide, search
+from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.presets import best_of_n, cbs
 from w2s_jax.search.texts import Candidate
@@ -34,6 +35,7 @@ CORPUS = (
     "pipe rim skid 日本 frog leaf",
 )
 BEAM = cbs(2, 2, 3, max_new_tokens=8, sampling=Sampling(1.0), slots=3)
+QUIRKS = replace(BEAM, reference_quirks=True)
 BEST = best_of_n(4, max_new_tokens=8, sampling=Sampling(1.0), slots=3, chunk_length=4)
 
 
@@ -92,10 +94,10 @@ def text_model(seed, tokenizer, name):
     return TextModel(model_of(seed, tokenizer), load_template(tokenizer, name, where="test"))
 
 
-def searched(policy, config, scorers, *, guide=None, on_chunk=None):
+def searched(policy, config, scorers, *, on_chunk=None):
     return search(
         policy,
-        guide,
+        None,
         PROMPTS,
         config,
         scorers=scorers,
@@ -122,8 +124,8 @@ def plain_logprob(member, conversation, response, finished):
     prompt = member.template.encode(conversation)
     differ = [i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b]
     start = differ[0] if differ else min(len(tokens), len(prompt))
-    logprobs = np.asarray(jax.nn.log_softmax(member.model(padded(tokens))[0]), np.float64)
-    return sum(logprobs[i - 1, tokens[i]] for i in range(max(start, 1), len(tokens)))
+    logits = np.asarray(member.model(padded(tokens))[0])
+    return sum(log_softmax(logits[i - 1])[tokens[i]] for i in range(max(start, 1), len(tokens)))
 
 
 def decoder_judge(tokenizer):
@@ -146,9 +148,10 @@ classify = jax.jit(lambda model, *batch: model(*batch))
 
 def encoder_judge(tokenizer):
     size = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 24, "max_positions": 16}
-    draw = jax.jit(partial(init_classifier, EncoderConfig(len(tokenizer), **size)))
-    model = draw(jax.random.key(0))
-    model = Classifier(model.config, jax.tree.map(lambda x: 8 * np.asarray(x), model.params))
+    config, rng = EncoderConfig(len(tokenizer), **size), np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(init_classifier, config), jax.random.key(0)).params
+    draw = lambda leaf: rng.normal(0, 0.8, leaf.shape).astype(np.float32)  # noqa: E731
+    model = Classifier(config, jax.tree.map(draw, shapes))
     template = load_template(tokenizer, "auto", where="test")
 
     def plain(conversation, response, finished):
@@ -198,13 +201,11 @@ def test_rewards_are_those_of_the_whole_text(policy, tokenizers, judge, config):
             assert hypothesis.score == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("quirks", [False, True])
-def test_tuned_and_untuned_may_differ_in_vocabulary_and_template(policy, tokenizers, quirks):
+def test_tuned_and_untuned_may_differ_in_vocabulary_and_template(policy, tokenizers):
     tuned = text_model(1, tokenizers["a"], "auto")
     untuned = text_model(2, tokenizers["b"], "tulu")
     recorded = Recorded(TextLogRatio(tuned, untuned))
-    config = replace(BEAM, reference_quirks=quirks)
-    results = searched(policy, config, [recorded])
+    results = searched(policy, QUIRKS, [recorded])
     for candidate, score in recorded.seen:
         read = (candidate.conversation, candidate.response, candidate.finished)
         expected = plain_logprob(tuned, *read) - plain_logprob(untuned, *read)
@@ -217,7 +218,7 @@ def test_tuned_and_untuned_may_differ_in_vocabulary_and_template(policy, tokeniz
     for conversation, result in zip(CONVERSATIONS, results, strict=True):
         for hypothesis in result.hypotheses:
             # With the quirks an EOS is scored behind what the length limit cut, too.
-            ended = hypothesis.tokens[-1] == EOS or (quirks and len(hypothesis.tokens) == 8)
+            ended = hypothesis.tokens[-1] == EOS or len(hypothesis.tokens) == 8
             read = (conversation, decode(hypothesis.tokens), ended)
             expected = plain_logprob(tuned, *read) - plain_logprob(untuned, *read)
             assert hypothesis.score == pytest.approx(expected, abs=1e-4 * max(1, abs(expected)))
@@ -225,6 +226,10 @@ def test_tuned_and_untuned_may_differ_in_vocabulary_and_template(policy, tokeniz
 
 def length_of(prompts, responses):
     return [float(len(response)) for response in responses]
+
+
+def vowels_of(prompts, responses):
+    return [float(sum(letter in "aei" for letter in response)) for response in responses]
 
 
 def test_where_all_are_kept_only_what_has_ended_is_scored(policy):
@@ -271,16 +276,15 @@ def followed(chunks, place):
 
 @pytest.mark.parametrize("quirks", [False, True])
 def test_the_chunks_lead_to_what_was_found(policy, quirks):
-    guide = Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
-    stop = () if quirks else ("ea", "pt", "m|")
-    config = replace(BEAM, reference_quirks=quirks, stop=stop)
+    stop = () if quirks else ("bg", "ea", "i ")
+    config = QUIRKS if quirks else replace(BEAM, stop=stop)
+    scorers = [FunctionScorer(length_of, -0.5), FunctionScorer(vowels_of)]
     chunks = []
-    scorer = FunctionScorer(length_of, 0.5)
-    results = searched(policy, config, [scorer], guide=guide, on_chunk=chunks.append)
+    results = searched(policy, config, scorers[quirks:], on_chunk=chunks.append)
     across = 0
     for result in results:
         tree = [chunk for chunk in chunks if chunk.row_id == result.row_id]
-        check_tree(tree, config)
+        check_tree(tree, config, len(scorers[quirks:]))
         # With the quirks a finished hypothesis may fill many places, and has one origin.
         shown = result.hypotheses[:1] if quirks else result.hypotheses
         for place, hypothesis in enumerate(shown):
@@ -296,11 +300,11 @@ def test_the_chunks_lead_to_what_was_found(policy, quirks):
     assert across or quirks, "no stop string lies across two chunks; change the stop strings"
 
 
-def check_tree(tree, config):
+def check_tree(tree, config, objectives):
     width, count = config.beam_width, config.successors
     for chunk in tree:
         entries = len(chunk.texts)
-        assert chunk.objectives.shape == (entries, 2)
+        assert chunk.objectives.shape == (entries, objectives)
         assert len(chunk.parents) == len(chunk.finished) == len(chunk.kept) == entries
         places = sorted(place for place in chunk.kept if place >= 0)
         assert places == sorted(set(places))

@@ -1,6 +1,7 @@
 """Likelihoods against a NumPy float64 mixture of the models' plain logits, and their identities."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from w2s_jax.search.likelihood import (
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 
 BETA = 0.7
+STEERED = EFTProposer(BETA)
+BATCHES = {"top": 3, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +78,20 @@ def check(found, rows, expected, top):
     np.testing.assert_allclose(np.take_along_axis(expected, ids, -1), values, atol=1e-4)
 
 
-@pytest.mark.parametrize("block_bytes", [1 << 27, 1500])
+def in_blocks(patch, block_bytes):
+    """Lets only so many bytes of logits be alive, in programs that nothing else shares."""
+    patch.setattr(likelihood, "BLOCK_BYTES", block_bytes)
+    plain = likelihood._likelihoods.__wrapped__
+    program = jax.jit(partial(plain), static_argnames=("proposer", "top"))
+    patch.setattr(likelihood, "_likelihoods", program)
+
+
+@pytest.mark.parametrize("block_bytes", [None, 1500], ids=["at once", "in blocks"])
 def test_the_mixture_equals_brute_force_in_float64(models, monkeypatch, block_bytes):
-    monkeypatch.setattr(likelihood, "BLOCK_BYTES", block_bytes)
-    jax.clear_caches()
+    if block_bytes:
+        in_blocks(monkeypatch, block_bytes)
     tokens = draw(0, 3, 11)
-    found = token_likelihoods(models, EFTProposer(BETA), tokens, top=4)
+    found = token_likelihoods(models, STEERED, tokens, top=4)
     assert found.logprobs.dtype == np.float32
     assert not np.asarray(found.logprobs[:, 0]).any()
     assert not np.asarray(found.greedy[:, 0]).any()
@@ -101,8 +112,7 @@ def test_only_a_block_of_logits_is_alive(models):
 
     def temporary(block_bytes):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(likelihood, "BLOCK_BYTES", block_bytes)
-            jax.clear_caches()
+            in_blocks(patch, block_bytes)
             arguments = (wide, PolicyProposer(), row, tokens, tokens == 0, betas, 2)
             program = likelihood._likelihoods.lower(*arguments).compile()
             return program.memory_analysis().temp_size_in_bytes
@@ -110,53 +120,47 @@ def test_only_a_block_of_logits_is_alive(models):
     whole = 4 * rows * width * vocabulary
     assert temporary(1 << 27) >= whole
     assert temporary(whole // 32) < whole / 4
-    jax.clear_caches()
 
 
 def test_beta_zero_and_equal_guides_are_the_policy(models):
-    tokens = draw(1, 4, 9)
+    tokens, none = draw(1, 3, 11), np.zeros(3, np.float32)
     alone = search_models(models.policy, None)
     narrow = search_models(models.policy, Guide(*[tiny_model(5, layers=1)] * 2))
     # The policy alone also proposes the ids of its padded embedding; within 0 .. VOCAB − 1 the
     # three differ by their share.
-    policy = log_softmax(models.policy(tokens))[..., :VOCAB]
-    shared = policy - np.log(np.exp(policy).sum(-1, keepdims=True))
-    expected = np.take_along_axis(shared[:, :-1], tokens[:, 1:, None], -1)[..., 0]
-    for held, proposer in (
-        (models, EFTProposer(0.0)),
-        (narrow, EFTProposer(3.0)),
-        (models, PolicyProposer()),
+    whole = log_softmax([plain_logits(models.policy, row) for row in tokens])
+    shared = whole[..., :VOCAB] - np.log(np.exp(whole[..., :VOCAB]).sum(-1, keepdims=True))
+    for held, proposer, beta, logprobs in (
+        (models, STEERED, none, shared),
+        (narrow, EFTProposer(3.0), None, shared),
+        (models, PolicyProposer(), None, shared),
+        (alone, PolicyProposer(), None, whole),
     ):
-        found = token_likelihoods(held, proposer, tokens).logprobs[:, 1:]
+        found = token_likelihoods(held, proposer, tokens, beta=beta, top=4).logprobs[:, 1:]
+        expected = np.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], -1)[..., 0]
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    whole = np.take_along_axis(log_softmax(alone.policy(tokens))[:, :-1], tokens[:, 1:, None], -1)
-    found = token_likelihoods(alone, PolicyProposer(), tokens).logprobs[:, 1:]
-    np.testing.assert_allclose(found, whole[..., 0], atol=1e-4)
 
 
 def test_each_row_has_its_own_beta(models):
-    tokens, betas = draw(2, 3, 8), np.array([0.0, 0.5, 2.0], np.float32)
-    found = token_likelihoods(models, EFTProposer(9.0), tokens, beta=betas).logprobs
-    for b in range(3):
-        one = slice(b, b + 1)
-        alone = token_likelihoods(
-            models, EFTProposer(0.5), tokens[one], beta=None if b == 1 else betas[one]
-        ).logprobs
-        np.testing.assert_allclose(found[b], alone[0], atol=1e-5)
+    tokens, betas = draw(2, 3, 11), np.array([0.0, BETA, 2.0], np.float32)
+    found = token_likelihoods(models, STEERED, tokens, beta=betas, top=4).logprobs
+    for row, beta in enumerate((0.0, None, 2.0)):
+        same = None if beta is None else np.full(3, beta, np.float32)
+        alike = token_likelihoods(models, STEERED, tokens, beta=same, top=4).logprobs
+        np.testing.assert_allclose(found[row], alike[row], atol=1e-5)
 
 
 def test_padding_changes_nothing(models):
-    tokens = draw(3, 2, 7)
-    wide, mask = np.full((2, 19), VOCAB - 1, np.int32), np.zeros((2, 19), bool)
-    wide[:, :7], mask[:, :7] = tokens, True
-    proposer = EFTProposer(BETA)
-    narrow = token_likelihoods(models, proposer, tokens, top=3)
-    padded = token_likelihoods(models, proposer, wide, mask, top=3)
-    np.testing.assert_allclose(padded.logprobs[:, :7], narrow.logprobs, atol=1e-5)
-    np.testing.assert_array_equal(padded.greedy[:, :7], narrow.greedy)
-    np.testing.assert_array_equal(padded.top_ids[:, :7], narrow.top_ids)
-    assert not np.asarray(padded.logprobs[:, 7:]).any()
-    assert not np.asarray(padded.greedy[:, 7:]).any()
+    tokens = draw(3, 3, 11)
+    mask = np.arange(11) < np.array([[7], [11], [9]])
+    whole = token_likelihoods(models, STEERED, tokens, top=4)
+    padded = np.where(mask, tokens, VOCAB - 1).astype(np.int32)
+    found = token_likelihoods(models, STEERED, padded, mask, top=4)
+    np.testing.assert_allclose(found.logprobs[mask], whole.logprobs[mask], atol=1e-5)
+    np.testing.assert_array_equal(found.greedy[mask], whole.greedy[mask])
+    np.testing.assert_array_equal(found.top_ids[:, :7], whole.top_ids[:, :7])
+    assert not np.asarray(found.logprobs)[~mask].any()
+    assert not np.asarray(found.greedy)[~mask].any()
 
 
 def test_a_lone_token_has_no_likelihood(models):
@@ -172,14 +176,13 @@ def test_responses_of_many_lengths_behind_one_or_several_prompts(models):
     def ids(low, high):
         return tuple(rng.integers(0, VOCAB, rng.integers(low, high)).tolist())
 
-    responses = [Response((ids(1, 30),), ids(1, 30)) for _ in range(5)]
+    responses = [Response((ids(9, 30),), ids(16, 30)) for _ in range(3)]
+    responses += [Response((ids(1, 9),), ids(1, 9)) for _ in range(3)]
     responses += [
-        Response(tuple(ids(1, 20) for _ in models.members), ids(1, 20), beta=2.0) for _ in range(4)
+        Response(tuple(ids(1, 9) for _ in models.members), ids(1, 9), beta=2.0) for _ in range(4)
     ]
     heard = {}
-    found = score_responses(
-        models, EFTProposer(BETA), responses, top=3, batch_size=4, on_scored=heard.__setitem__
-    )
+    found = score_responses(models, STEERED, responses, on_scored=heard.__setitem__, **BATCHES)
     assert all(heard[index] is scored for index, scored in enumerate(found))
     for response, scored in zip(responses, found, strict=True):
         prompts = response.prompts if len(response.prompts) > 1 else response.prompts * 5
@@ -193,15 +196,14 @@ def test_responses_of_many_lengths_behind_one_or_several_prompts(models):
 def test_what_is_compiled_ahead_is_all_that_scores(models):
     """Also of rows that are far shorter than the others."""
     rows = [Response(((1,),), (4, 5)), Response(((1, 2),), (6,) * 30)]
-    settings = {"top": 2, "batch_size": 2}
-    expected = score_responses(models, PolicyProposer(), rows, **settings)
-    jax.clear_caches()
+    settings = {"top": 2, "batch_size": 2}  # of which no other test has a program
     compile_scores(models, PolicyProposer(), rows[1:], **settings)
     with compilations() as later:
         found = score_responses(
             models, PolicyProposer(), rows, shape=padded_shape(rows[1:]), **settings
         )
     assert later == []
+    expected = score_responses(models, PolicyProposer(), rows, **settings)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
@@ -216,8 +218,8 @@ def test_a_row_that_a_model_fails_is_told_and_the_others_are_scored(models):
     heard = {}
     with pytest.raises(RowsFailed, match="^row 1: logits of the untuned model 0 are") as raised:
         score_responses(
-            SearchModels(models.policy, guides), EFTProposer(BETA), responses, top=3, batch_size=4,
-            on_scored=heard.__setitem__,
+            SearchModels(models.policy, guides), STEERED, responses,
+            on_scored=heard.__setitem__, **BATCHES,
         )  # fmt: skip
     assert [row is None for row in raised.value.results] == [False, True, False]
     assert sorted(heard) == [0, 2]
@@ -229,9 +231,8 @@ def test_greedy_tokens_carry_the_very_log_prob_of_the_top(models):
     for _ in range(12):
         expected = mixture(models, [[*greedy, 0]] * 5, BETA, count=1)
         greedy.append(int(expected[0].argmax()))
-    (found,) = score_responses(
-        models, EFTProposer(BETA), [Response(((3,),), tuple(greedy[1:]))], top=1
-    )
+    asked = [Response(((3,),), tuple(greedy[1:]))]
+    (found,) = score_responses(models, STEERED, asked, **BATCHES)
     assert found.greedy.all()
     np.testing.assert_array_equal(found.logprobs, found.top_logprobs[:, 0])
 
@@ -268,10 +269,7 @@ def test_top_beyond_the_vocabulary_is_refused(models):
 
 def test_blocks_need_no_top_tokens(models, monkeypatch):
     tokens = draw(5, 3, 20)
-    jax.clear_caches()
-    whole = token_likelihoods(models, EFTProposer(BETA), tokens)
-    monkeypatch.setattr(likelihood, "BLOCK_BYTES", 1500)
-    jax.clear_caches()
-    parts = token_likelihoods(models, EFTProposer(BETA), tokens)
-    jax.clear_caches()
+    whole = token_likelihoods(models, PolicyProposer(), tokens)
+    in_blocks(monkeypatch, 1500)
+    parts = token_likelihoods(models, PolicyProposer(), tokens)
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-5)

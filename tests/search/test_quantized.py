@@ -1,7 +1,6 @@
 """Search with a quantised policy and an int8 key/value cache; the guides stay as they are."""
 
 import re
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.cli.test_search import tiny
+from tests.search.oracle import Oracle, log_softmax
 from tests.search.test_adapters import adapter
-from tests.tiny import tiny_model
+from tests.tiny import EOS, tiny_model
 from w2s_jax.decode.reader import (
     prefill,
     read_chunk,
@@ -30,12 +30,13 @@ from w2s_jax.search.presets import cbs, eft
 PROMPTS = [[5, 9, 4, 11], [7] * 9, [6]]
 # Fine enough that a random model's choices stay the same.
 FINE = read_quantize("int8:2+head")
+CONFIG = cbs(2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=2, policy_cache="int8")
 # Programs: their operations one by one would each be compiled.
 put_prompt, stems, step = jax.jit(prefill), jax.jit(read_stems), jax.jit(read_step)
 
 
-def quantized(model, config=FINE):
-    return Model(model.config, quantize(model.params, config))
+def quantized(model):
+    return Model(model.config, quantize(model.params, FINE))
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,20 @@ def models():
     return [tiny_model(seed, layers=1, sharpness=8.0) for seed in range(3)]
 
 
-def logits_along(model, prompt, tokens, dtype):
-    """Logits after the prompt and after each of the tokens, read one by one from a cache."""
+def with_prompt(model, prompt):
+    """An int8 cache that holds a prompt but for its last token."""
     cache = start_cache(model, slots=1, hypotheses=1, prefix_capacity=8, committed_capacity=4,
-                        dtype=dtype)  # fmt: skip
-    padded = jnp.asarray(prompt[:-1] + [0] * (9 - len(prompt)), jnp.int32)
-    cache = put_prompt(model, cache, 0, padded, len(prompt))
-    found, cache = stems(model, cache, jnp.asarray([[prompt[-1]]]))
-    chunk, all_found = start_chunk(model, 1, 1, len(tokens), dtype), [found]
+                        dtype=jnp.int8)  # fmt: skip
+    padded = np.array(prompt[:-1] + [0] * (9 - len(prompt)), np.int32)
+    return put_prompt(model, cache, 0, padded, len(prompt))
+
+
+def logits_along(model, prompt, tokens):
+    """Logits after the prompt and after each of the tokens, read one by one from an int8 cache."""
+    found, cache = stems(model, with_prompt(model, prompt), np.array([[prompt[-1]]]))
+    chunk, all_found = start_chunk(model, 1, 1, len(tokens), jnp.int8), [found]
     for at, token in enumerate(tokens):
-        found, chunk = step(model, cache, chunk, jnp.asarray([[token]]), jnp.int32(at))
+        found, chunk = step(model, cache, chunk, np.array([[token]]), np.int32(at))
         all_found.append(found)
     return np.concatenate([np.asarray(x)[0] for x in all_found]), cache
 
@@ -64,10 +69,8 @@ def logits_along(model, prompt, tokens, dtype):
 def test_an_int8_cache_is_near_a_whole_one(scan_layers, fields):
     model = tiny_model(0, scan_layers=scan_layers, sharpness=8.0, **fields)
     prompt, tokens = [5, 9, 4, 11, 8], [7, 6, 20]
-    whole, _ = logits_along(model, prompt, tokens, None)
-    found, cache = logits_along(model, prompt, tokens, jnp.int8)
+    found, cache = logits_along(model, prompt, tokens)
     exact = np.asarray(model(np.asarray([prompt + tokens], np.int32)))[0, len(prompt) - 1 :]
-    np.testing.assert_allclose(whole, exact, atol=1e-4)
     # Keys and values are off by 1/254 of their largest entry at most, and layers pass that on
     # about as it is (norms keep the stream's size): a few hundredths of the logits' spread.
     spread = exact.std()
@@ -81,52 +84,48 @@ def test_an_int8_cache_is_near_a_whole_one(scan_layers, fields):
 def test_a_chunk_read_at_once_is_that_read_by_steps():
     model = tiny_model(0, scan_layers=False, layers=1, sharpness=8.0)
     prompt, tokens = [5, 9, 4, 11, 8], [7, 6, 20]
-    by_steps, _ = logits_along(model, prompt, tokens, jnp.int8)
-    cache = start_cache(model, slots=1, hypotheses=1, prefix_capacity=8, committed_capacity=4,
-                        dtype=jnp.int8)  # fmt: skip
-    padded = jnp.asarray(prompt[:-1] + [0] * 4, jnp.int32)
-    cache = put_prompt(model, cache, 0, padded, len(prompt))
-    scores, _, chunk = jax.jit(read_chunk)(
-        model, cache, jnp.asarray([[8]]), jnp.asarray([[tokens]])
-    )
-    expected = jax.nn.log_softmax(by_steps[:3])[np.arange(3), tokens]
+    by_steps, _ = logits_along(model, prompt, tokens)
+    cache = with_prompt(model, prompt)
+    scores, _, chunk = jax.jit(read_chunk)(model, cache, np.array([[8]]), np.array([[tokens]]))
+    expected = [log_softmax(by_steps[i])[token] for i, token in enumerate(tokens)]
     np.testing.assert_allclose(scores[0, 0], expected, atol=1e-4)
     assert chunk[0].keys.dtype == jnp.int8
 
 
 def test_a_search_with_a_quantised_policy_finds_nearly_the_same(models):
-    policy, guide = tiny_model(0, scan_layers=True, sharpness=8.0), Guide(*models[1:])
-    config = cbs(2, 2, 3, max_new_tokens=7, sampling=Sampling(1.0), slots=2)
-    plain = search(policy, guide, PROMPTS, config)
-    found = search(quantized(policy), guide, PROMPTS, replace(config, policy_cache="int8"))
-    same = [a.best.tokens == b.best.tokens for a, b in zip(plain, found, strict=True)]
+    policy, guide = models[0], Guide(*models[1:])
+    oracle = Oracle(policy, [guide], CONFIG, EOS)
+    found = search(quantized(policy), guide, PROMPTS, CONFIG)
+    plain = [oracle.search(prompt, row_id)[0] for row_id, prompt in enumerate(PROMPTS)]
+    same = [a.tokens == b.best.tokens for a, b in zip(plain, found, strict=True)]
     assert any(same), "all responses changed"
-    for a, b, equal in zip(plain, found, same, strict=True):
-        if equal:  # the guides' scores of the same tokens, to the last bits
-            assert abs(a.best.score - b.best.score) < 1e-4
+    for prompt, result in zip(PROMPTS, found, strict=True):
+        # The guides' scores of what is found are whole.
+        for hypothesis in result.hypotheses:
+            score = oracle.implicit_reward(prompt, hypothesis.tokens)
+            assert hypothesis.score == pytest.approx(score, abs=1e-4)
 
 
 def test_a_state_keeps_the_policy_alone_in_int8(models):
     bundle = search_models(quantized(models[0]), Guide(*models[1:]))
-    for config in (cbs(2, 2, 3, policy_cache="int8"), eft(0.5, policy_cache="int8")):
+    for config in (CONFIG, eft(0.5, policy_cache="int8")):
         state = start_search(bundle, config, slots=2, prefix_capacity=16)
         policy, *others = (*state.proposer, *state.scorer)
         assert policy.prefix[0].is_quantized
         assert policy.committed[0].is_quantized
         assert not any(cache.prefix[0].is_quantized for cache in others)
         assert len(others) == 2
-        after = jax.eval_shape(search_step, bundle, state)
-        assert after.proposer[0].committed[0].keys.dtype == jnp.int8
     with pytest.raises(InputError, match="policy_cache is 'int4'; it must be auto or int8"):
         SearchConfig(policy_cache="int4")
 
 
 def test_no_weight_is_converted_ahead_of_the_token_loop(models):
     """Nor the prefix: what a loop carries shows what stays alive beside it."""
-    bundle = search_models(quantized(models[0], read_quantize("int8")), Guide(*models[1:]))
-    config = cbs(2, 2, 4, policy_cache="int8")
-    state = start_search(bundle, config, slots=2, prefix_capacity=16)
-    text = search_step.lower(bundle, state).compile().as_text()
+    bundle = search_models(quantized(models[0]), Guide(*models[1:]))
+    state = start_search(bundle, CONFIG, slots=2, prefix_capacity=16)
+    lowered = search_step.lower(bundle, state)
+    assert lowered.out_info.proposer[0].committed[0].keys.dtype == jnp.int8
+    text = lowered.compile().as_text()
     loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
     held = [line for line in loops if "s8[16,24]" in line]
     assert held, "the token loop reads the policy's int8 weights"

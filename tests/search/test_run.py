@@ -3,13 +3,14 @@
 import inspect
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.search.oracle import next_logprobs
+from tests.search.oracle import Oracle, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.model import Model
@@ -41,11 +42,11 @@ def guide():
     return Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
 
 
-# Greedy and drawn samples that several tests look at: a program each.
-GREEDY = sample(max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3)
+# Samples, and a search that scores what it draws alike, that several tests look at.
 ENDS = (8, EOS, 19)
 DRAWN = sample(max_new_tokens=8, sampling=PLAIN, slots=3, chunk_length=2, eos_ids=ENDS)
 DRAWN_ROWS = range(50, 57)
+ALONE = cbs(1, 1, 3, max_new_tokens=8, sampling=PLAIN, slots=3, eos_ids=ENDS)
 
 
 def test_results_come_in_order_and_are_reported_as_they_finish(policy):
@@ -70,29 +71,41 @@ def test_no_prompts_no_results(policy):
     assert search(policy, None, [], sample(max_new_tokens=2)) == []
 
 
+def test_one_hypothesis_and_one_successor_is_sampling_at_any_chunk_length(policy, guide):
+    prompts = [[4 + i] for i in range(7)]
+    plain = search(policy, None, prompts, DRAWN, row_ids=DRAWN_ROWS)
+    alone = search(policy, guide, prompts, ALONE, row_ids=DRAWN_ROWS)
+    assert [r.best.tokens for r in alone] == [r.best.tokens for r in plain]
+
+
 def test_a_stop_string_ends_the_response_before_it(policy, guide):
-    """Across two chunks, as of the first response, and within one, as of the last."""
-    prompts = [[4 + i, 9] for i in range(4)]
-    config = cbs(1, 1, 2, max_new_tokens=10, sampling=PLAIN)
-    free = search(policy, guide, prompts, config)
-    text, last = (decode(result.best.tokens) for result in (free[0], free[-1]))
-    stops = (text[3:5], last[4:6])
-    assert text.find(stops[0]) == 3, "change the seed"
-    assert stops[1] not in text, "change the seed"
-    assert last.find(stops[1]) == 4, "change the seed"
-    assert stops[0] not in last, "change the seed"
-    stopped = search(policy, guide, prompts, replace(config, stop=stops), decode=decode)
+    """Across two chunks, within one and at once; looked for behind the prompt.
+
+    As with tokenizers that drop a text's leading space: alone, a response reads differently.
+    """
+
+    def bare(tokens):
+        return decode(tokens)[1:]
+
+    prompts = [[4 + i] for i in range(7)]
+    free = search(policy, guide, prompts, ALONE, row_ids=DRAWN_ROWS)
+    texts = [decode(result.best.tokens) for result in free]
+    across, within, at_once = stops = ("|o", "fd", "ke")
+    places = [texts[0].find(across), texts[2].find(at_once), texts[3].find(within)]
+    assert places == [2, 0, 3], "change the seed"
+    heeding = replace(ALONE, stop=stops)
+    stopped = search(policy, guide, prompts, heeding, decode=bare, row_ids=DRAWN_ROWS)
     for before, after in zip(free, stopped, strict=True):
         kept = cut(decode(before.best.tokens), stops)
         expected = decode(before.best.tokens) if kept is None else kept
         assert decode(after.best.tokens) == expected
         assert after.best.finished == (kept is not None or before.best.finished)
     # The score counts the kept tokens only.
-    best = stopped[0].best
+    best = stopped[3].best
     assert len(best.tokens) == 3
     score = 0.0
     for place, token in enumerate(best.tokens):
-        before = [*prompts[0], *best.tokens[:place]]
+        before = [*prompts[3], *best.tokens[:place]]
         score += next_logprobs(guide.tuned)(before)[token]
         score -= next_logprobs(guide.untuned)(before)[token]
     assert best.score == pytest.approx(score, abs=1e-4)
@@ -137,21 +150,6 @@ def test_sampling_values_out_of_range_are_refused(fields, message):
         Sampling(**fields)
 
 
-def test_a_stop_string_is_looked_for_behind_the_prompt(policy):
-    """As with tokenizers that drop a text's leading space: alone, a response reads differently."""
-
-    def bare(tokens):
-        return decode(tokens)[1:]
-
-    prompts = [[10 + i] for i in range(6)]
-    free = search(policy, None, prompts, GREEDY)
-    texts = [decode(result.best.tokens) for result in free]
-    stop = texts[0][:2]
-    stopped = search(policy, None, prompts, replace(GREEDY, stop=(stop,)), decode=bare)
-    assert stopped[0].best.tokens == ()
-    assert stopped[0].best.finished
-
-
 def test_eos_ids_that_no_model_shares_are_refused(guide):
     wide = tiny_model(0, layers=1, vocab_size=30, eos_ids=(29,))
     config = cbs(2, 2, 2, max_new_tokens=4, reference_quirks=True)
@@ -182,7 +180,6 @@ def broken(model):
 @pytest.mark.parametrize(
     ("method", "at_fault"),
     [
-        ("sample", ("policy",)),
         ("cbs", ("policy",)),
         ("cbs", ("tuned model",)),
         ("cbs", ("untuned model",)),
@@ -193,20 +190,18 @@ def broken(model):
 )
 def test_a_row_that_a_model_fails_is_told_and_the_others_are_done(policy, guide, method, at_fault):
     configs = {
-        "sample": GREEDY,
         "cbs": cbs(2, 2, 3, max_new_tokens=6, sampling=Sampling(0.0), slots=2),
         "eft": preset("eft", max_new_tokens=6, sampling=Sampling(0.0), slots=2, chunk_length=3),
     }
     prompts = [[4, 5], [6, BAD], [7, 8], [8, 4], [BAD, 5], [10, 11]]
     members = {"policy": policy, "tuned model": guide.tuned, "untuned model": guide.untuned}
     models = {name: never_drawing(model) for name, model in members.items()}
-    steered = Guide(models["tuned model"], models["untuned model"]) if method != "sample" else None
+    steered = Guide(models["tuned model"], models["untuned model"])
     expected = search(models["policy"], steered, prompts, configs[method])
     others = [result for index, result in enumerate(expected) if index not in (1, 4)]
     assert all(BAD not in h.tokens for result in others for h in result.hypotheses)
     models |= {name: broken(models[name]) for name in at_fault}
-    if steered:
-        steered = Guide(models["tuned model"], models["untuned model"])
+    steered = Guide(models["tuned model"], models["untuned model"])
     seen = []
     with pytest.raises(RowsFailed, match=f"^row 1, 4: logits of the {at_fault[0]} are") as raised:
         search(models["policy"], steered, prompts, configs[method], on_result=seen.append)
@@ -220,70 +215,65 @@ def test_a_row_that_a_model_fails_is_told_and_the_others_are_done(policy, guide,
             assert one.best.score == pytest.approx(other.best.score, abs=1e-4)
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf])
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.0), Sampling(0.7), Sampling(0.7, top_k=2), Sampling(1.0, 5, 0.5)]
 )
-def test_one_logit_that_is_no_number_is_found_whatever_is_drawn_from(value, sampling):
+def test_one_logit_that_is_no_number_is_found_whatever_is_drawn_from(policy, sampling):
     """Negative NaNs are what x86 makes of inf − inf, and are sorted below all numbers."""
-    logits = jnp.linspace(-1.0, 1.0, 8).at[2].set(jnp.float32(value))
-    both = jnp.stack([logits, jnp.linspace(-1.0, 1.0, 8).at[2].set(-jnp.inf)])
-    token = choose(*shortlist(both, sampling), jax.random.split(jax.random.key(0), 2))
-    mark = jnp.take_along_axis(both, token[:, None], axis=1)[:, 0]
-    models = search_models(tiny_model(0, vocab_size=8), None)
-    np.testing.assert_array_equal(
-        PolicyProposer().faults(models, (both,), mark), [[True, False], [False, False]]
-    )
+    models = search_models(policy, None)
+
+    @jax.jit
+    def faults(logits):
+        token = choose(*shortlist(logits, sampling), jax.random.split(jax.random.key(0), 4))
+        mark = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        return PolicyProposer().faults(models, (logits,), mark)
+
+    logits = np.tile(np.linspace(-1.0, 1.0, 8, dtype=np.float32), (4, 1))
+    logits[:, 2] = [np.nan, -np.nan, np.inf, -np.inf]
+    np.testing.assert_array_equal(faults(logits), [[True, False]] * 3 + [[False, False]])
 
 
 def test_guides_may_exclude_tokens_from_a_mixture():
     """−inf for some ids is a distribution; only NaN, +inf or no finite logit is a fault."""
-    flat = jnp.zeros((1, 1, 6))
-    without = flat.at[..., 2].set(-jnp.inf)
-    none = jnp.full((1, 1, 6), -jnp.inf)
-    tiny = tiny_model(0, vocab_size=6)
+
+    def with_logit(token, value):
+        logits = np.zeros((1, 1, 6), np.float32)
+        logits[..., token] = value
+        return logits
+
+    flat, without = with_logit(0, 0), with_logit(2, -np.inf)
+    none = np.full((1, 1, 6), -np.inf, np.float32)
+    tiny = tiny_model(0, layers=1, vocab_size=6)
     models = search_models(tiny, Guide(tiny, tiny))
-    proposer, beta = EFTProposer(1.0), jnp.ones(1)
-    mixed = proposer.mix(models, (flat, without, without), beta)
-    np.testing.assert_array_equal(jnp.isfinite(mixed[0, 0]), np.arange(6) != 2)
-    assert not proposer.faults(models, (flat, without, without), jnp.zeros((1, 1))).any()
-    policy = proposer.mix(models, (flat, without, without), jnp.zeros(1))
-    np.testing.assert_allclose(policy, jax.nn.log_softmax(flat))
-    found = proposer.faults(models, (flat, none, without), jnp.zeros((1, 1)))
+    proposer, mark = EFTProposer(1.0), np.zeros((1, 1), np.float32)
+    mix, faults = (jax.jit(partial(of, models)) for of in (proposer.mix, proposer.faults))
+    mixed = mix((flat, without, without), np.ones(1, np.float32))
+    np.testing.assert_array_equal(np.isfinite(mixed[0, 0]), np.arange(6) != 2)
+    assert not faults((flat, without, without), mark).any()
+    policy = mix((flat, without, without), np.zeros(1, np.float32))
+    np.testing.assert_allclose(policy, np.full((1, 1, 6), -np.log(6)), rtol=1e-6)
+    found = faults((flat, none, without), mark)
     np.testing.assert_array_equal(found[0, 0], [False, True, False, False])
     # Probability 0 is −inf; a fault is NaN, for whichever token.
-    assert token_logprobs(without, jnp.array([[2]])) == -jnp.inf
-    for bad in (none, without.at[..., 1].set(jnp.inf), flat.at[..., 1].set(jnp.nan)):
-        assert jnp.isnan(token_logprobs(bad, jnp.array([[3]])))
+    logprobs = jax.jit(token_logprobs)
+    assert logprobs(without, np.array([[2]])) == -np.inf
+    for bad in (none, with_logit(1, np.inf), with_logit(1, np.nan)):
+        assert np.isnan(logprobs(bad, np.array([[3]])))
 
 
 def test_several_eos_ids_end_a_response_where_the_first_of_them_stands(policy):
     prompts = [[4 + i] for i in range(7)]
-    free = search(policy, None, prompts, replace(DRAWN, eos_ids=()), row_ids=DRAWN_ROWS)
     several = search(policy, None, prompts, DRAWN, row_ids=DRAWN_ROWS)
+    endless = Oracle(policy, (), DRAWN, eos=-1)
     last = set()
-    for whole, cut_off in zip(free, several, strict=True):
-        places = [i for i, token in enumerate(whole.best.tokens) if token in ENDS]
+    for prompt, cut_off in zip(prompts, several, strict=True):
+        (whole,) = endless.search(prompt, cut_off.row_id)
+        places = [i for i, token in enumerate(whole.tokens) if token in ENDS]
         length = places[0] + 1 if places else 8
-        assert cut_off.best.tokens == whole.best.tokens[:length]
+        assert cut_off.best.tokens == whole.tokens[:length]
         assert cut_off.best.finished == bool(places)
-        last |= {whole.best.tokens[places[0]]} if places else set()
+        last |= {whole.tokens[places[0]]} if places else set()
     assert last == set(ENDS), "change the seed"
-
-
-def test_bfloat16_models_are_searched(policy, guide):
-    def half(model):
-        return Model(model.config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
-
-    config = cbs(2, 2, 3, max_new_tokens=6)
-    halves = Guide(half(guide.tuned), half(guide.untuned))
-    (result,) = search(half(policy), halves, [[4, 5]], config)
-    tokens = np.asarray([[4, 5, *result.best.tokens]])
-    steps = []
-    for model in (guide.tuned, guide.untuned):
-        logprobs = jax.nn.log_softmax(half(model)(tokens)[0])
-        steps.append(logprobs[jnp.arange(1, tokens.shape[1] - 1), tokens[0, 2:]].sum())
-    assert result.best.score == pytest.approx(float(steps[0] - steps[1]), abs=0.15)
 
 
 def test_wrong_prompts_are_refused(policy, guide):
@@ -332,26 +322,36 @@ def test_what_is_no_model_or_guide_is_refused_in_one_line(policy, guide):
         unchecked(policy, [guide.tuned, guide.untuned])
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("cbs", (40, VOCAB)), ("eft", (VOCAB, 30))])
-def test_padded_vocabularies_are_one_and_padding_is_never_proposed(policy, guide, method, sizes):
+def test_padded_vocabularies_of_bfloat16_are_one_and_padding_is_never_proposed(policy, guide):
+    """Of bfloat16 models. With guides that steer, test_likelihood.py has them."""
+
     def padded(model, size):
-        table = model.params["embed"]["embedding"]
-        table = jnp.pad(table, ((0, size - VOCAB), (0, 0)))
-        head = jnp.pad(model.params["head"]["kernel"], ((0, 0), (0, size - VOCAB)))
+        behind = ((0, 0), (0, size - VOCAB))
+        table = np.pad(model.params["embed"]["embedding"], behind[::-1])
+        head = np.pad(model.params["head"]["kernel"], behind)
         params = model.params | {"embed": {"embedding": table}, "head": {"kernel": head}}
-        return Model(replace(model.config, vocab_size=size), params)
+        halves = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+        return Model(replace(model.config, vocab_size=size), halves)
 
     prompts = [[4 + i] for i in range(6)]
-    # Of EOS ids the first is one that not all models know: what is scored behind a cut is another.
-    quirks = {"reference_quirks": method == "cbs", "eos_ids": (max(sizes) - 1, EOS)}
-    config = preset(method, w=2, k=2, l=3, max_new_tokens=12, sampling=Sampling(3.0), **quirks)
-    wide = Guide(padded(guide.tuned, sizes[1]), guide.untuned)
-    results = search(padded(policy, sizes[0]), wide, prompts, config)
+    # Of EOS ids the first is one that not all models know: another is scored behind a cut.
+    quirks = {"reference_quirks": True, "eos_ids": (39, EOS)}
+    config = cbs(2, 2, 3, max_new_tokens=12, sampling=Sampling(3.0), **quirks)
+    wide = Guide(padded(guide.tuned, 30), padded(guide.untuned, VOCAB))
+    results = search(padded(policy, 40), wide, prompts, config)
     hypotheses = [h for result in results for h in result.hypotheses]
     drawn = {token for hypothesis in hypotheses for token in hypothesis.tokens}
     assert len(drawn) > VOCAB // 2
     assert max(drawn) < VOCAB
-    assert np.isfinite([hypothesis.score for hypothesis in hypotheses]).all()
+    tuned, untuned = next_logprobs(wide.tuned), next_logprobs(wide.untuned)
+    for prompt, result in zip(prompts, results, strict=True):
+        for found in result.hypotheses:
+            tokens = [*prompt, *found.tokens] if found.finished else [*prompt, *found.tokens, EOS]
+            score = sum(
+                tuned(tokens[:i])[tokens[i]] - untuned(tokens[:i])[tokens[i]]
+                for i in range(1, len(tokens))
+            )
+            assert found.score == pytest.approx(score, abs=0.15)
     assert not all(hypothesis.finished for hypothesis in hypotheses), "none is cut; change the seed"
 
 
@@ -370,11 +370,3 @@ def test_a_response_fills_whole_chunks_only_as_far_as_it_must():
     assert preset("sample", max_new_tokens=50).capacity == 52
     assert preset("cbs", max_new_tokens=50).capacity == 50
     assert preset("cbs", l=100, max_new_tokens=7).capacity == 7
-
-
-def test_a_longer_prompt_than_the_bucket_is_read_whole(policy):
-    long = np.random.default_rng(3).integers(4, VOCAB, 60).tolist()
-    config = sample(max_new_tokens=3, sampling=Sampling(0.0), slots=1)
-    (result,) = search(policy, None, [long], config)
-    logits = policy(np.asarray([long], np.int32))
-    assert result.best.tokens[0] == int(np.argmax(logits[0, -1]))

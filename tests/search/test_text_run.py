@@ -14,7 +14,7 @@ from tests.search.oracle import Oracle
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import Guide, search
+from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
 from w2s_jax.search.scorers import NoScore
@@ -562,34 +562,30 @@ class Implicit(Hashed):
         return memory, np.array(said, np.float32)
 
 
-ON_DEVICE = {
+OF_TOKENS = {
     "beam": cbs(2, 3, 4, max_new_tokens=11, stop=(spell([5]), spell([9, 14]))),
     "quirks": cbs(2, 2, 4, max_new_tokens=10, reference_quirks=True),
 }
 
 
-# Quirks: on the device in test_oracle.py, of texts above.
-@pytest.mark.parametrize("name", ["beam", pytest.param("quirks", marks=pytest.mark.slow)])
-def test_the_same_draws_give_what_the_search_on_the_device_gives(name):
-    config = replace(ON_DEVICE[name], seed=4, slots=2, sampling=Sampling(1.0))
+# That the search on the device is the oracle's is said in test_oracle.py and test_guidance.py.
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_the_same_draws_give_what_the_search_of_tokens_gives(name):
+    config = replace(OF_TOKENS[name], seed=4, slots=2, sampling=Sampling(1.0))
     policy, guide = tiny_model(0, layers=1), Guide(tiny_model(1, layers=1), tiny_model(2, layers=1))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, VOCAB, size).tolist() for size in (1, 3, 9)]
     ids = (20, 21, 22)
-    expected = search(policy, guide, prompts, config, decode=spell, row_ids=ids)
-    oracle = Oracle(policy, [guide], config, EOS)
+    oracle = Oracle(policy, [guide], config, EOS, decode=spell)
     asked = [Conversation(text=spell(prompt)) for prompt in prompts]
     found = search_texts(Drawn(oracle), [Implicit(oracle=oracle)], asked, config, row_ids=ids)
-    for result, on_device in zip(found, expected, strict=True):
+    beams = [oracle.search(prompt, row_id) for prompt, row_id in zip(prompts, ids, strict=True)]
+    for result, beam in zip(found, beams, strict=True):
         assert [(h.response, h.finished) for h in result.hypotheses] == [
-            (spell(h.tokens), h.finished) for h in on_device.hypotheses
+            (spell(kept.tokens), kept.finished) for kept in beam
         ]
-        np.testing.assert_allclose(
-            [h.score for h in result.hypotheses],
-            [h.score for h in on_device.hypotheses],
-            atol=2e-4,
-            rtol=1e-4,
-        )
-    ends = [h.tokens[-1] == EOS for r in expected for h in r.hypotheses if h.finished]
+        scores = [[kept.score for kept in of] for of in (result.hypotheses, beam)]
+        np.testing.assert_allclose(*scores, atol=2e-4, rtol=1e-4)
+    ends = [kept.tokens[-1] == EOS for beam in beams for kept in beam if kept.finished]
     assert any(ends), "no response ends by EOS; change the seed"
     assert not config.stop or not all(ends), "no stop string ends a response; change the seed"

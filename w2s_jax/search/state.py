@@ -1,10 +1,12 @@
 """The state of a search: what every slot's hypotheses are, and every reader's cache."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -133,15 +135,11 @@ def start_search(
     text_objectives counts the scores that each hypothesis is given from outside the program.
     Raises InputError where the mesh does not divide the slots or the key/value heads.
     """
-    if mesh is None:
-        return _empty(models, config, slots, prefix_capacity, text_objectives, mesh, rules)
-    placed = _placed(models, Placement(mesh, rules))
-
-    # Made by a program, in its shards, written as those of later steps will be.
-    def build() -> SearchState:
-        return hold(_empty(placed, config, slots, prefix_capacity, text_objectives, mesh, rules))
-
-    return jax.jit(build)()
+    placed = models if mesh is None else _placed(models, Placement(mesh, rules))
+    # The program depends on neither; without them, another seed does not compile it again.
+    usual = replace(config, seed=0, slots=None)
+    seed = np.uint32(config.seed)
+    return _empty(placed, seed, usual, slots, prefix_capacity, text_objectives, mesh, rules)
 
 
 def _placed(models: SearchModels, usual: Placement) -> SearchModels:
@@ -157,8 +155,12 @@ def _placed(models: SearchModels, usual: Placement) -> SearchModels:
     return SearchModels(place(models.policy), tuple(guides))
 
 
+# A program: of its many arrays each would be one, and on a mesh they are made in their shards,
+# written as those of later steps will be.
+@partial(jax.jit, static_argnums=range(2, 8))
 def _empty(
     models: SearchModels,
+    seed: Array,
     config: SearchConfig,
     slots: int,
     prefix_capacity: int,
@@ -184,8 +186,8 @@ def _empty(
 
     each = (slots, config.beam_width)
     on_tokens = config.scorer.objectives(models)
-    return SearchState(
-        seed=jnp.asarray(config.seed, jnp.uint32),
+    state = SearchState(
+        seed=seed,
         draws=jax.tree.map(lambda x: jnp.broadcast_to(x, slots), draws(config, 0)),
         active=jnp.zeros(slots, bool),
         base=jnp.zeros(slots, jnp.int32),
@@ -198,11 +200,11 @@ def _empty(
         faults=jnp.zeros((slots, len(models.sources)), bool),
         proposer=caches(config.proposer.readers(models)),
         scorer=caches(config.scorer.readers(models)),
-        # The program depends on neither; without them, another seed does not compile it again.
-        config=replace(config, seed=0, slots=None),
+        config=config,
         mesh=mesh,
         rules=rules,
     )
+    return hold(state)
 
 
 def state_axes(state: SearchState) -> SearchState:

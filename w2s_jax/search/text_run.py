@@ -6,10 +6,12 @@ config's own selector keeps some. Knows no tokenizer and no network.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.search.config import SearchConfig
@@ -17,7 +19,7 @@ from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.results import ChunkTrace
 from w2s_jax.search.run import DEFAULT_SLOTS
 from w2s_jax.search.scorers import LogRatio, NoScore
-from w2s_jax.search.selectors import Candidates
+from w2s_jax.search.selectors import Candidates, Selector
 from w2s_jax.search.texts import Candidate, TextScorer, at_fault
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
@@ -221,7 +223,7 @@ def _run(
         rows, spent = _propose(proposer, held, config)
         states, objectives, failed = _score(scorers, states, held, rows, slots, config)
         candidates = _candidates(held, rows, objectives, config)
-        chosen = np.asarray(config.selector.select(candidates, width, count))
+        chosen, sums = map(np.asarray, _select(config.selector, candidates, width, count))
         states = _keep(scorers, states, chosen, list(held), config)
         for slot, entry in list(held.items()):
             picked = chosen[slot].tolist()
@@ -229,8 +231,7 @@ def _run(
                 yield entry.index, RowFailed(entry.row_id, failed[slot])
                 refill(slot)
                 continue
-            sums = np.asarray(candidates.objectives[slot].sum(axis=-1))
-            options = _options(entry, rows[slot], objectives[slot], sums, config)
+            options = _options(entry, rows[slot], objectives[slot], sums[slot], config)
             if on_chunk is not None:
                 on_chunk(_trace(entry, rows[slot], options, picked, config))
             kept = tuple(options[index] for index in picked)
@@ -343,7 +344,15 @@ def _candidates(
             else:
                 alive[slot, each + w] = True
     both = np.concatenate([objectives, finished], axis=1)
-    return Candidates(jnp.asarray(both), jnp.asarray(alive))
+    return Candidates(*jax.device_put((both, alive)))
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _select(
+    selector: Selector, candidates: Candidates, width: int, count: int
+) -> tuple[Int[Array, "P W"], Float[Array, "P candidates"]]:
+    """What the selector keeps, and the sums of the candidates' objectives."""
+    return selector.select(candidates, width, count), candidates.objectives.sum(axis=-1)
 
 
 def _keep(
