@@ -228,9 +228,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from /proc")
-@pytest.mark.parametrize(
-    ("sent", "seconds", "workers"), [("SIGINT", 100, 2), ("SIGKILL", 1, 1)]
-)
+@pytest.mark.parametrize(("sent", "seconds", "workers"), [("SIGINT", 100, 2), ("SIGKILL", 1, 1)])
 def test_no_worker_outlives_its_parent(tmp_path, sent, seconds, workers):
     """One whose parent was killed computes for 2 s more than an answer may take."""
     code = GRADING.replace("SECONDS", str(seconds)).replace("WORKERS", str(workers))
