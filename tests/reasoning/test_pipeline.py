@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,6 +20,7 @@ from w2s_jax.reasoning import answering, grading, pipeline
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
 from w2s_jax.reasoning.stages import BEGUN, plan_stages
+from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
@@ -104,13 +103,13 @@ def in_process(monkeypatch):
             raise InputError(f"status {status}")
         calls.cut(("after", arguments))
 
-    @contextmanager
-    def checking(checker_name, kind, *limits):
-        check = grading.methods(checker_name, kind)
-        yield SimpleNamespace(run=lambda tasks: [check(task) for task in tasks])
+    class NoWorkers(Workers):
+        def run(self, tasks):
+            check = grading.methods(*self._setup[1])
+            return [check(task) for task in tasks]
 
     monkeypatch.setattr(pipeline, "run_module", run)
-    monkeypatch.setattr(grading, "_checking", checking)
+    monkeypatch.setattr(grading, "Workers", NoWorkers)
     return calls
 
 
