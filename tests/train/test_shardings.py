@@ -1,6 +1,13 @@
-"""Training steps on eight virtual devices: where every leaf lies, and that nothing else changes."""
+"""Training on eight virtual devices: where every leaf lies, and that nothing else changes."""
 
-CODE = """
+import json
+
+import numpy as np
+import pytest
+
+from tests.train.test_killed import RUN, rows
+
+STEPS = """
 import jax, jax.numpy as jnp, numpy as np
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.models.lora import LoraConfig, init_adapter, shard_adapter
@@ -90,5 +97,68 @@ for name, case, spec in CASES:
 """
 
 
-def test_every_leaf_stays_where_it_lies_and_the_step_is_that_of_one_device(run_python):
-    run_python(CODE, devices=8)
+MESHES = """
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+class Stop(Exception):
+    pass
+
+def part(folder, devices, until):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+    def shard(x):
+        wide = x.ndim == 2 and x.shape[-1] % 8 == 0
+        spec = PartitionSpec(None, "data") if wide else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def batches(i):
+        if i == until:
+            raise Stop
+        return jax.device_put(batch_at(i), NamedSharding(mesh, PartitionSpec("data")))
+
+    try:
+        state = run(folder, batches, steps=15, shard=lambda state: jax.tree.map(shard, state),
+                    log_every=1, save_every=5)
+        assert len(state.params["in"]["kernel"].sharding.device_set) == devices
+    except Stop:
+        pass
+
+for arguments in PARTS:
+    part(*arguments)
+"""
+FOLDERS = {"one": [(1, -1)], "moved": [(1, 6), (8, 11), (2, -1)]}
+
+ALL = """
+import json, traceback
+told = {}
+for name, code in CODES.items():
+    try:
+        exec(code, {"__name__": name})
+        told[name] = ""
+    except Exception:
+        told[name] = traceback.format_exc()
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(run_python, tmp_path_factory):
+    """What went wrong in each check, all in one process of eight devices; and a folder of runs."""
+    root = tmp_path_factory.mktemp("runs")
+    parts = [(str(root / folder), *part) for folder, own in FOLDERS.items() for part in own]
+    codes = {"steps": STEPS, "meshes": f"{RUN}\nPARTS = {parts!r}\n{MESHES}"}
+    told = run_python(f"CODES = {codes!r}\n{ALL}", devices=8)
+    return json.loads(told.splitlines()[-1]), root
+
+
+def test_every_leaf_stays_where_it_lies_and_the_step_is_that_of_one_device(eight):
+    assert eight[0]["steps"] == ""
+
+
+def test_resumed_on_other_meshes_the_losses_are_those_of_one_device(eight):
+    assert eight[0]["meshes"] == ""
+    one, moved = (rows(eight[1] / folder) for folder in FOLDERS)
+    assert [row["step"] for row in moved] == [row["step"] for row in one]
+    assert len([row for row in moved if "loss" in row]) == 15
+    losses = [[row["loss"] for row in run if "loss" in row] for run in (one, moved)]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5, rtol=0)
