@@ -47,9 +47,10 @@ def test_every_published_pair_satisfies_the_rules(published):
 def test_the_published_pairs_come_out_of_samples_that_hold_them(published, published_rules):
     """The samples were not published: the least sure ones that allow each pair stand for them."""
     questions, weak, pairs = published
-    samples = []
+    pairs, samples, sides = pairs[::4], [], Counter()
     for pair in pairs:
         own, (chosen, rejected) = weak[pair["id"]], pair["output"]
+        sides["chosen" if chosen == own["response"] else "rejected"] += 1
         texts = [chosen] * (6 if chosen == own["response"] else 8)
         texts += [rejected] * (10 - len(texts))
         samples += [
@@ -68,7 +69,7 @@ def test_the_published_pairs_come_out_of_samples_that_hold_them(published, publi
     assert [[row["chosen"], row["rejected"]] for row in found.pairs] == [
         [f" {text}" for text in pair["output"]] for pair in pairs
     ]
-    assert found.pair_counts == {"chosen": 866, "rejected": 1697}
+    assert found.pair_counts == sides
 
 
 @pytest.mark.parametrize(
