@@ -27,7 +27,7 @@ from w2s_jax.text.typed_yaml import from_mapping
 
 SUMS = [(a, b) for a in range(5) for b in range(4)]
 # At a constant rate the step is one program, however many of them there are.
-SFT = {"batch_size": 16, "learning_rate": 0.005, "max_length": 64}
+SFT = {"batch_size": 16, "learning_rate": 0.008, "max_length": 64}
 SFT |= {"schedule": "constant", "warmup": 0}
 SHORT = {"iterations": 1, "naive": False, "ceiling": False}
 RUN = {
@@ -70,11 +70,11 @@ def data(tmp_path_factory):
     write_jsonl(folder / "taught.jsonl", taught)
     start = tiny(folder / "start", 1, width=48, mlp_width=96)
     flags = SFT | {"model": start, "data": str(folder / "taught.jsonl"), "from_scratch": True}
-    flags |= {"output": str(folder / "strong"), "max_steps": 120, "save_every": 60}
+    flags |= {"output": str(folder / "strong"), "max_steps": 80, "save_every": 40}
     (folder / "strong.yaml").write_text(yaml.safe_dump(flags))
     assert main(["sft", "--config", str(folder / "strong.yaml")]) == 0
     weak = str(folder / "weak" / "model")
-    assert main(["convert", str(folder / "strong"), weak, "--step=60"]) == 0
+    assert main(["convert", str(folder / "strong"), weak, "--step=40"]) == 0
     return folder
 
 
