@@ -164,6 +164,11 @@ def test_neither_slots_nor_order_nor_neighbours_nor_other_samples_matter(
     assert [row["sample"] for row in found] == [*range(5)] * len(order)
     wanted = [row for index in order for row in sampled if row["id"] == ROWS[index]["id"]]
     assert [row for row in found if row["sample"] < SAMPLED.samples] == wanted
+    by_id = {row["id"]: row for row in rows}
+    for row in found:
+        if row["sample"] >= SAMPLED.samples:
+            one = plain_loop(model, tokenizer, by_id[row["id"]], config, row["sample"])
+            assert (row["response"], row["finished"]) == one
 
 
 def test_another_seed_and_another_id_draw_anew(model, tokenizer, sampled, tmp_path):
