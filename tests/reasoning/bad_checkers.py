@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import resource
 import signal
 import time
+from pathlib import Path
 
 
 class Bad:
@@ -41,8 +43,6 @@ def _act(command: str) -> None:
         os._exit(3)
     elif command == "segfault":
         ctypes.string_at(0)
-    elif command == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
     elif command == "deep":
         _act(_nested(10**6))
     elif command == "raise":
@@ -67,3 +67,59 @@ def seen_modules(kind: str) -> object:
 
 def broken(kind: str) -> object:
     raise OSError("no such file")
+
+
+def ending_the_parent(name: str) -> object:
+    """A checker whose workers compute on and on once the first has sent their parent a signal.
+
+    A response is a folder, where each worker leaves its process's number, the response's own
+    number, and how many workers there are.
+    """
+
+    class Ending(Bad):
+        def extract(self, response: str) -> str:
+            folder, number, workers = response.split()
+            (Path(folder) / str(os.getpid())).touch()
+            if number == "0":
+                while len(os.listdir(folder)) < int(workers):
+                    time.sleep(0.01)
+                os.kill(os.getppid(), signal.Signals[name])
+            _compute_without_a_parent()
+            return "nobody asks any more"
+
+    return Ending(name)
+
+
+def _compute_without_a_parent() -> None:
+    until = time.monotonic() + 60
+    limit, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if limit != resource.RLIM_INFINITY:
+        # Its end is awaited: three of the seconds that are left need not be computed away.
+        resource.setrlimit(resource.RLIMIT_CPU, (limit - 3, hard))
+    while time.monotonic() < until:
+        pass
+
+
+def crashing() -> object:
+    """A function that ends its worker at some tasks."""
+
+    def act(task: str) -> str:
+        if task.startswith("exit"):
+            os._exit(1)
+        if task.startswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    return act
+
+
+def computing() -> object:
+    """A function that computes for so many seconds of the clock."""
+
+    def compute(seconds: float) -> float:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        return seconds
+
+    return compute

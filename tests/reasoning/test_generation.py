@@ -1,10 +1,6 @@
 """Generation against a plain loop over full forward passes, and what may not change its rows."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +26,7 @@ ROWS = [
 ]
 GREEDY = GenerationConfig(max_new_tokens=NEW, stop=(), batch_size=2)
 SAMPLED = dataclasses.replace(GREEDY, samples=3, temperature=1.0, seed=5)
+LARGER = len(ROWS)  # a batch with all rows in it
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +112,19 @@ def test_samples_are_the_plain_loop_with_the_draws_of_their_rows(model, tokenize
     assert all(len(responses) > 1 for responses in by_row.values())
 
 
-def test_several_stop_strings_end_responses(model, tokenizer, sampled, tmp_path):
-    config = dataclasses.replace(SAMPLED, stop=common_pairs(sampled, 2))
-    rows = generate(model, tokenizer, ROWS, config, tmp_path / "out.jsonl")
-    check(rows, model, tokenizer, config)
-    assert not [row for row in rows for stop in config.stop if stop in row["response"]]
-    pairs = list(zip(rows, sampled, strict=True))
-    for one in config.stop:
+@pytest.fixture(scope="module")
+def stopped(sampled):
+    """Settings with stop strings that come up."""
+    stop = common_pairs(sampled[:: SAMPLED.samples], 3)
+    return dataclasses.replace(SAMPLED, stop=stop, samples=1, max_new_tokens=48)
+
+
+def test_several_stop_strings_end_responses(model, tokenizer, sampled, stopped, tmp_path):
+    rows = generate(model, tokenizer, ROWS, stopped, tmp_path / "out.jsonl")
+    check(rows, model, tokenizer, stopped)
+    assert not [row for row in rows for stop in stopped.stop if stop in row["response"]]
+    pairs = list(zip(rows, sampled[:: SAMPLED.samples], strict=True))
+    for one in stopped.stop:
         assert any(one in free["response"] and row["finished"] for row, free in pairs)
 
 
@@ -150,26 +153,22 @@ def test_a_stop_string_may_begin_inside_the_last_token_that_counts(pieces, kept,
     assert response_text(Pieces(*pieces), [], tokens[:kept], **ends) == text
 
 
-@pytest.mark.parametrize("size", [7])
-def test_neither_slots_nor_order_nor_neighbours_matter(
-    model, tokenizer, greedy, sampled, tmp_path, size
+def test_neither_slots_nor_order_nor_neighbours_nor_other_samples_matter(
+    model, tokenizer, sampled, tmp_path
 ):
+    """And a slot that draws more than are wanted, the second of a row, gives what is wanted."""
     order = [4, 1, 5, 0]
     rows = [ROWS[index] for index in order]
-    for config, whole in ((GREEDY, greedy), (SAMPLED, sampled)):
-        config = dataclasses.replace(config, batch_size=size)
-        found = generate(model, tokenizer, rows, config, tmp_path / f"{config.samples}.jsonl")
-        wanted = [row for index in order for row in whole if row["id"] == ROWS[index]["id"]]
-        assert found == wanted
-
-
-@pytest.mark.parametrize("changes", [{"samples": 5}, {"samples_per_slot": 2}])
-def test_a_sample_is_the_same_however_many_there_are(model, tokenizer, sampled, tmp_path, changes):
-    """And a slot that draws more than are wanted gives what is wanted."""
-    config = dataclasses.replace(SAMPLED, **changes)
-    rows = generate(model, tokenizer, ROWS, config, tmp_path / "out.jsonl")
-    assert len(rows) == len(ROWS) * config.samples
-    assert [row for row in rows if row["sample"] < SAMPLED.samples] == sampled
+    config = dataclasses.replace(SAMPLED, batch_size=LARGER, samples=5, samples_per_slot=3)
+    found = generate(model, tokenizer, rows, config, tmp_path / "out.jsonl")
+    assert [row["sample"] for row in found] == [*range(5)] * len(order)
+    wanted = [row for index in order for row in sampled if row["id"] == ROWS[index]["id"]]
+    assert [row for row in found if row["sample"] < SAMPLED.samples] == wanted
+    by_id = {row["id"]: row for row in rows}
+    for row in found:
+        if row["sample"] >= SAMPLED.samples:
+            one = plain_loop(model, tokenizer, by_id[row["id"]], config, row["sample"])
+            assert (row["response"], row["finished"]) == one
 
 
 def test_another_seed_and_another_id_draw_anew(model, tokenizer, sampled, tmp_path):
@@ -215,9 +214,7 @@ def test_a_prompt_is_read_once_for_its_samples_and_nothing_is_scored(
         assert cache.committed[0].keys.shape[:2] == (SAMPLED.batch_size, SAMPLED.samples)
 
 
-def test_slots_are_refilled_as_rows_finish(model, tokenizer, sampled, tmp_path, monkeypatch):
-    config = dataclasses.replace(SAMPLED, stop=common_pairs(sampled, 3), max_new_tokens=48)
-    config = dataclasses.replace(config, samples=1)
+def test_slots_are_refilled_as_rows_finish(model, tokenizer, stopped, tmp_path, monkeypatch):
     rows = [{"id": index, "prompt": "A film"} for index in range(12)]
     begun, chunks, told = set(), dict.fromkeys(range(12), 0), []
     count = 0
@@ -233,7 +230,7 @@ def test_slots_are_refilled_as_rows_finish(model, tokenizer, sampled, tmp_path, 
 
     monkeypatch.setattr(room, "advance", advance)
     generate(
-        model, tokenizer, rows, config, tmp_path / "out.jsonl", lambda *done: told.append(done)
+        model, tokenizer, rows, stopped, tmp_path / "out.jsonl", lambda *done: told.append(done)
     )
     assert told == [(done, 12) for done in range(13)]
     in_pairs = sum(max(chunks[index], chunks[index + 1]) for index in range(0, 12, 2))
@@ -250,6 +247,7 @@ def test_guided_samples_are_searches_of_their_seeds(folders, model, tokenizer, t
     keys = [row_key(row["id"]) for row in ROWS]
     for sample in range(2):
         settings = {"max_new_tokens": NEW, "seed": config.seed + sample, "slots": 2}
+        settings["eos_ids"] = model.config.eos_ids
         plain = cbs(2, 2, 3, sampling=session.Sampling(1.0), **settings)
         results = search(model, guide, prompts, plain, row_ids=keys)
         for prompt, row, result in zip(prompts, rows[sample::2], results, strict=True):
@@ -261,53 +259,29 @@ def test_guided_samples_are_searches_of_their_seeds(folders, model, tokenizer, t
     assert rows[0::2] != rows[1::2]
 
 
-KILLED = """
-import os, signal, sys
-from tests.reasoning.test_generation import ROWS, SAMPLED, generate, load_model, load_tokenizer
-from w2s_jax.text.journal import Journal
-
-folder, output = sys.argv[1:]
-count = 0
-
-def append(self, row_id, row, plain=Journal.append):
-    global count
-    plain(self, row_id, row)
-    count += 1
-    if count == 2:
-        with open(self.path, "ab") as file:
-            file.write(b'{"row_id": 3, "row": {"rows": [{"id')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Journal.append = append
-generate(load_model(folder, dtype="float32"), load_tokenizer(folder), ROWS, SAMPLED, output)
-"""
-
-
 def test_killed_and_interrupted_it_ends_as_if_it_had_not_been(
-    folders, model, tokenizer, sampled, tmp_path, monkeypatch
+    model, tokenizer, sampled, tmp_path, monkeypatch
 ):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     generate(model, tokenizer, ROWS, SAMPLED, whole)
     journal = Path(f"{output}.journal")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, folders[0], str(output)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert not output.exists()
-    assert len(journal.read_bytes().splitlines()) == 1 + 2 + 1
 
-    def advance(held):
-        if len(journal.read_bytes().splitlines()) == 1 + 2 + 2:
-            raise KeyboardInterrupt
-        return session.advance(held)
+    def interrupted_at(rows):
+        def advance(held):
+            if journal.exists() and len(journal.read_bytes().splitlines()) == 1 + rows:
+                raise KeyboardInterrupt
+            return session.advance(held)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(room, "advance", advance)
-        with pytest.raises(KeyboardInterrupt):
-            generate(model, tokenizer, ROWS, SAMPLED, output)
-    assert not output.exists()
+        with monkeypatch.context() as patched:
+            patched.setattr(room, "advance", advance)
+            with pytest.raises(KeyboardInterrupt):
+                generate(model, tokenizer, ROWS, SAMPLED, output)
+        assert not output.exists()
+
+    interrupted_at(2)
+    with journal.open("ab") as file:  # what a kill leaves of a row
+        file.write(b'{"row_id": 3, "row": {"rows": [{"id')
+    interrupted_at(4)
     inserted = []
 
     def insert(held, slot, request):
@@ -322,7 +296,7 @@ def test_killed_and_interrupted_it_ends_as_if_it_had_not_been(
     assert not journal.exists()
 
 
-def test_a_journal_of_other_settings_is_not_taken_up(model, tokenizer, tmp_path, monkeypatch):
+def test_a_journal_of_other_settings_is_not_taken_up(model, tokenizer, sampled, tmp_path):
     output = tmp_path / "out.jsonl"
 
     def stop(done, count):
@@ -330,17 +304,17 @@ def test_a_journal_of_other_settings_is_not_taken_up(model, tokenizer, tmp_path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, tokenizer, ROWS, GREEDY, output, stop)
+        generate(model, tokenizer, ROWS, SAMPLED, output, stop)
     others = [
-        (ROWS, dataclasses.replace(GREEDY, max_new_tokens=5), {}, "max_new_tokens: 14 there"),
-        (ROWS[1:], GREEDY, {}, "prompts_sha256"),
-        (ROWS, GREEDY, {"model": "another"}, "model: None there, 'another' here"),
+        (ROWS, dataclasses.replace(SAMPLED, max_new_tokens=5), {}, "max_new_tokens: 14 there"),
+        (ROWS[1:], SAMPLED, {}, "prompts_sha256"),
+        (ROWS, SAMPLED, {"model": "another"}, "model: None there, 'another' here"),
     ]
     for rows, config, identity, message in others:
         with pytest.raises(InputError, match=message):
             generate(model, tokenizer, rows, config, output, identity=identity)
-    larger = dataclasses.replace(GREEDY, batch_size=3)
-    assert len(generate(model, tokenizer, ROWS, larger, output)) == len(ROWS)
+    larger = dataclasses.replace(SAMPLED, batch_size=LARGER)
+    assert generate(model, tokenizer, ROWS, larger, output) == sampled
 
 
 @pytest.mark.parametrize(

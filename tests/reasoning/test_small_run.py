@@ -1,6 +1,7 @@
 """The small run's data, stages and table; the run itself is for its own command."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,20 +53,19 @@ def test_runs_of_other_models_are_refused():
 
 
 def test_data_are_apart_and_their_checkpoints_can_be_read(tmp_path):
-    run = SmallRun(SIZES["tests"], (0,), tmp_path)
-    stages = run.stages()
-    run_stages(stages, tmp_path, last="data")
+    size = replace(SIZES["tests"], part1=40, part2=30, test=20, texts=600)
+    run_stages(SmallRun(size, (0,), tmp_path).stages(), tmp_path, last="data")
     data = tmp_path / "data"
     sets = [{row["question"] for row in read_jsonl(data / "test.jsonl")}]
     for seed in range(small_run.SEEDS):
         for part in ("part1", "part2"):
             sets.append({row["question"] for row in read_jsonl(data / f"{part}-{seed}.jsonl")})
-    assert len(set.union(*sets)) == sum(map(len, sets)) == 64 + 5 * (128 + 96)
+    assert len(set.union(*sets)) == sum(map(len, sets)) == 20 + 5 * (40 + 30)
     texts = " ".join(row["text"] for row in read_jsonl(data / "general.jsonl"))
     assert not any(question in texts for question in set.union(*sets))
-    assert load_config(data / "strong-start").width == SIZES["tests"].strong.width
+    assert load_config(data / "strong-start").width == size.strong.width
     before = (data / "done.json").read_bytes()
-    run_stages(SmallRun(SIZES["tests"], (0, 1), tmp_path).stages(), tmp_path, last="data")
+    run_stages(SmallRun(size, (0, 1), tmp_path).stages(), tmp_path, last="data")
     assert (data / "done.json").read_bytes() == before
 
 

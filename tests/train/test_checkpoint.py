@@ -15,8 +15,9 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.train import checkpoint as checkpoints_module
 from w2s_jax.train.checkpoint import Checkpoints, read_checkpoint
+from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.manifest import fault, manifest_path, remove_step, steps_on_disk
-from w2s_jax.train.step import init_state
+from w2s_jax.train.step import init_state, make_train_step
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -251,16 +252,24 @@ def test_a_state_for_which_there_is_no_room_is_not_begun(folder, monkeypatch, wi
     assert steps_on_disk(folder) == [10, 20, 30, *([40] if fits else [])]
 
 
+def square(params, frozen, batch, key):
+    value = ((params["w"] - batch) ** 2).mean()
+    return value, jnp.float32(1), {"loss": value}
+
+
+def go_on(folder, batches=jnp.float32):
+    """A run of 12 steps that saves every third, begun or taken up again."""
+    weights = np.random.default_rng(1).normal(size=(64, 1024)).astype(np.float32)
+    state = init_state({"w": weights}, OPTIMIZER, jax.random.key(0))
+    step, config = make_train_step(square, OPTIMIZER), LoopConfig(12, save_every=3)
+    train(state, step, batches, config=config, directory=folder)
+
+
 FULL = """
 import json, resource, signal, time
 from pathlib import Path
-import jax, jax.numpy as jnp, optax
-from w2s_jax.train.loop import LoopConfig, train
-from w2s_jax.train.step import init_state, make_train_step
-
-def loss(params, frozen, batch, key):
-    value = ((params["w"] - batch) ** 2).mean()
-    return value, jnp.float32(1), {"loss": value}
+import jax.numpy as jnp
+from tests.train.test_checkpoint import go_on
 
 def batches(i):
     if i == 4:
@@ -272,12 +281,8 @@ def batches(i):
     return jnp.float32(i)
 
 folder = Path("FOLDER")
-optimizer = optax.adam(0.1)
-weights = jax.random.normal(jax.random.key(1), (64, 1024))
 try:
-    train(init_state({"w": weights}, optimizer, jax.random.key(0)),
-          make_train_step(loss, optimizer), batches, config=LoopConfig(40, save_every=3),
-          directory=folder)
+    go_on(folder, batches)
 except OSError as error:
     print(json.dumps([error.strerror, error.filename]))
 """
@@ -291,5 +296,5 @@ def test_a_run_whose_writes_fail_ends_in_one_line_and_goes_on_later(run_python, 
     assert where == str(tmp_path / "checkpoints")
     assert steps_on_disk(tmp_path / "checkpoints") == [3]
     assert fault(tmp_path / "checkpoints", 3) is None
-    run_python(FULL.replace("FOLDER", str(tmp_path)).replace("i == 4", "i < 0"))
-    assert steps_on_disk(tmp_path / "checkpoints") == [39, 40]
+    go_on(tmp_path)
+    assert steps_on_disk(tmp_path / "checkpoints") == [9, 12]

@@ -1,5 +1,6 @@
 """Estimates against what real arrays and the compiled step take."""
 
+import json
 import re
 
 import jax
@@ -51,28 +52,40 @@ def test_the_abstract_state_is_the_real_one(name):
     )
 
 
-def test_parts_are_counted_from_shapes_alone():
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-    model = tiny_model(0, layers=1)
-    shapes = abstract_on_mesh(model.config)
-    found = estimate_step(loss, optimizer, shapes, abstract_batch(BATCH))
-    assert found.parameters == size(model.params)
-    assert 2 * size(model.params) <= found.optimizer <= 2 * size(model.params) + 64
-    assert found.batch == 2 * 8 * 64 * 4
-    assert found.frozen == 0
+CONFIG = tiny_config(layers=1, vocab_size=2048)
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The estimate on one device."""
+    return estimate_step(loss, OPTIMIZER, abstract_on_mesh(CONFIG), abstract_batch(BATCH))
+
+
+def test_parts_are_counted_from_shapes_alone(one):
+    parameters = size(tiny_model(0, layers=1, vocab_size=2048).params)
+    assert one.parameters == parameters
+    assert 2 * parameters <= one.optimizer <= 2 * parameters + 64
+    assert one.batch == 2 * 8 * 64 * 4
+    assert one.frozen == 0
     # At the least the gradients and the logits of one block.
-    assert found.working > size(model.params)
-    held = found.parameters + found.optimizer + found.frozen + found.batch
-    assert found.process > 2**26, "a CPU shares its memory with the interpreter and XLA"
-    assert found.total == held + found.working + found.process
-    beside = estimate_step(loss, optimizer, shapes, abstract_batch(BATCH), frozen=shapes)
-    assert beside.frozen == found.parameters
+    assert one.working > parameters
+    held = one.parameters + one.optimizer + one.frozen + one.batch
+    assert one.process > 2**26, "a CPU shares its memory with the interpreter and XLA"
+    assert one.total == held + one.working + one.process
 
 
-def test_memory_of_the_starting_process_is_not_counted(run_python):
-    held = np.ones(2**29, np.uint8)
-    code = "from w2s_jax.train.estimate import peak_memory; print(peak_memory())"
-    assert 2**25 < int(run_python(code)) < held.nbytes
+def test_micro_batches_take_less(one):
+    shapes, batch = abstract_on_mesh(CONFIG), abstract_batch(BATCH)
+    assert estimate_step(loss, OPTIMIZER, shapes, batch, accumulate=8).working < one.working
+
+
+def test_the_table_names_every_part(one):
+    console = Console(record=True, width=80)
+    report(console, one)
+    text = console.export_text()
+    for word in ("parameters", "optimizer", "frozen", "batch", "activations", "programs", "GiB"):
+        assert word in text
 
 
 def test_peaks_are_told_where_the_system_keeps_none_of_a_process(monkeypatch):
@@ -80,50 +93,38 @@ def test_peaks_are_told_where_the_system_keeps_none_of_a_process(monkeypatch):
     assert peak_memory() > 2**25
 
 
-def test_micro_batches_take_less():
-    optimizer = make_optimizer(OptimizerConfig(name="sgd"), 10)
-    shapes = abstract_on_mesh(tiny_config(layers=1, vocab_size=2048))
-    whole, parts = (
-        estimate_step(loss, optimizer, shapes, abstract_batch(BATCH), accumulate=count)
-        for count in (1, 8)
-    )
-    assert parts.working < whole.working
-
-
-def test_the_table_names_every_part():
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-    found = estimate_step(
-        loss, optimizer, abstract_on_mesh(tiny_model(0, layers=1).config), abstract_batch(BATCH)
-    )
-    console = Console(record=True, width=80)
-    report(console, found)
-    text = console.export_text()
-    for word in ("parameters", "optimizer", "frozen", "batch", "activations", "programs", "GiB"):
-        assert word in text
-
-
 SHARDED = """
-import jax
-from tests.tiny import tiny_config
-from tests.train.test_estimate import BATCH, loss
+from w2s_jax.train.estimate import peak_memory
+peak = peak_memory()
+import json
+from tests.train.test_estimate import BATCH, CONFIG, OPTIMIZER, loss
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, estimate_step
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-config = tiny_config(layers=1, vocab_size=64)
-optimizer = make_optimizer(OptimizerConfig(), 10)
-def on(mesh):
-    model = abstract_on_mesh(config, mesh=mesh)
-    return estimate_step(loss, optimizer, model, abstract_batch(BATCH, mesh), mesh=mesh)
-one, four = on(None), on(make_mesh("fsdp=4"))
-assert four.devices == 4
-assert one.parameters / 4 <= four.parameters < one.parameters / 3
-assert one.optimizer / 4 <= four.optimizer < one.optimizer / 3
-assert four.batch == one.batch / 4
+mesh = make_mesh("fsdp=4")
+model = abstract_on_mesh(CONFIG, mesh=mesh)
+found = estimate_step(loss, OPTIMIZER, model, abstract_batch(BATCH, mesh), frozen=model, mesh=mesh)
+print(json.dumps({"peak": peak, **vars(found)}))
 """
 
 
-def test_a_mesh_divides_parameters_optimizer_and_batch(run_python):
-    run_python(SHARDED, devices=4)
+@pytest.fixture(scope="module")
+def four(run_python):
+    """An estimate on four devices, by a process that was started by a larger one."""
+    held = np.ones(2**29, np.uint8)
+    found = json.loads(run_python(SHARDED, devices=4))
+    return found | {"parent": held.nbytes}
+
+
+def test_a_mesh_divides_parameters_optimizer_and_batch(one, four):
+    assert four["devices"] == 4
+    assert one.parameters / 4 <= four["parameters"] < one.parameters / 3
+    assert one.optimizer / 4 <= four["optimizer"] < one.optimizer / 3
+    assert four["batch"] == one.batch / 4
+    assert four["frozen"] == four["parameters"]
+
+
+def test_memory_of_the_starting_process_is_not_counted(four):
+    assert 2**25 < four["peak"] < four["parent"]
 
 
 COMMAND = """

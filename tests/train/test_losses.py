@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,12 +9,6 @@ from w2s_jax.train import losses
 from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
 
 logps = arrays(np.float32, (4, 3), elements=st.floats(-60, 0, width=32))
-
-
-def log_sigmoid(x):
-    """In float64, without overflow."""
-    x = np.asarray(x, np.float64)
-    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
 
 
 def dpo(rows, **options):
@@ -40,43 +33,11 @@ def test_dpo_by_hand():
     np.testing.assert_allclose(metrics["logps/rejected"], -15.5)
 
 
-@given(rows=arrays(np.float32, (4, 3), elements=st.floats(-60, 0, width=32)))
-def test_dpo_is_trl_s_sigmoid_formula(rows):
-    chosen, rejected, reference_chosen, reference_rejected = rows.astype(np.float64)
-    delta = (chosen - reference_chosen) - (rejected - reference_rejected)
-    expected = -log_sigmoid(0.1 * delta).mean()
-    np.testing.assert_allclose(dpo(rows, beta=0.1)[0], expected, rtol=1e-5, atol=1e-6)
-
-
-@given(rows=logps, smoothing=st.floats(0, 0.5, exclude_max=True))
-def test_label_smoothing_mixes_in_the_swapped_loss(rows, smoothing):
-    loss = dpo(rows, beta=0.3, label_smoothing=smoothing)[0]
-    straight = dpo(rows, beta=0.3)[0]
-    swapped = dpo(rows[[1, 0, 3, 2]], beta=0.3)[0]
-    expected = (1 - smoothing) * straight + smoothing * swapped
-    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
-
-
 @given(rows=logps)
 def test_swapping_chosen_and_rejected_mirrors_the_margin(rows):
     straight, mirrored = dpo(rows)[1], dpo(rows[[1, 0, 3, 2]])[1]
     np.testing.assert_array_equal(straight["rewards/margins"], -mirrored["rewards/margins"])
     np.testing.assert_array_equal(straight["rewards/chosen"], mirrored["rewards/rejected"])
-
-
-@given(rows=logps)
-def test_tuned_equal_to_the_reference_gives_log_two(rows):
-    loss, metrics = dpo(rows[[0, 1, 0, 1]])
-    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
-    assert metrics["rewards/margins"] == 0
-
-
-def test_dpo_s_gradient_pushes_the_pair_apart():
-    rows = [jnp.array([-5.0]), jnp.array([-5.0]), jnp.array([-5.0]), jnp.array([-5.0])]
-    gradient = jax.grad(lambda c, r: dpo([c, r, *rows[2:]], beta=0.2)[0], argnums=(0, 1))
-    chosen, rejected = gradient(*rows[:2])
-    # d/dm of -log sigmoid(m) at 0 is -1/2; m moves by beta.
-    np.testing.assert_allclose([chosen[0], rejected[0]], [-0.1, 0.1], rtol=1e-6)
 
 
 def test_classification_is_cross_entropy():

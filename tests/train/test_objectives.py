@@ -25,6 +25,7 @@ from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, pref
 
 WIDTH = 11
 KEY = jax.random.key(0)
+LORA = LoraConfig(rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -128,29 +129,23 @@ def test_pairs_count_by_their_weights_over_all_micro_batches(models):
     batch["reference"] = np.float32([[-9, -8], [-7, -9], [-8, -8], [-6, -7]])
     twice = jax.tree.map(lambda x: np.repeat(x, weights.astype(int), axis=0), batch)
     loss = jax.jit(pair_loss(Policy(model.config), PreferenceConfig(beta=0.5)))
-
-    @jax.jit
-    def gradient(given):
-        scalar = lambda params: loss(params, {}, given, KEY)[:2]  # noqa: E731
-        return jax.value_and_grad(scalar, has_aux=True)(model.params)
-
-    (value, weight), slope = gradient(batch | {"weights": weights})
-    (expected, count), expected_slope = gradient(twice)
+    given = batch | {"weights": weights}
+    value, weight, _ = loss(model.params, {}, given, KEY)
+    expected, count, _ = loss(model.params, {}, twice, KEY)
     assert weight == count == 7
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), slope, expected_slope)
-    given = batch | {"weights": weights}
-    cuts = (slice(0, 1), slice(1, 4))
+    cuts = (slice(0, 2), slice(2, 4))
     micro = [{name: array[cut] for name, array in given.items()} for cut in cuts]
     parts = [loss(model.params, {}, one, KEY) for one in micro]
     whole = sum(float(part[0] * part[1]) for part in parts) / sum(float(part[1]) for part in parts)
     np.testing.assert_allclose(whole, expected, rtol=1e-5)
 
 
-def test_fresh_adapters_are_their_own_reference(models):
-    model, lora = models[0], LoraConfig(rank=2)
-    adapter = init_adapter(model.config, lora, KEY)
-    loss = pair_loss(Policy(model.config, lora), PreferenceConfig())
+@pytest.fixture(scope="module")
+def adapted(models):
+    """By an adapter: value, metrics and gradient of a loss of pairs against the base model."""
+    model = models[0]
+    loss = pair_loss(Policy(model.config, LORA), PreferenceConfig())
 
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
@@ -158,18 +153,24 @@ def test_fresh_adapters_are_their_own_reference(models):
         value, _, metrics = loss(adapter, {BASE: model}, rows((4, 2)), KEY)
         return value, metrics
 
-    (value, metrics), gradient = run(adapter)
+    return run
+
+
+def test_fresh_adapters_are_their_own_reference(models, adapted):
+    (value, metrics), gradient = adapted(init_adapter(models[0].config, LORA, KEY))
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
     np.testing.assert_allclose(metrics["rewards/chosen"], 0, atol=1e-6)
     size = dict.fromkeys(("lora_a", "lora_b"), 0.0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        size[path[-1].key] += float(jnp.abs(leaf).sum())
+        size[path[-1].key] += float(np.abs(leaf).sum())
     assert size["lora_a"] == 0 < size["lora_b"]
 
 
-def test_dropout_draws_from_the_key_and_spares_the_reference(models):
+def test_dropout_draws_from_the_key_and_spares_the_reference(models, adapted):
     model, lora = models[0], LoraConfig(rank=2, dropout=0.5)
-    adapter = jax.tree.map(lambda a: a + 0.3, init_adapter(model.config, lora, KEY))
+    adapter = jax.tree.map(
+        lambda a: np.asarray(a) + np.float32(0.3), init_adapter(model.config, lora, KEY)
+    )
     loss = jax.jit(pair_loss(Policy(model.config, lora), PreferenceConfig()))
     batch = rows((4, 2))
 
@@ -178,10 +179,7 @@ def test_dropout_draws_from_the_key_and_spares_the_reference(models):
 
     assert value(jax.random.key(1)) != value(jax.random.key(2))
     assert value(jax.random.key(1)) == value(jax.random.key(1))
-    assert value(None) == pytest.approx(
-        float(jax.jit(pair_loss(Policy(model.config, LoraConfig(rank=2)), PreferenceConfig()))(
-            adapter, {BASE: model}, batch, KEY)[0]), rel=1e-6,
-    )  # fmt: skip
+    assert value(None) == pytest.approx(float(adapted(adapter)[0][0]), rel=1e-6)
 
 
 def test_kto_estimates_the_divergence_from_mismatched_responses(models):

@@ -54,7 +54,7 @@ def expected(model, data):
     return np.reshape(found, (-1, 2))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("rows", [4, 16])
 def test_every_pair_has_its_log_probs_in_the_order_of_the_data(model, data, rows):
     found = reference_logprobs(model, data, rows=rows)
     np.testing.assert_allclose(found, expected(model, data), atol=1e-4)

@@ -45,12 +45,11 @@ def run(problem, function, accumulate=1, steps=3):
     return state, metrics
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_steps_equal_whole_ones_though_weights_differ(problem, accumulate):
+def test_accumulated_steps_equal_whole_ones_though_weights_differ(problem):
     params, batch = problem
     batch = batch | {"mask": np.array([1, 1, 1, 0, 1, 0, 1, 0], bool)}
     whole, whole_metrics = run((params, batch), loss)
-    parts, parts_metrics = run((params, batch), loss, accumulate)
+    parts, parts_metrics = run((params, batch), loss, accumulate=4)
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-5)
     assert parts_metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), rel=1e-5)
     assert parts_metrics["grad_norm"] == pytest.approx(float(whole_metrics["grad_norm"]), rel=1e-5)
