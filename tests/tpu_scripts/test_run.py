@@ -1,6 +1,7 @@
 """One command on all workers: arguments, logs, statuses, detaching, stopping, lost connections."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -173,7 +174,9 @@ def test_a_machine_that_was_started_anew(cloud):
     cloud.ready()
     cloud.run("run.sh", "--detach", *shell("sleep 60"))
     pid = cloud.home(1) / "runs/main/pid"
-    os.killpg(int(pid.read_text().split()[0]), 9)
+    process, _ = pid.read_text().split()
+    os.killpg(int(process), signal.SIGKILL)
+    pid.write_text(f"{process} another-boot\n")
     done = cloud.run("run.sh", "--attach", "--grace", "0")
     assert done.returncode == 75
     assert "worker 1: lost" in done.stderr
