@@ -135,9 +135,9 @@ start() {
     printf '%q ' "$@" >"$folder/command"
     : >"$folder/log"
     nohup setsid bash "$PWD/worker.sh" supervise "$folder" "$@" </dev/null >/dev/null 2>&1 &
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 500; tries++)); do
         [[ ! -e $folder/pid ]] || return 0
-        sleep 0.1
+        sleep 0.02
     done
     echo "the command did not start"
     return 1
