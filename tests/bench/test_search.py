@@ -35,9 +35,21 @@ def quick_rates(monkeypatch):
     monkeypatch.setattr("w2s_jax.bench.search.measure_rates", rates)
 
 
-def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates):
+@pytest.fixture
+def asked(monkeypatch):
+    """What each search that is timed was given; none is run."""
+    asked = []
+    monkeypatch.setattr(bench, "search", lambda *args, **settings: asked.append((args, settings)))
+    return asked
+
+
+def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
+    """The phases are run."""
     path = tmp_path / "bench.json"
     figures = run(Options(**SMALL), json_path=path)
+    for (_, _, prompts, config), _ in asked:
+        assert np.shape(prompts) == (2, 3)
+        assert (config.max_new_tokens, config.length, config.slots) == (4, 2, 2)
     written = json.loads(path.read_text())
     assert written["options"]["batch_size"] == 2
     assert written["prompts_per_second"] == figures.prompts_per_second > 0
@@ -51,10 +63,7 @@ def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates):
     assert "guides of another vocabulary" not in told
 
 
-def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(monkeypatch):
-    """The search itself is timed in a slow test."""
-    asked = []
-    monkeypatch.setattr(bench, "search", lambda *args, **settings: asked.append((args, settings)))
+def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
     options, model = Options(**SMALL), tiny_model(0, layers=1)
     prompts = np.random.default_rng(0).integers(2, 32, (2, 3)).tolist()
     guide = Guide(model, model)
@@ -69,9 +78,11 @@ def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(monkeypatch)
 
 
 @pytest.mark.slow
-def test_guides_of_another_vocabulary_are_timed(capsys, quick_rates):
+def test_searches_are_timed_on_the_device_and_across_vocabularies(capsys, quick_rates):
     figures = run(Options(**SMALL, cross_vocabulary=True))
     across = figures.cross_vocabulary
+    assert figures.compile_seconds > 0
+    assert across.compile_seconds > 0
     assert across.ratio == pytest.approx(across.seconds_per_prompt / figures.seconds_per_prompt)
     assert "guides of another vocabulary" in capsys.readouterr().out
 

@@ -26,6 +26,7 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("w2s_jax.bench.train.measure_rates", rates)
     path = tmp_path / "bench.json"
     named = {"objectives": ("dpo",), "trl": True, "trl_python": str(tmp_path / "none")}
+    named["apart"] = False
     figures = run(Options(**SMALL, **named), json_path=path)
     written = json.loads(path.read_text())
     assert set(written["own"]) == {"dpo"} == set(written["operations"])
@@ -39,6 +40,13 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert "TRL was not measured" in out
     report(Console(), Options(**SMALL), replace(figures, no_trl=None))
     assert "TRL was not measured" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_each_objective_is_timed_in_a_process_of_its_own():
+    figures = run(Options(**SMALL))
+    assert set(figures.own) == {"sft", "dpo"}
+    assert all(side.peak_bytes > 10_000_000 for side in figures.own.values())
 
 
 @pytest.mark.parity

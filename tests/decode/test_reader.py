@@ -175,12 +175,17 @@ def test_what_passes_the_capacity_is_dropped():
     np.testing.assert_array_equal(more.committed[0].keys, cache.committed[0].keys)
 
 
-def test_devices_of_a_mesh_read_as_one_does(run_python):
+def test_devices_of_a_mesh_read_their_own_slots_and_heads(run_python):
     """In blocks a device's own scores count: as many a device, in as many blocks.
 
-    By the kernel each reads its own slots and heads; nothing of a cache is exchanged.
+    The kernel is called on each device's share, for every way to read.
     """
     run_python(BLOCKS + KERNEL, devices=8)
+
+
+@pytest.mark.slow
+def test_the_kernel_on_a_mesh_reads_as_the_plain_way_does(run_python):
+    run_python(BLOCKS + KERNEL + PLAIN, devices=8)
 
 
 BLOCKS = """
@@ -234,12 +239,15 @@ last, tokens = rng.integers(0, 24, (4, 2)), rng.integers(0, 24, (4, 4, 3))
 mesh = make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
 # The bytes of a block stay as small as they were made: the kernel knows nothing of them.
 placed = shard_model(model, mesh, SEARCH_RULES)
-parts_kernel.has_kernel = lambda *_: False
-wanted = jax.jit(partial(read, placed))(last, tokens)
 parts_kernel.has_kernel = lambda *_: True
 traced = jax.jit(partial(read, placed)).trace(last, tokens)
-calls = str(traced.jaxpr).count("pallas_call[")
-assert calls == 3, calls
+text = str(traced.jaxpr)
+assert text.count("pallas_call[") == text.count("shard_map[") == 3, text
+"""
+
+PLAIN = """
+parts_kernel.has_kernel = lambda *_: False
+wanted = jax.jit(lambda *arrays: read(placed, *arrays))(last, tokens)
 for found, one in zip(traced.lower().compile()(last, tokens), wanted, strict=True):
     np.testing.assert_allclose(found, one, atol=2e-4)
 """
