@@ -1,7 +1,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,7 +29,8 @@ def drawn(**fields):
     config = EncoderConfig(width=16, layers=1, heads=2, mlp_width=16, max_positions=64, **fields)
     shapes = jax.eval_shape(partial(init_classifier, config), jax.random.key(0))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
+    drawn = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+    return jax.device_put(drawn)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_no_texts_give_no_rewards(classifier, tokenizer):
 def reward_model(labels):
     model = tiny_model(0, layers=1)
     kernel = np.random.default_rng(1).normal(size=(model.config.width, len(labels)))
-    head = {"kernel": jnp.asarray(kernel, jnp.float32)}
+    head = jax.device_put({"kernel": kernel.astype(np.float32)})
     params = {name: tree for name, tree in model.params.items() if name != "head"}
     return RewardModel(model.config, params, head, labels)
 
@@ -80,7 +80,7 @@ def padded(encoded):
     mask = np.arange(64) < np.array([[len(row)] for row in encoded])
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate(encoded)
-    return jnp.asarray(tokens), jnp.asarray(mask)
+    return tokens, mask
 
 
 @pytest.mark.parametrize(

@@ -170,14 +170,18 @@ def test_stop_ends_with_sigterm_or_kills(cloud):
 
 
 def test_a_machine_that_was_started_anew(cloud):
+    """Its process is gone, or its number is another's."""
     cloud.ready()
     cloud.run("run.sh", "--detach", *shell("sleep 60"))
-    pid = cloud.home(1) / "runs/main/pid"
-    process, _ = pid.read_text().split()
-    os.killpg(int(process), signal.SIGKILL)
-    pid.write_text(f"{process} another-boot\n")
-    done = cloud.run("run.sh", "--attach", "--grace", "0")
+    pids = [cloud.home(worker) / "runs/main/pid" for worker in (0, 1)]
+    first, second = (int(pid.read_text().split()[0]) for pid in pids)
+    os.killpg(first, signal.SIGKILL)
+    pids[1].write_text(f"{second} another-boot\n")
+    # Until who has started it is told, a process that was killed is there.
+    done = cloud.run("run.sh", "--attach", "--poll", "0.2")
+    os.killpg(second, signal.SIGKILL)
     assert done.returncode == 75
+    assert "worker 0: lost" in done.stderr
     assert "worker 1: lost" in done.stderr
 
 
