@@ -157,6 +157,8 @@ def test_a_refilled_slot_forgets_and_its_neighbours_do_not():
     cache = put_prompt(model, cache, 0, second, 2)
     assert cache.prefix_length.tolist() == [1, 3]
     assert cache.committed_length.tolist() == [[0], [1]]
+    # A NaN that is only masked would still be one in a sum.
+    assert [bool(np.any(keys)) for keys in np.asarray(cache.committed[0].keys)] == [False, True]
     logits, _ = stems(model, cache, np.asarray([[4], [11]]))
     whole = model(np.asarray([[9, 4, 0, 0, 0], [5, 6, 7, 8, 11]]))
     np.testing.assert_allclose(logits[0, 0], whole[0, 1], atol=1e-4)

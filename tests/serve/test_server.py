@@ -228,7 +228,7 @@ def test_malformed_bodies_hurt_nobody(address, content, status):
 
 
 def test_a_full_queue(address, client):
-    """What runs beside it goes on: the queue takes all of a request or nothing."""
+    """What is in it is answered."""
     asked = {"model": "tiny", "prompt": ["The sea"] * 120, "n": 2}
     asked["extra_body"] = {"method": "sample"}
 
