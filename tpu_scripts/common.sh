@@ -189,8 +189,12 @@ usual_shape() {
 
 # last_error FILE: what gcloud complained of, in one line.
 last_error() {
-    awk '/^ERROR/ { found = 1 } found' "$1" | tr '\n' ' ' | cut -c1-400
-    [[ -s $1 ]] || echo "no word from gcloud"
+    local line words=
+    while IFS= read -r line || [[ $line ]]; do
+        [[ -z $words && $line != ERROR* ]] || words+="$line "
+    done <"$1"
+    [[ -s $1 ]] || words="no word from gcloud"
+    printf '%s\n' "${words:0:400}"
 }
 
 # ask ARG..: gcloud's answer in ANSWER. Returns 3 where the thing does not exist, 1 where gcloud goes
@@ -351,7 +355,7 @@ on_worker() {
         status=0
         ssh_worker "$worker" "$@" </dev/null >"$SCRATCH/$worker.out" 2>"$SCRATCH/$worker.err" ||
             status=$?
-        line=$(grep -a '^w2s-exit [0-9]' "$SCRATCH/$worker.out" | head -n 1) || true
+        line=$(grep -a -m 1 '^w2s-exit [0-9]' "$SCRATCH/$worker.out") || true
         if [[ $line ]]; then
             line=${line#w2s-exit }
             return "${line%% *}"

@@ -2,7 +2,7 @@
 # The worker's side: setup.sh puts it on every worker as ~/w2s/worker.sh, the other scripts call it.
 # Each call prints `w2s-exit STATUS`, by which they know that it was reached.
 set -euo pipefail
-cd "$(dirname "$0")"
+[[ $0 != */* ]] || cd "${0%/*}"
 
 usage() {
     cat <<'END'
@@ -18,7 +18,8 @@ Usage: bash w2s/worker.sh ACTION ARG..   (called by the other scripts; on a work
 END
 }
 
-boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
+BOOT=unknown
+[[ ! -r /proc/sys/kernel/random/boot_id ]] || read -r BOOT </proc/sys/kernel/random/boot_id
 
 # state FOLDER: none, running, exit:STATUS, or lost (the machine or the supervisor died).
 state() {
@@ -27,7 +28,7 @@ state() {
         echo "exit:$(<"$1/status")"
     elif [[ ! -e $1/pid ]]; then
         echo none
-    elif read -r pid born <"$1/pid" && [[ $born == "$(boot)" ]] && kill -0 "$pid" 2>/dev/null; then
+    elif read -r pid born <"$1/pid" && [[ $born == "$BOOT" ]] && kill -0 "$pid" 2>/dev/null; then
         echo running
     elif [[ -e $1/status ]]; then # it ended between the two looks
         echo "exit:$(<"$1/status")"
@@ -135,9 +136,9 @@ start() {
     printf '%q ' "$@" >"$folder/command"
     : >"$folder/log"
     nohup setsid bash "$PWD/worker.sh" supervise "$folder" "$@" </dev/null >/dev/null 2>&1 &
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 500; tries++)); do
         [[ ! -e $folder/pid ]] || return 0
-        sleep 0.1
+        sleep 0.02
     done
     echo "the command did not start"
     return 1
@@ -149,7 +150,7 @@ supervise() {
     local folder=$1 status=0
     shift
     trap : TERM INT
-    echo "$$ $(boot)" >"$folder/pid.new"
+    echo "$$ $BOOT" >"$folder/pid.new"
     mv "$folder/pid.new" "$folder/pid"
     if [[ -r env ]]; then
         set -a +u # an unset name in it must not look like a machine that died

@@ -1,16 +1,17 @@
 """The benchmark end to end at a small size, and its wrong options."""
 
 import json
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from tests.tiny import tiny_model
+from w2s_jax.bench import search as bench
 from w2s_jax.bench.floor import measure_rates
-from w2s_jax.bench.search import Options, check, report, run
+from w2s_jax.bench.search import Options, check, run
 from w2s_jax.errors import InputError
+from w2s_jax.search.guides import Guide
 from w2s_jax.text.synthetic import vocabularies
 
 SMALL = {
@@ -27,12 +28,28 @@ SMALL = {
 }
 
 
-def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
-    # As quick as can be: what is looked at is what becomes of the rates.
+@pytest.fixture
+def quick_rates(monkeypatch):
+    """As quick as can be: what is looked at is what becomes of the rates."""
     rates = partial(measure_rates, side=256, megabytes=4)
     monkeypatch.setattr("w2s_jax.bench.search.measure_rates", rates)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What each search that is timed was given; none is run."""
+    asked = []
+    monkeypatch.setattr(bench, "search", lambda *args, **settings: asked.append((args, settings)))
+    return asked
+
+
+def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
+    """The phases are run."""
     path = tmp_path / "bench.json"
-    figures = run(Options(**SMALL, cross_vocabulary=True), json_path=path)
+    figures = run(Options(**SMALL), json_path=path)
+    for (_, _, prompts, config), _ in asked:
+        assert np.shape(prompts) == (2, 3)
+        assert (config.max_new_tokens, config.length, config.slots) == (4, 2, 2)
     written = json.loads(path.read_text())
     assert written["options"]["batch_size"] == 2
     assert written["prompts_per_second"] == figures.prompts_per_second > 0
@@ -41,14 +58,33 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
         sum(figures.floor_seconds.values()) / (2 * figures.seconds_per_prompt)
     )
     assert set(figures.phase_seconds) == {"prefill", "proposing", "scoring", "selecting"}
-    across = figures.cross_vocabulary
-    assert across.ratio == pytest.approx(across.seconds_per_prompt / figures.seconds_per_prompt)
-    assert 1 <= across.token_ratio <= 2
     told = capsys.readouterr().out
     assert "share of the floor" in told
-    assert "guides of another vocabulary" in told
-    report(Console(), Options(**SMALL), replace(figures, cross_vocabulary=None))
-    assert "guides of another vocabulary" not in capsys.readouterr().out
+    assert "guides of another vocabulary" not in told
+
+
+def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
+    options, model = Options(**SMALL), tiny_model(0, layers=1)
+    prompts = np.random.default_rng(0).integers(2, 32, (2, 3)).tolist()
+    guide = Guide(model, model)
+    across = bench.measure_across(model, guide, prompts, check(options), options, 0.5)
+    (policy, guides, sent, _), settings = asked[-1]
+    own, _ = vocabularies(32)
+    assert (policy, guides, sent) == (model, None, prompts)
+    assert [one.text for one in settings["conversations"]] == [own.decode(row) for row in prompts]
+    assert settings["decode"](prompts[0]) == own.decode(prompts[0])
+    assert across.ratio == pytest.approx(2 * across.seconds_per_prompt / 0.5)
+    assert 1 <= across.token_ratio <= 2
+
+
+@pytest.mark.slow
+def test_searches_are_timed_on_the_device_and_across_vocabularies(capsys, quick_rates):
+    figures = run(Options(**SMALL, cross_vocabulary=True))
+    across = figures.cross_vocabulary
+    assert figures.compile_seconds > 0
+    assert across.compile_seconds > 0
+    assert across.ratio == pytest.approx(across.seconds_per_prompt / figures.seconds_per_prompt)
+    assert "guides of another vocabulary" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [16, 8192, 32000])

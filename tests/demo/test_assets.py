@@ -41,15 +41,23 @@ def test_all_models_share_one_vocabulary(demo):
     assert len(demo.tokenizer) == demo.policy.config.vocab_size == demo.gold.config.vocab_size
 
 
+def logprobs(model, rows):
+    """Log-probs of all tokens but the first of each row; the rows are one batch."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    logits = np.asarray(model(tokens), np.float64)
+    found = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return [found[i, np.arange(len(row) - 1), row[1:]] for i, row in enumerate(rows)]
+
+
 def test_the_policy_finds_reviews_likelier_than_shuffled_ones(demo):
     review = (
         "This is one of the best movies I have ever seen. The acting is great and so is the story."
     )
     tokens = np.array(demo.tokenizer(review)["input_ids"], np.int32)
     shuffled = np.concatenate([tokens[:1], np.random.default_rng(0).permutation(tokens[1:])])
-    logprobs = jax.nn.log_softmax(demo.policy(jnp.stack([tokens, shuffled])))[:, :-1]
-    targets = jnp.stack([tokens, shuffled])[:, 1:]
-    likely, unlikely = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0].mean(-1)
+    likely, unlikely = (found.mean() for found in logprobs(demo.policy, [tokens, shuffled]))
     assert likely > unlikely + 2
     assert -likely < 3.5
 
@@ -60,10 +68,9 @@ def test_the_gold_reward_and_the_guide_tell_praise_from_blame(demo):
     good, bad = gold_rewards(demo.gold, demo.tokenizer, [praise, blame])
     assert good > 1 > -1 > bad
 
-    def implicit(text):
-        tokens = jnp.array([demo.tokenizer(text)["input_ids"]])
-        both = [jax.nn.log_softmax(model(tokens))[0, :-1] for model in (demo.tuned, demo.untuned)]
-        rows = jnp.arange(tokens.shape[1] - 1)
-        return float((both[0] - both[1])[rows, tokens[0, 1:]].sum())
-
-    assert implicit(praise) > implicit(blame)
+    rows = [demo.tokenizer(text)["input_ids"] for text in (praise, blame)]
+    tuned, untuned = (logprobs(model, rows) for model in (demo.tuned, demo.untuned))
+    good, bad = (
+        with_it.sum() - without.sum() for with_it, without in zip(tuned, untuned, strict=True)
+    )
+    assert good > bad

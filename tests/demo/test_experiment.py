@@ -1,12 +1,10 @@
 import json
-import math
 
-import jax
 import numpy as np
 import pytest
 
 from tests.demo.test_run import stand_in
-from tests.tiny import tiny_config
+from tests.tiny import tiny_model
 from w2s_jax.demo.experiment import (
     EvaluationConfig,
     decode_all,
@@ -22,7 +20,6 @@ from w2s_jax.demo.experiment_report import (
     summarise_experiment,
 )
 from w2s_jax.errors import InputError
-from w2s_jax.models.model import init_model
 from w2s_jax.search.guides import Guide
 from w2s_jax.search.likelihood import Response
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
@@ -159,21 +156,22 @@ def test_settings_out_of_range_are_told(change, message):
         EvaluationConfig(**change)
 
 
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
 def logprobs_by_hand(logits, tokens, start):
-    """log p of each of `tokens`, the first predicted at `start`, from logits [X, V]."""
-    total = 0.0
-    for place, token in enumerate(tokens, start):
-        row = logits[place].astype(np.float64)
-        total += row[token] - math.log(np.exp(row - row.max()).sum()) - row.max()
-    return total
+    """log p of `tokens`, the first predicted at `start`, from logits [X, V]."""
+    return sum(log_softmax(logits)[place, token] for place, token in enumerate(tokens, start))
 
 
 def test_log_probs_are_those_of_the_tempered_mixture():
-    config = tiny_config(vocab_size=300, eos_ids=(0,), max_positions=64)
-    policy, tuned, untuned = (init_model(config, jax.random.key(seed)) for seed in range(3))
+    shape = {"vocab_size": 300, "eos_ids": (0,), "max_positions": 64, "layers": 1}
+    policy, tuned, untuned = (tiny_model(seed, sharpness=6.0, **shape) for seed in range(3))
     prompt, tokens = (5, 6, 7), (8, 9, 0)
     read = np.array([[*prompt, *tokens[:-1]]])
-    p, t, u = (np.asarray(jax.nn.log_softmax(model(read))[0]) for model in (policy, tuned, untuned))
+    p, t, u = (log_softmax(model(read)[0]) for model in (policy, tuned, untuned))
     asked = [Response((prompt,), tokens)]
     guide = Guide(tuned, untuned)
     for temperature in (1.0, 0.7):

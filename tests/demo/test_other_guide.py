@@ -42,8 +42,10 @@ def test_its_family_and_vocabulary_are_not_the_policys(demo, other):
 
 
 def summed_logprob(model, tokens, start):
-    """Log-probability of tokens[start:] by one plain forward of everything."""
-    logits = np.asarray(model(jnp.array([tokens]))[0], np.float64)
+    """Log-probability of tokens[start:] by one plain forward of everything, padded."""
+    padded = np.zeros((1, -(-len(tokens) // 32) * 32), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(model(padded)[0], np.float64)
     logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     return sum(logprobs[i - 1, tokens[i]] for i in range(start, len(tokens)))
 

@@ -40,6 +40,7 @@ def test_more_or_fewer_openings_than_there_are(count):
         read_openings(count)
 
 
+@pytest.mark.slow
 def test_the_openings_are_none_of_the_data_set(shared_data):
     import lzma
 

@@ -92,6 +92,7 @@ class FakeAPI:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or every body waits until its head is acknowledged
 
             def do_POST(self) -> None:
                 api.answer(self)

@@ -52,9 +52,17 @@ async def running(served, engine, *, grace=0.2):
 
 
 @pytest.fixture
-def compiling(monkeypatch):
-    """Set once the engine compiles; it does not end before the test does."""
-    begun, over = threading.Event(), threading.Event()
+def over():
+    """When what compiles is to end, at the latest with the test."""
+    over = threading.Event()
+    yield over
+    over.set()
+
+
+@pytest.fixture
+def compiling(monkeypatch, over):
+    """Set once the engine compiles; that fails when it is over."""
+    begun = threading.Event()
 
     def start_session(*args, **settings):
         begun.set()
@@ -62,8 +70,8 @@ def compiling(monkeypatch):
         raise RuntimeError("too late to matter")
 
     monkeypatch.setattr(room.sessions, "start_session", start_session)
-    yield begun
-    over.set()
+    monkeypatch.setattr(process, "_LAST_CHUNK", 0.1)
+    return begun
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -86,6 +94,29 @@ def test_what_waits_for_a_compilation_hears_503_when_the_server_ends(
     assert is_sound
     assert engine.is_running, "it still compiles"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_runs_is_let_run_and_what_comes_late_is_refused(served, engine, compiling, over):
+    async def end():
+        async with (
+            running(served, engine, grace=60) as (server, address, ended),
+            httpx.AsyncClient(base_url=address) as one,
+        ):
+            asked = asyncio.ensure_future(one.post("/v1/completions", json=BODY))
+            assert await asyncio.to_thread(compiling.wait, 30)
+            server.handle_exit(signal.SIGTERM, None)
+            while (await one.get("/health")).status_code == 200:
+                await asyncio.sleep(0.01)
+            late = await one.post("/v1/completions", json=BODY)
+            assert not asked.done()
+            over.set()
+            return await asked, late, await ended
+
+    answer, late, is_sound = asyncio.run(end())
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+    # Its own end, not the server's.
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "search_failed")
+    assert is_sound
 
 
 def test_a_request_that_is_cut_off_before_it_is_read_hears_503(served, engine, monkeypatch):
@@ -130,37 +161,44 @@ def test_the_process_does_not_wait_for_a_compiler(engine, monkeypatch, is_runnin
     assert ends == ([0] if is_running else [])
 
 
-@pytest.mark.parametrize(
-    ("said", "is_closed"),
-    [
-        (b"", True),
-        (b"GET /health HTTP/1.1\r\nHost: loc", True),
-        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea", True),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-         b"Content-Length: 9\r\n\r\n{", False),
-    ],
-    ids=["nothing", "half", "a_second_half", "a_body"],
-)  # fmt: skip
-def test_headers_that_do_not_come_are_not_waited_for(served, engine, monkeypatch, said, is_closed):
+DAWDLERS = {
+    "nothing": b"",
+    "half": b"GET /health HTTP/1.1\r\nHost: loc",
+    "a second half": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+    "a body": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 9\r\n\r\n{"
+    ),
+}
+
+
+def test_headers_that_do_not_come_are_not_waited_for(served, engine, monkeypatch):
+    """A body is."""
     monkeypatch.setattr(process, "_HEADER_SECONDS", 0.2)
     monkeypatch.setattr(process, "_LAST_WORDS", 0.1)
 
-    async def dawdle():
-        async with running(served, engine) as (_, address, _):
-            reader, writer = await asyncio.open_connection(
-                *address.removeprefix("http://").split(":")
-            )
-            begun = time.monotonic()
-            for byte in said:
-                # One by one: what comes does not put the end off.
-                writer.write(bytes([byte]))
-            try:
-                await asyncio.wait_for(reader.read(), 2)
-                closed = time.monotonic() - begun
-            except TimeoutError:
-                closed = None
+    async def dawdle(address, said):
+        reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+        for byte in said:
+            # One by one: what comes does not put the end off.
+            writer.write(bytes([byte]))
+        try:
+            await reader.read()
+        finally:
             writer.close()
-            return closed
 
-    closed = asyncio.run(dawdle())
-    assert (closed is not None) == is_closed
+    async def dawdle_all():
+        async with running(served, engine) as (_, address, _):
+            tasks = {
+                name: asyncio.ensure_future(dawdle(address, said))
+                for name, said in DAWDLERS.items()
+            }
+            body = tasks.pop("a body")
+            await asyncio.wait_for(asyncio.gather(*tasks.values()), 30)
+            # As long again, by the clock of the loop that closes.
+            await asyncio.sleep(process._HEADER_SECONDS)
+            waited = not body.done()
+            body.cancel()
+            return waited
+
+    assert asyncio.run(dawdle_all())

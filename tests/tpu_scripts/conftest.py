@@ -1,10 +1,10 @@
 """A stub cloud for tpu_scripts/: a gcloud and pythons on PATH, in a folder of the test."""
 
-import ast
 import os
 import shutil
 import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "tpu_scripts"
+STUB = Path(__file__).with_name("stub_gcloud.sh")
 SLICE = ["--name", "probe", "--project", "mine", "--zone", "us-east5-b"]
 WHERE = ["--project=mine", "--zone=us-east5-b"]
 
@@ -37,9 +38,7 @@ class Cloud:
         bin_folder = folder / "bin"
         for made in (self.folder, self.work, bin_folder):
             made.mkdir()
-        gcloud = bin_folder / "gcloud"
-        stub = Path(__file__).with_name("stub_gcloud.py")
-        gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {stub} "$@"\n')
+        shutil.copy(STUB, bin_folder / "gcloud")
         for name in ("python", "python3.11", "python3.12", "python3.13"):
             (bin_folder / name).write_text(PYTHON)
         for made in bin_folder.iterdir():
@@ -73,8 +72,8 @@ class Cloud:
     @property
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [ast.literal_eval(line) for line in lines]
+        calls = path.read_bytes().decode().split("\x1e")[:-1] if path.exists() else []
+        return [call.split("\x1f") for call in calls]
 
     def verbs(self) -> list[str]:
         """The calls, by the words that say what they do: `tpu-vm create`."""
@@ -94,6 +93,13 @@ class Cloud:
             check=False,
             stdin=subprocess.DEVNULL,
         )
+
+
+def wait_for(check: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Copies between workers and a bucket: one worker, all, shared, again and again."""
 
-import time
+from tests.tpu_scripts.conftest import wait_for
 
 
 def write(cloud, worker: int, name: str, text: str) -> None:
@@ -66,9 +66,6 @@ def test_again_and_again(cloud):
     assert done.returncode == 0, done.stderr
     write(cloud, 1, "out/rows.jsonl", "row\n")
     copied = cloud.folder / "bucket/bucket/x/worker-1/rows.jsonl"
-    until = time.monotonic() + 60
-    while not copied.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert copied.read_text() == "row\n"
+    wait_for(lambda: copied.exists() and copied.read_text() == "row\n")
     done = cloud.run("run.sh", "--run", "copy", "--stop")
     assert done.returncode == 0, done.stderr

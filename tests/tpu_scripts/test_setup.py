@@ -1,12 +1,12 @@
 """Making workers ready: what is brought, what is installed, once, and the check of the chips."""
 
-import os
+import shutil
 import subprocess
 import tarfile
 
 import pytest
 
-from tests.tpu_scripts.conftest import ROOT
+from tests.tpu_scripts.conftest import SCRIPTS
 
 GIT = "git+https://example.org/w2s.git@v1"
 
@@ -89,19 +89,29 @@ def test_secrets_in_quotes_come_as_they_are(cloud):
 
 
 def test_this_checkout_as_it_is(cloud):
+    """What is tracked and what is new, as it is now; not what was deleted or is ignored."""
+    root = cloud.folder.parent / "checkout"
+    shutil.copytree(SCRIPTS, root / "tpu_scripts")
+    for name in ("pyproject.toml", "gone.py", "a name.py", "é.py"):
+        (root / name).write_text("as it was\n")
+    (root / ".gitignore").write_text("*.pyc\n")
+    git = ["git", "-C", str(root), "-c", "init.defaultBranch=main"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    (root / "gone.py").unlink()
+    for name in ("new.py", "ignored.pyc", "pyproject.toml"):
+        (root / name).write_text("as it is\n")
     cloud.ready(set_up=False)
-    done = cloud.run("setup.sh", "--source", "checkout", "--no-check")
+    script = root / "tpu_scripts/setup.sh"
+    done = cloud.run(str(script), "--source", "checkout", "--no-check")
     assert done.returncode == 0, done.stderr
     with tarfile.open(cloud.home(0) / "source/checkout.tar.gz") as tar:
-        names = set(tar.getnames())
-    listed = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\0")
-    assert names == {name for name in listed if name and os.path.lexists(ROOT / name)}
-    assert (cloud.home(1) / "source/checkout/pyproject.toml").exists()
+        names = {name for name in tar.getnames() if not name.startswith("tpu_scripts/")}
+    assert names == {".gitignore", "a name.py", "é.py", "new.py", "pyproject.toml"}
+    for worker in (0, 1):
+        unpacked = cloud.home(worker) / "source/checkout"
+        assert (unpacked / "pyproject.toml").read_text() == "as it is\n"
+        assert (unpacked / "tpu_scripts/setup.sh").exists()
 
 
 def test_a_failing_install_is_shown_and_stops(cloud):
