@@ -214,7 +214,9 @@ def test_a_prompt_is_read_once_for_its_samples_and_nothing_is_scored(
         assert cache.committed[0].keys.shape[:2] == (SAMPLED.batch_size, SAMPLED.samples)
 
 
-def test_slots_are_refilled_as_rows_finish(model, tokenizer, stopped, tmp_path, monkeypatch):
+def test_slots_are_refilled_as_rows_finish(model, tokenizer, tmp_path, monkeypatch):
+    stop = tuple("abcdefghijklmnop")  # of bytes at random: some rows end soon, some late
+    settings = dataclasses.replace(SAMPLED, stop=stop, samples=1, max_new_tokens=48)
     rows = [{"id": index, "prompt": "A film"} for index in range(12)]
     begun, chunks, told = set(), dict.fromkeys(range(12), 0), []
     count = 0
@@ -230,7 +232,7 @@ def test_slots_are_refilled_as_rows_finish(model, tokenizer, stopped, tmp_path, 
 
     monkeypatch.setattr(room, "advance", advance)
     generate(
-        model, tokenizer, rows, stopped, tmp_path / "out.jsonl", lambda *done: told.append(done)
+        model, tokenizer, rows, settings, tmp_path / "out.jsonl", lambda *done: told.append(done)
     )
     assert told == [(done, 12) for done in range(13)]
     in_pairs = sum(max(chunks[index], chunks[index + 1]) for index in range(0, 12, 2))
