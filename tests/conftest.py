@@ -107,8 +107,8 @@ def with_devices(count: int) -> str:
 def run_python() -> Callable[..., str]:
     """Runs source in a process of its own and returns its output: `run_python(code, devices=8)`.
 
-    On one device in a fresh interpreter, on several, or where asked for, in a fork of a process that
-    has its imports done.
+    On one device in a fresh interpreter; on several, or where asked for, in a fork of a process
+    that has its imports done.
     """
 
     def run(code: str, *, devices: int = 1, forked: bool = False, timeout: float = 300) -> str:
