@@ -21,7 +21,7 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 from tests.models.adapters import ADAPTERS, adapt  # noqa: E402
 from tests.models.checkpoints import logits_of  # noqa: E402
 
-GOLDEN = ("gpt2_fused", "qwen2", "gemma")
+GOLDEN = ("gpt2_fused", "qwen2", "gemma", "gemma_embedding")
 MODEL = "model.safetensors"
 
 

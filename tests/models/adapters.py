@@ -36,6 +36,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma",
         {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "use_rslora": True},
     ),
+    # Of a tied base: what PEFT saves is the embedding's own, and the head stays the base's.
+    "gemma_embedding": (
+        "gemma",
+        {"target_modules": ["v_proj", "down_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
     "gemma2": ("gemma2", {"target_modules": "all-linear", "lora_dropout": 0.1}),
 }
 

@@ -31,8 +31,9 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+# gemma_embedding: modules_to_save holds the embedding of a tied base.
 @pytest.mark.parametrize(
-    ("case", "scan_layers"), list(zip(CASES, [False, True, False], strict=True))
+    ("case", "scan_layers"), list(zip(CASES, [False, True, False, True], strict=True))
 )
 def test_logits_are_those_of_peft(case, scan_layers):
     expected = load_file(GOLDEN / case / "expected.safetensors")
