@@ -39,7 +39,7 @@ ONE_VOTE = [
     ("1/3", r"0.\overline{3}", r"0.\overline3", "0.333..."),
     (r"60^\circ,120^\circ", "120°, 60°", r"60^{\circ} \text{ and } 120^{\circ}"),
     (r"2\pi", "2pi", "2π", "2*pi"),
-    ("x>3", r"(3,\infty)", "3 < x", r"x \in (3, \infty)"),
+    ("x>3", r"(3,\infty)", "3 < x", r"x \in (3, \infty)", r"x \gt 3"),
     (r"x \le 3", r"x\leq 3", r"x \leqslant 3", r"(-\infty, 3]"),
     (r"3\pmod7", r"3 \pmod{7}", r"x \equiv 3 \pmod 7"),
     ("xy", "yx", r"x \cdot y"),

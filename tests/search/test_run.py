@@ -322,6 +322,21 @@ def test_what_is_no_model_or_guide_is_refused_in_one_line(policy, guide):
         unchecked(policy, [guide.tuned, guide.untuned])
 
 
+def test_models_of_a_guide_compute_in_the_wider_of_their_dtypes(guide):
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), guide.untuned.params)
+    half = Model(guide.untuned.config, halves)
+    found = search_models(guide.tuned, Guide(guide.tuned, half)).guides[0]
+    assert found.tuned is guide.tuned
+    assert found.untuned.dtype == jnp.float32
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.float32(x), y), halves, found.untuned.params
+    )
+    alike = search_models(guide.tuned, Guide(half, half)).guides[0]
+    assert alike.tuned is alike.untuned is half
+    with pytest.raises(InputError, match="not a model alone"):
+        search_models(guide.tuned, guide.tuned)
+
+
 def test_padded_vocabularies_of_bfloat16_are_one_and_padding_is_never_proposed(policy, guide):
     """Of bfloat16 models. With guides that steer, test_likelihood.py has them."""
 

@@ -209,6 +209,14 @@ def test_labelled(row, labels):
     assert len(parse("sequences", row)) == sum(labels.values())
 
 
+def test_what_is_not_wanted_is_never_imitated_where_the_first_row_says_nothing():
+    reader = parser("sequences", "auto", ("prompt", "completion"), "rows.jsonl")
+    row = {"prompt": "a", "completion": "b"}
+    assert len(reader(row | {"label": None}, "line 1")) == 1
+    with pytest.raises(InputError, match='^line 2: "label" is false, which rows of the format pro'):
+        reader(row | {"label": False}, "line 2")
+
+
 def test_a_named_format_is_read_whatever_else_a_row_holds():
     row = {"text": "a", "prompt": "b", "completion": "c"}
     assert parse("sequences", row, "text") == (Example(None, (text("a"),), "all"),)

@@ -46,6 +46,14 @@ def test_a_template_without_end_is_an_error(tokenizer, monkeypatch, jinja):
     assert found == [True, True]
 
 
+def test_a_power_which_nothing_breaks_off_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}\n{{ (9 ** (9 ** 9)) % 7 }}"
+    with pytest.raises(InputError, match=r"takes a power \(\*\*\) in line 2, which may not end"):
+        template(tokenizer)
+    tokenizer.chat_template = "{{ dict(**{'a': messages[0]['content']})['a'] }}"
+    assert template(tokenizer).render(chat(("user", "hi"))) == "hi"
+
+
 def test_what_watched_before_watches_again():
     seen = []
 

@@ -188,6 +188,7 @@ def write(name, content):
         (write("tokenizer.json", b"{}"), "the tokenizer cannot be read"),
         (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
         (write("tokenizer.model", POINTER), "tokenizer.model is a Git LFS pointer"),
+        (write("chat_template.jinja", POINTER), "chat_template.jinja is a Git LFS pointer"),
         (write("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is not a SentencePiece BPE model"),
         (write("tokenizer.model", b"\xff" * 40), "is not a SentencePiece BPE model"),
         (write("tokenizer_config.json", b"no json"), "the tokenizer cannot be read"),

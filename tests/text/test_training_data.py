@@ -167,6 +167,30 @@ def test_a_conversation_that_the_assistant_opens(config):
     assert texts(chatty, batch, 0)[1] == f"hi{end}two{end}four{end}"
 
 
+@pytest.mark.parametrize(
+    ("first", "template", "found"),
+    [
+        # What is said comes again in what ends a turn, is written otherwise, or is a call alone.
+        ({"content": "ext"}, "{{ m['content'] }}", "ext"),
+        ({"content": "hi  you"}, "{{ m['content'] | upper }}", "HI  YOU"),
+        ({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+         "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}",
+         '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'),
+    ],
+)  # fmt: skip
+def test_what_the_assistant_opens_with_is_trained_however_it_is_written(
+    config, first, template, found
+):
+    chatty = load_tokenizer(TOKENIZER)
+    chatty.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>" + template + "<|endoftext|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [{"messages": [{"role": "assistant", **first}, {"role": "user", "content": "q"}]}]
+    batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
+    assert texts(chatty, batch, 0)[1] == f"{found}<|endoftext|>\n"
+
+
 def test_thoughts_that_a_template_forgets_when_the_conversation_goes_on(config):
     chatty = load_tokenizer(TOKENIZER)
     chatty.chat_template = (

@@ -262,6 +262,15 @@ def test_an_evaluation_of_nothing_is_null_and_gives_no_score(tmp_path):
     assert best_step(tmp_path / "checkpoints") == 4
 
 
+def test_an_evaluation_that_is_no_number_stops_the_run(tmp_path):
+    def evaluate(state):
+        raise FloatingPointError("v over the held-out examples is nan")
+
+    with pytest.raises(Diverged, match="v over the held-out examples is nan at step 2") as stopped:
+        run(tmp_path, steps=4, evaluate=evaluate, eval_every=2, names=lambda i: ["a.jsonl line 1"])
+    assert stopped.value.rows == ()
+
+
 def test_a_best_metric_that_is_not_measured_is_named(tmp_path):
     with pytest.raises(InputError, match=r"keep_best 'eval/x' is no metric .* there are eval/w"):
         run(tmp_path, steps=2, evaluate=first_weight, keep_best="eval/x")

@@ -53,6 +53,19 @@ def test_an_evaluation_sums_values_and_counts_over_batches(rows):
     assert found.keys() == {"loss", "low", "never"}
 
 
+def test_a_held_out_mean_that_is_no_number_is_an_error():
+    def spoilt(params, frozen, batch, key):
+        return jnp.float32(0), jnp.float32(2), {"loss": jnp.float32(jnp.nan)}
+
+    rows = Part(Rows(), np.arange(len(VALUES)))
+    measure = evaluation(
+        Task(Policy(tiny_config()), spoilt, rows, rows), RunConfig(OptimizerConfig())
+    )
+    state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
+    with pytest.raises(FloatingPointError, match="^loss over the held-out examples is nan$"):
+        measure(state)
+
+
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [
     (11, 1.0, 2), (20, 1.0, 3), (16, 1.0, 2), (20, 2.0, 5), (30, 0.1, 1), (24, 0.01, 1),
     (300, 0.1, 4),

@@ -92,6 +92,8 @@ class DPO(Training):
                 raise InputError(f"--{flag} has no effect without --loss-type wspo")
         if "kto" in preference.loss_type and self.batch_size // max(self.accumulate, 1) < 2:
             raise InputError("--loss-type kto pairs responses of a batch; it needs 2 rows or more")
+        if "kto" in preference.loss_type and self.eval_batch_size == 1:
+            raise InputError("--loss-type kto pairs responses; --eval-batch-size 1 holds only one")
         sorting = [loss for loss in preference.loss_type if loss in ("aot", "aot_unpaired")]
         if sorting and self.weight_column is not None:
             raise InputError(

@@ -25,6 +25,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
+    STORED,
     is_adapter,
     load_model,
     locate,
@@ -120,15 +121,16 @@ def load_adapted(
     """A base with an adapter on it: merged into its kernels, or beside the base's own arrays.
 
     base None loads the one that the adapter names; the other arguments are as in `load_model`, but
-    without a dtype what is merged is float32: a dtype of fewer bits, as bases are often stored in,
-    would lose most of an adapter. On a quantised base the adapter stays beside it, `merged` or not.
+    without a dtype, or as "stored", what is merged is float32: a dtype of fewer bits, as bases are
+    often stored in, would lose most of an adapter. On a quantised base the adapter stays beside it,
+    `merged` or not.
 
     Raises InputError as `load_model` and `load_adapter` do.
     """
     directory = locate(path_or_hub_id)
     if base is None:
         name = base_of(directory)
-        if dtype is None and merged and quantize is None:
+        if dtype in (None, STORED) and merged and quantize is None:
             dtype = "float32"
         try:
             base = load_model(

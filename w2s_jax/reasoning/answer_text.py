@@ -66,8 +66,10 @@ _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d)")
 # What the published normaliser, which takes "ft" out of everything, leaves of \\left and \\infty.
 _DAMAGED = ((re.compile(r"\\le(?=[(\[{|])(?=.*\\right)"), ""), (re.compile(r"\\iny\b"), r"\\infty"))
 _SYNONYMS = (
-    (re.compile(r"\\(?:leq(?:slant)?|leqq|lt)(?![a-zA-Z])"), r"\\le "),
-    (re.compile(r"\\(?:geq(?:slant)?|geqq|gt)(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\(?:leq(?:slant)?|leqq)(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
+    (re.compile(r"\\(?:geq(?:slant)?|geqq)(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
     (re.compile(r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
     (re.compile(r"\\colon(?![a-zA-Z])"), ":"),

@@ -1,13 +1,20 @@
 """The models of a search: the policy and the guides that steer it."""
 
+import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
+from w2s_jax.models.quantize import is_quantized
 from w2s_jax.pytrees import pytree
+
+log = logging.getLogger(__name__)
 
 
 @pytree()
@@ -63,17 +70,39 @@ def member_names(guides: int) -> tuple[str, ...]:
     return ("policy", *(name for pair in pairs for name in pair))
 
 
+def in_one_dtype(tuned: Model, untuned: Model) -> tuple[Model, Model]:
+    """Both models in the wider of their dtypes; they are as they were where it is one.
+
+    A log-ratio is small beside what rounding to bfloat16 does to a log-probability: where a tuned
+    model is float32 and its untuned one bfloat16, the difference would be the rounding's.
+    """
+    wide = jnp.promote_types(tuned.dtype, untuned.dtype)
+    pair = {"tuned": tuned, "untuned": untuned}
+    for name, model in pair.items():
+        if model.dtype != wide and not is_quantized(model.params):
+            log.info("the %s model computes in %s, as the other of its guide does", name, wide)
+            params = jax.tree.map(
+                lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                model.params,
+            )
+            pair[name] = replace(model, params=params)
+    return pair["tuned"], pair["untuned"]
+
+
 LARGEST_PADDING = 1024
 
 
 def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> SearchModels:
     """Bundle the models of a search, whose vocabularies must be one.
 
-    Padding may make their sizes differ. Whether the token maps are equal is for whoever holds the
+    Padding may make their sizes differ. Both models of a guide compute in one dtype
+    (`in_one_dtype`). Whether the token maps are equal is for whoever holds the
     tokenizers to check (`text.tokenizer.same_vocabulary`).
     Raises InputError where the sizes differ by more than padding does (1024), and for what is no
     model or guide.
     """
+    if isinstance(guides, Model):
+        raise InputError("a guide is Guide(tuned, untuned), not a model alone")
     chosen = (guides,) if isinstance(guides, Guide) else tuple(guides or ())
     for guide in chosen:
         if not isinstance(guide, Guide):
@@ -90,4 +119,6 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
                     f"policy {policy.config.vocab_size}; token-level guidance needs one vocabulary "
                     "(search.judges.TextLogRatio reads texts in any)"
                 )
-    return SearchModels(policy, chosen)
+    pairs = [in_one_dtype(guide.tuned, guide.untuned) for guide in chosen]
+    alike = (Guide(*pair, guide.weight) for pair, guide in zip(pairs, chosen, strict=True))
+    return SearchModels(policy, tuple(alike))

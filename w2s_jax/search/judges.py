@@ -4,7 +4,7 @@ How a model reads no token twice is in `reading.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.labels import contrast, label_names
 from w2s_jax.models.model import Model
+from w2s_jax.search.guides import in_one_dtype
 from w2s_jax.search.reading import (
     Place,
     Reading,
@@ -56,6 +57,12 @@ class TextLogRatio:
     tuned: TextModel
     untuned: TextModel
     weight: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        pair = in_one_dtype(self.tuned.model, self.untuned.model)
+        for name, model in zip(("tuned", "untuned"), pair, strict=True):
+            if getattr(self, name).model is not model:
+                object.__setattr__(self, name, replace(getattr(self, name), model=model))
 
     @property
     def members(self) -> tuple[TextModel, TextModel]:

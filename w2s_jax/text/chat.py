@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.conversations import Conversation, Message, function_of
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
@@ -238,6 +239,7 @@ def load_template(
             f"{where}: no template {name!r}{hint}; it takes a .jinja file or one of "
             f"{', '.join(_NAMES)}"
         )
+    _check_powers(template.jinja or "", where)
     if name != "auto":  # whose rows may never need the tokenizer's template
         _check_syntax(template)
     return template
@@ -268,6 +270,7 @@ def renderer(
 
 
 def _read(path: str, where: str) -> str:
+    check_fetched(Path(path).expanduser())
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -291,6 +294,22 @@ def _chat_template(tokenizer: Any, name: str, where: str) -> str | None:
         if name == "auto":
             return None
         raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_powers(jinja: str, where: str) -> None:
+    """Raise InputError for a template with a power: one of large numbers cannot be broken off."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [one for one in Environment().lex(jinja) if one[1] != "whitespace"]
+    except TemplateSyntaxError:  # told where it is rendered
+        return
+    for (_, kind, text), (line, _, operator) in pairwise(tokens):
+        # Behind a bracket or a comma it hands arguments on.
+        if operator == "**" and (kind != "operator" or text in (")", "]", "}")):
+            raise InputError(
+                f"{where}: the chat template takes a power (**) in line {line}, which may not end"
+            )
 
 
 def _check_syntax(template: Template) -> None:

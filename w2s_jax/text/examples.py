@@ -63,7 +63,19 @@ class Reader:
         missing = [column for column in self.format.columns if column not in present]
         if missing:
             raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
+        self._check_labels(present, where)
         return _as_kind(self.kind, self.format.parse(present, where), where)
+
+    def _check_labels(self, row: Row, where: str) -> None:
+        """A response that is not wanted is no sequence to learn, whatever the first row held."""
+        if self.kind != "sequences":
+            return
+        for name in sorted({"label", "kto_tag"} & row.keys() - {*self.format.columns}):
+            if row[name] is False:
+                raise InputError(
+                    f'{where}: "{name}" is false, which rows of the format {self.format.form} do '
+                    "not have; give every row one, also the first, or leave such rows out"
+                )
 
     def unread(self, row: Row) -> set[str]:
         """The columns of a row that hold text, messages or the like and are no part of examples."""

@@ -6,6 +6,7 @@ Text goes through text/chat.py's templates; rows, files and batches are elsewher
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -236,7 +237,7 @@ def _answers(
         else:
             closing = template.render_whole(whole[: index + 1], tools)
             # Templates put a system's message of their own in front, which nobody said.
-            opening = opening if before else closing[: closing.rfind(message.content.strip())]
+            opening = opening if before else _first_opening(template, closing, tools)
             closing = _as_it_goes_on(text, opening, closing)
         if not (text.startswith(opening) and text.startswith(closing)):
             raise InputError(
@@ -246,6 +247,14 @@ def _answers(
             )
         spans.append((len(opening), len(closing)))
     return spans
+
+
+def _first_opening(template: Template, closing: str, tools: Sequence[Any]) -> str:
+    """What a conversation that the assistant begins has in common, whatever is said in it."""
+    said = [(Message("assistant", content),) for content in ("\u2603", "\u260e")]
+    rendered = [closing, *(template.render_whole(one, tools) for one in said)]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*rendered, strict=False))
+    return closing[: len(list(alike))]
 
 
 def _as_it_goes_on(text: str, opening: str, closing: str) -> str:

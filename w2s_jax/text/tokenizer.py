@@ -38,6 +38,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     directory = _locate(path_or_hub_id)
     if not holds_tokenizer(directory) and (directory / "adapter_config.json").is_file():
         return load_tokenizer(_base(directory))
+    for path in directory.glob("chat_template*"):  # which are read as they are
+        check_fetched(path)
     try:
         tokenizer = _load(directory)
     except Exception as error:  # the parsers of tokenizers raise bare Exception

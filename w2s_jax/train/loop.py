@@ -276,7 +276,9 @@ class _Run:
             with self.meter.paused():
                 if self.evaluate is not None and self._evaluates(done):
                     with self.stop.interruptible():
-                        values = {f"eval/{k}": float(v) for k, v in self.evaluate(state).items()}
+                        values = {
+                            f"eval/{k}": float(v) for k, v in self._measured(done, state).items()
+                        }
                     self._tell(done, {"seconds": round(self.meter.seconds(), 2), **values})
                     score = self._score(values)
                 if self.sample is not None and self._samples(done):
@@ -296,6 +298,13 @@ class _Run:
             return self.sample(state)
         except RowsFailed as failed:
             raise self._diverged(done - 1, f"samples: {failed}") from None
+
+    def _measured(self, done: int, state: TrainState) -> Mapping[str, float]:
+        assert self.evaluate is not None
+        try:
+            return self.evaluate(state)
+        except FloatingPointError as error:
+            raise self._diverged(done - 1, str(error), by_batch=False) from None
 
     def _score(self, values: Values) -> float | None:
         if self.config.keep_best is None:
@@ -328,9 +337,9 @@ class _Run:
         self.checkpoints.save(state, values, score)
         self.saved_at = time.monotonic()
 
-    def _diverged(self, i: int, what: str) -> Diverged:
+    def _diverged(self, i: int, what: str, *, by_batch: bool = True) -> Diverged:
         _close_quietly(self.checkpoints)  # a save that is running holds a good state
-        rows = tuple(self.names(i)) if self.names is not None else ()
+        rows = tuple(self.names(i)) if self.names is not None and by_batch else ()
         return Diverged(i + 1, what, rows, self.checkpoints.latest, str(self.where))
 
     def _asked(self, done: int) -> bool:

@@ -213,6 +213,7 @@ def evaluation(
     Examples are read in order, without dropout; what is left of them after whole batches is a
     batch of its own. Those that the mesh does not divide are read on every part of it, few at a
     time. A mean over no example is nan.
+    What is returned raises FloatingPointError where one over examples is no number.
     """
     data = task.held_out
     assert data is not None
@@ -242,11 +243,14 @@ def evaluation(
             for name, value in metrics.items():
                 part = _as_mean(value, float(weight))
                 sums[name] = Mean(*map(np.add, sums.get(name, Mean(0.0, 0.0)), part))
-        return {
-            name: float(mean.value) if np.all(mean.count) else math.nan
-            for name, mean in sums.items()
-            if name not in SUMMED
-        }
+        found = {}
+        for name, mean in sums.items():
+            if name in SUMMED:
+                continue
+            found[name] = float(mean.value) if np.all(mean.count) else math.nan
+            if np.all(mean.count) and not math.isfinite(found[name]):
+                raise FloatingPointError(f"{name} over the held-out examples is {found[name]}")
+        return found
 
     return evaluate
 
