@@ -187,6 +187,8 @@ def test_olympic_answers(prediction, gold, same):
         ("<think>The answer is 3.</think>\n\n**4**", "4"),
         ("The answer is approximately 3.", "3"),
         ("The answer is Evelyn.", "Evelyn"),
+        ("The answer is -x^3+4x^2-7x-3.", "-x^{3}+4x^{2}-7x-3"),
+        ("The answer is -n(n+1)/2.", "-n(n+1)/2"),
         ("The answer is $20 and not $30.", "$20 and not $30"),
         ("She spent $70 on 7.\nEach gift cost $10", "$10"),
         *[("\\boxed{12", ""), ("She has 72 clips.", ""), ("#### ", ""), ("", "")],

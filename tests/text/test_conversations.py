@@ -74,6 +74,11 @@ def user(content):
         ),
         ({"messages": [*user("a"), {"role": "bot"}]}, "\"messages\"[1] has the role 'bot'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "has the role ['user']"),
+        (
+            {"messages": [{"role": "user", "content": "", "function_call": {"name": "f"}}]},
+            '"messages"[0] has a "function_call"; it takes "tool_calls"',
+        ),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "[0] has weight 0"),
         ({"messages": [{"role": "user"}]}, '"messages"[0] has no content; it takes text'),
         ({"messages": user(7)}, '"messages"[0] has int as its content'),
         ({"messages": user({"type": "text"})}, '"messages"[0] has dict as its content'),

@@ -23,8 +23,8 @@ _LEAD = re.compile(
     r"|indeed|equal to|option|choice)\b[\s:]*)+"
 )
 _MATHEMATICS = re.compile(
-    r"[-+−±]?\s*(?:\.?\d|[$€£¥₹√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
-    r"|(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
+    r"[-+−±]?\s*(?:\.?\d|[$€£¥₹√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
+    r"|[-−]?(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
 )
 _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
 # "The answer is correct": a remark on the answer, or the beginning of one.

@@ -63,6 +63,8 @@ def search(
     heads, for prompts that are no token ids, and for a policy or a guide that is none.
     """
     models = search_models(policy, guides)
+    if not isinstance(config, SearchConfig):
+        raise InputError(f"config is what search.presets give, not {type(config).__name__}")
     prompts = _token_rows("prompts", prompts)
     if guide_prompts is not None:
         guide_prompts = [_token_rows("guide_prompts", own) for own in guide_prompts]

@@ -222,6 +222,10 @@ def _message(item: Any, where: str) -> Message:
     if role not in _ROLES:
         fault = "no role" if role is None else f"the role {role!r}"
         raise InputError(f"{where} has {fault}; it takes {', '.join(_ROLES)}")
+    if item.get("function_call"):
+        raise InputError(f'{where} has a "function_call"; it takes "tool_calls", a list of calls')
+    if item.get("weight") == 0:
+        raise InputError(f"{where} has weight 0; weights of messages are not read")
     more = {name: item[name] for name in _MORE if item.get(name) and (name, role) not in _IDLE}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], f'{where}["tool_calls"]')
