@@ -81,9 +81,9 @@ class Checkpoints:
     def save(self, state: TrainState, values: Values, score: float | None = None) -> None:
         """Begin to write a state under its step number; a step that is there stays as it is.
 
-        Returns when the arrays are on the host, and may be donated: on the CPU, where the host's
-        view is the very buffer, jax leaves a buffer that is viewed to its reader. An earlier save
-        is waited for, and its failure raised.
+        Returns when the arrays are on the host, and may be donated; on a CPU, where the host's view
+        is the very buffer, when they are written: the next step would otherwise need memory for a
+        second state. An earlier save is waited for, and its failure raised.
         """
         import orbax.checkpoint as ocp
 
@@ -94,19 +94,27 @@ class Checkpoints:
         if self._manager is None:
             logging.getLogger("absl").addFilter(_not_by_orbax)
             options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None)
+            # Weights and moments in float32 compress by less than a tenth, for which compression
+            # takes three times the seconds and a second copy of them in memory.
+            handler = ocp.PyTreeCheckpointHandler(use_compression=False)
             self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_names=("state", "values")
+                self.folder,
+                options=options,
+                item_names=("state", "values"),
+                item_handlers={"state": handler, "values": ocp.JsonCheckpointHandler()},
             )
         try:
             _check_space(self.folder, state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
+                    state=ocp.args.PyTreeSave(state._asdict()),
                     values=ocp.args.JsonSave({"json": json.dumps(values)}),
                 ),
                 force=True,
             )
+            if jax.default_backend() == "cpu":
+                self._manager.wait_until_finished()
         except Exception as error:
             raise self._failure(step, error) from error
         self._running = (step, self._worker.submit(self._finish, step, score))
