@@ -80,9 +80,22 @@ def tell_left_out(tokenizer: Any, where: str) -> None:
 
 
 def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A text's token ids with the tokenizer's special tokens, and without them."""
-    whole = tokenizer("a", add_special_tokens=True).input_ids
-    return list(whole), list(tokenizer("a", add_special_tokens=False).input_ids)
+    """A text's token ids with the tokenizer's special tokens, and without them.
+
+    The text of the first token that comes back as tokens other than those: no letter is in every
+    vocabulary. Both are empty where no special tokens are put around a text.
+    """
+    (around,) = tokenizer([""], add_special_tokens=True).input_ids
+    added = set(around)
+    for token in range(len(tokenizer) if added else 0):
+        text = decode_tokens(tokenizer, [token])
+        try:
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception:  # what tokenizers raise for what they cannot write
+            continue
+        if ids and not added.intersection(ids):
+            return list(tokenizer(text, add_special_tokens=True).input_ids), ids
+    return [], []
 
 
 def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:

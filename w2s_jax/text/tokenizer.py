@@ -92,6 +92,7 @@ def _locate(path_or_hub_id: str | Path) -> Path:
 
 def _base(directory: Path) -> str:
     """The base that an adapter names; a folder may be relative to the adapter's."""
+    check_fetched(directory / "adapter_config.json")
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         name = str(config["base_model_name_or_path"])
