@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
     from w2s_jax.text.held_out import Part
-    from w2s_jax.text.training_data import Data, DataConfig
+    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.loop import LoopConfig
     from w2s_jax.train.objectives import Policy
     from w2s_jax.train.run import RunConfig, Source, Task

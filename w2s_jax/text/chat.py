@@ -7,14 +7,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.conversations import Conversation, Message, function_of
+from w2s_jax.text.conversations import THOUGHTS, Conversation, Message, function_of
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 from w2s_jax.text.time_limit import apply_template
@@ -98,6 +98,24 @@ class Template:
         if self.jinja is None:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
         return self._apply(self.jinja, messages, tools, {}, opened=False)
+
+    def unwritten(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> frozenset[str]:
+        """Names of THOUGHTS that `render_whole` leaves out of a message that has them.
+
+        Some templates know none of these fields, or only another of them, or drop the thoughts of
+        earlier answers. Told by what is written of a mark in the place of each.
+        """
+        marks: dict[str, str] = {}
+        marked = []
+        for index, message in enumerate(messages):
+            own = {
+                f"thought-{index}-in-{name}": name for name, _ in message.more if name in THOUGHTS
+            }
+            more = dict(message.more) | {name: mark for mark, name in own.items()}
+            marked.append(replace(message, more=tuple(more.items())))
+            marks |= own
+        text = self.render_whole(marked, tools) if marks else ""
+        return frozenset(name for mark, name in marks.items() if mark not in text)
 
     def render_begun(self, messages: Sequence[Message]) -> str:
         """The text of a conversation whose last message goes on. Raises InputError as `render`."""

@@ -19,7 +19,7 @@ from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.text.held_out import Part
 from w2s_jax.text.order import Batches
-from w2s_jax.text.training_data import Data
+from w2s_jax.text.token_rows import Data
 from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
