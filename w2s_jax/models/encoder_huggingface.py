@@ -13,12 +13,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.dtypes import parameter_dtype
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.huggingface import (
     CONFIG,
     locate,
     open_tensors,
-    parameter_dtype,
     read_json,
     write_checkpoint,
 )

@@ -12,6 +12,7 @@ import numpy as np
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import from_first
 from w2s_jax.text.conversations import Conversation, plain
+from w2s_jax.typed import check_fields, shown
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class FunctionScorer:
 
     function: Callable[[list[str], list[str]], Sequence[Any]]
     weight: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"a FunctionScorer takes a function, not {shown(self.function)}")
+        check_fields(self)
 
     def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> None:
         return None

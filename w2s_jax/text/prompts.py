@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.typed import check_kind
 
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
@@ -29,6 +30,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     second one, and one without tokens becomes the BOS token, or EOS where there is no BOS. Raises
     InputError where there is neither.
     """
+    check_kind("a prompt", prompt, str, "text")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError, check_fetched
+from w2s_jax.typed import check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerB
 
 
 def _locate(path_or_hub_id: str | Path) -> Path:
+    check_kind("a tokenizer's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if path.is_dir():
         return path

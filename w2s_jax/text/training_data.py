@@ -22,6 +22,7 @@ from w2s_jax.text.sources import Source, open_source
 from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
 from w2s_jax.text.token_rows import Data
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
+from w2s_jax.typed import check_fields
 
 _logger = logging.getLogger(__name__)
 _VERSION = 4  # of what is cached: raise it when the same rows would give other tokens
@@ -70,6 +71,9 @@ class DataConfig:
     """Rows to read, all by default."""
     cache: str | None = None
     """Folder of tokenised data; by default one beside the cache of `datasets`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
