@@ -9,6 +9,7 @@ import pytest
 
 import w2s_jax
 from tests.tiny import tiny_model
+from w2s_jax.cli.dpo import DPO
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.dtypes import floating_dtype, parameter_dtype
@@ -57,18 +58,22 @@ def policy():
         (lambda: init_model("gpt2", jax.random.key(0)), "init_model takes a ModelConfig, not str"),
         (lambda: floating_dtype("float99"), "dtype 'float99' is unknown"),
         (lambda: PreferenceConfig(loss_type="kto"),
-         "loss_type takes a tuple of texts such as ('sigmoid',), not str 'kto'"),
+         "loss_type takes a tuple of texts such as ('kto',), not str 'kto'"),
+        (lambda: DPO(model="m", data=("a",), output="o", loss_type="kto").run(),
+         "loss_type takes a tuple of texts such as ('kto',), not str 'kto'"),
+        (lambda: DPO(model="m", data="a.jsonl", output="o").run(),
+         "data takes a tuple of texts such as ('a.jsonl',), not str 'a.jsonl'"),
         (lambda: PreferenceConfig(beta="0.1"), "beta takes a number, not str '0.1'"),
         (lambda: PreferenceConfig(loss_weights=("1",)), "loss_weights takes a tuple of numbers, n"),
-        (lambda: DataConfig(data="rows.jsonl"), "data takes a tuple of texts, not str 'rows.jsonl"),
+        (lambda: DataConfig(data="rows.jsonl"), "data takes a tuple of texts such as ('row"),
         (lambda: DataConfig(data=("a",), limit="3"), "limit takes a whole number, not str '3'"),
         (lambda: LoopConfig(steps=1.5), "steps takes a whole number, not float 1.5"),
         (lambda: OptimizerConfig(b2="0.9"), "b2 takes a number, not str '0.9'"),
-        (lambda: LoraConfig(targets="query"), "targets takes a tuple of texts such as ('query', "),
+        (lambda: LoraConfig(targets="query"), "targets takes a tuple of texts such as ('query',)"),
         (lambda: Sampling("0.7"), "temperature takes a number, not str '0.7'"),
         (lambda: cbs(2, 2, 3, max_new_tokens="4"), "max_new_tokens takes a whole number, not str"),
         (lambda: cbs(2, True), "successors takes a whole number, not bool True"),
-        (lambda: SearchConfig(stop="abc"), "stop takes a tuple of texts, not str 'abc'"),
+        (lambda: SearchConfig(stop="abc"), "stop takes a tuple of texts such as ('abc',), not str"),
         (lambda: SearchConfig(sampling=0.7), "sampling takes a Sampling, not float 0.7"),
         (lambda: FunctionScorer("a"), "a FunctionScorer takes a function, not str 'a'"),
         (lambda: FunctionScorer(len, "a"), "weight takes a number, not str 'a'"),

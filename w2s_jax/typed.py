@@ -38,7 +38,7 @@ def check_fields(value: Any) -> None:
             held = tuple(held)
             object.__setattr__(value, field.name, held)
         if not _fits(kind, held):
-            raise InputError(f"{field.name} takes {_taken(kind, field.default)}, not {shown(held)}")
+            raise InputError(f"{field.name} takes {_taken(kind, held)}, not {shown(held)}")
 
 
 def shown(value: Any) -> str:
@@ -82,11 +82,11 @@ def _is(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
-def _taken(kind: Any, default: Any) -> str:
+def _taken(kind: Any, given: Any) -> str:
     items = _tuple_of(kind)
     if items is not None:
         plural = " and ".join(_PLURAL.get(part, "values") for part in _parts(items)[:1])
-        example = f" such as {default!r}" if isinstance(default, tuple) and default else ""
+        example = f" such as {(given,)!r}" if _fits(items, given) else ""
         return f"a tuple of {plural}{example}"
     parts = [part for part in _parts(kind) if part is not types.NoneType]
     if float in parts:

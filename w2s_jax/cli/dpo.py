@@ -124,6 +124,13 @@ class DPO(Training):
         load = kinds.get(self.preference.loss_type[0], training_data.load_pairs)
         return load(config, tokenizer)
 
+    def read(self, setup: Setup) -> "tuple[Rows, Rows | None]":
+        """As of all trainings; InputError for one held-out response that kto cannot pair."""
+        data, held_out = super().read(setup)
+        if "kto" in self.preference.loss_type and held_out is not None and len(held_out) == 1:
+            raise InputError("--loss-type kto pairs responses, and only one is held out; take more")
+        return data, held_out
+
     def objective(self, policy: "Policy") -> "LossFunction":
         """The loss that is trained."""
         from w2s_jax.train.objectives import preference_objective

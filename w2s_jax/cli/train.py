@@ -22,6 +22,7 @@ from w2s_jax.cli.train_flags import (
 )
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
+from w2s_jax.typed import check_fields
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -171,9 +172,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """Raises InputError for flags that do not go together."""
         from w2s_jax.train.watch import check_installed
 
-        for name in ("data", "eval_data", "columns"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"{name} is one text; it takes a tuple of them")
+        check_fields(self)
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning-rate {self.learning_rate} must be above 0")
         if self.keep_best is not None and not (self.held_out or self.eval_data):
