@@ -18,6 +18,7 @@ from w2s_jax.models.model import check_tokens, init_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, SearchConfig, search
 from w2s_jax.search.presets import cbs
+from w2s_jax.text.chat import Template
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.training_data import DataConfig
 from w2s_jax.train.loop import LoopConfig
@@ -67,6 +68,7 @@ def policy():
         (lambda: PreferenceConfig(loss_weights=("1",)), "loss_weights takes a tuple of numbers, n"),
         (lambda: DataConfig(data="rows.jsonl"), "data takes a tuple of texts such as ('row"),
         (lambda: DataConfig(data=("a",), limit="3"), "limit takes a whole number, not str '3'"),
+        (lambda: Template(None, "none").render("text"), "a template takes a Conversation, not str"),
         (lambda: LoopConfig(steps=1.5), "steps takes a whole number, not float 1.5"),
         (lambda: OptimizerConfig(b2="0.9"), "b2 takes a number, not str '0.9'"),
         (lambda: LoraConfig(targets="query"), "targets takes a tuple of texts such as ('query',)"),

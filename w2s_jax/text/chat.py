@@ -18,6 +18,7 @@ from w2s_jax.text.conversations import THOUGHTS, Conversation, Message, function
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 from w2s_jax.text.time_limit import apply_template
+from w2s_jax.typed import check_kind
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
@@ -70,6 +71,7 @@ class Template:
 
         Raises InputError for messages where this takes none, and for a template that fails.
         """
+        check_kind("a template", conversation, Conversation, "a Conversation")
         if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
