@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from w2s_jax.errors import InputError
@@ -84,13 +85,15 @@ def tell_left_out(tokenizer: Any, where: str) -> None:
 def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
     """A text's token ids with the tokenizer's special tokens, and without them.
 
-    The text of the first token that comes back as tokens other than those: no letter is in every
-    vocabulary. Both are empty where no special tokens are put around a text.
+    The text is a letter or, as none is in every vocabulary, that of the first token to come back as
+    tokens other than those. Both are empty where no special tokens are put around a text.
     """
     (around,) = tokenizer([""], add_special_tokens=True).input_ids
     added = set(around)
-    for token in range(len(tokenizer) if added else 0):
-        text = decode_tokens(tokenizer, [token])
+    if not added:
+        return [], []
+    own = (decode_tokens(tokenizer, [token]) for token in range(len(tokenizer)))
+    for text in chain("a", own):
         try:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         except Exception:  # what tokenizers raise for what they cannot write
