@@ -8,6 +8,9 @@ from typing import Any
 POINTER = b"version https://git-lfs.github.com/spec/"
 """What Git LFS leaves in the place of a file that was not fetched begins so."""
 
+SCORER = "scorer "
+"""In the place of a model's name: a scorer without one, and what it did, begin so."""
+
 
 class InputError(ValueError):
     """A wrong input, told in one line: what is wrong, where, and what would be right."""
@@ -37,8 +40,9 @@ class Undivided(InputError):
 class RowFailed(InputError):
     """A row that came to nothing: models gave it logits that are no distribution.
 
-    That is where one is NaN or +inf, or all are −inf. models: the names of those at fault; none
-    where a score is no finite number though all logits are sound.
+    That is where one is NaN or +inf, or all are −inf. models: the names of those at fault, or what
+    a scorer without a model did, as SCORER begins it; none where a score is no finite number though
+    all logits are sound.
     """
 
     def __init__(self, row_id: int, models: Sequence[str]) -> None:
@@ -69,6 +73,9 @@ class RowsFailed(InputError):
         for failure in self.failures:
             rows[failure.models].append(number(failure.row_id))
         told = [f"{where} {self._listed(own)}: {_fault(models)}" for models, own in rows.items()]
+        if len(told) > self.SHOWN:
+            rest = sum(map(len, list(rows.values())[self.SHOWN :]))
+            told = [*told[: self.SHOWN], f"and {rest} rows more"]
         super().__init__("; ".join(told))
 
     def named(
@@ -91,7 +98,12 @@ def _fault(models: Sequence[str]) -> str:
     advice = "weights may be damaged, or overflow in this dtype"
     if not models:
         return f"a score is not a finite number; {advice}"
-    return f"logits of the {' and the '.join(models)} are NaN or infinite; {advice}"
+    scorers = [name for name in models if name.startswith(SCORER)]
+    names = [name for name in models if not name.startswith(SCORER)]
+    told = [f"the {name}" for name in scorers]
+    if names:
+        told.append(f"logits of the {' and the '.join(names)} are NaN or infinite; {advice}")
+    return ", and ".join(told)
 
 
 def check_fetched(path: Path) -> None:

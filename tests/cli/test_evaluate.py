@@ -11,11 +11,13 @@ from w2s_jax.cli import main as entry
 from w2s_jax.cli.main import main
 from w2s_jax.evaluate import rewards as evaluate_rewards
 from w2s_jax.evaluate.compare import compare
+from w2s_jax.evaluate.results import read_results
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
 from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.reward_huggingface import load_reward_model, save_reward_model
 from w2s_jax.text.bpe import save_bpe, train_bpe
+from w2s_jax.text.conversations import plain
 from w2s_jax.text.journal import Journal, journal_path
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
@@ -312,11 +314,27 @@ def test_wrong_flags_are_told_in_one_line(flags, message, model, results, tmp_pa
     assert error.count("\n") == 1
 
 
-def test_rewards_that_are_not_numbers_are_an_error(results, tmp_path, capsys):
+def test_rows_whose_reward_is_no_number_are_named_and_the_others_kept(results, tmp_path, capsys):
     folder = reward_model(tmp_path / "model")
-    loaded = load_reward_model(folder)
-    broken = RewardModel(loaded.config, loaded.params, {"kernel": loaded.head["kernel"] * jnp.nan},
-                         loaded.labels)  # fmt: skip
-    save_reward_model(broken, folder)
+    loaded, tokenizer = load_reward_model(folder), load_tokenizer(folder)
+    read = read_results(results)
+    pairs = zip(read.conversations, read.responses, strict=True)
+    texts = [plain(asked) + said for asked, said in pairs]
+    ids = [set(tokenizer(text)["input_ids"]) for text in texts]
+    alone = (tokens.difference(*ids[:at], *ids[at + 1 :]) for at, tokens in enumerate(ids))
+    at, token = next((at, min(tokens)) for at, tokens in enumerate(alone) if tokens)
+    embedding = loaded.params["embed"]["embedding"].at[token, 0].set(jnp.nan)
+    params = loaded.params | {"embed": {"embedding": embedding}}
+    save_reward_model(RewardModel(loaded.config, params, loaded.head, loaded.labels), folder)
+    out = tmp_path / "scored.jsonl"
+    told = f"{results} line {at + 1}: logits of the reward model {folder} are NaN"
     assert evaluate(folder, results) == 2
-    assert "a reward is not finite; try --dtype float32" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+    assert evaluate(folder, results, "--against", results, "--output", out) == 2
+    error = capsys.readouterr().err
+    assert error.count(told) == 2
+    assert f"what was found for the others is kept in {out}.journal" in error
+    kept = [json.loads(line) for line in Path(f"{out}.journal").read_text().splitlines()[1:]]
+    assert sorted(row["row_id"] for row in kept) == [
+        index for index in range(2 * len(ROWS)) if index % len(ROWS) != at
+    ]

@@ -44,6 +44,12 @@ def cannot_vowels(prompts, responses):
     return 1 / 0
 
 
+def not_everywhere_vowels(prompts, responses):
+    if PROMPTS[0]["prompt"] in prompts:
+        raise KeyError("film")
+    return count_vowels(prompts, responses)
+
+
 def only_one(prompts, responses):
     return [1.0]
 
@@ -170,6 +176,12 @@ def test_a_function_alone_steers(folders, prompts, tmp_path, capsys):
     assert "c_vowels" in one_error(capsys, status)
     status = search(folders, prompts, out, "--scorer", name.replace("count", "cannot"), guide=None)
     assert "cannot_vowels raised ZeroDivisionError" in one_error(capsys, status)
+    here = name.replace("count", "not_everywhere")
+    status = search(folders, prompts, tmp_path / "some.jsonl", "--scorer", here, guide=None)
+    told = f"{prompts} line 1: the scorer not_everywhere_vowels raised KeyError: 'film'; what was"
+    assert told in one_error(capsys, status)
+    kept = read_jsonl(tmp_path / "some.jsonl.journal")[1:]
+    assert sorted(row["row_id"] for row in kept) == list(range(1, len(PROMPTS)))
     short = name.replace("count_vowels", "only_one")
     status = search(folders, prompts, out, "--scorer", short, guide=None)
     assert "it must return one number each" in one_error(capsys, status)

@@ -54,6 +54,7 @@ def unread(monkeypatch):
         (["--max-length=0"], "--max-length 0 is below 2"),
         (["--loss-type=aot", "--weight-column=weight"], "no effect on --loss-type aot"),
         (["--weight-column=sure"], 'line 1: "sure" is None; as --weight-column it takes a number'),
+        (["--loss-type=kto", "--held-out=1"], "kto pairs responses, and only one is held out"),
         (["--mesh="], "--mesh is empty; give sizes such as data=2,tensor=4, or leave it out"),
         (["--lora-rank=17"], "--lora-rank 17 is more than the width 16"),
     ],

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ GPT2 = {
     "n_head": 4,
     "n_positions": 64,
 }
+
+
+QWEN = LLAMA | {"model_type": "qwen2", "use_sliding_window": True}
+NAN = math.nan
 
 
 def read(**changes):
@@ -147,6 +152,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_f
 ORIGINAL = "original_max_position_embeddings"
 
 
+def scaled(kind, *, rope_theta=1e4, **fields):
+    """LLAMA with a rope of this kind, sound but for these fields."""
+    sound = {"linear": {"factor": 2.0}, "llama3": LLAMA3, "yarn": YARN}[kind]
+    return LLAMA | {"rope_theta": rope_theta, "rope_scaling": {"type": kind} | sound | fields}
+
+
 @pytest.mark.parametrize(
     ("scaling", "positions"),
     [
@@ -210,9 +221,40 @@ def test_yarn_takes_its_attention_factor_from_mscale():
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention is set"),
         (GPT2 | {"n_head": 5}, "n_embd is 32, not a multiple of n_head, 5"),
+        (LLAMA | {"rope_theta": 0}, "rope_theta is 0; it must be a number above 0"),
+        (LLAMA | {"rope_theta": NAN}, "rope_theta is nan; it must be a number above 0"),
+        (scaled("yarn", factor=2, rope_theta=1), "rope_theta is 1; it must be a number above 1"),
+        (LLAMA | {"rope_scaling": "x"}, "rope_scaling is 'x'; it must be a mapping such as {"),
+        (LLAMA | {"rope_parameters": [2.0]}, "rope_parameters is [2.0]; it must be a mapping"),
+        *(
+            (scaled(kind, factor=factor), f"rope_scaling.factor is {factor}; it must be a number")
+            for kind in ("linear", "llama3", "yarn")
+            for factor in (NAN, math.inf, -4, 0, 0.5)
+        ),
+        (
+            scaled("llama3", high_freq_factor=1),
+            "high_freq_factor is 1; it must be a number above",
+        ),
+        (scaled("yarn", beta_slow=0), "rope_scaling.beta_slow is 0; it must be a number above 0"),
+        (scaled("yarn", attention_factor=NAN), "attention_factor is nan; it must be a number abov"),
+        (scaled("yarn", **{ORIGINAL: -3}), f"rope_scaling.{ORIGINAL} is -3; it must be a positive"),
+        (LLAMA | {"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a number of at least 0"),
+        (LLAMA | {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        (GPT2 | {"layer_norm_epsilon": NAN}, "layer_norm_epsilon is nan; it must be a number of"),
+        (LLAMA | {"num_attention_heads": -4}, "num_attention_heads is -4; it must be a positive"),
+        (LLAMA | {"vocab_size": "100"}, "vocab_size is '100'; it must be a positive whole number"),
+        (LLAMA | {"hidden_act": ["silu"]}, "activation ['silu'] is not supported; supported: silu"),
+        (LLAMA | {"tie_word_embeddings": "false"}, "is 'false'; it must be true or false"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": -1}, "sliding_window is -1; it must"),
+        (QWEN | {"max_window_layers": "2"}, "max_window_layers is '2'; it must be a whole number"),
+        (QWEN | {"layer_types": 4}, "layer_types is 4; it must be a list that names one of full"),
+        (
+            LLAMA | {"model_type": "gemma2", "final_logit_softcapping": 0},
+            "final_logit_softcapping is 0; it must be a number above 0",
+        ),
         (
             LLAMA | {"model_type": "gemma2", "layer_types": ["full_attention"]},
-            "must name one of full_attention, sliding_attention for each of 4 layers",
+            "a list that names one of full_attention, sliding_attention for each of 4 layers",
         ),
     ],
 )

@@ -68,6 +68,9 @@ def test_bfloat16_is_kept_on_disk(classifier, tmp_path):
     [
         ("model_type", "bert", "model_type 'bert' is not 'distilbert'"),
         ("activation", "relu", "activation 'relu' is not 'gelu'"),
+        ("n_layers", 0, "config field n_layers is 0; it must be a positive whole number"),
+        ("dropout", "a", "config field dropout is 'a'; it must be a number of at least 0"),
+        ("id2label", ["a", "b"], "config field id2label is .*; it must be a mapping"),
         ("n_layers", 1, "no part of a DistilBert"),
         ("n_layers", 3, "layer.2.*is missing"),
         ("hidden_dim", 41, r"has shape .*, not .*41"),

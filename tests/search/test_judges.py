@@ -232,6 +232,45 @@ def vowels_of(prompts, responses):
     return [float(sum(letter in "aei" for letter in response)) for response in responses]
 
 
+def nan_at_the_second(prompts, responses):
+    scores = length_of(prompts, responses)
+    pairs = zip(prompts, scores, strict=True)
+    return [np.nan if prompt == CONVERSATIONS[1].text else score for prompt, score in pairs]
+
+
+def raising_at_the_second(prompts, responses):
+    if CONVERSATIONS[1].text in prompts:
+        raise KeyError("second")
+    return length_of(prompts, responses)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(
+    ("function", "did"),
+    [
+        (nan_at_the_second, "gave a score that is not a finite number"),
+        (raising_at_the_second, "raised KeyError: 'second'"),
+    ],
+)
+def test_a_row_that_a_function_cannot_value_fails_alone(policy, function, did, slots):
+    config = replace(BEAM, slots=slots)
+    expected = searched(policy, config, [FunctionScorer(length_of)])
+    told = rf"^row 1: the scorer {function.__name__} {did}$"
+    with pytest.raises(RowsFailed, match=told) as raised:
+        searched(policy, config, [FunctionScorer(function)])
+    assert list(raised.value.results) == [
+        None if result.row_id == 1 else result for result in expected
+    ]
+
+
+def test_a_function_that_fails_at_every_prompt_ends_the_search(policy):
+    def failing(prompts, responses):
+        raise ValueError(f"no {len(prompts)}")
+
+    with pytest.raises(InputError, match=r"^the scorer failing raised ValueError: no 12$"):
+        searched(policy, BEAM, [FunctionScorer(failing)])
+
+
 def test_where_all_are_kept_only_what_has_ended_is_scored(policy):
     calls = []
 

@@ -370,7 +370,7 @@ def test_a_score_that_is_no_number_is_refused():
         def score(self, memory, candidates):
             return memory, np.full(len(candidates), np.nan, np.float32)
 
-    with pytest.raises(InputError, match="logits of the scorer Broken are NaN or infinite"):
+    with pytest.raises(InputError, match="the scorer Broken gave a score that is not a fini"):
         search_texts(Scripted(), [Broken()], conversations(), cbs())
 
 

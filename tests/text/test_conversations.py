@@ -37,6 +37,11 @@ from w2s_jax.text.conversations import Conversation, Message, conversation_of, p
         ({"instruction": "Sum up.", "input": None}, chat(("user", "Sum up."))),
         ({"instruction": "Sum up.", "input": "A text"}, chat(("user", "Sum up.\n\nA text"))),
         ({"instruction": ""}, chat(("user", ""))),
+        (
+            {"instruction": "c", "input": "d", "system": "Be kind.", "history": [["a", "b"]]},
+            chat(("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c\n\nd")),
+        ),
+        ({"prompt": "a", "system": "", "history": []}, text("a")),
         ({"prompt": "a", "input": 3}, text("a")),
         (
             {
@@ -79,6 +84,21 @@ def user(content):
             '"messages"[0] has a "function_call"; it takes "tool_calls"',
         ),
         ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "[0] has weight 0"),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 0.5}]},
+            "has weight 0.5; weights",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "thinking": ["b"]}]},
+            '"messages"[0]["thinking"] is list; it takes text',
+        ),
+        ({"prompt": "a", "system": "b"}, 'a "system" beside "prompt", which is read without; make'),
+        ({"messages": user("a"), "history": [["b", "c"]]}, 'a "history" beside "messages", which'),
+        ({"conversations": user("a"), "history": [["b", "c"]]}, 'a "history" beside "conversatio'),
+        (
+            {"instruction": "a", "history": [["b"]]},
+            '"history" takes pairs of instruction and',
+        ),
         ({"messages": [{"role": "user"}]}, '"messages"[0] has no content; it takes text'),
         ({"messages": user(7)}, '"messages"[0] has int as its content'),
         ({"messages": user({"type": "text"})}, '"messages"[0] has dict as its content'),

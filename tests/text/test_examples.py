@@ -180,8 +180,22 @@ def test_tools_and_their_calls_are_read(row, call):
 @pytest.mark.parametrize(
     ("kind", "row", "unread"),
     [
-        ("pairs", {"prompt": "a", "system": "s", "chosen": "b", "rejected": "c"}, {"system"}),
-        ("sequences", {"prompt": "a", "completion": "b", "notes": ["x"], "score": 3}, {"notes"}),
+        ("pairs", {"prompt": "a", "system": "s", "chosen": "b", "rejected": "c"}, {'"system"'}),
+        (
+            "sequences",
+            {"prompt": "a", "completion": "b", "notes": ["x"], "score": 3},
+            {'"notes"'},
+        ),
+        (
+            "sequences",
+            {"messages": [ASK, YES | {"mood": "glad", "train": False, "thinking": "so"}]},
+            {'"mood" of a message', '"train" of a message'},
+        ),
+        (
+            "pairs",
+            {"conversations": [HUMAN | {"mood": "glad"}], "chosen": GPT, "rejected": GPT_NO},
+            {'"mood" of a message'},
+        ),
         ("sequences", {"instruction": "a", "output": "b", "system": "s", "id": "7"}, set()),
         ("sequences", {"messages": [ASK, YES], "tools": [TOOL], "prompt": None}, set()),
     ],
@@ -273,6 +287,14 @@ def test_missing_columns_are_named_with_those_found(kind, form, row, told):
         ("sequences", None, {"prompt": "a", "completion": "b", "tools": [TOOL]}, "beside a text"),
         ("pairs", None, {"question": "a", "chosen": "b c", "rejected": "b d", "system": "s"},
          'no "prompt", but "question" beside .*--columns prompt=question'),
+        *(
+            ("pairs", None, {"source": "s", name: "a", "chosen": "b c", "rejected": "b d"},
+             f'no "prompt", but "{name}" beside .*--columns prompt={name} says so, else leave')
+            for name in ("problem", "task", "userPrompt", "prompt_text", "Question", "post")
+        ),
+        ("pairs", None, {"messages": [ASK], "chosen": "b c", "rejected": "b d"},
+         'no "prompt", but "messages" beside'),
+        ("sequences", None, {"conversations": [HUMAN, GPT | {"weight": 0}]}, "has weight 0"),
         ("pairs", None, {"prompt": "b", "chosen": [ASK, YES], "rejected": [ASK, NO]},
          'a dialogue that is not the "prompt"'),
         ("pairs", None, {"prompt": [SYSTEM, YES], "chosen": [ASK, YES], "rejected": [ASK, NO]},

@@ -2,7 +2,11 @@ import copy
 import types
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
@@ -16,6 +20,7 @@ from w2s_jax.text.prompts import (
     response_text,
     special_stops,
     tell_left_out,
+    tokens_behind,
 )
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -68,6 +73,19 @@ def test_that_special_tokens_are_left_out_is_said(tokenizer, closing, caplog):
     assert caplog.messages == [
         "here: the tokenizer puts <|endoftext|> behind every text; prompts are read without"
     ]
+
+
+@pytest.mark.parametrize("words", [["<s>", "</s>", "sea", "of"], ["</s>", "x y", "sea", "<s>"]])
+def test_what_a_tokenizer_puts_behind_is_known_whatever_it_can_write(words):
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
+    backend.pre_tokenizer = Whitespace()
+    ids = {word: words.index(word) for word in ("<s>", "</s>")}
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=list(ids.items())
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokens_behind(tokenizer) == 1
+    assert encode_prompt(tokenizer, "sea") == [ids["<s>"], words.index("sea")]
 
 
 @pytest.mark.parametrize(("bos", "eos", "tokens"), [(5, 7, [5]), (None, 7, [7])])

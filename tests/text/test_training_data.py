@@ -204,13 +204,34 @@ def test_thoughts_that_a_template_forgets_when_the_conversation_goes_on(config):
     assert texts(chatty, batch, 0)[1] == f"two{end}<think>\n\n</think>\n\nfour{end}"
 
 
-def test_columns_are_read_by_the_names_of_the_format(tokenizer, config):
+@pytest.mark.parametrize("loss_on", ["assistant", "completion"])
+@pytest.mark.parametrize("kept", ["thinking", "reasoning_content", None])
+def test_thoughts_that_a_template_does_not_write_are_told(config, caplog, kept, loss_on):
+    chatty = load_tokenizer(TOKENIZER)
+    written = f"{{{{ m['{kept}'] if m['{kept}'] is defined else '' }}}}" if kept else ""
+    chatty.chat_template = CHATML.replace("{{ m['content'] }}", written + "{{ m['content'] }}")
+    thoughts = {"thinking": "it is", "reasoning_content": "was it"}
+    rows = [{"messages": [*DIALOGUE[:3], DIALOGUE[3] | thoughts]}] * 2
+    batch = load_sequences(config(rows, loss_on=loss_on), chatty).at([0])
+    assert thoughts.get(kept, "") + "four" in texts(chatty, batch, 0)[1]
+    left = [f'"{name}" of a message' for name in sorted(thoughts) if name != kept]
+    assert [message.partition("rows.jsonl ")[2] for message in caplog.messages] == [
+        f"line 1: no part of the training: {name}, which the template does not write"
+        for name in left
+    ]
+
+
+def test_columns_are_read_by_the_names_of_the_format(tokenizer, config, caplog):
     rows = [{"question": row["prompt"], "answer": row["completion"], "prompt": 3} for row in ROWS]
     columns = ("prompt=question", "completion=answer")
     named = load_sequences(config(rows, columns=columns), tokenizer)
     assert (
         named.at([1])["tokens"].tolist()
         == load_sequences(config(ROWS), tokenizer).at([1])["tokens"].tolist()
+    )
+    (told,) = caplog.messages
+    assert told.endswith(
+        'line 1: no part of the training: "prompt", for which --columns takes "question"'
     )
     for wrong, told in (("prompt", "takes NAME=COLUMN"), ("prompt=q", 'no "q"; found "question"')):
         with pytest.raises(InputError, match=f"^--columns {wrong}: .*{told}"):

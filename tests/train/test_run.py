@@ -53,6 +53,30 @@ def test_an_evaluation_sums_values_and_counts_over_batches(rows):
     assert found.keys() == {"loss", "low", "never"}
 
 
+class Paired(Rows):
+    """Rows that are read with the row before them in their batch, as labelled ones."""
+
+    def at(self, indices, part):
+        return {"own": indices[part], "other": np.roll(indices, 1)[part]}
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_a_row_that_is_left_over_is_not_paired_with_itself(rows):
+    def alike(params, frozen, batch, key):
+        itself = (batch["own"] == batch["other"]).sum()
+        return jnp.float32(0), len(batch["own"]), {
+            "itself": Mean(itself, 1), "read": Mean(batch["own"].sum(), 1), "loss": jnp.float32(0),
+        }  # fmt: skip
+
+    data = Part(Paired(), np.arange(len(VALUES)))
+    config = RunConfig(OptimizerConfig(), eval_batch_size=rows)
+    state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
+    found = evaluation(Task(Policy(tiny_config()), alike, data, data), config)(state)
+    batches = -(-len(VALUES) // rows)
+    assert found["itself"] == 0
+    assert found["read"] * batches == pytest.approx(sum(range(len(VALUES))))
+
+
 def test_a_held_out_mean_that_is_no_number_is_an_error():
     def spoilt(params, frozen, batch, key):
         return jnp.float32(0), jnp.float32(2), {"loss": jnp.float32(jnp.nan)}

@@ -34,7 +34,8 @@ def search_shapes(
     twice.
     """
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.huggingface import STORED, locate, quickest_dtype
+    from w2s_jax.models.dtypes import STORED, quickest_dtype
+    from w2s_jax.models.huggingface import locate
     from w2s_jax.models.reward_huggingface import load_reward_config
     from w2s_jax.plan.programs import GuideShapes, SearchShapes
 

@@ -90,7 +90,8 @@ class Convert:
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":
-        from w2s_jax.models.huggingface import STORED, is_adapter, load_model, locate
+        from w2s_jax.models.dtypes import STORED
+        from w2s_jax.models.huggingface import is_adapter, load_model, locate
         from w2s_jax.models.lora_huggingface import base_of, load_adapted
         from w2s_jax.models.reward_huggingface import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from w2s_jax.cli.train import Rows
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
-    from w2s_jax.text.training_data import Data, DataConfig
+    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.objectives import Policy
     from w2s_jax.train.preference_config import PreferenceConfig
     from w2s_jax.train.run import Source
@@ -122,6 +123,13 @@ class DPO(Training):
         kinds = {"kto": training_data.load_labelled, "wspo": training_data.load_sequences}
         load = kinds.get(self.preference.loss_type[0], training_data.load_pairs)
         return load(config, tokenizer)
+
+    def read(self, setup: Setup) -> "tuple[Rows, Rows | None]":
+        """As of all trainings; InputError for one held-out response that kto cannot pair."""
+        data, held_out = super().read(setup)
+        if "kto" in self.preference.loss_type and held_out is not None and len(held_out) == 1:
+            raise InputError("--loss-type kto pairs responses, and only one is held out; take more")
+        return data, held_out
 
     def objective(self, policy: "Policy") -> "LossFunction":
         """The loss that is trained."""

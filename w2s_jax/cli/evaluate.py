@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from tyro.conf import arg
 
 from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
 from w2s_jax.cli.quantisation import QuantisationFlags
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
@@ -166,7 +167,6 @@ class Evaluate(QuantisationFlags, Hosts):
         from w2s_jax.exchange import agree
         from w2s_jax.text.host_journal import job_journal
 
-        advice = "try --dtype float32, or look for a damaged checkpoint"
         values = np.zeros(len(encoded), np.float32)
         rows = [row for file in files for row in file.rows]
         with contextlib.ExitStack() as stack:
@@ -182,11 +182,9 @@ class Evaluate(QuantisationFlags, Hosts):
             waiting = np.array([i for i in range(len(encoded)) if i not in finished], np.int64)
 
             def keep(some: np.ndarray, found: np.ndarray) -> None:
-                if not np.isfinite(found).all():
-                    raise InputError(f"{self.reward_model}: a reward is not finite; {advice}")
                 for index, value in zip(waiting[some].tolist(), found.tolist(), strict=True):
                     values[index] = value
-                    if journal and journal.is_own(index):
+                    if journal and journal.is_own(index) and math.isfinite(value):
                         journal.append(index, rows[index] | {FIELD: value})
                 advance(len(some))
 
@@ -199,9 +197,28 @@ class Evaluate(QuantisationFlags, Hosts):
                     options: dict[str, Any] = {"batch_size": self.batch_size, "label": self.label}
                     options["mesh"] = mesh
                     rewards(model, ids, on_batch=keep, **options)
+            self._check_finite(files, values, journal)
             if journal and self.output:
                 journal.merge(self.output, len(files[0].rows))
         return values
+
+    def _check_finite(
+        self, files: "list[Results]", values: "np.ndarray", journal: "Journal | HostJournal | None"
+    ) -> None:
+        """Raise InputError, naming the rows, where a reward is no finite number."""
+        told, first = [], 0
+        for file in files:
+            own = values[first : first + len(file.rows)].tolist()
+            first += len(own)
+            name = f"reward model {self.reward_model}"
+            failed = [
+                RowFailed(i, [name]) for i, value in enumerate(own) if not math.isfinite(value)
+            ]
+            if failed:
+                told.append(str(RowsFailed(failed, where=file.unit, number=lambda row: row + 1)))
+        if told:
+            kept = f"what was found for the others is kept in {journal.path}" if journal else ""
+            raise InputError("; ".join([*told, *filter(None, [kept])]))
 
     def fingerprint(self, rows: list[dict[str, Any]], first: int, rendering: str) -> dict[str, Any]:
         """What the rows of a journal depend on: flags, the input rows, the checkpoint's files."""

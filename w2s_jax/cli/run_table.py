@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from w2s_jax.text.training_data import Data
+    from w2s_jax.text.token_rows import Data
 
 SHOWN = (
     "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",

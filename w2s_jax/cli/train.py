@@ -22,6 +22,7 @@ from w2s_jax.cli.train_flags import (
 )
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
+from w2s_jax.typed import check_fields
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
     from w2s_jax.text.held_out import Part
-    from w2s_jax.text.training_data import Data, DataConfig
+    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.loop import LoopConfig
     from w2s_jax.train.objectives import Policy
     from w2s_jax.train.run import RunConfig, Source, Task
@@ -170,9 +172,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """Raises InputError for flags that do not go together."""
         from w2s_jax.train.watch import check_installed
 
-        for name in ("data", "eval_data", "columns"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"{name} is one text; it takes a tuple of them")
+        check_fields(self)
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning-rate {self.learning_rate} must be above 0")
         if self.keep_best is not None and not (self.held_out or self.eval_data):

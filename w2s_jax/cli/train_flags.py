@@ -99,7 +99,8 @@ class OptimizationFlags:
     muon_learning_rate: float = 0.02
     """Peak for the matrices of the layers under muon."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in; weights that are trained stay float32. auto: float32 on a CPU."""
+    """What the model computes in; weights that are trained stay float32. auto: float32 on a CPU.
+    The numbers of held-out examples are computed in it too, not in the float32 that is saved."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a backward pass computes again, to save memory: nothing, each layer, all but matmuls; on
     a CPU it takes --scan-layers."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import read_fields, write_fields
 from w2s_jax.ops.rotary import Rope
+from w2s_jax.typed import check_fields, check_kind
 
 _SIZES = (
     "vocab_size",
@@ -70,6 +71,7 @@ class ModelConfig:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not any(self.sliding_windows):
             object.__setattr__(self, "sliding_windows", ())
         elif len(self.sliding_windows) != self.layers:
@@ -100,6 +102,7 @@ class ModelConfig:
         Raises InputError for an architecture, rope kind or activation that is not supported, for a
         malformed field, and for a field that would change the logits and is not honoured here.
         """
+        check_kind("ModelConfig.from_hf", hf, Mapping, "the contents of a config.json")
         return cls(**read_fields(hf, generation_config or {}))
 
     def to_hf(self) -> dict[str, Any]:

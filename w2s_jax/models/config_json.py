@@ -5,16 +5,14 @@ Opens no file: `models/huggingface.py` does.
 """
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.rotary import ROPE_KINDS, Rope
+from w2s_jax.models.json_fields import Json, number, optional_number, refused, size, switch
+from w2s_jax.models.rope_json import read_rope, refuse_partial, write_rope
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
-
-Json = Mapping[str, Any]
 
 _CLASS_NAMES = {
     "gpt2": "GPT2LMHeadModel",
@@ -131,8 +129,8 @@ def read_fields(hf: Json, generation_config: Json) -> dict[str, Any]:
     eos_ids = _token_ids(hf, "eos_token_id") + _token_ids(generation_config, "eos_token_id")
     return {
         "architecture": architecture,
-        "vocab_size": _size(hf, "vocab_size"),
-        "tied_embeddings": bool(hf["tie_word_embeddings"]),
+        "vocab_size": size(hf, "vocab_size"),
+        "tied_embeddings": switch(hf, "tie_word_embeddings"),
         "bos_id": next(iter(_token_ids(hf, "bos_token_id")), None),
         "eos_ids": tuple(dict.fromkeys(eos_ids)),
         "pad_id": next(iter(_token_ids(hf, "pad_token_id")), None),
@@ -167,40 +165,19 @@ def _refuse_unsupported(hf: Json) -> None:
     for name in _REFUSED:
         if hf.get(name):
             raise InputError(f"config field {name} is set, which is not supported")
-    if hf.get("partial_rotary_factor") not in (None, 1):
-        raise InputError("config field partial_rotary_factor is not 1, which is not supported")
-
-
-def _size(hf: Json, name: str) -> int:
-    if name not in hf:
-        raise InputError(f"config field {name} is missing")
-    value = hf[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config field {name} is {value!r}; it must be a positive whole number")
-    return value
-
-
-def _number(hf: Json, name: str) -> float:
-    value = hf.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"config field {name} is {value!r}; it must be a number")
-    return float(value)
-
-
-def _optional_number(hf: Json, name: str) -> float | None:
-    return None if hf.get(name) is None else _number(hf, name)
+    refuse_partial(hf)
 
 
 def _token_ids(hf: Json, name: str) -> list[int]:
     value = hf.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) for token in ids):
-        raise InputError(f"config field {name} is {value!r}; it must be one token id or a list")
+        raise refused(name, value, "one token id or a list")
     return [token for token in ids if token >= 0]  # some Llama files write -1 for "none"
 
 
 def _activation(name: Any) -> str:
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(
             f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
@@ -212,26 +189,26 @@ def _activation_name(activation: str) -> str:
 
 
 def _read_gpt2(hf: Json) -> dict[str, Any]:
-    width, heads = _size(hf, "n_embd"), _size(hf, "n_head")
+    width, heads = size(hf, "n_embd"), size(hf, "n_head")
     if width % heads:
         raise InputError(f"config field n_embd is {width}, not a multiple of n_head, {heads}")
     return {
         "width": width,
-        "layers": _size(hf, "n_layer"),
+        "layers": size(hf, "n_layer"),
         "heads": heads,
         "kv_heads": heads,
         "head_width": width // heads,
-        "mlp_width": 4 * width if hf["n_inner"] is None else _size(hf, "n_inner"),
-        "max_positions": _size(hf, "n_positions"),
+        "mlp_width": 4 * width if hf["n_inner"] is None else size(hf, "n_inner"),
+        "max_positions": size(hf, "n_positions"),
         "norm": "layer",
-        "norm_epsilon": _number(hf, "layer_norm_epsilon"),
+        "norm_epsilon": number(hf, "layer_norm_epsilon", least=0),
         "position": "learned",
         "activation": _activation(hf["activation_function"]),
         "gated_mlp": False,
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
-        "attention_scale": None if hf["scale_attn_weights"] else 1.0,
+        "attention_scale": None if switch(hf, "scale_attn_weights") else 1.0,
     }
 
 
@@ -249,26 +226,26 @@ def _write_gpt2(config: "ModelConfig") -> dict[str, Any]:
 
 
 def _read_rotary(architecture: str, hf: Json) -> dict[str, Any]:
-    width, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    layers = _size(hf, "num_hidden_layers")
-    rope, positions = _read_rope(hf)
-    kv_heads = heads if hf["num_key_value_heads"] is None else _size(hf, "num_key_value_heads")
+    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    layers = size(hf, "num_hidden_layers")
+    rope, positions = read_rope(hf)
+    kv_heads = heads if hf["num_key_value_heads"] is None else size(hf, "num_key_value_heads")
     fields: dict[str, Any] = {
         "width": width,
         "layers": layers,
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_width": width // heads if hf["head_dim"] is None else _size(hf, "head_dim"),
-        "mlp_width": _size(hf, "intermediate_size"),
+        "head_width": width // heads if hf["head_dim"] is None else size(hf, "head_dim"),
+        "mlp_width": size(hf, "intermediate_size"),
         "max_positions": positions,
-        "norm_epsilon": _number(hf, "rms_norm_eps"),
+        "norm_epsilon": number(hf, "rms_norm_eps", least=0),
         "rope": rope,
     }
     activation = hf["hidden_act"]
     if architecture in ("llama", "qwen3", "gemma", "gemma2"):
-        fields["qkv_bias"] = fields["out_bias"] = bool(hf["attention_bias"])
+        fields["qkv_bias"] = fields["out_bias"] = switch(hf, "attention_bias")
     if architecture == "llama":
-        fields["mlp_bias"] = bool(hf["mlp_bias"])
+        fields["mlp_bias"] = switch(hf, "mlp_bias")
     if architecture == "qwen2":
         fields["qkv_bias"] = True
     if architecture == "qwen3":
@@ -281,9 +258,9 @@ def _read_rotary(architecture: str, hf: Json) -> dict[str, Any]:
         activation = hf["hidden_activation"]
         fields |= {
             "post_norms": True,
-            "attention_scale": _size(hf, "query_pre_attn_scalar") ** -0.5,
-            "attention_softcap": _optional_number(hf, "attn_logit_softcapping"),
-            "final_softcap": _optional_number(hf, "final_logit_softcapping"),
+            "attention_scale": size(hf, "query_pre_attn_scalar") ** -0.5,
+            "attention_softcap": optional_number(hf, "attn_logit_softcapping", above=0),
+            "final_softcap": optional_number(hf, "final_logit_softcapping", above=0),
         }
     fields["activation"] = _activation(activation)
     if architecture in ("mistral", "qwen2", "qwen3", "gemma2"):
@@ -305,7 +282,7 @@ def _write_rotary(config: "ModelConfig") -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope.theta,
-        "rope_scaling": _write_rope(config.rope, config.max_positions),
+        "rope_scaling": write_rope(config.rope, config.max_positions),
         "hidden_act": activation,
     }
     if config.architecture in ("llama", "qwen3", "gemma", "gemma2"):
@@ -324,23 +301,21 @@ def _write_rotary(config: "ModelConfig") -> dict[str, Any]:
 
 def _read_windows(architecture: str, hf: Json, layers: int) -> tuple[int | None, ...]:
     qwen = architecture in ("qwen2", "qwen3")
-    if hf["sliding_window"] is None or (qwen and not hf["use_sliding_window"]):
+    if hf["sliding_window"] is None or (qwen and not switch(hf, "use_sliding_window")):
         return ()
-    window = _size(hf, "sliding_window")
+    window = size(hf, "sliding_window")
     if architecture == "mistral":
         return (window,) * layers
     kinds = hf["layer_types"]
     if kinds is None and qwen:
-        full = hf["max_window_layers"]
+        full = size(hf, "max_window_layers", least=0)
         return tuple(None if layer < full else window for layer in range(layers))
     if kinds is None:
         return tuple(None if layer % 2 else window for layer in range(layers))
     known = {"full_attention": None, "sliding_attention": window}
-    if len(kinds) != layers or not set(kinds) <= set(known):
-        raise InputError(
-            f"config field layer_types is {kinds!r}; it must name one of {', '.join(known)} "
-            f"for each of {layers} layers"
-        )
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in [*known] for k in kinds):
+        taken = f"a list that names one of {', '.join(known)} for each of {layers} layers"
+        raise refused("layer_types", kinds, taken)
     return tuple(known[kind] for kind in kinds)
 
 
@@ -361,97 +336,3 @@ def _write_windows(config: "ModelConfig") -> dict[str, Any]:
         # transformers builds the windowed mask even where no layer uses it.
         return {"sliding_window": window or 4096, "layer_types": kinds}
     return {}
-
-
-_DYNAMIC = "dynamic"
-
-
-def _read_rope(hf: Json) -> tuple[Rope, int]:
-    """The rope, and how many positions it reaches: files name them before the scaling or after it.
-
-    Where `original_max_position_embeddings` is there, the larger of `max_position_embeddings` and
-    original × factor; without it `linear` and `yarn` stretch `max_position_embeddings`.
-    """
-    max_positions = _size(hf, "max_position_embeddings")
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise InputError("config field rope_parameters differs by layer, which is not supported")
-    _refuse_unsupported(scaling)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in (*ROPE_KINDS, _DYNAMIC):
-        known = ", ".join((*ROPE_KINDS, _DYNAMIC))
-        raise InputError(f"rope kind {kind!r} is not supported; supported: {known}")
-    theta = _number({"rope_theta": 10000.0, **hf, **scaling}, "rope_theta")
-    given = _original_positions(hf, scaling)
-    if kind == _DYNAMIC:
-        # Its angles change with the length only beyond the original positions.
-        return Rope(theta=theta), min(max_positions, given or max_positions)
-    rope = _scaled_rope(kind, theta, scaling, given or max_positions, max_positions)
-    if given:
-        return rope, max(max_positions, int(given * rope.factor))
-    return rope, int(max_positions * rope.factor) if kind in ("linear", "yarn") else max_positions
-
-
-def _original_positions(hf: Json, scaling: Json) -> int | None:
-    """How many positions a model was first trained on, where the file says so."""
-    name = "original_max_position_embeddings"
-    held = next((held for held in (hf, scaling) if held.get(name) is not None), None)
-    return None if held is None else _size(held, name)
-
-
-def _scaled_rope(kind: str, theta: float, scaling: Json, original: int, max_positions: int) -> Rope:
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope(theta=theta, kind=kind, factor=_number(scaling, "factor"))
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            kind=kind,
-            factor=_number(scaling, "factor"),
-            low_frequency_factor=_number(scaling, "low_freq_factor"),
-            high_frequency_factor=_number(scaling, "high_freq_factor"),
-            original_max_positions=original,
-        )
-    factor = _optional_number(scaling, "factor") or max_positions / original
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        attention_factor=_yarn_attention_factor(scaling, factor),
-        beta_fast=_optional_number(scaling, "beta_fast") or 32.0,
-        beta_slow=_optional_number(scaling, "beta_slow") or 1.0,
-        truncate=bool(scaling.get("truncate", True)),
-        original_max_positions=original,
-    )
-
-
-def _yarn_attention_factor(scaling: Json, factor: float) -> float | None:
-    """The factor as given, or from DeepSeek's pair mscale, mscale_all_dim; None: the paper's."""
-    over, under = _optional_number(scaling, "mscale"), _optional_number(scaling, "mscale_all_dim")
-    given = _optional_number(scaling, "attention_factor")
-    if given is not None or not over or not under:
-        return given
-    growth = 0.1 * math.log(max(factor, 1.0))
-    return (over * growth + 1.0) / (under * growth + 1.0)
-
-
-def _write_rope(rope: Rope, max_positions: int) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    hf: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    # So that the positions are not taken for those before the scaling.
-    original = rope.original_max_positions or int(max_positions / rope.factor)
-    hf["original_max_position_embeddings"] = original
-    if rope.kind == "llama3":
-        hf["low_freq_factor"] = rope.low_frequency_factor
-        hf["high_freq_factor"] = rope.high_frequency_factor
-    if rope.kind == "yarn":
-        hf |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "truncate": rope.truncate,
-        }
-        if rope.attention_factor is not None:
-            hf["attention_factor"] = rope.attention_factor
-    return hf

@@ -13,17 +13,30 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.dtypes import parameter_dtype
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.huggingface import (
     CONFIG,
     locate,
     open_tensors,
-    parameter_dtype,
     read_json,
     write_checkpoint,
 )
+from w2s_jax.models.json_fields import Json, mapping, number, refused, size
 
 ARCHITECTURE = "DistilBertForSequenceClassification"
+_DEFAULTS = {
+    "vocab_size": 30522,
+    "dim": 768,
+    "n_layers": 6,
+    "n_heads": 12,
+    "hidden_dim": 3072,
+    "max_position_embeddings": 512,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "seq_classif_dropout": 0.2,
+    "initializer_range": 0.02,
+}
 _BODY = "distilbert."
 
 _OUTER = {
@@ -80,20 +93,29 @@ def encoder_config(directory: Path) -> EncoderConfig:
     activation = hf.get("activation", "gelu")
     if activation != "gelu":
         raise InputError(f"{directory / CONFIG}: activation {activation!r} is not 'gelu'")
-    names = hf.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    try:
+        return _config(_DEFAULTS | hf)
+    except InputError as error:
+        raise error.at(str(directory / CONFIG)) from None
+
+
+def _config(hf: Json) -> EncoderConfig:
+    names = mapping(hf, "id2label", '{"0": "NEGATIVE"}') or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not all(key.isdecimal() for key in names):
+        raise refused("id2label", names, "a mapping of numbers to names")
     return EncoderConfig(
-        vocab_size=hf.get("vocab_size", 30522),
-        width=hf.get("dim", 768),
-        layers=hf.get("n_layers", 6),
-        heads=hf.get("n_heads", 12),
-        mlp_width=hf.get("hidden_dim", 3072),
-        max_positions=hf.get("max_position_embeddings", 512),
+        vocab_size=size(hf, "vocab_size"),
+        width=size(hf, "dim"),
+        layers=size(hf, "n_layers"),
+        heads=size(hf, "n_heads"),
+        mlp_width=size(hf, "hidden_dim"),
+        max_positions=size(hf, "max_position_embeddings"),
         labels=len(names),
-        dropout=hf.get("dropout", 0.1),
-        attention_dropout=hf.get("attention_dropout", 0.1),
-        head_dropout=hf.get("seq_classif_dropout", 0.2),
-        initializer_range=hf.get("initializer_range", 0.02),
-        pad_id=hf.get("pad_token_id") or 0,
+        dropout=number(hf, "dropout", least=0),
+        attention_dropout=number(hf, "attention_dropout", least=0),
+        head_dropout=number(hf, "seq_classif_dropout", least=0),
+        initializer_range=number(hf, "initializer_range", above=0),
+        pad_id=0 if hf.get("pad_token_id") is None else size(hf, "pad_token_id", least=0),
         label_names=tuple(names[key] for key in sorted(names, key=int)),
     )
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
@@ -38,12 +36,14 @@ from w2s_jax.models.arrange import (
     unstacked,
 )
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.dtypes import parameter_dtype
 from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, equal, open_file
 from w2s_jax.models.materialise import materialise
 from w2s_jax.models.model import Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
+from w2s_jax.typed import check_kind
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_PATTERNS = (
@@ -54,7 +54,6 @@ TOKENIZER_PATTERNS = (
     "vocab*",
     "merges.txt",
 )
-STORED = "stored"
 LONGEST_PATH = 4000
 # An adapter's, which stand in the place of config.json and model.safetensors.
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -139,6 +138,8 @@ def load_parameters(
 
     Raises InputError for any tensor unmapped, missing, duplicate or misshapen.
     """
+    check_placing(mesh, rules)
+    check_kind("quantize", quantize, QuantizeConfig | None, "a QuantizeConfig")
     stored = stored_parameters(config, per_layer, head)
     tensors = _match(directory, config, per_layer, stored, tensors, head)
     dtype = parameter_dtype(dtype, tensors[stored["embed/embedding"].name][:0].dtype)
@@ -152,31 +153,6 @@ def load_parameters(
         parameters = stacked(parameters, config.layers)
     params = materialise(parameters, dtype, rules, mesh, quantize)
     return unflatten_dict(params, sep="/")
-
-
-def quickest_dtype() -> str:
-    """What weights are loaded as where nothing else is asked for: "stored", but on a CPU float32.
-
-    CPUs compute slowly in the half-sized types that checkpoints hold.
-    """
-    return "float32" if jax.default_backend() == "cpu" else STORED
-
-
-def parameter_dtype(dtype: Any, stored: Any) -> jnp.dtype:
-    """The dtype that `load_model`'s argument names, for parameters stored as `stored`.
-
-    Raises InputError for what is no floating-point type.
-    """
-    dtype = quickest_dtype() if dtype is None else dtype
-    if isinstance(dtype, str) and dtype == STORED:
-        dtype = stored
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        raise InputError(f"dtype {dtype!r} is unknown; try float32 or bfloat16") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype {dtype} is not a floating-point type; try float32 or bfloat16")
-    return dtype
 
 
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
@@ -216,6 +192,8 @@ def save_model(
     Raises InputError when config.json cannot express the model, when the model is quantised, or the
     directory is not writable.
     """
+    check_kind("save_model", model, Model, "what load_model gives")
+    check_kind("save_model's directory", directory, str | Path, "a path")
     if is_quantized(model.params):
         raise InputError(f"{directory}: a quantised model is not saved; save it as it was stored")
     hf = model.config.to_hf() | {"torch_dtype": str(model.dtype)}
@@ -264,6 +242,7 @@ def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) ->
 
     Only files that match `patterns` are fetched. Raises InputError when there is neither.
     """
+    check_kind("a checkpoint's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if len(name) > LONGEST_PATH:
         raise InputError(f"{name[:40]}...: a path of {len(name)} characters is too long")

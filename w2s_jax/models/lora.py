@@ -23,6 +23,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.layout import STACKED, layer_name, unstack_layers
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
+from w2s_jax.typed import check_fields
 
 FACTORS = ("lora_a", "lora_b")
 ATTENTION, MLP = ("query", "key", "value", "out"), ("gate", "up", "down")
@@ -66,6 +67,7 @@ class LoraConfig:
     """Projections: query, key, value, out, gate, up, down, or a checkpoint's names of them."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank < 1:
             raise InputError(f"LoRA rank {self.rank}; it must be at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):

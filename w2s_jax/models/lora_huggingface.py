@@ -22,10 +22,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
 from w2s_jax.models.arrange import Tensors, decoder_parameters, reader
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.dtypes import STORED
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
-    STORED,
     is_adapter,
     load_model,
     locate,

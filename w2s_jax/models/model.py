@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
+from w2s_jax.models.dtypes import floating_dtype
 from w2s_jax.models.forward import Remat, forward, initial_params, logits
 from w2s_jax.models.quantize import QuantizeConfig, quantize, quantized_axes
-from w2s_jax.ops.sharding import DEFAULT_RULES, ON_ONE_DEVICE, Placement, Rules, resolve_tree
+from w2s_jax.ops.sharding import (
+    DEFAULT_RULES,
+    ON_ONE_DEVICE,
+    Placement,
+    Rules,
+    check_placing,
+    resolve_tree,
+)
 from w2s_jax.pytrees import pytree
+from w2s_jax.typed import check_kind
 
 
 @pytree(static=("config", "placement"))
@@ -50,8 +60,10 @@ class Model:
         """Float32 next-token logits at every position.
 
         `mask` is False on padding, on either side; padding is not seen and takes no position.
-        Raises InputError for more tokens than learned positions.
+        Raises InputError for what is no array of token ids, for a mask of another shape, and for
+        more tokens than learned positions.
         """
+        check_tokens(tokens, mask)
         if self.config.position == "learned" and tokens.shape[1] > self.config.max_positions:
             raise InputError(
                 f"{tokens.shape[1]} tokens for a model of {self.config.max_positions} positions"
@@ -62,8 +74,25 @@ class Model:
 def init_model(
     config: ModelConfig, key: Array, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
 ) -> Model:
-    """A model with random parameters (normal, 0.02; norms at one, biases at zero)."""
-    return Model(config, _drawing(config, jnp.dtype(dtype), scan_layers)(key))
+    """A model with random parameters (normal, 0.02; norms at one, biases at zero).
+
+    Raises InputError for what is no ModelConfig, and for a dtype that is no floating-point type.
+    """
+    check_kind("init_model", config, ModelConfig, "a ModelConfig")
+    return Model(config, _drawing(config, floating_dtype(dtype), scan_layers)(key))
+
+
+def check_tokens(tokens: Any, mask: Any = None) -> None:
+    """Raise InputError where tokens are no array of whole numbers [B, X], or the mask is not alike.
+
+    Of arrays the kind and shape are looked at, which are known of traced ones too.
+    """
+    taken = "an array of token ids, rows by positions"
+    check_kind("a model", tokens, Array | np.ndarray, taken)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"a model takes {taken}, not {tokens.dtype} of shape {tokens.shape}")
+    if mask is not None and np.shape(mask) != tokens.shape:
+        raise InputError(f"the mask is of shape {np.shape(mask)}, the tokens of {tokens.shape}")
 
 
 @lru_cache(maxsize=16)
@@ -113,6 +142,7 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
 
     Raises InputError, naming the parameter, where the mesh does not divide a dimension.
     """
+    check_placing(mesh, rules)
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)
     shardings = resolve_tree(quantized_axes(axes, model.params), model.params, rules, mesh)
     return Model(model.config, jax.device_put(model.params, shardings), Placement(mesh, rules))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from w2s_jax.errors import InputError
+from w2s_jax.typed import check_fields
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite"

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.ops.meshes import MESH_AXES, nearest_meshes
+from w2s_jax.typed import check_kind
 
 Axes = tuple[str | None, ...]
 
@@ -86,6 +87,13 @@ SEARCH_RULES = DEFAULT_RULES.replace(embed=None, mlp=("fsdp", "tensor"), vocab=(
 # A small model beside a large one may be whole on every device: nothing is exchanged for it.
 REPLICATED_RULES = SEARCH_RULES.replace(mlp=None, vocab=None, heads=None, kv_heads=None)
 PRESETS = {"train": DEFAULT_RULES, "search": SEARCH_RULES, "replicated": REPLICATED_RULES}
+
+
+def check_placing(mesh: Any, rules: Any) -> None:
+    """Raise InputError for what is no mesh and not None, and for what is no Rules."""
+    meshes = Mesh | AbstractMesh | None
+    check_kind("mesh", mesh, meshes, "a jax.sharding.Mesh, as ops.meshes.make_mesh gives")
+    check_kind("rules", rules, Rules, "what ops.sharding.parse_rules gives")
 
 
 def parse_rules(text: str) -> Rules:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.plan.matrix import SETTINGS, Cell, Row
 from w2s_jax.plan.measure import GIB
 from w2s_jax.text.atomic import check_writable, write_whole
@@ -127,6 +127,7 @@ def line_of(row: Row) -> str:
 def _read_table(path: Path, compiler: str, settings: str) -> dict[str, str]:
     if not path.exists():
         return {}
+    check_fetched(path)
     try:
         text = path.read_text(encoding="utf-8")
     except ValueError:
@@ -147,6 +148,7 @@ def _read_table(path: Path, compiler: str, settings: str) -> dict[str, str]:
 def _read_figures(path: Path, compiler: str, settings: str) -> dict[str, Any]:
     if not path.exists():
         return {}
+    check_fetched(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows, told = {row["cell"]: row for row in found["rows"]}, found["compiler"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.journal import held
 
@@ -269,6 +269,7 @@ def _stamps(path: Path) -> list[list[Any]]:
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any] | None:
+    check_fetched(path)
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):

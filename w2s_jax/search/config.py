@@ -7,6 +7,7 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.proposers import PolicyProposer, Proposer
 from w2s_jax.search.scorers import LogRatio, Scorer
 from w2s_jax.search.selectors import Selector, TopW
+from w2s_jax.typed import check_fields
 
 POLICY_CACHES = ("auto", "int8")
 
@@ -43,6 +44,7 @@ class SearchConfig:
     policy_cache: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sizes = {
             "beam_width (W)": self.beam_width,
             "successors (K)": self.successors,

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import is_quantized
 from w2s_jax.pytrees import pytree
+from w2s_jax.typed import check_kind
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
     for guide in chosen:
         if not isinstance(guide, Guide):
             raise InputError(f"a guide is Guide(tuned, untuned), not {type(guide).__name__}")
+        check_kind("a guide's weight", guide.weight, float | Array | np.ndarray, "a number")
     members = (policy, *(model for guide in chosen for model in (guide.tuned, guide.untuned)))
     for name, model in zip(member_names(len(chosen)), members, strict=True):
         if not isinstance(model, Model):

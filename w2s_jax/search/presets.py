@@ -23,7 +23,9 @@ def _even_chunk(max_new_tokens: int) -> int:
 
 def _in_place(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of methods that keep every hypothesis; what the caller gave goes before."""
-    length = _even_chunk(settings.get("max_new_tokens", SearchConfig.max_new_tokens))
+    tokens = settings.get("max_new_tokens", SearchConfig.max_new_tokens)
+    # What is no number is told with the other settings.
+    length = _even_chunk(tokens) if isinstance(tokens, int) else SAMPLES_CHUNK
     return {"chunk_length": length, "selector": KeepAll(), "successors": 1} | settings
 
 

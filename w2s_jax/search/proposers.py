@@ -12,6 +12,7 @@ from w2s_jax.decode.chunk import Logits
 from w2s_jax.errors import InputError
 from w2s_jax.ops.logprobs import token_logprobs
 from w2s_jax.search.guides import SearchModels
+from w2s_jax.typed import check_fields
 
 
 @runtime_checkable
@@ -90,6 +91,7 @@ class EFTProposer:
     top_k: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.beta < math.inf:
             raise InputError(f"beta is {self.beta}; it must be 0 or above, and finite")
         if self.top_k < 0:

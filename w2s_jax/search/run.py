@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.guides import Guide, SearchModels, search_models
 from w2s_jax.search.results import ChunkTrace, Request, SearchResult
@@ -26,6 +26,7 @@ from w2s_jax.search.session import (
 from w2s_jax.search.sizes import SMALLEST_BUCKET, buckets
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.conversations import Conversation
+from w2s_jax.typed import check_kind, shown
 
 DEFAULT_SLOTS = 8
 
@@ -63,8 +64,12 @@ def search(
     heads, for prompts that are no token ids, and for a policy or a guide that is none.
     """
     models = search_models(policy, guides)
-    if not isinstance(config, SearchConfig):
-        raise InputError(f"config is what search.presets give, not {type(config).__name__}")
+    check_kind("config", config, SearchConfig, "what search.presets give")
+    check_placing(mesh, rules)
+    _check_items("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
+    if scorers:
+        _check_items("conversations", conversations, Conversation, "a list of Conversation")
+    _check_items("row_ids", row_ids, int, "a list of whole numbers")
     prompts = _token_rows("prompts", prompts)
     if guide_prompts is not None:
         guide_prompts = [_token_rows("guide_prompts", own) for own in guide_prompts]
@@ -129,19 +134,22 @@ def _token_rows(name: str, rows: Any) -> list[tuple[int, ...]]:
     """Rows of token ids as tuples; InputError for a text, a mapping, one flat row and the like."""
     taken = f"{name} are a list of token ids for each prompt, as text.prompts.encode_prompt gives"
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
-        raise InputError(f"{taken}; not {_kind(rows)}")
+        raise InputError(f"{taken}; not {shown(rows)}")
     found = []
     for row in rows:
         ids = np.asarray(row)  # of text and of mappings an array without axes
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise InputError(f"{taken}; not a list that holds {_kind(row)}")
+            raise InputError(f"{taken}; not a list that holds {shown(row)}")
         found.append(tuple(ids.tolist()))
     return found
 
 
-def _kind(value: Any) -> str:
-    told = repr(value)
-    return f"{type(value).__name__} {told if len(told) <= 40 else told[:39] + '…'}"
+def _check_items(name: str, items: Any, kind: Any, taken: str) -> None:
+    if items is None:
+        return
+    check_kind(name, items, Iterable, taken)
+    for item in items:
+        check_kind(name, item, kind, taken)
 
 
 def _of_members(

@@ -9,9 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from w2s_jax.errors import InputError
-from w2s_jax.exchange import from_first
+from w2s_jax.errors import SCORER, InputError
+from w2s_jax.exchange import from_first, gather_values
 from w2s_jax.text.conversations import Conversation, plain
+from w2s_jax.typed import check_fields, shown
+
+_NOT_FINITE = "gave a score that is not a finite number"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def at_fault(
     names of its models whose logits were NaN or infinite, none where a token's probability is 0.
     One that does not is itself at fault.
     """
-    blame = getattr(scorer, "blame", lambda memory, place: (f"scorer {type(scorer).__name__}",))
+    usual = (f"{SCORER}{type(scorer).__name__} {_NOT_FINITE}",)
+    blame = getattr(scorer, "blame", lambda memory, place: usual)
     failed: dict[int, tuple[str, ...]] = {}
     for index in np.flatnonzero(~np.isfinite(scores)).tolist():
         one = candidates[index]
@@ -78,43 +82,101 @@ def at_fault(
 class FunctionScorer:
     """Any function of (prompts, responses) to numbers, called once a chunk with all candidates.
 
-    A prompt is its bare text, or the content of its only message, or its messages as lines. Raises
-    InputError where the function raises, returns another count, or what is not a finite number.
+    A prompt is its bare text, or the content of its only message, or its messages as lines. Where
+    the function raises it is called for each prompt alone: prompts at which it raises again, and
+    those with a number that is not finite, fail, and the others go on. Raises InputError where it
+    raises for all of several prompts, and for what is not one number for each response.
     """
 
     function: Callable[[list[str], list[str]], Sequence[Any]]
     weight: float | int = 1.0
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"a FunctionScorer takes a function, not {shown(self.function)}")
+        check_fields(self)
+
     def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> None:
         return None
 
-    def insert(self, memory: None, slot: int, conversation: Conversation) -> None:
-        return None
+    def insert(self, memory: Any, slot: int, conversation: Conversation) -> Any:
+        return memory
 
-    def score(self, memory: None, candidates: Sequence[Candidate]) -> tuple[None, np.ndarray]:
-        """Called on the first of several hosts alone, as it need not say the same twice."""
+    def score(
+        self, memory: Any, candidates: Sequence[Candidate]
+    ) -> tuple[dict[int, str], np.ndarray]:
+        """The errors by slot, and the scores, NaN where there is one.
+
+        Called on the first of several hosts alone, as it need not say the same twice.
+        """
         like = np.zeros(len(candidates), np.float32)
-        return None, from_first(lambda: self._scores(candidates), like)
+        raised: dict[int, str] = {}
+        scores = from_first(lambda: self._scores(candidates, raised), like)
+        if not np.isfinite(scores).all():
+            first, *_ = gather_values(list(raised.items()))
+            raised = dict(first)
+        return raised, scores
 
-    def _scores(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        name = getattr(self.function, "__name__", type(self.function).__name__)
-        prompts = [plain(candidate.conversation) for candidate in candidates]
+    def blame(self, memory: dict[int, str], place: tuple[int, int]) -> tuple[str, ...]:
+        """The function, and what it did."""
+        error = memory.get(place[0])
+        did = _NOT_FINITE if error is None else f"raised {error}"
+        return (f"{SCORER}{self._name} {did}",)
+
+    def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
+        return memory
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def _scores(self, candidates: Sequence[Candidate], raised: dict[int, str]) -> np.ndarray:
         try:
-            said = self.function(prompts, [candidate.response for candidate in candidates])
+            said = self._said(candidates)
         except (Exception, SystemExit) as error:  # it is the user's own code
-            raise InputError(f"the scorer {name} raised {type(error).__name__}: {error}") from error
+            return self._apart(candidates, raised, error)
+        return self._numbers(said, len(candidates))
+
+    def _apart(
+        self, candidates: Sequence[Candidate], raised: dict[int, str], error: BaseException
+    ) -> np.ndarray:
+        """The scores of each slot alone; what is raised there goes to `raised`."""
+        slots = sorted({candidate.slot for candidate in candidates})
+        scores = np.full(len(candidates), np.nan, np.float32)
+        for slot in slots:
+            own = [i for i, candidate in enumerate(candidates) if candidate.slot == slot]
+            try:
+                if len(slots) == 1:  # which has been tried
+                    raise error
+                said = self._said([candidates[i] for i in own])
+            except (Exception, SystemExit) as fault:
+                raised[slot] = _told(fault)
+                continue
+            scores[own] = self._numbers(said, len(own))
+        if len(raised) == len(slots) > 1:  # the function's own fault rather than a prompt's
+            raise InputError(f"the scorer {self._name} raised {_told(error)}") from error
+        return scores
+
+    def _said(self, candidates: Sequence[Candidate]) -> Any:
+        prompts = [plain(candidate.conversation) for candidate in candidates]
+        return self.function(prompts, [candidate.response for candidate in candidates])
+
+    def _numbers(self, said: Any, count: int) -> np.ndarray:
         try:
             scores = np.asarray(said, np.float32)
         except (TypeError, ValueError):
-            raise InputError(f"the scorer {name} returned what is not a list of numbers") from None
-        if scores.shape != (len(candidates),):
             raise InputError(
-                f"the scorer {name} returned an array of shape {scores.shape} for "
-                f"{len(candidates)} responses; it must return one number each"
+                f"the scorer {self._name} returned what is not a list of numbers"
+            ) from None
+        if scores.shape != (count,):
+            raise InputError(
+                f"the scorer {self._name} returned an array of shape {scores.shape} for "
+                f"{count} responses; it must return one number each"
             )
-        if not np.isfinite(scores).all():
-            raise InputError(f"the scorer {name} returned a score that is not a finite number")
         return scores
 
-    def keep(self, memory: None, parents: np.ndarray, rows: np.ndarray) -> None:
-        return None
+
+def _told(error: BaseException) -> str:
+    """An error's kind, and the beginning of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__

@@ -7,17 +7,18 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.conversations import Conversation, Message, function_of
+from w2s_jax.text.conversations import THOUGHTS, Conversation, Message, function_of
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
 from w2s_jax.text.time_limit import apply_template
+from w2s_jax.typed import check_kind
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
@@ -70,6 +71,7 @@ class Template:
 
         Raises InputError for messages where this takes none, and for a template that fails.
         """
+        check_kind("a template", conversation, Conversation, "a Conversation")
         if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
@@ -98,6 +100,24 @@ class Template:
         if self.jinja is None:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
         return self._apply(self.jinja, messages, tools, {}, opened=False)
+
+    def unwritten(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> frozenset[str]:
+        """Names of THOUGHTS that `render_whole` leaves out of a message that has them.
+
+        Some templates know none of these fields, or only another of them, or drop the thoughts of
+        earlier answers. Told by what is written of a mark in the place of each.
+        """
+        marks: dict[str, str] = {}
+        marked = []
+        for index, message in enumerate(messages):
+            own = {
+                f"thought-{index}-in-{name}": name for name, _ in message.more if name in THOUGHTS
+            }
+            more = dict(message.more) | {name: mark for mark, name in own.items()}
+            marked.append(replace(message, more=tuple(more.items())))
+            marks |= own
+        text = self.render_whole(marked, tools) if marks else ""
+        return frozenset(name for mark, name in marks.items() if mark not in text)
 
     def render_begun(self, messages: Sequence[Message]) -> str:
         """The text of a conversation whose last message goes on. Raises InputError as `render`."""

@@ -12,10 +12,15 @@ _FIELDS = ("prompt", "messages", "instruction", "conversations")
 _ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}
 """Roles that chat templates know under another name."""
+_BEFORE = {"instruction": ("system", "history"), "conversations": ("system",)}
+"""What rows of a field may hold beside it, to be read before it."""
 # Of people, whom no template names.
 _IDLE = {("name", role) for role in ("system", "user", "assistant")}
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of messages with what an assistant thought, under the names that templates have for it."""
+_MORE = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
+_READ = ("role", "content", "from", "value", "weight", "function_call", *_MORE)
 _MESSAGE = '{"role": "user", "content": "text"}'
 
 
@@ -57,12 +62,12 @@ class Conversation:
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
 
-    An instruction is one user message, with "input" after a blank line where there is one, as in
-    Alpaca's files. A message is {"role", "content"}; its content is text or a list of
-    {"type": "text", "text"} parts, which are joined. Of ShareGPT's conversations, of {"from",
-    "value"} turns behind a "system" text, a last turn of the assistant's is left out: like
-    "output", it is what somebody else answered. Messages may call the row's "tools" (`tools_of`). A
-    field that is null counts as absent.
+    An instruction is a user's message, with "input" after a blank line where there is one, as in
+    Alpaca's files, behind its "system" text and its "history" (`turns_before`). A message is
+    {"role", "content"}; its content is text or a list of {"type": "text", "text"} parts, which are
+    joined. Of ShareGPT's conversations, of {"from", "value"} turns behind a "system" text, a last
+    turn of the assistant's is left out: like "output", it is what somebody else answered. Messages
+    may call the row's "tools" (`tools_of`). A field that is null counts as absent.
 
     Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
     """
@@ -76,8 +81,10 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
         several = " and ".join(f'"{field}"' for field in fields)
         raise InputError(f"{where}: {several} in one row; it must hold exactly one of them")
     field, value, tools = fields[0], row[fields[0]], tools_of(row, where)
+    _check_beside(field, row, where)
     if field == "instruction":
-        return Conversation(messages=(Message("user", _instruction(row, where)),), tools=tools)
+        last = Message("user", _instruction(row, where))
+        return Conversation(messages=(*turns_before(row, where), last), tools=tools)
     if field == "prompt" and isinstance(value, str):
         if tools:
             raise InputError(f'{where}: "tools" beside a text; they need messages')
@@ -100,16 +107,26 @@ def messages_of(value: Sequence[Any], where: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
+def unread_fields(value: Any) -> set[str]:
+    """Fields that messages, in lists of any depth, hold something in and that are not read."""
+    if isinstance(value, Mapping):
+        empty: tuple[Any, ...] = (None, "", [], {})
+        return {name for name, held in value.items() if name not in _READ and held not in empty}
+    items = value if isinstance(value, list | tuple) else ()
+    return {name for item in items for name in unread_fields(item)}
+
+
 def tagged(item: Any) -> Any:
     """A turn of {from, value} as {role, content}; anything else as it is."""
     if not isinstance(item, Mapping) or "from" not in item:
         return item
     role, value = item["from"], item.get("value")
+    rest = {name: held for name, held in item.items() if name not in ("from", "value")}
     if role == "function_call":
         calls = _json(value)
         calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    return {"role": _SHAREGPT.get(role, role), "content": value}
+        return rest | {"role": "assistant", "content": "", "tool_calls": calls}
+    return rest | {"role": _SHAREGPT.get(role, role), "content": value}
 
 
 def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -197,6 +214,36 @@ def plain(conversation: Conversation) -> str:
     return "\n".join(f"{message.role}: {message.content}" for message in conversation.messages)
 
 
+def turns_before(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """What goes before an Alpaca row's instruction: its "system", its "history" of pairs.
+
+    Raises InputError, beginning with `where`, for what is not sound.
+    """
+    system, history = row.get("system") or "", row.get("history") or ()
+    if not isinstance(system, str):
+        raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
+    turns = [Message("system", system)] if system else []
+    for turn in history if isinstance(history, list | tuple) else (None,):
+        if not (isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str]):
+            raise InputError(f'{where}: "history" takes pairs of instruction and response')
+        turns += [Message("user", turn[0]), Message("assistant", turn[1])]
+    return tuple(turns)
+
+
+def _check_beside(field: str, row: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for what a prompt seems to be asked behind and is not read beside it."""
+    for name in ("system", "history"):
+        if (
+            name not in _BEFORE.get(field, ())
+            and isinstance(row.get(name), str | list)
+            and row[name]
+        ):
+            raise InputError(
+                f'{where}: a "{name}" beside "{field}", which is read without; make them '
+                f'"messages", or leave "{name}" out'
+            )
+
+
 def _instruction(row: Mapping[str, Any], where: str) -> str:
     for name in ("instruction", "input"):
         value = row.get(name)
@@ -224,9 +271,15 @@ def _message(item: Any, where: str) -> Message:
         raise InputError(f"{where} has {fault}; it takes {', '.join(_ROLES)}")
     if item.get("function_call"):
         raise InputError(f'{where} has a "function_call"; it takes "tool_calls", a list of calls')
-    if item.get("weight") == 0:
-        raise InputError(f"{where} has weight 0; weights of messages are not read")
+    if item.get("weight") not in (None, 1):
+        raise InputError(
+            f"{where} has weight {item['weight']!r}; weights of messages are not read, so that it "
+            "takes 1 or none"
+        )
     more = {name: item[name] for name in _MORE if item.get(name) and (name, role) not in _IDLE}
+    for name in THOUGHTS:
+        if not isinstance(more.get(name, ""), str):
+            raise InputError(f'{where}["{name}"] is {type(more[name]).__name__}; it takes text')
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], f'{where}["tool_calls"]')
     content = item.get("content")

@@ -4,6 +4,7 @@ Knows the columns of TRL's, LLaMA-Factory's and the published formats; holds no 
 no file.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from w2s_jax.text.conversations import (
     shared_turns,
     tagged,
     tools_of,
+    turns_before,
+    unread_fields,
 )
 
 Kind = Literal["sequences", "pairs", "labelled"]
@@ -78,9 +81,18 @@ class Reader:
                 )
 
     def unread(self, row: Row) -> set[str]:
-        """The columns of a row that hold text, messages or the like and are no part of examples."""
+        """What is no part of examples: columns with text, messages or the like; messages' fields.
+
+        As they are told, in quotes.
+        """
+        known = {*self.format.columns, *self.format.may}
         held = {name for name, value in row.items() if isinstance(value, str | list | dict)}
-        return held - {*self.format.columns, *self.format.may, *_NAMING}
+        fields = {
+            name for column in known - {"tools"} for name in unread_fields(row.get(column))
+        }  # fmt: skip
+        return {f'"{name}"' for name in held - known - {*_NAMING}} | {
+            f'"{name}" of a message' for name in fields
+        }
 
 
 def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Reader:
@@ -212,12 +224,22 @@ def _agreed(row: Row, shared: tuple[Message, ...], where: str) -> tuple[Message,
 
 def _check_beside(row: Row, where: str) -> None:
     """Raise InputError where the prompt of a pair seems to be in a column of another name."""
-    beside = next((name for name in _ASKING if isinstance(row.get(name), str)), None)
-    if beside is not None:
+    asking = {name: _asks(name) for name, value in row.items() if isinstance(value, str | list)}
+    found = [name for name, word in asking.items() if word is not None]
+    if found:
+        beside = min(found, key=lambda name: _ASKING.index(asking[name] or ""))
         raise InputError(
             f'{where}: no "prompt", but "{beside}" beside "chosen" and "rejected"; if it is the '
-            f"prompt, --columns prompt={beside} says so"
+            f"prompt, --columns prompt={beside} says so, else leave the column out"
         )
+
+
+def _asks(column: str) -> str | None:
+    """The word for which a column seems to be a prompt: "prompt" of userPrompt and prompt_text."""
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower())
+    if words and words[-1] in _BODIES:
+        words.pop()
+    return words[-1] if words and words[-1] in _ASKING else None
 
 
 def _parse_responses(row: Row, where: str) -> Example:
@@ -232,17 +254,9 @@ def _parse_responses(row: Row, where: str) -> Example:
 
 def _parse_alpaca(row: Row, where: str) -> Example:
     """LLaMA-Factory's: instruction, and on a line below it input; system; history."""
-    turns = []
-    if row.get("system"):
-        turns.append(Message("system", _text(row, "system", where)))
-    history = row.get("history") or ()
-    for turn in history if isinstance(history, list | tuple) else (None,):
-        if not (isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str]):
-            raise InputError(f'{where}: "history" takes pairs of instruction and response')
-        turns += [Message("user", turn[0]), Message("assistant", turn[1])]
     asked = [_text(row, column, where) for column in ("instruction", "input") if row.get(column)]
-    turns.append(Message("user", "\n".join(asked)))
-    return _answered(Conversation(messages=tuple(turns)), row, where)
+    turns = (*turns_before(row, where), Message("user", "\n".join(asked)))
+    return _answered(Conversation(messages=turns), row, where)
 
 
 def _parse_content(row: Row, where: str) -> Example:
@@ -296,7 +310,13 @@ class _Parser:
 
 
 _SIDES = ("chosen", "rejected")
-_ASKING = ("question", "query", "instruction", "input", "context", "user", "system")
+# The likeliest to be the prompt first.
+_ASKING = (
+    "prompt", "prompts", "question", "query", "instruction", "instructions", "problem", "task",
+    "request", "messages", "conversation", "dialogue", "dialog", "post", "article", "document",
+    "input", "inputs", "context", "user", "system",
+)  # fmt: skip
+_BODIES = ("text", "content", "body")
 _NAMING = ("id", "_id", "uid", "uuid", "prompt_id")
 _ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
 _SINGLE: tuple[Kind, ...] = ("sequences", "labelled")

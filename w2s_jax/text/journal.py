@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.atomic import check_writable, sync_folder
 from w2s_jax.text.rows import Row, json_line, write_jsonl
 
@@ -134,6 +134,7 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], int]:
     """(fingerprint, None without a whole header; rows by id; bytes to the end of the last row)."""
+    check_fetched(path)
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 
 
 def read_mapping(path: str | Path) -> dict[Any, Any]:
@@ -13,6 +13,7 @@ def read_mapping(path: str | Path) -> dict[Any, Any]:
     """
     import yaml
 
+    check_fetched(Path(path))
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

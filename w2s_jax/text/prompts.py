@@ -4,9 +4,11 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.typed import check_kind
 
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
@@ -29,6 +31,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     second one, and one without tokens becomes the BOS token, or EOS where there is no BOS. Raises
     InputError where there is neither.
     """
+    check_kind("a prompt", prompt, str, "text")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -80,9 +83,24 @@ def tell_left_out(tokenizer: Any, where: str) -> None:
 
 
 def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A text's token ids with the tokenizer's special tokens, and without them."""
-    whole = tokenizer("a", add_special_tokens=True).input_ids
-    return list(whole), list(tokenizer("a", add_special_tokens=False).input_ids)
+    """A text's token ids with the tokenizer's special tokens, and without them.
+
+    The text is a letter or, as none is in every vocabulary, that of the first token to come back as
+    tokens other than those. Both are empty where no special tokens are put around a text.
+    """
+    (around,) = tokenizer([""], add_special_tokens=True).input_ids
+    added = set(around)
+    if not added:
+        return [], []
+    own = (decode_tokens(tokenizer, [token]) for token in range(len(tokenizer)))
+    for text in chain("a", own):
+        try:
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception:  # what tokenizers raise for what they cannot write
+            continue
+        if ids and not added.intersection(ids):
+            return list(tokenizer(text, add_special_tokens=True).input_ids), ids
+    return [], []
 
 
 def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.rows import read_rows
 
 _JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".json.xz")
@@ -82,6 +82,9 @@ def open_source(name: str, *, split: str = "train") -> Source:
         return _file(name, path, part)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            if file.name.endswith((*_JSON, *_BUILDERS)):
+                check_fetched(file)
         digest = f"{asked[1]} {_digest(files)}"
         return Source(name, unit, digest, partial(read, **_folder(path, files)), **part)
     if path.name.endswith((*_JSON, ".parquet")) or not _HUB.fullmatch(name):
@@ -104,6 +107,7 @@ def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
 
 
 def _file(name: str, path: Path, part: dict[str, str]) -> Source:
+    check_fetched(path)
     digest = _digest([path])
     if path.name.endswith(_JSON):
         unit = "row" if path.name.endswith((".json", ".json.gz", ".json.xz")) else "line"

@@ -45,10 +45,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example's sides; `merged` where the prompt's last tokens became part of the responses."""
+    """An example's sides.
+
+    merged: the prompt's last tokens became part of the responses. unwritten: fields of messages
+    that the template left out.
+    """
 
     sides: tuple[Side, ...]
     merged: bool = False
+    unwritten: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class _Rendered:
     end: int | None
     spans: tuple[Spans, ...] | None = None
     ready: tuple[tuple[list[int], list[int]], ...] | None = None
+    unwritten: frozenset[str] = frozenset()
 
 
 def encode(
@@ -176,13 +182,15 @@ def _render(template: Template, example: Example, loss: str) -> _Rendered:
     marked = loss == "assistant"
     if template.name in PUBLISHED:
         return _render_published(template, written, wholes, tools, marked)
+    unwritten = frozenset[str]().union(*(template.unwritten(whole, tools) for whole in wholes))
     if marked and template.jinja and _GENERATION.search(template.jinja):
         ready = tuple(_by_generation(template, whole, tools) for whole in wholes)
-        return _Rendered(written, ("",) * len(wholes), False, None, ready=ready)
+        empty = ("",) * len(wholes)
+        return _Rendered(written, empty, False, None, ready=ready, unwritten=unwritten)
     sides = tuple(template.render_whole(whole, tools) for whole in wholes)
     spans = zip(wholes, sides, strict=True)
     marks = tuple(_answers(template, *one, tools) for one in spans) if marked else None
-    return _Rendered(written, sides, False, None, marks)
+    return _Rendered(written, sides, False, None, marks, unwritten=unwritten)
 
 
 def _last_answer(example: Example) -> Example:
@@ -362,7 +370,8 @@ def _encoded(tokenizer: Any, one: _Rendered, found: dict, loss: str) -> Encoded:
             beyond = np.ones(len(row) - len(marks[index]), bool)  # the end, of the last answer
             targets &= np.concatenate([marks[index], beyond])
         sides.append(Side(np.asarray(row, np.int32), targets, border))
-    return Encoded(tuple(sides), prompt is not None and border < len(prompt))
+    merged = prompt is not None and border < len(prompt)
+    return Encoded(tuple(sides), merged, one.unwritten)
 
 
 def _inside(tokens: Sequence[tuple[int, int]], spans: Spans) -> Bool[np.ndarray, " X"]:

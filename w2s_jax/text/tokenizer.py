@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError, check_fetched
+from w2s_jax.typed import check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerB
 
 
 def _locate(path_or_hub_id: str | Path) -> Path:
+    check_kind("a tokenizer's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if path.is_dir():
         return path
@@ -92,6 +94,7 @@ def _locate(path_or_hub_id: str | Path) -> Path:
 
 def _base(directory: Path) -> str:
     """The base that an adapter names; a folder may be relative to the adapter's."""
+    check_fetched(directory / "adapter_config.json")
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         name = str(config["base_model_name_or_path"])

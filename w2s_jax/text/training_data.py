@@ -1,7 +1,7 @@
-"""Files of training rows as batches: read, tokenised once, cached, packed, padded.
+"""Files of training rows: read, tokenised once, cached, packed.
 
-What a row means is in text/examples.py, its tokens in text/supervised.py, and the order of batches
-in text/order.py.
+What a row means is in text/examples.py, its tokens in text/supervised.py, and the batches that are
+made of them in text/token_rows.py.
 """
 
 import hashlib
@@ -13,20 +13,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from w2s_jax.errors import InputError
-from w2s_jax.text.batches import Batch
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.examples import Example, Format, Kind, parser
-from w2s_jax.text.packing import Packing, best_fit
+from w2s_jax.text.packing import best_fit
 from w2s_jax.text.prompts import tell_left_out
 from w2s_jax.text.sources import Source, open_source
-from w2s_jax.text.supervised import Encoded, Side, Truncation, encode, shorten
+from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
+from w2s_jax.text.token_rows import Data
 from w2s_jax.text.token_store import NO_LABEL, Document, TokenStore, read_store, write_store
+from w2s_jax.typed import check_fields
 
 _logger = logging.getLogger(__name__)
-_VERSION = 3  # of what is cached: raise it when the same rows would give other tokens
+_VERSION = 4  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
 _FIGURES = (
     "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
@@ -73,127 +72,8 @@ class DataConfig:
     cache: str | None = None
     """Folder of tokenised data; by default one beside the cache of `datasets`."""
 
-
-@dataclass(frozen=True)
-class Data:
-    """Tokenised rows; one of them is a document, several packed ones, or the two sides of a pair.
-
-    Attributes:
-        kind: sequences, pairs or labelled.
-        store: the documents; the sides of a pair follow each other.
-        places: how each source writes the place of a row, before its number.
-        identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
-        weighted: whether batches say how much each pair counts.
-        figures: rows read, examples kept, dropped and truncated, tokens, targets ...
-    """
-
-    kind: Kind
-    store: TokenStore
-    places: tuple[str, ...]
-    identity: str
-    figures: dict[str, int]
-    pad_id: int
-    max_length: int
-    multiple: int
-    packing: Packing | None = None
-    weighted: bool = False
-
-    def __len__(self) -> int:
-        if self.packing is not None:
-            return len(self.packing)
-        return len(self.store) // self._sides
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every row, without padding; of a pair, those of the longer side."""
-        if self.packing is not None:
-            return np.add.reduceat(
-                self.store.lengths[self.packing.documents], self.packing.starts[:-1]
-            )
-        return self.store.lengths.reshape(-1, self._sides).max(axis=1)
-
-    def fitting(self, vocabulary: int) -> "Data":
-        """This data for a model of so many tokens: padding, which no token sees, is one of them.
-
-        Raises InputError where a document holds a token that the model does not have.
-        """
-        largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
-        if largest >= vocabulary:
-            raise InputError(
-                f"the tokenizer gives token {largest}, and the model has {vocabulary}, from 0 on; "
-                "it is the tokenizer of another model"
-            )
-        return self if self.pad_id < vocabulary else replace(self, pad_id=0)
-
-    def names(self, index: int) -> list[str]:
-        """Where the documents of a row stand, as "FILE line N"."""
-        documents = [index * self._sides] if self.packing is None else self.packing.row(index)
-        return [
-            f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
-        ]
-
-    def name(self, index: int) -> str:
-        """`names` in one text."""
-        return ", ".join(self.names(index))
-
-    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
-        """The rows at these indices, padded on the right; of them, those in `part`.
-
-        `tokens` int32, `targets` bool and `segments` int32 [B, X], or [B, 2, X] for pairs and
-        labelled rows, whose second side is the response of the row before in the batch (TRL's KTO
-        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these, and
-        `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
-        in `part`.
-        """
-        rows = [self._row(int(index)) for index in indices]
-        if self.kind == "labelled":
-            before = [rows[-1], *rows[:-1]]
-            rows = [
-                [own, [self._mismatched(own[0], other[0])]]
-                for (own,), (other,) in zip(rows, before, strict=True)
-            ]
-        longest = max(sum(map(len, segments)) for row in rows for segments in row)
-        width = min(-(-longest // self.multiple) * self.multiple, self.max_length)
-        batch = lay_out(rows[part], width, self.pad_id)
-        if self.kind == "sequences":
-            batch = {name: array[:, 0] for name, array in batch.items()}
-        if self.kind == "labelled":
-            batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
-        if self.weighted:
-            batch["weights"] = self.store.weights[:: self._sides][np.asarray(indices)][part]
-        return batch
-
-    def _row(self, index: int) -> list[list[Side]]:
-        """The sides of a row, each with its segments."""
-        if self.packing is not None:
-            return [[self.store.side(int(one)) for one in self.packing.row(index)]]
-        first = index * self._sides
-        return [[self.store.side(first + side)] for side in range(self._sides)]
-
-    def _mismatched(self, own: Side, other: Side) -> Side:
-        tokens = np.concatenate([own.tokens[: own.prompt], other.tokens[other.prompt :]])
-        targets = np.arange(len(tokens)) >= max(own.prompt, 1)
-        return Side(tokens[: self.max_length], targets[: self.max_length], own.prompt)
-
-    @property
-    def _sides(self) -> int:
-        return 2 if self.kind == "pairs" else 1
-
-
-def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -> Batch:
-    """Rows of sides of segments as `tokens`, `targets` and `segments` [B, sides, width]."""
-    shape = (len(rows), len(rows[0]), width)
-    tokens = np.full(shape, pad_id, np.int32)
-    targets, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
-    for i, row in enumerate(rows):
-        for j, side in enumerate(row):
-            start = 0
-            for number, segment in enumerate(side, start=1):
-                place = (i, j, slice(start, start + len(segment)))
-                tokens[place], targets[place] = segment.tokens, segment.targets
-                segments[place] = number
-                start += len(segment)
-    return {"tokens": tokens, "targets": targets, "segments": segments}
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
@@ -319,6 +199,7 @@ def _documents(
     """Blocks of documents of all rows; counts in `figures` as they go."""
     figures.update(dict.fromkeys(_FIGURES, 0))
     examples = _examples(kind, config, sources, figures)
+    told: set[str] = set()
     while block := list(islice(examples, _BLOCK)):
         places = [sources[source].place(row) for _, source, row in block]
         encoded = encode(
@@ -330,6 +211,9 @@ def _documents(
         )
         found = []
         for (example, source, row), whole, place in zip(block, encoded, places, strict=True):
+            for name in sorted(whole.unwritten - told):
+                _tell_unread(place, [f'"{name}" of a message, which the template does not write'])
+            told |= whole.unwritten
             label = NO_LABEL if example.label is None else int(example.label)
             for one in _shortened(whole, config, place, figures):
                 found += [Document(side, source, row, label, example.weight) for side in one.sides]
@@ -346,18 +230,18 @@ def _examples(
     for number, source in enumerate(sources):
         rows, wanted = source.rows()
         named = _renaming(config.columns, rows[wanted[0]], source.name)
+        replaced = _replaced(config.columns)
         first = named(rows[wanted[0]])
         columns = [column for column, value in first.items() if value is not None]
         parse = parser(kind, config.format, columns, source.name)
-        told = {config.weight_column}
+        told = {f'"{config.weight_column}"'}
         for index in wanted:
             if figures["rows"] == config.limit:
                 return
             figures["rows"] += 1
             row, place = named(rows[index]), source.place(index + 1)
-            if unread := parse.unread(row) - told:
-                names = ", ".join(f'"{name}"' for name in sorted(unread))
-                _logger.warning("%s: no part of the training: %s", place, names)
+            if unread := (parse.unread(row) | replaced(rows[index])) - told:
+                _tell_unread(place, sorted(unread))
                 told |= unread
             examples = parse(row, place)
             figures["undesirable"] += not examples
@@ -374,6 +258,22 @@ def _examples(
                     weight = _weight(row, config.weight_column, place)
                     example = replace(example, weight=weight)
                 yield example, number, index + 1
+
+
+def _tell_unread(place: str, names: Sequence[str]) -> None:
+    _logger.warning("%s: no part of the training: %s", place, ", ".join(names))
+
+
+def _replaced(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], set[str]]:
+    """What gives the columns of a row in whose place `columns` (NAME=COLUMN) puts others."""
+    pairs = dict(column.partition("=")[::2] for column in columns)
+    own = {name: old for name, old in pairs.items() if name not in pairs.values()}
+
+    def replaced(row: Mapping[str, Any]) -> set[str]:
+        held = [name for name in own if row.get(name) is not None]
+        return {f'"{name}", for which --columns takes "{own[name]}"' for name in held}
+
+    return replaced
 
 
 def _renaming(

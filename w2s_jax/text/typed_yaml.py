@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 
 T = TypeVar("T")
 
@@ -79,6 +79,7 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> Any:
 
 
 def _read(path: Path) -> Any:
+    check_fetched(path)
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

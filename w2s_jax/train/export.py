@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.huggingface import load_config, load_model, locate
 from w2s_jax.models.lora import LoraConfig, merge
 from w2s_jax.models.model import Model
@@ -50,6 +50,7 @@ def write_record(directory: Path, record: Record) -> None:
 def read_record(directory: Path) -> Record:
     """The record in a run's folder. Raises InputError where it is missing or malformed."""
     path = directory / RECORD
+    check_fetched(path)
     try:
         value = json.loads(path.read_bytes())
         lora = value["lora"]

@@ -26,6 +26,7 @@ from w2s_jax.train.records import read_metrics as read_metrics
 from w2s_jax.train.step import Batch, TrainState
 from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
 from w2s_jax.train.watch import Meter, Sink, Values, Writer, peak_flops
+from w2s_jax.typed import check_fields
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's own."""
@@ -53,6 +54,7 @@ class LoopConfig:
     sample_every: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("steps", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be 1 or more")

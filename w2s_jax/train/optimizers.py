@@ -13,6 +13,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from w2s_jax.errors import InputError
+from w2s_jax.typed import check_fields
 
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
 
@@ -48,6 +49,7 @@ class OptimizerConfig:
     muon_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

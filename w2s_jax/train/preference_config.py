@@ -21,6 +21,7 @@ from w2s_jax.pytrees import pytree
 from w2s_jax.train import preference_losses, reference_free_losses, response_losses
 from w2s_jax.train.losses import Metrics, preference_metrics
 from w2s_jax.train.preference_losses import per_token
+from w2s_jax.typed import check_fields
 
 Loss = Callable[..., Float[Array, " B"]]
 
@@ -97,6 +98,7 @@ class PreferenceConfig:
     """KTO's weight of undesirable responses."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_names(self.loss_type)
         _check_weights(self.loss_type, self.loss_weights)
         _check_options(self)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from w2s_jax.errors import check_fetched
 from w2s_jax.text.atomic import write_whole
 from w2s_jax.text.rows import json_line
 
@@ -55,6 +56,7 @@ def cut_back(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
 
 def read_records(path: Path) -> list[Row]:
     """The rows of a file up to the first that is torn; none where there is no file."""
+    check_fetched(path)
     rows: list[Row] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:

@@ -19,7 +19,7 @@ from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.text.held_out import Part
 from w2s_jax.text.order import Batches
-from w2s_jax.text.training_data import Data
+from w2s_jax.text.token_rows import Data
 from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
@@ -233,12 +233,12 @@ def evaluation(
     def evaluate(state: TrainState) -> dict[str, float]:
         sums: dict[str, Mean] = {}
         for start, stop in spans:
-            indices = np.arange(start, stop)
+            indices = _beside_another(start, stop)
             if start < divided:
                 own = host_rows(mesh, stop - start)
                 batch = place(data.at(indices, own), mesh, stop - start)
             else:
-                batch = place_whole(data.at(indices), mesh)
+                batch = place_whole(data.at(indices, slice(0, stop - start)), mesh)
             weight, metrics = jax.device_get(measure(state.params, dict(task.frozen), batch))
             for name, value in metrics.items():
                 part = _as_mean(value, float(weight))
@@ -257,6 +257,16 @@ def evaluation(
 
 def _spans(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
     return ((at, min(at + rows, stop)) for at in range(start, stop, rows))
+
+
+def _beside_another(start: int, stop: int) -> np.ndarray:
+    """The examples of a batch; one that is alone has the one before it behind it.
+
+    Labelled examples are read with the response of another in their batch (TRL's KTO pairs one that
+    is left over with itself, which is no estimate of the divergence).
+    """
+    alone = stop - start == 1 and start > 0
+    return np.array([start, start - 1]) if alone else np.arange(start, stop)
 
 
 def _as_mean(value: Any, weight: float) -> Mean:

@@ -1,0 +1,41 @@
+"""Files that Git LFS did not fetch: whoever reads one says so."""
+
+import pytest
+
+from w2s_jax.errors import InputError
+from w2s_jax.plan.records import _read_figures, _read_table
+from w2s_jax.reasoning.config import ReasonConfig
+from w2s_jax.reasoning.stages import _read
+from w2s_jax.text.journal import open_journal
+from w2s_jax.text.mappings import read_mapping
+from w2s_jax.text.rows import read_rows
+from w2s_jax.text.sources import open_source
+from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.typed_yaml import read_typed
+from w2s_jax.train.export import read_record
+from w2s_jax.train.records import read_records
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+READERS = [
+    ("rows.jsonl", read_rows),
+    ("rows.parquet", lambda path: open_source(str(path)).rows()),
+    ("rows.csv", lambda path: open_source(str(path.parent)).rows()),
+    ("flags.yaml", read_mapping),
+    ("stages.yaml", lambda path: read_typed(ReasonConfig, path)),
+    ("adapter_config.json", lambda path: load_tokenizer(path.parent)),
+    ("rows.jsonl.journal", lambda path: open_journal(path, {})),
+    ("run.json", lambda path: read_record(path.parent)),
+    ("metrics.jsonl", read_records),
+    ("done.json", lambda path: _read(path, ())),
+    ("plans.md", lambda path: _read_table(path, "", "")),
+    ("plans.json", lambda path: _read_figures(path, "", "")),
+]
+
+
+@pytest.mark.parametrize(("name", "read"), READERS, ids=[name for name, _ in READERS])
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, name, read):
+    path = tmp_path / name
+    path.write_bytes(POINTER)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(error.value) == f"{path} is a Git LFS pointer, not the file; run git lfs pull there"
