@@ -189,7 +189,7 @@ def test_olympic_answers(prediction, gold, same):
         ("The answer is Evelyn.", "Evelyn"),
         ("The answer is -x^3+4x^2-7x-3.", "-x^{3}+4x^{2}-7x-3"),
         ("The answer is -n(n+1)/2.", "-n(n+1)/2"),
-        ("The answer is $20 and not $30.", "$20 and not $30"),
+        ("The answer is $20 and not $30.", "$20"),
         ("She spent $70 on 7.\nEach gift cost $10", "$10"),
         *[("\\boxed{12", ""), ("She has 72 clips.", ""), ("#### ", ""), ("", "")],
         *[("This answer is correct.", ""), ("The answer is not clear to me yet", "")],

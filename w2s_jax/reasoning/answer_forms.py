@@ -29,12 +29,14 @@ _LABEL = re.compile(
 _MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "not", "any", "two", "six"))
+_INNER_CAPITAL = re.compile("[a-z][A-Z]")
 _ARTICLES = re.compile(r"\b(?:an?|the)\s+")
 _REALS = frozenset((r"\mathbb{R}", r"\R", r"\Reals", "all real numbers", "all reals"))
-_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}"))
+_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "empty set"))
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _CLOCK = re.compile(
-    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*([ap])\.?\s*m\.?)?|(\d{1,2})\s*([ap])\.?\s*m\.?",
-    re.IGNORECASE,
+    r"(?P<hour>\d{1,2})(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?))?"
+    r"(?(minutes)\s*|\s*(?=[aApP]))(?P<half>(?:[ap]\.?\s*m|[AP]\.?\s*M)\.?)?"
 )
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|\bto\b)\s*\d+(?:\.\d+)?)+")
 _IN_BASE = re.compile(r"(\d{1,200})_\s*\{?\s*(\d{1,2}|ten|two)\s*\}?")
@@ -44,9 +46,15 @@ _RESIDUE = re.compile(
 _MATRIX = re.compile(r"\\begin\{[bp]?matrix\}(.*)\\end\{[bp]?matrix\}", re.DOTALL)
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
 _ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
+_FALLING = {">": "<", r"\ge": r"\le"}
+_UNEQUAL = re.compile(r"\\ne(?![a-zA-Z])")
+_TWO_ENDS = re.compile(
+    r"([A-Za-z])\s*(\\[lg]e(?![a-z])|[<>])([^<>,]+?)\s*(?:,|,?\s*\band\b)"
+    r"\s*\1\s*(\\[lg]e(?![a-z])|[<>])([^<>,]+)"
+)
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
-_SIGNS = re.compile(r"\\pm(?![a-zA-Z])\s*")
+_SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])\s*")
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _FUNCTION = re.compile(r"\\(?!frac|pi|sqrt|cdot|times)[a-z]")
 _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
@@ -85,13 +93,15 @@ def quantity(answer: str) -> Quantity | None:
 
 
 def _words(answer: str, how: How) -> str | None:
-    if answer in _EMPTY:
+    if _ARTICLES.sub("", answer.lower()) in _EMPTY or _NO_SOLUTION.fullmatch(answer):
         return "{}"
     if answer in _REALS or answer.lower() in _REALS:
         return "(-oo,oo)"
     if not _WORDS.fullmatch(answer):
         return None
-    words = _ARTICLES.sub("", answer.lower()).split()
+    # NaCl is no NACL; what else words say, they say in any case.
+    named = answer if _INNER_CAPITAL.search(answer) else answer.lower()
+    words = _ARTICLES.sub("", named).split()
     if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
         return None
     if read_quantity(answer) is not None:
@@ -102,14 +112,13 @@ def _words(answer: str, how: How) -> str | None:
 def _clock(answer: str, how: How) -> str | None:
     """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
     match = _CLOCK.fullmatch(answer)
-    if match is None or int(match[1] or match[5]) > 24:
+    if match is None or int(match["hour"]) > (12 if match["half"] else 24):
         return None
-    hour, minute = int(match[1] or match[5]), match[2] or "00"
-    minute += f":{match[3]}" if match[3] else ""
-    half = (match[4] or match[6] or "").lower()
+    hour, minutes = int(match["hour"]), match["minutes"] or "00"
+    half = (match["half"] or "")[:1].lower()
     if half and how != "bare":
-        return f"{hour % 12 + 12 * (half == 'p')}:{minute} h"
-    return f"{hour}:{minute} h" if hour > 12 and how != "bare" else f"{hour}:{minute}"
+        return f"{hour % 12 + 12 * (half == 'p')}:{minutes} h"
+    return f"{hour}:{minutes} h" if hour > 12 and how != "bare" else f"{hour}:{minutes}"
 
 
 def _ratio(answer: str, how: How) -> str | None:
@@ -195,13 +204,34 @@ def _union(answer: str, how: How) -> str | None:
     return " u ".join(sorted(form(part.strip(), how) for part in parts))
 
 
+def _unequal(answer: str, how: How) -> str | None:
+    r"""x \ne 3 is (-oo,3) u (3,oo)."""
+    sides = [side.strip() for side in _UNEQUAL.split(answer)]
+    if len(sides) != 2 or not _VARIABLE.fullmatch(sides[0]) or "," in sides[1] or not sides[1]:
+        return None
+    place = form(sides[1], how)
+    return f"(-oo,{place}) u ({place},oo)"
+
+
+def _between(answer: str, how: How) -> str | None:
+    """x > 1 and x < 3, in any order, is 1 < x < 3."""
+    match = _TWO_ENDS.fullmatch(answer)
+    if match is None or _ORDER.search(match[3] + match[5]):
+        return None
+    ends = sorted(((match[2], match[3]), (match[4], match[5])), key=lambda end: end[0] in _FALLING)
+    (sign, high), (turned, low) = ends
+    if sign in _FALLING or turned not in _FALLING:
+        return None
+    return _inequality(f"{low} {_FALLING[turned]} {match[1]} {sign} {high}", how)
+
+
 def _inequality(answer: str, how: How) -> str | None:
     r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
     signs = [sign[0] for sign in _ORDER.finditer(answer)]
     sides = [side.strip() for side in _ORDER.split(answer)]
     if not 1 <= len(signs) <= 2 or not all(sides):
         return None
-    falling = [sign in (">", r"\ge") for sign in signs]
+    falling = [sign in _FALLING for sign in signs]
     if len(set(falling)) > 1:
         return None
     if falling[0]:
@@ -245,7 +275,9 @@ def _both_signs(part: str) -> list[str]:
     if not _SIGNS.search(part):
         return [part]
     # A plus in front of all is no sign of an expression.
-    return [_SIGNS.sub("+", part).removeprefix("+"), _SIGNS.sub("-", part)]
+    upper = _SIGNS.sub(lambda sign: "+-"[sign[0].startswith("\\mp")], part)
+    lower = _SIGNS.sub(lambda sign: "-+"[sign[0].startswith("\\mp")], part)
+    return [upper.removeprefix("+"), lower.removeprefix("+")]
 
 
 def _equation(answer: str, how: How) -> str | None:
@@ -261,7 +293,7 @@ def _expression(answer: str, how: How) -> str | None:
 
 _READERS: tuple[Callable[[str, How], str | None], ...] = (
     *(_words, _clock, _ratio, _in_base, _residue, _infinity, _plain, _matrix, _bracketed),
-    *(_union, _inequality, _several, _equation, _constant, _expression),
+    *(_union, _unequal, _between, _inequality, _several, _equation, _constant, _expression),
 )
 
 

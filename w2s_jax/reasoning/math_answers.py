@@ -48,6 +48,8 @@ class MathChecker:
             return letters[0] == letters[1]
         if form(prediction, "voted") == form(gold, "voted"):
             return True
+        if _as_typed(prediction, gold) or _as_typed(gold, prediction):
+            return True
         told = form(prediction), form(gold)
         bare = form(prediction, "bare"), form(gold, "bare")
         if bare[0] == bare[1] and bare[0] in told:
@@ -77,3 +79,11 @@ class MathChecker:
         if several and (found := _CHOICES.fullmatch(answer)):
             return frozenset(re.findall(r"\b[A-Z]\b", found[1]))
         return None
+
+
+def _as_typed(one: str, other: str) -> bool:
+    """Whether one is typed as another answer is read: 60,120 for a list, 12:5 for a time."""
+    if re.fullmatch(r"\d+(?:,[1-9]\d{2})+", one):
+        listed = form(one.replace(",", ", "), "voted")
+        return listed == form(other, "voted") != form(one, "voted")
+    return re.fullmatch(r"\d{1,2}:\d", one) is not None and one.replace(":", ":0") == other
