@@ -35,9 +35,10 @@ _REALS = frozenset((r"\mathbb{R}", r"\R", r"\Reals", "all real numbers", "all re
 _EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "empty set"))
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _CLOCK = re.compile(
-    r"(?P<hour>\d{1,2})(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?))?"
+    r"(?P<hour>\d{1,2})(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?|\d(?=\s*[aApP])))?"
     r"(?(minutes)\s*|\s*(?=[aApP]))(?P<half>(?:[ap]\.?\s*m|[AP]\.?\s*M)\.?)?"
 )
+_OCLOCK = re.compile(r"(?<=\d)\s*o['’]clock")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|\bto\b)\s*\d+(?:\.\d+)?)+")
 _IN_BASE = re.compile(r"(\d{1,200})_\s*\{?\s*(\d{1,2}|ten|two)\s*\}?")
 _RESIDUE = re.compile(
@@ -111,10 +112,10 @@ def _words(answer: str, how: How) -> str | None:
 
 def _clock(answer: str, how: How) -> str | None:
     """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
-    match = _CLOCK.fullmatch(answer)
+    match = _CLOCK.fullmatch(_OCLOCK.sub(":00", answer))
     if match is None or int(match["hour"]) > (12 if match["half"] else 24):
         return None
-    hour, minutes = int(match["hour"]), match["minutes"] or "00"
+    hour, minutes = int(match["hour"]), (match["minutes"] or "00").zfill(2)
     half = (match["half"] or "")[:1].lower()
     if half and how != "bare":
         return f"{hour % 12 + 12 * (half == 'p')}:{minutes} h"

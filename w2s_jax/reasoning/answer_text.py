@@ -4,6 +4,8 @@ Knows no values: numbers are read in quantities.py, expressions in math_answers.
 """
 
 import re
+from fractions import Fraction
+from unicodedata import normalize, numeric
 
 _BOX_TOKENS = re.compile(
     r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>\d[\d.,]*|(?<=\s)(?:\\[a-z]+(?:\{[^{}]*\})*|[^\s${}\\]+)))"
@@ -23,7 +25,7 @@ _LEAD = re.compile(
     r"|indeed|equal to|option|choice)\b[\s:]*)+"
 )
 _MATHEMATICS = re.compile(
-    r"[-+−±]?\s*(?:\.?\d|[$€£¥₹√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
+    r"[-+−±]?\s*(?:\.?\d|[$£¥฿\u20a0-\u20bf√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
     r"|[-−]?(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
 )
 _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
@@ -85,7 +87,16 @@ _SYNONYMS = (
     (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff\ud800-\udfff]")
+_RAISED = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
+_LOWERED = re.compile("[₀-₉]+")
 _OVERLINED = re.compile("(?:\\d\u0305)+")
+
+
+def _fraction(value: float) -> str:
+    above, below = Fraction(value).limit_denominator(10).as_integer_ratio()
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
 _CHARACTERS = str.maketrans(
     {
         "−": "-",
@@ -108,11 +119,8 @@ _CHARACTERS = str.maketrans(
         "≈": r"\approx ",
         "“": '"',
         "”": '"',
-        "½": r"\frac{1}{2}",
-        "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}",
-        "²": "^2",
-        "³": "^3",
+        "≡": r"\equiv ",
+        **{sign: _fraction(numeric(sign)) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
         "\xa0": " ",
         "\u2009": " ",
         "\u202f": " ",
@@ -216,8 +224,8 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
     """The final answer as it is written in a response; "" where there is none.
 
     A box or "####", of several the last one, outranks what "the answer is" says, that a bold text
-    in the last line, and that the number at the end of a last line that is a plain sentence, or that
-    is the whole response.
+    in the last line, and that the number at the end of a last line that is a plain sentence, or
+    that is the whole response.
     What a model thought before "</think>" counts only where nothing follows.
     """
     spoken = response.rpartition("</think>")[2]
@@ -249,6 +257,8 @@ def _stated(statement: str) -> str:
 def clean(answer: str) -> str:
     r"""An answer without what does not change its value: spacing, \left, $..$, \text, dots."""
     answer = _OVERLINED.sub(r"\\overline{\g<0>}", _CONTROL.sub("", answer)).replace("\u0305", "")
+    answer = _RAISED.sub(lambda run: f"^{{{normalize('NFKC', run[0])}}}", answer)
+    answer = _LOWERED.sub(lambda run: f"_{{{normalize('NFKC', run[0])}}}", answer)
     answer = without_markdown(answer).translate(_CHARACTERS).strip()
     answer = re.sub(r"\\[(\[](.*)\\[)\]]", r"\1", answer, flags=re.DOTALL)
     if answer.count("$") >= 2 and not re.search(r"\$\s*[\d.,]+\s.*\$", answer):

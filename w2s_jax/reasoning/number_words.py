@@ -49,18 +49,20 @@ def read_number_words(text: str) -> tuple[Fraction, str] | None:
 
 def _whole(words: str) -> Fraction | None:
     """Words of a number from the greatest scale down; None where they do not fit together."""
-    total, group = 0, None
+    total, group, least = 0, None, 10**12
     for word in re.findall("[a-z]+", words.lower().replace(" and ", " ")):
         if word in _VALUES:
             value = _VALUES[word]
             # Behind "twenty" only ones, behind "hundred" all below it.
-            if group is not None and (group % 100 if value > 9 or group % 10 else group < 20):
+            told = (group or 0) % 100
+            if told and (value > 9 or value == 0 or told <= 10 or told % 10):
                 return None
             group = (group or 0) + value
-        elif group is None:
+        elif group is None or (group >= 100 if word == "hundred" else _SCALES[word] >= least):
             return None
         elif word == "hundred":
             group *= 100
         else:
-            total, group = total + group * _SCALES[word], 0
+            least = _SCALES[word]
+            total, group = total + group * least, 0
     return Fraction(total + (group or 0))

@@ -63,6 +63,7 @@ _MATH_WORDS = frozenset(
         *("and", "choose", "cos", "cot", "csc", "exp", "for", "minus", "mod", "over", "plus"),
         *("sec", "sin", "sqrt", "tan", "times", "when", "where", "with", "alpha", "beta"),
         *("gamma", "delta", "theta", "lambda", "sigma", "omega"),
+        *("repeating", "recurring"),
     )
 )
 

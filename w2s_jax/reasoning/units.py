@@ -224,7 +224,7 @@ _WORDED = (
 _NO_MORE = r"\b(?:per|an?|the|in|of|for|from|to|with|at|on|by|each|every|and|or)\b|[^\w\s-]"
 _IES = re.compile("ies$")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<name>\\[A-Za-z]+|[A-Z]{0,2}[$¥]|[A-Za-zμµΩ]+|[€£₹¢₩₱₽₺₪฿₫₦])\.?"
+    r"\s*(?:(?P<name>\\[A-Za-z]+|[A-Z]{0,2}[$¥]|[A-Za-zμµΩ]+|[£¢฿\u20a0-\u20bf])\.?"
     r"(?:\s*\^\s*(?P<power>-?\d))?|(?P<mark>[/()*·]))"
 )
 
