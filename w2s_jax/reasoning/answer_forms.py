@@ -14,6 +14,7 @@ from typing import Literal
 from w2s_jax.reasoning.answer_text import split_top
 from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
 from w2s_jax.reasoning.quantities import Quantity, is_counted, read_quantity, reads_as_word
+from w2s_jax.reasoning.ranges import FALLING, ORDER, VARIABLE, plain_range
 from w2s_jax.reasoning.units import NO_UNIT, read_unit
 
 How = Literal["told", "voted", "bare"]
@@ -45,14 +46,6 @@ _RESIDUE = re.compile(
     r"(?:[^=<>,]*\\equiv\s*)?(-?\d{1,200})\s*\(?\s*\\?[pb]?mod(?![a-z])\s*\{?\s*(\d{1,200})\s*\}?\s*\)?"
 )
 _MATRIX = re.compile(r"\\begin\{[bp]?matrix\}(.*)\\end\{[bp]?matrix\}", re.DOTALL)
-_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
-_ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
-_FALLING = {">": "<", r"\ge": r"\le"}
-_UNEQUAL = re.compile(r"\\ne(?![a-zA-Z])")
-_TWO_ENDS = re.compile(
-    r"([A-Za-z])\s*(\\[lg]e(?![a-z])|[<>])([^<>,]+?)\s*(?:,|,?\s*\band\b)"
-    r"\s*\1\s*(\\[lg]e(?![a-z])|[<>])([^<>,]+)"
-)
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
 _SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])\s*")
@@ -63,6 +56,7 @@ _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
 def form(answer: str, how: How = "told") -> str:
     """The one form of an answer, the text without spaces where nothing else can be read."""
+    answer = plain_range(answer)
     for lead in (_LEAD, _MEMBER):
         if found := lead.match(answer):
             answer = answer[found.end() :].strip()
@@ -200,49 +194,28 @@ def _union(answer: str, how: How) -> str | None:
     parts = _CUP.split(answer)
     if len(parts) == 1:
         parts = re.split(r"\s*,?\s*\bor\b\s*", answer)
-        if len(parts) == 1 or not all(_ORDER.search(part) for part in parts):
+        if len(parts) == 1 or not all(ORDER.search(part) for part in parts):
             return None
     return " u ".join(sorted(form(part.strip(), how) for part in parts))
 
 
-def _unequal(answer: str, how: How) -> str | None:
-    r"""x \ne 3 is (-oo,3) u (3,oo)."""
-    sides = [side.strip() for side in _UNEQUAL.split(answer)]
-    if len(sides) != 2 or not _VARIABLE.fullmatch(sides[0]) or "," in sides[1] or not sides[1]:
-        return None
-    place = form(sides[1], how)
-    return f"(-oo,{place}) u ({place},oo)"
-
-
-def _between(answer: str, how: How) -> str | None:
-    """x > 1 and x < 3, in any order, is 1 < x < 3."""
-    match = _TWO_ENDS.fullmatch(answer)
-    if match is None or _ORDER.search(match[3] + match[5]):
-        return None
-    ends = sorted(((match[2], match[3]), (match[4], match[5])), key=lambda end: end[0] in _FALLING)
-    (sign, high), (turned, low) = ends
-    if sign in _FALLING or turned not in _FALLING:
-        return None
-    return _inequality(f"{low} {_FALLING[turned]} {match[1]} {sign} {high}", how)
-
-
 def _inequality(answer: str, how: How) -> str | None:
     r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
-    signs = [sign[0] for sign in _ORDER.finditer(answer)]
-    sides = [side.strip() for side in _ORDER.split(answer)]
+    signs = [sign[0] for sign in ORDER.finditer(answer)]
+    sides = [side.strip() for side in ORDER.split(answer)]
     if not 1 <= len(signs) <= 2 or not all(sides):
         return None
-    falling = [sign in _FALLING for sign in signs]
+    falling = [sign in FALLING for sign in signs]
     if len(set(falling)) > 1:
         return None
     if falling[0]:
         signs, sides = signs[::-1], sides[::-1]
     open_ends = [sign in ("<", ">") for sign in signs]
-    if len(signs) == 1 and _VARIABLE.fullmatch(sides[0]):
+    if len(signs) == 1 and VARIABLE.fullmatch(sides[0]):
         open_ends, sides = [True, *open_ends], [r"-\infty", *sides]
-    elif len(signs) == 1 and _VARIABLE.fullmatch(sides[1]):
+    elif len(signs) == 1 and VARIABLE.fullmatch(sides[1]):
         open_ends, sides = [*open_ends, True], [*sides, r"\infty"]
-    elif len(signs) == 1 or not _VARIABLE.fullmatch(sides[1]):
+    elif len(signs) == 1 or not VARIABLE.fullmatch(sides[1]):
         names = [" < " if is_open else " <= " for is_open in open_ends]
         forms = [form(side, how) for side in sides]
         return "".join(piece for pair in zip(forms, [*names, ""], strict=True) for piece in pair)
@@ -294,7 +267,7 @@ def _expression(answer: str, how: How) -> str | None:
 
 _READERS: tuple[Callable[[str, How], str | None], ...] = (
     *(_words, _clock, _ratio, _in_base, _residue, _infinity, _plain, _matrix, _bracketed),
-    *(_union, _unequal, _between, _inequality, _several, _equation, _constant, _expression),
+    *(_union, _inequality, _several, _equation, _constant, _expression),
 )
 
 

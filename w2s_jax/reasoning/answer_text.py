@@ -44,7 +44,7 @@ _SPAN = re.compile(
 _JOINED = re.compile(r"[\s,;]*(?:\band\b|\bor\b)?[\s,;]*")
 _NO_REMARK = r"(?:mod|base|and|or|sin|cos|tan|log|ln|exp|sqrt|pi)\b"
 _CLAUSE = re.compile(
-    r"[.;!]\s|,?\s+(?=(?:because|since)\b)|\n|\s+—\s+"
+    r"(?:(?<!\bsq)(?<!\bcu)(?<!\bfl)\.|[;!])\s|,?\s+(?=(?:because|since)\b)|\n|\s+—\s+"
     r"|,\s+(?=(?:so|which|as|where|when|though|although|therefore|rounded|not)\b)"
     r"|,?\s+(?=(?:and|but)\s+(?:we|this|that|it|so|hence|thus|therefore|not)\b)"
     rf"|\s+-\s+(?=(?!{_NO_REMARK})[a-z]{{3}})|\s+(?=[(\[](?!{_NO_REMARK})(?:[a-z]{{2}}|[ie]\.|[^()]*=))"
@@ -78,7 +78,7 @@ _SYNONYMS = (
     (re.compile(r"\\(?:leq(?:slant)?|leqq)(?![a-zA-Z])"), r"\\le "),
     (re.compile(r"<=(?!>)"), r"\\le "),
     (re.compile(r">="), r"\\ge "),
-    (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne "),
+    (re.compile(r"\\neq(?![a-zA-Z])|\\not\s*="), r"\\ne "),
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\(?:geq(?:slant)?|geqq)(?![a-zA-Z])"), r"\\ge "),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
