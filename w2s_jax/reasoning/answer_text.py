@@ -15,17 +15,18 @@ _BOX_TOKENS = re.compile(
 _BETWEEN_BOXES = re.compile(r"(?:[\s$\\,;.()]|\band\b|\bor\b){1,20}")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _ANSWER_IS = re.compile(
-    r"""(?imx) (?<!\bthis\ )(?<!\bthat\ )(?<!\bwrong\ ) \banswers?\b
-    (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*[:=] ) \s*
+    r"""(?imx) (?<!\bthis\ )(?<!\bthat\ )(?<!\bwrong\ ) \bans(?:wers?)?\b
+    (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*(?:[:=→⇒]|->) ) \s*
     | ^\W* (?:the\ )? (?:final\ |correct\ )? answers? \W* \n \s*"""
 )
 # What may stand between "answer is" and the answer.
 _LEAD = re.compile(
     r"(?i)(?:\s*\b(?:approximately|about|around|roughly|exactly|simply|just|therefore|thus|then|also"
-    r"|indeed|equal to|option|choice)\b[\s:]*)+"
+    r"|indeed|equal to|option|choice|(?:the )?(?:ordered )?(?:point|pair|triple|set|interval|number"
+    r"|value|integer|fraction|ratio|function|vector|matrix|letter)(?=\s*[-\d$\\([{]))\b[\s:]*)+"
 )
 _MATHEMATICS = re.compile(
-    r"[-+−±]?\s*(?:\.?\d|[$£¥฿\u20a0-\u20bf√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
+    r"(?:(?i:minus|negative)\s+)?[-+−±]?\s*(?:\.?\d|[$£¥฿\u20a0-\u20bf√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
     r"|[-−]?(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
 )
 _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
@@ -33,7 +34,7 @@ _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
 _REMARKS = re.compile(
     r"(?i)(?:correct|right|wrong|incorrect|reasonable|valid|consistent|helpful|clear|unclear|the|not"
     r"|in|as|given|obtained|found|that|this|because|what|still|unknown|verified|expressed|if|rounded"
-    r"|based|also|same|to|for)\b"
+    r"|based|also|same|to|for|(?:final )?(?:answer|result|solution)s?$)\b"
 )
 _NUMBERED = re.compile(r"\d+[.)]\s+[A-Za-z]")
 # An inline formula opens and closes at a character, so that "$20 and $30" is none.
@@ -46,13 +47,21 @@ _NO_REMARK = r"(?:mod|base|and|or|sin|cos|tan|log|ln|exp|sqrt|pi)\b"
 _CLAUSE = re.compile(
     r"(?:(?<!\bsq)(?<!\bcu)(?<!\bfl)\.|[;!])\s|,?\s+(?=(?:because|since)\b)|\n|\s+—\s+"
     r"|,\s+(?=(?:so|which|as|where|when|though|although|therefore|rounded|not)\b)"
+    r"|,\s+(?=(?:given|assuming|provided|obtained|found|consistent|by|after)\b)"
     r"|,?\s+(?=(?:and|but)\s+(?:we|this|that|it|so|hence|thus|therefore|not)\b)"
-    rf"|\s+-\s+(?=(?!{_NO_REMARK})[a-z]{{3}})|\s+(?=[(\[](?!{_NO_REMARK})(?:[a-z]{{2}}|[ie]\.|[^()]*=))"
+    rf"|\s+[-–]\s+(?=(?!{_NO_REMARK})(?:[a-z]{{3}}|[a-z]{{2}} [a-z]{{2}}))"
+    rf"|\s+(?=[(\[](?!{_NO_REMARK})(?:[a-z]{{2}}|[ie]\.|[^()]*=))"
 )
 _MARK_AT_END = re.compile(r"[\s✓✔✅🎉?]+$")
 _ALONE = re.compile(
     r"[\s*_`$=]*(?:\\[(\[])?\s*([$€£]?-?\d[\d,]*(?:[./]\d+)?%?)\s*(?:\\[)\]])?[\s*_`$.]*"
 )
+_IS_THE_ANSWER = re.compile(
+    r"(\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|(?<![\d,.])[$€£]?-?\d[\d,]*(?:[./]\d+)?%?)\W{0,3}\s+"
+    r"is (?:the|our|my) (?:final |correct )?answer\b"
+)
+_TAGGED = re.compile(r"<answer>\s*((?:(?!<answer>).)+?)\s*</answer>", re.DOTALL | re.IGNORECASE)
+_QUOTED = re.compile("[\"'“‘](?=\\S)(.+?)[\"'”’]")
 _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
@@ -179,6 +188,7 @@ def after_answer_is(text: str) -> tuple[int, str]:
             break
         statement = text[match.end() :].strip(" *:")
         statement = statement[lead.end() :] if (lead := _LEAD.match(statement)) else statement
+        statement = quoted[1] if (quoted := _QUOTED.match(statement)) else statement
         stated = _stated(statement)
         if stated and _MATHEMATICS.match(statement):
             return match.start(), stated
@@ -226,17 +236,21 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
     A box or "####", of several the last one, outranks what "the answer is" says, that a bold text
     in the last line, and that the number at the end of a last line that is a plain sentence, or
     that is the whole response.
-    What a model thought before "</think>" counts only where nothing follows.
+    What a model thought before "</think>" counts only where nothing follows, and where it marks
+    its answer by the tag <answer>, all else does not.
     """
     spoken = response.rpartition("</think>")[2]
     marked = spoken if spoken.strip() else response
+    if tagged := _TAGGED.findall(marked):
+        return final_answer(tagged[-1], hashes_first=hashes_first) or tagged[-1]
     text = without_markdown(marked)
     hashes, box = after_hashes(text), last_box(text)
     if max(hashes[0], box[0]) >= 0:
         if hashes_first and hashes[0] >= 0:
             return hashes[1]
         return max(hashes, box, key=lambda at: at[0])[1]
-    ends = _ALONE.fullmatch(text) or _SENTENCE.fullmatch(text.rstrip().rpartition("\n")[2])
+    line = text.rstrip().rpartition("\n")[2]
+    ends = _ALONE.fullmatch(text) or _SENTENCE.fullmatch(line) or _IS_THE_ANSWER.search(line)
     return after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
 
 
@@ -260,6 +274,7 @@ def clean(answer: str) -> str:
     answer = _RAISED.sub(lambda run: f"^{{{normalize('NFKC', run[0])}}}", answer)
     answer = _LOWERED.sub(lambda run: f"_{{{normalize('NFKC', run[0])}}}", answer)
     answer = without_markdown(answer).translate(_CHARACTERS).strip()
+    answer = re.sub(r"^(?i:minus|negative)\s+(?=[\d.$\\])", "-", answer)
     answer = re.sub(r"\\[(\[](.*)\\[)\]]", r"\1", answer, flags=re.DOTALL)
     if answer.count("$") >= 2 and not re.search(r"\$\s*[\d.,]+\s.*\$", answer):
         answer = re.sub(r"(?<!\\)\$", "", answer)

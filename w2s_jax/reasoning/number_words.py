@@ -31,6 +31,9 @@ def read_number_words(text: str) -> tuple[Fraction, str] | None:
 
     An ordinal alone, "third", is none, and so are words side by side that make no number.
     """
+    if sign := re.match(r"(?:minus|negative) ", text, re.IGNORECASE):
+        size = read_number_words(text[sign.end() :])
+        return size and (-size[0], size[1])
     if match := _FRACTION.match(text):
         above, below = match["above"], match["below"]
         if match["half"]:
