@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from w2s_jax.reasoning import answers, published_answers
 from w2s_jax.reasoning.answer_text import clean, last_box
 from w2s_jax.reasoning.answers import gold_answer, make_checker
 from w2s_jax.reasoning.grading import grade, methods
+from w2s_jax.reasoning.number_words import read_number_words
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.rows import read_jsonl
 
@@ -121,6 +123,21 @@ def test_different_answers(judge, left, right):
     assert judge("equal", left, right) is False
     assert judge("equal", right, left) is False
     assert judge("canonical", left) != judge("canonical", right)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("five hundred thousand", (500_000, "")),
+        ("one million two thousand and five", (1_002_005, "")),
+        ("Twenty-one apples", (21, " apples")),
+        ("minus two thirds", (Fraction(-2, 3), "")),
+        ("one and a half hours", (Fraction(3, 2), " hours")),
+        *[(text, None) for text in ("third", "two and three", "two thousand million", "onerous")],
+    ],
+)
+def test_numbers_in_words(text, read):
+    assert read_number_words(text) == read
 
 
 def test_canonical_forms(judge):

@@ -30,7 +30,7 @@ _NOTATION = (
 )
 _PRIME = re.compile(r"'|\\prime(?![a-zA-Z])")
 _PRIMES = re.compile(
-    rf"(?<=[A-Za-z])(?:(?:{_PRIME.pattern})+|\^\s*(?:\{{\s*(?:{_PRIME.pattern})+\s*\}}|{_PRIME.pattern}))"
+    rf"(?<=[A-Za-z0-9}}])(?:(?:{_PRIME.pattern})+|\^\s*\{{?\s*(?:(?:{_PRIME.pattern})\s*)+\}}?)"
 )
 _CAPITAL_I = re.compile(r"\\[A-Za-z]+|_\{[^{}]*\}|_\w|I")
 _APART = re.compile(r"(?<![\d_.])[\d.]+\s+\d")
@@ -44,7 +44,7 @@ def parse(text: str) -> Any:
 
     for pattern, plain in _NOTATION:
         text = pattern.sub(plain, text)
-    # The parser drops primes.
+    # The parser drops primes; behind another subscript it then reads nothing.
     text = _PRIMES.sub(lambda found: f"_{{p{len(_PRIME.findall(found[0]))}}}", text)
     # A current or an identity; the parser takes it for the imaginary unit, as i.
     text = _CAPITAL_I.sub(lambda found: r"\iota " if found[0] == "I" else found[0], text)

@@ -204,12 +204,7 @@ _WORDED = (
     (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), " "),
     (re.compile(r"(?<=[a-z])-(?=[a-z])"), " "),
     (re.compile(r"\bper\b"), "/"),
-    (
-        re.compile(
-            r"(?i)\b(light|nautical|fluid|canadian|australian)\s+(?=(?:year|mile|ounce|dollar))"
-        ),
-        r"\1",
-    ),
+    (re.compile(rf"(?i)\b({_FIRST_WORDS})\s+(?=year|mile|ounce|dollar)"), r"\1"),
     (re.compile(r"(?i)\bfl\.?\s*oz\b"), "fluidounce"),
     (re.compile(r"\bU\.?S\.?\s+(?=dollar)"), ""),
     (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
