@@ -24,7 +24,8 @@ _LEAD = re.compile(
     r"(?i)(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*"
 )
 _LABEL = re.compile(
-    r"\s*(\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
+    r"\s*(\\frac\s*\{d[A-Za-z]\}\s*\{d[A-Za-z]\}"
+    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
     r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
 )
 _MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
