@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from w2s_jax.reasoning import answers, published_answers
 from w2s_jax.reasoning.answer_text import clean, last_box
 from w2s_jax.reasoning.answers import gold_answer, make_checker
 from w2s_jax.reasoning.grading import grade, methods
+from w2s_jax.reasoning.number_words import read_number_words
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.rows import read_jsonl
 
@@ -123,6 +125,21 @@ def test_different_answers(judge, left, right):
     assert judge("canonical", left) != judge("canonical", right)
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("five hundred thousand", (500_000, "")),
+        ("one million two thousand and five", (1_002_005, "")),
+        ("Twenty-one apples", (21, " apples")),
+        ("minus two thirds", (Fraction(-2, 3), "")),
+        ("one and a half hours", (Fraction(3, 2), " hours")),
+        *[(text, None) for text in ("third", "two and three", "two thousand million", "onerous")],
+    ],
+)
+def test_numbers_in_words(text, read):
+    assert read_number_words(text) == read
+
+
 def test_canonical_forms(judge):
     forms = {
         "$1,000.00": "1000",
@@ -189,7 +206,7 @@ def test_olympic_answers(prediction, gold, same):
         ("The answer is Evelyn.", "Evelyn"),
         ("The answer is -x^3+4x^2-7x-3.", "-x^{3}+4x^{2}-7x-3"),
         ("The answer is -n(n+1)/2.", "-n(n+1)/2"),
-        ("The answer is $20 and not $30.", "$20 and not $30"),
+        ("The answer is $20 and not $30.", "$20"),
         ("She spent $70 on 7.\nEach gift cost $10", "$10"),
         *[("\\boxed{12", ""), ("She has 72 clips.", ""), ("#### ", ""), ("", "")],
         *[("This answer is correct.", ""), ("The answer is not clear to me yet", "")],

@@ -14,6 +14,7 @@ from typing import Literal
 from w2s_jax.reasoning.answer_text import split_top
 from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
 from w2s_jax.reasoning.quantities import Quantity, is_counted, read_quantity, reads_as_word
+from w2s_jax.reasoning.ranges import FALLING, ORDER, VARIABLE, plain_range
 from w2s_jax.reasoning.units import NO_UNIT, read_unit
 
 How = Literal["told", "voted", "bare"]
@@ -23,30 +24,32 @@ _LEAD = re.compile(
     r"(?i)(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*"
 )
 _LABEL = re.compile(
-    r"\s*(\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
+    r"\s*(\\frac\s*\{d[A-Za-z]\}\s*\{d[A-Za-z]\}"
+    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
     r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
 )
 _MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "not", "any", "two", "six"))
+_INNER_CAPITAL = re.compile("[a-z][A-Z]")
 _ARTICLES = re.compile(r"\b(?:an?|the)\s+")
 _REALS = frozenset((r"\mathbb{R}", r"\R", r"\Reals", "all real numbers", "all reals"))
-_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}"))
+_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "empty set"))
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _CLOCK = re.compile(
-    r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*([ap])\.?\s*m\.?)?|(\d{1,2})\s*([ap])\.?\s*m\.?",
-    re.IGNORECASE,
+    r"(?P<hour>\d{1,2})(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?|\d(?=\s*[aApP])))?"
+    r"(?(minutes)\s*|\s*(?=[aApP]))(?P<half>(?:[ap]\.?\s*m|[AP]\.?\s*M)\.?)?"
 )
+_OCLOCK = re.compile(r"(?<=\d)\s*o['’]clock")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|\bto\b)\s*\d+(?:\.\d+)?)+")
 _IN_BASE = re.compile(r"(\d{1,200})_\s*\{?\s*(\d{1,2}|ten|two)\s*\}?")
 _RESIDUE = re.compile(
     r"(?:[^=<>,]*\\equiv\s*)?(-?\d{1,200})\s*\(?\s*\\?[pb]?mod(?![a-z])\s*\{?\s*(\d{1,200})\s*\}?\s*\)?"
 )
 _MATRIX = re.compile(r"\\begin\{[bp]?matrix\}(.*)\\end\{[bp]?matrix\}", re.DOTALL)
-_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
-_ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
-_SIGNS = re.compile(r"\\pm(?![a-zA-Z])\s*")
+_SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])\s*")
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _FUNCTION = re.compile(r"\\(?!frac|pi|sqrt|cdot|times)[a-z]")
 _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
@@ -54,6 +57,7 @@ _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
 def form(answer: str, how: How = "told") -> str:
     """The one form of an answer, the text without spaces where nothing else can be read."""
+    answer = plain_range(answer)
     for lead in (_LEAD, _MEMBER):
         if found := lead.match(answer):
             answer = answer[found.end() :].strip()
@@ -85,13 +89,15 @@ def quantity(answer: str) -> Quantity | None:
 
 
 def _words(answer: str, how: How) -> str | None:
-    if answer in _EMPTY:
+    if _ARTICLES.sub("", answer.lower()) in _EMPTY or _NO_SOLUTION.fullmatch(answer):
         return "{}"
     if answer in _REALS or answer.lower() in _REALS:
         return "(-oo,oo)"
     if not _WORDS.fullmatch(answer):
         return None
-    words = _ARTICLES.sub("", answer.lower()).split()
+    # NaCl is no NACL; what else words say, they say in any case.
+    named = answer if _INNER_CAPITAL.search(answer) else answer.lower()
+    words = _ARTICLES.sub("", named).split()
     if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
         return None
     if read_quantity(answer) is not None:
@@ -101,15 +107,14 @@ def _words(answer: str, how: How) -> str | None:
 
 def _clock(answer: str, how: How) -> str | None:
     """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
-    match = _CLOCK.fullmatch(answer)
-    if match is None or int(match[1] or match[5]) > 24:
+    match = _CLOCK.fullmatch(_OCLOCK.sub(":00", answer))
+    if match is None or int(match["hour"]) > (12 if match["half"] else 24):
         return None
-    hour, minute = int(match[1] or match[5]), match[2] or "00"
-    minute += f":{match[3]}" if match[3] else ""
-    half = (match[4] or match[6] or "").lower()
+    hour, minutes = int(match["hour"]), (match["minutes"] or "00").zfill(2)
+    half = (match["half"] or "")[:1].lower()
     if half and how != "bare":
-        return f"{hour % 12 + 12 * (half == 'p')}:{minute} h"
-    return f"{hour}:{minute} h" if hour > 12 and how != "bare" else f"{hour}:{minute}"
+        return f"{hour % 12 + 12 * (half == 'p')}:{minutes} h"
+    return f"{hour}:{minutes} h" if hour > 12 and how != "bare" else f"{hour}:{minutes}"
 
 
 def _ratio(answer: str, how: How) -> str | None:
@@ -190,28 +195,28 @@ def _union(answer: str, how: How) -> str | None:
     parts = _CUP.split(answer)
     if len(parts) == 1:
         parts = re.split(r"\s*,?\s*\bor\b\s*", answer)
-        if len(parts) == 1 or not all(_ORDER.search(part) for part in parts):
+        if len(parts) == 1 or not all(ORDER.search(part) for part in parts):
             return None
     return " u ".join(sorted(form(part.strip(), how) for part in parts))
 
 
 def _inequality(answer: str, how: How) -> str | None:
     r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
-    signs = [sign[0] for sign in _ORDER.finditer(answer)]
-    sides = [side.strip() for side in _ORDER.split(answer)]
+    signs = [sign[0] for sign in ORDER.finditer(answer)]
+    sides = [side.strip() for side in ORDER.split(answer)]
     if not 1 <= len(signs) <= 2 or not all(sides):
         return None
-    falling = [sign in (">", r"\ge") for sign in signs]
+    falling = [sign in FALLING for sign in signs]
     if len(set(falling)) > 1:
         return None
     if falling[0]:
         signs, sides = signs[::-1], sides[::-1]
     open_ends = [sign in ("<", ">") for sign in signs]
-    if len(signs) == 1 and _VARIABLE.fullmatch(sides[0]):
+    if len(signs) == 1 and VARIABLE.fullmatch(sides[0]):
         open_ends, sides = [True, *open_ends], [r"-\infty", *sides]
-    elif len(signs) == 1 and _VARIABLE.fullmatch(sides[1]):
+    elif len(signs) == 1 and VARIABLE.fullmatch(sides[1]):
         open_ends, sides = [*open_ends, True], [*sides, r"\infty"]
-    elif len(signs) == 1 or not _VARIABLE.fullmatch(sides[1]):
+    elif len(signs) == 1 or not VARIABLE.fullmatch(sides[1]):
         names = [" < " if is_open else " <= " for is_open in open_ends]
         forms = [form(side, how) for side in sides]
         return "".join(piece for pair in zip(forms, [*names, ""], strict=True) for piece in pair)
@@ -245,7 +250,9 @@ def _both_signs(part: str) -> list[str]:
     if not _SIGNS.search(part):
         return [part]
     # A plus in front of all is no sign of an expression.
-    return [_SIGNS.sub("+", part).removeprefix("+"), _SIGNS.sub("-", part)]
+    upper = _SIGNS.sub(lambda sign: "+-"[sign[0].startswith("\\mp")], part)
+    lower = _SIGNS.sub(lambda sign: "-+"[sign[0].startswith("\\mp")], part)
+    return [upper.removeprefix("+"), lower.removeprefix("+")]
 
 
 def _equation(answer: str, how: How) -> str | None:

@@ -4,6 +4,8 @@ Knows no values: numbers are read in quantities.py, expressions in math_answers.
 """
 
 import re
+from fractions import Fraction
+from unicodedata import normalize, numeric
 
 _BOX_TOKENS = re.compile(
     r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>\d[\d.,]*|(?<=\s)(?:\\[a-z]+(?:\{[^{}]*\})*|[^\s${}\\]+)))"
@@ -13,17 +15,18 @@ _BOX_TOKENS = re.compile(
 _BETWEEN_BOXES = re.compile(r"(?:[\s$\\,;.()]|\band\b|\bor\b){1,20}")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _ANSWER_IS = re.compile(
-    r"""(?imx) (?<!\bthis\ )(?<!\bthat\ )(?<!\bwrong\ ) \banswers?\b
-    (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*[:=] ) \s*
+    r"""(?imx) (?<!\bthis\ )(?<!\bthat\ )(?<!\bwrong\ ) \bans(?:wers?)?\b
+    (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*(?:[:=→⇒]|->) ) \s*
     | ^\W* (?:the\ )? (?:final\ |correct\ )? answers? \W* \n \s*"""
 )
 # What may stand between "answer is" and the answer.
 _LEAD = re.compile(
     r"(?i)(?:\s*\b(?:approximately|about|around|roughly|exactly|simply|just|therefore|thus|then|also"
-    r"|indeed|equal to|option|choice)\b[\s:]*)+"
+    r"|indeed|equal to|option|choice|(?:the )?(?:ordered )?(?:point|pair|triple|set|interval|number"
+    r"|value|integer|fraction|ratio|function|vector|matrix|letter)(?=\s*[-\d$\\([{]))\b[\s:]*)+"
 )
 _MATHEMATICS = re.compile(
-    r"[-+−±]?\s*(?:\.?\d|[$€£¥₹√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
+    r"(?:(?i:minus|negative)\s+)?[-+−±]?\s*(?:\.?\d|[$£¥฿\u20a0-\u20bf√π∞½¼¾\\({\[|<>≤≥≈]|(?:USD|EUR|GBP|Rs)\b)|[-−]?(?:[B-HJ-Zb-z]|[AI](?!\s+[a-z]))(?![A-Za-z'])"
     r"|[-−]?(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
 )
 _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
@@ -31,7 +34,7 @@ _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
 _REMARKS = re.compile(
     r"(?i)(?:correct|right|wrong|incorrect|reasonable|valid|consistent|helpful|clear|unclear|the|not"
     r"|in|as|given|obtained|found|that|this|because|what|still|unknown|verified|expressed|if|rounded"
-    r"|based|also|same|to|for)\b"
+    r"|based|also|same|to|for|(?:final )?(?:answer|result|solution)s?$)\b"
 )
 _NUMBERED = re.compile(r"\d+[.)]\s+[A-Za-z]")
 # An inline formula opens and closes at a character, so that "$20 and $30" is none.
@@ -40,10 +43,25 @@ _SPAN = re.compile(
     re.DOTALL,
 )
 _JOINED = re.compile(r"[\s,;]*(?:\band\b|\bor\b)?[\s,;]*")
+_NO_REMARK = r"(?:mod|base|and|or|sin|cos|tan|log|ln|exp|sqrt|pi)\b"
 _CLAUSE = re.compile(
-    r"[.;!]\s|,?\s+(?=(?:because|since)\b)|\n"
-    r"|,\s+(?=(?:so|which|as|where|when|and we|therefore|rounded|not)\b)"
+    r"(?:(?<!\bsq)(?<!\bcu)(?<!\bfl)\.|[;!])\s|,?\s+(?=(?:because|since)\b)|\n|\s+—\s+"
+    r"|,\s+(?=(?:so|which|as|where|when|though|although|therefore|rounded|not)\b)"
+    r"|,\s+(?=(?:given|assuming|provided|obtained|found|consistent|by|after)\b)"
+    r"|,?\s+(?=(?:and|but)\s+(?:we|this|that|it|so|hence|thus|therefore|not)\b)"
+    rf"|\s+[-–]\s+(?=(?!{_NO_REMARK})(?:[a-z]{{3}}|[a-z]{{2}} [a-z]{{2}}))"
+    rf"|\s+(?=[(\[](?!{_NO_REMARK})(?:[a-z]{{2}}|[ie]\.|[^()]*=))"
 )
+_MARK_AT_END = re.compile(r"[\s✓✔✅🎉?]+$")
+_ALONE = re.compile(
+    r"[\s*_`$=]*(?:\\[(\[])?\s*([$€£]?-?\d[\d,]*(?:[./]\d+)?%?)\s*(?:\\[)\]])?[\s*_`$.]*"
+)
+_IS_THE_ANSWER = re.compile(
+    r"(\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|(?<![\d,.])[$€£]?-?\d[\d,]*(?:[./]\d+)?%?)\W{0,3}\s+"
+    r"is (?:the|our|my) (?:final |correct )?answer\b"
+)
+_TAGGED = re.compile(r"<answer>\s*((?:(?!<answer>).)+?)\s*</answer>", re.DOTALL | re.IGNORECASE)
+_QUOTED = re.compile("[\"'“‘](?=\\S)(.+?)[\"'”’]")
 _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
@@ -67,6 +85,9 @@ _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d)")
 _DAMAGED = ((re.compile(r"\\le(?=[(\[{|])(?=.*\\right)"), ""), (re.compile(r"\\iny\b"), r"\\infty"))
 _SYNONYMS = (
     (re.compile(r"\\(?:leq(?:slant)?|leqq)(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"<=(?!>)"), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"\\neq(?![a-zA-Z])|\\not\s*="), r"\\ne "),
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\(?:geq(?:slant)?|geqq)(?![a-zA-Z])"), r"\\ge "),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
@@ -75,6 +96,16 @@ _SYNONYMS = (
     (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff\ud800-\udfff]")
+_RAISED = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
+_LOWERED = re.compile("[₀-₉]+")
+_OVERLINED = re.compile("(?:\\d\u0305)+")
+
+
+def _fraction(value: float) -> str:
+    above, below = Fraction(value).limit_denominator(10).as_integer_ratio()
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
 _CHARACTERS = str.maketrans(
     {
         "−": "-",
@@ -86,15 +117,19 @@ _CHARACTERS = str.maketrans(
         "∞": r"\infty ",
         "°": r"^\circ",
         "∪": r"\cup ",
+        "ℝ": r"\mathbb{R}",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "∓": r"\mp ",
+        "≠": r"\ne ",
         "≤": r"\le ",
         "≥": r"\ge ",
         "±": r"\pm ",
         "≈": r"\approx ",
-        "½": r"\frac{1}{2}",
-        "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}",
-        "²": "^2",
-        "³": "^3",
+        "“": '"',
+        "”": '"',
+        "≡": r"\equiv ",
+        **{sign: _fraction(numeric(sign)) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
         "\xa0": " ",
         "\u2009": " ",
         "\u202f": " ",
@@ -146,15 +181,22 @@ def after_hashes(text: str) -> tuple[int, str]:
 
 def after_answer_is(text: str) -> tuple[int, str]:
     """Where the last "answer is" or "answer:" before an answer stands, and that answer."""
+    found = (-1, "")
     for match in reversed(list(_ANSWER_IS.finditer(text))):
+        # "The answer is 12, since the answer is even": a remark on it in the same sentence.
+        if found[1] and re.search(r"\n|[.!?;]\s", text[match.start() : found[0]]):
+            break
         statement = text[match.end() :].strip(" *:")
         statement = statement[lead.end() :] if (lead := _LEAD.match(statement)) else statement
+        statement = quoted[1] if (quoted := _QUOTED.match(statement)) else statement
         stated = _stated(statement)
+        if stated and _MATHEMATICS.match(statement):
+            return match.start(), stated
         # Behind a colon all that is left is the answer, whatever it says.
         last = ":" in match[0] and statement.rstrip(" .*") == stated.rstrip(" .*")
-        if stated and (last or reads_as_answer(statement, stated)):
-            return match.start(), stated
-    return -1, ""
+        if stated and not found[1] and (last or reads_as_answer(statement, stated)):
+            found = match.start(), stated
+    return found
 
 
 def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True) -> bool:
@@ -169,8 +211,13 @@ def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True
 
 
 def last_bold(text: str) -> str:
-    """The last bold answer of the last line of Markdown: "So she sold **72** clips."."""
+    """The last bold answer of the last line of Markdown, or the whole line where all is emphasised.
+
+    72 in "So she sold **72** clips." and in "*72*".
+    """
     line = text.rstrip().rpartition("\n")[2]
+    if (whole := _EMPHASIS.fullmatch(line.strip())) and reads_as_answer(whole[2] or whole[3]):
+        return whole[2] or whole[3]
     found = [bold for bold in _BOLD.findall(line) if reads_as_answer(bold)]
     return found[-1] if found else ""
 
@@ -187,18 +234,23 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
     """The final answer as it is written in a response; "" where there is none.
 
     A box or "####", of several the last one, outranks what "the answer is" says, that a bold text
-    in the last line, and that the number at the end of a last line that is a plain sentence.
-    What a model thought before "</think>" counts only where nothing follows.
+    in the last line, and that the number at the end of a last line that is a plain sentence, or
+    that is the whole response.
+    What a model thought before "</think>" counts only where nothing follows, and where it marks
+    its answer by the tag <answer>, all else does not.
     """
     spoken = response.rpartition("</think>")[2]
     marked = spoken if spoken.strip() else response
+    if tagged := _TAGGED.findall(marked):
+        return final_answer(tagged[-1], hashes_first=hashes_first) or tagged[-1]
     text = without_markdown(marked)
     hashes, box = after_hashes(text), last_box(text)
     if max(hashes[0], box[0]) >= 0:
         if hashes_first and hashes[0] >= 0:
             return hashes[1]
         return max(hashes, box, key=lambda at: at[0])[1]
-    ends = _SENTENCE.fullmatch(text.rstrip().rpartition("\n")[2])
+    line = text.rstrip().rpartition("\n")[2]
+    ends = _ALONE.fullmatch(text) or _SENTENCE.fullmatch(line) or _IS_THE_ANSWER.search(line)
     return after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
 
 
@@ -212,12 +264,17 @@ def _stated(statement: str) -> str:
         end = between.end() if between else match.end()
     if spans:
         return ", ".join(spans)
-    return _CLAUSE.split(statement, maxsplit=1)[0].strip(" *").removesuffix(".")
+    clause = _CLAUSE.split(statement, maxsplit=1)[0].strip(" *")
+    return _MARK_AT_END.sub("", clause).removesuffix(".")
 
 
 def clean(answer: str) -> str:
     r"""An answer without what does not change its value: spacing, \left, $..$, \text, dots."""
-    answer = without_markdown(_CONTROL.sub("", answer)).translate(_CHARACTERS).strip()
+    answer = _OVERLINED.sub(r"\\overline{\g<0>}", _CONTROL.sub("", answer)).replace("\u0305", "")
+    answer = _RAISED.sub(lambda run: f"^{{{normalize('NFKC', run[0])}}}", answer)
+    answer = _LOWERED.sub(lambda run: f"_{{{normalize('NFKC', run[0])}}}", answer)
+    answer = without_markdown(answer).translate(_CHARACTERS).strip()
+    answer = re.sub(r"^(?i:minus|negative)\s+(?=[\d.$\\])", "-", answer)
     answer = re.sub(r"\\[(\[](.*)\\[)\]]", r"\1", answer, flags=re.DOTALL)
     if answer.count("$") >= 2 and not re.search(r"\$\s*[\d.,]+\s.*\$", answer):
         answer = re.sub(r"(?<!\\)\$", "", answer)
@@ -250,7 +307,10 @@ def _without_end(answer: str) -> str:
     answer = answer.strip(" *`\n")
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip(" *`")
-    return answer.strip('"')
+    # Behind a number alone it is a mark of inches.
+    return (
+        answer.strip('"') if answer.startswith('"') or not re.search(r"\d\"$", answer) else answer
+    )
 
 
 def _braced(match: re.Match[str]) -> str:

@@ -28,6 +28,11 @@ _NOTATION = (
     (re.compile(r"\\log_\{?e\}?(?![A-Za-z])"), r"\\ln "),
     (re.compile(r"(\d+(?:\.\d+)?|\\pi)\s*degrees"), r"(\1 \\cdot \\frac{\\pi}{180})"),
 )
+_PRIME = re.compile(r"'|\\prime(?![a-zA-Z])")
+_PRIMES = re.compile(
+    rf"(?<=[A-Za-z0-9}}])(?:(?:{_PRIME.pattern})+|\^\s*\{{?\s*(?:(?:{_PRIME.pattern})\s*)+\}}?)"
+)
+_CAPITAL_I = re.compile(r"\\[A-Za-z]+|_\{[^{}]*\}|_\w|I")
 _APART = re.compile(r"(?<![\d_.])[\d.]+\s+\d")
 
 
@@ -39,6 +44,10 @@ def parse(text: str) -> Any:
 
     for pattern, plain in _NOTATION:
         text = pattern.sub(plain, text)
+    # The parser drops primes; behind another subscript it then reads nothing.
+    text = _PRIMES.sub(lambda found: f"_{{p{len(_PRIME.findall(found[0]))}}}", text)
+    # A current or an identity; the parser takes it for the imaginary unit, as i.
+    text = _CAPITAL_I.sub(lambda found: r"\iota " if found[0] == "I" else found[0], text)
     # Two numbers side by side would be added.
     if not text or len(text) > _LONGEST or _APART.search(text):
         return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from w2s_jax.reasoning.answer_forms import form, quantity
 from w2s_jax.reasoning.answer_text import clean, final_answer
+from w2s_jax.reasoning.expressions import expression_form
 from w2s_jax.reasoning.quantities import near
 
 _CHOICE = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.):]\s.*)?", re.DOTALL)
@@ -48,12 +49,18 @@ class MathChecker:
             return letters[0] == letters[1]
         if form(prediction, "voted") == form(gold, "voted"):
             return True
+        if _as_typed(prediction, gold) or _as_typed(gold, prediction):
+            return True
         told = form(prediction), form(gold)
         bare = form(prediction, "bare"), form(gold, "bare")
         if bare[0] == bare[1] and bare[0] in told:
             return True
         numbers = quantity(prediction), quantity(gold)
-        return bool(numbers[0] and numbers[1] and near(numbers[0], numbers[1]))
+        if numbers[0] and numbers[1]:
+            return near(numbers[0], numbers[1])
+        # Half of mg is a product where another way to write it is no quantity.
+        written = expression_form(prediction) if numbers[0] or numbers[1] else None
+        return written is not None and written == expression_form(gold)
 
     def canonical(self, answer: str) -> str:
         """One form per value: "1000", "-3/4", "1/20 m", "{1,2}" for lists in any order, "A,C" for
@@ -77,3 +84,11 @@ class MathChecker:
         if several and (found := _CHOICES.fullmatch(answer)):
             return frozenset(re.findall(r"\b[A-Z]\b", found[1]))
         return None
+
+
+def _as_typed(one: str, other: str) -> bool:
+    """Whether one is typed as another answer is read: 60,120 for a list, 12:5 for a time."""
+    if re.fullmatch(r"\d+(?:,[1-9]\d{2})+", one):
+        listed = form(one.replace(",", ", "), "voted")
+        return listed == form(other, "voted") != form(one, "voted")
+    return re.fullmatch(r"\d{1,2}:\d", one) is not None and one.replace(":", ":0") == other

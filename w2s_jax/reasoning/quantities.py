@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from w2s_jax.reasoning.units import NO_UNIT, Unit, read_unit
+from w2s_jax.reasoning.number_words import read_number_words
+from w2s_jax.reasoning.units import NO_UNIT, Unit, money_symbols, read_unit, unit_behind
 
 # A decimal stands for a number that is not its equal when it tells at least this many digits.
 SIGNIFICANT_DIGITS = 6
@@ -17,7 +18,7 @@ _DECIMAL = (
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d*)?"
     r"|\d+\.?\d*|\.\d+)"
 )
-_CURRENCY = r"(?:US\s?\$|USD|EUR|GBP|Rs\.?|[$€£¥₹])"
+_CURRENCY = "|".join((r"US\s\$", r"Rs\.", *map(re.escape, money_symbols())))
 _NUMBER = re.compile(
     rf"""\s*(?P<sign>[-+]?)\s*(?P<currency>{_CURRENCY})?\s*(?P<sign2>-?)\s*
     (?: (?: (?P<whole>\d+) (?:\s+|(?=\\frac)) )?
@@ -26,6 +27,7 @@ _NUMBER = re.compile(
           | (?P<over>{_DECIMAL})\s*/\s*(?P<under>{_DECIMAL}) )
       | (?P<start>\d*)\.(?P<head>\d*)
         (?: \\(?:overline|bar|dot)\s*\{{?\s*(?P<cycle>\d+)\s*\}}?
+          | \((?P<round>\d+)\)
           | (?P<again>\d{{1,6}}?)(?P=again){{2,}}\s*(?:\.{{2,}}|…|\\[lc]?dots) )
       | (?P<decimal>{_DECIMAL})
         (?: \s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>[-+]?\s*\d+)\s*\}}?
@@ -37,8 +39,23 @@ _NUMBER = re.compile(
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:%|percent(?:age)?\b|per cent\b|pct\b)\s*(?:points?)?", re.IGNORECASE)
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve"
-_NUMBER_WORDS = {name: value for value, name in enumerate(_ONES.split())}
+_ORDINAL = re.compile(
+    r"(\d*(?:1[123]|\d))\s*\^?\s*\{?\s*(st|nd|rd|th)\b\s*\}?\s*(?P<rest>.*)", re.DOTALL
+)
+_OF_ONE = re.compile(r"^\s*(?:of\s+)?(?:(?:an?|the)\s+)?")
+# Parts of a length, an angle or a time by their marks: 6'2", 60 degrees 30', 2h30m.
+_MARKS = (
+    (re.compile(r"(?<=degrees)\s*(\d[\d.]*)\s*['′’]"), r" \1 arcminutes "),
+    (re.compile(r"(?<=arcminutes)\s*(\d[\d.]*)\s*(?:['′’]{2}|[\"″”])"), r" \1 arcseconds"),
+    (re.compile(r"(?<=\d)\s*(?:['′’]{2}|[\"″”])(?=\s*$)"), " inches"),
+    (re.compile(r"(?<=\d)\s*['′’](?=\s*\d|\s*$)"), " feet "),
+    (re.compile(r"(?<=\d):(?=[0-5]\d\s*(?:h|hrs?|hours?)$)"), " hours "),
+    (re.compile(r"(?<=\d)\s*h(?:rs?)?\s*(?=\d)"), " hours "),
+    (re.compile(r"(?<= hours )(\d\d)\s*(?:h|hrs?|hours?)?$"), r"\1 minutes"),
+    (re.compile(r"(?<=\d)\s*m(?:in)?\s*(?=\d+\s*s(?:ec)?$)"), " minutes "),
+    (re.compile(r"(?<=hours )(\d+)\s*m(?:in)?\b"), r"\1 minutes"),
+    (re.compile(r"(?<=minutes )(\d+)\s*s(?:ec)?\b"), r"\1 seconds"),
+)
 _PREPOSITIONS = frozenset(("a", "an", "in", "of", "on", "at", "by", "as"))
 # Words that go on with the mathematics instead of naming what was counted.
 _MATH_WORDS = frozenset(
@@ -46,6 +63,7 @@ _MATH_WORDS = frozenset(
         *("and", "choose", "cos", "cot", "csc", "exp", "for", "minus", "mod", "over", "plus"),
         *("sec", "sin", "sqrt", "tan", "times", "when", "where", "with", "alpha", "beta"),
         *("gamma", "delta", "theta", "lambda", "sigma", "omega"),
+        *("repeating", "recurring"),
     )
 )
 
@@ -78,8 +96,16 @@ def read_quantity(text: str) -> Quantity | None:
 
     "2 hours 30 minutes" is one number: parts of one dimension, each smaller than the one before.
     """
-    if text.lower() in _NUMBER_WORDS:
-        return Quantity(Fraction(_NUMBER_WORDS[text.lower()]))
+    if ordinal := _ORDINAL.fullmatch(text):
+        counted = not ordinal["rest"] or is_counted(ordinal["rest"])
+        return Quantity(Fraction(ordinal[1])) if counted else None
+    if worded := read_number_words(text):
+        number, rest = worded
+        # Names such as "Three Sisters" are none.
+        if not rest or rest.islower():
+            text = f"{number} {_OF_ONE.sub('', rest)}".strip()
+    for pattern, plain in _MARKS:
+        text = pattern.sub(plain, text)
     read = _first(text)
     if read is None:
         return None
@@ -87,7 +113,9 @@ def read_quantity(text: str) -> Quantity | None:
     while rest:
         read = _first(re.sub(r"^(?:,|\band\b|\s)+", "", rest)) if total.unit.powers else None
         if read is None:
-            return total if is_counted(rest) else None
+            if not is_counted(rest):
+                return None
+            return total if total.unit.powers else replace(total, unit=unit_behind(rest))
         part, rest = read
         same = part.unit.powers == total.unit.powers and part.unit.factor < total.unit.factor
         if not same or total.percent or part.percent or min(part.value, total.value) < 0:
@@ -124,7 +152,7 @@ def _first(text: str) -> tuple[Quantity, str] | None:
 
 def _value(match: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
     """The size of a number, its decimals and significant digits."""
-    if cycle := match["cycle"] or match["again"]:
+    if cycle := match["cycle"] or match["round"] or match["again"]:
         head, nines = match["head"], 10 ** len(cycle) - 1
         repeated = Fraction(int(cycle), nines * 10 ** len(head))
         return Fraction(f"{match['start'] or 0}.{head or 0}") + repeated, None, 0

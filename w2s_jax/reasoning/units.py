@@ -1,7 +1,7 @@
 """Units of measurement: what a text names, as a factor to base units and their powers.
 
 Symbols are read with their case (mg is no Mg), words without. Money is a dimension for each
-currency; degrees of an angle and of the two scales of temperature are three.
+currency, and so is each coin; degrees of an angle and of the two scales of temperature are three.
 """
 
 import re
@@ -25,40 +25,118 @@ class Unit:
 
 NO_UNIT = Unit()
 
-# Dimension, then symbols and words with how many of the dimension's base unit each is.
+# Money by its dimension: symbols, which may stand before a number, and words.
+_MONEY = {
+    "dollar": ("$ US$ USD", "dollar buck"),
+    "euro": ("€ EUR", "euro"),
+    "pound": ("£ GBP", "pound"),
+    "yen": ("¥ JPY", "yen"),
+    "yuan": ("CN¥ CNY RMB", "yuan renminbi"),
+    "rupee": ("₹ Rs INR", "rupee"),
+    "won": ("₩ KRW", "won"),
+    "peso": ("₱ MXN PHP", "peso"),
+    "franc": ("CHF", "franc"),
+    "ruble": ("₽ RUB", "ruble rouble"),
+    "krona": ("SEK", "krona kronor"),
+    "krone": ("NOK DKK", "krone kroner"),
+    "rand": ("ZAR", "rand"),
+    "real": ("R$ BRL", "reais"),
+    "lira": ("₺", "lira"),
+    "shekel": ("₪ ILS", "shekel"),
+    "baht": ("฿ THB", "baht"),
+    "dong": ("₫ VND", "dong"),
+    "naira": ("₦ NGN", "naira"),
+    "zloty": ("PLN", "zloty"),
+    "rupiah": ("IDR", "rupiah"),
+    "CAD": ("C$ CA$ CAD", "canadiandollar"),
+    "AUD": ("A$ AU$ AUD", "australiandollar"),
+    "NZD": ("NZ$ NZD", ""),
+    "HKD": ("HK$ HKD", ""),
+    "SGD": ("S$ SGD", ""),
+}
+# What each is, of base units and of what stands above; symbols; words.
 _PLAIN = {
-    "m": "in:127/5000 inch:127/5000 inches:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 "
-    "yd:1143/1250 yard:1143/1250 mi:201168/125 mile:201168/125 km:1000",
-    "s": "sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 week:604800",
-    "year": "year:1 yr:1 month:1/12",
-    "kg": "ton:1000 tonne:1000",
-    "pound": "pound:1 lb:1 £:1 GBP:1 oz:1/16 ounce:1/16",
-    "dollar": "$:1 dollar:1 USD:1 US$:1 cent:1/100 ¢:1/100",
-    "euro": "€:1 euro:1 EUR:1",
-    "yen": "¥:1 yen:1 JPY:1",
-    "rupee": "₹:1 rupee:1 Rs:1 INR:1",
-    "degree": "degree:1 deg:1",
-    "radian": "radian:1 rad:1",
-    "celsius": "celsius:1",
-    "fahrenheit": "fahrenheit:1",
-    "kcal": "calorie:1/1000 cal:1/1000",
+    "127/5000 m": ("in", "inch"),
+    "12 inch": ("ft", "foot feet"),
+    "3 ft": ("yd", "yard"),
+    "5280 ft": ("mi", "mile"),
+    "1000 m": ("km", ""),
+    "1852 m": ("nmi", "nauticalmile"),
+    "9460730472580800 m": ("ly", "lightyear"),
+    "60 s": ("", "min minute"),
+    "60 min": ("h", "hr hour"),
+    "24 h": ("", "day"),
+    "7 day": ("", "week"),
+    "year": ("", "yr year"),
+    "1/12 year": ("", "month"),
+    "10 year": ("", "decade"),
+    "100 year": ("", "century"),
+    "1000 year": ("", "millennium millennia"),
+    "1000 kg": ("", "ton tonne"),
+    "pound": ("", "lb"),
+    "1/16 pound": ("", "oz ounce"),
+    "14 pound": ("", "stone"),
+    "1/100 pound": ("", "pence"),
+    "slug": ("", "slug"),
+    "penny": ("", "penny"),
+    "nickel": ("", "nickel"),
+    "dime": ("", "dime"),
+    "quarter": ("", "quarter"),
+    "1/100 dollar": ("¢", "cent"),
+    "43560 ft^2": ("", "acre"),
+    "10000 m^2": ("ha", "hectare"),
+    "1/1000000 m^3": ("", "cc"),
+    "231 inch^3": ("gal", "gallon"),
+    "1/4 gallon": ("qt", "quart"),
+    "1/8 gallon": ("pt", "pint"),
+    "1/16 gallon": ("", "cup"),
+    "1/128 gallon": ("", "fluidounce"),
+    "1/256 gallon": ("", "tbsp tablespoon"),
+    "1/768 gallon": ("", "tsp teaspoon"),
+    "1000 bit": ("kb", ""),
+    "1000000 bit": ("Mb", ""),
+    "1000000000 bit": ("Gb", ""),
+    "mi/h": ("", "mph"),
+    "km/h": ("", "kmph kph"),
+    "m/s": ("", "mps"),
+    "ft/s": ("", "fps"),
+    "nmi/h": ("kn", "knot"),
+    "degree": ("", "deg degree"),
+    "1/60 degree": ("", "arcmin arcminute"),
+    "1/3600 degree": ("", "arcsec arcsecond"),
+    "radian": ("", "rad radian"),
+    "revolution": ("", "rev revolution"),
+    "revolution/min": ("", "rpm"),
+    "celsius": ("", "celsius"),
+    "fahrenheit": ("", "fahrenheit"),
+    "pound/inch^2": ("", "psi"),
+    "1000 psi": ("", "ksi"),
+    "101325 kg/m/s^2": ("atm", "atmosphere"),
+    "101325/760 kg/m/s^2": ("mmHg", "torr"),
+    "horsepower": ("hp", "horsepower"),
+    "decibel": ("dB", "decibel"),
 }
 # Units that take prefixes: what each is in base units; symbols; words.
 _METRIC = {
     "m": ("m", "meter metre"),
     "kg/1000": ("g", "gram gramme"),
-    "s": ("s", ""),
+    "s": ("s", "sec second"),
     "ampere": ("A", "ampere amp"),
     "kelvin": ("K", "kelvin"),
     "mole": ("mol", "mole"),
-    "byte": ("B", "byte"),
+    "bit": ("bit", "bit"),
+    "bit/s": ("bps", ""),
+    "8 bit": ("B", "byte"),
     "eV": ("eV", "electronvolt"),
+    "kcal/1000": ("cal", "calorie"),
     "m^3/1000": ("L l", "liter litre"),
-    "1/s": ("Hz", "hertz"),
+    "1/s": ("Hz HZ hz", "hertz"),
     "kg m/s^2": ("N", "newton"),
     "kg/m/s^2": ("Pa", "pascal"),
+    "100000 kg/m/s^2": ("bar", ""),
     "kg m^2/s^2": ("J", "joule"),
     "kg m^2/s^3": ("W", "watt"),
+    "3600 kg m^2/s^2": ("Wh", ""),
     "ampere s": ("C", "coulomb"),
     "kg m^2/s^3/ampere": ("V", "volt"),
     "kg m^2/s^3/ampere^2": (r"Ω \Omega", "ohm"),
@@ -68,6 +146,8 @@ _METRIC = {
 # Of symbols, and at last of words.
 _PREFIXES = {
     ",": Fraction(1),
+    "f,femto": Fraction(1, 10**15),
+    "p,pico": Fraction(1, 10**12),
     "n,nano": Fraction(1, 10**9),
     "μ,µ,micro": Fraction(1, 10**6),
     "m,milli": Fraction(1, 10**3),
@@ -76,26 +156,33 @@ _PREFIXES = {
     "k,K,kilo": Fraction(10**3),
     "M,mega": Fraction(10**6),
     "G,giga": Fraction(10**9),
+    "T,tera": Fraction(10**12),
+    "P,peta": Fraction(10**15),
 }
-_COMPOSED = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "mps": "m/s", "gallon": "231 in^3"}
+# Products of temperatures, pressures and areas, and televisions, sooner than units.
+_PRODUCTS = re.compile(r"[kK]T|p[ATV]|[TP][ACFKLNTV]")
 
 
 @cache
-def _units() -> Mapping[str, Unit]:
-    found = {}
-    for dimension, entries in _PLAIN.items():
-        for entry in entries.split():
-            name, times = entry.rsplit(":", 1)
-            found[name] = Unit(Fraction(times), ((dimension, 1),))
-    for definition, (symbols, words) in _METRIC.items():
+def _units() -> tuple[Mapping[str, Unit], Mapping[str, Unit]]:
+    """Units by their symbols and by their words, in lower case and singular."""
+    symbols: dict[str, Unit] = {}
+    words: dict[str, Unit] = {}
+    for definition, names in (*_MONEY.items(), *_PLAIN.items()):
+        unit = _defined(definition, words | symbols)
+        symbols.update(dict.fromkeys(names[0].split(), unit))
+        words.update(dict.fromkeys(names[1].split(), unit))
+    for definition, names in _METRIC.items():
         unit = _defined(definition, {})
         for prefixes, factor in _PREFIXES.items():
             *short, word = prefixes.split(",")
             scaled = Unit(unit.factor * factor, unit.powers)
-            names = [before + name for name in symbols.split() for before in short]
-            for name in [*names, *(word + name for name in words.split())]:
-                found.setdefault(name, scaled)
-    return found | {name: _defined(text, found) for name, text in _COMPOSED.items()}
+            for symbol in [before + name for name in names[0].split() for before in short]:
+                if not _PRODUCTS.fullmatch(symbol):
+                    symbols.setdefault(symbol, scaled)
+            for name in names[1].split():
+                words.setdefault(word + name, scaled)
+    return symbols, words
 
 
 def _defined(definition: str, known: Mapping[str, Unit]) -> Unit:
@@ -112,11 +199,17 @@ def _defined(definition: str, known: Mapping[str, Unit]) -> Unit:
     return Unit(factor, tuple(sorted((name, n) for name, n in powers.items() if n)))
 
 
+# Of units of two words, which the tables have as one.
+_FIRST_WORDS = "light|nautical|fluid|canadian|australian"
 _WORDED = (
     (re.compile(r"\\mu\s*(?=[A-Za-z])"), "μ"),
     (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=[a-z])-(?=[a-z])"), " "),
     (re.compile(r"\bper\b"), "/"),
+    (re.compile(rf"(?i)\b({_FIRST_WORDS})\s+(?=year|mile|ounce|dollar)"), r"\1"),
+    (re.compile(r"(?i)\bfl\.?\s*oz\b"), "fluidounce"),
+    (re.compile(r"\bU\.?S\.?\s+(?=dollar)"), ""),
     (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
     (re.compile(r"\b(?:cubic|cu)\b\.?\s*([A-Za-z]+)"), r"\1^3"),
     (re.compile(r"([A-Za-z]+)\s+squared\b"), r"\1^2"),
@@ -126,8 +219,10 @@ _WORDED = (
     (re.compile(r"\^\s*\{\s*(-?\d)\s*\}"), r"^\1"),
     (re.compile(r"\\/"), "/"),
 )
+_NO_MORE = r"\b(?:per|an?|the|in|of|for|from|to|with|at|on|by|each|every|and|or)\b|[^\w\s-]"
+_IES = re.compile("ies$")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<name>\\[A-Za-z]+|(?:US)?\$|[A-Za-zμµΩ]+|[€£¥₹¢])\.?"
+    r"\s*(?:(?P<name>\\[A-Za-z]+|[A-Z]{0,2}[$¥]|[A-Za-zμµΩ]+|[£¢฿\u20a0-\u20bf])\.?"
     r"(?:\s*\^\s*(?P<power>-?\d))?|(?P<mark>[/()*·]))"
 )
 
@@ -164,11 +259,24 @@ def read_unit(text: str) -> tuple[Unit, str]:
 
 def named(name: str) -> Unit | None:
     """The unit of a name: a symbol as it is written, a word in any case and number."""
-    units = _units()
-    if name in units:
-        return units[name]
+    symbols, words = _units()
+    if name in symbols:
+        return symbols[name]
     word = name.lower()
-    for known in (word, word.removesuffix("s"), word.removesuffix("es")):
-        if len(known) > 2 and known in units:
-            return units[known]
-    return units.get(name.removesuffix("s")) if len(name) == 3 else None
+    for known in (word, word.removesuffix("s"), word.removesuffix("es"), _IES.sub("y", word)):
+        if known in words and (len(known) > 2 or name.startswith(known)):
+            return words[known]
+    return symbols.get(name.removesuffix("s")) if len(name) == 3 else None
+
+
+def unit_behind(counted: str) -> Unit:
+    """The unit that the words behind a number come to: "more hours", no "eggs per day"."""
+    for word in re.split(_NO_MORE, counted, maxsplit=1)[0].split():
+        if len(word) > 2 and (unit := _units()[1].get(word.lower().removesuffix("s"))):
+            return unit
+    return NO_UNIT
+
+
+def money_symbols() -> list[str]:
+    """Symbols and codes of money, longest first: what may stand before a number."""
+    return sorted((name for names, _ in _MONEY.values() for name in names.split()), key=len)[::-1]
