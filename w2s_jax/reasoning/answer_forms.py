@@ -25,7 +25,7 @@ _LEAD = re.compile(
 )
 _LABEL = re.compile(
     r"\s*(\\frac\s*\{d[A-Za-z]\}\s*\{d[A-Za-z]\}"
-    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
+    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?(?:'|\^\{-1\})?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
     r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
 )
 _MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")

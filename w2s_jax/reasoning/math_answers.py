@@ -74,7 +74,7 @@ class MathChecker:
 
     def _letters(self, answer: str, *, small: bool = False) -> frozenset[str] | None:
         several = self.kind == "olympicarena"
-        if several and re.fullmatch(r"[A-Z]{1,8}", answer):
+        if several and re.fullmatch(r"[A-J]{1,8}", answer):
             return frozenset(answer) if len(set(answer)) == len(answer) else None
         small = small or several
         if _SMALL_CHOICE.fullmatch(answer) or (small and re.fullmatch("[a-f]", answer)):

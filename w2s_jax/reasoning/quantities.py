@@ -142,8 +142,8 @@ def _first(text: str) -> tuple[Quantity, str] | None:
     percent = _PERCENT.match(rest)
     rest = rest[percent.end() :] if percent else rest
     unit, after = (NO_UNIT, rest.strip()) if percent else read_unit(rest)
-    if match["currency"] and not unit.powers:
-        unit = read_unit(match["currency"].replace(" ", ""))[0]
+    if match["currency"]:
+        unit = read_unit(match["currency"].replace(" ", ""))[0].times(unit)
     elif re.match(r"[A-Za-z](?![A-Za-z])" if unit.powers else "[A-Za-z]", rest):
         # "5m" may be five times m, "5 m" is a length.
         return None
