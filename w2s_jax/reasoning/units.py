@@ -221,11 +221,13 @@ _WORDED = (
     (re.compile(r"\^\s*\{\s*(-?\d)\s*\}"), r"^\1"),
     (re.compile(r"\b(units?)\s*\^[23]"), r"\1"),
     (re.compile(r"\\/"), "/"),
+    (re.compile(r"\bsq\b\.?"), "square"),
+    (re.compile(r"\bcu\b\.?"), "cubic"),
 )
 # Only beside a unit: "square tiles" and "per ticket" say what was counted.
 _BESIDE = (
-    (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
-    (re.compile(r"\b(?:cubic|cu)\b\.?\s*([A-Za-z]+)"), r"\1^3"),
+    (re.compile(r"\bsquare\s*([A-Za-z]+)"), r"\1^2"),
+    (re.compile(r"\bcubic\s*([A-Za-z]+)"), r"\1^3"),
     (re.compile(r"([A-Za-z]+)\s+squared\b"), r"\1^2"),
     (re.compile(r"([A-Za-z]+)\s+cubed\b"), r"\1^3"),
     (re.compile(r"\bper\s+([A-Za-z]+)"), r"/ \1"),
