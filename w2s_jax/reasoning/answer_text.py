@@ -66,17 +66,21 @@ _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
 _BOLD = re.compile(r"(?<![\w*\\])(?:\*\*|__)(?=[^\s*])([^*\n]*?[^\s*])(?:\*\*|__)(?![\w*])")
+# Values in a sentence; what stands before its result, and before its only value ("except 3" is no
+# value of its own).
 _VALUE = re.compile(
     rf"{_SPAN.pattern}|(?<![\w$.,:\\])(\\?[$€£]?-?\d+(?:,\d{{3}})*(?:[./]\d+)?(?: \d+/\d+)?\\?%?"
     r"(?: (?:thousand|million|billion)\b)?)(?![\w/^:])",
     re.DOTALL,
 )
 _COMES_TO = re.compile(
-    r"(?:\b(?:is|are|was|were|be|equals)|[=≈]) *(?:(?:approximately|about|only|exactly) )?$"
+    r"(?:\b(?:is|are|was|were|be|equals)|[=≈]|[A-Za-z]:) *"
+    r"(?:(?:approximately|about|only|exactly) )?$"
 )
 _NO_CLAIM = re.compile(r"(?:All|Any|Every|Each|Yes|No|None|Multiples)\b")
 _ONLY_BEHIND = re.compile(
-    r"[A-Z](?=.* [a-z]{2,} )(?!.*\b(?:except|than|by|least|most|below|above) $)[A-Za-z ,']*"
+    r"(?:[A-Z](?=.* [a-z]{2,} )|(?=(?:So|Thus|Therefore|Hence)\b))"
+    r"(?!.*\b(?:except|than|by|least|most|below|above) $)[A-Za-z ,']*"
 )
 _CONCLUSION = re.compile(
     r"(?:So|Thus|Therefore|Hence|Finally|Overall|Altogether|In (?:total|all|conclusion))\b.*[.!]"
@@ -232,12 +236,15 @@ def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True
 def last_bold(text: str) -> str:
     """The last bold answer of the last line of Markdown, or the whole line where all is emphasised.
 
-    72 in "So she sold **72** clips." and in "*72*".
+    72 in "So she sold **72** clips.", in "*72*" and in "**Clips sold: 72**".
     """
     line = text.rstrip().rpartition("\n")[2]
     if (whole := _EMPHASIS.fullmatch(line.strip())) and reads_as_answer(whole[2] or whole[3]):
         return whole[2] or whole[3]
-    found = [bold for bold in _BOLD.findall(line) if reads_as_answer(bold)]
+    bolds = _BOLD.findall(line)
+    found = [
+        told for bold in bolds if (told := bold if reads_as_answer(bold) else value_told(bold))
+    ]
     return found[-1] if found else ""
 
 
@@ -275,7 +282,7 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
 
 
 def value_told(sentence: str) -> str:
-    """What a sentence comes to: what stands behind its last "is" or "=", or the one value in it.
+    """What a sentence comes to: what is behind its last "is", ":" or "=", or the one value in it.
 
     5/36 in "The probability is 5/36, about 14 %", $18 in "Janet makes $18 a day"; "" for others.
     """
