@@ -296,6 +296,11 @@ def unit_behind(counted: str) -> Unit:
     return NO_UNIT
 
 
+def is_money(dimension: str) -> bool:
+    """Whether a base unit is a currency."""
+    return dimension in _MONEY
+
+
 def money_symbols() -> list[str]:
     """Symbols and codes of money, longest first: what may stand before a number."""
     return sorted((name for names, _ in _MONEY.values() for name in names.split()), key=len)[::-1]
