@@ -116,6 +116,12 @@ def test_a_list_in_the_place_of_a_tuple_becomes_one():
     assert hash(cbs(2, 2, 3, eos_ids=[3]))
 
 
+def test_numbers_of_numpy_and_paths_become_what_files_hold():
+    config = DataConfig(data=(Path("a"), "b"), limit=np.int64(3))
+    assert (config.data, config.limit, type(config.limit)) == (("a", "b"), 3, int)
+    assert type(PreferenceConfig(beta=np.float32(0.5)).beta) is float
+
+
 def test_what_is_stored_in_64_bits_is_read_in_32():
     assert parameter_dtype("stored", np.float64) == jnp.float32
 

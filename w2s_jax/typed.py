@@ -1,12 +1,16 @@
 """What callers in Python hand over, against what is taken: one line in the place of a traceback."""
 
 import dataclasses
+import operator
+import os
 import types
 import typing
 from collections.abc import Mapping
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from w2s_jax.errors import InputError
 
@@ -27,18 +31,31 @@ def check_kind(name: str, value: Any, kind: Any, taken: str) -> None:
 def check_fields(value: Any) -> None:
     """Raise InputError for a field of a dataclass that is not of the kind it is annotated as.
 
-    For `__post_init__`. A list in the place of a tuple becomes one. Which of a Literal's values it
-    is, is not looked at.
+    For `__post_init__`. A list in the place of a tuple becomes one, a number of NumPy's one of
+    Python's, and a path text. Which of a Literal's values it is, is not looked at.
     """
     cls: Any = type(value)
     hints = _hints(cls)
     for field in dataclasses.fields(value):
         kind, held = hints[field.name], getattr(value, field.name)
-        if isinstance(held, list) and _tuple_of(kind) is not None:
-            held = tuple(held)
-            object.__setattr__(value, field.name, held)
+        plain = _plain(kind, held)
+        if plain is not held:
+            object.__setattr__(value, field.name, plain)
+            held = plain
         if not _fits(kind, held):
             raise InputError(f"{field.name} takes {_taken(kind, held)}, not {shown(held)}")
+
+
+def _plain(kind: Any, held: Any) -> Any:
+    """What stands for a value in files and identities, if it is none of them itself."""
+    items = _tuple_of(kind)
+    if items is not None and isinstance(held, list | tuple):
+        parts = tuple(_plain(items, item) for item in held)
+        same = isinstance(held, tuple) and all(map(operator.is_, parts, held))
+        return held if same else parts
+    if isinstance(held, os.PathLike) and str in _parts(kind):
+        return os.fspath(held)
+    return held.item() if isinstance(held, np.number) else held
 
 
 def shown(value: Any) -> str:

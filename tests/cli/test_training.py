@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
+from w2s_jax.cli.run_table import print_run
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.lora_huggingface import load_adapted
@@ -288,6 +290,18 @@ def test_kto_of_few_desirable_rows_leaves_a_model_and_json(model, few, tmp_path,
     assert all(np.isfinite(row["loss"]) for row in steps)
     assert held_out["eval/rewards/margins"] is None
     assert np.isfinite(held_out["eval/rewards/rejected"])
+
+
+def test_the_table_shows_what_held_out_rows_alone_give(tmp_path, capsys):
+    rows = [
+        {"step": 3, "seconds": 1.0, "loss": 0.5, "rewards/rejected": -0.25},
+        {"step": 3, "seconds": 1.0, "eval/loss": 0.4, "eval/rewards/margins": 0.125},
+    ]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    print_run(tmp_path, 3)
+    told = capsys.readouterr().out
+    assert re.search(r"rewards/margins +│ +│ 0\.1250", told)
+    assert re.search(r"rewards/rejected +│ -0\.2500 +│ +│", told)
 
 
 @pytest.mark.slow

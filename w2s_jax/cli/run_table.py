@@ -20,8 +20,9 @@ def tell_data(what: str, data: "Data") -> None:
     figures = data.figures
     told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
     told.append(f"{figures['targets']:,} of them count in the loss")
-    left_out = ("truncated", "dropped", "equal", "undesirable")
-    told += [f"{figures[name]:,} {name}" for name in left_out if figures.get(name)]
+    others = {name: name for name in ("truncated", "dropped", "equal")}
+    others["undesirable"] = "undesirable rows left out"
+    told += [f"{figures[name]:,} {words}" for name, words in others.items() if figures.get(name)]
     print(", ".join(told), file=sys.stderr)
 
 
@@ -35,7 +36,8 @@ def print_run(folder: Path, step: int) -> None:
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
     training = _last(rows, "loss")
     held_out = _last(rows, f"{EVAL}loss")
-    names = [name for name in SHOWN if name in training]
+    # A last batch without a desirable response has no margin, where held-out rows have one.
+    names = [name for name in SHOWN if name in training or EVAL + name in held_out]
     if not names:
         return
     table = Table("after step", str(training["step"]), *(["held out"] if held_out else []))

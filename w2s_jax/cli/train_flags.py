@@ -166,7 +166,8 @@ class RunFlags:
     """What a run writes, and when."""
 
     output: Annotated[str | None, arg(aliases=["-o"], metavar="DIR")] = None
-    """Folder of the run: model/, checkpoints/, metrics.jsonl. The same command goes on in it."""
+    """Folder of the run: model/, checkpoints/, metrics.jsonl; by default runs/sft or runs/dpo. The
+    same command goes on in it."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     eval_every: int = 0

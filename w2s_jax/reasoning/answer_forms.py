@@ -15,7 +15,7 @@ from w2s_jax.reasoning.answer_text import split_top
 from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
 from w2s_jax.reasoning.quantities import Quantity, is_counted, read_quantity, reads_as_word
 from w2s_jax.reasoning.ranges import FALLING, ORDER, VARIABLE, plain_range
-from w2s_jax.reasoning.units import NO_UNIT, read_unit
+from w2s_jax.reasoning.units import NO_UNIT, named, read_unit
 
 How = Literal["told", "voted", "bare"]
 
@@ -25,7 +25,7 @@ _LEAD = re.compile(
 )
 _LABEL = re.compile(
     r"\s*(\\frac\s*\{d[A-Za-z]\}\s*\{d[A-Za-z]\}"
-    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?'?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
+    r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?(?:'|\^\{-1\})?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
     r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
 )
 _MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
@@ -51,6 +51,7 @@ _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
 _SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])\s*")
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_COUNTED = re.compile(r"\d+ ([A-Za-z]{3,}(?: [A-Za-z]+)*)")
 _FUNCTION = re.compile(r"\\(?!frac|pi|sqrt|cdot|times)[a-z]")
 _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
@@ -225,12 +226,15 @@ def _inequality(answer: str, how: How) -> str | None:
 
 
 def _several(answer: str, how: How) -> str | None:
-    """A list in any order; x = 1, y = 2 in the order of its names."""
+    """A list in any order; x = 1, y = 2 and 3 red, 2 blue in the order of their names."""
     parts = split_top(_JOINED.sub(",", answer))
     if parts is None or not all(parts):
         return None
     labels = [label for label in map(_LABEL.fullmatch, parts) if label]
     names = {re.sub(r"\s", "", label[1]): label[2].strip() for label in labels}
+    if how != "bare" and not labels:
+        names = {counted[1]: part for part in parts if (counted := _COUNTED.fullmatch(part))}
+        names = {} if any(named(name) for name in names) else names
     if 1 < len(parts) == len(names):
         return "(" + ",".join(form(value, how) for _, value in sorted(names.items())) + ")"
     if len(labels) == 1:

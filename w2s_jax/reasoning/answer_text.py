@@ -66,6 +66,25 @@ _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
 _BOLD = re.compile(r"(?<![\w*\\])(?:\*\*|__)(?=[^\s*])([^*\n]*?[^\s*])(?:\*\*|__)(?![\w*])")
+# Values in a sentence; what stands before its result, and before its only value ("except 3" is no
+# value of its own).
+_VALUE = re.compile(
+    rf"{_SPAN.pattern}|(?<![\w$.,:\\])(\\?[$€£]?-?\d+(?:,\d{{3}})*(?:[./]\d+)?(?: \d+/\d+)?\\?%?"
+    r"(?: (?:thousand|million|billion)\b)?)(?![\w/^:])",
+    re.DOTALL,
+)
+_COMES_TO = re.compile(
+    r"(?:\b(?:is|are|was|were|be|equals)|[=≈]|[A-Za-z]:) *"
+    r"(?:(?:approximately|about|only|exactly) )?$"
+)
+_NO_CLAIM = re.compile(r"(?:All|Any|Every|Each|Yes|No|None|Multiples)\b")
+_ONLY_BEHIND = re.compile(
+    r"(?:[A-Z](?=.* [a-z]{2,} )|(?=(?:So|Thus|Therefore|Hence)\b))"
+    r"(?!.*\b(?:except|than|by|least|most|below|above) $)[A-Za-z ,']*"
+)
+_CONCLUSION = re.compile(
+    r"(?:So|Thus|Therefore|Hence|Finally|Overall|Altogether|In (?:total|all|conclusion))\b.*[.!]"
+)
 _SENTENCE = re.compile(r"[A-Z][A-Za-z' -]+ ([$€£]?-?\d[\d,]*(?:\.\d+)?%?)\.?")
 _LINE_MARK = re.compile(
     r"(?m)^[ \t]*(?:>[ \t]*|[-*][ \t]+|#{1,3}[ \t]+|#{5,}[ \t]+)+|^```\w*[ \t]*$"
@@ -192,8 +211,12 @@ def after_answer_is(text: str) -> tuple[int, str]:
         stated = _stated(statement)
         if stated and _MATHEMATICS.match(statement):
             return match.start(), stated
-        # Behind a colon all that is left is the answer, whatever it says.
-        last = ":" in match[0] and statement.rstrip(" .*") == stated.rstrip(" .*")
+        # Behind a colon or a heading all that is left is the answer, whatever it says.
+        announced = re.search(r"[:\n]", match[0])
+        behind = statement[len(stated) :].strip(" .*")
+        if announced and not re.search(r"\d", behind) and (value := value_told(stated)):
+            return match.start(), value
+        last = announced and not behind
         if stated and not found[1] and (last or reads_as_answer(statement, stated)):
             found = match.start(), stated
     return found
@@ -213,12 +236,15 @@ def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True
 def last_bold(text: str) -> str:
     """The last bold answer of the last line of Markdown, or the whole line where all is emphasised.
 
-    72 in "So she sold **72** clips." and in "*72*".
+    72 in "So she sold **72** clips.", in "*72*" and in "**Clips sold: 72**".
     """
     line = text.rstrip().rpartition("\n")[2]
     if (whole := _EMPHASIS.fullmatch(line.strip())) and reads_as_answer(whole[2] or whole[3]):
         return whole[2] or whole[3]
-    found = [bold for bold in _BOLD.findall(line) if reads_as_answer(bold)]
+    bolds = _BOLD.findall(line)
+    found = [
+        told for bold in bolds if (told := bold if reads_as_answer(bold) else value_told(bold))
+    ]
     return found[-1] if found else ""
 
 
@@ -251,7 +277,33 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
         return max(hashes, box, key=lambda at: at[0])[1]
     line = text.rstrip().rpartition("\n")[2]
     ends = _ALONE.fullmatch(text) or _SENTENCE.fullmatch(line) or _IS_THE_ANSWER.search(line)
-    return after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
+    told = after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
+    return told or (value_told(line) if _CONCLUSION.fullmatch(line) else "")
+
+
+def value_told(sentence: str) -> str:
+    """What a sentence comes to: what is behind its last "is", ":" or "=", or the one value in it.
+
+    5/36 in "The probability is 5/36, about 14 %", $18 in "Janet makes $18 a day"; "" for others.
+    """
+    if _NO_CLAIM.match(sentence):
+        return ""
+    values = list(_VALUE.finditer(sentence))
+    results = [
+        n for n, value in enumerate(values) if _COMES_TO.search(sentence[: value.start()][-40:])
+    ]
+    if results:
+        found = values[results[-1] :]
+    elif len(values) == 1 and _ONLY_BEHIND.fullmatch(sentence[: values[0].start()]):
+        found = values
+    else:
+        return ""
+    kept = found[:1]
+    for value in found[1:]:
+        if not _JOINED.fullmatch(sentence[kept[-1].end() : value.start()]):
+            break
+        kept.append(value)
+    return ", ".join(next(filter(None, value.groups())) for value in kept)
 
 
 def _stated(statement: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from w2s_jax.reasoning.answer_forms import form, quantity
 from w2s_jax.reasoning.answer_text import clean, final_answer
 from w2s_jax.reasoning.expressions import expression_form
-from w2s_jax.reasoning.quantities import near
+from w2s_jax.reasoning.quantities import near, same_amount
 
 _CHOICE = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.):]\s.*)?", re.DOTALL)
 _SMALL_CHOICE = re.compile(r"[(\[]([a-h])[)\]]")
@@ -34,8 +34,9 @@ class MathChecker:
     def equal(self, prediction: str, gold: str) -> bool:
         """Whether both cast one vote, or differ only in what a question may have told.
 
-        One of them may leave out the unit, "%", the base, "mod 7" or "p.m."; and a decimal of at
-        least six digits is the number that it rounds. Answers of one vote are always equal.
+        One of them may leave out the unit, "per day" behind money, "%", the base, "mod 7" or
+        "p.m."; and a decimal of at least six digits is the number that it rounds. Answers of one
+        vote are always equal.
         """
         prediction, gold = clean(prediction), clean(gold)
         if not prediction or not gold:
@@ -57,7 +58,7 @@ class MathChecker:
             return True
         numbers = quantity(prediction), quantity(gold)
         if numbers[0] and numbers[1]:
-            return near(numbers[0], numbers[1])
+            return near(numbers[0], numbers[1]) or same_amount(numbers[0], numbers[1])
         # Half of mg is a product where another way to write it is no quantity.
         written = expression_form(prediction) if numbers[0] or numbers[1] else None
         return written is not None and written == expression_form(gold)
@@ -74,7 +75,7 @@ class MathChecker:
 
     def _letters(self, answer: str, *, small: bool = False) -> frozenset[str] | None:
         several = self.kind == "olympicarena"
-        if several and re.fullmatch(r"[A-Z]{1,8}", answer):
+        if several and re.fullmatch(r"[A-J]{1,8}", answer):
             return frozenset(answer) if len(set(answer)) == len(answer) else None
         small = small or several
         if _SMALL_CHOICE.fullmatch(answer) or (small and re.fullmatch("[a-f]", answer)):

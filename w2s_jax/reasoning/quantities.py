@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from w2s_jax.reasoning.number_words import read_number_words
-from w2s_jax.reasoning.units import NO_UNIT, Unit, money_symbols, read_unit, unit_behind
+from w2s_jax.reasoning.units import NO_UNIT, Unit, is_money, money_symbols, read_unit, unit_behind
 
 # A decimal stands for a number that is not its equal when it tells at least this many digits.
 SIGNIFICANT_DIGITS = 6
@@ -142,8 +142,8 @@ def _first(text: str) -> tuple[Quantity, str] | None:
     percent = _PERCENT.match(rest)
     rest = rest[percent.end() :] if percent else rest
     unit, after = (NO_UNIT, rest.strip()) if percent else read_unit(rest)
-    if match["currency"] and not unit.powers:
-        unit = read_unit(match["currency"].replace(" ", ""))[0]
+    if match["currency"]:
+        unit = read_unit(match["currency"].replace(" ", ""))[0].times(unit)
     elif re.match(r"[A-Za-z](?![A-Za-z])" if unit.powers else "[A-Za-z]", rest):
         # "5m" may be five times m, "5 m" is a length.
         return None
@@ -187,6 +187,15 @@ def reads_as_word(letters: str) -> bool:
     """Whether letters are a word and no product of variables."""
     least = 3
     return len(letters) >= least and re.search("[aeiou]", letters.lower()) is not None
+
+
+def same_amount(left: Quantity, right: Quantity) -> bool:
+    """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
+    pairs = (left.unit.powers, right.unit.powers), (right.unit.powers, left.unit.powers)
+    return left.value == right.value and any(
+        len(money) == 1 < len(rate) and money[0] in rate and is_money(money[0][0])
+        for money, rate in pairs
+    )
 
 
 def near(left: Quantity, right: Quantity) -> bool:

@@ -19,6 +19,13 @@ class Unit:
     factor: Fraction = Fraction(1)
     powers: tuple[tuple[str, int], ...] = ()
 
+    def times(self, other: "Unit") -> "Unit":
+        """Their product: "$" by "per day"."""
+        powers = Counter(dict(self.powers))
+        powers.update(dict(other.powers))
+        kept = tuple(sorted((name, power) for name, power in powers.items() if power))
+        return Unit(self.factor * other.factor, kept)
+
     def __str__(self) -> str:
         return " ".join(name if power == 1 else f"{name}^{power}" for name, power in self.powers)
 
@@ -206,18 +213,24 @@ _WORDED = (
     (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), " "),
     (re.compile(r"(?<=[a-z])-(?=[a-z])"), " "),
-    (re.compile(r"\bper\b"), "/"),
     (re.compile(rf"(?i)\b({_FIRST_WORDS})\s+(?=year|mile|ounce|dollar)"), r"\1"),
     (re.compile(r"(?i)\bfl\.?\s*oz\b"), "fluidounce"),
     (re.compile(r"\bU\.?S\.?\s+(?=dollar)"), ""),
-    (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
-    (re.compile(r"\b(?:cubic|cu)\b\.?\s*([A-Za-z]+)"), r"\1^3"),
-    (re.compile(r"([A-Za-z]+)\s+squared\b"), r"\1^2"),
-    (re.compile(r"([A-Za-z]+)\s+cubed\b"), r"\1^3"),
     (re.compile(r"\bdegrees?\s+(?:C\b|(?i:celsius|centigrade)\b)"), "celsius"),
     (re.compile(r"\bdegrees?\s+(?:F\b|(?i:fahrenheit)\b)"), "fahrenheit"),
     (re.compile(r"\^\s*\{\s*(-?\d)\s*\}"), r"^\1"),
+    (re.compile(r"\b(units?)\s*\^[23]"), r"\1"),
     (re.compile(r"\\/"), "/"),
+    (re.compile(r"\bsq\b\.?"), "square"),
+    (re.compile(r"\bcu\b\.?"), "cubic"),
+)
+# Only beside a unit: "square tiles" and "per ticket" say what was counted.
+_BESIDE = (
+    (re.compile(r"\bsquare\s*([A-Za-z]+)"), r"\1^2"),
+    (re.compile(r"\bcubic\s*([A-Za-z]+)"), r"\1^3"),
+    (re.compile(r"([A-Za-z]+)\s+squared\b"), r"\1^2"),
+    (re.compile(r"([A-Za-z]+)\s+cubed\b"), r"\1^3"),
+    (re.compile(r"\bper\s+([A-Za-z]+)"), r"/ \1"),
 )
 _NO_MORE = r"\b(?:per|an?|the|in|of|for|from|to|with|at|on|by|each|every|and|or)\b|[^\w\s-]"
 _IES = re.compile("ies$")
@@ -234,6 +247,12 @@ def read_unit(text: str) -> tuple[Unit, str]:
     """
     for pattern, plain in _WORDED:
         text = pattern.sub(plain, text)
+    for pattern, plain in _BESIDE:
+
+        def beside(found: re.Match[str], plain: str = plain) -> str:
+            return found.expand(plain) if named(found[1]) else found[0]
+
+        text = pattern.sub(beside, text)
     factor, powers = Fraction(1), Counter[str]()
     end = place = 0
     below = inside = False
@@ -275,6 +294,11 @@ def unit_behind(counted: str) -> Unit:
         if len(word) > 2 and (unit := _units()[1].get(word.lower().removesuffix("s"))):
             return unit
     return NO_UNIT
+
+
+def is_money(dimension: str) -> bool:
+    """Whether a base unit is a currency."""
+    return dimension in _MONEY
 
 
 def money_symbols() -> list[str]:
