@@ -305,8 +305,8 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     engine.start()
     prompts = ["a sea", "bad", "a film"]
     good, bad, also = asyncio.run(answers(engine, jobs(reader, prompt=prompts)))
-    assert (type(bad), bad.error.status) == (Failed, 400)
-    assert "no value" in bad.error.message
+    assert (type(bad), bad.error.status, bad.error.code) == (Failed, 500, "search_failed")
+    assert bad.error.message == "the scorer value raised InputError: no value for this prompt"
     again = asyncio.run(answers(engine, jobs(reader, prompt=["a sea", "good", "a film"])))
     assert (good, also) == (again[0], again[2])
     engine.stop()

@@ -376,18 +376,12 @@ class Engine:
         """Results by slot; a slot whose scores are no numbers fails alone."""
         if not slots:
             return {}
-        try:
-            return sessions.results(group.held, slots)
-        except InputError:
-            found: dict[int, SearchResult] = {}
-            for slot in slots:
-                try:
-                    found |= sessions.results(group.held, [slot])
-                except InputError as error:
-                    task = group.running[slot]
-                    self._free(group, slot)
-                    self._fail(task, ApiError(500, str(error)))
-            return found
+        found, failed = sessions.outcomes(group.held, slots)
+        for slot, failure in failed.items():
+            task = group.running[slot]
+            self._free(group, slot)
+            self._fail(task, ApiError(500, failure.fault, code="search_failed"))
+        return found
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
