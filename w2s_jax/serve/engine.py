@@ -308,8 +308,9 @@ class Engine:
             self._unseat(min(leaving, key=lambda other: other.seated))
         if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:
             self._forget_programs()
+        known, job = group.program in self._programs, group.waiting[0].job
+        group.future = self._compiler.ask(self._session_of, group.program, job, known=known)
         self._programs.add(group.program)
-        group.future = self._compiler.ask(self._session_of, group.program, group.waiting[0].job)
         group.seated = time.monotonic()
         return False
 
