@@ -150,6 +150,11 @@ def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, t
     assert not out.exists()
     sound = read_jsonl(tmp_path / "sound.jsonl")
     assert all(row["response"] == sound[index]["response"] for index, row in kept.items())
+    write_jsonl(prompts, [PROMPTS[index] for index in sorted(failed)])
+    none = one_error(capsys, search(others, prompts, tmp_path / "none.jsonl"))
+    assert "are NaN or infinite" in none
+    assert "kept" not in none
+    assert not list(tmp_path.glob("none.jsonl*"))
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
