@@ -11,6 +11,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search.checkpoints import Sources, plan
 from w2s_jax.search.presets import best_of_n, cbs, eft, ivg, sample
 from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.journal import Journal, journal_path, open_journal
@@ -125,6 +126,16 @@ def test_a_stop_string_ends_a_response_and_is_not_part_of_it(models, prompts, tm
     assert search(policy, prompts, out, "--method", "sample", "--stop", stop) == 0
     free, stopped = read_jsonl(tmp_path / "free.jsonl"), read_jsonl(out)
     assert [row["response"].split(stop)[0] for row in free] == [row["response"] for row in stopped]
+
+
+def test_a_value_that_no_chat_template_reads_is_told(models, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages[0].content }}{% if not enable_thinking %}quick{% endif %}")
+    args = {"enable_thinking": False, "enable_thinkin": False}
+    planned = plan(Sources(models[1], policy_template=str(path), template_args=args))
+    assert planned.notes() == [
+        "no chat template here reads 'enable_thinkin', which is given to all of them"
+    ]
 
 
 def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, tmp_path, capsys):
