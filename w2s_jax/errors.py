@@ -47,7 +47,12 @@ class RowFailed(InputError):
 
     def __init__(self, row_id: int, models: Sequence[str]) -> None:
         self.row_id, self.models = row_id, tuple(models)
-        super().__init__(f"row {row_id}: {_fault(self.models)}")
+        super().__init__(f"row {row_id}: {self.fault}")
+
+    @property
+    def fault(self) -> str:
+        """What happened, without the row."""
+        return _fault(self.models)
 
 
 class RowsFailed(InputError):

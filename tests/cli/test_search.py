@@ -11,6 +11,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search.checkpoints import Sources, plan
 from w2s_jax.search.presets import best_of_n, cbs, eft, ivg, sample
 from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.journal import Journal, journal_path, open_journal
@@ -127,6 +128,16 @@ def test_a_stop_string_ends_a_response_and_is_not_part_of_it(models, prompts, tm
     assert [row["response"].split(stop)[0] for row in free] == [row["response"] for row in stopped]
 
 
+def test_a_value_that_no_chat_template_reads_is_told(models, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages[0].content }}{% if not enable_thinking %}quick{% endif %}")
+    args = {"enable_thinking": False, "enable_thinkin": False}
+    planned = plan(Sources(models[1], policy_template=str(path), template_args=args))
+    assert planned.notes() == [
+        "no chat template here reads 'enable_thinkin', which is given to all of them"
+    ]
+
+
 def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, tmp_path, capsys):
     """An embedding that is NaN, of a token that some prompts hold and others do not."""
     folder = Path(models[1])
@@ -150,6 +161,11 @@ def test_rows_that_a_model_fails_are_told_and_the_others_kept(models, prompts, t
     assert not out.exists()
     sound = read_jsonl(tmp_path / "sound.jsonl")
     assert all(row["response"] == sound[index]["response"] for index, row in kept.items())
+    write_jsonl(prompts, [PROMPTS[index] for index in sorted(failed)])
+    none = one_error(capsys, search(others, prompts, tmp_path / "none.jsonl"))
+    assert "are NaN or infinite" in none
+    assert "kept" not in none
+    assert not list(tmp_path.glob("none.jsonl*"))
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(

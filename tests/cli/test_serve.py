@@ -113,6 +113,10 @@ def test_a_missing_chat_template_is_told(tmp_path):
     ]
     bare = replace(guided, template=where("--policy-template", None))
     assert len(chat_notes(bare)) == 2
+    on_tokens = [where("--guide-template", None)] * 2
+    (note,) = chat_notes(served_at(tmp_path), on_tokens)
+    assert note == "--guide-template: no chat template there, so the policy's is used"
+    assert len(chat_notes(bare, on_tokens)) == 2
 
 
 def test_a_guide_of_another_vocabulary_and_an_open_door(checkpoints, tmp_path, capsys):

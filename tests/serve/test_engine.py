@@ -305,8 +305,8 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     engine.start()
     prompts = ["a sea", "bad", "a film"]
     good, bad, also = asyncio.run(answers(engine, jobs(reader, prompt=prompts)))
-    assert (type(bad), bad.error.status) == (Failed, 400)
-    assert "no value" in bad.error.message
+    assert (type(bad), bad.error.status, bad.error.code) == (Failed, 500, "search_failed")
+    assert bad.error.message == "the scorer value raised InputError: no value for this prompt"
     again = asyncio.run(answers(engine, jobs(reader, prompt=["a sea", "good", "a film"])))
     assert (good, also) == (again[0], again[2])
     engine.stop()
@@ -368,22 +368,29 @@ def test_a_warm_up_comes_before_readiness(served):
     assert engine.state == "stopped"
 
 
-@pytest.mark.parametrize("new", [{"method": "eft"}, {"logprobs": 1}], ids=["search", "likelihoods"])
-def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, new):
-    """Who asks for it waits alone."""
+@pytest.mark.parametrize(
+    ("new", "known"),
+    [({"method": "eft"}, 1), ({"logprobs": 1}, 1), ({"method": "eft"}, 2)],
+    ids=["search", "likelihoods", "seats"],
+)
+def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, new, known):
+    """Who asks for it waits alone, also where it takes the place of a program that is known."""
     begun, over = threading.Event(), threading.Event()
 
     def slowly(compile_it):
         def compile_slowly(*args, **settings):
-            begun.set()
-            assert over.wait(60)
+            if not begun.is_set():
+                begun.set()
+                assert over.wait(60)
             return compile_it(*args, **settings)
 
         return compile_slowly
 
-    engine = Engine(served, LIMITS, Metrics())
+    engine = Engine(served, replace(LIMITS, programs=2), Metrics())
     engine.start()
-    assert answer(engine, reader, method="sample")
+    others = [{"method": "sample"}, {"method": "sample", "stop": "xyz"}][:known]
+    for fields in others:
+        assert answer(engine, reader, **fields)
     monkeypatch.setattr(room.sessions, "compile_session", slowly(room.sessions.compile_session))
     monkeypatch.setattr(likelihoods, "compile_scores", slowly(likelihoods.compile_scores))
 
@@ -391,15 +398,21 @@ def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, n
         waits = asyncio.ensure_future(answers(engine, jobs(reader, **({"method": "sample"} | new))))
         assert await asyncio.to_thread(begun.wait, 60)
         assert engine.is_running
-        (done,) = await answers(engine, jobs(reader, method="sample"))
+        found = [await asyncio.wait_for(ask_for(fields), 30) for fields in others]
         waited = not waits.done()
         over.set()
-        return done, waited, *(await waits)
+        return found, waited, *(await waits)
 
-    done, waited, late = asyncio.run(ask())
-    engine.stop()
-    assert isinstance(done, Done)
-    assert isinstance(late, Done)
+    async def ask_for(fields):
+        (done,) = await answers(engine, jobs(reader, **fields))
+        return done
+
+    try:
+        found, waited, late = asyncio.run(ask())
+    finally:
+        over.set()
+        engine.stop()
+    assert [type(one) for one in [*found, late]] == [Done] * (known + 1)
     assert waited
 
 

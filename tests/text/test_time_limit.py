@@ -1,5 +1,7 @@
+import gc
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -44,6 +46,22 @@ def test_a_template_without_end_is_an_error(tokenizer, monkeypatch, jinja):
     thread.join()
     render()
     assert found == [True, True]
+
+
+def test_the_watch_outlasts_the_garbage_collector():
+    """Its callbacks are called first once the time is up, and what they raise is ignored."""
+
+    def callback(phase, info):
+        return None
+
+    lines = "for again in range(60):\n    sum(range(1_000_000)); collect()"
+    body = compile(lines, "<template>", "exec")
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(TimeUp), within(0.1):
+            exec(body, {"collect": partial(gc.collect, 0)})
+    finally:
+        gc.callbacks.remove(callback)
 
 
 def test_a_power_which_nothing_breaks_off_is_refused(tokenizer):

@@ -132,6 +132,8 @@ def test_options_of_a_sentencepiece_directory(tmp_path, spm_bytes):
     assert loaded.pad_token_id == 320
     messages = [{"role": "user", "content": "hi"}]
     assert loaded.apply_chat_template(messages, tokenize=False) == "hi!"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
+    assert load_tokenizer(tmp_path).apply_chat_template(messages, tokenize=False) == "hi?"
 
 
 @pytest.mark.parametrize("name", ["llama2/tokenizer.model", "mistral/tokenizer.model.v1"])

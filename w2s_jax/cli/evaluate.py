@@ -206,6 +206,8 @@ class Evaluate(QuantisationFlags, Hosts):
         self, files: "list[Results]", values: "np.ndarray", journal: "Journal | HostJournal | None"
     ) -> None:
         """Raise InputError, naming the rows, where a reward is no finite number."""
+        from w2s_jax.text.journal import told_kept
+
         told, first = [], 0
         for file in files:
             own = values[first : first + len(file.rows)].tolist()
@@ -217,8 +219,8 @@ class Evaluate(QuantisationFlags, Hosts):
             if failed:
                 told.append(str(RowsFailed(failed, where=file.unit, number=lambda row: row + 1)))
         if told:
-            kept = f"what was found for the others is kept in {journal.path}" if journal else ""
-            raise InputError("; ".join([*told, *filter(None, [kept])]))
+            kept = told_kept(journal.path) if journal else ""
+            raise InputError("; ".join(told) + kept)
 
     def fingerprint(self, rows: list[dict[str, Any]], first: int, rendering: str) -> dict[str, Any]:
         """What the rows of a journal depend on: flags, the input rows, the checkpoint's files."""

@@ -99,6 +99,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         from w2s_jax.text.atomic import check_writable
         from w2s_jax.text.conversations import prompts_from
         from w2s_jax.text.host_journal import job_journal
+        from w2s_jax.text.journal import told_kept
         from w2s_jax.text.prompts import escape_notes
         from w2s_jax.text.rows import read_rows
 
@@ -124,8 +125,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
                 try:
                     self._with_progress(run, journal, len(rows), waiting)
                 except RowsFailed as failed:
-                    kept = f"what was found for the others is kept in {journal.path}"
-                    raise InputError(f"{failed}; {kept}") from None
+                    raise InputError(f"{failed}{told_kept(journal.path)}") from None
             seconds = time.monotonic() - started
             self._finish(journal, len(rows), config)
             print(f"{self.output}: {len(rows)} rows, {waiting} of them in {seconds:.1f} s")

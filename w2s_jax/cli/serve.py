@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from w2s_jax.search.placing import Places
     from w2s_jax.serve.jobs import Job, Reader, Served
     from w2s_jax.serve.settings import Defaults, Limits
+    from w2s_jax.text.chat import Template
 
 API_KEY = "W2S_API_KEY"
 _LARGEST_PORT = 65535
@@ -205,7 +207,7 @@ class Serve(Judges, Guidance):
         own = tuple(None if one.jinja in (None, policy.jinja) else one for one in others)
         scorers = (*steering.scorers, *functions)
         served = Served(steering.models, policy.tokenizer, policy, own, scorers)
-        notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served)]
+        notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served, others)]
         return served, places.mesh, notes
 
     def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
@@ -248,8 +250,11 @@ class Serve(Judges, Guidance):
         return [replace(job, request=replace(job.request, limit=1)) for job in jobs]
 
 
-def chat_notes(served: "Served") -> list[str]:
-    """A line for each chat template that is missing where chats need it."""
+def chat_notes(served: "Served", guides: "Sequence[Template]" = ()) -> list[str]:
+    """A line for each chat template that is missing where chats need it.
+
+    guides: those of the guides that read the policy's tokens.
+    """
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.search.judges import RewardScorer, TextLogRatio
 
@@ -260,7 +265,11 @@ def chat_notes(served: "Served") -> list[str]:
         elif isinstance(scorer, RewardScorer) and not isinstance(scorer.model, Classifier):
             templates.append(scorer.template)
     missing = dict.fromkeys(template.where for template in templates if template.jinja is None)
-    return [f"{where}: no chat template there, so chats will be refused" for where in missing]
+    notes = [f"{where}: no chat template there, so chats will be refused" for where in missing]
+    if served.template.jinja is not None:
+        missing = dict.fromkeys(template.where for template in guides if template.jinja is None)
+        notes += [f"{where}: no chat template there, so the policy's is used" for where in missing]
+    return notes
 
 
 def _check_installed() -> None:

@@ -136,7 +136,10 @@ class Plan:
         return dict(zip(names, map(self.called, self.members), strict=True))
 
     def notes(self) -> list[str]:
-        """A line for each guide: where it scores, and why there; and for each adapter its base."""
+        """A line for each guide: where it scores, and why there; and for each adapter its base.
+
+        And for each value that is given to chat templates and that none reads.
+        """
         lines = []
         for index, (guide, here) in enumerate(
             zip(self.sources.guides, self.on_device, strict=True)
@@ -151,6 +154,12 @@ class Plan:
             elif self.sources.score_on == "auto":
                 why = f"{guide.tuned} or {guide.untuned} does not have the policy's vocabulary"
             lines.append(f"{name} scores texts, encoded anew behind its own template: {why}")
+        if self.sources.policy is not None:  # whose template is not here behind an API
+            lines += [
+                f"no chat template here reads {name!r}, which is given to all of them"
+                for name in self.sources.template_args
+                if not any(template.reads(name) for template in self.templates.values())
+            ]
         checkpoints = self.sources.checkpoints
         if self.sources.quantize is not None:
             lines.append(f"the policy's weights are read as {self.sources.quantize}")

@@ -66,16 +66,17 @@ def search(
     models = search_models(policy, guides)
     check_kind("config", config, SearchConfig, "what search.presets give")
     check_placing(mesh, rules)
-    _check_items("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
-    if scorers:
-        _check_items("conversations", conversations, Conversation, "a list of Conversation")
-    _check_items("row_ids", row_ids, int, "a list of whole numbers")
+    scorers = _listed("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
+    if conversations is not None:
+        taken = "a list of Conversation"
+        conversations = _listed("conversations", conversations, Conversation, taken)
     prompts = _token_rows("prompts", prompts)
+    ids = range(len(prompts)) if row_ids is None else row_ids
+    ids = _listed("row_ids", ids, int, "a list of whole numbers")
     if guide_prompts is not None:
         guide_prompts = [_token_rows("guide_prompts", own) for own in guide_prompts]
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
-    ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
     _check_counts(len(prompts), ids, guide_prompts, conversations if scorers else None)
     requests = [
         Request(
@@ -144,12 +145,13 @@ def _token_rows(name: str, rows: Any) -> list[tuple[int, ...]]:
     return found
 
 
-def _check_items(name: str, items: Any, kind: Any, taken: str) -> None:
-    if items is None:
-        return
+def _listed(name: str, items: Any, kind: Any, taken: str) -> list[Any]:
+    """The items of what may be gone through only once; InputError where one is of another kind."""
     check_kind(name, items, Iterable, taken)
-    for item in items:
+    found = list(items)
+    for item in found:
         check_kind(name, item, kind, taken)
+    return found
 
 
 def _of_members(

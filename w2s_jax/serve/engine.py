@@ -308,8 +308,9 @@ class Engine:
             self._unseat(min(leaving, key=lambda other: other.seated))
         if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:
             self._forget_programs()
+        known, job = group.program in self._programs, group.waiting[0].job
+        group.future = self._compiler.ask(self._session_of, group.program, job, known=known)
         self._programs.add(group.program)
-        group.future = self._compiler.ask(self._session_of, group.program, group.waiting[0].job)
         group.seated = time.monotonic()
         return False
 
@@ -376,18 +377,12 @@ class Engine:
         """Results by slot; a slot whose scores are no numbers fails alone."""
         if not slots:
             return {}
-        try:
-            return sessions.results(group.held, slots)
-        except InputError:
-            found: dict[int, SearchResult] = {}
-            for slot in slots:
-                try:
-                    found |= sessions.results(group.held, [slot])
-                except InputError as error:
-                    task = group.running[slot]
-                    self._free(group, slot)
-                    self._fail(task, ApiError(500, str(error)))
-            return found
+        found, failed = sessions.outcomes(group.held, slots)
+        for slot, failure in failed.items():
+            task = group.running[slot]
+            self._free(group, slot)
+            self._fail(task, ApiError(500, failure.fault, code="search_failed"))
+        return found
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""

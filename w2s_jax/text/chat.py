@@ -101,6 +101,10 @@ class Template:
             return self.render(Conversation(messages=tuple(messages)))  # says what is missing
         return self._apply(self.jinja, messages, tools, {}, opened=False)
 
+    def reads(self, name: str) -> bool:
+        """Whether the template names a value so, wherever it takes it from."""
+        return any(token[1:] == ("name", name) for token in _lexed(self.jinja or ""))
+
     def unwritten(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> frozenset[str]:
         """Names of THOUGHTS that `render_whole` leaves out of a message that has them.
 
@@ -316,15 +320,19 @@ def _chat_template(tokenizer: Any, name: str, where: str) -> str | None:
         raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _check_powers(jinja: str, where: str) -> None:
-    """Raise InputError for a template with a power: one of large numbers cannot be broken off."""
+def _lexed(jinja: str) -> list[tuple[int, str, str]]:
+    """A template's tokens as line, kind and text, without spaces; none of what is not jinja."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
-        tokens = [one for one in Environment().lex(jinja) if one[1] != "whitespace"]
+        return [one for one in Environment().lex(jinja) if one[1] != "whitespace"]
     except TemplateSyntaxError:  # told where it is rendered
-        return
-    for (_, kind, text), (line, _, operator) in pairwise(tokens):
+        return []
+
+
+def _check_powers(jinja: str, where: str) -> None:
+    """Raise InputError for a template with a power: one of large numbers cannot be broken off."""
+    for (_, kind, text), (line, _, operator) in pairwise(_lexed(jinja)):
         # Behind a bracket or a comma it hands arguments on.
         if operator == "**" and (kind != "operator" or text in (")", "]", "}")):
             raise InputError(

@@ -76,6 +76,11 @@ def check_whole(path: Path, rows: Mapping[int, Row], count: int) -> None:
         )
 
 
+def told_kept(path: Path) -> str:
+    """Where the rows of a job are that could not be ended, to be put behind the reason."""
+    return f"; what was found for the others is kept in {path}" if path.exists() else ""
+
+
 def journal_path(output: str | Path) -> Path:
     """Where the journal of a job lies: beside its output, as OUTPUT.journal."""
     return Path(f"{output}.journal")

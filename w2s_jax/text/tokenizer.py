@@ -153,4 +153,7 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
         if token is not None:
             special[role] = token["content"] if isinstance(token, dict) else token
     kept = {key: options[key] for key in ("chat_template", "model_max_length") if key in options}
+    template = directory / "chat_template.jinja"
+    if template.is_file():  # which goes before the config's, as in transformers
+        kept["chat_template"] = template.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
