@@ -137,7 +137,7 @@ def search(rehearse: bool, tell: Callable[[Any], None]) -> Any:
 def decoding(rehearse: bool, tell: Callable[[Any], None]) -> Any:
     """Plain decoding of as many rows by this package and by transformers."""
     from w2s_jax.bench import decoding as bench
-    from w2s_jax.bench.shapes import named_shape
+    from w2s_jax.bench.setup import named_shape
 
     if rehearse:
         config, options = toy_shape(), bench.Options(2, 2, 5, 4, dtype="float32", repeats=1)
@@ -151,7 +151,7 @@ def training(rehearse: bool, tell: Callable[[Any], None]) -> Any:
     import jax
 
     from w2s_jax.bench import train as bench
-    from w2s_jax.plan.chips import CHIPS
+    from w2s_jax.plan.topology import CHIPS
 
     if rehearse:
         options = bench.Options(

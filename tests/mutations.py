@@ -76,7 +76,7 @@ FAULTS = (
         "prefix = (index < cache.prefix_length[:, None])[:, None, None, :]",
         "prefix = (index <= cache.prefix_length[:, None])[:, None, None, :]",
         "tokens see one entry behind the prompt's prefix, which is arbitrary",
-        ("tests/decode/test_reader.py",),
+        ("tests/search/test_decode.py",),
     ),
     Fault(
         "models-stale-cache",
@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "train-wrong-sign",
-        "w2s_jax/train/response_losses.py",
+        "w2s_jax/train/losses.py",
         "jnp.where(labels, -rewards, rewards)",
         "jnp.where(labels, rewards, -rewards)",
         "KTO pushes desirable responses down",
@@ -176,7 +176,7 @@ FAULTS = (
     ),
     Fault(
         "serve-leaked-stop",
-        "w2s_jax/serve/pieces.py",
+        "w2s_jax/serve/events.py",
         "longest = max(map(len, stop), default=1) - 1",
         "longest = max(map(len, stop), default=1) - 2",
         "a stream shows a stop string but for its last character",

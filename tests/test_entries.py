@@ -12,9 +12,8 @@ from tests.tiny import tiny_model
 from w2s_jax.cli.dpo import DPO
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.dtypes import floating_dtype, parameter_dtype
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.models.model import check_tokens, init_model
+from w2s_jax.models.model import check_tokens, floating_dtype, init_model, parameter_dtype
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, SearchConfig, search
 from w2s_jax.search.presets import cbs

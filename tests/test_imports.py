@@ -12,15 +12,14 @@ import w2s_jax
 PACKAGE = Path(w2s_jax.__file__).parent
 TOP = {"errors", "exchange", "hosts", "pytrees", "typed"}  # leaves that every room may use
 
-BELOW_DECODE = {"ops", "models", "text"}
-BELOW_EVALUATE = {*BELOW_DECODE, "decode", "search", "train"}
+BELOW_SEARCH = {"ops", "models", "text"}
+BELOW_EVALUATE = {*BELOW_SEARCH, "search", "train"}
 ALLOWED = {
     "ops": set(),
     "text": set(),
     "models": {"ops"},
-    "decode": BELOW_DECODE,
-    "search": {*BELOW_DECODE, "decode"},
-    "train": BELOW_DECODE,
+    "search": BELOW_SEARCH,
+    "train": BELOW_SEARCH,
     "evaluate": BELOW_EVALUATE,
     "serve": BELOW_EVALUATE,
     "bench": BELOW_EVALUATE,
@@ -35,7 +34,7 @@ PEERS = ("bench/train_trl.py", "bench/decode_transformers.py")
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
     "transformers": ("models/huggingface.py", "text/", *PEERS),
-    "safetensors": ("models/huggingface.py", "models/huggingface_tensors.py", "text/"),
+    "safetensors": ("models/huggingface.py", "models/tensors.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),

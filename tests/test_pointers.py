@@ -3,15 +3,14 @@
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.records import _read_figures, _read_table
+from w2s_jax.plan.matrix import _read_figures, _read_table
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.stages import _read
 from w2s_jax.text.journal import open_journal
-from w2s_jax.text.mappings import read_mapping
 from w2s_jax.text.rows import read_rows
 from w2s_jax.text.sources import open_source
 from w2s_jax.text.tokenizer import load_tokenizer
-from w2s_jax.text.typed_yaml import read_typed
+from w2s_jax.text.typed_yaml import read_mapping, read_typed
 from w2s_jax.train.export import read_record
 from w2s_jax.train.records import read_records
 

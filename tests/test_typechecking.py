@@ -6,7 +6,7 @@ from jaxtyping import TypeCheckError
 
 from w2s_jax.cli.main import main
 from w2s_jax.ops.norms import rms_norm
-from w2s_jax.train import reference_free_losses
+from w2s_jax.train import losses
 from w2s_jax.train.preference_losses import Logprobs
 
 
@@ -18,7 +18,7 @@ def test_other_shapes_than_the_annotated_are_refused():
 def test_functions_by_an_alias_are_checked_and_those_without_arrays_are_as_they_were():
     aliased = [
         made
-        for made in vars(reference_free_losses).values()
+        for made in vars(losses).values()
         if Logprobs in getattr(made, "__annotations__", {}).values()
     ]
     assert aliased

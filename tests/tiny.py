@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.layout import STACKED, layer_name
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.tensors import STACKED, layer_name
 
 VOCAB = 23
 EOS = 3

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import tiny_config
 from w2s_jax.bench import search, train
 from w2s_jax.bench.floor import layer_parameters
-from w2s_jax.bench.shapes import _draw, named_shape, random_model
+from w2s_jax.bench.setup import _draw, named_shape, random_model
 from w2s_jax.errors import InputError
 
 NAMES = ("scale", "bias", "kernel")

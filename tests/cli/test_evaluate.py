@@ -12,15 +12,18 @@ from w2s_jax.cli.main import main
 from w2s_jax.evaluate import rewards as evaluate_rewards
 from w2s_jax.evaluate.compare import compare
 from w2s_jax.evaluate.results import read_results
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
-from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
-from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.reward_huggingface import load_reward_model, save_reward_model
-from w2s_jax.text.bpe import save_bpe, train_bpe
+from w2s_jax.models.encoder import (
+    Classifier,
+    EncoderConfig,
+    init_classifier,
+    load_classifier,
+    save_classifier,
+)
+from w2s_jax.models.reward import RewardModel, load_reward_model, save_reward_model
 from w2s_jax.text.conversations import plain
 from w2s_jax.text.journal import Journal, journal_path
 from w2s_jax.text.rows import read_jsonl, write_jsonl
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 POSITIONS, VOCABULARY = 96, 300
 COMMAND = ("eval",)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
-from w2s_jax.cli.run_table import print_run
+from w2s_jax.cli.saving import print_run
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.lora_huggingface import load_adapted
@@ -119,7 +119,7 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
         raise InputError("enough")
 
     # That searches are steered by such models is tested elsewhere: here, that these are taken.
-    monkeypatch.setattr("w2s_jax.search.files.search", watched)
+    monkeypatch.setattr("w2s_jax.search.rows.search", watched)
     assert main([*steered, *files]) == 2
     assert "enough" in capsys.readouterr().err
     for found, folder in zip(searched[0], (model, tuned, untuned), strict=True):

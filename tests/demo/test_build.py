@@ -14,8 +14,8 @@ from w2s_jax.demo.corpus import build_corpus, clean, read_reviews
 from w2s_jax.demo.preferences import opening_words, preference, write_training_pairs
 from w2s_jax.demo.recipe import Recipe, differences, read_recipe, stage_settings
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import END_ID
 from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import END_ID
 from w2s_jax.text.typed_yaml import from_mapping
 
 TINY_SFT = {"max_steps": 3, "batch_size": 2, "max_length": 16, "truncation": "split"}

@@ -20,8 +20,8 @@ from w2s_jax.demo.experiment_report import (
     summarise_experiment,
 )
 from w2s_jax.errors import InputError
-from w2s_jax.search.guides import Guide
 from w2s_jax.search.likelihood import Response
+from w2s_jax.search.models import Guide
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.text.prompts import encode_prompt
 

@@ -9,8 +9,7 @@ import numpy as np
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.model import Model, init_model
-from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 POSITIONS, VOCABULARY = 96, 300
 TEXT = "the old ship sails far over a cold sea and home again before the long night falls"

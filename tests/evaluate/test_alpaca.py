@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.alpaca import alpaca_rows, write_alpaca
+from w2s_jax.evaluate.results import alpaca_rows, write_alpaca
 from w2s_jax.text.rows import read_jsonl
 
 FIELDS = ["instruction", "output", "generator", "dataset", "datasplit"]

@@ -9,10 +9,8 @@ from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards, rewards
 from w2s_jax.models.encoder import EncoderConfig, init_classifier
-from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.labels import NEGATIVE, POSITIVE, contrast
-from w2s_jax.text.bpe import save_bpe, train_bpe
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.models.reward import NEGATIVE, POSITIVE, RewardModel, contrast
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 TEXTS = ["good film", "a very bad film indeed, " * 9, "so " * 100, "", "fine"]
 

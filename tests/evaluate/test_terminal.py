@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.style import Style
 
-from w2s_jax.evaluate.terminal import shade, show, show_plain
+from w2s_jax.evaluate.report import shade, show, show_plain
 
 TOKENS = [(" a", 0.0), (" good", 1.9), (" bad", -2.0), (" film", 0.6), ("\x1b[2J\x00\ud83d", -0.7)]
 

@@ -15,8 +15,11 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 
 from tests.text import trl_data  # noqa: E402
 from tests.text.data_cases import CASES  # noqa: E402
-from w2s_jax.text.bpe import save_bpe, train_bpe  # noqa: E402
-from w2s_jax.text.tokenizer import load_tokenizer  # noqa: E402
+from w2s_jax.text.tokenizer import (  # noqa: E402
+    load_tokenizer,
+    save_bpe,
+    train_bpe,
+)
 
 
 def golden(folder):

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 import w2s_jax.models.huggingface as hf
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import load_config, load_model, save_model
-from w2s_jax.models.layout import stack_layers
 from w2s_jax.models.model import Model
+from w2s_jax.models.tensors import stack_layers
 from w2s_jax.ops.meshes import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -203,7 +203,7 @@ import sys
 import jax, numpy as np
 from pathlib import Path
 from w2s_jax.models.huggingface import load_model
-from w2s_jax.models.layout import unstack_layers
+from w2s_jax.models.tensors import unstack_layers
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 

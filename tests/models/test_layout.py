@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from w2s_jax.models.huggingface import load_config, load_model
-from w2s_jax.models.layout import stack_layers, unstack_layers
 from w2s_jax.models.model import abstract_model
+from w2s_jax.models.tensors import stack_layers, unstack_layers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

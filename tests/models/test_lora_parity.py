@@ -110,7 +110,7 @@ def test_a_reward_model_that_is_an_adapter(headless, rows, tmp_path):
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from w2s_jax.models.reward_huggingface import (
+    from w2s_jax.models.reward import (
         load_reward_config,
         load_reward_labels,
         load_reward_model,

@@ -12,12 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tests.models.checkpoints import CASES, build
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
-from w2s_jax.models.encoder_huggingface import save_classifier
-from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.layout import unstack_layers
+from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier, save_classifier
 from w2s_jax.models.model import hidden_states
-from w2s_jax.models.reward_huggingface import load_reward_model, save_reward_model
+from w2s_jax.models.reward import RewardModel, load_reward_model, save_reward_model
+from w2s_jax.models.tensors import unstack_layers
 
 WEIGHTS = "model.safetensors"
 GPT2 = {
@@ -306,7 +304,7 @@ def test_a_wrong_checkpoint_is_told_in_one_line(problem, tmp_path):
 MESH = """
 import sys
 import jax, numpy as np
-from w2s_jax.models.reward_huggingface import load_reward_model
+from w2s_jax.models.reward import load_reward_model
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tiny import tiny_model
-from w2s_jax.decode.reader import prefill, start_cache
 from w2s_jax.models.model import hidden_states
+from w2s_jax.search.decode import prefill, start_cache
 
 LENGTH = 144
 

@@ -10,7 +10,7 @@ from w2s_jax.ops.attention import attend_sequence
 from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, SEARCH_RULES, Placement, resolve_tree
-from w2s_jax.plan.shapes import shape_of
+from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import open_slice
 
 place = open_slice("v5e:4x4", 1)

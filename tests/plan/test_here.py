@@ -6,9 +6,9 @@ import pytest
 START = """
 from w2s_jax.errors import InputError
 from w2s_jax.plan import here
-from w2s_jax.plan.presets import preset_mesh
+from w2s_jax.plan.here import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
-from w2s_jax.plan.shapes import shape_of
+from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.search.presets import cbs
 

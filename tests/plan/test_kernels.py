@@ -178,7 +178,7 @@ def test_chips_of_two_cores_have_a_kernel(check, case):
 
 
 LONGER = """
-from w2s_jax.decode.reader import start_cache
+from w2s_jax.search.decode import start_cache
 from w2s_jax.models.cache import cache_axes
 from w2s_jax.ops.sharding import SEARCH_RULES, with_shardings
 from w2s_jax.search.reading_programs import read_rows

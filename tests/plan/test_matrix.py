@@ -8,9 +8,8 @@ from tests.plan.test_trials import Compiler
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.plan.candidates import candidates
-from w2s_jax.plan.chips import chip_of
-from w2s_jax.plan.matrix import Cell, cells, plan_cell, plan_cells
-from w2s_jax.plan.records import open_records, settings_of
+from w2s_jax.plan.matrix import Cell, cells, open_records, plan_cell, plan_cells, settings_of
+from w2s_jax.plan.topology import chip_of
 from w2s_jax.plan.trials import Trying
 from w2s_jax.text.journal import held
 
@@ -192,7 +191,7 @@ def without_compiler(monkeypatch):
         return []
 
     monkeypatch.setattr("w2s_jax.plan.topology.check_compiler", lambda family: None)
-    monkeypatch.setattr("w2s_jax.plan.records.compiler_of", lambda: HERE)
+    monkeypatch.setattr("w2s_jax.plan.matrix.compiler_of", lambda: HERE)
     monkeypatch.setattr("w2s_jax.plan.matrix.plan_cells", plan_none)
     return asked
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.tiny import tiny_model
 from w2s_jax.bench.floor import layer_parameters
-from w2s_jax.plan.operations import matmul_operations
+from w2s_jax.plan.compiled import matmul_operations
 
 
 def test_loops_branches_and_calls_are_counted():
@@ -25,7 +25,7 @@ from tests.ops.test_parts_kernel import case
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.parts_kernel import attend
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, SEARCH_RULES, Placement
-from w2s_jax.plan.operations import matmul_operations
+from w2s_jax.plan.compiled import matmul_operations
 arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2)
 for placement in (
     ON_ONE_DEVICE, Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)

@@ -7,12 +7,18 @@ import pytest
 from w2s_jax.cli.main import main
 from w2s_jax.cli.plan import PlanDPO, PlanSFT
 from w2s_jax.errors import InputError
-from w2s_jax.models.published import KNOWN
+from w2s_jax.models.config import KNOWN
 from w2s_jax.plan.candidates import judge
-from w2s_jax.plan.chips import CHIPS, check_topology, chip_of, device_count, topologies
-from w2s_jax.plan.gpus import target_of
-from w2s_jax.plan.shapes import shape_of
-from w2s_jax.plan.topology import check_compiler
+from w2s_jax.plan.programs import shape_of
+from w2s_jax.plan.topology import (
+    CHIPS,
+    check_compiler,
+    check_topology,
+    chip_of,
+    device_count,
+    target_of,
+    topologies,
+)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ CODE = """
 import jax
 jax.config.update("jax_platforms", "no-such-platform")
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.plan.presets import preset_mesh
+from w2s_jax.plan.here import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
-from w2s_jax.plan.shapes import shape_of
+from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.search.presets import cbs
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")
@@ -26,9 +26,9 @@ def test_no_device_is_looked_for(run_python):
 UNEVEN = """
 from w2s_jax.errors import InputError
 from w2s_jax.plan.candidates import _mesh_of_none, judge
-from w2s_jax.plan.chips import CHIPS
+from w2s_jax.plan.topology import CHIPS
 from w2s_jax.plan.matrix import Cell
-from w2s_jax.plan.presets import preset_mesh
+from w2s_jax.plan.here import preset_mesh
 from dataclasses import replace
 from w2s_jax.plan.programs import search_programs
 shapes = replace(Cell("v5e", "8B", "search").shapes(8)[0], slots=3)

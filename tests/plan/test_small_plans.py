@@ -45,7 +45,7 @@ ON_GPUS = {
 TOO_LARGE = """
 import re
 import jax, jax.numpy as jnp
-from w2s_jax.plan.chips import CHIPS, topologies
+from w2s_jax.plan.topology import CHIPS, topologies
 from w2s_jax.plan.topology import open_slice
 for name, chip in CHIPS.items():
     if chip.platform != "tpu":

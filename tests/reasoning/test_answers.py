@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning import answers, published_answers
+from w2s_jax.reasoning import answers
 from w2s_jax.reasoning.answer_text import clean, last_box
 from w2s_jax.reasoning.answers import gold_answer, make_checker
 from w2s_jax.reasoning.grading import grade, methods
-from w2s_jax.reasoning.number_words import read_number_words
+from w2s_jax.reasoning.quantities import read_number_words
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.rows import read_jsonl
 
@@ -282,7 +282,7 @@ def test_published_rules():
     assert mathematics.extract("The answer is: 5</s> and 1234") == "5</s>and"
     assert published.equal("50", "50%")
     assert not published.equal("0.50", "0.5")
-    assert published_answers.normalise("x = \\text{an } \\frac12 \\%") == "\\frac{1}{2}%"
+    assert answers.published_form("x = \\text{an } \\frac12 \\%") == "\\frac{1}{2}%"
 
 
 @pytest.fixture(scope="module")

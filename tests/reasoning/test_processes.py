@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.processes import run_module
+from w2s_jax.reasoning.workers import run_module
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -22,7 +22,7 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from w2s_jax.reasoning.processes import run_module
+from w2s_jax.reasoning.workers import run_module
 try:
     run_module("child", *sys.argv[1:])
 except KeyboardInterrupt:

@@ -15,8 +15,8 @@ from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
-from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
+from w2s_jax.models.reward import RewardModel
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel

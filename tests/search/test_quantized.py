@@ -11,7 +11,13 @@ from tests.cli.test_search import tiny
 from tests.search.oracle import Oracle, log_softmax
 from tests.search.test_adapters import adapter
 from tests.tiny import EOS, tiny_model
-from w2s_jax.decode.reader import (
+from w2s_jax.errors import InputError
+from w2s_jax.models.model import Model
+from w2s_jax.models.quantize import is_quantized, quantize, read_quantize
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search import Guide, SearchConfig, search, search_models, search_step, start_search
+from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
+from w2s_jax.search.decode import (
     prefill,
     read_chunk,
     read_stems,
@@ -19,12 +25,6 @@ from w2s_jax.decode.reader import (
     start_cache,
     start_chunk,
 )
-from w2s_jax.errors import InputError
-from w2s_jax.models.model import Model
-from w2s_jax.models.quantize import is_quantized, quantize, read_quantize
-from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import Guide, SearchConfig, search, search_models, search_step, start_search
-from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
 from w2s_jax.search.presets import cbs, eft
 
 PROMPTS = [[5, 9, 4, 11], [7] * 9, [6]]

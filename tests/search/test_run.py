@@ -21,7 +21,7 @@ from w2s_jax.search.hop import kept_tokens
 from w2s_jax.search.presets import METHODS, cbs, preset, sample
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.search.scorers import ProposedLogRatio
-from w2s_jax.search.sizes import buckets
+from w2s_jax.text.batches import buckets
 from w2s_jax.text.prompts import cut
 
 PLAIN = Sampling(1.0)

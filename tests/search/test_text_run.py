@@ -17,9 +17,9 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
+from w2s_jax.search.rows import search_text_rows
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.selectors import Maximin, TopW
-from w2s_jax.search.text_files import search_text_rows
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
 from w2s_jax.search.texts import Candidate, FunctionScorer
 from w2s_jax.text.conversations import Conversation

@@ -12,12 +12,10 @@ import pytest
 from tests.serve.tiny_server import served_at
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.serve.app import Service, create_app
-from w2s_jax.serve.errors import ApiError, queue_full
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
+from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket, TokenTexts
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.pieces import TokenTexts
-from w2s_jax.serve.settings import Defaults, Limits
+from w2s_jax.serve.schema import ApiError, Defaults, Limits, queue_full
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
 JSON = "application/json"

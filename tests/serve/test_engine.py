@@ -16,14 +16,12 @@ from w2s_jax.search.presets import cbs
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve import engine as room
-from w2s_jax.serve import likelihoods
+from w2s_jax.serve import tasks
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.errors import ApiError
 from w2s_jax.serve.events import Done, Failed, Progress
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.schema import Completion
-from w2s_jax.serve.settings import Defaults, Limits
+from w2s_jax.serve.schema import ApiError, Completion, Defaults, Limits
 from w2s_jax.text.prompts import decode_tokens, response_text
 
 DEFAULTS = Defaults(w=2, k=2, l=3, max_tokens=12, temperature=1.0, top_k=0)
@@ -392,7 +390,7 @@ def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, n
     for fields in others:
         assert answer(engine, reader, **fields)
     monkeypatch.setattr(room.sessions, "compile_session", slowly(room.sessions.compile_session))
-    monkeypatch.setattr(likelihoods, "compile_scores", slowly(likelihoods.compile_scores))
+    monkeypatch.setattr(tasks, "compile_scores", slowly(tasks.compile_scores))
 
     async def ask():
         waits = asyncio.ensure_future(answers(engine, jobs(reader, **({"method": "sample"} | new))))

@@ -15,10 +15,10 @@ from w2s_jax.serve import engine as room
 from w2s_jax.serve import process
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.engine import Engine
+from w2s_jax.serve.events import TokenTexts
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.pieces import TokenTexts
-from w2s_jax.serve.settings import Defaults, Limits
+from w2s_jax.serve.schema import Defaults, Limits
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
 

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from w2s_jax.serve.errors import ApiError
-from w2s_jax.serve.schema import Chat, Completion, read_body
+from w2s_jax.serve.schema import ApiError, Chat, Completion, read_body
 
 SMALL = {"model": "m", "prompt": "a"}
 TALK = {"model": "m", "messages": [{"role": "user", "content": "a"}]}

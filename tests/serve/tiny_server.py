@@ -9,11 +9,10 @@ from pathlib import Path
 from tests.tiny import tiny_model
 from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.model import Model
-from w2s_jax.search.guides import Guide, search_models
+from w2s_jax.search.models import Guide, search_models
 from w2s_jax.serve.jobs import Served
-from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 ROOT = Path(__file__).parents[2]
 POSITIONS = 128

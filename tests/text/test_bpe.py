@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import END_OF_TEXT, PADDING, save_bpe, train_bpe
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import END_OF_TEXT, PADDING, load_tokenizer, save_bpe, train_bpe
 
 TEXTS = ["a good film, a very good film", "the worst film of all\nthe films", "good, good fun!"]
 

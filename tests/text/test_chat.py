@@ -5,10 +5,9 @@ import pytest
 
 from tests.text.chats import TURNS, chat, template, text
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
 from w2s_jax.text.chat import TEMPLATES, load_template
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import END_OF_TEXT, load_tokenizer, save_bpe, train_bpe
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.held_out import hold_out
+from w2s_jax.text.batches import hold_out
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.host_journal import HostJournal, host_journal_path, job_journal
-from w2s_jax.text.journal import Journal, open_journal
+from w2s_jax.text.journal import HostJournal, Journal, host_journal_path, job_journal, open_journal
 from w2s_jax.text.rows import read_jsonl
 
 MARK = {"seed": 1}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.text.order import Batches, in_order
+from w2s_jax.text.batches import Batches, in_order
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.text.packing import best_fit
+from w2s_jax.text.batches import best_fit
 
 
 def by_hand(lengths, width):

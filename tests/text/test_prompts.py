@@ -9,7 +9,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import END_OF_TEXT, save_bpe, train_bpe
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import (
@@ -22,7 +21,7 @@ from w2s_jax.text.prompts import (
     tell_left_out,
     tokens_behind,
 )
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import END_OF_TEXT, load_tokenizer, save_bpe, train_bpe
 
 
 @pytest.fixture(scope="module")

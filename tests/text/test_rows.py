@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.atomic import check_writable
-from w2s_jax.text.rows import json_line, read_jsonl, read_rows, write_jsonl
+from w2s_jax.text.rows import check_writable, json_line, read_jsonl, read_rows, write_jsonl
 
 ROWS = [{"prompt": "A film of β and 電影", "n": 1}, {"prompt": "two\nlines", "a": {"b": [1, None]}}]
 

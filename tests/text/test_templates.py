@@ -1,9 +1,8 @@
 import pytest
 
 from tests.text.chats import TURNS, chat, template, text
-from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.chat import TEMPLATES
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 
 from tests.text.chats import chat, template
 from w2s_jax.errors import InputError
-from w2s_jax.text import time_limit
-from w2s_jax.text.bpe import train_bpe
-from w2s_jax.text.time_limit import TimeUp, within
+from w2s_jax.text import chat as chat_module
+from w2s_jax.text.chat import TimeUp, within
+from w2s_jax.text.tokenizer import train_bpe
 
 LONG = "range(99999)"
 
@@ -32,7 +32,7 @@ def tokenizer():
     ],
 )
 def test_a_template_without_end_is_an_error(tokenizer, monkeypatch, jinja):
-    monkeypatch.setattr(time_limit, "TEMPLATE_SECONDS", 0.05)
+    monkeypatch.setattr(chat_module, "TEMPLATE_SECONDS", 0.05)
     tokenizer.chat_template = jinja
     found = []
 

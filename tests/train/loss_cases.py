@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from w2s_jax.train.losses import kto, kto_kl, kto_metrics
 from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
-from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics
 
 DPO_CASES = {
     "sigmoid": {},

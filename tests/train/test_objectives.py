@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.lora import LoraConfig, init_adapter
-from w2s_jax.train import response_losses
+from w2s_jax.train import losses
 from w2s_jax.train.objectives import (
     BASE,
     REFERENCE,
@@ -191,7 +191,7 @@ def test_kto_estimates_the_divergence_from_mismatched_responses(models):
     ours, theirs = (sums(m, batch).astype(np.float32) for m in (model, reference))
     kl = max(float((ours[:, 1] - theirs[:, 1]).mean()), 0.0)
     assert metrics["kl"] == pytest.approx(kl, abs=1e-3)
-    expected = response_losses.kto(
+    expected = losses.kto(
         jnp.asarray(ours[:, 0]), jnp.asarray(theirs[:, 0]), jnp.asarray(batch["labels"]),
         jnp.float32(kl), beta=0.1, undesirable_weight=1.5,
     ).mean()  # fmt: skip

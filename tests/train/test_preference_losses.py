@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from w2s_jax.train import losses as free
 from w2s_jax.train import preference_losses as pairwise
-from w2s_jax.train import reference_free_losses as free
+from w2s_jax.train.losses import kto, kto_kl, kto_metrics, wspo
 from w2s_jax.train.preference_config import (
     PAIR_LOSSES,
     WITH_REFERENCE,
@@ -19,7 +20,6 @@ from w2s_jax.train.preference_config import (
     PreferenceConfig,
     preference_loss,
 )
-from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics, wspo
 
 B = 3
 LENGTHS = np.array([[3, 1, 7], [2, 5, 4]], np.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny_config
-from w2s_jax.text.held_out import Part
+from w2s_jax.text.batches import Part
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig

@@ -16,9 +16,9 @@ from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.placing import place, place_state
+from w2s_jax.train.step import place, place_state
 from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.text.held_out import Part
+from w2s_jax.text.batches import Part
 from w2s_jax.train.run import RunConfig, Task, evaluation
 from w2s_jax.train.step import init_state, make_train_step
 

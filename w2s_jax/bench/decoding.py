@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.bench.floor import measure_rates, search_work, timed_twice
-from w2s_jax.bench.programs import call, missing
-from w2s_jax.bench.shapes import random_model
+from w2s_jax.bench.setup import call, missing, random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search

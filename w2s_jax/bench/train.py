@@ -19,13 +19,18 @@ from rich.table import Table
 
 from w2s_jax.bench import train_own
 from w2s_jax.bench.floor import measure_rates, read_work
-from w2s_jax.bench.programs import call, missing
-from w2s_jax.bench.shapes import named_shape, random_model, refuse_beside_shape
+from w2s_jax.bench.setup import (
+    call,
+    missing,
+    named_shape,
+    random_model,
+    refuse_beside_shape,
+    vocabularies,
+)
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import save_model
-from w2s_jax.text.atomic import check_writable
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.rows import check_writable
 
 HEAD_WIDTH = 64
 OBJECTIVES = ("sft", "dpo")

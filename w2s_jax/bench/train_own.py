@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from w2s_jax.bench.shapes import random_model
+from w2s_jax.bench.setup import random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model

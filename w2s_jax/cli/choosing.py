@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from w2s_jax.plan.training import TrainingShapes
     from w2s_jax.search.checkpoints import Plan
     from w2s_jax.search.config import SearchConfig
-    from w2s_jax.search.placing import Places
+    from w2s_jax.search.models import Places
 
 MESH = "mesh.txt"
 """Where a training run's folder says, in words, on which mesh it last ran."""
@@ -34,9 +34,9 @@ def search_shapes(
     twice.
     """
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.dtypes import STORED, quickest_dtype
     from w2s_jax.models.huggingface import locate
-    from w2s_jax.models.reward_huggingface import load_reward_config
+    from w2s_jax.models.model import STORED, quickest_dtype
+    from w2s_jax.models.reward import load_reward_config
     from w2s_jax.plan.programs import GuideShapes, SearchShapes
 
     checkpoints = plan.sources.checkpoints

@@ -14,7 +14,7 @@ from tyro.conf import UseAppendAction
 
 import w2s_jax
 from w2s_jax.errors import InputError
-from w2s_jax.text.mappings import read_mapping
+from w2s_jax.text.typed_yaml import read_mapping
 
 FLAG = "--config"
 

@@ -10,8 +10,8 @@ from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
     from w2s_jax.models.encoder import Classifier
-    from w2s_jax.models.heads import RewardModel
     from w2s_jax.models.model import Model
+    from w2s_jax.models.reward import RewardModel
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class Convert:
 
     def run(self) -> None:
         """Convert; raises InputError, before any weight is read, for what is wrong."""
-        from w2s_jax.models.encoder_huggingface import save_classifier
-        from w2s_jax.models.heads import RewardModel
+        from w2s_jax.models.encoder import save_classifier
         from w2s_jax.models.huggingface import save_model
         from w2s_jax.models.model import Model
-        from w2s_jax.models.reward_huggingface import save_reward_model
-        from w2s_jax.text.atomic import check_writable
+        from w2s_jax.models.reward import RewardModel, save_reward_model
+        from w2s_jax.text.rows import check_writable
 
         self._check()
         check_writable(Path(self.target) / "config.json")
@@ -90,10 +89,10 @@ class Convert:
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":
-        from w2s_jax.models.dtypes import STORED
         from w2s_jax.models.huggingface import is_adapter, load_model, locate
         from w2s_jax.models.lora_huggingface import base_of, load_adapted
-        from w2s_jax.models.reward_huggingface import is_reward_model, load_reward_model
+        from w2s_jax.models.model import STORED
+        from w2s_jax.models.reward import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run
 
         source = locate(self.source)

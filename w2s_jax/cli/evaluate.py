@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from w2s_jax.evaluate.results import Results
     from w2s_jax.models.encoder import Classifier
-    from w2s_jax.models.heads import RewardModel
-    from w2s_jax.text.host_journal import HostJournal
-    from w2s_jax.text.journal import Journal
+    from w2s_jax.models.reward import RewardModel
+    from w2s_jax.text.journal import HostJournal, Journal
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.
 IN_FINGERPRINT = ("reward_model", "label", "end_token", "cut", "dtype")
@@ -75,9 +74,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
         from w2s_jax.evaluate.compare import compare, summarise
         from w2s_jax.evaluate.results import count_tokens
-        from w2s_jax.models.labels import contrast
-        from w2s_jax.models.reward_huggingface import load_reward_labels
-        from w2s_jax.text.atomic import write_whole
+        from w2s_jax.models.reward import contrast, load_reward_labels
+        from w2s_jax.text.rows import write_whole
         from w2s_jax.text.tokenizer import load_tokenizer
 
         if self.quantisation_report is not None:
@@ -116,7 +114,7 @@ class Evaluate(QuantisationFlags, Hosts):
         """The files of responses, checked against one another and against what is written."""
         from w2s_jax.evaluate.compare import check_same_prompts
         from w2s_jax.evaluate.results import read_results
-        from w2s_jax.text.atomic import check_writable
+        from w2s_jax.text.rows import check_writable
 
         if self.batch_size < 1:
             raise InputError(f"--batch-size is {self.batch_size}; it must be at least 1")
@@ -141,7 +139,7 @@ class Evaluate(QuantisationFlags, Hosts):
         """Token ids of all rows, and how they were rendered, in a word."""
         from w2s_jax.evaluate.results import encode_behind, encode_plain
         from w2s_jax.models.encoder import EncoderConfig
-        from w2s_jax.models.reward_huggingface import load_reward_config
+        from w2s_jax.models.reward import load_reward_config
         from w2s_jax.text.chat import load_template
 
         config = load_reward_config(self.reward_model)
@@ -165,7 +163,7 @@ class Evaluate(QuantisationFlags, Hosts):
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
         from w2s_jax.exchange import agree
-        from w2s_jax.text.host_journal import job_journal
+        from w2s_jax.text.journal import job_journal
 
         values = np.zeros(len(encoded), np.float32)
         rows = [row for file in files for row in file.rows]
@@ -233,7 +231,7 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def load(self, mesh: "Mesh | None") -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
-        from w2s_jax.models.reward_huggingface import load_reward_model
+        from w2s_jax.models.reward import load_reward_model
 
         dtype = None if self.dtype == "auto" else self.dtype
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)

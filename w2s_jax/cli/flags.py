@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2s_jax.plan.candidates import Shapes
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import RewardSource, Sources
-    from w2s_jax.search.placing import Places
+    from w2s_jax.search.models import Places
     from w2s_jax.search.texts import TextScorer
 
 AUTO = "auto"
@@ -85,7 +85,7 @@ class Guidance:
 
         `shapes`: what is to run by the rules that it is given, for a mesh that is to be chosen.
         """
-        from w2s_jax.search.placing import read_places
+        from w2s_jax.search.models import read_places
 
         rules = read_places(None, self.policy_rules, self.guide_rules, self.scan_layers)
         chosen = None if shapes is None else lambda: shapes(rules)

@@ -60,7 +60,7 @@ class LMEval(Method, Guidance):
         """Run the tasks; raises InputError for what is wrong, first for what costs little."""
         from w2s_jax.evaluate.harness import NAME, register
         from w2s_jax.evaluate.steered import load_steered
-        from w2s_jax.text.atomic import check_writable
+        from w2s_jax.text.rows import check_writable
 
         model_class = register()
         places = self.places()
@@ -141,7 +141,7 @@ def write_results(path: str, results: dict[str, Any]) -> None:
     """Write lm-eval's results as JSON. Raises InputError where the file cannot be written."""
     from lm_eval.utils import handle_non_serializable
 
-    from w2s_jax.text.atomic import write_whole
+    from w2s_jax.text.rows import write_whole
 
     text = json.dumps(results, indent=2, default=handle_non_serializable)
     write_whole(path, [text.encode(), b"\n"])

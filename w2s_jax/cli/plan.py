@@ -51,9 +51,8 @@ class Planned:
         from rich.console import Console
 
         from w2s_jax.plan.measure import show
-        from w2s_jax.plan.tables import show_found
-        from w2s_jax.plan.trials import Found
-        from w2s_jax.text.atomic import check_writable, write_whole
+        from w2s_jax.plan.trials import Found, show_found
+        from w2s_jax.text.rows import check_writable, write_whole
 
         self.check()
         if self.json is not None:
@@ -74,7 +73,7 @@ class Planned:
     def check(self) -> None:
         """Raise InputError for a wrong topology, and for flags that do not go together."""
         from w2s_jax.ops.meshes import slice_count
-        from w2s_jax.plan.chips import check_topology, family_of
+        from w2s_jax.plan.topology import check_topology, family_of
 
         family = family_of(self.topology)
         if family is None:
@@ -94,9 +93,8 @@ class Planned:
 
     def find(self) -> "Found | Plan":
         """One plan, or all that was tried, with lines on stderr for what is being compiled."""
-        from w2s_jax.plan.chips import family_of
-        from w2s_jax.plan.presets import preset_mesh
-        from w2s_jax.plan.topology import check_compiler
+        from w2s_jax.plan.here import preset_mesh
+        from w2s_jax.plan.topology import check_compiler, family_of
         from w2s_jax.plan.trials import TRIED, Trying, plan_on, search_meshes, smallest_slice
 
         shapes, family = self.shapes(), family_of(self.topology)
@@ -162,8 +160,7 @@ class PlanSearch(Planned):
         """The models and the settings; InputError for what is wrong."""
         from w2s_jax.models.quantize import read_quantize
         from w2s_jax.ops.sharding import parse_rules
-        from w2s_jax.plan.programs import GuideShapes, SearchShapes
-        from w2s_jax.plan.shapes import shape_of
+        from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
         from w2s_jax.search.presets import cbs
 
         beam = (self.beam_width, self.successors, self.chunk_length)
@@ -247,7 +244,7 @@ class PlanTraining(Planned):
     def shapes(self) -> "TrainingShapes":
         """The model and the settings; InputError for what is wrong."""
         from w2s_jax.models.lora import LoraConfig
-        from w2s_jax.plan.shapes import shape_of
+        from w2s_jax.plan.programs import shape_of
         from w2s_jax.plan.training import TrainingShapes
         from w2s_jax.train.optimizers import OptimizerConfig
 
@@ -349,8 +346,7 @@ class PlanMatrix:
 
     def _plan(self, asked: "list[Cell]", table: "Path | None", figures: "Path | None") -> list[str]:
         """Plan the cells that the files lack, and print the table; the cells that failed."""
-        from w2s_jax.plan.matrix import cells, plan_cells
-        from w2s_jax.plan.records import compiler_of, open_records, settings_of
+        from w2s_jax.plan.matrix import cells, compiler_of, open_records, plan_cells, settings_of
         from w2s_jax.plan.trials import Trying
 
         order = cells()

@@ -50,7 +50,7 @@ class Plot:
 
     def run(self) -> None:
         """Read the runs and draw them."""
-        from w2s_jax.text.atomic import check_writable
+        from w2s_jax.text.rows import check_writable
 
         if not self.runs:
             raise InputError("RUN_DIR is missing: the folder of a training run")
@@ -136,7 +136,7 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("drawing needs matplotlib; pip install 'w2s-jax[plot]'") from None
-    from w2s_jax.text.atomic import write_whole
+    from w2s_jax.text.rows import write_whole
 
     panels = choose_panels(runs, metrics)
     columns = min(len(panels), 3)

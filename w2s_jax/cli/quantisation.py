@@ -64,7 +64,7 @@ class QuantisationFlags:
         """
         from w2s_jax.evaluate.quantisation import Trial
         from w2s_jax.models.quantize import read_quantize
-        from w2s_jax.text.atomic import check_writable, write_whole
+        from w2s_jax.text.rows import check_writable, write_whole
 
         specs = {spec: read_quantize(spec) for spec in self.quantise or USUAL}
         if self.data is None:
@@ -152,8 +152,7 @@ class QuantisationFlags:
         from w2s_jax.evaluate.quantisation import compare, measure
         from w2s_jax.search.adapters import load_decoders
         from w2s_jax.search.checkpoints import load
-        from w2s_jax.search.guides import search_models
-        from w2s_jax.search.placing import Places
+        from w2s_jax.search.models import Places, search_models
 
         places = Places(trial.mesh)
         steps = len(trial.texts) * (3 if trial.searching else 2) * (1 + len(specs))
@@ -188,7 +187,7 @@ def _check_shapes(plan: "Plan", configs: "Iterable[QuantizeConfig]", mesh: "Mesh
     """Raise InputError, naming the weight, where a group or a mesh divides the policy's not."""
     from w2s_jax.models.model import abstract_model
     from w2s_jax.ops.sharding import resolve_tree
-    from w2s_jax.search.placing import ONE_DEVICE
+    from w2s_jax.search.models import ONE_DEVICE
 
     for config in configs:
         model, axes = abstract_model(plan.configs["policy"], quantize_as=config)

@@ -1,11 +1,20 @@
-"""How a training command ends: the model in the run's folder, and what is told of the run."""
+"""What a training command says: of its data, of samples, and at its end the model in its folder."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w2s_jax.cli.run_table import print_rounding, print_run
+import jax
+import numpy as np
+
 from w2s_jax.errors import InputError
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search.presets import sample
+from w2s_jax.search.run import search
+from w2s_jax.train.run import Source, Task
+from w2s_jax.train.step import TrainState, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,8 +22,120 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from w2s_jax.models.model import Model
+    from w2s_jax.text.token_rows import Data
     from w2s_jax.train.run import RunConfig, Task
     from w2s_jax.train.step import TrainState
+
+SHOWN = (
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
+    "mean_token_accuracy", "kl",
+)  # fmt: skip
+EVAL = "eval/"
+
+
+def tell_data(what: str, data: "Data") -> None:
+    """A line about data that was read: how many rows and tokens, and what became of others."""
+    figures = data.figures
+    told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
+    told.append(f"{figures['targets']:,} of them count in the loss")
+    others = {name: name for name in ("truncated", "dropped", "equal")}
+    others["undesirable"] = "undesirable rows left out"
+    told += [f"{figures[name]:,} {words}" for name, words in others.items() if figures.get(name)]
+    print(", ".join(told), file=sys.stderr)
+
+
+def print_run(folder: Path, step: int) -> None:
+    """Print the last training row and the last evaluation of a run, side by side, to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from w2s_jax.train.records import read_metrics
+
+    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    training = _last(rows, "loss")
+    held_out = _last(rows, f"{EVAL}loss")
+    # A last batch without a desirable response has no margin, where held-out rows have one.
+    names = [name for name in SHOWN if name in training or EVAL + name in held_out]
+    if not names:
+        return
+    table = Table("after step", str(training["step"]), *(["held out"] if held_out else []))
+    for name in names:
+        cells = [_written(training.get(name))]
+        if held_out:
+            cells.append(_written(held_out.get(EVAL + name)))
+        table.add_row(name, *cells)
+    Console().print(table)
+    told = [f"{training['num_tokens']:,} tokens"] if "num_tokens" in training else []
+    print(", ".join([*told, f"{training['seconds']:.0f} s"]))
+
+
+def print_rounding(before: Mapping[str, float], after: Mapping[str, float], dtype: str) -> None:
+    """Print what an evaluation says of float32 weights, and of the same in another dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("held out", "float32", dtype)
+    for name in (name for name in SHOWN if name in before):
+        table.add_row(name, f"{before[name]:.5f}", f"{after[name]:.5f}")
+    Console().print(table)
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> Mapping[str, Any]:
+    return next((row for row in reversed(rows) if name in row), {})
+
+
+def _written(value: float | int | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+NEW_TOKENS = 64
+OPENING = 8
+"""Where a row has no prompt, so many of its first tokens stand for one."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Answers the first `prompts` prompts of `data` with the model of a state, at temperature 0.7.
+
+    The draws are the same for every state, so that what changes is the model.
+    """
+
+    task: Task
+    tokenizer: Any
+    data: Source
+    prompts: int
+    dtype: str
+
+    def __call__(self, state: TrainState) -> list[dict[str, Any]]:
+        """Rows of `prompt` and `response`."""
+        ids = prompts_of(self.data, self.prompts)
+        room = self.task.policy.config.max_positions - max(map(len, ids))
+        settings = sample(
+            1, sampling=Sampling(0.7), max_new_tokens=min(NEW_TOKENS, room), slots=len(ids)
+        )
+        params, frozen = cast((state.params, dict(self.task.frozen)), self.dtype)
+        model = self.task.policy.model(params, frozen)
+        decode = self.tokenizer.decode
+        return [
+            {
+                "prompt": decode(prompt),
+                "response": decode(list(result.best.tokens), skip_special_tokens=True),
+            }
+            for prompt, result in zip(ids, search(model, None, ids, settings), strict=True)
+        ]
+
+
+def prompts_of(data: Source, count: int) -> list[list[int]]:
+    """What stands before the first target of each of the first rows, as token ids."""
+    found = []
+    for index in range(min(count, len(data))):
+        batch = data.at([index])
+        shape = (-1, batch["tokens"].shape[-1])
+        tokens, targets = (batch[name].reshape(shape)[0] for name in ("tokens", "targets"))
+        first = int(np.argmax(targets)) if targets.any() else 0
+        found.append([int(token) for token in tokens[: first if first > 1 else OPENING]])
+    return jax.tree.map(int, found)
+
 
 MODEL = "model"
 """Folder of the trained model in a run's own."""

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from w2s_jax.plan.programs import SearchShapes
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
-    from w2s_jax.search.placing import Places
-    from w2s_jax.text.host_journal import HostJournal
-    from w2s_jax.text.journal import Journal
+    from w2s_jax.search.models import Places
+    from w2s_jax.text.journal import HostJournal, Journal
 
 Row = dict[str, Any]
 
@@ -96,12 +95,10 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
-        from w2s_jax.text.atomic import check_writable
         from w2s_jax.text.conversations import prompts_from
-        from w2s_jax.text.host_journal import job_journal
-        from w2s_jax.text.journal import told_kept
+        from w2s_jax.text.journal import job_journal, told_kept
         from w2s_jax.text.prompts import escape_notes
-        from w2s_jax.text.rows import read_rows
+        from w2s_jax.text.rows import check_writable, read_rows
 
         config = self.search_config()
         sources = self.sources_of_all()
@@ -167,9 +164,9 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
     ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
         from w2s_jax.search import checkpoints
-        from w2s_jax.search.files import encode_questions, search_rows
+        from w2s_jax.search.rows import encode_questions, search_rows
         from w2s_jax.text.prompts import special_stops
-        from w2s_jax.train.placing import batch_parts, check_batch
+        from w2s_jax.train.step import batch_parts, check_batch
 
         needs = f"--method {self.method}" if self.mixes else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
@@ -222,8 +219,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
     ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
         """The search with a policy behind an API."""
         from w2s_jax.search import checkpoints
-        from w2s_jax.search.files import read_conversations
-        from w2s_jax.search.text_files import search_text_rows
+        from w2s_jax.search.rows import read_conversations, search_text_rows
         from w2s_jax.serve.client import Endpoint, open_policy
         from w2s_jax.serve.retry import Meter, Patience
         from w2s_jax.text.chat import renderer
@@ -299,8 +295,8 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         from tqdm import tqdm
 
         from w2s_jax.evaluate.progress import progress
-        from w2s_jax.evaluate.terminal import show, show_plain
-        from w2s_jax.search.traces import TRACE
+        from w2s_jax.evaluate.report import show, show_plain
+        from w2s_jax.search.results import TRACE
 
         console = Console()
         with progress(count, "prompt", done=count - waiting) as advance:
@@ -320,7 +316,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def _check_alpaca(self, rows: list[Row]) -> None:
         """Raise InputError, before the search, for rows that alpaca_eval could not tell apart."""
-        from w2s_jax.evaluate.alpaca import alpaca_rows
+        from w2s_jax.evaluate.results import alpaca_rows
 
         try:
             alpaca_rows([row | {"response": ""} for row in rows], generator=self.generator_name)
@@ -329,9 +325,9 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def _finish(self, journal: "Journal | HostJournal", count: int, config: "SearchConfig") -> None:
         """The report and the output from the journal, which is removed last."""
-        from w2s_jax.evaluate.alpaca import write_alpaca
         from w2s_jax.evaluate.report import write_report
-        from w2s_jax.search.traces import TRACE
+        from w2s_jax.evaluate.results import write_alpaca
+        from w2s_jax.search.results import TRACE
         from w2s_jax.text.rows import write_jsonl
 
         rows = journal.read()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from w2s_jax.plan.programs import SearchShapes
     from w2s_jax.search.checkpoints import Plan
-    from w2s_jax.search.placing import Places
+    from w2s_jax.search.models import Places
     from w2s_jax.serve.jobs import Job, Reader, Served
-    from w2s_jax.serve.settings import Defaults, Limits
+    from w2s_jax.serve.schema import Defaults, Limits
     from w2s_jax.text.chat import Template
 
 API_KEY = "W2S_API_KEY"
@@ -93,9 +93,9 @@ class Serve(Judges, Guidance):
         _check_installed()
         from w2s_jax.serve.app import Service, create_app
         from w2s_jax.serve.engine import Engine
+        from w2s_jax.serve.events import TokenTexts
         from w2s_jax.serve.jobs import Reader
         from w2s_jax.serve.metrics import Metrics
-        from w2s_jax.serve.pieces import TokenTexts
         from w2s_jax.serve.process import is_loopback, listen, serve, url_of
 
         defaults, limits, key = self.defaults(), self.limits(), self.key()
@@ -135,7 +135,7 @@ class Serve(Judges, Guidance):
 
     def defaults(self) -> "Defaults":
         """What requests leave out; InputError for a value out of range."""
-        from w2s_jax.serve.settings import Defaults
+        from w2s_jax.serve.schema import Defaults
 
         return Defaults(
             method=self.method or ("cbs" if self.is_guided else "sample"),
@@ -152,7 +152,7 @@ class Serve(Judges, Guidance):
 
     def limits(self) -> "Limits":
         """The most that requests may ask for; InputError for a number below 1."""
-        from w2s_jax.serve.settings import Limits
+        from w2s_jax.serve.schema import Limits
 
         return Limits(
             slots=self.slots,
@@ -236,8 +236,7 @@ class Serve(Judges, Guidance):
 
     def warm_up_jobs(self, reader: "Reader") -> "list[Job]":
         """A job of the default method for a prompt of the length to be warmed up for."""
-        from w2s_jax.serve.errors import ApiError
-        from w2s_jax.serve.schema import Completion
+        from w2s_jax.serve.schema import ApiError, Completion
 
         if not self.warm_up:
             return []

@@ -11,8 +11,7 @@ from tyro.conf import arg
 
 from w2s_jax.cli.choosing import MESH, mesh_before, training_shapes
 from w2s_jax.cli.flags import Hosts, mesh_of
-from w2s_jax.cli.run_table import tell_data
-from w2s_jax.cli.saving import MODEL, save_run
+from w2s_jax.cli.saving import MODEL, save_run, tell_data
 from w2s_jax.cli.train_flags import (
     DataFlags,
     LoraFlags,
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
-    from w2s_jax.text.held_out import Part
+    from w2s_jax.text.batches import Part
     from w2s_jax.text.token_rows import Data
     from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.loop import LoopConfig
@@ -95,13 +94,13 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.exchange import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.plan.here import name_of
-        from w2s_jax.text.atomic import write_whole
         from w2s_jax.text.journal import held
+        from w2s_jax.text.rows import write_whole
         from w2s_jax.train.export import Record, write_record
-        from w2s_jax.train.placing import check_batch
         from w2s_jax.train.records import METRICS
         from w2s_jax.train.reference import weights_identity
         from w2s_jax.train.run import fine_tune, number_of_steps
+        from w2s_jax.train.step import check_batch
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         setup = self.prepare()
@@ -271,7 +270,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             report,
         )
         from w2s_jax.train.optimizers import make_optimizer
-        from w2s_jax.train.placing import check_batch
+        from w2s_jax.train.step import check_batch
 
         check_batch(self.batch_size, self.accumulate, setup.mesh, flag="--batch-size")
         run = self.run_config(setup)
@@ -333,7 +332,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def read(self, setup: Setup) -> "tuple[Rows, Rows | None]":
         """The examples to train on, and those held out; a line about each on stderr."""
-        from w2s_jax.text.held_out import hold_out
+        from w2s_jax.text.batches import hold_out
 
         if self.held_out and self.eval_data:
             raise InputError("--held-out and --eval-data both name what to evaluate on; give one")
@@ -485,7 +484,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """What answers the first held-out prompts with the model as it is, if asked for."""
         if not self.sample_every:
             return None
-        from w2s_jax.cli.samples import Sampler
+        from w2s_jax.cli.saving import Sampler
 
         data = task.data if task.held_out is None else task.held_out
         return Sampler(task, setup.tokenizer, data, self.sample_prompts, self.compute_dtype)

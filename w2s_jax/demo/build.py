@@ -38,12 +38,10 @@ from w2s_jax.demo.language import LanguageConfig, held_out_loss, write_start
 from w2s_jax.demo.preferences import TuneConfig, sample_pairs, write_training_pairs
 from w2s_jax.demo.recipe import OtherGuide, Recipe, differences, read_recipe, stage_settings
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
-from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
+from w2s_jax.models.encoder import Classifier, load_classifier, save_classifier
 from w2s_jax.models.huggingface import load_model
 from w2s_jax.models.model import Model
-from w2s_jax.text.atomic import write_whole
-from w2s_jax.text.rows import read_jsonl
+from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train.loop import read_metrics
 from w2s_jax.train.reference import weights_identity

@@ -14,8 +14,8 @@ from jaxtyping import Int64, UInt16
 from tokenizers import Tokenizer
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.bpe import save_bpe, train_bpe
 from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import save_bpe, train_bpe
 
 UNLABELLED = -1
 LANGUAGE_TEXTS = "language.jsonl"

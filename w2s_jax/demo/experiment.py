@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.decode.chunk import Logits
 from w2s_jax.demo import Demo
 from w2s_jax.demo.preferences import opening_words
 from w2s_jax.errors import InputError
@@ -20,8 +19,9 @@ from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import Guide, SearchModels, search_models
+from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
+from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.presets import best_of_n, cbs, eft, sample
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.run import search

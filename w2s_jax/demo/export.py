@@ -15,15 +15,14 @@ from w2s_jax.demo.corpus import Corpus, load_corpus
 from w2s_jax.demo.gold import opening_accuracy, review_accuracy
 from w2s_jax.demo.language import held_out_loss
 from w2s_jax.evaluate.rewards import gold_rewards
-from w2s_jax.models.encoder_huggingface import load_classifier, save_classifier
+from w2s_jax.models.encoder import load_classifier, save_classifier
 from w2s_jax.models.huggingface import load_model, save_model
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import sample
 from w2s_jax.search.run import search
-from w2s_jax.text.bpe import END_ID
 from w2s_jax.text.prompts import decode_tokens, response_text
-from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 LANGUAGE_MODELS = ("policy", "untuned", "tuned")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.text.batches import Crops, pad_rows
-from w2s_jax.text.bpe import END_ID, PAD_ID
+from w2s_jax.text.tokenizer import END_ID, PAD_ID
 from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import classification
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer

@@ -16,7 +16,7 @@ from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.text.batches import pad_rows
-from w2s_jax.text.bpe import END_ID, PAD_ID
+from w2s_jax.text.tokenizer import END_ID, PAD_ID
 from w2s_jax.train.logprobs import sequence_scores
 
 LOSS_TOKENS = 64

@@ -17,10 +17,10 @@ from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import sample
 from w2s_jax.search.run import search
-from w2s_jax.text.bpe import END_ID
 from w2s_jax.text.journal import journal_path, open_journal
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import END_ID
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,11 @@ from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.judges import TextLogRatio, TextModel
 from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
-from w2s_jax.search.sizes import buckets
-from w2s_jax.text.atomic import check_writable
+from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
-from w2s_jax.text.rows import write_jsonl
+from w2s_jax.text.rows import check_writable, write_jsonl
 
 
 @dataclass(frozen=True)

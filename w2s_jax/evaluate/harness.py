@@ -20,7 +20,7 @@ from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, guide_sources
 from w2s_jax.search.likelihood import ScoredResponse
-from w2s_jax.search.placing import read_places
+from w2s_jax.search.models import read_places
 from w2s_jax.search.presets import preset
 from w2s_jax.text.chat import read_template_args
 from w2s_jax.text.conversations import Conversation, Message

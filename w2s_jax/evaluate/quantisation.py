@@ -15,8 +15,8 @@ from w2s_jax.evaluate.compare import mean_and_stderr
 from w2s_jax.models.quantize import weight_bytes
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.likelihood import Response, score_responses
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.presets import sample
 from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.run import search

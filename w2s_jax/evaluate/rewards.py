@@ -1,6 +1,6 @@
 """Gold rewards: what a reward model, or an encoder classifier, makes of encoded texts.
 
-The models are in models/heads.py and models/encoder.py; nothing here is trained.
+The models are in models/reward.py and models/encoder.py; nothing here is trained.
 """
 
 import math
@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import whole
 from w2s_jax.models.encoder import Classifier
-from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.labels import contrast, label_names
+from w2s_jax.models.reward import RewardModel, contrast, label_names
 from w2s_jax.ops.sharding import DEFAULT_RULES
 from w2s_jax.text.batches import pad_rows, power_of_two
 

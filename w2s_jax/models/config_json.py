@@ -8,8 +8,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.json_fields import Json, number, optional_number, refused, size, switch
-from w2s_jax.models.rope_json import read_rope, refuse_partial, write_rope
+from w2s_jax.models.config_fields import (
+    Json,
+    number,
+    optional_number,
+    read_rope,
+    refuse_partial,
+    refused,
+    size,
+    switch,
+    write_rope,
+)
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig

@@ -1,7 +1,7 @@
 """Decoder checkpoints in Hugging Face's format, in both directions: config.json and safetensors.
 
 No code from a checkpoint is run: pickle files are refused and nothing trusts remote code. Which
-tensor is which is in `models/names.py`, how it lies there in `models/arrange.py`, what config.json
+tensor is which is in `models/names.py`, how it lies there in `models/tensors.py`, what config.json
 means in `models/config_json.py`.
 """
 
@@ -24,24 +24,26 @@ from safetensors.numpy import save_file
 
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.hosts import is_first
-from w2s_jax.models.arrange import (
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import Model, parameter_dtype
+from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
+from w2s_jax.models.quantize import QuantizeConfig, is_quantized
+from w2s_jax.models.tensors import (
+    INDEX,
+    SINGLE,
     Parameter,
     Parameters,
     Tensors,
     arranged,
     decoder_parameters,
+    equal,
     major_axis,
+    materialise,
+    open_file,
     reader,
     stacked,
     unstacked,
 )
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.dtypes import parameter_dtype
-from w2s_jax.models.huggingface_tensors import INDEX, SINGLE, equal, open_file
-from w2s_jax.models.materialise import materialise
-from w2s_jax.models.model import Model
-from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
-from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
 from w2s_jax.typed import check_kind
 
@@ -83,7 +85,7 @@ def load_model(
     dtype: of the parameters. None is as stored (as the embedding is), but float32 on a CPU, which
         computes slowly in the half-sized types, and with an adapter; "stored" is so everywhere.
     mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
-    scan_layers: stack the layers on a leading axis (see `models/layout.py`).
+    scan_layers: stack the layers on a leading axis (see `models/tensors.py`).
     quantize: weights become QTensors as they are read; adapters then stay beside them.
 
     Host memory stays below the process's part of the model and three times the largest tensor (with

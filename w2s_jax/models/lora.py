@@ -18,9 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.arrange import decoder_parameters
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.layout import STACKED, layer_name, unstack_layers
+from w2s_jax.models.tensors import STACKED, decoder_parameters, layer_name, unstack_layers
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 from w2s_jax.typed import check_fields

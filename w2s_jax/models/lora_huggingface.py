@@ -20,9 +20,7 @@ from jax.typing import DTypeLike
 from w2s_jax import exchange
 from w2s_jax.errors import InputError
 from w2s_jax.hosts import is_first
-from w2s_jax.models.arrange import Tensors, decoder_parameters, reader
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.dtypes import STORED
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -32,8 +30,6 @@ from w2s_jax.models.huggingface import (
     read_json,
     write_files,
 )
-from w2s_jax.models.huggingface_tensors import equal, open_file
-from w2s_jax.models.layout import layer_name, unstack_layers
 from w2s_jax.models.lora import (
     FACTORS,
     PROJECTIONS,
@@ -44,10 +40,19 @@ from w2s_jax.models.lora import (
     shard_adapter,
     stack_adapter,
 )
-from w2s_jax.models.model import Model
+from w2s_jax.models.model import STORED, Model
 from w2s_jax.models.names import LANGUAGE_HEAD, Head, full_name, stored_parameters
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
+from w2s_jax.models.tensors import (
+    Tensors,
+    decoder_parameters,
+    equal,
+    layer_name,
+    open_file,
+    reader,
+    unstack_layers,
+)
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 

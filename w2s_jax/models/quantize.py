@@ -1,6 +1,6 @@
 """Which parameters of a decoder are quantised, and how; weight-only, activations stay as they are.
 
-The arithmetic is in `ops/quantized.py`, quantising while loading in `models/materialise.py`.
+The arithmetic is in `ops/quantized.py`, quantising while loading in `models/tensors.py`.
 """
 
 import re

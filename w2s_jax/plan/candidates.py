@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.meshes import MESH_AXES, Shape, mesh_shapes, spec_of
-from w2s_jax.plan.chips import Chip
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes, search_programs
+from w2s_jax.plan.topology import Chip
 from w2s_jax.plan.training import TrainingProgram, TrainingShapes, training_program
 
 Shapes = SearchShapes | TrainingShapes

@@ -12,11 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from w2s_jax.plan.chips import GPU_SHARE, chip_of
-from w2s_jax.plan.compiled import BETWEEN_SLICES, Collective, collectives, gathers_of
-from w2s_jax.plan.operations import matmul_operations
+from w2s_jax.plan.compiled import (
+    BETWEEN_SLICES,
+    Collective,
+    collectives,
+    gathers_of,
+    matmul_operations,
+)
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
-from w2s_jax.plan.topology import Slice
+from w2s_jax.plan.topology import GPU_SHARE, Slice, chip_of
 from w2s_jax.plan.training import TrainingProgram, TrainingShapes
 
 GIB = 2**30

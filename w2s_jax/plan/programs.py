@@ -1,11 +1,12 @@
 """The programs of a search for models that are not here: shapes and shardings, ready to compile.
 
-They are those that `search` runs. What the compiler says of them is in `measure.py`.
+They are those that `search` runs, for shapes of published models, of a folder or of a config.json.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,22 +14,57 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from w2s_jax.decode.reader import start_cache
+from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, cache_axes
-from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
 from w2s_jax.search import reading_programs, session, step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import LARGEST_PADDING, Guide, SearchModels, search_models
+from w2s_jax.search.decode import start_cache
+from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_models
 from w2s_jax.search.reading import MERGES
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
-from w2s_jax.search.sizes import bucket
 from w2s_jax.search.state import SearchState, start_search, state_axes
+from w2s_jax.text.batches import bucket
 from w2s_jax.train.estimate import abstract_on_mesh
-from w2s_jax.train.placing import check_batch
+from w2s_jax.train.step import check_batch
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The config of a folder, a config.json, a published model of `KNOWN`, or another hub id.
+
+    No weights are read or fetched. Raises InputError for what is none of them.
+    """
+    from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, load_config, locate
+
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        shown = name if len(name) <= 80 else f"{name[:40]}..."
+        raise InputError(f"{shown}: no such file or directory ({why})") from None
+    if is_file:
+        return _from_file(path)
+    if name in KNOWN and not is_folder:
+        return ModelConfig.from_hf(KNOWN[name])
+    return load_config(locate(name, (CONFIG, GENERATION_CONFIG)))
+
+
+def _from_file(path: Path) -> ModelConfig:
+    from w2s_jax.models.huggingface import read_json
+
+    found = read_json(path)
+    try:
+        return ModelConfig.from_hf(found)
+    except InputError as error:
+        raise InputError(f"{path}: not a config.json ({error})") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{path}: a field has the wrong type ({error})") from None
+
 
 TUNED, UNTUNED = "tuned", "untuned"
 

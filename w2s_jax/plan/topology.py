@@ -1,12 +1,233 @@
-"""Devices of a slice or a host that is not here: the compiler's own description of it."""
+"""Chips as published, and the devices of a slice or a host that is not here, from the compiler.
 
+Sources: the system architecture pages of Cloud TPU (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e,
+tpu7x), for their links jax-ml.github.io/scaling-book, and for usable memory the compiler's own
+refusals; NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates without sparsity, and
+its tuning guides (compute capability 8.0 and 9.0) for what XLA is told of a GPU.
+"""
+
+import math
 import os
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.chips import LARGEST, Chip, check_topology, chip_of, device_count
-from w2s_jax.plan.gpus import target_of
+
+Platform = Literal["tpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device, as jax sees it: a chip, or one of the cores that a chip shows as devices.
+
+    Attributes:
+        memory: bytes of HBM that programs may have, a little less than there is.
+        operations: bfloat16 multiplications and additions a second.
+        bandwidth: bytes a second between HBM and the chip.
+        link: bytes a second of one link to a neighbour, in one direction; a device sends over two.
+        host: chips of one host in a slice of several hosts.
+        network: bytes a second between slices, for each device.
+        slices: shapes of slices, in chips, the smaller first.
+        cores: devices of a chip.
+        platform: whose compiler makes its programs.
+        kinds: what jax calls the devices that it stands for.
+    """
+
+    name: str
+    memory: int | float
+    operations: float
+    bandwidth: float
+    link: float
+    host: int
+    network: float
+    slices: tuple[str, ...]
+    cores: int = 1
+    platform: Platform = "tpu"
+    kinds: tuple[str, ...] = ()
+
+
+_GIB = 2**30
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
+)  # fmt: skip
+GPU_SHARE = 0.95
+"""Of a GPU's memory, what XLA_PYTHON_CLIENT_MEM_FRACTION may let jax take; 0.75 is the default."""
+
+
+def _gpu(
+    name: str,
+    memory: int,
+    operations: float,
+    bandwidth: float,
+    nvlink: float,
+    network: float,
+    kind: str,
+) -> Chip:
+    """A GPU; NVLink sends to all others of a host at once: half of it is a link of a ring."""
+    return Chip(
+        name, GPU_SHARE * memory, operations, bandwidth, nvlink / 2, 8, network,
+        ("1", "2", "4", "8"), platform="cuda", kinds=(kind,),
+    )  # fmt: skip
+
+
+LARGEST = 2**14
+"""More chips than a slice, or all slices that are planned together, have."""
+# Half of a chip of tpu7x is a device. Of v4 the compiler makes two devices of a chip and a machine
+# one, so that what is compiled here would not be what runs there: it is left out.
+DEFAULT_FAMILY = "v5e"
+# fmt: off
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 4, 3.125e9, _FLAT,
+             kinds=("TPU v5 lite", "TPU v5e")),
+        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 90e9, 4, 6.25e9, _CUBES,
+             kinds=("TPU v5", "TPU v5p")),
+        Chip("v6e", 31.25 * _GIB, 918e12, 1638e9, 90e9, 4, 12.5e9, _FLAT,
+             kinds=("TPU v6 lite", "TPU v6e")),
+        Chip("tpu7x", 94.75 * _GIB, 1153.5e12, 3690e9, 45e9, 4, 6.25e9, _CUBES, cores=2,
+             kinds=("TPU7x",)),
+        _gpu("a100", 85100068864, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
+        _gpu("h100", 84942979072, 989e12, 3352e9, 450e9, 50e9, "NVIDIA H100 80GB HBM3"),
+        _gpu("h200", 151397597184, 989e12, 4800e9, 450e9, 50e9, "NVIDIA H200"),
+    )
+}
+# fmt: on
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v5e:4x4"; InputError for a family that is not known."""
+    family = topology.partition(":")[0]
+    if family not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise InputError(f"topology {topology!r}: no chip {family!r}; one of {known}, as v6e:4x4")
+    return CHIPS[family]
+
+
+def chip_of_devices(kind: str, platform: str, memory: int | None) -> Chip:
+    """The chip of devices that jax calls so ("TPU v5 lite", "NVIDIA H200"), with their memory.
+
+    memory: bytes that a device says programs may have. It counts where it is the less on a GPU, of
+    which jax is let take a share, and on what is not listed here; of that None is no limit. What is
+    not listed gets the rates of h100 (GPUs) or v5e (others), which put its meshes in order.
+    """
+    for chip in CHIPS.values():
+        if kind in chip.kinds:
+            told = memory if chip.platform == "cuda" and memory is not None else chip.memory
+            return replace(chip, memory=min(told, chip.memory))
+    alike = CHIPS["h100" if platform in ("gpu", "cuda") else DEFAULT_FAMILY]
+    return replace(alike, name=kind, memory=math.inf if memory is None else memory)
+
+
+def topologies(family: str) -> list[str]:
+    """The slices of a family, the smallest first, as topologies."""
+    return [f"{family}:{shape}" for shape in chip_of(family).slices]
+
+
+def check_topology(name: str) -> None:
+    """Raise InputError unless it is FAMILY:SHAPE, such as v6e:4x4, v5p:4x4x4 or h100:8.
+
+    GPUs are those of one host: between hosts rates are others.
+    """
+    chip, (_, _, shape) = chip_of(name), name.partition(":")
+    parts = shape.split("x")
+    wanted = chip.slices[0].count("x") + 1
+    wrong = len(parts) != wanted or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts)
+    if wrong or not (shape in chip.slices or _of_cubes(chip, parts)):
+        known = ", ".join(chip.slices)
+        more = ", further multiples of 4x4x4" if chip.slices == _CUBES else ""
+        raise InputError(f"topology {name!r}: {chip.name} comes as {known}{more}, or auto")
+    if math.prod(int(part) for part in parts) > LARGEST:
+        raise InputError(f"topology {name!r}: no slice has more than {LARGEST:,} chips")
+
+
+def _of_cubes(chip: Chip, parts: Sequence[str]) -> bool:
+    """Whether a shape is one that optical switches make of cubes of 4 × 4 × 4 chips."""
+    return chip.slices == _CUBES and all(int(part) % 4 == 0 for part in parts)
+
+
+def device_count(topology: str) -> int:
+    """Devices of a topology; raises as `check_topology` does."""
+    check_topology(topology)
+    shape = topology.partition(":")[2]
+    return chip_of(topology).cores * math.prod(int(size) for size in shape.split("x"))
+
+
+def family_of(topology: str) -> str | None:
+    """The family whose slices are to be tried, of "v6e:auto" or "auto" (v5e); None of one slice.
+
+    Raises InputError for a family that is not known.
+    """
+    family, colon, shape = topology.partition(":")
+    if (shape if colon else family) != "auto":
+        return None
+    return chip_of(family if colon else DEFAULT_FAMILY).name
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """Multiprocessors and what each has: float32 units, shared memory in bytes, clock in GHz."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    units: int
+    shared: int
+    cache: int
+    clock: float
+
+
+_HOPPER = ((9, 0), 132, 128, 228 * 1024, 50 * 2**20, 1.98)
+_GPUS = {
+    "a100": _Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * 1024, 40 * 2**20, 1.41),
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", *_HOPPER),
+    "h200": _Gpu("NVIDIA H200 141GB HBM3e", *_HOPPER),
+}
+_RESERVED = 1024
+"""Bytes of shared memory that a block of threads cannot have."""
+_TARGET = """gpu_device_info {{
+  name: "{gpu.name}"
+  cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+  core_count: {gpu.processors}
+  fpus_per_core: {gpu.units}
+  clock_rate_ghz: {gpu.clock}
+  device_memory_size: {memory}
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: {gpu.cache}
+  shared_memory_per_core: {gpu.shared}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {block}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{gpu.name}"
+"""
+
+
+def target_of(chip: Chip) -> str:
+    """The target of the compiler for a GPU of `CHIPS`."""
+    gpu = _GPUS[chip.name]
+    return _TARGET.format(
+        gpu=gpu,
+        memory=round(chip.memory / GPU_SHARE),
+        bandwidth=int(chip.bandwidth),
+        block=gpu.shared - _RESERVED,
+    )
+
 
 # So that libtpu looks for no TPU of this machine, asks no metadata server, and may be loaded beside
 # another process that uses it.

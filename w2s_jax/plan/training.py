@@ -18,9 +18,8 @@ from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_st
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.placing import check_batch
 from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import make_train_step
+from w2s_jax.train.step import check_batch, make_train_step
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def answer(task: Answering) -> list[Row]:
 
     from w2s_jax.ops.meshes import make_mesh
     from w2s_jax.search.checkpoints import load
-    from w2s_jax.search.placing import ONE_DEVICE, Places
+    from w2s_jax.search.models import ONE_DEVICE, Places
 
     planned = _planned(task)
     rows = _prompts(task, planned.tokenizer, planned.configs)

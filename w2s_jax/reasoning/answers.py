@@ -1,16 +1,236 @@
 """Final answers: their checkers by name, and the final answer of a gold solution.
 
-Grading many of them, in processes with limits, is in `grading.py`.
+published: the rules of the code published with arXiv 2407.13647, their oddities included ("ft" goes
+from any text). harness: lm-evaluation-harness's task `gsm8k`, version 3.0, without importing it.
+math: by value, numbers and units exactly, expressions by their values at points; what may hang
+(sympy) has no time limit here, grading gives it a process.
 """
 
+import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.answer_text import after_answer_is, after_hashes, last_box
-from w2s_jax.reasoning.harness_answers import HarnessChecker
-from w2s_jax.reasoning.math_answers import MathChecker
-from w2s_jax.reasoning.published_answers import PublishedChecker
+from w2s_jax.reasoning.answer_forms import form, quantity
+from w2s_jax.reasoning.answer_text import (
+    after_answer_is,
+    after_hashes,
+    clean,
+    final_answer,
+    last_box,
+)
+from w2s_jax.reasoning.expressions import expression_form
+from w2s_jax.reasoning.quantities import near, same_amount
+
+# What stands before the final answer of a response.
+MARKERS = {"gsm8k": "####", "math": "The answer is:", "olympicarena": "The answer is:"}
+
+_REPLACED = (
+    ("an ", ""),
+    ("a ", ""),
+    (".$", "$"),
+    ("\\$", ""),
+    ("\\ ", ""),
+    ("\\%", "%"),
+    (" ", ""),
+    ("mbox", "text"),
+    (",\\text{and}", ","),
+    ("\\text{and}", ","),
+    ("\\text{m}", "\\text{}"),
+)
+# Taken out one after another, in this order: an earlier one may uncover a later one.
+_REMOVED = (
+    *("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units"),
+    *("\\ldots", "sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm"),
+    *("pounds", "meters", "meals", "edges", "students", "childrentickets", "multiples"),
+    *("\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}"),
+    *("\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),
+)
+_UNWRAPPED = (
+    (re.compile(r"(.*?)(\$)(.*?)(\$)(.*)"), r"$\3$"),
+    (re.compile(r"\\text\{(.*?)\}"), r"\1"),
+    (re.compile(r"\\textbf\{(.*?)\}"), r"\1"),
+    (re.compile(r"\\overline\{(.*?)\}"), r"\1"),
+    (re.compile(r"\\boxed\{(.*)\}"), r"\1"),
+    (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),
+    (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
+)
+
+
+@dataclass(frozen=True)
+class PublishedChecker:
+    """The published extraction and normalisation; equal are answers whose strings are.
+
+    kind: gsm8k, math or olympicarena. Answers that `extract` returns are normalised already; gold
+    answers are normalised once, as they come.
+    """
+
+    kind: str
+    name: str = "published"
+
+    def extract(self, response: str) -> str:
+        text = response.split("Question")[0].strip()
+        found = re.findall(f"{MARKERS[self.kind]} (.*)$", text)
+        answer = (found[-1] if found else "") or _number_after_answer_is(text)
+        # Wherever the end mark stands, the last four characters go.
+        return published_form(answer[:-4] if "</s>" in answer else answer)
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        return prediction == published_form(gold)
+
+    def canonical(self, answer: str) -> str:
+        return answer
+
+
+def published_form(answer: str) -> str:
+    """The published normal form of a final answer."""
+    answer = answer.split("=")[-1]
+    for old, new in _REPLACED:
+        answer = answer.replace(old, new)
+    for old in _REMOVED:
+        answer = answer.replace(old, "")
+    for pattern, kept in _UNWRAPPED:
+        answer = pattern.sub(kept, answer)
+    answer = answer.replace("$", "")
+    if answer.replace(",", "").isdigit():
+        answer = answer.replace(",", "")
+    for ending in (".0", ".00", "%"):
+        if answer.endswith(ending) and answer[: -len(ending)].isdigit():
+            answer = answer[: -len(ending)]
+    return answer.lower() if answer.lower() in tuple("abcdefg") else answer
+
+
+def _number_after_answer_is(text: str) -> str:
+    found = re.findall(r"The answer is (.*)$", text)
+    numbers = re.findall(r"-?\d+\.?\d*", found[-1].replace(",", "")) if found else []
+    return numbers[0].removesuffix(".") if numbers else ""
+
+
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+# What the exact match ignores on both sides, in this order.
+_IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
+
+
+@dataclass(frozen=True)
+class HarnessChecker:
+    """`strict-match`, the first number after "####", or `flexible-extract`, the last number at all.
+
+    Answers that `extract` returns are normalised already; gold answers, bare or with their
+    solution, are normalised once.
+    """
+
+    flexible: bool = False
+
+    @property
+    def name(self) -> str:
+        return "harness-flexible" if self.flexible else "harness"
+
+    def extract(self, response: str) -> str:
+        if self.flexible:
+            found = _FLEXIBLE.findall(response)[-1:]
+        else:
+            found = [match[1] for match in [_STRICT.search(response)] if match]
+        return _harness_form(found[0].strip()) if found else ""
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        return prediction != "" and prediction == _harness_form(gold)
+
+    def canonical(self, answer: str) -> str:
+        return answer
+
+
+def _harness_form(answer: str) -> str:
+    """A final answer as the harness's exact match compares it."""
+    for pattern in _IGNORED:
+        answer = pattern.sub("", answer)
+    return answer.lower()
+
+
+_CHOICE = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.):]\s.*)?", re.DOTALL)
+_SMALL_CHOICE = re.compile(r"[(\[]([a-h])[)\]]")
+_CHOICES = re.compile(r"[(\[{]?\s*([A-Z](?:\s*(?:,|;|&|/|\band\b|\s)\s*[A-Z])+)\s*[)\]}]?")
+
+
+@dataclass(frozen=True)
+class MathChecker:
+    r"""Extraction from \boxed{..}, "####", "answer is" and bold, equality by value.
+
+    kind: gsm8k reads "####" before a box; math and olympicarena take which stands last. For
+    olympicarena several letters are a multiple choice in any order. `extract` returns clean LaTeX.
+    """
+
+    kind: str
+    name: str = "math"
+
+    def extract(self, response: str) -> str:
+        text = re.split(r"\nQuestion\b", response, maxsplit=1)[0]
+        return clean(final_answer(text, hashes_first=self.kind == "gsm8k"))
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        """Whether both cast one vote, or differ only in what a question may have told.
+
+        One of them may leave out the unit, "per day" behind money, "%", the base, "mod 7" or
+        "p.m."; and a decimal of at least six digits is the number that it rounds. Answers of one
+        vote are always equal.
+        """
+        prediction, gold = clean(prediction), clean(gold)
+        if not prediction or not gold:
+            return False
+        # A choice in brackets may be told in small without them.
+        letters = (
+            self._letters(prediction, small=gold.startswith("(")),
+            self._letters(gold, small=prediction.startswith("(")),
+        )
+        if letters[0] is not None or letters[1] is not None:
+            return letters[0] == letters[1]
+        if form(prediction, "voted") == form(gold, "voted"):
+            return True
+        if _as_typed(prediction, gold) or _as_typed(gold, prediction):
+            return True
+        told = form(prediction), form(gold)
+        bare = form(prediction, "bare"), form(gold, "bare")
+        if bare[0] == bare[1] and bare[0] in told:
+            return True
+        numbers = quantity(prediction), quantity(gold)
+        if numbers[0] and numbers[1]:
+            return near(numbers[0], numbers[1]) or same_amount(numbers[0], numbers[1])
+        # Half of mg is a product where another way to write it is no quantity.
+        written = expression_form(prediction) if numbers[0] or numbers[1] else None
+        return written is not None and written == expression_form(gold)
+
+    def canonical(self, answer: str) -> str:
+        """One form per value: "1000", "-3/4", "1/20 m", "{1,2}" for lists in any order, "A,C" for
+        choices; an expression is known by its values at fixed points.
+        """  # noqa: D205
+        answer = clean(answer)
+        letters = self._letters(answer)
+        if letters is not None:
+            return ",".join(sorted(letters))
+        return form(answer, "voted") if answer else ""
+
+    def _letters(self, answer: str, *, small: bool = False) -> frozenset[str] | None:
+        several = self.kind == "olympicarena"
+        if several and re.fullmatch(r"[A-J]{1,8}", answer):
+            return frozenset(answer) if len(set(answer)) == len(answer) else None
+        small = small or several
+        if _SMALL_CHOICE.fullmatch(answer) or (small and re.fullmatch("[a-f]", answer)):
+            answer = answer.upper()
+        if one := _CHOICE.fullmatch(answer):
+            return frozenset(one[1])
+        if several and (found := _CHOICES.fullmatch(answer)):
+            return frozenset(re.findall(r"\b[A-Z]\b", found[1]))
+        return None
+
+
+def _as_typed(one: str, other: str) -> bool:
+    """Whether one is typed as another answer is read: 60,120 for a list, 12:5 for a time."""
+    if re.fullmatch(r"\d+(?:,[1-9]\d{2})+", one):
+        listed = form(one.replace(",", ", "), "voted")
+        return listed == form(other, "voted") != form(one, "voted")
+    return re.fullmatch(r"\d{1,2}:\d", one) is not None and one.replace(":", ":0") == other
+
 
 KINDS = ("gsm8k", "math", "olympicarena")
 CHECKERS = ("math", "published", "harness", "harness-flexible")

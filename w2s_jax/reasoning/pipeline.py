@@ -21,7 +21,6 @@ from w2s_jax.reasoning.curation import curate, sft_set
 from w2s_jax.reasoning.generation import GenerationConfig
 from w2s_jax.reasoning.grading import judged, votes
 from w2s_jax.reasoning.measures import accuracy
-from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.questions import (
     Answers,
     draw_demonstrations,
@@ -33,6 +32,7 @@ from w2s_jax.reasoning.questions import (
 )
 from w2s_jax.reasoning.report import summarise, write_report
 from w2s_jax.reasoning.stages import Stage, run_stages
+from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
 
 RAW, GRADED, TRAINING, DEMONSTRATIONS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.measures import gap_recovered, majority_at_k, mean_over, pass_at_k
-from w2s_jax.text.atomic import write_whole
+from w2s_jax.text.rows import write_whole
 
 FLOOR, CEILING = "weak", "ceiling"
 REPORT, TABLES, FIGURE = "report.json", "report.md", "report.png"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from w2s_jax.errors import RowFailed, RowsFailed
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
 from w2s_jax.search.session import (
     Session,
@@ -25,8 +25,8 @@ from w2s_jax.search.session import (
     release,
     start_session,
 )
-from w2s_jax.search.sizes import buckets
 from w2s_jax.search.step import search_eos
+from w2s_jax.text.batches import buckets
 from w2s_jax.text.prompts import decode_tokens, response_text
 
 

@@ -30,10 +30,9 @@ import yaml
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.measures import Estimate, gap_over_seeds, over_seeds
 from w2s_jax.reasoning.problems import ProblemConfig, general_text, make_problems, question_rows
-from w2s_jax.reasoning.processes import run_module
 from w2s_jax.reasoning.stages import Stage, run_stages
-from w2s_jax.text.atomic import write_whole
-from w2s_jax.text.rows import write_jsonl
+from w2s_jax.reasoning.workers import run_module
+from w2s_jax.text.rows import write_jsonl, write_whole
 
 SEEDS = 5
 """Seeds that there are questions for; the general text keeps all of them out."""
@@ -188,8 +187,7 @@ class SmallRun:
 
     def _data(self, folder: Path) -> Mapping[str, Any]:
         """Questions of every seed, the test, the general text, tokenizer, empty checkpoints."""
-        from w2s_jax.text.bpe import save_bpe, train_bpe
-        from w2s_jax.text.tokenizer import load_tokenizer
+        from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
         size = self.size
         test = make_problems(size.test, 0, size.held_out)
@@ -341,7 +339,7 @@ def _json(value: Any) -> Any:
 def _write_start(shape: ShapeConfig, size: SizeConfig, tokenizer: Any, folder: Path) -> None:
     """A config.json and the tokenizer: what `w2s sft --from-scratch` begins with."""
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.text.bpe import END_ID, PAD_ID
+    from w2s_jax.text.tokenizer import END_ID, PAD_ID
 
     config = ModelConfig(
         architecture="llama",

@@ -13,15 +13,21 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
 from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
-from w2s_jax.search.guides import Guide, SearchModels, member_names, search_models
 from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
-from w2s_jax.search.placing import ONE_DEVICE, Places
+from w2s_jax.search.models import (
+    ONE_DEVICE,
+    Guide,
+    Places,
+    SearchModels,
+    member_names,
+    search_models,
+)
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.mappings import read_mapping
 from w2s_jax.text.prompts import tell_left_out
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
+from w2s_jax.text.typed_yaml import read_mapping
 
 Number = float | int
 SCORE_ON = ("auto", "tokens", "text")
@@ -353,7 +359,7 @@ def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -
     dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
     that does not divide them.
     """
-    from w2s_jax.models.reward_huggingface import load_reward_model
+    from w2s_jax.models.reward import load_reward_model
 
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     options: dict[str, Any] = {

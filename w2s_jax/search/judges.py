@@ -14,10 +14,9 @@ import numpy as np
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import whole
 from w2s_jax.models.encoder import Classifier
-from w2s_jax.models.heads import RewardModel
-from w2s_jax.models.labels import contrast, label_names
 from w2s_jax.models.model import Model
-from w2s_jax.search.guides import in_one_dtype
+from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.search.models import in_one_dtype
 from w2s_jax.search.reading import (
     Place,
     Reading,

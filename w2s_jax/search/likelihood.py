@@ -19,7 +19,7 @@ from w2s_jax.models.forward import logits as logits_of
 from w2s_jax.models.model import Model, hidden_states
 from w2s_jax.ops.logprobs import normalised
 from w2s_jax.pytrees import pytree
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import Proposer
 from w2s_jax.text.batches import pad_rows, power_of_two
 

@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from w2s_jax.decode.reader import start_cache
 from w2s_jax.errors import InputError
 from w2s_jax.exchange import whole
 from w2s_jax.models.cache import KV, KVCache, LayersKV
-from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.models.reward import RewardModel
+from w2s_jax.search.decode import start_cache
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.reading_programs import keep, prefill_slot, read_last, read_rows
-from w2s_jax.search.sizes import bucket
-from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.text.batches import bucket, pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
 

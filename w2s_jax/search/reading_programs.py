@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from w2s_jax.decode.reader import LOGIT_BYTES, prefill, read_chunk
 from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import forward, logits
-from w2s_jax.models.heads import RewardModel
 from w2s_jax.models.model import Model
+from w2s_jax.models.reward import RewardModel
 from w2s_jax.ops.logprobs import blocked_token_logprobs
+from w2s_jax.search.decode import LOGIT_BYTES, prefill, read_chunk
 
 
 @partial(jax.jit, donate_argnums=1)

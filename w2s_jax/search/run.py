@@ -11,7 +11,7 @@ from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import Guide, SearchModels, search_models
+from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.results import ChunkTrace, Request, SearchResult
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.session import (
@@ -23,8 +23,8 @@ from w2s_jax.search.session import (
     release,
     start_session,
 )
-from w2s_jax.search.sizes import SMALLEST_BUCKET, buckets
 from w2s_jax.search.texts import TextScorer
+from w2s_jax.text.batches import SMALLEST_BUCKET, buckets
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.typed import check_kind, shown
 

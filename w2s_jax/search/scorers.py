@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import implicit_rewards
 
 Values = Float[Array, "P R n J"]

@@ -20,8 +20,8 @@ from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
 from w2s_jax.search.hop import Decode, heed_stops, read_rows, score_rows, trace
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.results import ChunkTrace, Hypothesis, Number, Request, SearchResult
 from w2s_jax.search.state import SearchState, start_search

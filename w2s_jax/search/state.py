@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from w2s_jax.decode.reader import prefill, start_cache
 from w2s_jax.models.cache import KVCache, cache_axes
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.decode import prefill, start_cache
+from w2s_jax.search.models import SearchModels
 
 TILE = 8
 """The committed part has room for a multiple of so many tokens, which is a TPU's tile.

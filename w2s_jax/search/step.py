@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from w2s_jax.decode.chunk import draw_keys, sample_chunk
-from w2s_jax.decode.reader import read_chunk
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
 from w2s_jax.ops.sampling import Sampling, shortlist
 from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.decode import draw_keys, read_chunk, sample_chunk
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.selectors import Candidates
 from w2s_jax.search.state import Draws, SearchState, hold
 

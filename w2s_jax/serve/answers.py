@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from w2s_jax.search.likelihood import ScoredResponse
-from w2s_jax.serve.events import Choice
+from w2s_jax.serve.events import Choice, TokenTexts, token_bytes
 from w2s_jax.serve.jobs import Job
-from w2s_jax.serve.pieces import TokenTexts, token_bytes
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0

@@ -18,12 +18,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from w2s_jax.serve.answers import Writer, writer
-from w2s_jax.serve.errors import ApiError, body_too_large, shutting_down
-from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket
+from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket, TokenTexts
 from w2s_jax.serve.jobs import Job, Reader
 from w2s_jax.serve.metrics import CONTENT_TYPE, Metrics
-from w2s_jax.serve.pieces import TokenTexts
-from w2s_jax.serve.schema import Body, Chat, Completion, read_body
+from w2s_jax.serve.schema import (
+    ApiError,
+    Body,
+    Chat,
+    Completion,
+    body_too_large,
+    read_body,
+    shutting_down,
+)
 
 _POLL_SECONDS = 0.1
 _BODY_SECONDS = 60.0

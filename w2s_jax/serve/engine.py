@@ -20,15 +20,11 @@ from w2s_jax.search import session as sessions
 from w2s_jax.search.likelihood import score_responses
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
-from w2s_jax.serve.compiling import Compiler
-from w2s_jax.serve.errors import ApiError, queue_full, shutting_down
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
+from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket, choices_of, settled_texts
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
-from w2s_jax.serve.likelihoods import Likelihoods, Score
 from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.reading import choices_of, settled_texts
-from w2s_jax.serve.settings import Limits
-from w2s_jax.serve.tasks import Group, Nobody, Task
+from w2s_jax.serve.schema import ApiError, Limits, queue_full, shutting_down
+from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Nobody, Score, Task
 from w2s_jax.text.prompts import decode_tokens
 
 _PROGRAMS_BEFORE_CLEARING = 64

@@ -15,13 +15,22 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import presets
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.guides import SearchModels
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.texts import TextScorer
-from w2s_jax.serve.errors import ApiError, malformed, too_large, too_long, unsupported
-from w2s_jax.serve.schema import Chat, Completion, Generation
-from w2s_jax.serve.settings import Defaults, Limits
+from w2s_jax.serve.schema import (
+    ApiError,
+    Chat,
+    Completion,
+    Defaults,
+    Generation,
+    Limits,
+    malformed,
+    too_large,
+    too_long,
+    unsupported,
+)
 from w2s_jax.text.batches import power_of_two
 from w2s_jax.text.chat import Template
 from w2s_jax.text.conversations import Conversation, Message, role_of

@@ -1,12 +1,166 @@
-"""The bodies of requests: their fields, read strictly, and refusals of what is not supported."""
+"""The bodies of requests: their fields, read strictly; what a server takes, and its refusals.
 
+An error is a status and OpenAI's error body.
+"""
+
+import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from w2s_jax.serve.errors import malformed, unsupported
+from w2s_jax.errors import InputError
+from w2s_jax.ops.sampling import Sampling
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_OWN_FAULTS = 500
+
+
+class ApiError(Exception):
+    """A refused or failed request.
+
+    status: HTTP status. message: one line, what is wrong and what would be right. param: the field
+    at fault. code: a word that programs can compare.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body, as OpenAI's API writes it."""
+        fallback = "server_error" if self.status >= _OWN_FAULTS else "invalid_request_error"
+        kind = _TYPES.get(self.status, fallback)
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": told}
+
+
+def unsupported(message: str, param: str) -> ApiError:
+    """400: the request is well formed and asks for what this server cannot give."""
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def malformed(message: str, param: str | None = None) -> ApiError:
+    """400: the request is not of the form that the endpoint takes."""
+    return ApiError(400, message, param=param, code="invalid_request")
+
+
+def too_large(message: str, param: str) -> ApiError:
+    """400: the request asks for more than this server gives."""
+    return ApiError(400, message, param=param, code="too_large")
+
+
+def body_too_large(most: int) -> ApiError:
+    """413: the body is not read."""
+    told = f"the body is larger than {most} bytes, the most that this server reads"
+    return ApiError(413, told, code="too_large")
+
+
+def too_long(prompt: int, new: int, positions: int, param: str) -> ApiError:
+    """400: prompt and response do not fit the models; in words that OpenAI's clients look for."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {positions} tokens. However, you requested "
+        f"{prompt + new} tokens ({prompt} in the {param}, {new} in the completion). Please reduce "
+        f"the length of the {param} or completion.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def not_finite() -> ApiError:
+    """500: what the models say of this request is no number."""
+    return ApiError(
+        500,
+        "a log-prob is not a number; a model's weights may be damaged, or overflow in this dtype",
+        code="not_finite",
+    )
+
+
+def queue_full(waiting: int, queue: int) -> ApiError:
+    """429: as many prompts wait as may."""
+    return ApiError(
+        429,
+        f"{waiting} of {queue} places in the queue are taken; try again",
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
+
+
+def shutting_down() -> ApiError:
+    """503: the server takes no more requests."""
+    return ApiError(
+        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}
+    )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The values of fields that a request leaves out. w, k, l are W, K and L of the search.
+
+    policy_cache, as in SearchConfig, is the server's alone.
+
+    Raises InputError for a value that no request could ask for either.
+    """
+
+    method: str = "cbs"
+    w: int = 4
+    k: int = 4
+    l: int = 5  # noqa: E741
+    beta: float = 1.0
+    max_tokens: int = 50
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 1.0
+    policy_cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, ("w", "k", "l", "max_tokens"))
+        if not 0 <= self.beta < math.inf:
+            raise InputError(f"beta is {self.beta}; it must be 0 or above, and finite")
+        Sampling(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is taken on, in all and of one request.
+
+    slots: prompts searched side by side, of each compiled program. queue: prompts that wait.
+    rows: W·K of cbs, N of bon, n of the others. tokens: new tokens of a response. prompts: prompts
+    of a request. body: bytes of a request. programs: compiled searches that keep their memory on
+    the device. Raises InputError for a number below 1.
+    """
+
+    slots: int = 8
+    queue: int = 256
+    rows: int = 64
+    tokens: int = 2048
+    prompts: int = 128
+    body: int = 1 << 22
+    programs: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, tuple(field.name for field in dataclasses.fields(self)))
+
+
+def _at_least_one(settings: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+
 
 # OpenAI's fields that this server cannot heed, and the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -1,15 +1,20 @@
-"""Batches of token ids at fixed shapes, each a pure function of its step: data resumes exactly.
+"""Batches of token ids at fixed shapes: which rows are in which, held out, packed or padded.
 
-Holds no tokenizer and no model: documents are integer arrays.
+Pure functions of the step, the same on every host, so that data resumes exactly. Documents are
+integer arrays: no tokenizer, no model.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32, Int64
+
+from w2s_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -91,3 +96,197 @@ class Crops:
         crop = document[start : start + width - 1].copy()
         crop[rng.random(len(crop)) < self.token_dropout] = self.pad_id
         return np.concatenate([[self.first_id], crop]).astype(np.int32)
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What batches are made of."""
+
+    def __len__(self) -> int: ...
+    def at(self, indices: np.ndarray, part: slice = ...) -> Batch: ...
+    def names(self, index: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of `rows` rows of the data, by step number from 0.
+
+    Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
+    off. The rows that an epoch's last batch lacks come from the next epoch's order ("fill"), or
+    that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
+    takes: as wide as the whole batch and made from all of it.
+
+    Raises ValueError where `part` has no rows, or "drop" leaves no batch.
+    """
+
+    data: Rows
+    rows: int
+    seed: int = 0
+    shuffle: bool = True
+    part: tuple[int, int] | None = None
+    last: Literal["fill", "drop"] = "fill"
+
+    def __post_init__(self) -> None:
+        if not range(self.rows)[self._slice]:
+            raise ValueError(f"no rows of {self.rows} lie in {self.part}")
+        if not len(self.data) or (self.last == "drop" and len(self.data) < self.rows):
+            raise ValueError(f"no batch of {self.rows} rows in {len(self.data)}")
+        object.__setattr__(self, "_order", shuffled(len(self.data), self.seed))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every row is read once; the last may reach into the next epoch."""
+        whole, more = divmod(len(self.data), self.rows)
+        return whole + (1 if more and self.last == "fill" else 0)
+
+    def __call__(self, step: int) -> Batch:
+        """This host's rows of a step's batch."""
+        return self.data.at(self.indices(step), self._slice)
+
+    @property
+    def _slice(self) -> slice:
+        return slice(*(self.part or (0, self.rows)))
+
+    def indices(self, step: int) -> np.ndarray:
+        """Rows of the data in the whole batch of a step, of all hosts."""
+        first = step * self.rows
+        if self.last == "drop":
+            epoch, place = divmod(step, self.steps_per_epoch)
+            first = epoch * len(self.data) + place * self.rows
+        positions = range(first, first + self.rows)
+        if not self.shuffle:
+            return np.array([position % len(self.data) for position in positions])
+        order = self._order  # type: ignore[attr-defined]
+        return np.array([order(position) for position in positions])
+
+    def names(self, step: int) -> list[str]:
+        """Where the rows of a step's batch, of all hosts, stand in their files."""
+        return [name for index in self.indices(step) for name in self.data.names(int(index))]
+
+
+def in_order(data: Rows, rows: int) -> Iterator[Batch]:
+    """Every row of the data once, in its order, `rows` at a time; the last batch may be smaller."""
+    for start in range(0, len(data), rows):
+        indices = np.arange(start, min(start + rows, len(data)))
+        yield data.at(indices, slice(0, len(indices)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of data, in the order of `rows`; itself data for batches."""
+
+    data: Any
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row."""
+        return self.data.lengths[self.rows]
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal rows of equal data."""
+        digest = hashlib.sha256(self.rows.astype(np.int64).tobytes())
+        return f"{self.data.identity}:{digest.hexdigest()[:16]}"
+
+    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
+        """The batch of these rows, or the `part` of it that a host takes."""
+        return self.data.at(self.rows[np.asarray(indices)], part)
+
+    def names(self, index: int) -> list[str]:
+        """Where a row stands in its file."""
+        return self.data.names(int(self.rows[index]))
+
+
+def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
+    """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
+
+    Raises InputError where no row would be left.
+    """
+    if not 0 < count < len(data):
+        raise InputError(
+            f"--held-out {count}: the data has {len(data)} rows; keep some to train on"
+        )
+    drawn = np.random.default_rng((seed, 2)).permutation(len(data))
+    return Part(data, np.sort(drawn[count:])), Part(data, np.sort(drawn[:count]))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of whole documents: row i holds `documents[starts[i] : starts[i + 1]]`."""
+
+    documents: Int64[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " m"]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, index: int) -> Int64[np.ndarray, " k"]:
+        """Indices of the documents in one row."""
+        return self.documents[self.starts[index] : self.starts[index + 1]]
+
+
+def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
+    """Pack documents into rows of `width` tokens, the longest first, each where it leaves least.
+
+    Every document is in exactly one row, whole. The result depends on the arguments alone: equal
+    lengths keep their order, and of rows with equal room the oldest is filled, as in TRL's "bfd"
+    (arXiv 2404.10830). Raises ValueError for a document that is empty or longer than a row.
+    """
+    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= width:
+        raise ValueError(f"documents must have 1 to {width} tokens")
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    rows: list[list[int]] = []
+    # The rows with so much room, the oldest first. Which rooms occur is a set of bits, so that the
+    # least one that suffices is found at once.
+    by_room: dict[int, list[int]] = {}
+    rooms = 0
+    for index in order.tolist():
+        length = int(lengths[index])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = heapq.heappop(by_room[room])
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = width, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        left = room - length
+        if left:
+            heapq.heappush(by_room.setdefault(left, []), row)
+            rooms |= 1 << left
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Packing(np.array([i for row in rows for i in row], np.int64), starts)
+
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
+
+    It holds all of the prompt but its last token.
+    """
+    return power_of_two(length - 1, SMALLEST_BUCKET)
+
+
+def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
+    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+
+    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    """
+    grouped: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        grouped.setdefault(bucket(length), []).append(index)
+    joined: dict[int, list[int]] = {}
+    few: list[int] = []
+    for capacity, members in sorted(grouped.items()):
+        few = sorted(few + members)
+        if len(few) >= slots or capacity == max(grouped):
+            joined[capacity], few = few, []
+    return joined

@@ -1,24 +1,69 @@
-"""Chat templates: how each model wants to read a conversation, as text and as token ids.
-
-The published templates themselves are in text/templates.py; holds no model code.
-"""
+"""Chat templates: how each model wants to read a conversation, as text and as token ids."""
 
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, no_type_check
 
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.conversations import THOUGHTS, Conversation, Message, function_of
 from w2s_jax.text.prompts import encode_prompt, encode_texts
 from w2s_jax.text.templates import BOS_TEXTS, PUBLISHED
-from w2s_jax.text.time_limit import apply_template
 from w2s_jax.typed import check_kind
+
+TEMPLATE_SECONDS = 5.0
+"""What a chat template may take; those of models take milliseconds."""
+
+
+class TimeUp(Exception):
+    """The time is up."""
+
+
+def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """The tokenizer's apply_chat_template within TEMPLATE_SECONDS.
+
+    Raises TimeUp, and whatever the template raises, which is a program and may raise anything.
+    """
+    with within(TEMPLATE_SECONDS):
+        return tokenizer.apply_chat_template(list(turns), **options)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in what this thread runs inside once it took so many seconds of a processor.
+
+    Calls are watched, and of code without a file, as jinja makes of templates, each line; a single
+    long operation in C is seen when it ends. Works in every thread, and other threads' load, or the
+    machine's, does not count.
+    """
+    start = time.thread_time()
+
+    @no_type_check  # it is called for every line
+    def watch(frame: FrameType, event: str, argument: Any) -> Any:
+        file = frame.f_code.co_filename
+        # Callbacks of the garbage collector and of weak references lose what is raised in them, and
+        # the watch ends with it: elsewhere than in templates and jinja it is raised later.
+        limit = seconds if not file.endswith(".py") or "jinja2" in file else 2 * seconds
+        if time.thread_time() - start > limit:
+            raise TimeUp(f"it takes longer than {seconds:g} seconds")
+        return None if file.endswith(".py") else watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")

@@ -1,7 +1,8 @@
 """The journal of a long job: finished rows on disk at once, whatever happens next.
 
 A file of JSON lines. The first holds the job's fingerprint (its inputs and settings), each other
-one a row under its id. Knows nothing of what rows mean, nor how they are computed.
+one a row under its id. Of several hosts each writes its share of the rows, and one the output; no
+file system need be shared.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.atomic import check_writable, sync_folder
-from w2s_jax.text.rows import Row, json_line, write_jsonl
+from w2s_jax.exchange import gather_values
+from w2s_jax.hosts import is_first, own_number
+from w2s_jax.text.rows import Row, check_writable, json_line, sync_folder, write_jsonl
 
 HEADER = "w2s_journal"
 
@@ -46,7 +48,7 @@ class Journal:
         return _read(self.path)[1] if self.path.exists() else {}
 
     def is_own(self, row_id: int) -> bool:
-        """Whether a row is this process's to write: every one (see `host_journal.py`)."""
+        """Whether a row is this process's to write: every one, on one host."""
         return True
 
     def merge(
@@ -192,3 +194,93 @@ def _differences(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
         for name in names
         if found.get(name) != wanted.get(name)
     )
+
+
+@dataclass(frozen=True)
+class HostJournal:
+    """What `Journal` is on one host. `own` is this host's, `others` are those of earlier runs.
+
+    Row i is the share of host i modulo their number. But for `append`, all hosts call each method.
+    """
+
+    own: Journal
+    others: tuple[Journal, ...]
+    host: int
+    count: int
+
+    @property
+    def path(self) -> Path:
+        """Where this host's rows go."""
+        return self.own.path
+
+    def is_own(self, row_id: int) -> bool:
+        """Whether a row is this host's to write."""
+        return row_id % self.count == self.host
+
+    def append(self, row_id: int, row: Mapping[str, Any]) -> None:
+        """Add a finished row of this host's; it is on the disk when this returns."""
+        self.own.append(row_id, row)
+
+    def read(self) -> dict[int, Row]:
+        """The finished rows of all hosts by id."""
+        rows: dict[int, Row] = {}
+        for journal in (*self.others, self.own):
+            rows |= journal.read()
+        found: dict[int, Row] = {}
+        for part in gather_values(list(rows.items())):
+            found |= {int(row_id): row for row_id, row in part}
+        return dict(sorted(found.items()))
+
+    def merge(
+        self,
+        output: str | Path,
+        count: int,
+        write: Callable[[str | Path, Iterable[Row]], None] = write_jsonl,
+    ) -> None:
+        """As `Journal.merge`: the first host writes, then every host removes its journals."""
+        rows = self.read()
+        check_whole(self.path, rows, count)
+        if is_first():
+            write(output, (rows[row_id] for row_id in range(count)))
+        gather_values(None)  # the output is there before a journal goes
+        for journal in (*self.others, self.own):
+            journal.path.unlink(missing_ok=True)
+
+
+def host_journal_path(output: str | Path, host: int) -> Path:
+    """Where a host's journal lies: OUTPUT.journal for the first, OUTPUT.host1.journal and so on."""
+    return journal_path(output) if host == 0 else journal_path(f"{output}.host{host}")
+
+
+@contextlib.contextmanager
+def job_journal(
+    output: str | Path, fingerprint: Mapping[str, Any]
+) -> Iterator[Journal | HostJournal]:
+    """The journal beside `output` that this process is to write, held while the block runs.
+
+    On several hosts each has one of its own. Those that an earlier run left here with another
+    number of hosts are taken up too. Raises InputError as `held` and `open_journal` do.
+    """
+    host, count = own_number()
+    with contextlib.ExitStack() as stack:
+        path = host_journal_path(output, host)
+        stack.enter_context(held(path))
+        own = open_journal(path, fingerprint)
+        left = [at for at in _left_behind(output) if at >= count and at % count == host]
+        if count == 1 and not left:
+            yield own
+            return
+        others = []
+        for at in left:
+            stack.enter_context(held(host_journal_path(output, at)))
+            others.append(open_journal(host_journal_path(output, at), fingerprint))
+        yield HostJournal(own, tuple(others), host, count)
+
+
+def _left_behind(output: str | Path) -> list[int]:
+    """Numbers of the hosts, but the first, whose journals lie beside an output."""
+    output = Path(output)
+    start, end = f"{output.name}.host", ".journal"
+    names = (path.name for path in output.parent.glob("*.journal"))
+    numbers = [name[len(start) : -len(end)] for name in names if name.startswith(start)]
+    return sorted(int(number) for number in numbers if number.isdecimal())

@@ -1,18 +1,172 @@
-"""Tokenizers of checkpoints, loaded so that they do what their own files say.
+"""Tokenizers of checkpoints, loaded so that they do what their own files say; BPE, trained.
 
-Returns transformers' tokenizers. transformers is imported on the first load, not with this module.
+transformers is imported on the first load, not with this module. SentencePiece models
+(tokenizer.model) become fast tokenizers, exact in their ids, where there is no tokenizer.json:
+transformers 5.23 converts such files too, but ranks merges by token id instead of by score and
+drops the dummy prefix, so "a  b" gets other ids.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.typed import check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SPACE = "▁"
+_BPE = 2  # TrainerSpec.ModelType
+_CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
+
+
+def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer of a SentencePiece file, and its special tokens by role ("bos_token", ...).
+
+    `options` are those of tokenizer_config.json: add_bos_token (default true, as in Llama) and
+    add_eos_token (default false). Raises InputError for a file that is no SentencePiece BPE model.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    with contextlib.suppress(DecodeError):  # what is left unread fails the next test
+        model.ParseFromString(path.read_bytes())
+    trainer, pieces = model.trainer_spec, model.pieces
+    if trainer.model_type != _BPE or not pieces:
+        raise InputError(f"{path} is not a SentencePiece BPE model; convert it to tokenizer.json")
+    scores = {piece.piece: piece.score for piece in pieces}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece.piece: index for index, piece in enumerate(pieces)},
+            merges=_merges(scores),
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    )
+    _set_spaces(tokenizer, model.normalizer_spec.add_dummy_prefix)
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
+            for piece in pieces
+            if piece.type in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
+    roles = {f"{role}_token": pieces[index].piece for role, index in ids.items() if index >= 0}
+    _set_template(tokenizer, roles, options)
+    return tokenizer, roles
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, the third's score descending."""
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in scores and piece[cut:] in scores:
+                merges.append((score, piece[:cut], piece[cut:]))
+    merges.sort(key=lambda merge: -merge[0])
+    return [(left, right) for _, left, right in merges]
+
+
+def _set_spaces(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
+    """Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding."""
+    prepend = [normalizers.Prepend(_SPACE)] if dummy_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+
+
+def _set_template(
+    tokenizer: Tokenizer, roles: Mapping[str, str], options: Mapping[str, Any]
+) -> None:
+    first = (
+        [roles["bos_token"]] if options.get("add_bos_token", True) and "bos_token" in roles else []
+    )
+    last = (
+        [roles["eos_token"]] if options.get("add_eos_token", False) and "eos_token" in roles else []
+    )
+    used = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *last],
+        special_tokens=used,
+    )
+
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
+END_ID, PAD_ID = 0, 1
+BYTES = 256
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
+    """Learn a byte-level BPE in which END_OF_TEXT has id END_ID and PADDING id PAD_ID.
+
+    Every string can be encoded and decodes to itself. Encoding with special tokens puts
+    END_OF_TEXT in front, so the same ids open a document for a language model and give a
+    classifier its first token. Raises InputError when `vocab_size` leaves no room for the 256
+    bytes and the special tokens.
+    """
+    smallest = BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
+        special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+    )
+    return tokenizer
+
+
+def save_bpe(tokenizer: Tokenizer, directory: str | Path, *, max_length: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer reads."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
 
 # More tokens than this on one side make another vocabulary, not an extended one.
 _ADDED_TOKENS = 256
@@ -138,8 +292,6 @@ def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
 def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
-
-    from w2s_jax.text.spm import read_spm
 
     backend, special = read_spm(directory / "tokenizer.model", options)
     added = directory / "added_tokens.json"

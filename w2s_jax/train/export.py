@@ -19,7 +19,7 @@ from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.huggingface import load_config, load_model, locate
 from w2s_jax.models.lora import LoraConfig, merge
 from w2s_jax.models.model import Model
-from w2s_jax.text.atomic import write_whole
+from w2s_jax.text.rows import write_whole
 from w2s_jax.train.checkpoint import read_params
 from w2s_jax.train.loop import CHECKPOINTS
 from w2s_jax.train.reference import weights_identity

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from w2s_jax.text.atomic import sync_folder, write_whole
+from w2s_jax.text.rows import sync_folder, write_whole
 
 VERSION = 1
 

@@ -19,9 +19,8 @@ from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
-from w2s_jax.train.losses import Mean, Metrics
+from w2s_jax.train.losses import Mean, Metrics, kto, kto_kl, kto_metrics, wspo
 from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
-from w2s_jax.train.response_losses import kto, kto_kl, kto_metrics, wspo
 from w2s_jax.train.step import Batch, LossFunction
 
 Frozen = Mapping[str, Model]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from w2s_jax.errors import InputError
 from w2s_jax.pytrees import pytree
-from w2s_jax.train import preference_losses, reference_free_losses, response_losses
+from w2s_jax.train import losses, preference_losses
 from w2s_jax.train.losses import Metrics, preference_metrics
 from w2s_jax.train.preference_losses import per_token
 from w2s_jax.typed import check_fields
@@ -33,14 +33,12 @@ WITH_REFERENCE: Mapping[str, Loss] = {
     )
 }  # fmt: skip
 REFERENCE_FREE: Mapping[str, Loss] = {
-    name: getattr(reference_free_losses, name) for name in ("orpo", "cpo", "simpo", "genarm")
+    name: getattr(losses, name) for name in ("orpo", "cpo", "simpo", "genarm")
 }
 PAIR_LOSSES: Mapping[str, Loss] = {
     **WITH_REFERENCE, **REFERENCE_FREE, "sft": preference_losses.sft
 }  # fmt: skip
-RESPONSE_LOSSES: Mapping[str, Loss] = {
-    name: getattr(response_losses, name) for name in ("kto", "wspo")
-}
+RESPONSE_LOSSES: Mapping[str, Loss] = {name: getattr(losses, name) for name in ("kto", "wspo")}
 LOSSES: Mapping[str, Loss] = {**PAIR_LOSSES, **RESPONSE_LOSSES}
 
 RENAMED = {

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from w2s_jax.errors import check_fetched
-from w2s_jax.text.atomic import write_whole
-from w2s_jax.text.rows import json_line
+from w2s_jax.text.rows import json_line, write_whole
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"

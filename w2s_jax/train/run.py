@@ -17,30 +17,27 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
-from w2s_jax.text.held_out import Part
-from w2s_jax.text.order import Batches
+from w2s_jax.text.batches import Batches, Part
 from w2s_jax.text.token_rows import Data
 from w2s_jax.train.loop import LoopConfig, train
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
-from w2s_jax.train.placing import (
-    batch_parts,
-    check_batch,
-    host_rows,
-    place,
-    place_state,
-    place_whole,
-)
 from w2s_jax.train.reference import Referenced
 from w2s_jax.train.step import (
     SUMMED,
     Batch,
     LossFunction,
     TrainState,
+    batch_parts,
     cast,
+    check_batch,
+    host_rows,
     init_state,
     make_train_step,
+    place,
+    place_state,
+    place_whole,
 )
 
 Source = Data | Part | Referenced

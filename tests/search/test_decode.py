@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.tiny import VOCAB, tiny_model
-from w2s_jax.decode.reader import (
+from w2s_jax.models.cache import commit_chunk
+from w2s_jax.ops import attention, parts_kernel, parts_sizes
+from w2s_jax.search.decode import (
     prefill,
     read_chunk,
     read_stems,
@@ -16,8 +18,6 @@ from w2s_jax.decode.reader import (
     start_cache,
     start_chunk,
 )
-from w2s_jax.models.cache import commit_chunk
-from w2s_jax.ops import attention, parts_kernel, parts_sizes
 
 KINDS = {
     "sliding windows, stacked": {"sliding_windows": (3, None), "scan_layers": True},
@@ -193,7 +193,7 @@ def test_the_kernel_on_a_mesh_reads_as_the_plain_way_does(run_python):
 BLOCKS = """
 import jax, jax.numpy as jnp, re
 from tests.tiny import tiny_model
-from w2s_jax.decode.reader import read_stems, start_cache
+from w2s_jax.search.decode import read_stems, start_cache
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops import attention
 from w2s_jax.ops.meshes import make_mesh
@@ -222,7 +222,7 @@ assert set(blocks(model, 4)) != set(alone)
 KERNEL = """
 import numpy as np
 from functools import partial
-from w2s_jax.decode.reader import read_chunk, read_step, start_chunk
+from w2s_jax.search.decode import read_chunk, read_step, start_chunk
 from w2s_jax.ops import parts_kernel, parts_sizes
 parts_kernel.LANES = parts_sizes.LANES = 4
 parts_kernel.attend = partial(parts_kernel.attend, interpret=True)

@@ -1,1 +1,0 @@
-"""One model writing: prefill, chunks of tokens, scoring, batched generation."""
