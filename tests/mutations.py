@@ -112,7 +112,7 @@ FAULTS = (
     ),
     Fault(
         "search-late-stop",
-        "w2s_jax/search/hop.py",
+        "w2s_jax/search/host_scoring.py",
         "    return low\n",
         "    return min(low + 1, len(tokens))\n",
         "a stop string leaves one token of its own in the response",

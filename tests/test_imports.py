@@ -56,6 +56,51 @@ def imports(module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def modules_used(module: str) -> set[str]:
+    """The package's modules that one imports anywhere, also for types alone."""
+    used = set()
+    for name in imports(module):
+        path = name.removeprefix("w2s_jax.").replace(".", "/")
+        parent = path.rpartition("/")[0]
+        found = (f"{path}.py", f"{path}/__init__.py", f"{parent}.py", f"{parent}/__init__.py")
+        used.update([one for one in found if name.startswith("w2s_jax.") and one in MODULES][:1])
+    return used - {module}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Not even lazily, or for types: then none of them could be read first."""
+    left = {module: modules_used(module) for module in MODULES}
+    while free := [module for module, used in left.items() if not used & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, {module: sorted(used & left.keys()) for module, used in left.items()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_with_an_underscore_stay_in_their_file(module):
+    tree = ast.parse((PACKAGE / module).read_text())
+    known = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("w2s_jax")
+        for alias in node.names
+    }
+    private = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in known
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+    ]
+    private += [
+        name for name in imports(module) if name.startswith("w2s_jax") and "._" in name
+        and "__" not in name
+    ]  # fmt: skip
+    assert not private, f"{module} reaches for {private}"
+
+
 def room_of(name: str) -> str:
     """The room of a dotted name inside the package: "w2s_jax.ops.norms" is in "ops"."""
     return name.split(".")[1]

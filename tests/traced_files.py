@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.cli.test_search import SMALL, tiny
 from w2s_jax.cli.main import main
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.text.rows import write_jsonl
 
 PACKAGE = Path(__file__).parent.parent / "w2s_jax"

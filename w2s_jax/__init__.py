@@ -10,7 +10,8 @@ from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.huggingface import load_model, save_model
+    from w2s_jax.models.huggingface import save_model
+    from w2s_jax.models.load import load_model
     from w2s_jax.models.model import Model
     from w2s_jax.search import Guide, SearchConfig
     from w2s_jax.text.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ _HOMES = {
     "Model": "w2s_jax.models.model",
     "ModelConfig": "w2s_jax.models.config",
     "SearchConfig": "w2s_jax.search",
-    "load_model": "w2s_jax.models.huggingface",
+    "load_model": "w2s_jax.models.load",
     "load_tokenizer": "w2s_jax.text.tokenizer",
     "save_model": "w2s_jax.models.huggingface",
 }

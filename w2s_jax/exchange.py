@@ -23,7 +23,7 @@ BLOCK = 8 * 2**20
 """Bytes that a host gives in one exchange."""
 
 
-def whole(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """The arrays of a tree as NumPy arrays, whatever devices of whichever hosts hold their parts.
 
     Parts that lie on other hosts are gathered, by one program for all arrays of the tree.

@@ -194,7 +194,7 @@ def start_hosts(
     Raises HostsParted where the coordinator does not answer in time, and InputError on the first
     host where the address given for it is none. Where a host other than the
     first is missing, jax ends the process by SIGABRT once the time is over, and so it does where a
-    host dies later: `cli/together.py` turns that into a line and a status.
+    host dies later: `cli/multihost_launch.py` turns that into a line and a status.
     """
     import jax
 

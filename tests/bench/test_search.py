@@ -10,9 +10,9 @@ from tests.tiny import tiny_model
 from w2s_jax.bench import search as bench
 from w2s_jax.bench.floor import measure_rates
 from w2s_jax.bench.search import Options, check, run
-from w2s_jax.bench.setup import vocabularies
 from w2s_jax.errors import InputError
 from w2s_jax.search.models import Guide
+from w2s_jax.text.synthetic import vocabularies
 
 SMALL = {
     "policy_layers": 1,

@@ -12,8 +12,7 @@ from tests.cli.test_search import tiny
 from tests.search.test_adapters import TOKENS, adapter
 from w2s_jax.cli.convert import Convert
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model
-from w2s_jax.models.lora_huggingface import load_adapted
+from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.text.tokenizer import load_tokenizer
 
 

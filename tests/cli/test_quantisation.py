@@ -9,7 +9,7 @@ import pytest
 from tests.cli.test_search import models, prompts, search, tiny  # noqa: F401
 from w2s_jax.cli.main import main, parse
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import quantize, read_quantize, weight_bytes
 from w2s_jax.search.results import Hypothesis, SearchResult

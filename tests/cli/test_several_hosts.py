@@ -133,7 +133,7 @@ def test_hosts_that_count_themselves_differently_are_told(files, tmp_path):
 
 SLEEP = """
 import sys, time
-from w2s_jax.cli.together import End, run_together
+from w2s_jax.cli.multihost_launch import End, run_together
 from w2s_jax.hosts import find_hosts
 def sleep():
     print("up", flush=True)
@@ -182,7 +182,7 @@ values = np.arange(24.0, dtype=np.float32).reshape(12, 2)
 split = jax.make_array_from_callback(
     values.shape, NamedSharding(mesh, PartitionSpec("data")), values.__getitem__
 )
-tree = exchange.whole({"split": split, "plain": np.ones(2), "local": jax.numpy.ones(3)})
+tree = exchange.to_host({"split": split, "plain": np.ones(2), "local": jax.numpy.ones(3)})
 np.testing.assert_array_equal(tree["split"], values)
 np.testing.assert_array_equal(exchange.everywhere(values, mesh).addressable_data(1), values)
 exchange.agree("run", {"a": 1, "b": [2]})

@@ -17,8 +17,8 @@ from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
 from w2s_jax.cli.saving import print_run
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model, save_model
-from w2s_jax.models.lora_huggingface import load_adapted
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.model import Model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 from tests.cli.test_search import tiny
 from tests.cli.test_training import PAIRS, one_error, run
 from tests.search.test_adapters import adapter
-from w2s_jax.text.journal import held
+from w2s_jax.text.journal import locked
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.train.reference import weights_identity
 
@@ -118,7 +118,7 @@ def test_a_run_never_replaces_what_it_reads(model, pairs, tmp_path, capsys):
 def test_a_second_run_in_a_folder_is_told_before_weights_are_read(
     model, pairs, tmp_path, capsys, unread
 ):
-    with held(tmp_path / "run" / "metrics.jsonl"):
+    with locked(tmp_path / "run" / "metrics.jsonl"):
         status = run("dpo", model, pairs, tmp_path / "run", f"--cache={tmp_path / 'cache'}")
     assert "another run is writing this output" in one_error(capsys, status)
 

@@ -26,7 +26,7 @@ from tests.evaluate.harness_files import (
     tiny_checkpoint,
     write_tasks,
 )
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.harness

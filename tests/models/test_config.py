@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import load_config
+from w2s_jax.models.config_json import config_from_hf, config_to_hf
+from w2s_jax.models.load import load_config
 from w2s_jax.ops.rotary import Rope
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -36,7 +36,7 @@ NAN = math.nan
 
 
 def read(**changes):
-    return ModelConfig.from_hf(LLAMA | changes)
+    return config_from_hf(LLAMA | changes)
 
 
 def golden(case, name="config.json"):
@@ -45,15 +45,13 @@ def golden(case, name="config.json"):
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_styles_of_config_json_say_the_same(case):
-    assert ModelConfig.from_hf(golden(case)) == ModelConfig.from_hf(
-        golden(case, "config_2024.json")
-    )
+    assert config_from_hf(golden(case)) == config_from_hf(golden(case, "config_2024.json"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_to_hf_is_read_back_as_the_same_config(case):
-    config = ModelConfig.from_hf(golden(case))
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    config = config_from_hf(golden(case))
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_to_hf_is_read_back_as_the_same_config(case):
 )
 def test_every_kind_of_llama_survives_config_json(changes):
     config = dataclasses.replace(read(), **changes)
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_defaults_of_llama():
@@ -84,7 +82,7 @@ def test_defaults_of_llama():
 
 
 def test_defaults_of_gpt2():
-    config = ModelConfig.from_hf(GPT2)
+    config = config_from_hf(GPT2)
     assert (config.mlp_width, config.activation, config.norm) == (128, "gelu_tanh", "layer")
     assert (config.position, config.gated_mlp, config.tied_embeddings) == ("learned", False, True)
     assert config.qkv_bias
@@ -135,9 +133,9 @@ def test_qwen2_has_biases_and_qwen3_query_key_norms():
 
 
 def test_end_of_sequence_ids_are_merged_with_the_generation_config():
-    config = ModelConfig.from_hf(LLAMA | {"eos_token_id": 9}, {"eos_token_id": [7, 9]})
+    config = config_from_hf(LLAMA | {"eos_token_id": 9}, {"eos_token_id": [7, 9]})
     assert config.eos_ids == (9, 7)
-    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": [3, 4]}).eos_ids == (3, 4)
+    assert config_from_hf(LLAMA | {"eos_token_id": [3, 4]}).eos_ids == (3, 4)
     assert read(pad_token_id=-1).pad_id is None
 
 
@@ -178,7 +176,7 @@ def test_positions_are_those_that_the_scaled_rope_reaches(scaling, positions):
     config = read(max_position_embeddings=64, rope_scaling=scaling)
     assert config.max_positions == positions
     # Written again, the file says the same: positions are not stretched twice.
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_dynamic_scaling_is_the_plain_rope_within_its_positions():
@@ -260,7 +258,7 @@ def test_yarn_takes_its_attention_factor_from_mscale():
 )
 def test_what_is_not_supported_is_named_in_one_line(hf, message):
     with pytest.raises(InputError) as error:
-        ModelConfig.from_hf(hf)
+        config_from_hf(hf)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -276,12 +274,12 @@ def test_what_is_not_supported_is_named_in_one_line(hf, message):
 )
 def test_what_config_json_cannot_express_is_named(changes, fields):
     with pytest.raises(InputError, match=f"llama cannot express this model's {fields}"):
-        dataclasses.replace(read(), **changes).to_hf()
+        config_to_hf(dataclasses.replace(read(), **changes))
 
 
 def test_an_architecture_of_ones_own_has_no_config_json():
     with pytest.raises(InputError, match="architecture 'mine' has no config.json"):
-        dataclasses.replace(read(), architecture="mine").to_hf()
+        config_to_hf(dataclasses.replace(read(), architecture="mine"))
 
 
 def test_windows_come_one_per_layer():

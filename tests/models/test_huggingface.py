@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import w2s_jax.models.huggingface as hf
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_config, load_model, save_model
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.tensors import stack_layers
 from w2s_jax.ops.meshes import make_mesh
@@ -202,7 +203,7 @@ MESH = """
 import sys
 import jax, numpy as np
 from pathlib import Path
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.tensors import unstack_layers
 from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES

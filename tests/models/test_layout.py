@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from w2s_jax.models.huggingface import load_config, load_model
+from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import abstract_model
 from w2s_jax.models.tensors import stack_layers, unstack_layers
 

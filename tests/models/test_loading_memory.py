@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import config_to_hf
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +39,9 @@ LARGEST = 24000 * 1024 * 2
 def checkpoint(tmp_path_factory) -> Path:
     """300 MB of bfloat16 in two files, as large checkpoints come."""
     folder = tmp_path_factory.mktemp("large")
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_hf() | {"torch_dtype": "bfloat16"}))
+    (folder / "config.json").write_text(
+        json.dumps(config_to_hf(CONFIG) | {"torch_dtype": "bfloat16"})
+    )
     rng = np.random.default_rng(0)
     noise = rng.normal(size=1 << 20).astype(ml_dtypes.bfloat16)
 
@@ -69,7 +72,7 @@ CODE = """
 import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.quantize import read_quantize
 from w2s_jax.ops.meshes import make_mesh
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.models.adapters import ADAPTERS, adapt
 from tests.models.checkpoints import build, logits_of
-from w2s_jax.models.huggingface import load_config, load_model
+from w2s_jax.models.load import load_adapted, load_config, load_model
 from w2s_jax.models.lora import PROJECTIONS, LoraConfig, attach, init_adapter
-from w2s_jax.models.lora_huggingface import load_adapted, load_adapter, save_adapter
+from w2s_jax.models.lora_huggingface import load_adapter, save_adapter
 from w2s_jax.models.model import Model
 
 pytestmark = pytest.mark.parity

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model, save_model
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.lora import LoraConfig, attach, init_adapter, merge
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.models.quantize import (
@@ -123,7 +124,7 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from tests.models.test_quantize import GOLDEN, TOKENS, assert_same
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.ops.meshes import make_mesh

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import load_model, save_model
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 
 STORY = (

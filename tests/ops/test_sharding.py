@@ -142,7 +142,7 @@ def test_what_is_held_is_named_by_its_place():
     place = Placement(make_mesh("data=1", jax.devices()[:1]), DEFAULT_RULES.replace(layers="data"))
     cache = {"prefix": {"keys": jnp.zeros((2, 2))}}
     with pytest.raises(InputError, match=r"^prefix/keys: layers and slots both go to mesh axis"):
-        place.hold(cache, {"prefix": {"keys": ("layers", "slots")}})
+        place.constrain(cache, {"prefix": {"keys": ("layers", "slots")}})
 
 
 def test_constrain_without_a_mesh_is_the_identity():

@@ -11,7 +11,7 @@ from w2s_jax.plan.candidates import candidates
 from w2s_jax.plan.matrix import Cell, cells, open_records, plan_cell, plan_cells, settings_of
 from w2s_jax.plan.topology import chip_of
 from w2s_jax.plan.trials import Trying
-from w2s_jax.text.journal import held
+from w2s_jax.text.journal import locked
 
 HERE = "Compiled with jax 1, libtpu 2."
 MADE = (HERE, settings_of(1))
@@ -67,8 +67,9 @@ def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
     cell = Cell("v6e", "70B", "sft", "full")
     row = plan_cell(cell, trying(Compiler()))
     # 12 bytes of 70.6e9 parameters over eight chips; split over the four of tensor=4, twice that.
-    judged = [one for one in candidates(cell.shapes(8)[1], chip_of("v6e:2x4"), 8) if one.held]
-    least, most = (pick(one.held for one in judged) / 2**30 for pick in (min, max))
+    tried = candidates(cell.shapes(8)[1], chip_of("v6e:2x4"), 8)
+    judged = [one for one in tried if one.resident_bytes]
+    least, most = (pick(one.resident_bytes for one in judged) / 2**30 for pick in (min, max))
     assert 98 < least < 99.5 < most
     assert f": holds {least:.1f} GiB" in dict(row.refused)["v6e:2x4"]
 
@@ -199,7 +200,7 @@ def without_compiler(monkeypatch):
 @pytest.mark.parametrize("flag", ["--out", "--json"])
 def test_one_run_writes_a_file_at_a_time(tmp_path, capsys, flag, without_compiler):
     path = tmp_path / "plans"
-    with held(path):
+    with locked(path):
         assert main(["plan", "matrix", f"{flag}={path}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: another run is writing this output")
@@ -215,7 +216,7 @@ def test_the_files_are_locked_while_cells_are_planned(tmp_path, monkeypatch, wit
 
     def plan_cells(asked, trying, keep):
         for path in files:
-            with pytest.raises(InputError, match="another run"), held(path):
+            with pytest.raises(InputError, match="another run"), locked(path):
                 pass
         without_compiler.append("locked")
         return []

@@ -137,7 +137,7 @@ def test_a_file_that_holds_no_config(content, message, tmp_path, capsys):
 def test_the_largest_numbers_are_judged(command):
     shapes = command(model="meta-llama/Meta-Llama-3-8B", batch_size=2**31 - 16).shapes()
     found = judge(shapes, CHIPS["v5e"], (16, 1, 1))
-    assert found.held > 2**31 * 2048 * 8 / 16
+    assert found.resident_bytes > 2**31 * 2048 * 8 / 16
     assert "and a device has 15.75" in found.why
 
 

@@ -112,7 +112,8 @@ def test_a_small_search_is_compiled_for_a_slice(on_tpus, vocabulary):
         assert (names[name]["compile_seconds"] == 0) == name.startswith("untuned")
     assert plan["fits"]
     # bfloat16 weights: MLP and vocabulary over four chips, heads over two.
-    assert plan["held"]["policy"] == 2 * (MLP // 4 + ATTENTION // 2 + VOCABULARY // 4 + NORMS)
+    parts = MLP // 4 + ATTENTION // 2 + VOCABULARY // 4 + NORMS
+    assert plan["resident_bytes"]["policy"] == 2 * parts
     for one in plan["programs"]:
         assert not one["refusal"]
         assert not one["gathered"], one
@@ -133,7 +134,7 @@ def test_a_training_step_is_compiled_for_a_slice(on_tpus, command):
     assert plan["fits"]
     assert not step["refusal"]
     # Widths over fsdp; float32 where trained, else bfloat16.
-    held = plan["held"]
+    held = plan["resident_bytes"]
     if rank:
         assert held["frozen parameters"] == 2 * WEIGHTS // 2
         assert 0 < held["trained parameters"] < held["frozen parameters"] / 4
@@ -181,6 +182,6 @@ def test_a_training_step_is_compiled_for_gpus(on_gpus, topology):
     plan, _ = on_gpus(topology)
     (step,) = plan["programs"]
     assert plan["fits"]
-    assert plan["held"]["trained parameters"] == 4 * WEIGHTS // 2
+    assert plan["resident_bytes"]["trained parameters"] == 4 * WEIGHTS // 2
     assert step["temporary"] > 0
     assert {one["kind"] for one in step["exchanges"]} & {"all-reduce", "reduce-scatter"}

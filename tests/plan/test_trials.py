@@ -39,7 +39,7 @@ class Compiler:
     def __call__(self, shapes, topology, mesh, tell):
         self.seen.append((topology, mesh))
         devices, chip = device_count(topology), CHIPS[topology.partition(":")[0]]
-        held = judge(shapes, chip, mesh_shape(mesh, devices)).held
+        held = judge(shapes, chip, mesh_shape(mesh, devices)).resident_bytes
         fits = held + self.beside * GIB <= chip.memory
         step = Measured("step", 1, held, int(self.beside * GIB), compile_seconds=3.0)
         speed = self.speed(mesh_shape(mesh, devices)[2])
@@ -59,13 +59,13 @@ def test_what_a_mesh_holds_is_known_without_devices():
     split = judge(training(), chip, (1, 16, 1))
     parameters = 8.03e9
     # float32 parameters and two moments of them, over sixteen devices.
-    assert split.held == pytest.approx(12 * parameters / 16, rel=0.01)
+    assert split.resident_bytes == pytest.approx(12 * parameters / 16, rel=0.01)
     assert split.why is None
     whole = judge(training(), chip, (16, 1, 1))
-    assert whole.held == pytest.approx(12 * parameters, rel=0.01)
+    assert whole.resident_bytes == pytest.approx(12 * parameters, rel=0.01)
     assert "GiB, and a device has 15.75" in whole.why
     undivided = judge(training(), chip, (1, 1, 64))
-    assert (undivided.held, undivided.mesh) == (None, "tensor=64")
+    assert (undivided.resident_bytes, undivided.mesh) == (None, "tensor=64")
     assert "heads of size 32 is not divisible by mesh tensor 64" in undivided.why
 
 
@@ -77,7 +77,7 @@ def test_every_mesh_is_judged_and_those_ruled_out_stand_last(shapes):
     assert ruled_out == sorted(ruled_out)
     assert not ruled_out[0]
     possible = [one for one in found if one.why is None]
-    assert all(0 < one.held <= one.needed and one.seconds > 0 for one in possible)
+    assert all(0 < one.resident_bytes <= one.needed and one.seconds > 0 for one in possible)
 
 
 def test_more_is_exchanged_where_widths_are_split_over_more_devices():
@@ -165,14 +165,15 @@ def test_meshes_by_default_hold_little_enough():
         devices, chip = device_count(topology), CHIPS[topology.partition(":")[0]]
         shapes = training(size, max(16, devices), lora=LoraConfig(rank=16))
         mesh = preset_mesh(shapes, topology)
-        assert judge(shapes, chip, mesh_shape(mesh, devices)).held < 0.8 * chip.memory
+        assert judge(shapes, chip, mesh_shape(mesh, devices)).resident_bytes < 0.8 * chip.memory
 
 
 def test_a_mesh_by_default_where_nothing_fits_holds_the_least():
     shapes = training("70B")
-    sizes = [one.held for one in candidates(shapes, CHIPS["v5e"], 4) if one.held is not None]
+    tried = candidates(shapes, CHIPS["v5e"], 4)
+    sizes = [one.resident_bytes for one in tried if one.resident_bytes is not None]
     mesh = preset_mesh(shapes, "v5e:2x2")
-    assert judge(shapes, CHIPS["v5e"], mesh_shape(mesh, 4)).held == min(sizes)
+    assert judge(shapes, CHIPS["v5e"], mesh_shape(mesh, 4)).resident_bytes == min(sizes)
 
 
 # Axes of caches stand where arrays are asked for, so that searches are judged without type checks.
@@ -191,17 +192,18 @@ one = found["fsdp=2,tensor=8"]
 # An 8B policy and two 7B guides in bfloat16, most of it over sixteen devices.
 weights = 2 * (8.03e9 + 2 * 7.24e9) / 16
 caches = 2 * 2 * 8 * 128 * 32 * 16 * (3 * 512 + 3 * 2 * 2112) / 16
-assert weights + caches < one.held < 1.5 * (weights + caches), (one, weights, caches)
+assert weights + caches < one.resident_bytes < 1.5 * (weights + caches), (one, weights, caches)
 assert one.seconds < found["data=2,tensor=8"].seconds < found["data=16"].seconds
 assert "a device has 15.75" in found["data=16"].why
 undivided = judge(Cell("v5e", "8B", "search").shapes(64)[0], chip, (64, 1, 1))
-assert undivided.held is None, undivided
+assert undivided.resident_bytes is None, undivided
 assert "--batch-size 16 is not divisible by 64 parts" in undivided.why, undivided
 for size, topology in (("8B", "v5e:2x4"), ("70B", "v5e:4x8"), ("70B", "v6e:4x4")):
     count, own = device_count(topology), CHIPS[topology.partition(":")[0]]
     shapes = Cell("v5e", size, "search").shapes(count)[0]
     mesh = preset_mesh(shapes, topology)
-    assert judge(shapes, own, mesh_shape(mesh, count)).held < 0.8 * own.memory, (size, mesh)
+    found = judge(shapes, own, mesh_shape(mesh, count))
+    assert found.resident_bytes < 0.8 * own.memory, (size, mesh)
 print("judged")
 """
 

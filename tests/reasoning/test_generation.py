@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.reasoning import slots as room
 from w2s_jax.reasoning.generation import GenerationConfig, generate, row_key
 from w2s_jax.search import Guide, search, session
@@ -224,9 +224,9 @@ def test_slots_are_refilled_as_rows_finish(model, tokenizer, tmp_path, monkeypat
     def advance(held):
         nonlocal count
         count += 1
-        begun.update(request.row_id for request in held.held.values())
-        assert len(held.held) == 2 or len(begun) == 12
-        for request in held.held.values():
+        begun.update(request.row_id for request in held.requests.values())
+        assert len(held.requests) == 2 or len(begun) == 12
+        for request in held.requests.values():
             chunks[request.row_id] += 1
         return session.advance(held)
 

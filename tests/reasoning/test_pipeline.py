@@ -18,7 +18,8 @@ from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning import answering, grading, pipeline
 from w2s_jax.reasoning.config import ReasonConfig
-from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
+from w2s_jax.reasoning.pipeline import Pipeline
+from w2s_jax.reasoning.run import run_pipeline
 from w2s_jax.reasoning.stages import BEGUN, plan_stages
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.journal import Journal

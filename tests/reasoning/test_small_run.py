@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_config
+from w2s_jax.models.load import load_config
 from w2s_jax.reasoning import small_run
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.small_run import SIZES, SmallRun, main, over_runs, table

@@ -8,7 +8,7 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning import stages
 from w2s_jax.reasoning.stages import BEGUN, DONE, Stage, content_digest, plan_stages, run_stages
-from w2s_jax.text.journal import held
+from w2s_jax.text.journal import locked
 
 
 class Chain:
@@ -214,7 +214,7 @@ def test_a_kill_while_old_work_is_removed_is_gone_on_from(tmp_path, monkeypatch)
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     chain = Chain(tmp_path)
-    with held(chain.root / "stages"), pytest.raises(InputError, match="another run is writing"):
+    with locked(chain.root / "stages"), pytest.raises(InputError, match="another run is writing"):
         chain.run()
     assert chain.run()["c"] == 6
 

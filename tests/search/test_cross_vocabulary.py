@@ -10,7 +10,7 @@ from tests.vocabularies import real_tokenizer
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
-from w2s_jax.search.judges import TextLogRatio, TextModel
+from w2s_jax.search.model_scorers import TextLogRatio, TextModel
 from w2s_jax.search.presets import cbs
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation, Message

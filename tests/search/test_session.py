@@ -58,7 +58,7 @@ def run(session, requests):
     for slot, request in enumerate(requests):
         session = insert(session, slot, request)
     found = {}
-    while session.held:
+    while session.requests:
         session = advance(session)
         for slot, result in results(session, done_slots(session)).items():
             found[slot] = result
@@ -99,7 +99,7 @@ def test_where_texts_are_scored_two_chunks_are_searched_ahead(start):
     options = {"guides": None, "decode": decode, "scorers": [FunctionScorer(length)]}
     session = sessions.compile_session(start(config, **options), request)
     assert BEAM.length < max(map(len, seen)) <= 2 * BEAM.length
-    assert not session.held
+    assert not session.requests
     assert run(session, [request]) == run(start(config, **options), [request])
 
 
@@ -112,7 +112,7 @@ def test_each_slot_heeds_its_own_numbers(start, policy):
         Request(6, PROMPTS[3:], seed=7, temperature=0.4, top_p=1.0, limit=1),
     ]
     run(start(), requests[:1])
-    programs = (step.search_step, sessions._insert, sessions._release, sessions._done)
+    programs = (step.search_step, sessions.insert_program, sessions._release, sessions._done)
     compiled = [program._cache_size() for program in programs]
     for asked, result in zip(requests, run(start(), requests), strict=True):
         # Where a nucleus may be cut the likeliest token is drawn first, even if none is.
@@ -205,7 +205,7 @@ def test_results_so_far_slots_released_and_used_again(start, policy, guide):
     session = insert(session, 1, Request(20, PROMPTS[:1]))
     for chunk in (1, 2, 3):
         session = advance(session)
-        shown = results(session, sorted(session.held))
+        shown = results(session, sorted(session.requests))
         behind = {0: (PROMPTS[2], chunk), 1: (PROMPTS[0], chunk), 2: (PROMPTS[1], chunk + 1)}
         for slot, result in shown.items():
             prompt, chunks = behind[slot]

@@ -5,7 +5,7 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import DataConfig, load_pairs

@@ -21,6 +21,7 @@ from rich.table import Table
 from w2s_jax.bench.floor import measure_rates, search_work, timed_twice
 from w2s_jax.bench.setup import call, missing, random_model
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import SearchConfig
@@ -122,7 +123,7 @@ def transformers_seconds(config: ModelConfig, options: Options) -> tuple[Side | 
     if why is not None:
         return None, why
     job = {
-        "config": config.to_hf(),
+        "config": config_to_hf(config),
         "prompts": prompts_of(config, options),
         "samples": options.samples,
         "new_tokens": options.new_tokens,

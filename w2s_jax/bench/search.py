@@ -17,25 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work, timed_twice
-from w2s_jax.bench.setup import (
-    GUIDE_SHAPE,
-    named_shape,
-    random_model,
-    refuse_beside_shape,
-    vocabularies,
-)
+from w2s_jax.bench.setup import GUIDE_SHAPE, named_shape, random_model, refuse_beside_shape
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.judges import TextLogRatio, TextModel
+from w2s_jax.search.model_scorers import TextLogRatio, TextModel
 from w2s_jax.search.presets import cbs
 from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import check_writable
+from w2s_jax.text.synthetic import vocabularies
 
 HEAD_WIDTH = 64
 SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab")

@@ -1,12 +1,6 @@
-"""What measurements are made of: shapes with random weights, made-up texts, other programs.
-
-Two made-up vocabularies of one language serve guides that read another one's texts. Words are a
-prefix and a suffix. The policy has a token for each word; the guide has other ids, and writes one
-word in four as two tokens, so that its texts are a quarter longer.
-"""
+"""What measurements are made of: named shapes with random weights, and other programs."""
 
 import json
-import math
 import subprocess
 from functools import partial
 from typing import Any
@@ -18,6 +12,7 @@ from jaxtyping import Array
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN, ModelConfig
+from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model, abstract_model
 
 
@@ -57,7 +52,7 @@ def named_shape(name: str) -> ModelConfig:
     """The config of a shape of `SHAPES`; InputError, with the known ones, for another name."""
     if name not in SHAPES:
         raise InputError(f"--shape {name}: no such shape; known are {', '.join(SHAPES)}")
-    return ModelConfig.from_hf(KNOWN[SHAPES[name]])
+    return config_from_hf(KNOWN[SHAPES[name]])
 
 
 def refuse_beside_shape(options: object, names: tuple[str, ...]) -> None:
@@ -90,41 +85,3 @@ def _draw(key: Array, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Ar
     if name in ("scale", "bias"):
         return jnp.full(shape, float(name == "scale"), dtype)
     return jax.random.normal(key, shape, dtype) * jnp.asarray(SPREAD, dtype)
-
-
-END, UNKNOWN = "[end]", "[unknown]"
-VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxz"
-SPLIT = 4
-"""One word in so many is no token of the guide."""
-
-
-def vocabularies(size: int) -> tuple[Any, Any]:
-    """Tokenizers of the policy and of the guide, with at most `size` tokens each."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    rows = math.isqrt(size - 1) + 1
-    starts, ends = _syllables(rows, "{c}{v}"), _syllables(rows, "{c}{v}x")
-    words = [start + end for start in starts for end in ends][: size - 2]
-    policy = {word: index for index, word in enumerate([END, UNKNOWN, *words])}
-    whole = [word for index, word in enumerate(words) if index % SPLIT]
-    pieces = [UNKNOWN, END, *starts, *(f"##{end}" for end in ends), *reversed(whole)]
-    guide = {piece: index for index, piece in enumerate(pieces[:size])}
-    found = []
-    for model in (
-        models.WordLevel(policy, unk_token=UNKNOWN),
-        models.WordPiece(guide, unk_token=UNKNOWN),
-    ):
-        tokenizer = Tokenizer(model)
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token=UNKNOWN)
-        found.append(fast)
-    return found[0], found[1]
-
-
-def _syllables(count: int, form: str) -> list[str]:
-    """So many distinct syllables, all of one length."""
-    short = [form.format(c=c, v=v) for c in CONSONANTS for v in VOWELS]
-    if count <= len(short):
-        return short[:count]
-    return [one[:2] + other for one in short for other in short][:count]

@@ -19,18 +19,13 @@ from rich.table import Table
 
 from w2s_jax.bench import train_own
 from w2s_jax.bench.floor import measure_rates, read_work
-from w2s_jax.bench.setup import (
-    call,
-    missing,
-    named_shape,
-    random_model,
-    refuse_beside_shape,
-    vocabularies,
-)
+from w2s_jax.bench.setup import call, missing, named_shape, random_model, refuse_beside_shape
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.models.huggingface import save_model
 from w2s_jax.text.rows import check_writable
+from w2s_jax.text.synthetic import vocabularies
 
 HEAD_WIDTH = 64
 OBJECTIVES = ("sft", "dpo")
@@ -171,7 +166,7 @@ def measure(options: Options) -> Figures:
     no_trl = missing(options.trl_python, "torch, trl", NO_TRL) if options.trl else None
     with_trl = options.trl and no_trl is None
     with tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = {"config": config.to_hf()}
+        given: dict[str, Any] = {"config": config_to_hf(config)}
         if with_trl:
             given |= _for_both(config, Path(folder))
         for _ in range(options.rounds):

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from w2s_jax.bench.setup import random_model
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.config_json import config_from_hf
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.train.estimate import peak_memory
 from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
@@ -30,7 +30,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if "checkpoint" in job:
         model = load_model(job["checkpoint"])
     else:
-        model = random_model(ModelConfig.from_hf(job["config"]), 0)
+        model = random_model(config_from_hf(job["config"]), 0)
     policy, frozen = Policy(model.config), {}
     loss = pair_loss(policy, PreferenceConfig()) if dpo else sft_loss(policy)
     if dpo:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from w2s_jax.cli.train import Setup, Training
     from w2s_jax.plan.programs import SearchShapes
-    from w2s_jax.plan.training import TrainingShapes
-    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.checkpoints import SteeringPlan
     from w2s_jax.search.config import SearchConfig
     from w2s_jax.search.models import Places
 
@@ -19,7 +17,7 @@ MESH = "mesh.txt"
 
 
 def search_shapes(
-    plan: "Plan",
+    plan: "SteeringPlan",
     config: "SearchConfig",
     places: "Places",
     *,
@@ -62,32 +60,6 @@ def search_shapes(
         quantize=plan.sources.quantize,
         # Encoders stay whole on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
-    )
-
-
-def training_shapes(command: "Training", setup: "Setup") -> "TrainingShapes":
-    """The shapes of a step of a training command, and of the models that it reads beside."""
-    from w2s_jax.models.huggingface import load_config
-    from w2s_jax.plan.training import TrainingShapes
-    from w2s_jax.train.objectives import BASE
-
-    run = command.run_config(setup)
-    ((rows, *sides), _) = command.batch_shapes(setup)["tokens"]
-    beside = {name: load_config(folder) for name, folder in command.frozen_folders().items()}
-    beside |= command.frozen_configs(setup)
-    beside.pop(BASE, None)
-    return TrainingShapes(
-        model=setup.config,
-        objective="dpo" if len(sides) > 1 else "sft",
-        rows=rows,
-        length=setup.length,
-        accumulate=run.accumulate,
-        lora=setup.policy.lora,
-        dtype=command.compute_dtype,
-        remat=command.remat,
-        optimizer=run.optimizer,
-        beside=tuple(beside.values()),
-        eval_rows=run.eval_batch,
     )
 
 

@@ -89,8 +89,9 @@ class Convert:
         return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
     def _load(self) -> "Model | RewardModel | Classifier":
-        from w2s_jax.models.huggingface import is_adapter, load_model, locate
-        from w2s_jax.models.lora_huggingface import base_of, load_adapted
+        from w2s_jax.models.huggingface import is_adapter, locate
+        from w2s_jax.models.load import load_adapted, load_model
+        from w2s_jax.models.lora_huggingface import base_of
         from w2s_jax.models.model import STORED
         from w2s_jax.models.reward import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from w2s_jax.cli.train import Setup, Training
+from w2s_jax.cli.train import Training
+from w2s_jax.cli.train_flags import Setup
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class DPO(Training):
 
     def frozen_configs(self, setup: Setup) -> "dict[str, ModelConfig]":
         """The shapes of what `frozen` holds."""
-        from w2s_jax.models.huggingface import load_config
+        from w2s_jax.models.load import load_config
         from w2s_jax.train.objectives import REFERENCE
 
         held = super().frozen_configs(setup)
@@ -213,7 +214,7 @@ class DPO(Training):
 
     def reference_model(self, setup: Setup, model: "Model") -> "Model":
         """The reference in the dtype that is computed in: --reference, or the model as it is."""
-        from w2s_jax.models.lora_huggingface import load_adapted
+        from w2s_jax.models.load import load_adapted
         from w2s_jax.models.model import Model
         from w2s_jax.train.step import cast
 
@@ -225,7 +226,7 @@ class DPO(Training):
 
     def other_model(self, setup: Setup, path: str, role: str) -> "Model":
         """A frozen model that reads the same tokens; InputError where its vocabulary differs."""
-        from w2s_jax.models.huggingface import load_model
+        from w2s_jax.models.load import load_model
         from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
 
         folder = locate_checkpoint(path)

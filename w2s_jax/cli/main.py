@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import w2s_jax
 from w2s_jax import hosts
 from w2s_jax.cli.config import config_flags, each_alone, find_config
-from w2s_jax.cli.together import Attempt, End, run_started, run_together
+from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.train.stopping import Diverged, Preempted
 

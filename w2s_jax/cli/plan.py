@@ -327,7 +327,7 @@ class PlanMatrix:
         from pathlib import Path
 
         from w2s_jax.plan.matrix import FAMILIES, cells
-        from w2s_jax.text.journal import held
+        from w2s_jax.text.journal import locked
 
         if self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")
@@ -338,7 +338,7 @@ class PlanMatrix:
         check_compiler(FAMILIES[0])
         with ExitStack() as locks:
             for path in filter(None, (table, figures)):
-                locks.enter_context(held(path))
+                locks.enter_context(locked(path))
             failed = self._plan(asked, table, figures)
         if failed:
             _tell(f"failed: {', '.join(failed)}")

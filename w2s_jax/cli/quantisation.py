@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from w2s_jax.evaluate.quantisation import Figures, Trial
     from w2s_jax.models.quantize import QuantizeConfig
-    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.checkpoints import SteeringPlan
     from w2s_jax.search.config import SearchConfig
 
 AS_STORED = "as stored"
@@ -113,7 +113,7 @@ class QuantisationFlags:
         beam = (self.beam_width, self.successors, self.chunk_length)
         return cbs(*beam, max_new_tokens=self.max_new_tokens, seed=seed, slots=batch_size)
 
-    def _plan(self) -> "Plan":
+    def _plan(self) -> "SteeringPlan":
         from w2s_jax.search.checkpoints import GuideSource, Sources, plan
 
         guides: tuple[GuideSource, ...] = ()
@@ -122,7 +122,7 @@ class QuantisationFlags:
         sources = Sources(self.quantisation_report, guides)
         return plan(sources, needs_tokens="--quantisation-report")
 
-    def _texts(self, plan: "Plan") -> list[tuple[int, ...]]:
+    def _texts(self, plan: "SteeringPlan") -> list[tuple[int, ...]]:
         from w2s_jax.evaluate.quantisation import text_of
         from w2s_jax.text.prompts import encode_prompt
         from w2s_jax.text.rows import read_rows
@@ -145,7 +145,7 @@ class QuantisationFlags:
         return texts
 
     def _measure(
-        self, plan: "Plan", trial: "Trial", specs: dict[str, Any], dtype: str | None
+        self, plan: "SteeringPlan", trial: "Trial", specs: dict[str, Any], dtype: str | None
     ) -> "Iterator[tuple[str, Figures]]":
         """Every policy's name and figures, as each is done."""
         from w2s_jax.evaluate.progress import progress
@@ -183,7 +183,9 @@ class QuantisationFlags:
                 del policy
 
 
-def _check_shapes(plan: "Plan", configs: "Iterable[QuantizeConfig]", mesh: "Mesh | None") -> None:
+def _check_shapes(
+    plan: "SteeringPlan", configs: "Iterable[QuantizeConfig]", mesh: "Mesh | None"
+) -> None:
     """Raise InputError, naming the weight, where a group or a mesh divides the policy's not."""
     from w2s_jax.models.model import abstract_model
     from w2s_jax.ops.sharding import resolve_tree

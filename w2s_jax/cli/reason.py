@@ -47,9 +47,9 @@ class Reason:
     def run(self) -> None:
         """Do the stages and write the report; raises InputError for what is wrong."""
         from w2s_jax.cli.config import find_config
-        from w2s_jax.reasoning.checks import check_run
         from w2s_jax.reasoning.config import ReasonConfig
-        from w2s_jax.reasoning.pipeline import Pipeline, run_pipeline
+        from w2s_jax.reasoning.pipeline import Pipeline
+        from w2s_jax.reasoning.run import check_run, run_pipeline
         from w2s_jax.reasoning.stages import plan_stages
         from w2s_jax.text.typed_yaml import read_typed
 

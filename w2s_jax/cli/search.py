@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from w2s_jax.search.checkpoints import Sources
     from w2s_jax.search.models import Places
     from w2s_jax.text.journal import HostJournal, Journal
-
-Row = dict[str, Any]
+    from w2s_jax.text.rows import Row
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (

@@ -255,7 +255,7 @@ def chat_notes(served: "Served", guides: "Sequence[Template]" = ()) -> list[str]
     guides: those of the guides that read the policy's tokens.
     """
     from w2s_jax.models.encoder import Classifier
-    from w2s_jax.search.judges import RewardScorer, TextLogRatio
+    from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio
 
     templates = [served.template]
     for scorer in served.scorers:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.choosing import MESH, mesh_before, training_shapes
+from w2s_jax.cli.choosing import MESH, mesh_before
 from w2s_jax.cli.flags import Hosts, mesh_of
 from w2s_jax.cli.saving import MODEL, save_run, tell_data
 from w2s_jax.cli.train_flags import (
@@ -17,6 +17,7 @@ from w2s_jax.cli.train_flags import (
     LoraFlags,
     OptimizationFlags,
     RunFlags,
+    Setup,
     check_length,
 )
 from w2s_jax.errors import InputError
@@ -24,10 +25,9 @@ from w2s_jax.hosts import is_first
 from w2s_jax.typed import check_fields
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
+    from w2s_jax.plan.training import TrainingShapes
     from w2s_jax.text.batches import Part
     from w2s_jax.text.token_rows import Data
     from w2s_jax.text.training_data import DataConfig
@@ -41,37 +41,17 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH = 1024
 # What an identity holds by content, what changes no number, and what a run may go on without.
-_ELSEWHERE = {
+_NOT_IN_IDENTITY = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
     "untuned", "hosts", "accumulate", "remat", "epochs", "max_steps",
 }  # fmt: skip
 # Where a host finds or puts things.
-_OWN = {
+_OWN_TO_A_HOST = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
 }  # fmt: skip
-CACHE = "cache"
 ADAPTER_PEAK = 10
 """How much higher the learning rate of adapters is by default, as in TRL's documentation."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is known before data and weights are read."""
-
-    checkpoint: Path
-    config: "ModelConfig"
-    tokenizer: Any
-    policy: "Policy"
-    length: int
-    mesh: "Mesh | None"
-    directory: Path
-    cache_folder: Path | None
-
-    @property
-    def cache(self) -> Path:
-        """Where tokenised data and reference log-probs are kept."""
-        return self.cache_folder or self.directory / CACHE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +74,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.exchange import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.plan.here import name_of
-        from w2s_jax.text.journal import held
+        from w2s_jax.text.journal import locked
         from w2s_jax.text.rows import write_whole
         from w2s_jax.train.export import Record, write_record
         from w2s_jax.train.records import METRICS
@@ -114,7 +94,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         number_of_steps(run, data)
         check_shared(setup.directory)
         if is_first():
-            with held(setup.directory / METRICS):
+            with locked(setup.directory / METRICS):
                 pass  # no other run's now; the loop holds it from its first step on
         agree("run", self.alike(data, held_out))
         model = self.load(setup)
@@ -143,7 +123,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def alike(self, data: "Rows", held_out: "Rows | None") -> dict[str, Any]:
         """What hosts must have alike before they do anything together: examples, and most flags."""
-        names = {item.name for item in fields(self)} - _OWN
+        names = {item.name for item in fields(self)} - _OWN_TO_A_HOST
         held = {"examples": data.identity, "held out": held_out and held_out.identity}
         return {name: getattr(self, name) for name in names} | held
 
@@ -191,7 +171,8 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
     def prepare(self) -> Setup:
         """Read the flags, the model's config and its tokenizer; InputError for what is wrong."""
-        from w2s_jax.models.huggingface import is_adapter, load_config, locate
+        from w2s_jax.models.huggingface import is_adapter, locate
+        from w2s_jax.models.load import load_config
         from w2s_jax.models.lora_huggingface import load_factors
         from w2s_jax.ops.sharding import Placement
         from w2s_jax.text.tokenizer import load_tokenizer
@@ -241,7 +222,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             cache_folder=Path(self.cache).expanduser() if self.cache else None,
         )
         before = functools.partial(mesh_before, directory)
-        mesh = mesh_of(self.mesh, lambda: training_shapes(self, setup), before=before)
+        mesh = mesh_of(self.mesh, lambda: self.shapes(setup), before=before)
         return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
 
     def check_not_read_from(self, target: Path, checkpoint: Path) -> None:
@@ -300,6 +281,31 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
         return {} if setup.policy.lora is None else {BASE: setup.config}
 
+    def shapes(self, setup: Setup) -> "TrainingShapes":
+        """The shapes of a step, and of the models that it reads beside."""
+        from w2s_jax.models.load import load_config
+        from w2s_jax.plan.training import TrainingShapes
+        from w2s_jax.train.objectives import BASE
+
+        run = self.run_config(setup)
+        ((rows, *sides), _) = self.batch_shapes(setup)["tokens"]
+        beside = {name: load_config(folder) for name, folder in self.frozen_folders().items()}
+        beside |= self.frozen_configs(setup)
+        beside.pop(BASE, None)
+        return TrainingShapes(
+            model=setup.config,
+            objective="dpo" if len(sides) > 1 else "sft",
+            rows=rows,
+            length=setup.length,
+            accumulate=run.accumulate,
+            lora=setup.policy.lora,
+            dtype=self.compute_dtype,
+            remat=self.remat,
+            optimizer=run.optimizer,
+            beside=tuple(beside.values()),
+            eval_rows=run.eval_batch,
+        )
+
     def batch_shapes(self, setup: Setup) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of a batch of the longest rows."""
         rows = (self.batch_size, setup.length)
@@ -352,7 +358,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """The model to start from: float32 where all of it is trained."""
         import jax
 
-        from w2s_jax.models.huggingface import load_model
+        from w2s_jax.models.load import load_model
         from w2s_jax.models.model import init_model, shard_model
 
         if self.from_scratch:
@@ -428,7 +434,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.train.reference import file_digests, weights_identity
         from w2s_jax.train.run import number_of_steps
 
-        told = {item.name for item in fields(RunFlags)} | _ELSEWHERE
+        told = {item.name for item in fields(RunFlags)} | _NOT_IN_IDENTITY
         options = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in told
         }

@@ -4,15 +4,40 @@ What a command does with them is in `cli/train.py`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.lora import LoraConfig
+    from w2s_jax.train.objectives import Policy
+
+CACHE = "cache"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before data and weights are read."""
+
+    checkpoint: Path
+    config: "ModelConfig"
+    tokenizer: Any
+    policy: "Policy"
+    length: int
+    mesh: "Mesh | None"
+    directory: Path
+    cache_folder: Path | None
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenised data and reference log-probs are kept."""
+        return self.cache_folder or self.directory / CACHE
 
 
 def check_length(length: int, config: "ModelConfig", model: str) -> None:

@@ -39,7 +39,7 @@ from w2s_jax.demo.preferences import TuneConfig, sample_pairs, write_training_pa
 from w2s_jax.demo.recipe import OtherGuide, Recipe, differences, read_recipe, stage_settings
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier, load_classifier, save_classifier
-from w2s_jax.models.huggingface import load_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer

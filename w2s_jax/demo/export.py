@@ -16,7 +16,8 @@ from w2s_jax.demo.gold import opening_accuracy, review_accuracy
 from w2s_jax.demo.language import held_out_loss
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.models.encoder import load_classifier, save_classifier
-from w2s_jax.models.huggingface import load_model, save_model
+from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.presets import sample

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.demo.corpus import Corpus
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.models.model import Model
 from w2s_jax.text.batches import pad_rows
 from w2s_jax.text.tokenizer import END_ID, PAD_ID
@@ -63,7 +64,7 @@ def model_config(config: LanguageConfig, vocab_size: int) -> ModelConfig:
 def write_start(config: LanguageConfig, vocab_size: int, tokenizer: Any, folder: Path) -> None:
     """What `w2s sft --from-scratch` starts from: a config.json and the tokenizer, no weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = model_config(config, vocab_size).to_hf()
+    shape = config_to_hf(model_config(config, vocab_size))
     (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import whole
+from w2s_jax.exchange import to_host
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
 from w2s_jax.ops.sharding import DEFAULT_RULES
@@ -79,7 +79,7 @@ def rewards(
             batch = some + [some[0]] * (batch_size - len(some))
             tokens, mask = pad_rows(batch, width, pad_id)
             read = _spread((tokens, mask), mesh)
-            found = whole(_rewards(model, *read, weights))
+            found = to_host(_rewards(model, *read, weights))
             indices = [index for row in some for index in equal[row]]
             values[indices] = np.repeat(found[: len(some)], [len(equal[row]) for row in some])
             on_batch(np.array(indices), values[indices])

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.checkpoints import Plan, Sources, Steering, load, plan
+from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels
@@ -54,7 +54,7 @@ class Steered:
     each text. batch_size rows run side by side.
     """
 
-    plan: Plan
+    plan: SteeringPlan
     steering: Steering
     method: str
     config: SearchConfig

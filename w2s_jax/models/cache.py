@@ -57,11 +57,11 @@ class KVCache:
     committed_length: Array
     placement: Placement = ON_ONE_DEVICE
 
-    def held(self) -> "KVCache":
+    def constrain(self) -> "KVCache":
         """Inside jit, the cache with its arrays held to their shardings."""
         if self.placement.mesh is None:
             return self
-        return self.placement.hold(self, cache_axes(self))
+        return self.placement.constrain(self, cache_axes(self))
 
 
 def empty_part(

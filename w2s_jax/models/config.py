@@ -4,14 +4,12 @@ Neither a plan nor a bench needs a download: what decides on shapes in their con
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.config_json import read_fields, write_fields
 from w2s_jax.ops.rotary import Rope
-from w2s_jax.typed import check_fields, check_kind
+from w2s_jax.typed import check_fields
 
 _SIZES = (
     "vocab_size",
@@ -93,38 +91,6 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_width % 2:
             raise InputError(f"rotary heads need an even width, not {self.head_width}")
-
-    @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
-    ) -> "ModelConfig":
-        """Read the contents of a config.json, with transformers' defaults for what it omits.
-
-        The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
-
-        Raises InputError for an architecture, rope kind or activation that is not supported, for a
-        malformed field, and for a field that would change the logits and is not honoured here.
-        """
-        check_kind("ModelConfig.from_hf", hf, Mapping, "the contents of a config.json")
-        return cls(**read_fields(hf, generation_config or {}))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of a config.json that `from_hf` and transformers (4.41 and later) read back.
-
-        Raises InputError naming the fields that the architecture's config.json cannot express.
-        """
-        hf = write_fields(self)
-        written = ModelConfig.from_hf(hf)
-        lost = [
-            field.name
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(written, field.name)
-        ]
-        if lost:
-            raise InputError(
-                f"config.json of {self.architecture} cannot express this model's {', '.join(lost)}"
-            )
-        return hf
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **other: Any) -> dict:

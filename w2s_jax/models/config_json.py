@@ -4,10 +4,13 @@ Reads the files of 2023-24 (`rope_theta`, `rope_scaling`) and of transformers 5 
 Opens no file: `models/huggingface.py` does.
 """
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_fields import (
     Json,
     number,
@@ -19,9 +22,7 @@ from w2s_jax.models.config_fields import (
     switch,
     write_rope,
 )
-
-if TYPE_CHECKING:
-    from w2s_jax.models.config import ModelConfig
+from w2s_jax.typed import check_kind
 
 _CLASS_NAMES = {
     "gpt2": "GPT2LMHeadModel",
@@ -123,10 +124,43 @@ _REFUSED = (
 )
 
 
-def read_fields(hf: Json, generation_config: Json) -> dict[str, Any]:
+def config_from_hf(
+    hf: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Read the contents of a config.json, with transformers' defaults for what it omits.
+
+    The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
+
+    Raises InputError for an architecture, rope kind or activation that is not supported, for a
+    malformed field, and for a field that would change the logits and is not honoured here.
+    """
+    check_kind("config_from_hf", hf, Mapping, "the contents of a config.json")
+    return ModelConfig(**_read_fields(hf, generation_config or {}))
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The contents of a config.json that `config_from_hf` and transformers (4.41 and later) read.
+
+    Raises InputError naming the fields that the architecture's config.json cannot express.
+    """
+    hf = _write_fields(config)
+    written = config_from_hf(hf)
+    lost = [
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(written, field.name)
+    ]
+    if lost:
+        raise InputError(
+            f"config.json of {config.architecture} cannot express this model's {', '.join(lost)}"
+        )
+    return hf
+
+
+def _read_fields(hf: Json, generation_config: Json) -> dict[str, Any]:
     """ModelConfig's fields from the contents of config.json and generation_config.json.
 
-    Raises InputError as ModelConfig.from_hf says.
+    Raises InputError as `config_from_hf` says.
     """
     architecture = hf.get("model_type")
     if architecture not in ARCHITECTURES:
@@ -147,7 +181,7 @@ def read_fields(hf: Json, generation_config: Json) -> dict[str, Any]:
     }
 
 
-def write_fields(config: "ModelConfig") -> dict[str, Any]:
+def _write_fields(config: ModelConfig) -> dict[str, Any]:
     """The contents of a config.json for `config`; what that file cannot express is dropped.
 
     Raises InputError for an architecture that is not supported.
@@ -221,7 +255,7 @@ def _read_gpt2(hf: Json) -> dict[str, Any]:
     }
 
 
-def _write_gpt2(config: "ModelConfig") -> dict[str, Any]:
+def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
     return {
         "n_embd": config.width,
         "n_layer": config.layers,
@@ -277,7 +311,7 @@ def _read_rotary(architecture: str, hf: Json) -> dict[str, Any]:
     return fields
 
 
-def _write_rotary(config: "ModelConfig") -> dict[str, Any]:
+def _write_rotary(config: ModelConfig) -> dict[str, Any]:
     activation = _activation_name(config.activation)
     # `rope_theta` and `rope_scaling` rather than `rope_parameters`: transformers 4 and 5 both
     # read them.
@@ -328,7 +362,7 @@ def _read_windows(architecture: str, hf: Json, layers: int) -> tuple[int | None,
     return tuple(known[kind] for kind in kinds)
 
 
-def _write_windows(config: "ModelConfig") -> dict[str, Any]:
+def _write_windows(config: ModelConfig) -> dict[str, Any]:
     windows = config.sliding_windows or (None,) * config.layers
     window = next((size for size in windows if size), None)
     kinds = ["sliding_attention" if size else "full_attention" for size in windows]

@@ -134,7 +134,7 @@ class Linear(nn.Module):
     def _gathered(self, kernel: Array | QTensor) -> Array | QTensor:
         if isinstance(kernel, QTensor):
             return replace(kernel, values=self._gathered(kernel.values))
-        return self.placement.whole(kernel, self.axes, "embed")
+        return self.placement.gather_axis(kernel, self.axes, "embed")
 
     def _low_rank(self, x: Array) -> Array:
         a, b, scale, rate = (

@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.hosts import is_first
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import config_from_hf, config_to_hf
 from w2s_jax.models.model import Model, parameter_dtype
-from w2s_jax.models.names import LANGUAGE_HEAD, Head, Stored, full_name, stored_parameters
+from w2s_jax.models.names import LANGUAGE_HEAD, Stored, StoredHead, full_name, stored_parameters
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.models.tensors import (
     INDEX,
@@ -70,8 +71,8 @@ _PATTERNS = (
 )
 
 
-def load_model(
-    path_or_hub_id: str | Path,
+def load_decoder(
+    directory: Path,
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -79,34 +80,8 @@ def load_model(
     scan_layers: bool = False,
     quantize: QuantizeConfig | None = None,
 ) -> Model:
-    """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
-
-    A directory of a LoRA adapter gives the base that it names with the adapter merged into it.
-    dtype: of the parameters. None is as stored (as the embedding is), but float32 on a CPU, which
-        computes slowly in the half-sized types, and with an adapter; "stored" is so everywhere.
-    mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
-    scan_layers: stack the layers on a leading axis (see `models/tensors.py`).
-    quantize: weights become QTensors as they are read; adapters then stay beside them.
-
-    Host memory stays below the process's part of the model and three times the largest tensor (with
-    scan_layers, of the process's part of the largest stack).
-
-    Raises InputError for a missing directory, config.json or safetensors, an architecture that is
-    not supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
-    """
-    directory = locate(path_or_hub_id)
-    if is_adapter(directory):
-        from w2s_jax.models.lora_huggingface import load_adapted
-
-        return load_adapted(
-            directory,
-            dtype=dtype,
-            mesh=mesh,
-            rules=rules,
-            scan_layers=scan_layers,
-            quantize=quantize,
-        )
-    config = load_config(directory)
+    """The decoder that a directory's own files hold; arguments and errors as of `load_model`."""
+    config = load_decoder_config(directory)
     params = load_parameters(
         directory,
         config,
@@ -127,7 +102,7 @@ def load_parameters(
     per_layer: Parameters,
     tensors: Tensors,
     *,
-    head: Head = LANGUAGE_HEAD,
+    head: StoredHead = LANGUAGE_HEAD,
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
@@ -157,23 +132,16 @@ def load_parameters(
     return unflatten_dict(params, sep="/")
 
 
-def load_config(path_or_hub_id: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint, from its config.json and generation_config.json.
+def load_decoder_config(directory: Path) -> ModelConfig:
+    """The ModelConfig that a directory's own config.json and generation_config.json say.
 
-    For an adapter it is that of the base it names, with what the adapter changes of it.
-
-    Raises InputError for a missing or malformed file, and as ModelConfig.from_hf says.
+    Raises InputError for a missing or malformed file, and as `config_from_hf` says.
     """
-    directory = locate(path_or_hub_id)
-    if is_adapter(directory):
-        from w2s_jax.models.lora_huggingface import adapted_config, base_folder
-
-        return adapted_config(directory, load_config(base_folder(directory)))
     hf = read_json(directory / CONFIG)
     generation = directory / GENERATION_CONFIG
     generation_config = read_json(generation) if generation.is_file() else None
     try:
-        return ModelConfig.from_hf(hf, generation_config)
+        return config_from_hf(hf, generation_config)
     except InputError as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -198,7 +166,7 @@ def save_model(
     check_kind("save_model's directory", directory, str | Path, "a path")
     if is_quantized(model.params):
         raise InputError(f"{directory}: a quantised model is not saved; save it as it was stored")
-    hf = model.config.to_hf() | {"torch_dtype": str(model.dtype)}
+    hf = config_to_hf(model.config) | {"torch_dtype": str(model.dtype)}
     save_parameters(model.config, model.params, directory, hf, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None and is_first():
         tokenizer.save_pretrained(str(directory))
@@ -210,7 +178,7 @@ def save_parameters(
     directory: str | Path,
     hf: Mapping[str, Any],
     *,
-    head: Head = LANGUAGE_HEAD,
+    head: StoredHead = LANGUAGE_HEAD,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write parameters, in either layout and of one dtype, with `hf` as their config.json.
@@ -422,7 +390,7 @@ def _match(
     per_layer: Parameters,
     stored: Mapping[str, Stored],
     found: Tensors,
-    head: Head,
+    head: StoredHead,
 ) -> Tensors:
     """The directory's tensors by full name, exactly those that the parameters ask for."""
     shapes = {row.name: row.shape(per_layer[path][0]) for path, row in stored.items()}

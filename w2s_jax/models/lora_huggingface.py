@@ -25,7 +25,6 @@ from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
     is_adapter,
-    load_model,
     locate,
     read_json,
     write_files,
@@ -34,16 +33,13 @@ from w2s_jax.models.lora import (
     FACTORS,
     PROJECTIONS,
     LoraConfig,
-    attach,
-    merge,
     module_of,
     shard_adapter,
     stack_adapter,
 )
-from w2s_jax.models.model import STORED, Model
-from w2s_jax.models.names import LANGUAGE_HEAD, Head, full_name, stored_parameters
+from w2s_jax.models.model import Model
+from w2s_jax.models.names import LANGUAGE_HEAD, StoredHead, full_name, stored_parameters
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
-from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.models.tensors import (
     Tensors,
     decoder_parameters,
@@ -112,58 +108,8 @@ def base_folder(path_or_hub_id: str | Path) -> Path:
         raise InputError(f"{directory}: its base: {error}") from None
 
 
-def load_adapted(
-    path_or_hub_id: str | Path,
-    base: Model | None = None,
-    *,
-    merged: bool = True,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    scan_layers: bool = False,
-    quantize: QuantizeConfig | None = None,
-) -> Model:
-    """A base with an adapter on it: merged into its kernels, or beside the base's own arrays.
-
-    base None loads the one that the adapter names; the other arguments are as in `load_model`, but
-    without a dtype, or as "stored", what is merged is float32: a dtype of fewer bits, as bases are
-    often stored in, would lose most of an adapter. On a quantised base the adapter stays beside it,
-    `merged` or not.
-
-    Raises InputError as `load_model` and `load_adapter` do.
-    """
-    directory = locate(path_or_hub_id)
-    if base is None:
-        name = base_of(directory)
-        if dtype in (None, STORED) and merged and quantize is None:
-            dtype = "float32"
-        try:
-            base = load_model(
-                name,
-                dtype=dtype,
-                mesh=mesh,
-                rules=rules,
-                scan_layers=scan_layers,
-                quantize=quantize,
-            )
-        except InputError as error:
-            raise InputError(f"{directory}: its base: {error}") from None
-    config = adapted_config(directory, base.config)
-    lora, adapter = load_adapter(
-        directory,
-        config,
-        dtype=base.dtype,
-        mesh=mesh,
-        rules=rules,
-        scan_layers=base.scan_layers,
-    )
-    base = _with_vocabulary(base, config, adapter)
-    into = merge if merged and not is_quantized(base.params) else attach
-    return Model(base.config, into(base.params, adapter, lora), base.placement)
-
-
 def adapted_config(
-    path_or_hub_id: str | Path, config: ModelConfig, *, head: Head = LANGUAGE_HEAD
+    path_or_hub_id: str | Path, config: ModelConfig, *, head: StoredHead = LANGUAGE_HEAD
 ) -> ModelConfig:
     """The config of a base of `config` with this adapter on it.
 
@@ -195,7 +141,7 @@ def _held_vocabulary(config: ModelConfig, whole: Tensors) -> list[Any]:
     return [whole[name] for name in (embedding, LANGUAGE_HEAD.weight) if name in whole]
 
 
-def _with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
+def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
     """A base made one of `config`: embedding and head taken out of the adapter, or untied."""
     params = dict(base.params)
     if base.config.tied_embeddings and not config.tied_embeddings:
@@ -219,7 +165,7 @@ def load_adapter(
     path_or_hub_id: str | Path,
     config: ModelConfig,
     *,
-    head: Head = LANGUAGE_HEAD,
+    head: StoredHead = LANGUAGE_HEAD,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
@@ -316,7 +262,7 @@ def _modules(config: ModelConfig) -> dict[str, list[_Kernel]]:
 
 
 def _sorted(
-    config: ModelConfig, tensors: Tensors, head: Head
+    config: ModelConfig, tensors: Tensors, head: StoredHead
 ) -> tuple[dict[str, dict[str, Any]], Tensors]:
     """The factors by the full name of their module, and whole tensors by their full names."""
     factors: dict[str, dict[str, Any]] = {}
@@ -424,7 +370,7 @@ def _joined(
     return np.concatenate([a for a, _ in factors]), joined
 
 
-def _read_whole(config: ModelConfig, whole: Tensors, head: Head) -> dict[str, np.ndarray]:
+def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[str, np.ndarray]:
     """Parameters that were saved whole, by path."""
     parameters = decoder_parameters(config)
     if head != LANGUAGE_HEAD and head.weight in whole:
@@ -498,7 +444,7 @@ def _module_factors(
     for kernel in kernels:
         pair = None
         if f"{kernel.place}lora_a" in flat:
-            a, b = exchange.whole(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
+            a, b = exchange.to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
             pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
         found.append(pair)
     held = [pair for pair in found if pair is not None]

@@ -42,7 +42,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Head:
+class StoredHead:
     """How files hold the head on a decoder.
 
     name: of its tensors, `{name}.weight` [out, in] and perhaps `{name}.bias`.
@@ -66,12 +66,14 @@ class Head:
         return f"{self.name}.bias"
 
 
-LANGUAGE_HEAD = Head("lm_head")
+LANGUAGE_HEAD = StoredHead("lm_head")
 REWARD_HEADS = (
-    Head("score", ".*ForSequenceClassification"),
-    Head("regression_head", "LlamaRewardModel"),  # UltraRM (arXiv 2310.01377)
+    StoredHead("score", ".*ForSequenceClassification"),
+    StoredHead("regression_head", "LlamaRewardModel"),  # UltraRM (arXiv 2310.01377)
     # Starling-RM; its files come with a config.json of their own or with the language model's.
-    Head("v_head", "GPTRewardModel|LLMForSequenceRegression|.*ForCausalLM|.*LMHeadModel", True),
+    StoredHead(
+        "v_head", "GPTRewardModel|LLMForSequenceRegression|.*ForCausalLM|.*LMHeadModel", True
+    ),
 )
 
 
@@ -140,7 +142,7 @@ _BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 
 
 def stored_parameters(
-    config: ModelConfig, paths: Iterable[str], head: Head = LANGUAGE_HEAD
+    config: ModelConfig, paths: Iterable[str], head: StoredHead = LANGUAGE_HEAD
 ) -> dict[str, Stored]:
     """Where each parameter of the per-layer layout ("layers_3/mlp/up/kernel") is kept."""
     table = _TABLES.get(config.architecture, _ROTARY) | {
@@ -155,7 +157,7 @@ def stored_parameters(
     return stored
 
 
-def full_name(config: ModelConfig, name: str, head: Head = LANGUAGE_HEAD) -> str | None:
+def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) -> str | None:
     """A tensor's name with the prefix that base-model checkpoints leave out.
 
     None for what no parameter is read from: a buffer, the unused head of a wrapped language model.

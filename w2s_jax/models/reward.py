@@ -17,24 +17,23 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_json import ARCHITECTURES
+from w2s_jax.models.config_json import ARCHITECTURES, config_to_hf
 from w2s_jax.models.encoder import Classifier, EncoderConfig, encoder_config, load_classifier
 from w2s_jax.models.huggingface import (
     ADAPTER_CONFIG,
     CONFIG,
     is_adapter,
-    load_config,
-    load_model,
     load_parameters,
     locate,
     open_tensors,
     read_json,
     save_parameters,
 )
+from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.lora import merge
 from w2s_jax.models.lora_huggingface import adapted_config, base_of, load_adapter, take_vocabulary
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.models.names import REWARD_HEADS, Head
+from w2s_jax.models.names import REWARD_HEADS, StoredHead
 from w2s_jax.models.tensors import Tensors, decoder_parameters
 from w2s_jax.ops.sharding import DEFAULT_RULES, ON_ONE_DEVICE, Placement, Rules
 from w2s_jax.pytrees import pytree
@@ -237,7 +236,7 @@ def _load_adapted(directory: Path, base: str | Path, options: dict[str, Any]) ->
 
 def _adapted_head(
     directory: Path, base: Path
-) -> tuple[Head, tuple[str, ...], ModelConfig | EncoderConfig]:
+) -> tuple[StoredHead, tuple[str, ...], ModelConfig | EncoderConfig]:
     """The head and the labels of an adapter's base, which may have none, and the adapted config."""
     config = load_reward_config(base)
     if isinstance(config, EncoderConfig):
@@ -304,7 +303,7 @@ def save_reward_model(
 
     Raises InputError when config.json cannot express the model or the directory is not writable.
     """
-    hf = model.config.to_hf()
+    hf = config_to_hf(model.config)
     names = [re.sub("LMHeadModel|ForCausalLM", "", name) for name in hf["architectures"]]
     hf |= {
         "architectures": [f"{name}ForSequenceClassification" for name in names],
@@ -320,7 +319,7 @@ def save_reward_model(
         tokenizer.save_pretrained(str(directory))
 
 
-def _find_head(directory: Path, tensors: Tensors) -> tuple[Head, tuple[str, ...]]:
+def _find_head(directory: Path, tensors: Tensors) -> tuple[StoredHead, tuple[str, ...]]:
     """The one reward head among the tensors, of a class that config.json may name; its labels."""
     hf = read_json(directory / CONFIG)
     heads = [head for head in REWARD_HEADS if head.weight in tensors]

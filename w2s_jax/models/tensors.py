@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.exchange import whole
+from w2s_jax.exchange import to_host
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import abstract_model
 from w2s_jax.models.names import Stored
@@ -173,7 +173,7 @@ def unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[
 
 
 def _fetch_layer(leaf: jax.Array, layer: int) -> np.ndarray:
-    return whole(leaf[layer])
+    return to_host(leaf[layer])
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -263,18 +263,18 @@ class Placement:
         split = self.rules.targets(axis, size, self.mesh.shape)
         return math.prod(self.mesh.shape[target] for target in split)
 
-    def hold(self, tree: Any, axes: Any) -> Any:
+    def constrain(self, tree: Any, axes: Any) -> Any:
         """Inside jit, every array of a tree held to the sharding of its logical axes."""
         if self.mesh is None:
             return tree
 
-        def hold(path: tuple[Any, ...], x: Array, one: Axes) -> Array:
+        def constrained(path: tuple[Any, ...], x: Array, one: Axes) -> Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
             return constrain(x, one, self.rules, self.mesh, name=name)
 
-        return jax.tree_util.tree_map_with_path(hold, tree, axes)
+        return jax.tree_util.tree_map_with_path(constrained, tree, axes)
 
-    def whole(self, weight: Array, axes: Axes, axis: str) -> Array:
+    def gather_axis(self, weight: Array, axes: Axes, axis: str) -> Array:
         """Inside jit, a weight gathered along one logical axis; its gradient is spread again.
 
         As it is where nothing splits that axis. Left to the compiler, each matmul might exchange
@@ -291,7 +291,7 @@ class Placement:
         """
         if rows.shape[0] % self.parts("batch", rows.shape[0]):
             return rows
-        return self.hold(rows, ("batch",) + (None,) * (rows.ndim - 1))
+        return self.constrain(rows, ("batch",) + (None,) * (rows.ndim - 1))
 
     def spread_lookup(self, rows: Array, axis: str) -> Array:
         """`spread` of rows that were looked up in a table whose last axis is this logical one.
@@ -312,20 +312,20 @@ ON_ONE_DEVICE = Placement()
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(place: Placement, own: Axes, gathered: Axes, weight: Array) -> Array:
-    return place.hold(weight, gathered)
+    return place.constrain(weight, gathered)
 
 
 def _gather_forward(
     place: Placement, own: Axes, gathered: Axes, weight: Array
 ) -> tuple[Array, None]:
-    return place.hold(weight, gathered), None
+    return place.constrain(weight, gathered), None
 
 
 def _gather_backward(
     place: Placement, own: Axes, gathered: Axes, _: None, slope: Array
 ) -> tuple[Array]:
     # Never held gathered: partial sums go straight to their parts, in half the bytes.
-    return (place.hold(slope, own),)
+    return (place.constrain(slope, own),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -27,13 +27,13 @@ _NUMBER = 2
 class Candidate:
     """A mesh of a slice, by its spec, before it is compiled.
 
-    held: bytes of each device that stay between programs, None where the mesh is ruled out before
-    they are known. needed: a guess of those and of what a program takes beside them. seconds: a
-    guess of the time of a batch or a step. why: what rules the mesh out, or leaves it untried.
+    resident_bytes: of each device between programs, None where the mesh is ruled out before they
+    are known. needed: a guess of those and of what a program takes beside them. seconds: a guess of
+    the time of a batch or a step. why: what rules the mesh out, or leaves it untried.
     """
 
     mesh: str
-    held: int | None = None
+    resident_bytes: int | None = None
     needed: float | int = 0.0
     seconds: float = 0.0
     why: str | None = None
@@ -69,7 +69,7 @@ def candidates(
     found = [judge(shapes, chip, shape) for shape in among or mesh_shapes(devices)]
 
     def order(one: Candidate) -> tuple[bool, bool, float, int]:
-        return one.why is not None, one.needed > chip.memory, one.seconds, one.held or 0
+        return one.why is not None, one.needed > chip.memory, one.seconds, one.resident_bytes or 0
 
     return sorted(found, key=order)
 
@@ -81,13 +81,13 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
         found = programs_on(shapes, _mesh_of_none(shape))
     except InputError as error:
         return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
-    held = sum(found.held.values())
+    held = sum(found.resident_bytes.values())
     if isinstance(shapes, SearchShapes):
         assert isinstance(found, SearchPrograms)
         beside, seconds = _search_beside(shapes, shape), _search_seconds(shapes, found, chip, shape)
     else:
-        beside = _training_beside(shapes, found.held, shape)
-        seconds = _training_seconds(shapes, found.held, chip, shape)
+        beside = _training_beside(shapes, found.resident_bytes, shape)
+        seconds = _training_seconds(shapes, found.resident_bytes, chip, shape)
     why = None
     if held > chip.memory:
         why = f"holds {held / 2**30:.1f} GiB, and a device has {chip.memory / 2**30:.2f}"

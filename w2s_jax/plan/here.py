@@ -35,12 +35,12 @@ def likeliest_mesh(shapes: Shapes, chip: Chip, devices: int, where: str) -> Cand
     arrays.
     """
     judged = candidates(shapes, chip, devices)
-    known = [one for one in judged if one.held is not None]
+    known = [one for one in judged if one.resident_bytes is not None]
     if not known:
         raise InputError(f"{where}: no mesh: {judged[0].why}")
     if known[0].why is None:
         return known[0]
-    return min(known, key=lambda one: one.held or 0)
+    return min(known, key=lambda one: one.resident_bytes or 0)
 
 
 AUTO = "--mesh auto"

@@ -77,7 +77,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """A cell with the plan of the smallest slice that fits; None where none of the listed does.
 
     refused: slices before it, each with why. rows: prompts side by side, or examples at a time.
@@ -119,7 +119,7 @@ def cells(only: str = "") -> list[Cell]:
     return found
 
 
-def plan_cell(cell: Cell, trying: Trying) -> Row:
+def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
     """The smallest slice of the cell's family that fits, and its plan.
 
     Slices that are too small by what is guessed before compiling are passed over, and said so.
@@ -129,13 +129,13 @@ def plan_cell(cell: Cell, trying: Trying) -> Row:
     last = found.slices[-1]
     tried = cell.shapes(last.devices)[last.choice]
     rows = PROMPTS if isinstance(tried, SearchShapes) else tried.rows // tried.accumulate
-    return Row(cell, found.best, tuple(refused), rows)
+    return MatrixRow(cell, found.best, tuple(refused), rows)
 
 
 def plan_cells(
     asked: Sequence[Cell],
     trying: Trying,
-    keep: Callable[[Row], None],
+    keep: Callable[[MatrixRow], None],
 ) -> list[str]:
     """Plan every cell, and hand each row to `keep` when it is done; names of those that failed.
 
@@ -157,7 +157,7 @@ def plan_cells(
 def _why_not(trials: Trials) -> str:
     """Why the best mesh of a slice that was compiled, or else the smallest one, does not do."""
     if not trials.plans:
-        judged = [one for one in trials.skipped if one.held is not None]
+        judged = [one for one in trials.skipped if one.resident_bytes is not None]
         least = min(judged, key=lambda one: one.needed, default=trials.skipped[0])
         return f"{least.mesh}: {least.why}, not compiled"
     plan = trials.plans[0]
@@ -211,7 +211,7 @@ class Records:
         in_table = self.table is None or cell.name in self.lines
         return not in_table or (self.figures is not None and cell.name not in self.rows)
 
-    def keep(self, row: Row, order: Sequence[Cell]) -> None:
+    def keep(self, row: MatrixRow, order: Sequence[Cell]) -> None:
         """Add a row to the files; rows stand in the order of the cells."""
         self.lines[row.cell.name] = line_of(row)
         self.rows[row.cell.name] = row.as_row()
@@ -255,7 +255,7 @@ def compiler_of() -> str:
     return f"Compiled with {', '.join(versions)}."
 
 
-def line_of(row: Row) -> str:
+def line_of(row: MatrixRow) -> str:
     """A row of the table."""
     # Of what was tried of a slice the last needs least.
     refused = "; ".join(f"{at.partition(':')[2]} {why}" for at, why in dict(row.refused).items())
@@ -269,7 +269,7 @@ def line_of(row: Row) -> str:
             str(plan.devices),
             plan.mesh,
             str(row.rows),
-            f"{sum(plan.held.values()) / GIB:.2f}",
+            f"{sum(plan.resident_bytes.values()) / GIB:.2f}",
             f"{plan.temporaries / GIB:.2f}",
             f"{plan.needed / GIB:.2f}",
             f"{plan.memory / GIB:.2f}",

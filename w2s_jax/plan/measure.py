@@ -62,16 +62,16 @@ class Measured:
 class Plan:
     """A search, or a training, on a slice.
 
-    held: bytes of each device that stay between programs, by name. seconds: the estimate of a batch
-    of prompts, from prefill to the last chunk, or of a step. fits: every program compiles, and what
-    is held fits beside the temporaries of each.
+    resident_bytes: of each device between programs, by name. seconds: the estimate of a batch of
+    prompts, from prefill to the last chunk, or of a step. fits: every program compiles, and what is
+    resident fits beside the temporaries of each.
     """
 
     topology: str
     mesh: str
     devices: int
     memory: float
-    held: Mapping[str, int]
+    resident_bytes: Mapping[str, int]
     programs: tuple[Measured, ...]
     fits: bool
     seconds: float
@@ -85,7 +85,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes of each device, held and temporaries."""
-        return sum(self.held.values()) + self.temporaries
+        return sum(self.resident_bytes.values()) + self.temporaries
 
     @property
     def refusal(self) -> str | None:
@@ -129,7 +129,7 @@ def plan_search(
     chunks = shapes.config.chunks
     seconds = sum(one.seconds * (chunks * one.calls or shapes.slots) for one in measured.values())
     tokens = shapes.slots * shapes.config.max_new_tokens
-    return _plan(place, mesh, found.held, list(measured.values()), seconds, tokens)
+    return _plan(place, mesh, found.resident_bytes, list(measured.values()), seconds, tokens)
 
 
 def plan_training(
@@ -142,13 +142,13 @@ def plan_training(
     """Compile a training step for a slice; `tell` hears of it before."""
     tell(f"compiling the {found.program.name} for {place.name}")
     step = measure(found.program, place, {})
-    return _plan(place, mesh, found.held, [step], step.seconds, shapes.tokens)
+    return _plan(place, mesh, found.resident_bytes, [step], step.seconds, shapes.tokens)
 
 
 def _plan(
     place: Slice,
     mesh: str,
-    held: Mapping[str, int],
+    resident_bytes: Mapping[str, int],
     measured: Sequence[Measured],
     seconds: float,
     tokens: int,
@@ -159,7 +159,7 @@ def _plan(
         mesh=mesh,
         devices=len(place.devices),
         memory=float(place.chip.memory),
-        held=dict(held),
+        resident_bytes=dict(held),
         programs=tuple(measured),
         fits=not refused,
         seconds=seconds,
@@ -244,7 +244,7 @@ def show(console: Console, plan: Plan) -> None:
     title = f"{plan.topology}, {plan.devices} devices, --mesh {plan.mesh}"
     console.print(title, soft_wrap=True, highlight=False)
     held = Table("held on each device", "GiB")
-    for name, size in plan.held.items():
+    for name, size in plan.resident_bytes.items():
         held.add_row(name, f"{size / GIB:.2f}")
     beside, needed = f"{plan.temporaries / GIB:.2f}", f"{plan.needed / GIB:.2f}"
     if plan.refusal:

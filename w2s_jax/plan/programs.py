@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, cache_axes
 from w2s_jax.models.config import KNOWN, ModelConfig
+from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
-from w2s_jax.search import reading_programs, session, step
+from w2s_jax.search import session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
+from w2s_jax.search.incremental_text import MERGES
 from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_models
-from w2s_jax.search.reading import MERGES
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
@@ -38,7 +39,8 @@ def shape_of(name: str) -> ModelConfig:
 
     No weights are read or fetched. Raises InputError for what is none of them.
     """
-    from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, load_config, locate
+    from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, locate
+    from w2s_jax.models.load import load_config
 
     try:
         path = Path(name).expanduser()
@@ -50,7 +52,7 @@ def shape_of(name: str) -> ModelConfig:
     if is_file:
         return _from_file(path)
     if name in KNOWN and not is_folder:
-        return ModelConfig.from_hf(KNOWN[name])
+        return config_from_hf(KNOWN[name])
     return load_config(locate(name, (CONFIG, GENERATION_CONFIG)))
 
 
@@ -59,7 +61,7 @@ def _from_file(path: Path) -> ModelConfig:
 
     found = read_json(path)
     try:
-        return ModelConfig.from_hf(found)
+        return config_from_hf(found)
     except InputError as error:
         raise InputError(f"{path}: not a config.json ({error})") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -152,7 +154,7 @@ class SearchPrograms:
     """
 
     programs: tuple[Program, ...]
-    held: Mapping[str, int]
+    resident_bytes: Mapping[str, int]
     wholes: Mapping[str, tuple[int, ...]]
 
 
@@ -216,13 +218,13 @@ def _on_text(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> 
     def concluding() -> Any:
         _, proposal = jax.eval_shape(step.propose, models, state)
         totals = jax.ShapeDtypeStruct((shapes.slots, config.rows, texts), jnp.float32)
-        return session._conclude.trace(models, state, proposal, totals)
+        return session.conclude_program.trace(models, state, proposal, totals)
 
     programs = [
         _insertion(models, state, shapes),
         Program(
             "propose",
-            lambda: session._propose.trace(models, state),
+            lambda: session.propose_program.trace(models, state),
             1,
             _step_reads(models, state),
         ),
@@ -324,9 +326,12 @@ def _insertion(models: SearchModels, state: SearchState, shapes: SearchShapes) -
     """A prompt into a slot: every model that reads tokens reads it."""
     request = Request(0, ((1,),))
     room = bucket(shapes.prompt_tokens) + 1
-    given = (np.int32(0), session._draws(state.config, request), _ints(1, room), _ints(1))
+    given = (np.int32(0), session.draws_of(state.config, request), _ints(1, room), _ints(1))
     return Program(
-        "prefill", lambda: session._insert.trace(models, state, *given), 0, nbytes(models.members)
+        "prefill",
+        lambda: session.insert_program.trace(models, state, *given),
+        0,
+        nbytes(models.members),
     )
 
 

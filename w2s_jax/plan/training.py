@@ -59,7 +59,7 @@ class TrainingProgram:
     """The step, what it holds on each device by name, in bytes, and the weights' whole shapes."""
 
     program: Program
-    held: dict[str, int]
+    resident_bytes: dict[str, int]
 
 
 def training_program(shapes: TrainingShapes, mesh: Mesh) -> TrainingProgram:

@@ -175,7 +175,7 @@ def _judged(shapes: Shapes, topology: str, devices: int, trying: Trying) -> list
 
 def _checked(slices: Sequence[Trials]) -> Found:
     """All that was tried; InputError where nothing could be judged."""
-    held = [one.held for trials in slices for one in trials.skipped]
+    held = [one.resident_bytes for trials in slices for one in trials.skipped]
     if not any(trials.plans for trials in slices) and not any(size is not None for size in held):
         last = slices[-1]
         raise InputError(f"{last.topology}: no mesh: {last.skipped[0].why}")
@@ -225,7 +225,7 @@ def _show_trials(console: Console, trials: Trials) -> None:
         Column("--mesh", no_wrap=True), "GiB held", "why", title=title, title_justify="left"
     )
     for one in trials.skipped[:LISTED]:
-        held = "" if one.held is None else f"{one.held / GIB:.2f}"
+        held = "" if one.resident_bytes is None else f"{one.resident_bytes / GIB:.2f}"
         table.add_row(one.mesh, held, one.why)
     console.print(table)
     if len(trials.skipped) > LISTED:
@@ -234,7 +234,7 @@ def _show_trials(console: Console, trials: Trials) -> None:
 
 def plan_cells(plan: Plan) -> tuple[str, ...]:
     """A plan in cells: mesh, held, temporaries, both, fits or why not, tokens a second, time."""
-    held, spent = f"{sum(plan.held.values()) / GIB:.2f}", f"{plan.compile_seconds:.0f} s"
+    held, spent = f"{sum(plan.resident_bytes.values()) / GIB:.2f}", f"{plan.compile_seconds:.0f} s"
     if plan.refusal:
         return plan.mesh, held, "", "", plan.refusal, "", spent
     return (

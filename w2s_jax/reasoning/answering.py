@@ -28,7 +28,7 @@ from w2s_jax.text.rows import Row
 from w2s_jax.text.typed_yaml import from_mapping
 
 if TYPE_CHECKING:
-    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.checkpoints import SteeringPlan
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def check_prompts(task: Answering, count: int | None = None) -> None:
     _prompts(task, planned.tokenizer, planned.configs, count)
 
 
-def _planned(task: Answering) -> "Plan":
+def _planned(task: Answering) -> "SteeringPlan":
     from w2s_jax.search.checkpoints import GuideSource, Sources, plan
 
     guides: tuple[GuideSource, ...] = ()

@@ -93,7 +93,7 @@ class GenerationConfig:
             raise InputError("samples_per_slot is for method sample; a search is one sample")
 
     @property
-    def together(self) -> int:
+    def samples_per_request(self) -> int:
         """How many samples of a prompt share a slot."""
         if self.method == "cbs":
             return 1
@@ -128,14 +128,14 @@ def generate(
     """
     from w2s_jax.reasoning.slots import respond
     from w2s_jax.search import search_models
-    from w2s_jax.text.journal import held, journal_path, open_journal
+    from w2s_jax.text.journal import journal_path, locked, open_journal
 
     _check_guide(config, guide)
     models = search_models(model, guide)
     search_config = _search_config(config, models, tokenizer)
     requests = _requests(models, search_config, rows, config, tokenizer, source)
     count = len(rows) * config.samples
-    with held(journal_path(path)):
+    with locked(journal_path(path)):
         journal = open_journal(journal_path(path), _fingerprint(rows, config, identity))
         finished = journal.read()
         waiting = [index for index in range(len(requests)) if index not in finished]
@@ -199,7 +199,7 @@ def _search_config(
         "seed": config.seed,
     }
     if config.method == "sample":
-        found = sample(config.together, **settings)
+        found = sample(config.samples_per_request, **settings)
     else:
         found = cbs(config.beam_width, config.successors, config.chunk_length, **settings)
     search_eos(models, found)
@@ -239,7 +239,7 @@ def _requests(
             prompt = tuple(encode_prompt(tokenizer, row["prompt"]))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        for first in range(0, config.samples, config.together):
+        for first in range(0, config.samples, config.samples_per_request):
             is_search = config.method == "cbs"
             requests.append(
                 Request(
@@ -260,10 +260,10 @@ def _entry(
     found: Sequence["Response"],
 ) -> Row:
     """What the journal keeps of a finished request: its output rows."""
-    slots_a_row = -(-config.samples // config.together)
-    row, first = rows[index // slots_a_row], index % slots_a_row * config.together
+    slots_a_row = -(-config.samples // config.samples_per_request)
+    row, first = rows[index // slots_a_row], index % slots_a_row * config.samples_per_request
     # A prompt's last slot may have drawn more than are wanted, and a search keeps W.
-    samples = range(first, min(first + config.together, config.samples))
+    samples = range(first, min(first + config.samples_per_request, config.samples))
     return {
         "rows": [
             {

@@ -4,7 +4,7 @@ Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their
 again and what is not is for `stages.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ import yaml
 
 from w2s_jax.reasoning.answering import Answering, write_task
 from w2s_jax.reasoning.answers import gold_answer
-from w2s_jax.reasoning.checks import check_run
 from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, resolved
 from w2s_jax.reasoning.contrasts import WEIGHT, contrastive_pairs
 from w2s_jax.reasoning.curation import curate, sft_set
@@ -30,8 +29,7 @@ from w2s_jax.reasoning.questions import (
     solution_text,
     solved_row,
 )
-from w2s_jax.reasoning.report import summarise, write_report
-from w2s_jax.reasoning.stages import Stage, run_stages
+from w2s_jax.reasoning.stages import Stage
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
 
@@ -428,26 +426,6 @@ class Pipeline:
 
     def _reads(self, *others: Path) -> tuple[Path, ...]:
         return (self.files["questions"], *others)
-
-
-def run_pipeline(
-    pipeline: Pipeline,
-    stages: Sequence[Stage],
-    *,
-    first: str | None = None,
-    last: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> str:
-    """Do the stages as `run_stages` does, and write the report; returns its tables.
-
-    Raises what `run_stages` raises, and InputError for settings or data with which a stage fails.
-    """
-    for line in check_run(pipeline, stages):
-        tell(line)
-    figures = run_stages(stages, pipeline.root, first=first, last=last, tell=tell)
-    drawn = [name for name in figures if name.endswith(SAMPLES)]
-    samples = {name: pipeline.judged_samples(name) for name in drawn}
-    return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
 
 
 def _by_id(rows: Iterable[Mapping[str, Any]]) -> Answers:

@@ -85,13 +85,13 @@ def _run(
 
     def refill(session: Session, slot: int) -> Session:
         if not waiting:
-            return release(session, slot) if slot in session.held else session
+            return release(session, slot) if slot in session.requests else session
         index_of[slot] = waiting.popleft()
         return insert(session, slot, requests[index_of[slot]])
 
     for slot in range(session.slots):
         session = refill(session, slot)
-    while session.held:
+    while session.requests:
         session = advance(session)
         done = done_slots(session)
         for slot, responses in read_slots(session, done, tokenizer).items():
@@ -116,7 +116,7 @@ def read_slots(
             Response(
                 response_text(
                     tokenizer,
-                    session.held[slot].prompts[0],
+                    session.requests[slot].prompts[0],
                     one.tokens,
                     finished=one.finished,
                     stop=config.stop,

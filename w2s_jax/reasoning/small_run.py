@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.reasoning.measures import Estimate, gap_over_seeds, over_seeds
 from w2s_jax.reasoning.problems import ProblemConfig, general_text, make_problems, question_rows
 from w2s_jax.reasoning.stages import Stage, run_stages
@@ -359,7 +360,9 @@ def _write_start(shape: ShapeConfig, size: SizeConfig, tokenizer: Any, folder: P
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
-    write_whole(folder / "config.json", [json.dumps(config.to_hf(), indent=2).encode(), b"\n"])
+    write_whole(
+        folder / "config.json", [json.dumps(config_to_hf(config), indent=2).encode(), b"\n"]
+    )
 
 
 def _last_row(path: Path) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.journal import held
+from w2s_jax.text.journal import locked
 from w2s_jax.text.rows import write_whole
 
 DONE, BEGUN = "done.json", "begun.json"
@@ -69,7 +69,7 @@ def run_stages(
     not there, for a folder that holds something else, and while another run writes in `root`.
     """
     chosen = _chosen(stages, first, last)
-    with held(root / "stages"):
+    with locked(root / "stages"):
         return _run(stages, root, chosen, tell)
 
 

@@ -92,8 +92,7 @@ def load_decoders(
 
     Raises InputError for checkpoints that cannot be read and adapters for another base.
     """
-    from w2s_jax.models.huggingface import load_model
-    from w2s_jax.models.lora_huggingface import load_adapted
+    from w2s_jax.models.load import load_adapted, load_model
 
     users: dict[str, list[str]] = {}
     for path in paths:

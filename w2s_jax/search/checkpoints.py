@@ -13,7 +13,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import Rules
 from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
-from w2s_jax.search.judges import RewardScorer, TextLogRatio, TextModel
+from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.models import (
     ONE_DEVICE,
     Guide,
@@ -100,7 +100,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SteeringPlan:
     """Sources whose tokenizers, templates and configs were looked at; no weight is loaded yet.
 
     on_device: for each guide whether it scores the policy's tokens. templates and configs are under
@@ -245,7 +245,7 @@ def read_folders(path: str | Path) -> dict[str, str]:
     return folders
 
 
-def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
+def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
     """Look at the tokenizers, templates and configs of all sources.
 
     needs_tokens names what needs every guide on the policy's tokens, such as "--method eft". Raises
@@ -269,11 +269,11 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> Plan:
         args = sources.template_args
         templates[role] = load_template(loaded[path], names[role], where=flag, args=args)
     on_device = _on_device(sources, templates, configs, needs_tokens)
-    return Plan(sources, templates, configs, on_device, adapters)
+    return SteeringPlan(sources, templates, configs, on_device, adapters)
 
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
-    from w2s_jax.models.huggingface import load_config
+    from w2s_jax.models.load import load_config
     from w2s_jax.models.lora_huggingface import adapted_config
 
     if path not in adapters:
@@ -353,7 +353,7 @@ def _on_device(
     return tuple(found)
 
 
-def load(plan: Plan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
+def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
     """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
 
     dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh

@@ -59,7 +59,7 @@ def start_cache(
             dtype=model.dtype if dtype is None else dtype,
             stacked=model.scan_layers,
             placement=model.placement,
-        ).held()
+        ).constrain()
 
     # Made in its shards: no device has room for all of it.
     return build() if model.placement.mesh is None else jax.jit(build)()

@@ -10,9 +10,9 @@ from functools import partial
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.search.checkpoints import Plan, Steering
+from w2s_jax.search.checkpoints import Steering, SteeringPlan
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.judges import TextLogRatio
+from w2s_jax.search.model_scorers import TextLogRatio
 from w2s_jax.search.results import TRACE, ChunkTrace, Hypothesis, SearchResult, trace_row
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
@@ -45,7 +45,7 @@ def read_conversations(rows: Sequence[Row], source: str) -> list[Conversation]:
 
 
 def encode_questions(
-    plan: Plan, rows: Sequence[Row], source: str, *, max_new_tokens: int
+    plan: SteeringPlan, rows: Sequence[Row], source: str, *, max_new_tokens: int
 ) -> Questions:
     """Every row as the models of a plan read it.
 
@@ -65,7 +65,7 @@ def encode_questions(
 
 
 def search_rows(
-    plan: Plan,
+    plan: SteeringPlan,
     steering: Steering,
     questions: Questions,
     config: SearchConfig,
@@ -133,7 +133,7 @@ def _number(index: int) -> int:
 
 
 def answer(
-    plan: Plan,
+    plan: SteeringPlan,
     steering: Steering,
     questions: Questions,
     result: SearchResult,
@@ -154,7 +154,7 @@ def answer(
 
 
 def _response(
-    plan: Plan, prompt: Sequence[int], hypothesis: Hypothesis, config: SearchConfig
+    plan: SteeringPlan, prompt: Sequence[int], hypothesis: Hypothesis, config: SearchConfig
 ) -> str:
     """The text of a response as it was scored."""
     return response_text(
@@ -191,7 +191,7 @@ def answer_row(
 
 
 def winner_tokens(
-    plan: Plan,
+    plan: SteeringPlan,
     steering: Steering,
     questions: Questions,
     result: SearchResult,

@@ -213,13 +213,13 @@ def _run(
     def refill(session: Session, slot: int) -> Session:
         index, request = next(waiting, (None, None))
         if index is None or request is None:
-            return release(session, slot) if slot in session.held else session
+            return release(session, slot) if slot in session.requests else session
         index_of[slot] = index
         return insert(session, slot, request)
 
     for slot in range(session.slots):
         session = refill(session, slot)
-    while session.held:
+    while session.requests:
         session = advance(session)
         if on_chunk is not None:
             for chunk in session.chunks.values():

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError, RowFailed
-from w2s_jax.exchange import everywhere, whole
+from w2s_jax.exchange import everywhere, to_host
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.hop import Decode, heed_stops, read_rows, score_rows, trace
+from w2s_jax.search.host_scoring import Decode, heed_stops, read_rows, score_rows, trace
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.results import ChunkTrace, Hypothesis, Number, Request, SearchResult
@@ -32,7 +32,7 @@ from w2s_jax.search.texts import TextScorer
 class Session:
     """The models, the state on the device, and what is in its slots.
 
-    held: the request in each used slot. scorers, memories: of texts, and what each remembers.
+    requests: the request in each used slot. scorers, memories: of texts, and what each remembers.
     failed: slots whose texts a scorer could not value, and the models at fault. chunks: what the
     last `advance` offered and kept, where the session is traced.
     """
@@ -44,7 +44,7 @@ class Session:
     scorers: tuple[TextScorer, ...] = ()
     memories: tuple[Any, ...] = ()
     traced: bool = False
-    held: Mapping[int, Request] = field(default_factory=dict)
+    requests: Mapping[int, Request] = field(default_factory=dict)
     failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class Session:
     @property
     def free(self) -> list[int]:
         """Slots that hold nothing."""
-        return [slot for slot in range(self.slots) if slot not in self.held]
+        return [slot for slot in range(self.slots) if slot not in self.requests]
 
 
 def start_session(
@@ -126,7 +126,7 @@ def insert(session: Session, slot: int, request: Request) -> Session:
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    own = _draws(config, request)
+    own = draws_of(config, request)
     memories = session.memories
     if session.scorers:
         if request.conversation is None:
@@ -136,9 +136,9 @@ def insert(session: Session, slot: int, request: Request) -> Session:
             for scorer, memory in zip(session.scorers, memories, strict=True)
         )
     # Last, since it donates the state: what is refused leaves the session as it was.
-    state = _insert(models, session.state, np.int32(slot), own, padded, lengths)
-    held, failed = {**session.held, slot: request}, _without(session.failed, slot)
-    return replace(session, state=state, memories=memories, held=held, failed=failed)
+    state = insert_program(models, session.state, np.int32(slot), own, padded, lengths)
+    held, failed = {**session.requests, slot: request}, _without(session.failed, slot)
+    return replace(session, state=state, memories=memories, requests=held, failed=failed)
 
 
 def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
@@ -157,7 +157,7 @@ def _check_numbers(request: Request) -> None:
         raise InputError(f"row {request.row_id}: {error}") from None
 
 
-def _draws(config: SearchConfig, request: Request) -> tuple:
+def draws_of(config: SearchConfig, request: Request) -> tuple:
     """What `states.draws` takes of a request, as arrays, so that no number is compiled in."""
     sampling = config.sampling
 
@@ -179,11 +179,11 @@ def _draws(config: SearchConfig, request: Request) -> tuple:
 
 def advance(session: Session) -> Session:
     """One chunk for all slots; through the host only where texts are needed."""
-    models, state, held = session.models, session.state, session.held
+    models, state, held = session.models, session.state, session.requests
     if not _needs_host(session, held.values()):
         return replace(session, state=step.search_step(models, state))
     assert session.decode is not None
-    state, proposal = _propose(models, state)
+    state, proposal = propose_program(models, state)
     texts = bool(session.scorers) or session.traced
     rows = read_rows(state, proposal, held, session.decode, texts=texts)
     lengths, finished = heed_stops(proposal, rows)
@@ -192,10 +192,10 @@ def advance(session: Session) -> Session:
     if session.scorers:
         memories, totals, at_fault = score_rows(session.scorers, memories, rows, held, state)
         failed = {**at_fault, **failed}
-    before = whole(state.finished)
-    state, selection = _conclude(models, state, proposal, totals)
+    before = to_host(state.finished)
+    state, selection = conclude_program(models, state, proposal, totals)
     if session.scorers:
-        kept = whole((selection.parents, selection.rows))
+        kept = to_host((selection.parents, selection.rows))
         memories = tuple(
             scorer.keep(memory, *kept)
             for scorer, memory in zip(session.scorers, memories, strict=True)
@@ -214,15 +214,17 @@ def compile_session(session: Session, request: Request) -> Session:
     """
     models, state, count = session.models, session.state, len(request.prompts)
     prompts = np.zeros((count, session.prefix_capacity + 1), np.int32)
-    own = _draws(state.config, request)
-    _insert.lower(models, state, np.int32(0), own, prompts, np.ones(count, np.int32)).compile()
+    own = draws_of(state.config, request)
+    insert_program.lower(
+        models, state, np.int32(0), own, prompts, np.ones(count, np.int32)
+    ).compile()
     _done.lower(state).compile()
     _release.lower(state, np.int32(0)).compile()
     if not _needs_host(session, [request]):
         step.search_step.lower(models, state).compile()
         return session
-    proposing = _propose.lower(models, state).compile()
-    _, proposal = jax.eval_shape(_propose, models, state)
+    proposing = propose_program.lower(models, state).compile()
+    _, proposal = jax.eval_shape(propose_program, models, state)
     if state.mesh is not None:
         proposal = with_shardings(proposal, proposing.output_shardings[1])
     if state.mesh is not None:  # as `_ended` leaves it: what the host has found is on every device
@@ -235,7 +237,7 @@ def compile_session(session: Session, request: Request) -> Session:
     if session.scorers:
         shape = (session.slots, state.config.rows, len(session.scorers))
         totals = np.zeros(shape, np.float32)
-    _conclude.lower(models, state, proposal, totals).compile()
+    conclude_program.lower(models, state, proposal, totals).compile()
     return _rehearsed(session, request) if session.scorers and state.mesh is None else session
 
 
@@ -263,7 +265,7 @@ def _needs_host(session: Session, requests: Iterable[Request]) -> bool:
 
 def done_slots(session: Session) -> list[int]:
     """Slots whose search has ended, well or not, and whose outcomes may be read."""
-    return sorted({*np.flatnonzero(whole(_done(session.state))).tolist(), *session.failed})
+    return sorted({*np.flatnonzero(to_host(_done(session.state))).tolist(), *session.failed})
 
 
 def results(session: Session, slots: Sequence[int]) -> dict[int, SearchResult]:
@@ -283,26 +285,26 @@ def outcomes(
     """The results of those slots that have one, as `results` gives them, and why others failed."""
     state = session.state
     arrays = (state.tokens, state.lengths, state.objectives, state.finished, state.token_scores)
-    faults, *kept = whole((state.faults, *arrays))
+    faults, *kept = to_host((state.faults, *arrays))
     eos_ids = step.search_eos(session.models, state.config)
     found: dict[int, SearchResult] = {}
     failed: dict[int, RowFailed] = {}
     for slot in slots:
-        row_id, objectives = session.held[slot].row_id, kept[2][slot]
+        row_id, objectives = session.requests[slot].row_id, kept[2][slot]
         at_fault = session.models.at_fault(faults[slot]) or session.failed.get(slot, ())
         if at_fault or not np.isfinite(objectives).all():
             failed[slot] = RowFailed(row_id, at_fault)
             continue
         own = (array[slot] for array in kept)
-        found[slot] = _result(state.config, session.held[slot], eos_ids, *own)
+        found[slot] = _result(state.config, session.requests[slot], eos_ids, *own)
     return found, failed
 
 
 def release(session: Session, slot: int) -> Session:
     """Empty a slot, whether or not its search has ended."""
-    held, failed = (_without(slots, slot) for slots in (session.held, session.failed))
+    held, failed = (_without(slots, slot) for slots in (session.requests, session.failed))
     state = _release(session.state, np.int32(slot))
-    return replace(session, state=state, held=held, failed=failed)
+    return replace(session, state=state, requests=held, failed=failed)
 
 
 def _result(
@@ -340,7 +342,7 @@ def _result(
     return SearchResult(request.row_id, hypotheses)
 
 
-def _insert_program(
+def _insert_prompt(
     models: SearchModels, state: SearchState, slot: Any, own: tuple, prompts: Any, lengths: Any
 ) -> SearchState:
     row_id, seed, position, lane, limit, temperature, top_p, beta = own
@@ -358,8 +360,8 @@ def _insert_program(
     return states.insert_prompt(models, state, slot, row_id, prompts, lengths, numbers)
 
 
-_insert = partial(jax.jit, donate_argnums=1)(_insert_program)
+insert_program = partial(jax.jit, donate_argnums=1)(_insert_prompt)
 _release = partial(jax.jit, donate_argnums=0)(states.release)
-_propose = partial(jax.jit, donate_argnums=1)(step.propose)
-_conclude = partial(jax.jit, donate_argnums=1)(step.conclude)
+propose_program = partial(jax.jit, donate_argnums=1)(step.propose)
+conclude_program = partial(jax.jit, donate_argnums=1)(step.conclude)
 _done = jax.jit(lambda state: state.done)

@@ -204,7 +204,7 @@ def _empty(
         mesh=mesh,
         rules=rules,
     )
-    return hold(state)
+    return constrain(state)
 
 
 def state_axes(state: SearchState) -> SearchState:
@@ -225,16 +225,16 @@ def state_axes(state: SearchState) -> SearchState:
     return replace(state, **axes)
 
 
-def hold(state: SearchState) -> SearchState:
+def constrain(state: SearchState) -> SearchState:
     """Inside a program: the state with every array held to its sharding."""
     if state.mesh is None:
         return state
     own = Placement(state.mesh, state.rules)
     rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
     return replace(
-        own.hold(rest, axes),
-        proposer=tuple(cache.held() for cache in state.proposer),
-        scorer=tuple(cache.held() for cache in state.scorer),
+        own.constrain(rest, axes),
+        proposer=tuple(cache.constrain() for cache in state.proposer),
+        scorer=tuple(cache.constrain() for cache in state.scorer),
     )
 
 
@@ -265,7 +265,7 @@ def insert_prompt(
         )
 
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
-    return hold(
+    return constrain(
         replace(
             state,
             draws=jax.tree.map(lambda all, one: all.at[slot].set(one), state.draws, own),
@@ -284,4 +284,4 @@ def insert_prompt(
 
 def release(state: SearchState, slot: Array) -> SearchState:
     """Mark a slot as empty."""
-    return hold(replace(state, active=state.active.at[slot].set(False)))
+    return constrain(replace(state, active=state.active.at[slot].set(False)))

@@ -18,7 +18,7 @@ from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import draw_keys, read_chunk, sample_chunk
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.selectors import Candidates
-from w2s_jax.search.state import Draws, SearchState, hold
+from w2s_jax.search.state import Draws, SearchState, constrain
 
 Buffers = tuple[LayersKV | None, ...]
 
@@ -235,7 +235,7 @@ def select(
         proposer=commit(state.proposer, proposal.buffers),
         scorer=commit(state.scorer, scored.buffers),
     )
-    return hold(kept), Selection(candidates, chosen, parents, rows)
+    return constrain(kept), Selection(candidates, chosen, parents, rows)
 
 
 def _take(values: Array, places: Int[Array, "P W"]) -> Array:

@@ -116,7 +116,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Proposed:
     """A proposed successor: what it adds and what it makes.
 
     ended: nothing will be added to it. by_eos: an EOS is scored behind it. tokens: what it took.
@@ -246,7 +246,7 @@ def _run(
 
 def _propose(
     proposer: TextProposer, held: dict[int, _Held], config: SearchConfig
-) -> tuple[dict[int, dict[int, _Row]], dict[int, int]]:
+) -> tuple[dict[int, dict[int, _Proposed]], dict[int, int]]:
     """Each slot's rows by number, none where the parent is finished; and the tokens they took."""
     count = config.successors
     places, extensions = [], []
@@ -260,7 +260,7 @@ def _propose(
             places.append((slot, w))
             extensions.append(Extension(*prompt, count, limit, *place, hypothesis.trail))
     answers = proposer.extend(extensions)
-    rows: dict[int, dict[int, _Row]] = {slot: {} for slot in held}
+    rows: dict[int, dict[int, _Proposed]] = {slot: {} for slot in held}
     spent = dict.fromkeys(held, 0)
     for (slot, w), extension, answer in zip(places, extensions, answers, strict=True):
         if len(answer) != count:
@@ -272,26 +272,26 @@ def _propose(
     return rows, spent
 
 
-def _row(before: str, continuation: Continuation, full: bool, config: SearchConfig) -> _Row:
+def _row(before: str, continuation: Continuation, full: bool, config: SearchConfig) -> _Proposed:
     """A continued response, cut at a stop string, which may have begun in an earlier chunk."""
     response = before + continuation.text
     kept = cut(response, config.stop)
     if kept is not None:
         took = continuation.tokens
-        return _Row(kept[len(before) :], kept, True, ended=True, by_eos=False, tokens=took)
+        return _Proposed(kept[len(before) :], kept, True, ended=True, by_eos=False, tokens=took)
     finished = continuation.finished
     by_eos = config.reference_quirks and full
     if finished:
         by_eos = not continuation.stopped
     more = (continuation.trail, continuation.tokens)
-    return _Row(continuation.text, response, finished, finished or full, by_eos, *more)
+    return _Proposed(continuation.text, response, finished, finished or full, by_eos, *more)
 
 
 def _score(
     scorers: Sequence[TextScorer],
     states: list[Any],
     held: dict[int, _Held],
-    rows: dict[int, dict[int, _Row]],
+    rows: dict[int, dict[int, _Proposed]],
     slots: int,
     config: SearchConfig,
 ) -> tuple[list[Any], np.ndarray, dict[int, tuple[str, ...]]]:
@@ -322,7 +322,7 @@ def _score(
 
 def _candidates(
     held: dict[int, _Held],
-    rows: dict[int, dict[int, _Row]],
+    rows: dict[int, dict[int, _Proposed]],
     objectives: np.ndarray,
     config: SearchConfig,
 ) -> Candidates:
@@ -378,7 +378,7 @@ def _keep(
 
 def _options(
     entry: _Held,
-    rows: dict[int, _Row],
+    rows: dict[int, _Proposed],
     objectives: np.ndarray,
     sums: np.ndarray,
     config: SearchConfig,
@@ -402,7 +402,7 @@ def _options(
 
 def _trace(
     entry: _Held,
-    rows: dict[int, _Row],
+    rows: dict[int, _Proposed],
     options: dict[int, TextHypothesis],
     picked: list[int],
     config: SearchConfig,

@@ -264,7 +264,7 @@ class Engine:
         if group.session is None or not group.running:
             return not group.is_leaving
         started = time.monotonic()
-        session = group.session = sessions.advance(group.held)
+        session = group.session = sessions.advance(group.open_session)
         done = [slot for slot in sessions.done_slots(session) if slot in group.running]
         self.metrics.chunk_seconds.labels(group.program.method).observe(time.monotonic() - started)
         shown = [slot for slot, task in group.running.items() if task.job.streams]
@@ -351,7 +351,7 @@ class Engine:
             task = group.waiting.popleft()
             self._take_from_queue(task)
             try:
-                group.session = sessions.insert(group.held, free[0], task.job.request)
+                group.session = sessions.insert(group.open_session, free[0], task.job.request)
             except InputError as error:
                 self._fail(task, ApiError(400, str(error)))
                 if group.is_lost:
@@ -362,7 +362,7 @@ class Engine:
         self._count_slots()
 
     def _free(self, group: Group, slot: int) -> None:
-        group.session = sessions.release(group.held, slot)
+        group.session = sessions.release(group.open_session, slot)
         del group.running[slot]
         self._count_slots()
 
@@ -373,7 +373,7 @@ class Engine:
         """Results by slot; a slot whose scores are no numbers fails alone."""
         if not slots:
             return {}
-        found, failed = sessions.outcomes(group.held, slots)
+        found, failed = sessions.outcomes(group.open_session, slots)
         for slot, failure in failed.items():
             task = group.running[slot]
             self._free(group, slot)

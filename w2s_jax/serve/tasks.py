@@ -139,7 +139,7 @@ class Group:
     is_leaving: bool = False
 
     @property
-    def held(self) -> Session:
+    def open_session(self) -> Session:
         """The session of a group that has one."""
         assert self.session is not None
         return self.session
@@ -157,7 +157,7 @@ class Group:
     @property
     def is_lost(self) -> bool:
         """Whether the device's memory was given away to a call that then failed."""
-        return self.held.state.base.is_deleted()
+        return self.open_session.state.base.is_deleted()
 
     @property
     def may_add(self) -> bool:

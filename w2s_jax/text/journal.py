@@ -89,7 +89,7 @@ def journal_path(output: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def held(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path) -> Iterator[None]:
     """Keep other runs off the journal at `path` while the block runs.
 
     The lock ends with the process, however it ends. Raises InputError where another run holds it,
@@ -264,7 +264,7 @@ def job_journal(
     host, count = own_number()
     with contextlib.ExitStack() as stack:
         path = host_journal_path(output, host)
-        stack.enter_context(held(path))
+        stack.enter_context(locked(path))
         own = open_journal(path, fingerprint)
         left = [at for at in _left_behind(output) if at >= count and at % count == host]
         if count == 1 and not left:
@@ -272,7 +272,7 @@ def job_journal(
             return
         others = []
         for at in left:
-            stack.enter_context(held(host_journal_path(output, at)))
+            stack.enter_context(locked(host_journal_path(output, at)))
             others.append(open_journal(host_journal_path(output, at), fingerprint))
         yield HostJournal(own, tuple(others), host, count)
 

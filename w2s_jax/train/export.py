@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.models.huggingface import load_config, load_model, locate
+from w2s_jax.models.huggingface import locate
+from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.lora import LoraConfig, merge
 from w2s_jax.models.model import Model
 from w2s_jax.text.rows import write_whole

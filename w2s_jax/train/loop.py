@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.text.journal import held
+from w2s_jax.text.journal import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
 from w2s_jax.train.records import read_metrics as read_metrics
@@ -103,7 +103,7 @@ def train(
     directory = Path(directory)
     with ExitStack() as stack:
         if jax.process_index() == 0:
-            stack.enter_context(held(directory / METRICS))
+            stack.enter_context(locked(directory / METRICS))
         stop = Stop() if jax.process_count() > 1 else stack.enter_context(Stop())
         checkpoints = Checkpoints(
             directory / CHECKPOINTS,

@@ -7,15 +7,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from w2s_jax.errors import check_fetched
-from w2s_jax.text.rows import json_line, write_whole
+from w2s_jax.text.rows import Row, json_line, write_whole
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-
-Row = dict[str, Any]
 
 
 class RowFile:

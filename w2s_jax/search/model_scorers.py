@@ -12,12 +12,11 @@ import jax
 import numpy as np
 
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import whole
+from w2s_jax.exchange import to_host
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel, contrast, label_names
-from w2s_jax.search.models import in_one_dtype
-from w2s_jax.search.reading import (
+from w2s_jax.search.incremental_text import (
     Place,
     Reading,
     common,
@@ -28,6 +27,7 @@ from w2s_jax.search.reading import (
     read_rewards,
     start_reading,
 )
+from w2s_jax.search.models import in_one_dtype
 from w2s_jax.search.texts import Candidate
 from w2s_jax.text.batches import pad_rows, power_of_two
 from w2s_jax.text.chat import Template
@@ -178,7 +178,7 @@ class RewardScorer:
         width = min(limit, power_of_two(max(map(len, rows)), 32))
         filled = [*rows, *[rows[0]] * (power_of_two(len(rows), 8) - len(rows))]
         tokens, mask = pad_rows(filled, width, model.config.pad_id)
-        logits = whole(_classify(model, tokens, mask))[: len(rows)]
+        logits = to_host(_classify(model, tokens, mask))[: len(rows)]
         return logits @ self._contrast
 
 

@@ -15,15 +15,15 @@ import numpy as np
 from jaxtyping import Array
 
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import whole
+from w2s_jax.exchange import to_host
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.search.decode import start_cache
+from w2s_jax.search.incremental_programs import keep, prefill_slot, read_last, read_rows
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import PolicyProposer
-from w2s_jax.search.reading_programs import keep, prefill_slot, read_last, read_rows
 from w2s_jax.text.batches import bucket, pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def read_logprobs(
         reading, plan = _prepare(model, reading, rows, read_on=True)
         device = (plan.committed, plan.last, plan.tokens, plan.longer)
         logprobs, cache, buffer = read_rows(model, _cache(reading), *device, first=plan.first)
-        read = whole(logprobs)
+        read = to_host(logprobs)
         for place, tokens in rows.items():
             stem = plan.stems[place]
             old = _parent(reading, place).logprobs[:stem]
@@ -142,7 +142,7 @@ def read_rewards(
         reading, plan = _prepare(model.decoder, reading, rows)
         device = (plan.committed, plan.last, plan.tokens, plan.counts)
         found, cache, buffer = read_last(model, _cache(reading), *device)
-        read = whole(found)
+        read = to_host(found)
         for place, tokens in rows.items():
             pending[place] = Known(tokens, np.zeros(len(tokens), np.float32))
             logits[place] = read[place]
@@ -411,7 +411,7 @@ def _grow(reading: Reading, **needed: int) -> Reading:
         wide = jax.tree.map(widen, getattr(reading.cache, part))
         cache = replace(reading.cache, **{part: wide})
         if cache.placement.mesh is not None:
-            cache = jax.jit(KVCache.held)(cache)
+            cache = jax.jit(KVCache.constrain)(cache)
         reading = replace(reading, cache=cache)
     return reading
 
@@ -420,7 +420,7 @@ def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarr
     """Float32 log-probabilities of all tokens but the first, read without a cache."""
     padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
     found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
-    return whole(found.logprobs)[0, 1 : len(tokens)]
+    return to_host(found.logprobs)[0, 1 : len(tokens)]
 
 
 def _sum_alone(model: Model, tokens: np.ndarray) -> float:
@@ -428,4 +428,4 @@ def _sum_alone(model: Model, tokens: np.ndarray) -> float:
 
 
 def _logits_alone(model: RewardModel, tokens: np.ndarray) -> np.ndarray:
-    return whole(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
+    return to_host(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]

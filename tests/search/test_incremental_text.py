@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.search.oracle import log_softmax
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.reward import RewardModel
-from w2s_jax.search import reading as reading_module
-from w2s_jax.search.reading import (
+from w2s_jax.search import incremental_text as reading_module
+from w2s_jax.search.incremental_text import (
     MERGES,
     common,
     insert_text,

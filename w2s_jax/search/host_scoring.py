@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import whole
+from w2s_jax.exchange import to_host
 from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection
@@ -22,7 +22,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """A live row of a proposal as text: all its response so far, up to its end.
 
     by_eos: it ended by EOS. at_limit: by its length. new: what this chunk adds to its hypothesis.
@@ -70,15 +70,15 @@ def read_rows(
     decode: Decode,
     *,
     texts: bool = True,
-) -> list[Row]:
+) -> list[TextRow]:
     """Every live row of the slots in use as text, stop strings heeded.
 
     Without `texts`, rows in which no stop string was found have none.
     """
     arrays = (state.tokens, state.base, state.active, state.finished, state.draws.limit)
-    before, base, active, over, limits = whole(arrays)
+    before, base, active, over, limits = to_host(arrays)
     ends_at = limits.tolist()
-    new, lengths, finished = whole((proposal.tokens, proposal.lengths, proposal.finished))
+    new, lengths, finished = to_host((proposal.tokens, proposal.lengths, proposal.finished))
     found = []
     for slot in np.flatnonzero(active).tolist():
         request = held[slot]
@@ -103,7 +103,7 @@ def read_rows(
             earlier = text_of(old).rstrip(INCOMPLETE) if texts else ""
             added = _unlike(text, earlier)
             ends = (by_eos, kept is not None, at_limit)
-            found.append(Row(slot, row, parent, text, added, length, *ends))
+            found.append(TextRow(slot, row, parent, text, added, length, *ends))
     return found
 
 
@@ -114,9 +114,9 @@ def _unlike(text: str, earlier: str) -> str:
     return text[next((i for i, (one, other) in pairs if one != other), shorter) :]
 
 
-def heed_stops(proposal: Proposal, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+def heed_stops(proposal: Proposal, rows: Sequence[TextRow]) -> tuple[np.ndarray, np.ndarray]:
     """The proposal's lengths and finished flags, [P, R] on the host, as the rows' texts ended."""
-    lengths, finished = (part.copy() for part in whole((proposal.lengths, proposal.finished)))
+    lengths, finished = (part.copy() for part in to_host((proposal.lengths, proposal.finished)))
     for row in rows:
         lengths[row.slot, row.row] = row.length
         finished[row.slot, row.row] = row.by_eos or row.by_stop
@@ -126,7 +126,7 @@ def heed_stops(proposal: Proposal, rows: Sequence[Row]) -> tuple[np.ndarray, np.
 def score_rows(
     scorers: Sequence[TextScorer],
     memories: Sequence[Any],
-    rows: Sequence[Row],
+    rows: Sequence[TextRow],
     held: Mapping[int, Request],
     state: SearchState,
 ) -> tuple[tuple[Any, ...], np.ndarray, dict[int, tuple[str, ...]]]:
@@ -160,17 +160,17 @@ def score_rows(
 
 
 def trace(
-    rows: Sequence[Row],
+    rows: Sequence[TextRow],
     selection: Selection,
     finished: np.ndarray,
     held: Mapping[int, Request],
 ) -> dict[int, ChunkTrace]:
     """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it."""
     arrays = (selection.candidates.objectives, selection.chosen, selection.parents)
-    objectives, chosen, parents = whole(arrays)
+    objectives, chosen, parents = to_host(arrays)
     width = finished.shape[1]
     count = objectives.shape[1] - width
-    by_slot: dict[int, list[Row]] = {}
+    by_slot: dict[int, list[TextRow]] = {}
     for row in rows:
         by_slot.setdefault(row.slot, []).append(row)
     traces = {}

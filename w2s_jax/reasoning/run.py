@@ -1,26 +1,44 @@
-"""What would end a reasoning run after hours, looked at before its first stage.
+"""A reasoning run: what would end it after hours, looked at first; its stages; its report.
 
-Reads files, configs and tokenizers; reads no weight and starts no device.
+The looking reads files, configs and tokenizers, no weight, and starts no device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.answers import gold_answer, make_checker
+from w2s_jax.reasoning.pipeline import SAMPLES, Pipeline
 from w2s_jax.reasoning.questions import read_demonstrations, read_questions, read_responses
-from w2s_jax.reasoning.report import FIGURE, REPORT, TABLES
-from w2s_jax.reasoning.stages import DONE, Stage
+from w2s_jax.reasoning.report import FIGURE, REPORT, TABLES, summarise, write_report
+from w2s_jax.reasoning.stages import DONE, Stage, run_stages
 from w2s_jax.text.prompts import escape_notes
 from w2s_jax.text.rows import Row
 
-if TYPE_CHECKING:
-    from w2s_jax.reasoning.pipeline import Pipeline
+
+def run_pipeline(
+    pipeline: Pipeline,
+    stages: Sequence[Stage],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Do the stages as `run_stages` does, and write the report; returns its tables.
+
+    Raises what `run_stages` raises, and InputError for settings or data with which a stage fails.
+    """
+    for line in check_run(pipeline, stages):
+        tell(line)
+    figures = run_stages(stages, pipeline.root, first=first, last=last, tell=tell)
+    drawn = [name for name in figures if name.endswith(SAMPLES)]
+    samples = {name: pipeline.judged_samples(name) for name in drawn}
+    return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
 
 
-def check_run(pipeline: "Pipeline", stages: Sequence[Stage]) -> list[str]:
+def check_run(pipeline: Pipeline, stages: Sequence[Stage]) -> list[str]:
     """A line for each thing in a run's files that is not wrong, but may not be meant.
 
     Raises InputError, naming file and row, for a checker that cannot be made, gold answers that
@@ -54,7 +72,7 @@ def check_run(pipeline: "Pipeline", stages: Sequence[Stage]) -> list[str]:
     return told
 
 
-def _check_places(pipeline: "Pipeline", stages: Sequence[Stage]) -> None:
+def _check_places(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
     from w2s_jax.models.huggingface import locate
 
     root = pipeline.root.resolve()
@@ -88,7 +106,7 @@ def _check_demonstrations(path: Path, count: int) -> None:
         )
 
 
-def _check_prompts(pipeline: "Pipeline") -> None:
+def _check_prompts(pipeline: Pipeline) -> None:
     """The prompts of both models as they stand before training, which changes no tokenizer.
 
     Drawn demonstrations are not known yet and are left out.

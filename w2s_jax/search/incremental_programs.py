@@ -23,7 +23,7 @@ from w2s_jax.search.decode import LOGIT_BYTES, prefill, read_chunk
 @partial(jax.jit, donate_argnums=1)
 def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: Any) -> KVCache:
     """The cache, which is donated, with a slot's prompt read: `decode.reader.prefill`."""
-    return prefill(model, cache, slot, prompt, length).held()
+    return prefill(model, cache, slot, prompt, length).constrain()
 
 
 @partial(jax.jit, donate_argnums=1, static_argnames="first")
@@ -41,7 +41,7 @@ def read_rows(
     logprobs, cache, chunk = read_chunk(model, cache, last, tokens[:, :, :first])
     if longer.shape[1]:
         logprobs, chunk = _read_on(model, cache, chunk, logprobs, tokens, longer)
-    return logprobs, cache.held(), chunk
+    return logprobs, cache.constrain(), chunk
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -54,7 +54,7 @@ def read_last(
     """
     cache = replace(cache, committed_length=committed)
     states, cache, chunk = _last_states(model.decoder, cache, last, tokens, counts)
-    return model.head_of(states), cache.held(), chunk
+    return model.head_of(states), cache.constrain(), chunk
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -62,7 +62,7 @@ def keep(cache: KVCache, buffer: LayersKV, parents: Any, rows: Any) -> KVCache:
     """The cache (donated) of the kept hypotheses: their parents' entries, then their rows'."""
     first = buffer if isinstance(buffer, KV) else buffer[0]
     count = first.keys.shape[-3]
-    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count).held()
+    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count).constrain()
 
 
 def _read_on(

@@ -5,7 +5,7 @@ import pytest
 CODE = """
 import os, sys
 from w2s_jax import hosts
-from w2s_jax.cli.together import _await_child
+from w2s_jax.cli.multihost_launch import _await_child
 from w2s_jax.hosts import HostConfig
 hosts.START_SECONDS = {seconds}
 read_end, write_end = os.pipe()
