@@ -26,6 +26,7 @@ ALLOWED = {
     "plan": BELOW_EVALUATE,
     "demo": {*BELOW_EVALUATE, "evaluate"},  # the demo shows gold rewards
     "reasoning": {*BELOW_EVALUATE, "evaluate"},
+    "experiments": {*BELOW_EVALUATE, "evaluate", "demo", "reasoning"},
     "cli": {*BELOW_EVALUATE, "evaluate", "serve", "bench", "plan", "demo", "reasoning"},
 }
 

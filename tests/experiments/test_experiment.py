@@ -5,21 +5,19 @@ import pytest
 
 from tests.demo.test_run import stand_in
 from tests.tiny import tiny_model
-from w2s_jax.demo.experiment import (
+from w2s_jax.errors import InputError
+from w2s_jax.experiments.sentiment import (
     EvaluationConfig,
+    best_of_n_bound,
     decode_all,
+    draw_experiment,
     draw_prompts,
     experiment_methods,
     responses_path,
-    summed_logprobs,
-)
-from w2s_jax.demo.experiment_report import (
-    best_of_n_bound,
-    draw_experiment,
     result_table,
     summarise_experiment,
+    summed_logprobs,
 )
-from w2s_jax.errors import InputError
 from w2s_jax.search.likelihood import Response
 from w2s_jax.search.models import Guide
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer

@@ -1,6 +1,6 @@
 """A real small run: models of a few million parameters learn word problems, weak to strong.
 
-    python -m w2s_jax.reasoning.small_run --work DIR --size large --seeds 0,1,2
+    python -m w2s_jax.experiments.small_run --work DIR --size large --seeds 0,1,2
 
 Writes data, a tokenizer and start checkpoints, pre-trains both models by `w2s sft`, and calls
 `w2s reason` for every seed; `DIR/table` holds the table over seeds. What is done is not redone.
@@ -28,9 +28,9 @@ from typing import Any
 import yaml
 
 from w2s_jax.errors import InputError
+from w2s_jax.experiments.problems import ProblemConfig, general_text, make_problems, question_rows
 from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.reasoning.measures import Estimate, gap_over_seeds, over_seeds
-from w2s_jax.reasoning.problems import ProblemConfig, general_text, make_problems, question_rows
 from w2s_jax.reasoning.stages import Stage, run_stages
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import write_jsonl, write_whole

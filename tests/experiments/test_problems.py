@@ -5,8 +5,7 @@ import re
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.answers import gold_answer, make_checker
-from w2s_jax.reasoning.problems import (
+from w2s_jax.experiments.problems import (
     WORDINGS,
     ProblemConfig,
     general_text,
@@ -15,6 +14,7 @@ from w2s_jax.reasoning.problems import (
     make_problems,
     question_rows,
 )
+from w2s_jax.reasoning.answers import gold_answer, make_checker
 
 SUM = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 APPLY = {

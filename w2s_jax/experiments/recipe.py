@@ -1,7 +1,6 @@
 """The recipe of the embedded default as frozen dataclasses, and its reading from YAML.
 
-What the settings do is told where they are used: gold.py, language.py, preferences.py,
-experiment.py.
+What the settings do is told where they are used: corpus.py, preferences.py, sentiment.py.
 """
 
 import dataclasses
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.demo.experiment import EvaluationConfig
-from w2s_jax.demo.gold import GoldConfig
-from w2s_jax.demo.language import LanguageConfig
-from w2s_jax.demo.preferences import PreferenceConfig, TuneConfig
+from w2s_jax.experiments.corpus import GoldConfig, LanguageConfig
+from w2s_jax.experiments.preferences import PreferenceConfig, TuneConfig
+from w2s_jax.experiments.sentiment import EvaluationConfig
 from w2s_jax.text.typed_yaml import read_typed
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from w2s_jax.errors import InputError
+from w2s_jax.experiments import small_run
+from w2s_jax.experiments.small_run import SIZES, SmallRun, main, over_runs, table
 from w2s_jax.models.load import load_config
-from w2s_jax.reasoning import small_run
 from w2s_jax.reasoning.config import ReasonConfig
-from w2s_jax.reasoning.small_run import SIZES, SmallRun, main, over_runs, table
 from w2s_jax.reasoning.stages import run_stages
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.typed_yaml import from_mapping

@@ -1,0 +1,1 @@
+"""What made the committed tables: the embedded default, the sentiment experiment, a small run."""
