@@ -16,7 +16,7 @@ from w2s_jax.models.lora import LoraConfig
 from w2s_jax.models.model import check_tokens, floating_dtype, init_model, parameter_dtype
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, SearchConfig, search
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 from w2s_jax.text.chat import Template
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.training_data import DataConfig

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 import w2s_jax
 
 PACKAGE = Path(w2s_jax.__file__).parent
-TOP = {"errors", "exchange", "hosts", "pytrees", "typed"}  # leaves that every room may use
+TOP = {"errors", "exchange", "hosts", "pytrees"}  # leaves that every room may use
 
 BELOW_SEARCH = {"ops", "models", "text"}
 BELOW_EVALUATE = {*BELOW_SEARCH, "search", "train"}

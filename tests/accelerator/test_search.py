@@ -13,11 +13,11 @@ from tests.tiny import EOS, VOCAB
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.plan.here import choose_mesh
+from w2s_jax.plan.meshes import choose_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.search import Guide, search
+from w2s_jax.search.config import cbs, eft
 from w2s_jax.search.decode import prefill, read_stems, start_cache
-from w2s_jax.search.presets import cbs, eft
 
 pytestmark = pytest.mark.accelerator
 SEARCHES = {

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.bench.floor import Rates, Work, layer_parameters, read_work, search_work
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 
 
 def test_work_takes_the_larger_of_its_two_times():

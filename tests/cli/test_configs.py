@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from tests.cli.test_search import tiny
-from w2s_jax.cli.config import configs_folder
-from w2s_jax.cli.main import main, parse
+from w2s_jax.cli.main import configs_folder, main, parse
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 
 KINDS = ("instruction_following", "sentiment", "summarization")

@@ -10,8 +10,8 @@ from tests.tiny import tiny_model
 from w2s_jax.cli import main as entry
 from w2s_jax.cli.main import main
 from w2s_jax.evaluate import rewards as evaluate_rewards
-from w2s_jax.evaluate.compare import compare
 from w2s_jax.evaluate.results import read_results
+from w2s_jax.evaluate.rewards import compare
 from w2s_jax.models.encoder import (
     Classifier,
     EncoderConfig,

@@ -6,8 +6,7 @@ import pytest
 from tyro.conf import Positional
 
 import w2s_jax
-from w2s_jax.cli.config import each_alone
-from w2s_jax.cli.main import COMMANDS, main, parse
+from w2s_jax.cli.main import COMMANDS, each_alone, main, parse
 from w2s_jax.errors import InputError
 
 SEARCH = ["search", "--policy", "P", "--prompts", "in.jsonl", "--output", "out.jsonl"]

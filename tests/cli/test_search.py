@@ -13,7 +13,7 @@ from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, plan
-from w2s_jax.search.presets import best_of_n, cbs, eft, ivg, sample
+from w2s_jax.search.config import best_of_n, cbs, eft, ivg, sample
 from w2s_jax.text.journal import Journal, journal_path, open_journal
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.compare import (
+from w2s_jax.evaluate.rewards import (
     BLOCK,
     bootstrap_interval,
     check_same_prompts,

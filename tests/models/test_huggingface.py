@@ -20,7 +20,7 @@ from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import Model
 from w2s_jax.models.tensors import stack_layers
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -205,7 +205,7 @@ import jax, numpy as np
 from pathlib import Path
 from w2s_jax.models.load import load_model
 from w2s_jax.models.tensors import unstack_layers
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 
 folder = Path("tests/golden")

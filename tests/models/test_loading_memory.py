@@ -74,7 +74,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from w2s_jax.models.load import load_model
 from w2s_jax.models.quantize import read_quantize
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 
 def told(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -246,7 +246,7 @@ from tests.tiny import tiny_model
 from tests.models.test_lora import LORA, TOKENS, adapted
 from w2s_jax.models.lora import attach, merge, shard_adapter
 from w2s_jax.models.model import Model, shard_model
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
 for scan_layers in (False, True):

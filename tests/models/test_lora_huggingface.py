@@ -19,7 +19,7 @@ from w2s_jax.models.load import load_adapted, load_config, load_model
 from w2s_jax.models.lora import LoraConfig, attach, merge, stack_adapter
 from w2s_jax.models.lora_huggingface import base_of, load_adapter, save_adapter
 from w2s_jax.models.model import Model
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "adapters"
 CASES = sorted(path.name for path in GOLDEN.iterdir())

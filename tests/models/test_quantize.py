@@ -127,7 +127,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")

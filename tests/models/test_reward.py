@@ -305,7 +305,7 @@ MESH = """
 import sys
 import jax, numpy as np
 from w2s_jax.models.reward import load_reward_model
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")

@@ -344,7 +344,7 @@ TURNS = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from w2s_jax.ops import attention
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 
 def mixed(query, held):
     keys, values, mask = held

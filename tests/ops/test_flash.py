@@ -216,7 +216,7 @@ SHARED = """
 import jax, jax.numpy as jnp, numpy as np
 from tests.ops.test_flash import PACKED, SCALE, arrays, check
 from w2s_jax.ops.flash import Reach, splash, cudnn
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement
 
 def kernel(*given):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops import meshes
-from w2s_jax.ops.meshes import (
+from w2s_jax.ops import sharding
+from w2s_jax.ops.sharding import (
     device_grid,
     mesh_shape,
     mesh_shapes,
@@ -74,7 +74,7 @@ def chip(index, at, platform="tpu"):
 @pytest.fixture
 def chips(monkeypatch):
     """Two slices of four chips, given in a mixed order; no machine is asked how they are wired."""
-    monkeypatch.setattr(meshes, "_within", lambda shape, part: np.array(part).reshape(shape))
+    monkeypatch.setattr(sharding, "_within", lambda shape, part: np.array(part).reshape(shape))
     return [chip(i, i % 2) for i in range(8)]
 
 

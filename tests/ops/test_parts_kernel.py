@@ -125,7 +125,7 @@ def test_half_precision_is_summed_in_float32():
 SHARES = """
 import jax, numpy as np
 from tests.ops.test_parts_kernel import case, expected
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.parts_kernel import Part, attend
 from w2s_jax.ops.sharding import SEARCH_RULES, Placement
 placement = Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)

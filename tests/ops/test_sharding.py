@@ -8,12 +8,13 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.meshes import MESH_AXES, make_mesh
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
+    MESH_AXES,
     SEARCH_RULES,
     Placement,
     constrain,
+    make_mesh,
     parse_rules,
     resolve,
     resolve_tree,
@@ -158,7 +159,7 @@ def test_one_device_mesh():
 
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, constrain, resolve
 mesh = make_mesh("data=2,fsdp=-1,tensor=2")
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}

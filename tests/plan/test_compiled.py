@@ -155,7 +155,7 @@ def test_a_gather_of_a_whole_weight_is_named():
 CODE = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.plan.compiled import collectives, gathers_of
 mesh = make_mesh("data=2,tensor=4")
 at = lambda *spec: NamedSharding(mesh, P(*spec))

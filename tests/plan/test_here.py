@@ -5,12 +5,12 @@ import pytest
 # Searches are judged without type checks, as in test_trials.py.
 START = """
 from w2s_jax.errors import InputError
-from w2s_jax.plan import here
-from w2s_jax.plan.here import preset_mesh
+from w2s_jax.plan import meshes
+from w2s_jax.plan.meshes import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.training import TrainingShapes
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 
 class Device:
     process_index = 0
@@ -22,8 +22,8 @@ class Device:
 
 def on(shapes, count, kind, platform="tpu", memory=None, slices=1):
     devices = [Device(kind, platform, memory, number % slices) for number in range(count)]
-    here.jax.devices = here.jax.local_devices = lambda: devices
-    return here.choose_mesh(shapes)
+    meshes.jax.devices = meshes.jax.local_devices = lambda: devices
+    return meshes.choose_mesh(shapes)
 
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")
 config = cbs(2, 2, 30, max_new_tokens=256)

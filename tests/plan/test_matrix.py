@@ -7,8 +7,8 @@ import pytest
 from tests.plan.test_trials import Compiler
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.plan.candidates import candidates
 from w2s_jax.plan.matrix import Cell, cells, open_records, plan_cell, plan_cells, settings_of
+from w2s_jax.plan.meshes import candidates
 from w2s_jax.plan.topology import chip_of
 from w2s_jax.plan.trials import Trying
 from w2s_jax.text.journal import locked

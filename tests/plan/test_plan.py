@@ -8,7 +8,7 @@ from w2s_jax.cli.main import main
 from w2s_jax.cli.plan import PlanDPO, PlanSFT
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN
-from w2s_jax.plan.candidates import judge
+from w2s_jax.plan.meshes import judge
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import (
     CHIPS,

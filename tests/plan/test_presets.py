@@ -4,11 +4,11 @@ CODE = """
 import jax
 jax.config.update("jax_platforms", "no-such-platform")
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.plan.here import preset_mesh
+from w2s_jax.plan.meshes import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.training import TrainingShapes
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")
 config = cbs(2, 2, 30, max_new_tokens=256)
 print(preset_mesh(SearchShapes(model, (GuideShapes(guide, guide),), config, 128, 16), "v5e:4x4"))
@@ -25,10 +25,10 @@ def test_no_device_is_looked_for(run_python):
 
 UNEVEN = """
 from w2s_jax.errors import InputError
-from w2s_jax.plan.candidates import _mesh_of_none, judge
+from w2s_jax.plan.meshes import _mesh_of_none, judge
 from w2s_jax.plan.topology import CHIPS
 from w2s_jax.plan.matrix import Cell
-from w2s_jax.plan.here import preset_mesh
+from w2s_jax.plan.meshes import preset_mesh
 from dataclasses import replace
 from w2s_jax.plan.programs import search_programs
 shapes = replace(Cell("v5e", "8B", "search").shapes(8)[0], slots=3)

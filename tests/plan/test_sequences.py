@@ -64,7 +64,7 @@ print(found.memory_analysis().temp_size_in_bytes / 2**20)
 
 STEP = """
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.plan.compiled import collectives
 from w2s_jax.plan.topology import open_slice
 from w2s_jax.plan.training import TrainingShapes, training_program

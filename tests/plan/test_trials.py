@@ -7,10 +7,9 @@ import pytest
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.ops.meshes import mesh_shape, mesh_shapes
-from w2s_jax.plan.candidates import candidates, judge
-from w2s_jax.plan.here import preset_mesh
+from w2s_jax.ops.sharding import mesh_shape, mesh_shapes
 from w2s_jax.plan.measure import Measured, Plan
+from w2s_jax.plan.meshes import candidates, judge, preset_mesh
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import CHIPS, device_count, family_of
 from w2s_jax.plan.training import TrainingShapes
@@ -178,11 +177,11 @@ def test_a_mesh_by_default_where_nothing_fits_holds_the_least():
 
 # Axes of caches stand where arrays are asked for, so that searches are judged without type checks.
 SEARCHES = """
-from w2s_jax.ops.meshes import mesh_shape
-from w2s_jax.plan.candidates import candidates, judge
+from w2s_jax.ops.sharding import mesh_shape
+from w2s_jax.plan.meshes import candidates, judge
 from w2s_jax.plan.topology import CHIPS, device_count
 from w2s_jax.plan.matrix import Cell
-from w2s_jax.plan.here import preset_mesh
+from w2s_jax.plan.meshes import preset_mesh
 
 chip = CHIPS["v5e"]
 shapes = Cell("v5e", "8B", "search").shapes(16)[0]

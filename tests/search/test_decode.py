@@ -196,7 +196,7 @@ from tests.tiny import tiny_model
 from w2s_jax.search.decode import read_stems, start_cache
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops import attention
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import SEARCH_RULES
 attention.LANES, attention.BLOCK_KEYS = 1, 1
 model = tiny_model(0, heads=4, kv_heads=2, vocab_size=24, layers=1)

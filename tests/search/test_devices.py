@@ -7,9 +7,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 from w2s_jax.search.proposers import EFTProposer
 
 assert jax.device_count() == 8

@@ -5,7 +5,7 @@ import pytest
 
 from tests.tiny import tiny_model
 from w2s_jax.search import Guide, search_models, search_step, start_search
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 
 
 @pytest.fixture(scope="module")

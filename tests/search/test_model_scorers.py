@@ -19,8 +19,8 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, search
+from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
-from w2s_jax.search.presets import best_of_n, cbs
 from w2s_jax.search.texts import Candidate
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation

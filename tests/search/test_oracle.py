@@ -7,7 +7,7 @@ from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, search
-from w2s_jax.search.presets import cbs
+from w2s_jax.search.config import cbs
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(0)

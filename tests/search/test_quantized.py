@@ -17,6 +17,7 @@ from w2s_jax.models.quantize import is_quantized, quantize, read_quantize
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide, SearchConfig, search, search_models, search_step, start_search
 from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
+from w2s_jax.search.config import cbs, eft
 from w2s_jax.search.decode import (
     prefill,
     read_chunk,
@@ -25,7 +26,6 @@ from w2s_jax.search.decode import (
     start_cache,
     start_chunk,
 )
-from w2s_jax.search.presets import cbs, eft
 
 PROMPTS = [[5, 9, 4, 11], [7] * 9, [6]]
 # Fine enough that a random model's choices stay the same.

@@ -14,7 +14,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
 from w2s_jax.search import session as sessions
-from w2s_jax.search.presets import cbs, sample
+from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
 from w2s_jax.text.conversations import Conversation

@@ -15,8 +15,7 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide
-from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.presets import best_of_n, cbs, eft, sample
+from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.rows import search_text_rows
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.selectors import Maximin, TopW

@@ -15,7 +15,7 @@ import pytest
 from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.presets import best_of_n, cbs
+from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.rows import search_text_rows
 from w2s_jax.search.text_run import Extension, search_texts
 from w2s_jax.search.texts import FunctionScorer

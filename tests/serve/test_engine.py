@@ -11,8 +11,8 @@ from tests.serve.tiny_server import served_at
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
+from w2s_jax.search.config import cbs
 from w2s_jax.search.likelihood import score_responses, token_likelihoods
-from w2s_jax.search.presets import cbs
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve import engine as room

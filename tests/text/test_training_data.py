@@ -17,8 +17,7 @@ from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
 from w2s_jax.text.batches import Batches, best_fit
-from w2s_jax.text.rows import write_jsonl
-from w2s_jax.text.sources import open_source
+from w2s_jax.text.rows import open_source, write_jsonl
 from w2s_jax.text.supervised import Encoded, Side, shorten
 from w2s_jax.text.token_rows import Document, write_store
 from w2s_jax.text.tokenizer import load_tokenizer

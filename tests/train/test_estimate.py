@@ -96,7 +96,7 @@ def test_peaks_are_told_where_the_system_keeps_none_of_a_process(monkeypatch):
 SHARDED = """
 import json
 from tests.train.test_estimate import BATCH, CONFIG, OPTIMIZER, loss
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, estimate_step
 mesh = make_mesh("fsdp=4")
 model = abstract_on_mesh(CONFIG, mesh=mesh)

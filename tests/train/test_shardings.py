@@ -12,7 +12,7 @@ import jax, jax.numpy as jnp, numpy as np
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.models.lora import LoraConfig, init_adapter, shard_adapter
 from w2s_jax.models.model import shard_model
-from w2s_jax.ops.meshes import make_mesh
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer

@@ -24,8 +24,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
-from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.presets import sample
+from w2s_jax.search.config import SearchConfig, sample
 
 PROGRAM = Path(__file__).with_name("decode_transformers.py")
 NO_TRANSFORMERS = "install torch beside transformers, or name another interpreter"

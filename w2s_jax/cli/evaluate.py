@@ -72,8 +72,8 @@ class Evaluate(QuantisationFlags, Hosts):
         """Reward all rows; raises InputError, before any weight is read, for what is wrong."""
         import numpy as np
 
-        from w2s_jax.evaluate.compare import compare, summarise
         from w2s_jax.evaluate.results import count_tokens
+        from w2s_jax.evaluate.rewards import compare, summarise
         from w2s_jax.models.reward import contrast, load_reward_labels
         from w2s_jax.text.rows import write_whole
         from w2s_jax.text.tokenizer import load_tokenizer
@@ -112,8 +112,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def read(self) -> "list[Results]":
         """The files of responses, checked against one another and against what is written."""
-        from w2s_jax.evaluate.compare import check_same_prompts
         from w2s_jax.evaluate.results import read_results
+        from w2s_jax.evaluate.rewards import check_same_prompts
         from w2s_jax.text.rows import check_writable
 
         if self.batch_size < 1:

@@ -17,11 +17,82 @@ from w2s_jax.hosts import own_number, started
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from w2s_jax.plan.candidates import Shapes
-    from w2s_jax.search import SearchConfig
-    from w2s_jax.search.checkpoints import RewardSource, Sources
+    from w2s_jax.plan.meshes import Shapes
+    from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.search.checkpoints import RewardSource, Sources, SteeringPlan
+    from w2s_jax.search.config import SearchConfig
     from w2s_jax.search.models import Places
     from w2s_jax.search.texts import TextScorer
+
+MESH = "mesh.txt"
+"""Where a training run's folder says, in words, on which mesh it last ran."""
+
+
+def search_shapes(
+    plan: "SteeringPlan",
+    config: "SearchConfig",
+    places: "Places",
+    *,
+    prompt_tokens: int,
+    slots: int,
+    dtype: str | None,
+    slots_flag: str = "--batch-size",
+) -> "SearchShapes":
+    """The shapes of a search with the models of a plan, by the rules of `places`.
+
+    dtype: of the weights, None is what loading takes. A checkpoint that is named twice counts
+    twice.
+    """
+    from w2s_jax.models.config import ModelConfig
+    from w2s_jax.models.huggingface import locate
+    from w2s_jax.models.model import STORED, quickest_dtype
+    from w2s_jax.models.reward import load_reward_config
+    from w2s_jax.plan.programs import GuideShapes, SearchShapes
+
+    checkpoints = plan.sources.checkpoints
+    guiding = iter([role for role in plan.configs if "tuned" in role])
+    pairs = zip(guiding, guiding, plan.on_device, strict=True)
+    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
+    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
+    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    dtype = dtype or quickest_dtype()
+    return SearchShapes(
+        policy=plan.configs["policy"],
+        guides=tuple(
+            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
+            for tuned, untuned, here in pairs
+        ),
+        config=config,
+        prompt_tokens=prompt_tokens,
+        slots=slots,
+        slots_flag=slots_flag,
+        dtype=stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
+        policy_rules=places.policy,
+        guide_rules=places.others,
+        quantize=plan.sources.quantize,
+        # Encoders stay whole on every device.
+        judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
+    )
+
+
+def mesh_before(directory: Path) -> str | None:
+    """The mesh that a training run's folder had last, in words; None where it does not say."""
+    try:
+        return (directory / MESH).read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def stored_dtype(checkpoint: Path) -> str:
+    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
+    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
+    from w2s_jax.models.lora_huggingface import base_folder
+
+    if is_adapter(checkpoint):
+        return stored_dtype(base_folder(checkpoint))
+    config = read_json(checkpoint / CONFIG)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
 
 AUTO = "auto"
 """The mesh that a command chooses itself."""
@@ -232,7 +303,7 @@ class Method:
     def search_config(self) -> "SearchConfig":
         """The search these flags describe; InputError for a value out of range."""
         from w2s_jax.ops.sampling import Sampling
-        from w2s_jax.search.presets import preset
+        from w2s_jax.search.config import preset
         from w2s_jax.search.selectors import Maximin
 
         sizes = {
@@ -288,11 +359,11 @@ def mesh_of(
     import jax
 
     from w2s_jax.exchange import agree
-    from w2s_jax.ops.meshes import make_mesh
+    from w2s_jax.ops.sharding import make_mesh
 
     agree("command", {"--mesh": spec})
     if spec == AUTO and shapes is not None:
-        from w2s_jax.plan.here import choose_mesh
+        from w2s_jax.plan.meshes import choose_mesh
 
         chosen = choose_mesh(shapes())
         had = before()
@@ -317,7 +388,7 @@ def named_mesh(spec: str) -> "Mesh":
 
     Raises InputError as `make_mesh` and `check_named` do, and for "auto".
     """
-    from w2s_jax.ops.meshes import make_mesh
+    from w2s_jax.ops.sharding import make_mesh
 
     check_named(spec)
     if spec == AUTO:

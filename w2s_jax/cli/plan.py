@@ -72,7 +72,7 @@ class Planned:
 
     def check(self) -> None:
         """Raise InputError for a wrong topology, and for flags that do not go together."""
-        from w2s_jax.ops.meshes import slice_count
+        from w2s_jax.ops.sharding import slice_count
         from w2s_jax.plan.topology import check_topology, family_of
 
         family = family_of(self.topology)
@@ -93,7 +93,7 @@ class Planned:
 
     def find(self) -> "Found | Plan":
         """One plan, or all that was tried, with lines on stderr for what is being compiled."""
-        from w2s_jax.plan.here import preset_mesh
+        from w2s_jax.plan.meshes import preset_mesh
         from w2s_jax.plan.topology import check_compiler, family_of
         from w2s_jax.plan.trials import TRIED, Trying, plan_on, search_meshes, smallest_slice
 
@@ -161,7 +161,7 @@ class PlanSearch(Planned):
         from w2s_jax.models.quantize import read_quantize
         from w2s_jax.ops.sharding import parse_rules
         from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
-        from w2s_jax.search.presets import cbs
+        from w2s_jax.search.config import cbs
 
         beam = (self.beam_width, self.successors, self.chunk_length)
         _check_counts(

@@ -108,7 +108,7 @@ class QuantisationFlags:
                 show(figures, f"{len(texts)} texts, {tokens} tokens")
 
     def _searching(self, seed: int, batch_size: int) -> "SearchConfig":
-        from w2s_jax.search.presets import cbs
+        from w2s_jax.search.config import cbs
 
         beam = (self.beam_width, self.successors, self.chunk_length)
         return cbs(*beam, max_new_tokens=self.max_new_tokens, seed=seed, slots=batch_size)

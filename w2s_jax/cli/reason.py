@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import arg
 
-from w2s_jax.cli.config import mapping_flags
+from w2s_jax.cli.main import mapping_flags
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Reason:
 
     def run(self) -> None:
         """Do the stages and write the report; raises InputError for what is wrong."""
-        from w2s_jax.cli.config import find_config
+        from w2s_jax.cli.main import find_config
         from w2s_jax.reasoning.config import ReasonConfig
         from w2s_jax.reasoning.pipeline import Pipeline
         from w2s_jax.reasoning.run import check_run, run_pipeline

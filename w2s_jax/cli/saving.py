@@ -11,7 +11,7 @@ import numpy as np
 
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.presets import sample
+from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.train.run import Source, Task
 from w2s_jax.train.step import TrainState, cast

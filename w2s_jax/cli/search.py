@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.choosing import search_shapes
-from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, weights_stamp
+from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, search_shapes, weights_stamp
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.hosts import is_first, started
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from w2s_jax.cli.choosing import search_shapes
-from w2s_jax.cli.flags import Guidance, Judges
+from w2s_jax.cli.flags import Guidance, Judges, search_shapes
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -212,7 +211,7 @@ class Serve(Judges, Guidance):
 
     def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
         """What requests run that leave out all they may."""
-        from w2s_jax.search.presets import preset
+        from w2s_jax.search.config import preset
 
         own = self.defaults()
         config = preset(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.choosing import MESH, mesh_before
-from w2s_jax.cli.flags import Hosts, mesh_of
+from w2s_jax.cli.flags import MESH, Hosts, mesh_before, mesh_of
 from w2s_jax.cli.saving import MODEL, save_run, tell_data
 from w2s_jax.cli.train_flags import (
     DataFlags,
@@ -20,9 +19,8 @@ from w2s_jax.cli.train_flags import (
     Setup,
     check_length,
 )
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.hosts import is_first
-from w2s_jax.typed import check_fields
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
@@ -73,7 +71,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """
         from w2s_jax.exchange import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
-        from w2s_jax.plan.here import name_of
+        from w2s_jax.plan.meshes import name_of
         from w2s_jax.text.journal import locked
         from w2s_jax.text.rows import write_whole
         from w2s_jax.train.export import Record, write_record

@@ -22,8 +22,8 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.search import Guide, SearchConfig, search
+from w2s_jax.search.config import preset
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
-from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template

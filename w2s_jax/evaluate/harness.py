@@ -16,12 +16,12 @@ import numpy as np
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.steered import CHOOSING, Decoding, Prompts, Question, Steered, load_steered
 from w2s_jax.models.quantize import read_quantize
-from w2s_jax.ops.meshes import make_mesh
 from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.search.checkpoints import Sources, guide_sources
+from w2s_jax.search.config import preset
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.models import read_places
-from w2s_jax.search.presets import preset
 from w2s_jax.text.chat import read_template_args
 from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.prompts import encode_texts

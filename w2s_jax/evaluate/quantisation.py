@@ -11,13 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.compare import mean_and_stderr
+from w2s_jax.evaluate.rewards import mean_and_stderr
 from w2s_jax.models.quantize import weight_bytes
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.config import SearchConfig, sample
 from w2s_jax.search.likelihood import Response, score_responses
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.presets import sample
 from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.run import search
 from w2s_jax.text.rows import Row

@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan
-from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels
-from w2s_jax.search.presets import preset
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.text.conversations import Conversation

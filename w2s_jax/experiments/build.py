@@ -59,7 +59,7 @@ from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.presets import sample
+from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text.prompts import decode_tokens, response_text
 from w2s_jax.text.rows import read_jsonl, write_whole

@@ -15,7 +15,7 @@ from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.presets import sample
+from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text.journal import journal_path, open_journal
 from w2s_jax.text.prompts import encode_prompt

@@ -15,16 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.demo import Demo
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.compare import compare, mean_and_stderr
-from w2s_jax.evaluate.rewards import gold_rewards
+from w2s_jax.evaluate.rewards import compare, gold_rewards, mean_and_stderr
 from w2s_jax.experiments.preferences import opening_words
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
 from w2s_jax.search.models import Guide, SearchModels, search_models
-from w2s_jax.search.presets import best_of_n, cbs, eft, sample
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.run import search
 from w2s_jax.text.journal import Journal, journal_path, open_journal

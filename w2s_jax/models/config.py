@@ -7,9 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.rotary import Rope
-from w2s_jax.typed import check_fields
 
 _SIZES = (
     "vocab_size",

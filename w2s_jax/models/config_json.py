@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_fields import (
     Json,
@@ -22,7 +22,6 @@ from w2s_jax.models.config_fields import (
     switch,
     write_rope,
 )
-from w2s_jax.typed import check_kind
 
 _CLASS_NAMES = {
     "gpt2": "GPT2LMHeadModel",

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from w2s_jax.errors import InputError, check_fetched
+from w2s_jax.errors import InputError, check_fetched, check_kind
 from w2s_jax.hosts import is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_from_hf, config_to_hf
@@ -46,7 +46,6 @@ from w2s_jax.models.tensors import (
     unstacked,
 )
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
-from w2s_jax.typed import check_kind
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_PATTERNS = (

@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.tensors import STACKED, decoder_parameters, layer_name, unstack_layers
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
-from w2s_jax.typed import check_fields
 
 FACTORS = ("lora_a", "lora_b")
 ATTENTION, MLP = ("query", "key", "value", "out"), ("gate", "up", "down")

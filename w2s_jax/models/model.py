@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Layout
 from w2s_jax.models.forward import Remat, forward, initial_params, logits
@@ -26,7 +26,6 @@ from w2s_jax.ops.sharding import (
     resolve_tree,
 )
 from w2s_jax.pytrees import pytree
-from w2s_jax.typed import check_kind
 
 STORED = "stored"
 

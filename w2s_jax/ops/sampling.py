@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from w2s_jax.errors import InputError
-from w2s_jax.typed import check_fields
+from w2s_jax.errors import InputError, check_fields
 
 
 @dataclass(frozen=True)

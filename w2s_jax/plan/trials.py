@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.meshes import make_mesh, mesh_shape, slice_count
-from w2s_jax.plan.candidates import Candidate, Shapes, candidates, programs_on
+from w2s_jax.ops.sharding import make_mesh, mesh_shape, slice_count
 from w2s_jax.plan.measure import GIB, Plan, plan_search, plan_training, show
+from w2s_jax.plan.meshes import Candidate, Shapes, candidates, programs_on
 from w2s_jax.plan.programs import SearchPrograms, SearchShapes
 from w2s_jax.plan.topology import Slice, chip_of, device_count, open_slice, topologies
 from w2s_jax.plan.training import TrainingProgram, TrainingShapes

@@ -62,7 +62,7 @@ def answer(task: Answering) -> list[Row]:
     """
     from tqdm import tqdm
 
-    from w2s_jax.ops.meshes import make_mesh
+    from w2s_jax.ops.sharding import make_mesh
     from w2s_jax.search.checkpoints import load
     from w2s_jax.search.models import ONE_DEVICE, Places
 

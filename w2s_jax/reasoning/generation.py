@@ -183,7 +183,7 @@ def _search_config(
     config: GenerationConfig, models: "SearchModels", tokenizer: Any
 ) -> "SearchConfig":
     from w2s_jax.ops.sampling import Sampling
-    from w2s_jax.search.presets import cbs, sample
+    from w2s_jax.search.config import cbs, sample
     from w2s_jax.search.step import search_eos
     from w2s_jax.text.prompts import special_stops
 

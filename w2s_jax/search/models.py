@@ -14,13 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import is_quantized
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, parse_rules
 from w2s_jax.pytrees import pytree
-from w2s_jax.typed import check_kind
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.logprobs import token_logprobs
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.models import SearchModels
-from w2s_jax.typed import check_fields
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from w2s_jax.errors import InputError, RowFailed, RowsFailed
+from w2s_jax.errors import InputError, RowFailed, RowsFailed, check_kind, shown
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
 from w2s_jax.search.config import SearchConfig
@@ -26,7 +26,6 @@ from w2s_jax.search.session import (
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.batches import SMALLEST_BUCKET, buckets
 from w2s_jax.text.conversations import Conversation
-from w2s_jax.typed import check_kind, shown
 
 DEFAULT_SLOTS = 8
 

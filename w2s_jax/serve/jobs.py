@@ -12,9 +12,8 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search import presets
 from w2s_jax.search.checkpoints import ending_ids
-from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, ivg, sample
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
@@ -87,18 +86,18 @@ class Program:
         }
         streamed = {"chunk_length": min(_STREAM_CHUNK, self.capacity)}
         if self.method == "sample":
-            return presets.sample(self.width, **settings, **streamed)
+            return sample(self.width, **settings, **streamed)
         if self.method == "eft":
             # Samples stay in their places, so that a stream knows which is which.
-            found = presets.eft(beam_width=self.width, **settings, **streamed)
+            found = eft(beam_width=self.width, **settings, **streamed)
             return replace(found, scorer=NoScore())
         beam = (self.width, self.successors, self.length)
         if self.method == "ivg":
-            return presets.ivg(*beam, **settings)
+            return ivg(*beam, **settings)
         settings["scorer"] = LogRatio() if models.guides else NoScore()
         if self.method == "bon":
-            return presets.best_of_n(self.width, **settings)
-        return presets.cbs(*beam, **settings)
+            return best_of_n(self.width, **settings)
+        return cbs(*beam, **settings)
 
 
 @dataclass(frozen=True)

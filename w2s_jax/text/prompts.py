@@ -7,8 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from w2s_jax.errors import InputError
-from w2s_jax.typed import check_kind
+from w2s_jax.errors import InputError, check_kind
 
 INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""

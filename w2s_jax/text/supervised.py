@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.chat import Template, apply_template
+from w2s_jax.text.chat import PUBLISHED, Template, apply_template
 from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.examples import Example
 from w2s_jax.text.prompts import encode_prompt, tokens_behind
-from w2s_jax.text.templates import PUBLISHED
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]

@@ -24,8 +24,7 @@ from tokenizers import (
     trainers,
 )
 
-from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.typed import check_kind
+from w2s_jax.errors import InputError, check_fetched, check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

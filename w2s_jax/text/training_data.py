@@ -13,15 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.text.batches import best_fit
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.examples import Example, Format, Kind, parser
 from w2s_jax.text.prompts import tell_left_out
-from w2s_jax.text.sources import Source, open_source
+from w2s_jax.text.rows import Source, open_source
 from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
 from w2s_jax.text.token_rows import NO_LABEL, Data, Document, TokenStore, read_store, write_store
-from w2s_jax.typed import check_fields
 
 _logger = logging.getLogger(__name__)
 _VERSION = 4  # of what is cached: raise it when the same rows would give other tokens

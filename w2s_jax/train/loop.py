@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from w2s_jax.errors import InputError, RowsFailed
+from w2s_jax.errors import InputError, RowsFailed, check_fields
 from w2s_jax.text.journal import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
@@ -26,7 +26,6 @@ from w2s_jax.train.records import read_metrics as read_metrics
 from w2s_jax.train.step import Batch, TrainState
 from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
 from w2s_jax.train.watch import Meter, Sink, Values, Writer, peak_flops
-from w2s_jax.typed import check_fields
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's own."""

@@ -12,8 +12,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from w2s_jax.errors import InputError
-from w2s_jax.typed import check_fields
+from w2s_jax.errors import InputError, check_fields
 
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
 

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
 from w2s_jax.pytrees import pytree
 from w2s_jax.train import losses, preference_losses
 from w2s_jax.train.losses import Metrics, preference_metrics
 from w2s_jax.train.preference_losses import per_token
-from w2s_jax.typed import check_fields
 
 Loss = Callable[..., Float[Array, " B"]]
 
