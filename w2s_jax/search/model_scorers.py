@@ -1,6 +1,6 @@
 """Scorers of texts that read with models: a guide of any vocabulary, a reward model.
 
-How a model reads no token twice is in `reading.py`.
+How a model reads no token twice is in `incremental_text.py`.
 """
 
 from collections.abc import Sequence
