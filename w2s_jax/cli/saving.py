@@ -1,24 +1,13 @@
-"""What a training command says: of its data, of samples, and at its end the model in its folder."""
+"""What a training command says of its data and its end, and the model in its folder."""
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.config import sample
-from w2s_jax.search.run import search
-from w2s_jax.train.run import Source, Task
-from w2s_jax.train.step import TrainState, cast
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from jax.sharding import Mesh
 
     from w2s_jax.models.model import Model
@@ -88,61 +77,12 @@ def _written(value: float | int | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-NEW_TOKENS = 64
-OPENING = 8
-"""Where a row has no prompt, so many of its first tokens stand for one."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Answers the first `prompts` prompts of `data` with the model of a state, at temperature 0.7.
-
-    The draws are the same for every state, so that what changes is the model.
-    """
-
-    task: Task
-    tokenizer: Any
-    data: Source
-    prompts: int
-    dtype: str
-
-    def __call__(self, state: TrainState) -> list[dict[str, Any]]:
-        """Rows of `prompt` and `response`."""
-        ids = prompts_of(self.data, self.prompts)
-        room = self.task.policy.config.max_positions - max(map(len, ids))
-        settings = sample(
-            1, sampling=Sampling(0.7), max_new_tokens=min(NEW_TOKENS, room), slots=len(ids)
-        )
-        params, frozen = cast((state.params, dict(self.task.frozen)), self.dtype)
-        model = self.task.policy.model(params, frozen)
-        decode = self.tokenizer.decode
-        return [
-            {
-                "prompt": decode(prompt),
-                "response": decode(list(result.best.tokens), skip_special_tokens=True),
-            }
-            for prompt, result in zip(ids, search(model, None, ids, settings), strict=True)
-        ]
-
-
-def prompts_of(data: Source, count: int) -> list[list[int]]:
-    """What stands before the first target of each of the first rows, as token ids."""
-    found = []
-    for index in range(min(count, len(data))):
-        batch = data.at([index])
-        shape = (-1, batch["tokens"].shape[-1])
-        tokens, targets = (batch[name].reshape(shape)[0] for name in ("tokens", "targets"))
-        first = int(np.argmax(targets)) if targets.any() else 0
-        found.append([int(token) for token in tokens[: first if first > 1 else OPENING]])
-    return jax.tree.map(int, found)
-
-
 MODEL = "model"
 """Folder of the trained model in a run's own."""
 
 
 def save_run(
-    directory: "Path",
+    directory: Path,
     task: "Task",
     state: "TrainState",
     run: "RunConfig",
@@ -157,8 +97,8 @@ def save_run(
     """Write the trained model, or its adapter, with the tokenizer, into the run's folder.
 
     best: the metric by which the best checkpoint is taken instead of `state`, where an evaluation
-    measured it. base: what an adapter names as its
-    base. start: reads the model that the run began with. dtype: of a model's weights.
+    measured it. base: what an adapter names as its base. start: reads the model that the run began
+    with. dtype: of a model's weights.
     """
     from w2s_jax.models.huggingface import save_model
     from w2s_jax.models.lora_huggingface import save_adapter

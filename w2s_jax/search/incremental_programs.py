@@ -1,6 +1,6 @@
 """The compiled programs by which a model reads candidates as texts, and keeps what was chosen.
 
-Arrays and caches in and out. What is read, and what is remembered of it, is in `incremental_text.py`.
+Arrays and caches in and out. What is read and remembered is for `incremental_text.py`.
 """
 
 from dataclasses import replace

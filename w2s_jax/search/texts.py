@@ -1,6 +1,6 @@
 """Scorers of texts: what they are given, what they return, and any Python function as one.
 
-Those that read with a model – another vocabulary's guide, a reward model – are in `incremental_text.py`.
+Those that read with a model are in `model_scorers.py`.
 """
 
 from collections.abc import Callable, Sequence
