@@ -24,11 +24,11 @@ from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
-from w2s_jax.search.results import SearchResult
+from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
+from w2s_jax.text.prompts import decode_tokens, encode_prompt
 from w2s_jax.text.rows import check_writable, write_jsonl
 
 
@@ -136,7 +136,7 @@ def steer(
         results = run(range(len(prompts)), lambda _: advance(1))
         seconds = time.perf_counter() - start
     responses = [
-        response_text(tokenizer, prompt, result.best.tokens, finished=result.best.finished)
+        hypothesis_text(tokenizer, prompt, result.best)
         for prompt, result in zip(prompts, results, strict=True)
     ]
     texts = [opening + response for opening, response in zip(openings, responses, strict=True)]

@@ -15,10 +15,10 @@ from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, pl
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels
-from w2s_jax.search.results import SearchResult
+from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, response_text, special_stops
+from w2s_jax.text.prompts import decode_tokens, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")
 CHOOSING = ("cbs", "bon", "ivg")
@@ -120,16 +120,8 @@ class Steered:
         policys = {question.row_id: question.prompts[0] for question in questions}
 
         def text(result: SearchResult) -> str:
-            prompt, best = policys[result.row_id], result.best
-            return response_text(
-                tokenizer,
-                prompt,
-                best.tokens,
-                finished=best.finished,
-                stop=texts,
-                behind=best.behind,
-                eos_ids=config.eos_ids or (),
-            )
+            ends = {"stop": texts, "eos_ids": config.eos_ids or ()}
+            return hypothesis_text(tokenizer, policys[result.row_id], result.best, **ends)
 
         results = search(
             self.models.policy,

@@ -60,8 +60,9 @@ from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
+from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
-from w2s_jax.text.prompts import decode_tokens, response_text
+from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 from w2s_jax.train.loop import read_metrics
@@ -135,8 +136,7 @@ def sampled_texts(model: Model, tokenizer: Any, corpus: Corpus, *, prompts: int)
     settings = sample(sampling=Sampling(1.0), max_new_tokens=50, slots=64)
     results = search(model, None, heads, settings)
     return [
-        decode_tokens(tokenizer, head)
-        + response_text(tokenizer, head, result.best.tokens, finished=result.best.finished)
+        decode_tokens(tokenizer, head) + hypothesis_text(tokenizer, head, result.best)
         for head, result in zip(heads, results, strict=True)
     ]
 

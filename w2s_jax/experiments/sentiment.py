@@ -24,9 +24,10 @@ from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
 from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
+from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
 from w2s_jax.text.journal import Journal, journal_path, open_journal
-from w2s_jax.text.prompts import encode_prompt, response_text
+from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def answer(
         for prompt, result in zip(encoded, results, strict=True)
     ]
     responses = [
-        response_text(tokenizer, prompt, result.best.tokens, finished=result.best.finished)
+        hypothesis_text(tokenizer, prompt, result.best)
         for prompt, result in zip(encoded, results, strict=True)
     ]
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from w2s_jax.text.conversations import Conversation
+from w2s_jax.text.prompts import response_end
 
 Number = float | int
 
@@ -53,6 +54,30 @@ class Hypothesis:
     objectives: tuple[float, ...] = ()
     token_scores: tuple[float, ...] = ()
     behind: tuple[int, ...] = ()
+
+
+def hypothesis_text(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    hypothesis: Hypothesis,
+    *,
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] = (),
+) -> str:
+    """The text of a hypothesis behind its prompt's token ids, without what ended it.
+
+    stop, eos_ids: what ends responses beside the EOS that the tokenizer knows.
+    """
+    text, _ = response_end(
+        tokenizer,
+        prompt,
+        hypothesis.tokens,
+        finished=hypothesis.finished,
+        stop=stop,
+        behind=hypothesis.behind,
+        eos_ids=eos_ids,
+    )
+    return text
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,20 @@ from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.search.checkpoints import Steering, SteeringPlan
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.model_scorers import TextLogRatio
-from w2s_jax.search.results import TRACE, ChunkTrace, Hypothesis, SearchResult, trace_row
+from w2s_jax.search.results import (
+    TRACE,
+    ChunkTrace,
+    Hypothesis,
+    SearchResult,
+    hypothesis_text,
+    trace_row,
+)
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.conversations import Conversation, conversation_of, plain
 from w2s_jax.text.journal import HostJournal, Journal
-from w2s_jax.text.prompts import decode_tokens, response_text, token_texts
+from w2s_jax.text.prompts import decode_tokens, token_texts
 from w2s_jax.text.rows import Row
 
 Prompts = tuple[tuple[int, ...], ...]
@@ -157,15 +164,10 @@ def _response(
     plan: SteeringPlan, prompt: Sequence[int], hypothesis: Hypothesis, config: SearchConfig
 ) -> str:
     """The text of a response as it was scored."""
-    return response_text(
-        plan.tokenizer,
-        prompt,
-        hypothesis.tokens,
-        finished=hypothesis.finished or config.reference_quirks,
-        stop=config.stop,
-        behind=hypothesis.behind,
-        eos_ids=config.eos_ids or plan.eos_ids,
-    )
+    if config.reference_quirks:  # an EOS is scored behind what its length ended, too
+        hypothesis = replace(hypothesis, finished=True)
+    eos_ids = config.eos_ids or plan.eos_ids
+    return hypothesis_text(plan.tokenizer, prompt, hypothesis, stop=config.stop, eos_ids=eos_ids)
 
 
 def answer_row(

@@ -91,9 +91,52 @@ def search(
     slots = config.slots or max(1, min(DEFAULT_SLOTS, len(prompts)))
     found: dict[int, SearchResult] = {}
     failures: list[RowFailed] = []
+    outcomes_found = search_requests(
+        models,
+        config,
+        requests,
+        slots=slots,
+        decode=decode,
+        scorers=scorers,
+        on_chunk=on_chunk,
+        mesh=mesh,
+        rules=rules,
+    )
+    for index, result in outcomes_found:
+        if isinstance(result, RowFailed):
+            failures.append(result)
+            continue
+        found[index] = result
+        if on_result is not None:
+            on_result(result)
+    if failures:
+        raise RowsFailed(failures, [found.get(index) for index in range(len(prompts))])
+    return [found[index] for index in range(len(prompts))]
+
+
+def search_requests(
+    models: SearchModels,
+    config: SearchConfig,
+    requests: Sequence[Request],
+    *,
+    slots: int,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    scorers: Sequence[TextScorer] = (),
+    on_chunk: Callable[[ChunkTrace], None] | None = None,
+    alone: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+) -> Iterator[tuple[int, SearchResult | RowFailed]]:
+    """Yield (index of the request, its outcome) as requests finish.
+
+    Those of about one length run side by side, so that little of a prompt's room is padding; too
+    few to fill the slots join the next longer ones, unless `alone`: then a request's own length
+    decides the program it runs in. Even without requests, what the settings lack is said. The rest
+    is as in `search`; InputError as of `start_session` and `insert`.
+    """
     longest = [max(map(len, request.prompts)) for request in requests]
-    # Even without prompts, what the settings lack is said.
-    for capacity, members in (buckets(longest, slots=slots) or {SMALLEST_BUCKET: []}).items():
+    sizes = buckets(longest) if alone else buckets(longest, slots=slots)
+    for capacity, members in (sizes or {SMALLEST_BUCKET: []}).items():
         session = start_session(
             models,
             config,
@@ -105,17 +148,8 @@ def search(
             mesh=mesh,
             rules=rules,
         )
-        waiting = [(index, requests[index]) for index in members]
-        for index, result in _run(session, waiting, on_chunk):
-            if isinstance(result, RowFailed):
-                failures.append(result)
-                continue
-            found[index] = result
-            if on_result is not None:
-                on_result(result)
-    if failures:
-        raise RowsFailed(failures, [found.get(index) for index in range(len(prompts))])
-    return [found[index] for index in range(len(prompts))]
+        yield from _run(session, [(index, requests[index]) for index in members], on_chunk)
+        del session  # before the next one's caches are made
 
 
 def of_guides(
