@@ -15,8 +15,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 POINTER = b"version https://git-lfs.github.com/spec/"
 """What Git LFS leaves in the place of a file that was not fetched begins so."""
 
@@ -175,7 +173,9 @@ def _plain(kind: Any, held: Any) -> Any:
         return held if same else parts
     if isinstance(held, os.PathLike) and str in _parts(kind):
         return os.fspath(held)
-    return held.item() if isinstance(held, np.number) else held
+    # Told by name, as NumPy itself takes long to import.
+    numpys = isinstance(held, Real) and type(held).__module__ == "numpy"
+    return held.item() if numpys else held
 
 
 def shown(value: Any) -> str:

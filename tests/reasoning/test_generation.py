@@ -10,9 +10,9 @@ import pytest
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
-from w2s_jax.search import run as room
 from w2s_jax.reasoning.generation import GenerationConfig, generate, row_key
 from w2s_jax.search import Guide, search, session
+from w2s_jax.search import run as room
 from w2s_jax.search.config import cbs
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
 from w2s_jax.text.rows import read_jsonl

@@ -22,7 +22,6 @@ import w2s_jax
 from w2s_jax import hosts
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
 from w2s_jax.errors import InputError, Undivided
-from w2s_jax.text.typed_yaml import read_mapping
 from w2s_jax.train.stopping import Diverged, Preempted
 
 FLAG = "--config"
@@ -79,6 +78,8 @@ def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list
     Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`). Raises InputError for
     a file that is not YAML, is not a mapping or holds an unknown key.
     """
+    from w2s_jax.text.typed_yaml import read_mapping
+
     return mapping_flags(read_mapping(source), str(source), command, flags)
 
 

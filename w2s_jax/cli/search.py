@@ -13,6 +13,7 @@ from tyro.conf import arg
 from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, search_shapes, weights_stamp
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.hosts import is_first, started
+from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
     from w2s_jax.plan.programs import SearchShapes
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from w2s_jax.search.checkpoints import Sources
     from w2s_jax.search.models import Places
     from w2s_jax.text.journal import HostJournal, Journal
-    from w2s_jax.text.rows import Row
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (

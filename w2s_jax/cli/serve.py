@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from w2s_jax.plan.programs import SearchShapes
-    from w2s_jax.search.checkpoints import Plan
+    from w2s_jax.search.checkpoints import SteeringPlan
     from w2s_jax.search.models import Places
     from w2s_jax.serve.jobs import Job, Reader, Served
     from w2s_jax.serve.schema import Defaults, Limits
@@ -209,7 +209,7 @@ class Serve(Judges, Guidance):
         notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served, others)]
         return served, places.mesh, notes
 
-    def shapes(self, plan: "Plan", places: "Places") -> "SearchShapes":
+    def shapes(self, plan: "SteeringPlan", places: "Places") -> "SearchShapes":
         """What requests run that leave out all they may."""
         from w2s_jax.search.config import preset
 

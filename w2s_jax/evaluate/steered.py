@@ -6,6 +6,7 @@ Knows nothing of any harness; `harness.py` shows one of these to lm-eval.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -120,7 +121,7 @@ class Steered:
         policys = {question.row_id: question.prompts[0] for question in questions}
 
         def text(result: SearchResult) -> str:
-            ends = {"stop": texts, "eos_ids": config.eos_ids or ()}
+            ends: dict[str, Any] = {"stop": texts, "eos_ids": config.eos_ids or ()}
             return hypothesis_text(tokenizer, policys[result.row_id], result.best, **ends)
 
         results = search(

@@ -165,7 +165,7 @@ def unstacked(flat: Mapping[str, jax.Array], layers: int) -> dict[str, Callable[
     for path, leaf in flat.items():
         kind, _, rest = path.partition("/")
         if kind != STACKED:
-            fetchers[path] = functools.partial(whole, leaf)
+            fetchers[path] = functools.partial(to_host, leaf)
             continue
         for layer in range(layers):
             fetchers[f"{layer_name(layer)}/{rest}"] = functools.partial(_fetch_layer, leaf, layer)

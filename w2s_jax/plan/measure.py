@@ -159,7 +159,7 @@ def _plan(
         mesh=mesh,
         devices=len(place.devices),
         memory=float(place.chip.memory),
-        resident_bytes=dict(held),
+        resident_bytes=dict(resident_bytes),
         programs=tuple(measured),
         fits=not refused,
         seconds=seconds,

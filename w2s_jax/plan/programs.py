@@ -21,7 +21,7 @@ from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
-from w2s_jax.search import session, step
+from w2s_jax.search import incremental_programs, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
 from w2s_jax.search.incremental_text import MERGES
@@ -291,22 +291,22 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
     prefix = bucket(shapes.prompt_tokens)
 
     def scoring() -> Any:
-        return reading_programs.read_rows.trace(
+        return incremental_programs.read_rows.trace(
             model, cache, whole, last, tokens, longer, first=width
         )
 
     def keeping() -> Any:
         *_, read = jax.eval_shape(
-            lambda *given: reading_programs.read_rows(*given, first=width),
+            lambda *given: incremental_programs.read_rows(*given, first=width),
             model, cache, whole, last, tokens, longer,
         )  # fmt: skip
-        return reading_programs.keep.trace(cache, read, whole, last)
+        return incremental_programs.keep.trace(cache, read, whole, last)
 
     own, size = nbytes(model), nbytes(cache)
     return [
         Program(
             f"{role} reads a prompt",
-            lambda: reading_programs.prefill_slot.trace(
+            lambda: incremental_programs.prefill_slot.trace(
                 model, cache, _ints(), _ints(prefix), _ints()
             ),
             0,

@@ -54,19 +54,15 @@ def respond(
         mesh=mesh,
         rules=rules,
     )
-    ends = {"stop": config.stop, "eos_ids": search_eos(models, config)}
+    ends: dict[str, Any] = {"stop": config.stop, "eos_ids": search_eos(models, config)}
     failures: list[RowFailed] = []
     for index, result in found:
         if isinstance(result, RowFailed):
             failures.append(result)
             continue
         prompt = requests[index].prompts[0]
-        yield (
-            index,
-            [
-                Response(hypothesis_text(tokenizer, prompt, one, **ends), one.finished)
-                for one in result.hypotheses
-            ],
-        )
+        texts = (hypothesis_text(tokenizer, prompt, one, **ends) for one in result.hypotheses)
+        finished = (one.finished for one in result.hypotheses)
+        yield index, [Response(*both) for both in zip(texts, finished, strict=True)]
     if failures:
         raise RowsFailed(failures)

@@ -4,7 +4,7 @@ Reads no checkpoint, no file of rows, and opens no connection.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jax.sharding import Mesh
