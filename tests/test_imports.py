@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,15 @@ HOMES = {
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
+@lru_cache(maxsize=None)
+def nodes(module: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module's syntax tree."""
+    return tuple(ast.walk(ast.parse((PACKAGE / module).read_text())))
+
+
 def imports(module: str) -> Iterator[str]:
     """Dotted names a module imports anywhere, also inside functions."""
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,16 +86,15 @@ def test_no_file_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_with_an_underscore_stay_in_their_file(module):
-    tree = ast.parse((PACKAGE / module).read_text())
     known = {
         alias.asname or alias.name
-        for node in ast.walk(tree)
+        for node in nodes(module)
         if isinstance(node, ast.ImportFrom) and node.module.startswith("w2s_jax")
         for alias in node.names
     }
     private = [
         f"{node.value.id}.{node.attr}"
-        for node in ast.walk(tree)
+        for node in nodes(module)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id in known
