@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,7 @@ HOMES = {
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def nodes(module: str) -> tuple[ast.AST, ...]:
     """All nodes of a module's syntax tree."""
     return tuple(ast.walk(ast.parse((PACKAGE / module).read_text())))
