@@ -1,6 +1,25 @@
-"""The key/value cache in three parts: a slot's prefix, its hypotheses' committed response, a chunk.
+"""The key/value cache in three parts, each stored once for all the rows that attend to it.
 
-Shapes, writes and the reorder between chunks. What is attended to is in `decoder.py`.
+One slot of P, here with W = 2 hypotheses and K = 2 successors of each, R = W·K rows in all:
+
+    prefix [P, S]           committed [P, W, T]              chunk [P, R, L]
+
+                                                         ┌── row 0   (w = 0, k = 0)
+                        ┌── hypothesis 0 ────────────────┤
+    the prompt but      │   prompt's last token,         └── row 1   (w = 0, k = 1)
+    its last token ─────┤   response so far
+                        │                                ┌── row 2   (w = 1, k = 0)
+                        └── hypothesis 1 ────────────────┤
+                                                         └── row 3   (w = 1, k = 1)
+
+A row attends to the path from the prompt to itself. Rows under one part join the query axis of one
+product, so that its keys and values are read once, not W or R times. After selection the
+winners' chunks go behind their parents' responses; the prefix is never copied.
+
+The last token of a chunk is sampled and scored, but read only when the next chunk begins: by then W
+hypotheses are left of the R rows, so that W tokens are read where R would have been. The prompt's
+last token lies in the committed part for the same reason: every chunk, the first too, begins by
+reading one token of each hypothesis, in one program.
 """
 
 from collections.abc import Callable, Sequence
