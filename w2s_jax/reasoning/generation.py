@@ -1,22 +1,22 @@
 """Responses of a local model to thousands of prompts, several samples each, resumable.
 
-Holds the settings, the checks and the files; the slots that prompts run in are in `slots.py`.
+Importing this imports no jax, so that settings can be read without it.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from w2s_jax.errors import InputError, RowsFailed
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from w2s_jax.reasoning.slots import Response
     from w2s_jax.search import Request, SearchConfig, SearchModels
 
 # How a run is carried out, not what it computes.
@@ -126,7 +126,6 @@ def generate(
     there twice, prompts that leave no room for max_new_tokens in a model's positions (naming the
     row), a guide too many or too few, and a journal of a run with other settings.
     """
-    from w2s_jax.reasoning.slots import respond
     from w2s_jax.search import search_models
     from w2s_jax.text.journal import journal_path, locked, open_journal
 
@@ -141,7 +140,7 @@ def generate(
         waiting = [index for index in range(len(requests)) if index not in finished]
         done = sum(len(entry["rows"]) for entry in finished.values())
         progress(done, count)
-        found = respond(
+        found = _responses(
             models,
             search_config,
             [requests[index] for index in waiting],
@@ -170,6 +169,45 @@ def row_key(row_id: str | int) -> int:
     if isinstance(row_id, int):
         return row_id & 0xFFFFFFFF
     return int.from_bytes(hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()[:4])
+
+
+def _responses(
+    models: "SearchModels",
+    config: "SearchConfig",
+    requests: Sequence["Request"],
+    tokenizer: Any,
+    *,
+    slots: int,
+    mesh: "Mesh | None",
+) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
+    """Yield (index of the request, its responses, best first or by lane) as requests finish.
+
+    A response is its text and whether EOS or a stop string, not its length, ended it. Raises
+    RowsFailed, once all others are done, for rows that a model fails.
+    """
+    from w2s_jax.search.results import hypothesis_text
+    from w2s_jax.search.run import search_requests
+    from w2s_jax.search.step import search_eos
+    from w2s_jax.text.prompts import decode_tokens
+
+    decode = partial(decode_tokens, tokenizer)
+    own: dict[str, Any] = {"slots": slots, "decode": decode, "alone": True, "mesh": mesh}
+    ends: dict[str, Any] = {"stop": config.stop, "eos_ids": search_eos(models, config)}
+    failures: list[RowFailed] = []
+    for index, result in search_requests(models, config, requests, **own):
+        if isinstance(result, RowFailed):
+            failures.append(result)
+            continue
+        prompt = requests[index].prompts[0]
+        yield (
+            index,
+            [
+                (hypothesis_text(tokenizer, prompt, one, **ends), one.finished)
+                for one in result.hypotheses
+            ],
+        )
+    if failures:
+        raise RowsFailed(failures)
 
 
 def _check_guide(config: GenerationConfig, guide: Any) -> None:
@@ -257,7 +295,7 @@ def _entry(
     rows: Sequence[Mapping[str, Any]],
     config: GenerationConfig,
     index: int,
-    found: Sequence["Response"],
+    found: Sequence[tuple[str, bool]],
 ) -> Row:
     """What the journal keeps of a finished request: its output rows."""
     slots_a_row = -(-config.samples // config.samples_per_request)
@@ -269,10 +307,10 @@ def _entry(
             {
                 "id": row["id"],
                 "sample": sample,
-                "response": one.text.strip(),
-                "finished": one.finished,
+                "response": text.strip(),
+                "finished": finished,
             }
-            for sample, one in zip(samples, found, strict=False)
+            for sample, (text, finished) in zip(samples, found, strict=False)
         ]
     }
 
