@@ -1,4 +1,4 @@
-"""Models of published sizes fit the slices that the README names; no weight is gathered whole.
+"""Models of published sizes fit the slices that plan/README.md names; no weight is gathered whole.
 
 A search and a training with adapters, the two whose programs differ most: each takes minutes.
 """
@@ -20,7 +20,7 @@ PLANS = {
         *("--lora-rank=16", "--batch-size=64"),
     ],
 }
-# Mesh, and GiB that a device holds: what the README prints but for the temporaries.
+# Mesh, and GiB that a device holds: what plan/README.md prints but for the temporaries.
 TOLD = {
     "search of 8B": ("fsdp=2,tensor=8", 5.79),
     "dpo of adapters on 70B": ("data=32,tensor=2", 67.28),

@@ -40,7 +40,7 @@ SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab"
 class Options:
     """The shapes and sizes of a run; sizes count tokens, layers, prompts.
 
-    shape: the policy's, one of `shapes.SHAPES`, with guides of `GUIDE_SHAPE`; it stands in place of
+    shape: the policy's, one of `setup.SHAPES`, with guides of `GUIDE_SHAPE`; it stands in place of
     layers, widths and vocabulary.
     """
 

@@ -189,7 +189,7 @@ def rewards(
     on_batch: Callable[[np.ndarray, np.ndarray], None] = lambda rows, values: None,
     mesh: Mesh | None = None,
 ) -> Float32[np.ndarray, " n"]:
-    """One number for each row of token ids: of which logits, `models.labels.contrast` says.
+    """One number for each row of token ids: of which logits, `models.reward.contrast` says.
 
     Rows are taken shortest first and padded to `batch_size` and to powers of two of tokens, so few
     programs are compiled, each once. Equal rows are read once, and so tie exactly. `on_batch(rows,

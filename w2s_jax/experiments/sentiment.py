@@ -280,7 +280,7 @@ def summarise_experiment(
 
     `rows` holds, by method, those of `experiment.answer` over the same prompts. A figure is {mean,
     stderr}; kl is None where a method has no likelihood, and kl_bound is best-of-N's alone. Paired
-    figures are those of `evaluate.compare.compare`, a METHOD-base or METHOD-bon each.
+    figures are those of `evaluate.rewards.compare`, a METHOD-base or METHOD-bon each.
     """
     methods = {name: {"heading": headings[name]} | _figures(found) for name, found in rows.items()}
     methods[BEST_OF_N]["kl_bound"] = best_of_n_bound(samples)

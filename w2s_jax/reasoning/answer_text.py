@@ -1,6 +1,6 @@
 """Where a final answer stands in a text, and its LaTeX without what means nothing.
 
-Knows no values: numbers are read in quantities.py, expressions in math_answers.py.
+Knows no values: numbers are read in quantities.py, expressions in expressions.py.
 """
 
 import re
