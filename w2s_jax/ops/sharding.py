@@ -225,7 +225,7 @@ PRESETS = {"train": DEFAULT_RULES, "search": SEARCH_RULES, "replicated": REPLICA
 def check_placing(mesh: Any, rules: Any) -> None:
     """Raise InputError for what is no mesh and not None, and for what is no Rules."""
     meshes = Mesh | AbstractMesh | None
-    check_kind("mesh", mesh, meshes, "a jax.sharding.Mesh, as ops.meshes.make_mesh gives")
+    check_kind("mesh", mesh, meshes, "a jax.sharding.Mesh, as ops.sharding.make_mesh gives")
     check_kind("rules", rules, Rules, "what ops.sharding.parse_rules gives")
 
 

@@ -125,7 +125,7 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
                 raise InputError(
                     f"guide {index}: the {role} model has {model.config.vocab_size} logits, the "
                     f"policy {policy.config.vocab_size}; token-level guidance needs one vocabulary "
-                    "(search.judges.TextLogRatio reads texts in any)"
+                    "(search.model_scorers.TextLogRatio reads texts in any)"
                 )
     pairs = [in_one_dtype(guide.tuned, guide.untuned) for guide in chosen]
     alike = (Guide(*pair, guide.weight) for pair, guide in zip(pairs, chosen, strict=True))

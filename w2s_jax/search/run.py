@@ -63,7 +63,7 @@ def search(
     heads, for prompts that are no token ids, and for a policy or a guide that is none.
     """
     models = search_models(policy, guides)
-    check_kind("config", config, SearchConfig, "what search.presets give")
+    check_kind("config", config, SearchConfig, "what search.config.cbs and others give")
     check_placing(mesh, rules)
     scorers = _listed("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
     if conversations is not None:
