@@ -322,7 +322,7 @@ def test_what_is_no_model_or_guide_is_refused_in_one_line(policy, guide):
         unchecked("path/to/policy", None)
     with pytest.raises(InputError, match=r"a guide is Guide\(tuned, untuned\), not Model"):
         unchecked(policy, [guide.tuned, guide.untuned])
-    with pytest.raises(InputError, match=r"config takes what search\.presets give, not dict"):
+    with pytest.raises(InputError, match=r"config takes what search\.config\.cbs and others give"):
         inspect.unwrap(search)(policy, guide, [[4]], {"w": 2})
 
 
