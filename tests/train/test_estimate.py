@@ -114,6 +114,7 @@ def test_a_mesh_divides_parameters_optimizer_and_batch(run_python, one):
     assert four["frozen"] == four["parameters"]
 
 
+@pytest.mark.slow
 def test_memory_of_the_starting_process_is_not_counted(run_python):
     held = np.ones(2**29, np.uint8)
     code = "from w2s_jax.train.estimate import peak_memory; print(peak_memory())"
@@ -130,9 +131,9 @@ print("peak", peak_memory() / 2**30)
 
 # What takes most of the memory: activations, weights and their moments, logits and an embedding.
 SHAPES = {
-    "activations": ((384, 4, 16384), (4, 512), ("dpo", "--lora-rank", "8")),
-    "weights": ((768, 8, 8192), (2, 128), ("sft",)),
-    "vocabulary": ((512, 2, 98304), (2, 128), ("sft",)),
+    "activations": ((384, 4, 16384), (4, 512), 1, ("dpo", "--lora-rank", "8")),
+    "weights": ((768, 8, 8192), (2, 128), 2, ("sft",)),
+    "vocabulary": ((512, 2, 98304), (2, 128), 1, ("sft",)),
 }
 
 
@@ -140,7 +141,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_on_a_cpu_the_total_is_the_peak_of_the_process(run_python, tmp_path, name):
     """Both in GiB, within a tenth, for steps that save and arrays larger than libraries are."""
-    (width, layers, vocabulary), (rows, length), command = SHAPES[name]
+    (width, layers, vocabulary), (rows, length), steps, command = SHAPES[name]
     heads = {"heads": width // 64, "kv_heads": width // 64, "head_width": 64}
     shape = {"width": width, "layers": layers, "mlp_width": 4 * width, "vocab_size": vocabulary}
     model = tiny(tmp_path / "base", 0, max_positions=512, **shape, **heads)
@@ -148,7 +149,7 @@ def test_on_a_cpu_the_total_is_the_peak_of_the_process(run_python, tmp_path, nam
     row = {"prompt": "a film", "chosen": " of the sea" * 300, "rejected": " a film" * 300}
     write_jsonl(tmp_path / "rows.jsonl", [row] * 8)
     files = ["--model", model, "--data", str(tmp_path / "rows.jsonl")]
-    files += ["--output", str(tmp_path / "run"), "--max-steps", "2", "--save-every", "1"]
+    files += ["--output", str(tmp_path / "run"), "--max-steps", str(steps), "--save-every", "1"]
     sizes = ["--batch-size", str(rows), "--max-length", str(length)]
     run = [command[0], *files, *sizes, *command[1:]]
     told = run_python(f"WORDS = {[*run, '--estimate']!r}\n{COMMAND}")
