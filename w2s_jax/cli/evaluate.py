@@ -12,8 +12,8 @@ from tyro.conf import arg
 
 from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
 from w2s_jax.cli.quantisation import QuantisationFlags
+from w2s_jax.distributed import is_first
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,9 +160,9 @@ class Evaluate(QuantisationFlags, Hosts):
         """The rewards of all rows, those of the first file written to --output."""
         import numpy as np
 
+        from w2s_jax.distributed import agree
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
-        from w2s_jax.exchange import agree
         from w2s_jax.text.journal import job_journal
 
         values = np.zeros(len(encoded), np.float32)

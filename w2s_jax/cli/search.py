@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, search_shapes, weights_stamp
+from w2s_jax.distributed import is_first, started
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.hosts import is_first, started
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def _check_hosts(self, rows: Sequence[Row]) -> None:
         """Raise InputError where hosts were started with other flags, or read other rows."""
-        from w2s_jax.exchange import agree
+        from w2s_jax.distributed import agree
 
         given = asdict(self)
         flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}

@@ -19,8 +19,8 @@ from w2s_jax.cli.train_flags import (
     Setup,
     check_length,
 )
+from w2s_jax.distributed import is_first
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
@@ -69,7 +69,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
 
         Raises InputError, before any weight is read, for what is wrong with flags and data.
         """
-        from w2s_jax.exchange import agree, check_shared
+        from w2s_jax.distributed import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.plan.meshes import name_of
         from w2s_jax.text.journal import locked

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from w2s_jax.distributed import agree, gather_values
 from w2s_jax.errors import InputError, Undivided
-from w2s_jax.exchange import agree, gather_values
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes, search_programs

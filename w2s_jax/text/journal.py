@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w2s_jax.distributed import gather_values, is_first, own_number
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.exchange import gather_values
-from w2s_jax.hosts import is_first, own_number
 from w2s_jax.text.rows import Row, check_writable, json_line, sync_folder, write_jsonl
 
 HEADER = "w2s_journal"
