@@ -327,7 +327,7 @@ class PlanMatrix:
         from pathlib import Path
 
         from w2s_jax.plan.matrix import FAMILIES, cells
-        from w2s_jax.text.journal import locked
+        from w2s_jax.text.rows import locked
 
         if self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
     from w2s_jax.search.models import Places
-    from w2s_jax.text.journal import HostJournal, Journal
+    from w2s_jax.text.journal import Journal
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (
@@ -159,7 +159,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def local_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.rows import encode_questions, search_rows
@@ -195,7 +195,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         )
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
             steering = steering.beside(functions, self.scorer)
             search_rows(
@@ -214,7 +214,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def remote_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy behind an API."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.rows import read_conversations, search_text_rows
@@ -255,7 +255,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         config = replace(config, slots=min(self.batch_size, len(rows)))
         self._tell(plan.notes())
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype)
             steering = steering.beside(functions, self.scorer)
             try:
@@ -287,7 +287,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
             print(line)
 
     def _with_progress(
-        self, run: Callable[..., None], journal: "Journal | HostJournal", count: int, waiting: int
+        self, run: Callable[..., None], journal: "Journal", count: int, waiting: int
     ) -> None:
         from rich.console import Console
         from tqdm import tqdm
@@ -321,7 +321,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         except InputError as error:
             raise InputError(f"{self.prompts} {error} (--format alpaca_eval)") from None
 
-    def _finish(self, journal: "Journal | HostJournal", count: int, config: "SearchConfig") -> None:
+    def _finish(self, journal: "Journal", count: int, config: "SearchConfig") -> None:
         """The report and the output from the journal, which is removed last."""
         from w2s_jax.evaluate.report import write_report
         from w2s_jax.evaluate.results import write_alpaca

@@ -72,8 +72,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.distributed import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
         from w2s_jax.plan.meshes import name_of
-        from w2s_jax.text.journal import locked
-        from w2s_jax.text.rows import write_whole
+        from w2s_jax.text.rows import locked, write_whole
         from w2s_jax.train.export import Record, write_record
         from w2s_jax.train.records import METRICS
         from w2s_jax.train.reference import weights_identity

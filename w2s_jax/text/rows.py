@@ -6,6 +6,8 @@ written appear whole or not at all.
 """
 
 import codecs
+import contextlib
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -16,7 +18,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +76,40 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other runs off the output at `path` while the block runs.
+
+    The lock ends with the process, however it ends. Raises InputError where another run holds it,
+    and where no file can be made there.
+    """
+    path = Path(path)
+    check_writable(path)
+    # A file that is reached by a link is the same.
+    real = path.resolve()
+    lock = real.with_name(f".{real.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path}: another run is writing this output; wait for it, or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. Raises InputError where it cannot be read, or is a pointer of Git LFS."""
+    check_fetched(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 Row = dict[str, Any]
@@ -134,13 +170,18 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    check_fetched(path)
+    """What a file holds, without compression, as its suffix tells it, and a byte-order mark."""
+    data = read_bytes(path)
     try:
-        return _decompress(path, path.read_bytes()).removeprefix(codecs.BOM_UTF8)
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        elif path.suffix == ".xz":
+            data = lzma.decompress(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: not a sound {path.suffix} file ({error})") from None
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _parse_lines(path: Path, data: bytes) -> list[Row]:
@@ -148,12 +189,6 @@ def _parse_lines(path: Path, data: bytes) -> list[Row]:
     if lines == [b""]:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _decompress(path: Path, data: bytes) -> bytes:
-    if path.suffix == ".gz":
-        return gzip.decompress(data)
-    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def _parse(line: bytes, where: str) -> Row:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from w2s_jax.errors import InputError, RowsFailed, check_fields
-from w2s_jax.text.journal import locked
+from w2s_jax.text.rows import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
 from w2s_jax.train.records import read_metrics as read_metrics
