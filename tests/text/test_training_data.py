@@ -16,17 +16,18 @@ from tests.text.data_cases import CHATML, MARKED
 from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Batches, best_fit
+from w2s_jax.text.batches import Batches, Side, best_fit
 from w2s_jax.text.rows import open_source, write_jsonl
-from w2s_jax.text.supervised import Encoded, Side, shorten
-from w2s_jax.text.token_rows import Document, write_store
+from w2s_jax.text.supervised import Encoded, shorten
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
+    Document,
     check_positions,
     load_labelled,
     load_pairs,
     load_sequences,
+    write_store,
 )
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "training_data"

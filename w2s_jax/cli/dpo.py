@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from w2s_jax.cli.train import Rows
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
-    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.batches import Data
     from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.objectives import Policy
     from w2s_jax.train.preference_config import PreferenceConfig

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from w2s_jax.models.model import Model
-    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.batches import Data
     from w2s_jax.train.run import RunConfig, Task
     from w2s_jax.train.step import TrainState
 

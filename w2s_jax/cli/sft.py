@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from w2s_jax.cli.train import Training
 
 if TYPE_CHECKING:
-    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.batches import Data
     from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.objectives import Policy
     from w2s_jax.train.step import LossFunction

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
     from w2s_jax.plan.training import TrainingShapes
-    from w2s_jax.text.batches import Part
-    from w2s_jax.text.token_rows import Data
+    from w2s_jax.text.batches import Data, Part
     from w2s_jax.text.training_data import DataConfig
     from w2s_jax.train.loop import LoopConfig
     from w2s_jax.train.objectives import Policy

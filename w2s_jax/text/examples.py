@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.batches import Kind
 from w2s_jax.text.conversations import (
     Conversation,
     Message,
@@ -22,7 +23,6 @@ from w2s_jax.text.conversations import (
     unread_fields,
 )
 
-Kind = Literal["sequences", "pairs", "labelled"]
 Format = Literal[
     "auto", "text", "messages", "prompt-completion", "labelled", "preference", "responses",
     "alpaca", "sharegpt",

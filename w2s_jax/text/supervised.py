@@ -10,9 +10,10 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.batches import Side
 from w2s_jax.text.chat import PUBLISHED, Template, apply_template
 from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.examples import Example
@@ -23,22 +24,6 @@ Spans = list[tuple[int, int]]
 
 _THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Side:
-    """A prompt with one response behind it.
-
-    `targets` is True on tokens whose log-probs count, never on the first one; the first `prompt`
-    tokens are the prompt's.
-    """
-
-    tokens: Int32[np.ndarray, " X"]
-    targets: Bool[np.ndarray, " X"]
-    prompt: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True)
