@@ -59,19 +59,6 @@ class HostConfig:
     source: str
     one_device: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.index < self.count:
-            raise InputError(
-                f"{self.source}: host {self.index} of {self.count}; hosts are numbered from 0 to "
-                "their number less one"
-            )
-        if self.address is None:
-            return
-        if not re.fullmatch(r"\S+:\d{1,5}", self.address):
-            raise InputError(f"{self.source}: address {self.address!r} is not HOST:PORT")
-        if not 0 < int(self.address.rpartition(":")[2]) < 2**16:
-            raise InputError(f"{self.source}: address {self.address!r}: ports are 1 to 65535")
-
 
 def find_hosts(asked: str = "auto", *, slices: bool = True) -> HostConfig | None:
     """The hosts that run this command together; None where this process is alone.
@@ -104,8 +91,21 @@ def _given(asked: str) -> HostConfig | None:
             f"--hosts {asked}: give HOST:PORT,N,I (the first host's address, the number of hosts, "
             "which one this is from 0), auto, jax or off"
         )
-    host = HostConfig(int(found[2]), int(found[3]), found[1].strip(), f"--hosts {asked}")
-    return None if host.count == 1 else host
+    address, count, index, source = (
+        found[1].strip(),
+        int(found[2]),
+        int(found[3]),
+        f"--hosts {asked}",
+    )
+    if index >= count:
+        raise InputError(
+            f"{source}: host {index} of {count}; hosts are numbered from 0 to their number less one"
+        )
+    if not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise InputError(f"{source}: address {address!r} is not HOST:PORT")
+    if not 0 < int(address.rpartition(":")[2]) < 2**16:
+        raise InputError(f"{source}: address {address!r}: ports are 1 to 65535")
+    return None if count == 1 else HostConfig(count, index, address, source)
 
 
 def _slurm() -> HostConfig | None:

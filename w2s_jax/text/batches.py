@@ -6,7 +6,7 @@ exactly. Documents are integer arrays: no tokenizer, no model, no file.
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -295,10 +295,6 @@ class Data:
             f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
         ]
 
-    def name(self, index: int) -> str:
-        """`names` in one text."""
-        return ", ".join(self.names(index))
-
     def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
         """The rows at these indices, padded on the right; of them, those in `part`.
 
@@ -423,13 +419,6 @@ class Batches:
     def names(self, step: int) -> list[str]:
         """Where the rows of a step's batch, of all hosts, stand in their files."""
         return [name for index in self.indices(step) for name in self.data.names(int(index))]
-
-
-def in_order(data: Rows, rows: int) -> Iterator[Batch]:
-    """Every row of the data once, in its order, `rows` at a time; the last batch may be smaller."""
-    for start in range(0, len(data), rows):
-        indices = np.arange(start, min(start + rows, len(data)))
-        yield data.at(indices, slice(0, len(indices)))
 
 
 @dataclass(frozen=True)

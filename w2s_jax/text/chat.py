@@ -218,19 +218,8 @@ class Template:
         if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
-        if self.name == "none":
-            raise InputError(
-                f"{self.where}: {self.name} takes text only, and the row holds messages or an "
-                "instruction; use chat or a published template"
-            )
-        if self.jinja is None:
-            raise InputError(
-                f"{self.where}: the tokenizer has no chat template, which messages and "
-                f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
-            )
         messages = conversation.messages or (Message("user", conversation.text or ""),)
-        args = conversation.template_args
-        return self._apply(self.jinja, messages, conversation.tools, args)
+        return self._apply(messages, conversation.tools, conversation.template_args)
 
     def render_whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """The text of a finished conversation, without the opening of another answer.
@@ -240,9 +229,7 @@ class Template:
         """
         if self.name in PUBLISHED:
             raise ValueError(f"the template {self.name} writes no finished conversations")
-        if self.jinja is None:
-            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, tools, {}, opened=False)
+        return self._apply(messages, tools, opened=False)
 
     def reads(self, name: str) -> bool:
         """Whether the template names a value so, wherever it takes it from."""
@@ -268,9 +255,7 @@ class Template:
 
     def render_begun(self, messages: Sequence[Message]) -> str:
         """The text of a conversation whose last message goes on. Raises InputError as `render`."""
-        if self.jinja is None:
-            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, (), {}, opened=False, continued=True)
+        return self._apply(messages, opened=False, continued=True)
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
@@ -330,15 +315,28 @@ class Template:
 
     def _apply(
         self,
-        jinja: str,
         messages: Sequence[Message],
-        tools: Sequence[Any],
-        args: Mapping[str, Any],
+        tools: Sequence[Any] = (),
+        args: Mapping[str, Any] | None = None,
         *,
         opened: bool = True,
         continued: bool = False,
     ) -> str:
-        args = {**self.args, **args}
+        """What the template writes.
+
+        opened: with the opening of another answer. continued: as if the last message goes on.
+        """
+        if self.name == "none":
+            raise InputError(
+                f"{self.where}: {self.name} takes text only, and the row holds messages or an "
+                "instruction; use chat or a published template"
+            )
+        if self.jinja is None:
+            raise InputError(
+                f"{self.where}: the tokenizer has no chat template, which messages and "
+                f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
+            )
+        args = {**self.args, **(args or {})}
         named = signature(self.tokenizer.apply_chat_template).parameters
         taken = {"messages", *named}.intersection(args)
         if taken:
@@ -350,7 +348,7 @@ class Template:
                 self.tokenizer,
                 [message.turn for message in messages],
                 tools=list(tools) or None,
-                chat_template=jinja,
+                chat_template=self.jinja,
                 tokenize=False,
                 add_generation_prompt=opened,
                 continue_final_message=continued,
@@ -360,14 +358,12 @@ class Template:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{self.where}: the chat template fails: {reason}") from error
         calls = [call for one in messages for call in dict(one.more).get("tool_calls", ())]
-        unread = next(
-            (f for f in map(function_of, (*tools, *calls)) if f["name"] not in text), None
-        )
-        if unread is not None:
-            raise InputError(
-                f"{self.where}: the chat template does not write the tool {unread['name']!r}; take "
-                "one that writes tools and their calls"
-            )
+        for name in (function_of(tool)["name"] for tool in (*tools, *calls)):
+            if name not in text:
+                raise InputError(
+                    f"{self.where}: the chat template does not write the tool {name!r}; take one "
+                    "that writes tools and their calls"
+                )
         return text
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
@@ -395,10 +391,9 @@ def load_template(
     if name in PUBLISHED:
         return Template(tokenizer, name, PUBLISHED[name].jinja, where, args or {})
     if Path(name).suffix == ".jinja":
-        template = Template(tokenizer, name, _read(name, where), where, args or {})
+        jinja: str | None = _read(name, where)
     elif name in _NAMES:
         jinja = _chat_template(tokenizer, name, where)
-        template = Template(tokenizer, name, jinja, where, args or {})
     else:
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f", perhaps {near[0]}" if near else ""
@@ -406,7 +401,8 @@ def load_template(
             f"{where}: no template {name!r}{hint}; it takes a .jinja file or one of "
             f"{', '.join(_NAMES)}"
         )
-    _check_powers(template.jinja or "", where)
+    template = Template(tokenizer, name, jinja, where, args or {})
+    _check_powers(jinja or "", where)
     if name != "auto":  # whose rows may never need the tokenizer's template
         _check_syntax(template)
     return template

@@ -9,7 +9,7 @@ drops the dummy prefix, so "a  b" gets other ids.
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +97,11 @@ def _set_spaces(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
 def _set_template(
     tokenizer: Tokenizer, roles: Mapping[str, str], options: Mapping[str, Any]
 ) -> None:
-    first = (
-        [roles["bos_token"]] if options.get("add_bos_token", True) and "bos_token" in roles else []
-    )
-    last = (
-        [roles["eos_token"]] if options.get("add_eos_token", False) and "eos_token" in roles else []
-    )
+    def asked(role: str, default: bool) -> list[str]:
+        there = f"{role}_token" in roles and options.get(f"add_{role}_token", default)
+        return [roles[f"{role}_token"]] if there else []
+
+    first, last = asked("bos", True), asked("eos", False)
     used = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
@@ -178,7 +177,6 @@ _PATTERNS = [
     "merges.txt",
     "adapter_config.json",
 ]
-_KINDS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
@@ -210,7 +208,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
 
 def holds_tokenizer(path: str | Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
-    return any(all((Path(path).expanduser() / name).is_file() for name in kind) for kind in _KINDS)
+    return _loader(Path(path).expanduser()) is not None
 
 
 def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
@@ -257,24 +255,35 @@ def _base(directory: Path) -> str:
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerBase":
+    load = _loader(directory)
+    config = directory / "tokenizer_config.json"
+    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if load is None:
+        raise InputError(
+            f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
+            "tokenizer.model"
+        )
+    return load(directory, options)
+
+
+def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
+    """What loads a folder's tokenizer, by the first set of files that is whole; None for none."""
+    known = (
+        (("tokenizer.json",), _load_json),
+        (("vocab.json", "merges.txt"), _load_bpe),
+        (("tokenizer.model",), _load_spm),
+    )
+    found = (load for names, load in known if all((directory / n).is_file() for n in names))
+    return next(found, None)
+
+
+def _load_json(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    """Not by AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
+    encodes as "leading". This class keeps to the file, whatever class the config names.
+    """  # noqa: D205
     from transformers import PreTrainedTokenizerFast
 
-    holds = {path.name for path in directory.iterdir()}
-    options = {}
-    if "tokenizer_config.json" in holds:
-        options = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if "tokenizer.json" in holds:
-        # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
-        # encodes as "leading". This class keeps to the file, whatever class the config names.
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    if {"vocab.json", "merges.txt"} <= holds:
-        return _load_bpe(directory, options)
-    if "tokenizer.model" in holds:
-        return _load_spm(directory, options)
-    raise InputError(
-        f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
-        "tokenizer.model"
-    )
+    return PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 
 def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
@@ -289,7 +298,6 @@ def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
 
 
 def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     backend, special = read_spm(directory / "tokenizer.model", options)

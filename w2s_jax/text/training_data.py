@@ -113,15 +113,6 @@ def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
     return _load("labelled", config, tokenizer)
 
 
-def check_positions(config: DataConfig, positions: int) -> None:
-    """Raise InputError where sequences may be longer than the model has positions."""
-    if config.max_length > positions:
-        raise InputError(
-            f"--max-length {config.max_length}: the model has {positions} positions; take at most "
-            "so many"
-        )
-
-
 def _check(kind: Kind, config: DataConfig) -> None:
     """Raise InputError for options that cannot be, or not for rows of this kind."""
     what = {"sequences": "single responses", "labelled": "labelled rows"}.get(kind, "pairs")
