@@ -16,6 +16,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
+from typing import Annotated
+
+from tyro.conf import arg
 
 from w2s_jax import distributed
 from w2s_jax.distributed import HostConfig, HostsParted, key_values, own_number
@@ -33,6 +36,15 @@ _DAY_MS = 86_400_000
 # Of messages of jax's coordination service and of Gloo where another host is gone.
 _MARKS = ("Gloo", "oordination service", "CoordinationService", "Socket closed", "heartbeat",
           "closed by peer", "reset by peer")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """The hosts that run a command together."""
+
+    hosts: Annotated[str, arg(metavar="HOST:PORT,N,I|auto|off|jax")] = "auto"
+    """Hosts that run this together: the first one's address, how many, which this is from 0. auto
+    finds those of SLURM, Open MPI and TPU slices, jax whatever jax finds."""
 
 
 @dataclass(frozen=True)
