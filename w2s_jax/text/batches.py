@@ -207,7 +207,10 @@ def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
 
     Every document is in exactly one row, whole. The result depends on the arguments alone: equal
     lengths keep their order, and of rows with equal room the oldest is filled, as in TRL's "bfd"
-    (arXiv 2404.10830). Raises ValueError for a document that is empty or longer than a row.
+    (arXiv 2404.10830).
+
+    Raises:
+        ValueError: for a document that is empty or longer than a row.
     """
     if len(lengths) and not 0 < lengths.min() <= lengths.max() <= width:
         raise ValueError(f"documents must have 1 to {width} tokens")
@@ -278,7 +281,8 @@ class Data:
     def fitting(self, vocabulary: int) -> "Data":
         """This data for a model of so many tokens: padding, which no token sees, is one of them.
 
-        Raises InputError where a document holds a token that the model does not have.
+        Raises:
+            InputError: where a document holds a token that the model does not have.
         """
         largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
         if largest >= vocabulary:
@@ -373,7 +377,8 @@ class Batches:
     that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
     takes: as wide as the whole batch and made from all of it.
 
-    Raises ValueError where `part` has no rows, or "drop" leaves no batch.
+    Raises:
+        ValueError: where `part` has no rows, or "drop" leaves no batch.
     """
 
     data: Rows
@@ -454,7 +459,8 @@ class Part:
 def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
     """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
 
-    Raises InputError where no row would be left.
+    Raises:
+        InputError: where no row would be left.
     """
     if not 0 < count < len(data):
         raise InputError(

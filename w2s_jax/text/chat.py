@@ -129,7 +129,9 @@ class TimeUp(Exception):
 def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
     """The tokenizer's apply_chat_template within TEMPLATE_SECONDS.
 
-    Raises TimeUp, and whatever the template raises, which is a program and may raise anything.
+    Raises:
+        TimeUp: where it takes longer.
+        Exception: whatever the template raises, which is a program.
     """
     with within(TEMPLATE_SECONDS):
         return tokenizer.apply_chat_template(list(turns), **options)
@@ -170,7 +172,11 @@ _NAMES = ("auto", "none", "chat", *TEMPLATES)
 
 
 def read_template_args(text: str, where: str) -> dict[str, Any]:
-    """Values for chat templates from a JSON object. Raises InputError, beginning with `where`."""
+    """Values for chat templates from a JSON object.
+
+    Raises:
+        InputError: beginning with `where`, for anything else.
+    """
     try:
         args = json.loads(text)
     except ValueError as error:
@@ -195,6 +201,9 @@ class Template:
     does so by default, and the published code. Contents from people who are not trusted can
     therefore close a turn and open another one; filter them before.
 
+    What renders or encodes raises InputError for messages where the template takes none, and for a
+    template that fails.
+
     Attributes:
         tokenizer: any transformers tokenizer.
         name: auto, none, chat, a published name, or the path of a .jinja file.
@@ -210,22 +219,18 @@ class Template:
     args: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def render(self, conversation: Conversation) -> str:
-        """The text that the response follows.
-
-        Raises InputError for messages where this takes none, and for a template that fails.
-        """
+        """The text that the response follows."""
         check_kind("a template", conversation, Conversation, "a Conversation")
         if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
-        messages = conversation.messages or (Message("user", conversation.text or ""),)
-        return self._apply(messages, conversation.tools, conversation.template_args)
+        turns = conversation.turns("user")
+        return self._apply(turns, conversation.tools, conversation.template_args)
 
     def render_whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """The text of a finished conversation, without the opening of another answer.
 
-        For chat templates and files only: published templates always open an answer. Raises
-        InputError as `render` does.
+        For chat templates and files only: published templates always open an answer.
         """
         if self.name in PUBLISHED:
             raise ValueError(f"the template {self.name} writes no finished conversations")
@@ -244,21 +249,19 @@ class Template:
         marks: dict[str, str] = {}
         marked = []
         for index, message in enumerate(messages):
-            own = {
-                f"thought-{index}-in-{name}": name for name, _ in message.more if name in THOUGHTS
-            }
-            more = dict(message.more) | {name: mark for mark, name in own.items()}
-            marked.append(replace(message, more=tuple(more.items())))
-            marks |= own
+            own = {name: f"thought-{index}-in-{name}" for name in THOUGHTS}
+            more = tuple((name, own.get(name, value)) for name, value in message.more)
+            marks |= {own[name]: name for name, _ in more if name in own}
+            marked.append(replace(message, more=more))
         text = self.render_whole(marked, tools) if marks else ""
         return frozenset(name for mark, name in marks.items() if mark not in text)
 
     def render_begun(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation whose last message goes on. Raises InputError as `render`."""
+        """The text of a conversation whose last message goes on."""
         return self._apply(messages, opened=False, continued=True)
 
     def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
+        """Token ids of the rendered prompt; never empty."""
         prompt = self.render(conversation)
         if self.adds_special_tokens(conversation, prompt):
             return encode_prompt(self.tokenizer, prompt)
@@ -272,7 +275,7 @@ class Template:
         The tokens that one has in common with `encode(conversation)` at its start are the prompt's,
         and all further ones the response's: where the border falls inside a token, that token is
         the response's, as in the published code. No EOS is at the end unless the response spells
-        it. Raises InputError as `render` does.
+        it.
         """
         if not responses:
             return []
@@ -385,8 +388,10 @@ def load_template(
     TEMPLATES or a path that ends in .jinja does the same with another template. args: values that
     the template may read.
 
-    Raises InputError, beginning with `where` (a flag, say), for an unknown name, a file that cannot
-    be read, a template that is not jinja, and for chat where the tokenizer has no template.
+    Raises:
+        InputError: beginning with `where` (a flag, say), for an unknown name, a file that
+            cannot be read, a template that is not jinja, and for chat where the tokenizer has
+            no template.
     """
     if name in PUBLISHED:
         return Template(tokenizer, name, PUBLISHED[name].jinja, where, args or {})
@@ -414,8 +419,10 @@ def renderer(
     """How conversations are written for a model whose tokenizer is not here, behind an API.
 
     auto and none take texts as they stand; the other names are those of `load_template`, without
-    chat. BOS is left out at the start: servers put it there. Raises InputError as `load_template`
-    does, and so does what is returned, as `Template.render`.
+    chat. BOS is left out at the start: servers put it there.
+
+    Raises:
+        InputError: as `load_template` does, and so does what is returned, as `Template.render`.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -58,6 +58,10 @@ class Conversation:
         if (self.text is None) == (not self.messages):
             raise ValueError("a conversation is either a text or messages")
 
+    def turns(self, role: str) -> tuple[Message, ...]:
+        """The messages; of a text, one of this role."""
+        return self.messages or (Message(role, self.text or ""),)
+
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
@@ -69,7 +73,8 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     turn of the assistant's is left out: like "output", it is what somebody else answered. Messages
     may call the row's "tools" (`tools_of`). A field that is null counts as absent.
 
-    Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
+    Raises:
+        InputError: beginning with `where`, unless exactly one of the four is there and sound.
     """
     fields = [field for field in _FIELDS if row.get(field) is not None]
     if not fields:
@@ -109,8 +114,9 @@ def messages_of(
 ) -> tuple[Message, ...]:  # fmt: skip
     """The messages of a list, whoever speaks last.
 
-    Raises InputError, beginning with `where`, for messages that are not sound, and for what is no
-    list, which says what it `takes`.
+    Raises:
+        InputError: beginning with `where`, for messages that are not sound, and for what is no
+            list, which says what it `takes`.
     """
     if not isinstance(value, list | tuple):
         raise InputError(f"{where} is {type(value).__name__}; it takes {takes}")
@@ -122,7 +128,8 @@ def messages_of(
 def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
     """The text of a row's column, empty where it is null or not there.
 
-    Raises InputError, beginning with `where`, for what is no text.
+    Raises:
+        InputError: beginning with `where`, for what is no text.
     """
     value = row.get(column)
     if not isinstance(value, str | None):
@@ -155,7 +162,8 @@ def tagged(item: Any) -> Any:
 def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
     value = row["conversations"]
     items = [tagged(item) for item in value] if isinstance(value, list | tuple) else value
@@ -167,7 +175,8 @@ def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
 
-    Raises InputError, beginning with `where`, for anything else.
+    Raises:
+        InputError: beginning with `where`, for anything else.
     """
     tools = _json(row.get("tools")) or ()
     if not isinstance(tools, list | tuple) or not all(function_of(one) for one in tools):
@@ -195,8 +204,9 @@ def _json(value: Any) -> Any:
 def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
     """The rows with the named field as their "prompt" too; as they are where none is named.
 
-    Raises InputError, naming the row as "SOURCE NUMBER", where the field is missing or the row has
-    another prompt beside it.
+    Raises:
+        InputError: naming the row as "SOURCE NUMBER", where the field is missing or the row has
+            another prompt beside it.
     """
     if field is None or field == "prompt":
         return list(rows)
@@ -237,7 +247,8 @@ def plain(conversation: Conversation) -> str:
 def turns_before(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """What goes before an Alpaca row's instruction: its "system", its "history" of pairs.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
     system, history = text_in(row, "system", where), row.get("history") or ()
     turns = [Message("system", system)] if system else []

@@ -56,7 +56,8 @@ class Example:
 class Reader:
     """What turns rows of one format into examples: (row, where it stands) → examples.
 
-    Raises InputError, beginning with that place, for a row that is not sound.
+    Raises:
+        InputError: beginning with that place, for a row that is not sound.
     """
 
     kind: Kind
@@ -101,8 +102,11 @@ def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Read
 
     auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
     response, and `labelled` both of its responses; a labelled row gives `sequences` nothing where
-    its response is not wanted. Raises InputError, beginning with `where`, which names the columns
-    that are missing and those found.
+    its response is not wanted.
+
+    Raises:
+        InputError: beginning with `where`, which names the columns that are missing and those
+            found.
     """
     known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
     if not known:

@@ -63,7 +63,8 @@ class Journal:
     def read(self) -> dict[int, Row]:
         """The finished rows of all hosts by id, without a half-written last line.
 
-        Raises InputError for a line that is damaged anywhere else.
+        Raises:
+            InputError: for a line that is damaged anywhere else.
         """
         rows: dict[int, Row] = {}
         for path in (*self.others, self.path):
@@ -86,8 +87,10 @@ class Journal:
         """Write the rows 0 to count − 1 to `output`, in this order, then remove the journal.
 
         The first host writes, then every host removes its journals. A kill in between leaves them,
-        and merging again gives the same file. Raises InputError, and writes nothing, where rows are
-        missing.
+        and merging again gives the same file.
+
+        Raises:
+            InputError: where rows are missing; nothing is written then.
         """
         rows = self.read()
         missing = [row_id for row_id in range(count) if row_id not in rows]
@@ -118,8 +121,10 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
     """The journal of a job, with the rows of an earlier run if there are any.
 
     A half-written last line is cut away. `fingerprint` tells jobs apart: JSON values by name.
-    Raises InputError where the journal holds rows of a job with another fingerprint (saying what
-    differs), is damaged or cannot be written.
+
+    Raises:
+        InputError: where the journal holds rows of a job with another fingerprint (saying what
+            differs), is damaged or cannot be written.
     """
     path = Path(path)
     check_writable(path)
@@ -194,7 +199,10 @@ def job_journal(output: str | Path, fingerprint: Mapping[str, Any]) -> Iterator[
     """The journal beside `output` that this process is to write, locked while the block runs.
 
     On several hosts each has one of its own. Those that an earlier run left here with another
-    number of hosts are taken up too. Raises InputError as `locked` and `open_journal` do.
+    number of hosts are taken up too.
+
+    Raises:
+        InputError: as `locked` and `open_journal` do.
     """
     host, count = own_number()
     left = [at for at in _left_behind(output) if at >= count and at % count == host]

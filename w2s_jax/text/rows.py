@@ -30,8 +30,11 @@ from w2s_jax.errors import InputError, check_fetched
 def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
     """Write parts, one after the other, to a file that a kill at any moment leaves old or new.
 
-    Makes the file's folder. Raises InputError where it cannot be written; whatever else `parts`
-    raises leaves the file as it was.
+    Makes the file's folder.
+
+    Raises:
+        InputError: where it cannot be written; whatever else `parts` raises leaves the file as
+            it was.
     """
     path = Path(path)
     check_writable(path)
@@ -52,7 +55,8 @@ def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
 def check_writable(path: str | Path) -> None:
     """Make sure, before long work, that a file can be written at `path`; makes its folder.
 
-    Raises InputError where it cannot.
+    Raises:
+        InputError: where it cannot.
     """
     path = Path(path)
     try:
@@ -82,8 +86,10 @@ def sync_folder(folder: Path) -> None:
 def locked(path: str | Path) -> Iterator[None]:
     """Keep other runs off the output at `path` while the block runs.
 
-    The lock ends with the process, however it ends. Raises InputError where another run holds it,
-    and where no file can be made there.
+    The lock ends with the process, however it ends.
+
+    Raises:
+        InputError: where another run holds it, and where no file can be made there.
     """
     path = Path(path)
     check_writable(path)
@@ -104,7 +110,11 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file holds. Raises InputError where it cannot be read, or is a pointer of Git LFS."""
+    """What a file holds.
+
+    Raises:
+        InputError: where it cannot be read, or is a pointer of Git LFS.
+    """
     check_fetched(path)
     try:
         return path.read_bytes()
@@ -118,8 +128,9 @@ Row = dict[str, Any]
 def read_jsonl(path: str | Path) -> list[Row]:
     """All rows of a .jsonl, .jsonl.gz or .jsonl.xz file, in order.
 
-    Raises InputError for a missing, unreadable or empty file and, naming the line, for one that is
-    not a JSON object in UTF-8.
+    Raises:
+        InputError: for a missing, unreadable or empty file and, naming the line, for one that
+            is not a JSON object in UTF-8.
     """
     path = Path(path)
     return _parse_lines(path, _read(path))
@@ -128,8 +139,10 @@ def read_jsonl(path: str | Path) -> list[Row]:
 def read_rows(path: str | Path) -> tuple[list[Row], str]:
     """All rows of a file of JSON lines, or of one JSON array, and what its rows stand on.
 
-    The latter is "PATH line" or "PATH row", before a number from 1. Raises InputError as
-    `read_jsonl` does.
+    The latter is "PATH line" or "PATH row", before a number from 1.
+
+    Raises:
+        InputError: as `read_jsonl` does.
     """
     path = Path(path)
     data = _read(path)
@@ -150,7 +163,8 @@ def read_rows(path: str | Path) -> tuple[list[Row], str]:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows one a line, compressed as the suffix says; the file appears whole or not at all.
 
-    Raises InputError where the file cannot be written.
+    Raises:
+        InputError: where the file cannot be written.
     """
     path = Path(path)
     data = b"".join(json_line(row) for row in rows)
@@ -243,7 +257,11 @@ class Source:
     last: str = "100%"
 
     def rows(self) -> tuple[Table, range]:
-        """All rows, and the indices of those that count. Raises InputError where there is none."""
+        """All rows, and the indices of those that count.
+
+        Raises:
+            InputError: where there is none.
+        """
         rows = self.read()
         first, last = (_index(bound, len(rows)) for bound in (self.first, self.last))
         if first >= last:
@@ -260,8 +278,10 @@ def open_source(name: str, *, split: str = "train") -> Source:
     """The file, folder or data set of this name.
 
     A data set of the hub is ID or ID:CONFIG. `split` is its split, or a folder's, and may take a
-    part of the rows, of files too: train[:90%], train[500:]. Raises InputError for a name that is
-    nothing of this, and for a split that is not there.
+    part of the rows, of files too: train[:90%], train[500:].
+
+    Raises:
+        InputError: for a name that is nothing of this, and for a split that is not there.
     """
     path = Path(name).expanduser()
     asked = _SPLIT.fullmatch(split)

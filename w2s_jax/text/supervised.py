@@ -73,7 +73,8 @@ def encode(
     the template's {% generation %} marks, or by how the beginnings of the conversation are written.
     append_eos puts EOS, or a published template's end token, behind what does not end so.
 
-    Raises InputError, beginning with the place, for what the template or the tokenizer refuses.
+    Raises:
+        InputError: beginning with the place, for what the template or the tokenizer refuses.
     """
     losses = [example.loss if loss_on == "auto" else loss_on for example in examples]
     rendered = []
@@ -153,10 +154,10 @@ def _render(template: Template, example: Example, loss: str) -> _Rendered:
         sides = tuple(start + text for text in texts)
         special = not (bos and sides[0].startswith(bos))
         return _Rendered(None if prompt is None else start, sides, special, _end(template))
-    before = _messages(prompt, "user") if prompt else ()
+    before = prompt.turns("user") if prompt else ()
     tools = (prompt or responses[0]).tools
     written = template.render(Conversation(messages=before, tools=tools)) if prompt else None
-    wholes = [(*before, *_messages(response, "assistant")) for response in responses]
+    wholes = [(*before, *response.turns("assistant")) for response in responses]
     special, unwritten = False, frozenset[str]()
     if template.name in PUBLISHED:
         sides = tuple(_published(template, whole, tools) for whole in wholes)
@@ -272,10 +273,6 @@ def _by_generation(
         return_assistant_tokens_mask=True,
     )
     return list(found["input_ids"]), list(found["assistant_masks"])
-
-
-def _messages(conversation: Conversation, role: str) -> tuple[Message, ...]:
-    return conversation.messages or (Message(role, conversation.text or ""),)
 
 
 def _end(template: Template) -> int:

@@ -38,7 +38,10 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
     """The tokenizer of a SentencePiece file, and its special tokens by role ("bos_token", ...).
 
     `options` are those of tokenizer_config.json: add_bos_token (default true, as in Llama) and
-    add_eos_token (default false). Raises InputError for a file that is no SentencePiece BPE model.
+    add_eos_token (default false).
+
+    Raises:
+        InputError: for a file that is no SentencePiece BPE model.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
@@ -120,10 +123,12 @@ BYTES = 256
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
     """Learn a byte-level BPE in which END_OF_TEXT has id END_ID and PADDING id PAD_ID.
 
-    Every string can be encoded and decodes to itself. Encoding with special tokens puts
-    END_OF_TEXT in front, so the same ids open a document for a language model and give a
-    classifier its first token. Raises InputError when `vocab_size` leaves no room for the 256
-    bytes and the special tokens.
+    Every string can be encoded and decodes to itself. Encoding with special tokens puts END_OF_TEXT
+    in front, so the same ids open a document for a language model and give a classifier its first
+    token.
+
+    Raises:
+        InputError: when `vocab_size` leaves no room for the 256 bytes and the special tokens.
     """
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -182,10 +187,11 @@ _PATTERNS = [
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint directory, or of a Hugging Face id through its local cache.
 
-    Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model.
-    An adapter without one has that of the base it names. Runs no code from the checkpoint.
+    Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model. An
+    adapter without one has that of the base it names. Runs no code from the checkpoint.
 
-    Raises InputError when there is no directory, no tokenizer in it, or the files are damaged.
+    Raises:
+        InputError: when there is no directory, no tokenizer in it, or the files are damaged.
     """
     directory = _locate(path_or_hub_id)
     if not holds_tokenizer(directory) and (directory / "adapter_config.json").is_file():
@@ -278,9 +284,8 @@ def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
 
 
 def _load_json(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """Not by AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
-    encodes as "leading". This class keeps to the file, whatever class the config names.
-    """  # noqa: D205
+    # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
+    # encodes as "leading". This class keeps to the file, whatever class the config names.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(directory))

@@ -81,12 +81,19 @@ class DataConfig:
 
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows to imitate: `text`, `messages`, `prompt` and `completion`, Alpaca's, ShareGPT's; of a
-    preference row its chosen response, of labelled rows those that are wanted.
+    """Rows to imitate, as single sequences.
 
-    Raises InputError for files and rows that cannot be read, columns that are missing, and data of
-    which nothing is left.
-    """  # noqa: D205
+    They hold `text`, `messages`, `prompt` and `completion`, Alpaca's or ShareGPT's columns; of a
+    preference row the chosen response is read, of labelled rows those that are wanted.
+
+    Args:
+        config: what to read, and how rows become tokens.
+        tokenizer: any transformers tokenizer.
+
+    Raises:
+        InputError: for files and rows that cannot be read, columns that are missing, and data of
+            which nothing is left.
+    """
     data = _load("sequences", config, tokenizer)
     if config.packing == "none":
         return data
@@ -99,8 +106,9 @@ def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
 def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
     """Rows with a chosen and a rejected response; see text/examples.py for their columns.
 
-    Raises InputError as `load_sequences` does, for pairs whose responses are equal unless these are
-    dropped, and for options that are not for pairs.
+    Raises:
+        InputError: as `load_sequences` does, for pairs whose responses are equal unless these
+            are dropped, and for options that are not for pairs.
     """
     return _load("pairs", config, tokenizer)
 
@@ -108,7 +116,8 @@ def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
 def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
     """Rows with one response that is wanted or not; a preference row gives two of them.
 
-    Raises InputError as `load_pairs` does.
+    Raises:
+        InputError: as `load_pairs` does.
     """
     return _load("labelled", config, tokenizer)
 
@@ -362,7 +371,8 @@ def write_store(
 ) -> None:  # fmt: skip
     """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
 
-    Raises InputError where it cannot be written; whatever `blocks` raises leaves no file.
+    Raises:
+        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
     """
     import pyarrow as pa
 

@@ -19,7 +19,8 @@ from w2s_jax.text.rows import read_bytes
 def read_mapping(path: str | Path) -> dict[Any, Any]:
     """The mapping in a YAML or JSON file.
 
-    Raises InputError for a file that cannot be read, is neither, or holds something else.
+    Raises:
+        InputError: for a file that cannot be read, is neither, or holds something else.
     """
     values = _read(Path(path))
     if not isinstance(values, dict):
@@ -33,7 +34,8 @@ T = TypeVar("T")
 def read_typed(cls: type[T], path: str | Path) -> T:
     """Read a file; its `extends` names one, from its folder, whose fields hold where it has none.
 
-    Raises InputError naming a missing file, an unknown field or a wrong value.
+    Raises:
+        InputError: naming a missing file, an unknown field or a wrong value.
     """
     return from_mapping(cls, _load(Path(path)), str(path))
 
