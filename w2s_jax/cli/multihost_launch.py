@@ -236,37 +236,35 @@ def _parted(why: object) -> End:
     return End(AGAIN, f"{PARTED} ({' '.join(str(why).split())[:200]}); {GO_ON}")
 
 
+# The store of keys that hosts share raises a RuntimeError for one that is taken or not there, and
+# where the first host, which keeps it, is gone.
+
+
 def _finish_together() -> None:
     """Return when all hosts have come to their ends; how long one takes is not bounded.
 
     Raises HostsParted where one has died.
     """
-    from jax.errors import JaxRuntimeError
-
     try:
         key_values().wait_at_barrier(_END, _DAY_MS)
-    except JaxRuntimeError as error:
+    except RuntimeError as error:
         raise HostsParted(" ".join(str(error).split())[:200]) from None
 
 
 def _tell_failure(failure: Failure) -> Failure:
     """Make a failure known to all hosts; returns the first that was told, this or another's."""
-    from jax.errors import JaxRuntimeError
-
     try:
         key_values().key_value_set(_FAILURE, json.dumps(astuple(failure)))
         return failure
-    except JaxRuntimeError:
+    except RuntimeError:
         return _read_failure() or failure
 
 
 def _read_failure() -> Failure | None:
     """The failure that a host has told, if any."""
-    from jax.errors import JaxRuntimeError
-
     try:
         return Failure(*json.loads(key_values().key_value_try_get(_FAILURE)))
-    except JaxRuntimeError:
+    except RuntimeError:
         return None
 
 
@@ -307,10 +305,8 @@ def _quiet(index: int) -> Iterator[None]:
 
 def _leave_last(seconds: float | int) -> None:
     """Before a process ends early: let the first host go last, as the others' answers lie there."""
-    from jax.errors import JaxRuntimeError
-
     index, count = own_number()
-    with contextlib.suppress(JaxRuntimeError):
+    with contextlib.suppress(RuntimeError):
         if index:
             key_values().key_value_set(f"{_SEEN}/{index}", "", allow_overwrite=True)
             return
