@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, loaded so that they do what their own files say; BPE, trained.
+"""Tokenizers: of checkpoints, doing what their own files say; byte-level BPE, trained; made up.
 
 transformers is imported on the first load, not with this module. SentencePiece models
 (tokenizer.model) become fast tokenizers, exact in their ids, where there is no tokenizer.json:
@@ -8,6 +8,7 @@ drops the dummy prefix, so "a  b" gets other ids.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -321,3 +322,52 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     if template.is_file():  # which goes before the config's, as in transformers
         kept["chat_template"] = template.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
+
+
+# Made up
+
+
+_END, _UNKNOWN = "[end]", "[unknown]"
+_VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxz"
+_SPLIT = 4  # one word in so many is no token of the guide
+
+
+def vocabularies(size: int) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]":
+    """Two made-up vocabularies of one language, for measuring guides that read another one's texts.
+
+    Words are a prefix and a suffix. The policy has a token for each word; the guide has other ids,
+    and writes one word in four as two tokens, so that its texts are a quarter longer.
+
+    Args:
+        size: tokens of each, at most.
+
+    Returns:
+        The tokenizers of the policy and of the guide.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    rows = math.isqrt(size - 1) + 1
+    starts, ends = _syllables(rows, "{c}{v}"), _syllables(rows, "{c}{v}x")
+    words = [start + end for start in starts for end in ends][: size - 2]
+    policy = {word: index for index, word in enumerate([_END, _UNKNOWN, *words])}
+    whole = [word for index, word in enumerate(words) if index % _SPLIT]
+    pieces = [_UNKNOWN, _END, *starts, *(f"##{end}" for end in ends), *reversed(whole)]
+    guide = {piece: index for index, piece in enumerate(pieces[:size])}
+
+    def of(model: models.Model) -> "PreTrainedTokenizerBase":
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=_END, unk_token=_UNKNOWN)
+
+    return (
+        of(models.WordLevel(policy, unk_token=_UNKNOWN)),
+        of(models.WordPiece(guide, unk_token=_UNKNOWN)),
+    )
+
+
+def _syllables(count: int, form: str) -> list[str]:
+    """So many distinct syllables, all of one length."""
+    short = [form.format(c=c, v=v) for c in _CONSONANTS for v in _VOWELS]
+    if count <= len(short):
+        return short[:count]
+    return [one[:2] + other for one in short for other in short][:count]
