@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "text-lost-row",
         "w2s_jax/text/journal.py",
-        "            _truncate(path, end)\n",
-        "            pass\n",
+        "                file.truncate(end)\n",
+        "                pass\n",
         "a half-written last line stays, and takes the next finished row with it",
         ("tests/text/test_journal.py",),
     ),

@@ -12,7 +12,7 @@ from w2s_jax.bench.floor import measure_rates
 from w2s_jax.bench.search import Options, check, run
 from w2s_jax.errors import InputError
 from w2s_jax.search.models import Guide
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.tokenizer import vocabularies
 
 SMALL = {
     "policy_layers": 1,

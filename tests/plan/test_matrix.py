@@ -11,7 +11,7 @@ from w2s_jax.plan.matrix import Cell, cells, open_records, plan_cell, plan_cells
 from w2s_jax.plan.meshes import candidates
 from w2s_jax.plan.topology import chip_of
 from w2s_jax.plan.trials import Trying
-from w2s_jax.text.journal import locked
+from w2s_jax.text.rows import locked
 
 HERE = "Compiled with jax 1, libtpu 2."
 MADE = (HERE, settings_of(1))

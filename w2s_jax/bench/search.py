@@ -29,7 +29,7 @@ from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import check_writable
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.tokenizer import vocabularies
 
 HEAD_WIDTH = 64
 SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab")

@@ -25,7 +25,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.models.huggingface import save_model
 from w2s_jax.text.rows import check_writable
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.tokenizer import vocabularies
 
 HEAD_WIDTH = 64
 OBJECTIVES = ("sft", "dpo")

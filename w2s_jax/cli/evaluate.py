@@ -12,8 +12,8 @@ from tyro.conf import arg
 
 from w2s_jax.cli.multihost_launch import Hosts
 from w2s_jax.cli.quantisation import QuantisationFlags
+from w2s_jax.distributed import is_first
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from w2s_jax.evaluate.results import Results
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.reward import RewardModel
-    from w2s_jax.text.journal import HostJournal, Journal
+    from w2s_jax.text.journal import Journal
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.
 IN_FINGERPRINT = ("reward_model", "label", "end_token", "cut", "dtype")
@@ -160,16 +160,16 @@ class Evaluate(QuantisationFlags, Hosts):
         """The rewards of all rows, those of the first file written to --output."""
         import numpy as np
 
+        from w2s_jax.distributed import agree
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
-        from w2s_jax.exchange import agree
         from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.text.journal import job_journal
 
         values = np.zeros(len(encoded), np.float32)
         rows = [row for file in files for row in file.rows]
         with contextlib.ExitStack() as stack:
-            journal: Journal | HostJournal | None = None
+            journal: Journal | None = None
             if self.output:
                 mark = self.fingerprint(rows, len(files[0].rows), rendering)
                 journal = stack.enter_context(job_journal(self.output, mark))
@@ -202,7 +202,7 @@ class Evaluate(QuantisationFlags, Hosts):
         return values
 
     def _check_finite(
-        self, files: "list[Results]", values: "np.ndarray", journal: "Journal | HostJournal | None"
+        self, files: "list[Results]", values: "np.ndarray", journal: "Journal | None"
     ) -> None:
         """Raise InputError, naming the rows, where a reward is no finite number."""
         from w2s_jax.text.journal import told_kept

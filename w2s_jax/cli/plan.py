@@ -245,8 +245,8 @@ class PlanTraining(Planned):
         """The model and the settings; InputError for what is wrong."""
         from w2s_jax.models.lora import LoraConfig
         from w2s_jax.plan.programs import shape_of
+        from w2s_jax.train.config import OptimizerConfig
         from w2s_jax.train.estimate import TrainingShapes
-        from w2s_jax.train.step import OptimizerConfig
 
         counts = {"--batch-size": self.batch_size, "--accumulate": self.accumulate}
         _check_counts(counts | ({"--lora-rank": self.lora_rank} if self.lora_rank else {}))
@@ -327,7 +327,7 @@ class PlanMatrix:
         from pathlib import Path
 
         from w2s_jax.plan.matrix import FAMILIES, cells
-        from w2s_jax.text.journal import locked
+        from w2s_jax.text.rows import locked
 
         if self.tries < 1:
             raise InputError(f"--try is {self.tries}; it must be at least 1")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from w2s_jax.cli.multihost_launch import Hosts
+from w2s_jax.distributed import is_first, started
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.hosts import is_first, started
 from w2s_jax.search.settings import GuidanceConfig, MethodConfig, TextScorersConfig
 from w2s_jax.text.rows import Row
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
     from w2s_jax.search.models import Places
-    from w2s_jax.text.journal import HostJournal, Journal
+    from w2s_jax.text.journal import Journal
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (
@@ -128,7 +128,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
 
     def _check_hosts(self, rows: Sequence[Row]) -> None:
         """Raise InputError where hosts were started with other flags, or read other rows."""
-        from w2s_jax.exchange import agree
+        from w2s_jax.distributed import agree
 
         given = asdict(self)
         flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}
@@ -160,7 +160,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
 
     def local_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
         from w2s_jax.plan.meshes import choose_mesh, search_shapes
         from w2s_jax.search import checkpoints
@@ -198,7 +198,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
         )
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
             steering = steering.beside(functions, self.scorer)
             search_rows(
@@ -217,7 +217,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
 
     def remote_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy behind an API."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.rows import read_conversations, search_text_rows
@@ -258,7 +258,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
         config = replace(config, slots=min(self.batch_size, len(rows)))
         self._tell(plan.notes())
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype)
             steering = steering.beside(functions, self.scorer)
             try:
@@ -290,7 +290,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
             print(line)
 
     def _with_progress(
-        self, run: Callable[..., None], journal: "Journal | HostJournal", count: int, waiting: int
+        self, run: Callable[..., None], journal: "Journal", count: int, waiting: int
     ) -> None:
         from rich.console import Console
         from tqdm import tqdm
@@ -324,7 +324,7 @@ class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Fil
         except InputError as error:
             raise InputError(f"{self.prompts} {error} (--format alpaca_eval)") from None
 
-    def _finish(self, journal: "Journal | HostJournal", count: int, config: "SearchConfig") -> None:
+    def _finish(self, journal: "Journal", count: int, config: "SearchConfig") -> None:
         """The report and the output from the journal, which is removed last."""
         from w2s_jax.evaluate.report import write_report
         from w2s_jax.evaluate.results import write_alpaca

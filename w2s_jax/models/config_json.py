@@ -11,7 +11,7 @@ from typing import Any
 
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_fields import (
+from w2s_jax.models.config_json import (
     Json,
     number,
     optional_number,

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.config_fields import Json, mapping, number, refused, size
+from w2s_jax.models.config_json import Json, mapping, number, refused, size
 from w2s_jax.models.huggingface import CONFIG, locate, open_tensors, read_json, write_checkpoint
 from w2s_jax.models.model import parameter_dtype
 from w2s_jax.pytrees import pytree

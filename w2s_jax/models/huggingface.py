@@ -22,12 +22,18 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from w2s_jax.distributed import is_first
 from w2s_jax.errors import InputError, check_fetched, check_kind
-from w2s_jax.hosts import is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_from_hf, config_to_hf
 from w2s_jax.models.model import Model, parameter_dtype
-from w2s_jax.models.names import LANGUAGE_HEAD, Stored, StoredHead, full_name, stored_parameters
+from w2s_jax.models.parameters import (
+    LANGUAGE_HEAD,
+    Stored,
+    StoredHead,
+    full_name,
+    stored_parameters,
+)
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.models.tensors import (
     INDEX,

@@ -17,9 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from w2s_jax import exchange
+from w2s_jax.distributed import is_first, to_host
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import (
     ADAPTER,
@@ -38,7 +37,12 @@ from w2s_jax.models.lora import (
     stack_adapter,
 )
 from w2s_jax.models.model import Model
-from w2s_jax.models.names import LANGUAGE_HEAD, StoredHead, full_name, stored_parameters
+from w2s_jax.models.parameters import (
+    LANGUAGE_HEAD,
+    StoredHead,
+    full_name,
+    stored_parameters,
+)
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
 from w2s_jax.models.tensors import (
     Tensors,
@@ -444,7 +448,7 @@ def _module_factors(
     for kernel in kernels:
         pair = None
         if f"{kernel.place}lora_a" in flat:
-            a, b = exchange.to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
+            a, b = to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
             pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
         found.append(pair)
     held = [pair for pair in found if pair is not None]

@@ -33,7 +33,7 @@ from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.lora import merge
 from w2s_jax.models.lora_huggingface import adapted_config, base_of, load_adapter, take_vocabulary
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.models.names import REWARD_HEADS, StoredHead
+from w2s_jax.models.parameters import REWARD_HEADS, StoredHead
 from w2s_jax.models.tensors import Tensors, decoder_parameters
 from w2s_jax.ops.sharding import DEFAULT_RULES, ON_ONE_DEVICE, Placement, Rules
 from w2s_jax.pytrees import pytree

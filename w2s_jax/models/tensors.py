@@ -21,11 +21,11 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.exchange import to_host
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import abstract_model
-from w2s_jax.models.names import Stored
+from w2s_jax.models.parameters import Stored
 from w2s_jax.models.quantize import QuantizeConfig, scale_axes
 from w2s_jax.ops.quantized import QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes, Rules, resolve

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from w2s_jax.distributed import own_number, started
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import own_number, started
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -58,7 +58,7 @@ def mesh_of(
     """
     import jax
 
-    from w2s_jax.exchange import agree
+    from w2s_jax.distributed import agree
     from w2s_jax.ops.sharding import make_mesh
 
     agree("command", {"--mesh": spec})

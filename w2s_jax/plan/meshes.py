@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from w2s_jax.distributed import agree, gather_values
 from w2s_jax.errors import InputError, Undivided
-from w2s_jax.exchange import agree, gather_values
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import STORED, quickest_dtype
 from w2s_jax.ops.meshes import mesh_name

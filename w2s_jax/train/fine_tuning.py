@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from w2s_jax.distributed import agree, check_shared, is_first
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import agree, check_shared
-from w2s_jax.hosts import is_first
 from w2s_jax.models.huggingface import locate, save_model
 from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.lora import abstract_adapter
@@ -28,10 +27,8 @@ from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Part, hold_out
-from w2s_jax.text.journal import locked
-from w2s_jax.text.rows import write_whole
-from w2s_jax.text.token_rows import Data
+from w2s_jax.text.batches import Data, Part, hold_out
+from w2s_jax.text.rows import locked, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
 from w2s_jax.train import watch
 from w2s_jax.train.checkpoint import FILES, FREE, best_step, read_checkpoint
