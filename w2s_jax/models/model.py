@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import Remat, forward, initial_params, logits
+from w2s_jax.models.decoder import Remat, initial_params, logits, read_sequences
 from w2s_jax.models.quantize import QuantizeConfig, quantize, quantized_axes
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
@@ -199,18 +198,14 @@ def hidden_states(
     the documents packed in a row, of which none sees another. `remat`: what a gradient recomputes
     in every layer; `key`: draws dropout, where the parameters have any.
     """
-    read = forward(
-        model.config,
-        model.params,
-        jnp.asarray(tokens)[:, None],
-        Layout(False, 1, tokens.shape[1]),
-        mask=None if mask is None else jnp.asarray(mask)[:, None],
-        segments=None if segments is None else jnp.asarray(segments)[:, None],
-        remat=remat,
-        key=key,
-        placement=model.placement,
+    tokens, mask, segments = (
+        None if rows is None else jnp.asarray(rows) for rows in (tokens, mask, segments)
     )
-    return read.hidden[:, 0]
+    options: Any = {"remat": remat, "key": key, "placement": model.placement}
+    hidden, _ = read_sequences(
+        model.config, model.params, tokens, mask=mask, segments=segments, **options
+    )
+    return hidden
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.forward import Remat
+from w2s_jax.models.decoder import Remat
 from w2s_jax.models.lora import LoraConfig, abstract_adapter
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 from w2s_jax.plan.programs import Program, nbytes
