@@ -49,15 +49,15 @@ def must_and_moved(name):
             (jnp.arange(committed) < lengths[:, :, None])[:, :, None],
             (jnp.arange(room) <= places)[None, None],
         )
-        return attend_parts(query, kv, masks, layout, config).astype(jnp.bfloat16)
+        view = View(config, layout, (masks,), lengths, prefixes, start)
+        return attend_parts(query, kv, masks, view).astype(jnp.bfloat16)
 
     def attend_by_kernel(query, kv, new, prefixes, lengths, start):
         places = start + jnp.arange(layout.length)[:, None]
         masks = Masks(None, None, (jnp.arange(room) <= places)[None, None])
-        view = View((masks,), lengths, start, prefixes)
-        found = attend_by_kernel(
-            query, kv, new, kv.chunk, masks, view, layout, config, Placement(mesh, SEARCH_RULES)
-        )
+        place = Placement(mesh, SEARCH_RULES)
+        view = View(config, layout, (masks,), lengths, prefixes, start, placement=place)
+        found = attend_by_kernel(query, kv, new, kv.chunk, masks, view)
         return attend(query, kv, prefixes, lengths, start) if found is None else found
 
     found = compiled(attend_by_kernel, query, kv, kept(slots, width, 1), *lengths)

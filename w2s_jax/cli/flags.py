@@ -45,8 +45,8 @@ def search_shapes(
     """
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.huggingface import locate
+    from w2s_jax.models.load import load_reward_config
     from w2s_jax.models.model import STORED, quickest_dtype
-    from w2s_jax.models.reward import load_reward_config
     from w2s_jax.plan.programs import GuideShapes, SearchShapes
 
     checkpoints = plan.sources.checkpoints

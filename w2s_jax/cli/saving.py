@@ -100,9 +100,9 @@ def save_run(
     measured it. base: what an adapter names as its base. start: reads the model that the run began
     with. dtype: of a model's weights.
     """
-    from w2s_jax.models.huggingface import save_model
     from w2s_jax.models.lora_huggingface import save_adapter
     from w2s_jax.models.model import Model
+    from w2s_jax.models.save import save_model
     from w2s_jax.train.checkpoint import best_step, read_checkpoint
     from w2s_jax.train.loop import CHECKPOINTS
 

@@ -5,11 +5,12 @@ in `parameters.py` is read. One block serves training, prefill, token steps and 
 queries attend to is a function that it is given. Passes over a search's cache are in `forward.py`.
 
 Parameters lie in one of two layouts. A subtree for each layer is quick to decode on a CPU or a
-single device: GPT-2-124M in float32, 16 rows, 2 cores, makes 247 tokens/s, and stacked layers under
-a scan 54. Layers stacked on a leading axis compile once for all; gradients recompute each.
+single device: GPT-2-124M in float32, 16 rows, on 2 cores, makes 247 tokens/s so, and 54 with its
+layers stacked under a scan. Stacked on a leading axis, layers are compiled once for all of them,
+and a gradient can recompute each.
 
 Matmuls are in the parameters' dtype; norms, rotary angles, softmax and logits in float32. Scores
-are small differences of log-probs of two models: rounded to bfloat16 they would be mostly noise.
+are small differences of two models' log-probs, of which rounding to bfloat16 would leave little.
 """
 
 from collections.abc import Callable

@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from w2s_jax.models.cache import KV, KVCache, LayersKV, quantize_part, write_committed
+from w2s_jax.models.cache import (
+    KV,
+    KVCache,
+    LayersKV,
+    put_layer,
+    quantize_part,
+    take_layer,
+    write_committed,
+)
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import (
     Block,
-    Turn,
     attention_scale,
     embed,
     final_norm,
@@ -64,21 +71,24 @@ class Masks(NamedTuple):
     window: Array | None = None
 
 
-@pytree()
+@dataclass(frozen=True)
 class View:
     """What new tokens may see beside themselves, for all layers of one call.
 
     masks: one for every distinct sliding window. stem_start [P, W] is where stems are written and
     how long the committed part was before, prefix_length [P] that of the prefix, offsets [M] how
     far new tokens stand behind both; chunk_start (a scalar) is where branch tokens are written in a
-    chunk buffer.
+    chunk buffer. placement says where the cache lies.
     """
 
+    config: ModelConfig
+    layout: Layout
     masks: tuple[Masks, ...]
     stem_start: Array
-    chunk_start: Array | None
     prefix_length: Array
+    chunk_start: Array | None = None
     offsets: Array | None = None
+    placement: Placement = ON_ONE_DEVICE
 
 
 @pytree()
@@ -95,21 +105,15 @@ class Stacked:
 
 @pytree()
 class LayerKV:
-    """One layer's keys and values of the three parts; None where a part is absent.
+    """One layer's keys and values of the three parts; the chunk is None where nothing branches.
 
     stacked: what its prefix and committed part were taken from, where layers are stacked.
     """
 
-    prefix: KV | None
-    committed: KV | None
+    prefix: KV
+    committed: KV
     chunk: KV | None
     stacked: Stacked | None = None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether what is written to it is int8."""
-        parts = (self.prefix, self.committed, self.chunk)
-        return any(part is not None and part.is_quantized for part in parts)
 
 
 @pytree()
@@ -137,120 +141,108 @@ def forward(
 ) -> Forward:
     """Read M new tokens of every hypothesis, arranged as `layout`, behind what the caches hold.
 
-    With `chunk` (a buffer [P, R, capacity, G, C] a layer) branch tokens are written at
-    `chunk_start` and see the buffer up to themselves; without it they see one another causally.
+    Args:
+        config: The decoder's.
+        params: Its parameters, in either layout.
+        tokens: Token ids.
+        layout: Which of them are stems, and how the others lie.
+        cache: What the model remembers; stems are written to its committed part.
+        chunk: A buffer [P, R, capacity, G, C] a layer. Branch tokens are written to it and see it
+            up to themselves; without it they see one another causally.
+        chunk_start: Where in the buffer.
+
+    Returns:
+        States, and the cache and the chunk with the new tokens.
     """
     offsets = _offsets(layout, chunk_start)
     base = cache.prefix_length[:, None] + cache.committed_length
     positions = (base[:, :, None] + offsets).astype(jnp.int32)
-    capacity = layout.length if chunk is None else _capacity(chunk)
+    capacity = layout.length if chunk is None else _room(chunk, 2)
     windows, _ = layer_windows(config)
-    masks = tuple(
-        _masks(window, positions, layout, cache, capacity, chunk_start) for window in windows
+    reaches = [None if windows == (None,) else jnp.int32(one or _FAR) for one in windows]
+    masks = (_masks(one, positions, layout, cache, capacity, chunk_start) for one in windows)
+    view = View(
+        config,
+        layout,
+        tuple(one._replace(window=reach) for one, reach in zip(masks, reaches, strict=True)),
+        cache.committed_length,
+        cache.prefix_length,
+        chunk_start,
+        offsets,
+        cache.placement,
     )
-    if windows != (None,):
-        masks = tuple(
-            seen._replace(window=jnp.int32(window or _FAR))
-            for seen, window in zip(masks, windows, strict=True)
-        )
-    view = View(masks, cache.committed_length, chunk_start, cache.prefix_length, offsets)
     x = embed(config, params, tokens, positions)
-    block = Block(config, x.dtype)
-    turn: Turn = turn_of(config, positions)
+    block, turn = Block(config, x.dtype), turn_of(config, positions)
 
-    def apply(params: dict, x: Array, kv: LayerKV, masks: Masks) -> tuple[Array, LayerKV]:
-        attend = partial(_attend_layer, kv, masks, view, layout, config, cache.placement)
+    def apply(params: dict, x: Array, kv: LayerKV, window: int | Array) -> tuple[Array, LayerKV]:
+        attend = partial(_attend_layer, kv, _choose(view.masks, window), view)
         return block.apply({"params": params}, x, turn, attend)
 
     run = _run_stacked if "layers" in params else _run_layers
-    x, committed, chunk = run(config, params, x, layout, cache, chunk, view, apply)
+    x, committed, chunk = run(params, x, cache, chunk, view, apply)
     lengths = cache.committed_length + int(layout.stem)
     cache = replace(cache, committed=committed, committed_length=lengths)
     return Forward(final_norm(config, params, x), cache, chunk)
 
 
-Apply = Callable[[dict, Array, LayerKV, Masks], tuple[Array, LayerKV]]
+Apply = Callable[[dict, Array, LayerKV, int | Array], tuple[Array, LayerKV]]
 
 
 def _run_layers(
-    config: ModelConfig,
-    params: dict,
-    x: Array,
-    layout: Layout,
-    cache: KVCache,
-    chunk: Any,
-    view: View,
-    apply: Apply,
+    params: dict, x: Array, cache: KVCache, chunk: Any, view: View, apply: Apply
 ) -> tuple[Array, Any, Any]:
     """Each layer's caches go in and come out by themselves."""
+    parts: list[LayerKV] = []
     prefix: Any = cache.prefix
-    old: Any = cache.committed
-    committed, chunks = [], []
-    for i, window in enumerate(layer_windows(config)[1]):
-        kv = LayerKV(prefix[i], old[i], None if chunk is None else chunk[i])
-        x, kv = apply(params[f"layers_{i}"], x, kv, view.masks[window])
-        committed.append(kv.committed)
-        chunks.append(kv.chunk)
-    return x, tuple(committed), None if chunks[0] is None else tuple(chunks)
+    committed: Any = cache.committed
+    for i, window in enumerate(layer_windows(view.config)[1]):
+        kv = LayerKV(prefix[i], committed[i], None if chunk is None else chunk[i])
+        x, kv = apply(params[f"layers_{i}"], x, kv, window)
+        parts.append(kv)
+    chunks = None if parts[0].chunk is None else tuple(kv.chunk for kv in parts)
+    return x, tuple(kv.committed for kv in parts), chunks
 
 
 def _run_stacked(
-    config: ModelConfig,
-    params: dict,
-    x: Array,
-    layout: Layout,
-    cache: KVCache,
-    chunk: Any,
-    view: View,
-    apply: Apply,
+    params: dict, x: Array, cache: KVCache, chunk: Any, view: View, apply: Apply
 ) -> tuple[Array, Any, Any]:
     """Scan over stacked layers; parts that are written ride in the carry and change in place.
 
     Writing a cache through scanned inputs and outputs would cost a full extra copy of it.
     """
+    prefix: Any = cache.prefix
     committed: Any = cache.committed
-    carried = (committed if layout.stem else None, chunk)
-    scanned = (
-        params["layers"],
-        cache.prefix,
-        None if layout.stem else committed,
-        jnp.asarray(layer_windows(config)[1], jnp.int32),
-    )
+    stem = view.layout.stem
+    windows = jnp.asarray(layer_windows(view.config)[1], jnp.int32)
+    scanned = (params["layers"], prefix, None if stem else committed, windows)
 
     def body(carry: tuple, layer: tuple) -> tuple[tuple, KV | None]:
         x, (stems, buffer), index = carry
-        layer_params, prefix, read, window = layer
+        layer_params, own_prefix, read, window = layer
+        at = partial(jax.tree.map, partial(take_layer, index=index))
         kv = LayerKV(
-            prefix,
-            read if stems is None else _at(stems, index),
-            None if buffer is None else _at(buffer, index),
-            Stacked(cache.prefix, stems or committed, index),  # type: ignore[arg-type]
+            own_prefix,
+            read if stems is None else at(stems),
+            at(buffer),
+            Stacked(prefix, stems or committed, index),
         )
-        x, kv = apply(layer_params, x, kv, _choose(view.masks, window))
+        x, kv = apply(layer_params, x, kv, window)
         fresh = kv.chunk if buffer is None else None
-        stems = None if stems is None else _put(stems, kv.committed, index)
-        buffer = None if buffer is None else _put(buffer, kv.chunk, index)
+        stems = None if stems is None else put_layer(stems, kv.committed, index)
+        buffer = None if buffer is None else put_layer(buffer, kv.chunk, index)
         return (x, (stems, buffer), index + 1), fresh
 
-    start = (x, carried, jnp.zeros((), jnp.int32))
+    start = (x, (committed if stem else None, chunk), jnp.zeros((), jnp.int32))
     (x, (stems, buffer), _), fresh = jax.lax.scan(body, start, scanned)
     return x, committed if stems is None else stems, fresh if buffer is None else buffer
 
 
-def _at(stack: KV, index: Array) -> KV:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
-
-
-def _put(stack: KV, layer: Any, index: Array) -> KV:
-    return jax.tree.map(
-        lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), stack, layer
-    )
-
-
-def _choose(masks: tuple[Masks, ...], window: Array) -> Masks:
-    """The masks of one layer of a scan, by the index of its window."""
+def _choose(masks: tuple[Masks, ...], window: int | Array) -> Masks:
+    """The masks of one layer, by the index of its window, which a scan does not know."""
     if len(masks) == 1:
         return masks[0]
+    if isinstance(window, int):
+        return masks[window]
 
     def pick(*choices: Array) -> Array:
         shape = jnp.broadcast_shapes(*(choice.shape for choice in choices))
@@ -259,8 +251,9 @@ def _choose(masks: tuple[Masks, ...], window: Array) -> Masks:
     return jax.tree.map(pick, *masks)
 
 
-def _capacity(chunk: LayersKV) -> int:
-    return chunk.keys.shape[3] if isinstance(chunk, KV) else chunk[0].keys.shape[2]
+def _room(part: LayersKV, axis: int) -> int:
+    """The size of one axis of a layer's part."""
+    return part.keys.shape[axis + 1] if isinstance(part, KV) else part[0].keys.shape[axis]
 
 
 def _offsets(layout: Layout, chunk_start: Array | None) -> Array:
@@ -279,59 +272,42 @@ def _masks(
     capacity: int,
     chunk_start: Array | None,
 ) -> Masks:
-    prefix_keys, committed_keys = _capacities(cache)
-    index = jnp.arange(prefix_keys)
+    index = jnp.arange(_room(cache.prefix, 1))
     prefix = (index < cache.prefix_length[:, None])[:, None, None, :]
     if window is not None:
         queries = positions.reshape(positions.shape[0], 1, -1, 1)
         prefix = prefix & (index > queries - window)
-    index = jnp.arange(committed_keys)
+    index = jnp.arange(_room(cache.committed, 2))
     limit = cache.committed_length + int(layout.stem)
     committed = (index < limit[:, :, None])[:, :, None, :]
     if window is not None:
         keys = cache.prefix_length[:, None, None, None] + index
         committed = committed & (keys > positions[..., None] - window)
-    if not layout.successors * layout.length:
-        return Masks(prefix, committed, None)
-    query = jnp.arange(layout.length)[:, None] + (0 if chunk_start is None else chunk_start)
-    key = jnp.arange(capacity)
-    chunk = key <= query
-    if window is not None:
-        chunk = chunk & (key > query - window)
-    return Masks(prefix, committed, chunk[None, None])
-
-
-def _capacities(cache: KVCache) -> tuple[int, int]:
-    """S and T, the capacities of the prefix and committed parts."""
-    if isinstance(cache.prefix, KV):
-        return cache.prefix.keys.shape[2], cache.committed.keys.shape[3]  # type: ignore[union-attr]
-    return cache.prefix[0].keys.shape[1], cache.committed[0].keys.shape[2]  # type: ignore[index]
+    chunk = None
+    if layout.successors * layout.length:
+        query = jnp.arange(layout.length)[:, None] + (0 if chunk_start is None else chunk_start)
+        key = jnp.arange(capacity)
+        chunk = key <= query
+        if window is not None:
+            chunk = chunk & (key > query - window)
+        chunk = chunk[None, None]
+    return Masks(prefix, committed, chunk)
 
 
 def _attend_layer(
-    before: LayerKV,
-    masks: Masks,
-    view: View,
-    layout: Layout,
-    config: ModelConfig,
-    placement: Placement,
-    query: Array,
-    key: Array,
-    value: Array,
+    before: LayerKV, masks: Masks, view: View, query: Array, key: Array, value: Array
 ) -> tuple[Array, LayerKV]:
     """Write the new tokens' keys and values into their parts, and attend to all of them."""
     new = KV(key, value)
-    new = quantize_part(new) if before.is_quantized else new
-    kv = _extend(before, new, layout, view)
-    mixed = attend_by_kernel(query, before, new, kv.chunk, masks, view, layout, config, placement)
-    if mixed is None:
-        mixed = attend_parts(query, kv, masks, layout, config, placement)
-    return mixed, kv
+    new = quantize_part(new) if before.prefix.is_quantized else new
+    kv = _extend(before, new, view)
+    mixed = attend_by_kernel(query, before, new, kv.chunk, masks, view)
+    return attend_parts(query, kv, masks, view) if mixed is None else mixed, kv
 
 
-def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
+def _extend(kv: LayerKV, new: KV, view: View) -> LayerKV:
     """Put the stems' keys and values into the committed part, the branches' into the chunk."""
-    committed, branches = kv.committed, None
+    layout, committed, branches = view.layout, kv.committed, None
     if layout.stem:
         stem = jax.tree.map(lambda x: x[:, :, :1], new)
         committed = jax.tree.map(partial(write_committed, start=view.stem_start), committed, stem)
@@ -357,16 +333,9 @@ def _split(query: Array, placement: Placement) -> attention.Split:
     return attention.Split(placement.parts("slots", slots), placement.parts("heads", heads))
 
 
-def attend_parts(
-    query: Array,
-    kv: LayerKV,
-    masks: Masks,
-    layout: Layout,
-    config: ModelConfig,
-    placement: Placement = ON_ONE_DEVICE,
-) -> Array:
+def attend_parts(query: Array, kv: LayerKV, masks: Masks, view: View) -> Array:
     """Attention over what there is of prefix, committed response and chunk, in turns of slots."""
-    split = _split(query, placement)
+    config, layout, split = view.config, view.layout, _split(query, view.placement)
     options: Any = {
         "scale": attention_scale(config),
         "softcap": config.attention_softcap,
@@ -380,13 +349,12 @@ def attend_parts(
     def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
         kv, (prefix_mask, committed_mask, chunk_mask) = held
         slots, hypotheses, count = query.shape[:3]
-        partials = []
-        if kv.prefix is not None:
-            shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
-            prefix = attend(shared, jax.tree.map(lambda x: x[:, None], kv.prefix), prefix_mask)
-            partials.append(prefix.reshape(slots, hypotheses, count))
-        if kv.committed is not None:
-            partials.append(attend(query, kv.committed, committed_mask))
+        shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
+        prefix = attend(shared, jax.tree.map(lambda x: x[:, None], kv.prefix), prefix_mask)
+        partials = [
+            prefix.reshape(slots, hypotheses, count),
+            attend(query, kv.committed, committed_mask),
+        ]
         if kv.chunk is not None:
             own = attend(_branches(query, layout), kv.chunk, chunk_mask)
             own = own.reshape(slots, hypotheses, layout.successors * layout.length)
@@ -399,22 +367,13 @@ def attend_parts(
 
 
 def attend_by_kernel(
-    query: Array,
-    before: LayerKV,
-    new: KV,
-    chunk: KV | None,
-    masks: Masks,
-    view: View,
-    layout: Layout,
-    config: ModelConfig,
-    placement: Placement,
+    query: Array, before: LayerKV, new: KV, chunk: KV | None, masks: Masks, view: View
 ) -> Array | None:
     """As `attend_parts`, by the kernel for chips that need one; None where it takes no such case.
 
     before: the parts before the new tokens are written; chunk: after.
     """
-    if before.prefix is None or before.committed is None:
-        return None
+    config, layout, placement = view.config, view.layout, view.placement
     split = _split(query, placement)
     keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
     several = config.kv_heads // split.heads > 1
