@@ -239,7 +239,7 @@ def take_layer(stack: Array, index: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
-def put_layer(stack: KV, layer: KV, index: Array) -> KV:
+def put_layer(stack: KV, layer: KV | None, index: Array) -> KV:
     """A stack of layers with one of them in its place, which inside jit changes no other."""
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, 0), stack, layer

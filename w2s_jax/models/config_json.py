@@ -290,8 +290,8 @@ def _write_rotary(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": write_rope(config.rope, config.max_positions),
         "hidden_act": activation,
     }
-    optional = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    optional["hidden_activation"] = activation
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    optional = {**biases, "hidden_activation": activation}
     hf |= {name: value for name, value in optional.items() if name in known}
     if config.architecture == "gemma2":
         scale = config.attention_scale or config.head_width**-0.5

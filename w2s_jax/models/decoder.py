@@ -322,9 +322,8 @@ def read_sequences(
     Returns:
         The states after the last norm, and all tokens' keys and values, [B X G C] a layer.
     """
-    tokens, mask, segments = (  # one hypothesis a row
-        None if rows is None else rows[:, None] for rows in (tokens, mask, segments)
-    )
+    tokens = tokens[:, None]  # one hypothesis a row
+    mask, segments = (None if rows is None else rows[:, None] for rows in (mask, segments))
     positions = _positions(tokens, mask, segments)
     windows, window_of = layer_windows(config)
     x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
@@ -341,6 +340,8 @@ def read_sequences(
     if remat != "none":
         # In a scan nothing can be merged with the forward pass, and the guard would cost copies.
         apply = jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=not scanned)
+
+    kv: LayersKV
 
     def fold(layer: int | Array) -> Array | None:
         return None if key is None else jax.random.fold_in(key, layer)

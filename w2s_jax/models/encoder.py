@@ -175,11 +175,10 @@ def encoder_from_hf(hf: Json) -> EncoderConfig:
     names = mapping(hf, "id2label", '{"0": "NEGATIVE"}') or {"0": "LABEL_0", "1": "LABEL_1"}
     if not all(key.isdecimal() for key in names):
         raise refused("id2label", names, "a mapping of numbers to names")
-    sizes = {field: size(hf, name) for field, (name, _) in _SIZES.items()}
-    rates = {field: number(hf, name, least=0) for field, (name, _) in _RATES.items()}
+    fields: dict[str, Any] = {field: size(hf, name) for field, (name, _) in _SIZES.items()}
+    fields |= {field: number(hf, name, least=0) for field, (name, _) in _RATES.items()}
     return EncoderConfig(
-        **sizes,
-        **rates,
+        **fields,
         labels=len(names),
         initializer_range=number(hf, "initializer_range", above=0),
         pad_id=0 if hf.get("pad_token_id") is None else size(hf, "pad_token_id", least=0),

@@ -343,7 +343,7 @@ def attend_parts(query: Array, kv: LayerKV, masks: Masks, view: View) -> Array:
     }
 
     def attend(queries: Array, part: KV, mask: Array | None) -> attention.Partial:
-        held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
+        held: Any = (part.keys, part.values, mask, part.key_scales, part.value_scales)
         return attention.attend_in_blocks(queries, *held, **options)
 
     def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:

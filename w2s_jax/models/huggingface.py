@@ -50,11 +50,10 @@ _PATTERNS = (
 )
 
 
-def locate(path_or_hub_id: str | Path) -> Path:
+def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) -> Path:
     """The directory of a checkpoint: the path itself, or the cached snapshot of a hub id.
 
-    Of the hub's files only configs, safetensors and a tokenizer's are fetched. Raises InputError
-    when there is neither.
+    Only files that match `patterns` are fetched. Raises InputError when there is neither.
     """
     check_kind("a checkpoint's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
@@ -67,7 +66,7 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise InputError(f"{name}: no such directory")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(

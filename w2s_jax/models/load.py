@@ -415,7 +415,7 @@ def _labels(directory: Path, hf: Mapping[str, Any]) -> tuple[str, ...]:
     if names is None and isinstance(count, int) and count > 0:
         names = {str(i): f"LABEL_{i}" for i in range(count)}
     numbers = [str(i) for i in range(len(names))] if isinstance(names, dict) else []
-    if not numbers or set(names) != {*numbers}:
+    if not isinstance(names, dict) or not numbers or set(names) != {*numbers}:
         raise InputError(
             f"{directory / CONFIG}: id2label must name the labels 0, 1, ... (or num_labels be "
             "their number)"

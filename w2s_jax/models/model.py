@@ -211,12 +211,15 @@ def hidden_states(
     Returns:
         States in the parameters' dtype.
     """
-    tokens, mask, segments = (
-        None if rows is None else jnp.asarray(rows) for rows in (tokens, mask, segments)
-    )
-    options: Any = {"remat": remat, "key": key, "placement": model.placement}
     hidden, _ = read_sequences(
-        model.config, model.params, tokens, mask=mask, segments=segments, **options
+        model.config,
+        model.params,
+        jnp.asarray(tokens),
+        mask=None if mask is None else jnp.asarray(mask),
+        segments=None if segments is None else jnp.asarray(segments),
+        remat=remat,
+        key=key,
+        placement=model.placement,
     )
     return hidden
 
