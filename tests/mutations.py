@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         "models-unmapped-tensor",
-        "w2s_jax/models/huggingface.py",
+        "w2s_jax/models/load.py",
         "tensors.keys() - shapes.keys(),",
         "frozenset[str](),",
         "a tensor that no parameter asks for is left out in silence",

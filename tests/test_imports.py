@@ -36,7 +36,7 @@ PEERS = ("bench/train_trl.py", "bench/decode_transformers.py")
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
     "transformers": ("models/huggingface.py", "text/", *PEERS),
-    "safetensors": ("models/huggingface.py", "models/tensors.py", "text/"),
+    "safetensors": ("models/huggingface.py", "models/save.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),

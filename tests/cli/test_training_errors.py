@@ -31,7 +31,7 @@ def unread(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("w2s_jax.models.huggingface.load_parameters", fail)
+    monkeypatch.setattr("w2s_jax.models.load.load_parameters", fail)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ START = r"""
 import dataclasses, re
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from w2s_jax.models.decoder import Layout
+from w2s_jax.models.forward import Layout
 from w2s_jax.models.model import Model, abstract_model, hidden_states
 from w2s_jax.ops.attention import attend_sequence
 from w2s_jax.ops.flash import Reach

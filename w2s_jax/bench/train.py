@@ -23,7 +23,7 @@ from w2s_jax.bench.setup import call, missing, named_shape, random_model, refuse
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.save import save_model
 from w2s_jax.text.rows import check_writable
 from w2s_jax.text.tokenizer import vocabularies
 

@@ -74,7 +74,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
         from w2s_jax.evaluate.results import count_tokens
         from w2s_jax.evaluate.rewards import compare, summarise
-        from w2s_jax.models.reward import contrast, load_reward_labels
+        from w2s_jax.models.load import load_reward_labels
+        from w2s_jax.models.reward import contrast
         from w2s_jax.text.rows import write_whole
         from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -139,7 +140,7 @@ class Evaluate(QuantisationFlags, Hosts):
         """Token ids of all rows, and how they were rendered, in a word."""
         from w2s_jax.evaluate.results import encode_behind, encode_plain
         from w2s_jax.models.encoder import EncoderConfig
-        from w2s_jax.models.reward import load_reward_config
+        from w2s_jax.models.load import load_reward_config
         from w2s_jax.text.chat import load_template
 
         config = load_reward_config(self.reward_model)
@@ -234,7 +235,7 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def load(self, mesh: "Mesh | None") -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
-        from w2s_jax.models.reward import load_reward_model
+        from w2s_jax.models.load import load_reward_model
 
         dtype = None if self.dtype == "auto" else self.dtype
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)

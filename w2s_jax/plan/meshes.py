@@ -302,7 +302,7 @@ def search_shapes(
         slots_flag: the flag that messages name.
     """
     from w2s_jax.models.huggingface import locate
-    from w2s_jax.models.reward import load_reward_config
+    from w2s_jax.models.load import load_reward_config
 
     checkpoints = plan.sources.checkpoints
     guiding = iter([role for role in plan.configs if "tuned" in role])

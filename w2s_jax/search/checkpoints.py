@@ -360,7 +360,7 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
     dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
     that does not divide them.
     """
-    from w2s_jax.models.reward import load_reward_model
+    from w2s_jax.models.load import load_reward_model
 
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     options: dict[str, Any] = {

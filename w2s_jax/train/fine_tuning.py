@@ -17,11 +17,12 @@ import numpy as np
 
 from w2s_jax.distributed import agree, check_shared, is_first
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import locate, save_model
+from w2s_jax.models.huggingface import locate
 from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
 from w2s_jax.models.model import Model, init_model, shard_model
+from w2s_jax.models.save import save_model
 from w2s_jax.ops.meshes import name_of
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
