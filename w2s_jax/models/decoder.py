@@ -17,12 +17,13 @@ from jaxtyping import Array
 
 from w2s_jax.models.cache import KV, quantize_part, write_committed
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops import attention, parts_kernel
-from w2s_jax.ops.flash import Reach
+from w2s_jax.ops import attention, tpu
 from w2s_jax.ops.norms import layer_norm, rms_norm
 from w2s_jax.ops.quantized import QTensor, dot
 from w2s_jax.ops.rotary import rotate
+from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
+from w2s_jax.ops.tpu import parts_kernel
 from w2s_jax.pytrees import pytree
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -263,7 +264,7 @@ def _attend(
     if isinstance(masks[2], Reach):
         assert kv.chunk is not None
         rows = _branches(query, layout)
-        whole = attention.attend_sequence(
+        whole = attend_sequence(
             rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap
         )
         return whole.reshape(query.shape)
@@ -328,7 +329,7 @@ def _attend_by_kernel(
     keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
     several = config.kv_heads // split.heads > 1
     in_blocks = several and attention.goes_in_blocks(query, keys, split)
-    if not parts_kernel.has_kernel(query.dtype, placement, in_blocks):
+    if not tpu.has_kernel(query.dtype, placement, in_blocks):
         return None
     stacked, window = before.stacked, None
     source: Any = before if stacked is None else stacked

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, Stacked, View
-from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.quantized import dot, take_rows
 from w2s_jax.ops.rotary import rotation
+from w2s_jax.ops.sequences import Reach
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.pytrees import pytree
 
