@@ -25,7 +25,7 @@ from w2s_jax.hosts import is_first
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
     from w2s_jax.models.model import Model
-    from w2s_jax.plan.training import TrainingShapes
+    from w2s_jax.plan.programs import TrainingShapes
     from w2s_jax.text.batches import Part
     from w2s_jax.text.token_rows import Data
     from w2s_jax.text.training_data import DataConfig
@@ -285,7 +285,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
     def shapes(self, setup: Setup) -> "TrainingShapes":
         """The shapes of a step, and of the models that it reads beside."""
         from w2s_jax.models.load import load_config
-        from w2s_jax.plan.training import TrainingShapes
+        from w2s_jax.plan.programs import TrainingShapes
         from w2s_jax.train.objectives import BASE
 
         run = self.run_config(setup)

@@ -9,18 +9,19 @@ import importlib.metadata
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.plan.measure import GIB, Plan
-from w2s_jax.plan.meshes import Shapes
-from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
-from w2s_jax.plan.training import TrainingShapes
-from w2s_jax.plan.trials import Trials, Trying, smallest_slice
+from w2s_jax.plan.config import PlanMatrixConfig
+from w2s_jax.plan.planning import GIB, Plan, Tell, Trials, Trying, gib, smallest_slice
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, TrainingShapes, shape_of
+from w2s_jax.plan.topology import check_compiler
 from w2s_jax.search.config import cbs
+from w2s_jax.text.journal import locked
 from w2s_jax.text.rows import check_writable, write_whole
 
 FAMILIES = ("v5e", "v5p", "v6e")
@@ -117,6 +118,26 @@ def cells(only: str = "") -> list[Cell]:
     if not found:
         raise InputError(f"--only {only!r}: no cell; {' and '.join(TUNINGS)} are of trainings")
     return found
+
+
+def plan_as_set(config: PlanMatrixConfig, tell: Tell) -> tuple[str, list[str]]:
+    """The table in Markdown, and the cells that failed; see `w2s_jax.plan.plan_matrix`."""
+    if config.tries < 1:
+        raise InputError(f"--try is {config.tries}; it must be at least 1")
+    asked, order = cells(config.only), cells()
+    table, figures = (Path(name) if name else None for name in (config.out, config.json))
+    if table and figures and table.resolve() == figures.resolve():
+        raise InputError(f"--out and --json are both {config.json}; name two files")
+    check_compiler(FAMILIES[0])
+    with ExitStack() as locks:
+        for path in filter(None, (table, figures)):
+            locks.enter_context(locked(path))
+        records = open_records(table, figures, compiler_of(), settings_of(config.tries))
+        lacking = [cell for cell in asked if records.lacks(cell)]
+        tell(f"{len(asked) - len(lacking)} of {len(asked)} cells are there")
+        trying = Trying(config.tries, tell=tell)
+        failed = plan_cells(lacking, trying, lambda row: records.keep(row, order))
+    return records.text([cell.name for cell in asked]), failed
 
 
 def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
@@ -269,10 +290,7 @@ def line_of(row: MatrixRow) -> str:
             str(plan.devices),
             plan.mesh,
             str(row.rows),
-            f"{sum(plan.resident_bytes.values()) / GIB:.2f}",
-            f"{plan.temporaries / GIB:.2f}",
-            f"{plan.needed / GIB:.2f}",
-            f"{plan.memory / GIB:.2f}",
+            *map(gib, (plan.held, plan.temporaries, plan.needed, plan.memory)),
             f"{plan.moved / MIB:,.0f}",
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.compile_seconds:.0f} s",
