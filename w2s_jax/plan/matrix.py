@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,12 +187,9 @@ def _why_not(trials: Trials) -> str:
 
 
 def _all() -> Iterator[Cell]:
-    for family in FAMILIES:
-        for size in MODELS:
-            yield Cell(family, size, "search")
-            for work in ("sft", "dpo"):
-                for tuning in TUNINGS:
-                    yield Cell(family, size, work, tuning)
+    for family, size in product(FAMILIES, MODELS):
+        yield Cell(family, size, "search")
+        yield from (Cell(family, size, *rest) for rest in product(("sft", "dpo"), TUNINGS))
 
 
 MIB = 2**20
@@ -246,7 +244,7 @@ class Records:
 
     def text(self, names: Sequence[str]) -> str:
         """The table in Markdown, of those rows that there are."""
-        head = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+        head = [_row(_HEAD), f"|{'---|' * len(_HEAD)}"]
         own = [self.lines[name] for name in names if name in self.lines]
         about = f"{_ABOUT}{textwrap.fill(self.settings, 100)}\n\n{self.compiler}\n\n"
         return about + "\n".join([*head, *own]) + "\n"
@@ -260,9 +258,10 @@ def open_records(table: Path | None, figures: Path | None, compiler: str, settin
     """
     for path in filter(None, (table, figures)):
         check_writable(path)
-    lines = {} if table is None else _read_table(table, compiler, settings)
-    rows = {} if figures is None else _read_figures(figures, compiler, settings)
-    return Records(table, figures, compiler, settings, lines, rows)
+    made = (compiler, settings)
+    lines = _read(table, "a table", _parse_table, *made)
+    rows = _read(figures, "figures", _parse_figures, *made)
+    return Records(table, figures, *made, lines, rows)
 
 
 def settings_of(tries: int) -> str:
@@ -282,72 +281,74 @@ def line_of(row: MatrixRow) -> str:
     refused = "; ".join(f"{at.partition(':')[2]} {why}" for at, why in dict(row.refused).items())
     plan = row.plan
     if plan is None:
-        cells = [row.cell.name, "none fits", *("",) * (len(_HEAD) - 3), refused]
-    else:
-        cells = [
-            row.cell.name,
-            plan.topology,
-            str(plan.devices),
-            plan.mesh,
-            str(row.rows),
-            *map(gib, (plan.held, plan.temporaries, plan.needed, plan.memory)),
-            f"{plan.moved / MIB:,.0f}",
-            f"{plan.tokens_per_second:,.0f}",
-            f"{plan.compile_seconds:.0f} s",
-            refused,
-        ]
+        return _row([row.cell.name, "none fits", *("",) * (len(_HEAD) - 3), refused])
+    return _row([
+        row.cell.name,
+        plan.topology,
+        str(plan.devices),
+        plan.mesh,
+        str(row.rows),
+        *map(gib, (plan.held, plan.temporaries, plan.needed, plan.memory)),
+        f"{plan.moved / MIB:,.0f}",
+        f"{plan.tokens_per_second:,.0f}",
+        f"{plan.compile_seconds:.0f} s",
+        refused,
+    ])  # fmt: skip
+
+
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def _read_table(path: Path, compiler: str, settings: str) -> dict[str, str]:
-    if not path.exists():
+_Parsed = tuple[str, Sequence[Any], dict[str, Any]]
+"""Of a file: its compiler, what may be its settings, and its whole rows by name."""
+
+
+def _read(
+    path: Path | None, kind: str, parse: Callable[[str], _Parsed], compiler: str, settings: str
+) -> dict[str, Any]:
+    """The whole rows of a file; none where there is no file."""
+    if path is None or not path.exists():
         return {}
     check_fetched(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError:
-        text = ""
-    lines = text.splitlines()
-    told = next((one for one in lines if one.startswith("Compiled with ")), None)
-    if f"| {' | '.join(_HEAD)} |" not in lines or told is None:
-        raise InputError(f"{path}: not a table of `w2s plan matrix`; name another file")
-    # Lines may be broken elsewhere, also at a hyphen.
-    parts = ("".join(part.split()) for part in text.split("\n\n"))
-    _check(path, told, compiler, "".join(settings.split()) in parts)
-    rows = [line for line in lines if line.startswith("| ") and line.endswith(" |")]
-    columns = {row: row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows}
-    whole = {cells[0]: row for row, cells in columns.items() if len(cells) == len(_HEAD)}
-    return {name: row for name, row in whole.items() if name != _HEAD[0]}
-
-
-def _read_figures(path: Path, compiler: str, settings: str) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    check_fetched(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows, told = {row["cell"]: row for row in found["rows"]}, found["compiler"]
-        if not told.isprintable():
-            raise TypeError
+        told, texts, rows = parse(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not figures of `w2s plan matrix`; name another file") from None
-    _check(path, told, compiler, found.get("settings") == settings)
-    return {name: row for name, row in rows.items() if _is_whole(row)}
-
-
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row of the figures has its plan, which is None where none fits."""
-    return {"refused", "rows", "plan"} <= set(row) and isinstance(row["plan"], dict | None)
-
-
-def _check(path: Path, told: str, compiler: str, same_settings: bool) -> None:
+        raise InputError(f"{path}: not {kind} of `w2s plan matrix`; name another file") from None
     if told != compiler:
         raise InputError(
             f"{path}: its rows were {told[:1].lower()}{told[1:-1]}, and here is "
             f"{compiler.removeprefix('Compiled with ')[:-1]}; name another file, or delete it"
         )
-    if not same_settings:
+    if settings not in texts and "".join(settings.split()) not in texts:
         raise InputError(
             f"{path}: its rows were planned with other settings, or with another --try; name "
             "another file, or delete it"
         )
+    return rows
+
+
+def _parse_table(text: str) -> _Parsed:
+    lines = text.splitlines()
+    told = next((line for line in lines if line.startswith("Compiled with ")), None)
+    if told is None or _row(_HEAD) not in lines:
+        raise ValueError("another table")
+    # Settings may be broken into lines elsewhere, also at a hyphen.
+    texts = ["".join(part.split()) for part in text.split("\n\n")]
+    rows = [line for line in lines if line.startswith("| ") and line.endswith(" |")]
+    columns = {row: row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows}
+    whole = {cells[0]: row for row, cells in columns.items() if len(cells) == len(_HEAD)}
+    return told, texts, {name: row for name, row in whole.items() if name != _HEAD[0]}
+
+
+def _parse_figures(text: str) -> _Parsed:
+    found = json.loads(text)
+    told, rows = found["compiler"], {row["cell"]: row for row in found["rows"]}
+    if not told.isprintable():
+        raise ValueError("no compiler")
+    whole = {
+        name: row
+        for name, row in rows.items()
+        if {"refused", "rows", "plan"} <= set(row) and isinstance(row["plan"], dict | None)
+    }
+    return told, [found.get("settings")], whole
