@@ -5,7 +5,7 @@ free again when this package's models are made.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -117,15 +117,11 @@ def transformers_seconds(config: ModelConfig, options: Options) -> tuple[Side | 
     why = missing(options.python, "torch, transformers", NO_TRANSFORMERS)
     if why is not None:
         return None, why
-    job = {
+    job = asdict(options) | {
         "config": config_to_hf(config),
         "prompts": prompts_of(config, options),
-        "samples": options.samples,
-        "new_tokens": options.new_tokens,
         "temperature": SAMPLING.temperature,
         "top_k": SAMPLING.top_k,
-        "dtype": options.dtype,
-        "repeats": options.repeats,
         "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
     }
     took = call(job, options.python, "-P", PEERS, seconds=options.seconds)

@@ -190,12 +190,9 @@ def job_of(options: TrainBenchConfig, config: ModelConfig, objective: str) -> di
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         rows = [dict(zip(names, row, strict=True)) for row in zip(*sides, strict=True)]
     off = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if config.architecture == "gpt2" else ()
-    return {
+    return options.as_row() | {
         "objective": objective,
         "steps": steps,
-        "batch_size": options.batch_size,
-        "length": options.length,
-        "dtype": options.dtype,
         "learning_rate": LEARNING_RATE,
         "no_dropout": dict.fromkeys(off, 0.0),
         "rows": rows,
