@@ -7,7 +7,7 @@ import pytest
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN
-from w2s_jax.plan import PlanDPOConfig, PlanSFTConfig
+from w2s_jax.plan import PlanDPOConfig, PlanSearchConfig, PlanSFTConfig
 from w2s_jax.plan.meshes import judge
 from w2s_jax.plan.planning import shapes_of
 from w2s_jax.plan.programs import shape_of
@@ -132,6 +132,15 @@ def test_a_file_that_holds_no_config(content, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_command_that_runs_what_was_planned():
+    """It names what its own defaults are not, and leaves out what they are."""
+    config = PlanSearchConfig(policy="p", tuned="t", guide_rules="train", batch_size=4)
+    assert config.command("fsdp=2,tensor=8") == (
+        "w2s search --mesh fsdp=2,tensor=8 --batch-size 4 --w 2 --k 2 --l 30 "
+        "--max-new-tokens 2048 --dtype bfloat16 --guide-rules train"
+    )
 
 
 @pytest.mark.parametrize("config", [PlanSFTConfig, PlanDPOConfig])

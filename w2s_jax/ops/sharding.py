@@ -298,11 +298,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _spec(
-    axes: Axes,
-    rules: Rules,
-    mesh: Mesh | AbstractMesh,
-    shape: tuple[int, ...],
-    name: str,
+    axes: Axes, rules: Rules, mesh: Mesh | AbstractMesh, shape: tuple[int, ...], name: str
 ) -> PartitionSpec:
     if len(axes) != len(shape):
         raise InputError(f"{name}: {len(axes)} logical axes {axes} for an array of shape {shape}")

@@ -155,9 +155,7 @@ def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
 
 
 def plan_cells(
-    asked: Sequence[Cell],
-    trying: Trying,
-    keep: Callable[[MatrixRow], None],
+    asked: Sequence[Cell], trying: Trying, keep: Callable[[MatrixRow], None]
 ) -> list[str]:
     """Plan every cell, and hand each row to `keep` when it is done; names of those that failed.
 

@@ -51,11 +51,7 @@ class Window:
 
 
 def takes(
-    query: Float[Array, "P W M H C"],
-    prefix: Part,
-    committed: Part,
-    own: int,
-    placement: Placement,
+    query: Float[Array, "P W M H C"], prefix: Part, committed: Part, own: int, placement: Placement
 ) -> bool:
     """Whether the kernel takes a case: what it holds fits, and no part has less than two keys.
 
