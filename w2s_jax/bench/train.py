@@ -307,10 +307,10 @@ def report(console: Console, options: TrainBenchConfig, figures: Figures) -> Non
                     f"{side.first_loss:.5f}",
                 )  # fmt: skip
     console.print(table)
-    for objective, own in figures.own.items():
-        line = f"{objective}: {figures.share(objective):.0%} of the matmul rate"
-        if objective in figures.trl:
-            other = figures.trl[objective]
+    for name, own in figures.own.items():
+        line = f"{name}: {figures.share(name):.0%} of the matmul rate"
+        if name in figures.trl:
+            other = figures.trl[name]
             line += (
                 f"; {other.seconds / own.seconds:.2f} times TRL's throughput "
                 f"({other.cpu_seconds / own.cpu_seconds:.2f} by CPU time), "

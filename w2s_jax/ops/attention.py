@@ -220,9 +220,7 @@ def _turned(
     return jax.lax.fori_loop(0, own // together, turn, start).reshape(shape.shape)
 
 
-def _blocks(
-    query: Array, keys: Array, *more: Array | None, largest: int, **options: Any
-) -> Partial:
+def _blocks(query: Array, keys: Array, *more: Any, largest: int, **options: Any) -> Partial:
     """`attend_part` of the same arrays and options, at most `largest` keys at a time."""
     total = keys.shape[2]
     if total <= largest:

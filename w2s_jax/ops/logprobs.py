@@ -1,7 +1,7 @@
 """Float32 log-probabilities of given tokens, without keeping more of the vocabulary than needed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -236,22 +236,17 @@ def _read(head: Head, logits: Array, tokens: Array) -> tuple[Array, Array, Array
 
 
 def _pulled(
-    head: Head,
-    kernel: Array,
-    logits: Array,
-    states: Array,
-    tokens: Array,
-    normaliser: Array,
-    slope: Array,
-    out: tuple,
-    block: Array,
+    head: Head, kernel: Array, logits: Array, rows: Sequence[Array], out: tuple, block: Array
 ) -> tuple:
-    """The gradients `out`, by hidden states and (or None) kernel, with those of a block in them."""
+    """The gradients `out`, by hidden states and (or None) kernel, with those of a block in them.
+
+    rows: its hidden states, tokens, normalisers, and the slopes of their log-probs.
+    """
     by_hidden, by_kernel = out
-    by_logits = _by_logits(head, logits, tokens, normaliser, slope).astype(kernel.dtype)
+    by_logits = _by_logits(head, logits, *rows[1:]).astype(kernel.dtype)
     by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
     if by_kernel is not None:
-        by_kernel = by_kernel + _by_kernel(head, states, by_logits)
+        by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
     return by_hidden, by_kernel
 
 
@@ -348,7 +343,7 @@ def _logprobs_backward(head: Head, residuals: tuple, slopes: tuple) -> tuple:
     def pull(block: Array, out: tuple) -> tuple:
         rows = list(map(head.spread.gathered, order.cut(block, states, ids, normaliser, slope)))
         logits = _head_logits(head, kernel, rows[0])
-        return _pulled(head, kernel, logits, *rows, out, block)
+        return _pulled(head, kernel, logits, rows, out, block)
 
     start = (jnp.zeros_like(states), _no_gradient(hidden, head, kernel, trained is not None))
     by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, pull, start)
@@ -382,12 +377,12 @@ def _weighted_forward(
         logits = _head_logits(head, kernel, rows[0])
         found, hit, normaliser = _read(head, logits, rows[1])
         given = (*rows[:2], normaliser, rows[2])
-        pulled = _pulled(head, kernel, logits, *given, tuple(slopes), block)
+        pulled = _pulled(head, kernel, logits, given, tuple(slopes), block)
         return _put(logprobs, found, block), _put(hits, hit, block), *pulled
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
-    slopes = (jnp.zeros_like(states), _no_gradient(hidden, head, kernel, trained))
-    start = (zeros, zeros.astype(bool), *slopes)
+    none = _no_gradient(hidden, head, kernel, trained)
+    start = (zeros, zeros.astype(bool), jnp.zeros_like(states), none)
     logprobs, hits, by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, step, start)
     shown = _shown(order, counted, logprobs, hits)
     slopes = (_as_kernel(head, by_kernel, kernel), order.restore(by_hidden))

@@ -420,15 +420,15 @@ def _show_plan(console: Console, plan: Plan) -> None:
     held.add_section()
     held.add_row(f"of {gib(plan.memory)} GiB: {verdict}", needed)
     console.print(held)
-    head = ("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
-    console.print(_table(head, map(_call_of, plan.programs)))
+    calls = ("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
+    console.print(_table(calls, map(_call_of, plan.programs)))
     sent = [
         (one.name, x.kind, f"{x.count:,}", f"{x.moved / 2**20:,.1f}")
         for one in plan.programs
         for x in one.exchanges
     ]
-    head = ("exchanges of a call of", "kind", "times", "MiB sent by each device")
-    console.print(_table(head, sent))
+    exchanges = ("exchanges of a call of", "kind", "times", "MiB sent by each device")
+    console.print(_table(exchanges, sent))
     console.print(f"compiled in {plan.compile_seconds:.0f} s")
     if chip_of(plan.topology).platform == "cuda":
         share = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
@@ -471,8 +471,8 @@ def _show_trials(console: Console, trials: Trials) -> None:
         return
     held = ["" if x.resident_bytes is None else gib(x.resident_bytes) for x in trials.skipped]
     skipped = [(x.mesh, size, x.why) for x, size in zip(trials.skipped, held, strict=True)]
-    head = (Column("--mesh", no_wrap=True), "GiB held", "why")
-    console.print(_table(head, skipped[:LISTED], f"{about} not compiled"))
+    short = (Column("--mesh", no_wrap=True), "GiB held", "why")
+    console.print(_table(short, skipped[:LISTED], f"{about} not compiled"))
     if len(skipped) > LISTED:
         console.print(f"and {len(skipped) - LISTED} more; --json holds all")
 

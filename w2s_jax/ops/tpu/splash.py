@@ -50,9 +50,10 @@ def attend_rows(
         one = masks.LocalMask(shape, (window - 1, 0), 0)
     # One side for the forward pass and both of the gradient's, since none was tuned on a device.
     sides = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    blocks: Any = {f"block_{side}": block for side in sides}
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([one] * heads),
-        block_sizes=kernels.BlockSizes(**{f"block_{side}": block for side in sides}),
+        block_sizes=kernels.BlockSizes(**blocks),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
