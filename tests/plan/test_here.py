@@ -7,7 +7,8 @@ START = """
 from w2s_jax.errors import InputError
 from w2s_jax.plan import meshes
 from w2s_jax.plan.meshes import preset_mesh
-from w2s_jax.plan.programs import GuideShapes, SearchShapes, TrainingShapes, shape_of
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
+from w2s_jax.train.estimate import TrainingShapes
 from w2s_jax.search.config import cbs
 
 class Device:

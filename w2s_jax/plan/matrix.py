@@ -19,11 +19,12 @@ from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.config import PlanMatrixConfig
 from w2s_jax.plan.planning import GIB, Plan, Tell, Trials, Trying, gib, smallest_slice
-from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, TrainingShapes, shape_of
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, shape_of
 from w2s_jax.plan.topology import check_compiler
 from w2s_jax.search.config import cbs
 from w2s_jax.text.journal import locked
 from w2s_jax.text.rows import check_writable, write_whole
+from w2s_jax.train.estimate import TrainingShapes
 
 FAMILIES = ("v5e", "v5p", "v6e")
 MODELS = {

@@ -22,7 +22,6 @@ from w2s_jax.plan.programs import (
     GuideShapes,
     SearchShapes,
     Shapes,
-    TrainingShapes,
     programs_on,
     shape_of,
 )
@@ -38,7 +37,9 @@ from w2s_jax.plan.topology import (
     topologies,
 )
 from w2s_jax.search.config import cbs
-from w2s_jax.train.optimizers import OptimizerConfig
+from w2s_jax.train.config import OptimizerConfig
+from w2s_jax.train.estimate import TrainingShapes
+from w2s_jax.train.setup import check_length
 
 GIB = 2**30
 TRIED = 4
@@ -192,7 +193,7 @@ def shapes_of(config: PlanConfig) -> Shapes:
         return _search_shapes(config)
     assert isinstance(config, PlanTrainingConfig)
     model = shape_of(config.model)
-    _check_length(config.max_length, model.max_positions, config.model)
+    check_length(config.max_length, model, config.model)
     return TrainingShapes(
         model=model,
         objective=config.work,
@@ -202,7 +203,7 @@ def shapes_of(config: PlanConfig) -> Shapes:
         lora=None if config.lora_rank is None else LoraConfig(rank=config.lora_rank),
         dtype=config.dtype,
         remat=config.remat,
-        optimizer=OptimizerConfig(name=config.optimizer),
+        optimizer=OptimizerConfig(optimizer=config.optimizer),
     )
 
 
@@ -235,14 +236,6 @@ def _search_shapes(config: PlanSearchConfig) -> SearchShapes:
         guide_rules=parse_rules(config.guide_rules),
         quantize=read_quantize(config.quantise_policy) if config.quantise_policy else None,
     )
-
-
-def _check_length(length: int, positions: int, model: str) -> None:
-    """Raise InputError unless --max-length is of 2 tokens up to the positions of the model."""
-    if not 2 <= length <= positions:
-        what = f"more than the {positions} positions of {model}"
-        what = "below 2, the shortest there is" if length < 2 else what
-        raise InputError(f"--max-length {length} is {what}")
 
 
 def plan_on(shapes: Shapes, topology: str, mesh: str, tell: Tell) -> Plan:

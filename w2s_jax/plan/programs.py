@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, cache_axes
 from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
-from w2s_jax.models.forward import Remat
-from w2s_jax.models.lora import LoraConfig, abstract_adapter
+from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import (
-    DEFAULT_RULES,
     SEARCH_RULES,
     Placement,
     Rules,
@@ -41,12 +39,11 @@ from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.text.batches import bucket
-from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import check_batch, make_train_step
+from w2s_jax.train.step import check_batch, make_optimizer, make_train_step
 
 
 def shape_of(name: str) -> ModelConfig:
@@ -138,38 +135,6 @@ class SearchShapes:
         here = [guide.reads_tokens_of(self.policy) for guide in self.guides]
         pairs = (names[1 + 2 * index : 3 + 2 * index] for index, on in enumerate(here) if on)
         return ("policy", *(name for pair in pairs for name in pair))
-
-
-@dataclass(frozen=True)
-class TrainingShapes:
-    """A training to be planned. Trained parameters and the optimizer are float32.
-
-    Attributes:
-        rows: examples of a step; a pair of responses is one.
-        lora: adapters on a base that is held in `dtype`, or None to train all parameters.
-        dtype: what is computed in.
-        beside: frozen models that are held too, such as a reference, in `dtype`; the step that is
-            compiled does not read them.
-        eval_rows: examples of an evaluation's batch, by default those of a micro-batch.
-    """
-
-    model: ModelConfig
-    objective: Literal["sft", "dpo"]
-    rows: int
-    length: int
-    accumulate: int = 1
-    lora: LoraConfig | None = None
-    dtype: str = "bfloat16"
-    remat: Remat = "full"
-    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
-    rules: Rules = DEFAULT_RULES
-    beside: tuple[ModelConfig, ...] = ()
-    eval_rows: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a step reads, of the longest rows."""
-        return self.rows * self.length * (2 if self.objective == "dpo" else 1)
 
 
 Shapes = SearchShapes | TrainingShapes
