@@ -32,7 +32,7 @@ ALLOWED = {
 }
 
 # What is measured beside this package, each in a process of its own.
-PEERS = ("bench/train_trl.py", "bench/decode_transformers.py")
+PEERS = ("bench/peers.py",)
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
     "transformers": ("models/huggingface.py", "text/", *PEERS),

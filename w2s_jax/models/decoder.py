@@ -27,11 +27,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops import attention
-from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.norms import layer_norm, rms_norm
 from w2s_jax.ops.quantized import QTensor, dot, take_rows
 from w2s_jax.ops.rotary import rotate, rotation
+from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -371,7 +370,7 @@ def _attend_sequence(
     config: ModelConfig, reach: Reach, query: Array, key: Array, value: Array
 ) -> tuple[Array, KV]:
     options: Any = {"scale": attention_scale(config), "softcap": config.attention_softcap}
-    mixed = attention.attend_sequence(query, key, value, reach, **options)
+    mixed = attend_sequence(query, key, value, reach, **options)
     return mixed, KV(key[:, 0], value[:, 0])
 
 

@@ -31,8 +31,9 @@ from w2s_jax.models.decoder import (
     layer_windows,
     turn_of,
 )
-from w2s_jax.ops import attention, parts_kernel
+from w2s_jax.ops import attention, tpu
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
+from w2s_jax.ops.tpu import parts_kernel
 from w2s_jax.pytrees import pytree
 
 _FAR = 2**30
@@ -378,7 +379,7 @@ def attend_by_kernel(
     keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
     several = config.kv_heads // split.heads > 1
     in_blocks = several and attention.goes_in_blocks(query, keys, split)
-    if not parts_kernel.has_kernel(query.dtype, placement, in_blocks):
+    if not tpu.has_kernel(query.dtype, placement, in_blocks):
         return None
     stacked, window = before.stacked, None
     source: Any = before if stacked is None else stacked
