@@ -15,9 +15,8 @@ from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket
+from w2s_jax.serve.events import Choice, Done, Failed, Metrics, Progress, Ticket
 from w2s_jax.serve.jobs import Reader
-from w2s_jax.serve.metrics import Metrics
 from w2s_jax.serve.schema import ApiError, queue_full
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}

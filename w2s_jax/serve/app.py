@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -24,7 +25,6 @@ from w2s_jax.serve.answers import TokenTexts, Writer
 from w2s_jax.serve.engine import Engine
 from w2s_jax.serve.events import Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
-from w2s_jax.serve.metrics import CONTENT_TYPE
 from w2s_jax.serve.schema import ApiError, Chat, Completion, read_body, shutting_down
 
 _POLL_SECONDS = 0.1
@@ -99,7 +99,8 @@ class Service:
 
     async def numbers(self, request: Request) -> Response:
         """GET /metrics."""
-        return Response(generate_latest(self.engine.metrics.registry), media_type=CONTENT_TYPE)
+        numbers = generate_latest(self.engine.metrics.registry)
+        return Response(numbers, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def _check_name(self, name: str) -> None:
         if name != self.name:

@@ -21,9 +21,17 @@ from w2s_jax.search import session as sessions
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
 from w2s_jax.serve.config import ServeConfig
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket, choices_of, settled_texts
+from w2s_jax.serve.events import (
+    Choice,
+    Done,
+    Failed,
+    Metrics,
+    Progress,
+    Ticket,
+    choices_of,
+    settled_texts,
+)
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
-from w2s_jax.serve.metrics import Metrics
 from w2s_jax.serve.schema import ApiError, queue_full, shutting_down
 from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Task
 from w2s_jax.text.prompts import decode_tokens

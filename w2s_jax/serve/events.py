@@ -1,19 +1,24 @@
-"""What an engine says of its jobs, and the way it reaches the event loop.
+"""What an engine says: of its jobs, by a way that reaches the event loop, and of itself in numbers.
 
-Choices, and the text of responses that still grow.
+Choices, and the text of responses that still grow; numbers are Prometheus'.
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os.path import commonprefix
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.serve.jobs import Job
 from w2s_jax.serve.schema import ApiError
 from w2s_jax.text.prompts import INCOMPLETE, response_end
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,38 @@ class Ticket:
     def cancel(self) -> None:
         """Give up all of the jobs that are not done; slots are freed after the current chunk."""
         self.is_cancelled = True
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own; for any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter, gauge = (partial(kind, registry=self.registry) for kind in (Counter, Gauge))
+        seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.requests = counter(
+            "w2s_requests", "Requests by endpoint and HTTP status", ("endpoint", "status")
+        )
+        self.seconds = seconds(
+            "w2s_request_seconds", "Seconds from request to the end of its answer", ("endpoint",)
+        )
+        self.first_seconds = seconds(
+            "w2s_first_chunk_seconds", "Seconds from a prompt's arrival to its first chunk"
+        )
+        self.waiting_seconds = seconds(
+            "w2s_queue_seconds", "Seconds that a prompt waited for a slot"
+        )
+        self.chunk_seconds = seconds(
+            "w2s_chunk_seconds", "Seconds of one chunk for all slots of a program", ("method",)
+        )
+        self.queue = gauge("w2s_queue_depth", "Prompts that wait for a slot")
+        self.slots = gauge("w2s_slots_in_use", "Prompts in slots")
+        self.programs = gauge("w2s_programs", "Compiled searches with memory on the device")
+        self.prompt_tokens = counter("w2s_prompt_tokens", "Prompt tokens read")
+        self.tokens = counter("w2s_tokens_generated", "Tokens of the responses that were returned")
+        self.cancelled = counter(
+            "w2s_cancelled", "Prompts whose client went away, or that shutting down cut off"
+        )
 
 
 def choices_of(tokenizer: Any, job: Job, result: SearchResult) -> tuple[Choice, ...]:
