@@ -22,7 +22,7 @@ ALLOWED = {
     "search": BELOW_SEARCH,
     "train": {*BELOW_SEARCH, "search"},
     "evaluate": BELOW_EVALUATE,
-    "serve": BELOW_EVALUATE,
+    "serve": {*BELOW_EVALUATE, "plan"},  # a server chooses its mesh as a plan does
     "bench": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE,
     "demo": {*BELOW_EVALUATE, "evaluate"},  # the demo shows gold rewards
@@ -42,7 +42,7 @@ HOMES = {
     "flax": ("models/",),
     "torch": PEERS,
     "lm_eval": ("evaluate/harness.py", "cli/lm_eval.py"),
-    "openai": ("serve/client.py", "serve/retry.py"),
+    "httpx": ("serve/client.py", "serve/retry.py"),
 }
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
