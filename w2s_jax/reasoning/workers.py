@@ -20,10 +20,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
-from types import TracebackType
 from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.train.stopping import Stop
 
 STOPPED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 """Statuses of a process that was asked to stop; 75 says that what it did is saved."""
@@ -37,13 +37,13 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     Linux it is killed when this process dies in whatever way. Raises KeyboardInterrupt where it
     was stopped, and InputError, which ends with `hint`, where it fails.
     """
-    from w2s_jax.train.stopping import Stop
-
     words = [sys.executable, "-m", "w2s_jax.reasoning.workers", str(os.getpid()), module]
     with Stop() as stop, subprocess.Popen([*words, *arguments], stdout=2) as child:
         told = False
         try:
-            while _running(child):
+            while child.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.5)
                 if stop.asked and not told:
                     told = True
                     child.terminate()
@@ -55,14 +55,6 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     if child.returncode:
         call = " ".join(("python -m", module, *arguments)).replace("python -m w2s_jax ", "w2s ")
         raise InputError(f"`{call}` ended with status {child.returncode}; {hint}")
-
-
-def _running(child: "subprocess.Popen[bytes]") -> bool:
-    try:
-        child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
 
 
 def die_with(parent: int) -> None:
@@ -128,11 +120,17 @@ class _Worker:
 class Workers:
     """Processes that apply one function to tasks, to be used in a `with` block.
 
-    factory: "module:attribute", called in every worker with `arguments`, gives the function; tasks,
-    arguments and results must pickle. seconds: for each task, on the clock; a worker that computes
-    and was left less of a busy machine's time may take PATIENCE times as long. memory_mb: address
-    space of a worker (where the system limits it: Linux). Workers start at the first `run`, hash
-    with seed 0, print nowhere, and die with the block, or with their parent.
+    Workers start at the first `run`, hash with seed 0, print nowhere, and die with the block, or
+    with their parent. Tasks, arguments and results must pickle. Raises InputError for limits out of
+    range.
+
+    Args:
+        factory: "module:attribute"; called in every worker with `arguments`, it gives the function.
+        arguments: of the factory.
+        workers: how many at most; None: as many as this process may use cores.
+        seconds: for each task, on the clock; a worker that computes and was left less of a busy
+            machine's time may take PATIENCE times as long.
+        memory_mb: address space of a worker, where the system limits it (Linux).
     """
 
     def __init__(
@@ -155,43 +153,35 @@ class Workers:
         self._memory_mb = memory_mb
         self._most = workers or _cores()
         self._workers: list[_Worker] = []
+        self._tasks: Sequence[Any] = ()
+        self._results: list[Any] = []
+        self._waiting: deque[int] = deque()
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for worker in self._workers:
             worker.end()
         self._workers.clear()
 
-    def run(
-        self, tasks: Sequence[Any], *, on_result: Callable[[int], None] = lambda index: None
-    ) -> list[Any]:
+    def run(self, tasks: Sequence[Any]) -> list[Any]:
         """The result of every task, or its Failure, in the order of the tasks.
 
-        `on_result` is called with an index as soon as its result is there. Raises what `factory`
-        raised when it is an InputError, and RuntimeError where no worker can start.
+        Raises what `factory` raised when it is an InputError, and RuntimeError where no worker can
+        start.
         """
-        results: list[Any] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
+        self._tasks, self._results = tasks, [None] * len(tasks)
+        self._waiting = deque(range(len(tasks)))
+        # Many at once, as a turn of a pipe takes longer than a short task, but a share for each.
         size = max(1, min(BATCH, len(tasks) // (4 * self._most)))
-
-        def finish(index: int, result: Any) -> None:
-            results[index] = result
-            on_result(index)
-
-        while waiting or any(worker.tasks for worker in self._workers):
-            self._start(min(self._most, math.ceil(len(waiting) / size)))
+        while self._waiting or any(worker.tasks for worker in self._workers):
+            self._start(min(self._most, math.ceil(len(self._waiting) / size)))
             for worker in list(self._workers):
-                if worker.ready and not worker.tasks and waiting:
-                    self._send(worker, tasks, waiting, size)
-            self._await(waiting, finish)
-        return results
+                if worker.ready and not worker.tasks and self._waiting:
+                    self._send(worker, size)
+            self._await()
+        return self._results
 
     def _start(self, wanted: int) -> None:
         while len(self._workers) < wanted:
@@ -203,45 +193,43 @@ class Workers:
             with contextlib.suppress(OSError):  # dead already: its silence will tell
                 ours.send(self._setup)
 
-    def _send(self, worker: _Worker, tasks: Sequence[Any], waiting: deque[int], size: int) -> None:
-        batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+    def _send(self, worker: _Worker, size: int) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(size, len(self._waiting)))]
         worker.tasks.extend(batch)
         self._allow(worker)
         try:
-            worker.connection.send([tasks[index] for index in batch])
+            worker.connection.send([self._tasks[index] for index in batch])
         except OSError:
             # It died idle, so none of these tasks is at fault.
             self._remove(worker)
-            waiting.extendleft(reversed(batch))
+            self._waiting.extendleft(reversed(batch))
 
-    def _await(self, waiting: deque[int], finish: Callable[[int, Any], None]) -> None:
+    def _await(self) -> None:
         busy = {w.connection: w for w in self._workers if w.tasks or not w.ready}
         if not busy:
             return
         soonest = min(worker.deadline for worker in busy.values())
         for connection in wait(list(busy), max(0.0, soonest - time.monotonic())):
-            self._receive(busy[connection], waiting, finish)  # type: ignore[index]
+            self._receive(busy[connection])  # type: ignore[index]
         now = time.monotonic()
         for worker in [w for w in self._workers if w.deadline < now and (w.tasks or not w.ready)]:
             if not worker.ready:
                 raise RuntimeError(f"a worker did not start within {START_SECONDS:g} s")
             if not self._extended(worker):
-                self._give_up(worker, waiting, finish, f"timed out after {self._seconds:g} s")
+                self._give_up(worker, f"timed out after {self._seconds:g} s")
 
-    def _receive(
-        self, worker: _Worker, waiting: deque[int], finish: Callable[[int, Any], None]
-    ) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
             answer = worker.connection.recv()
         except (EOFError, OSError):
             code = self._remove(worker, kill=False)
             if not worker.ready:
                 raise RuntimeError(f"a worker did not start: {_ending(code)}") from None
-            self._give_up(worker, waiting, finish, f"the worker died: {_ending(code)}")
+            self._give_up(worker, f"the worker died: {_ending(code)}")
             return
         self._allow(worker)
         if worker.ready:
-            finish(worker.tasks.popleft(), answer)
+            self._results[worker.tasks.popleft()] = answer
         elif isinstance(answer, Exception):
             raise answer
         else:
@@ -261,18 +249,11 @@ class Workers:
             return True
         return False
 
-    def _give_up(
-        self,
-        worker: _Worker,
-        waiting: deque[int],
-        finish: Callable[[int, Any], None],
-        reason: str,
-    ) -> None:
+    def _give_up(self, worker: _Worker, reason: str) -> None:
         self._remove(worker)
-        running = worker.tasks.popleft()
-        waiting.extendleft(reversed(worker.tasks))
+        self._results[worker.tasks.popleft()] = Failure(reason)
+        self._waiting.extendleft(reversed(worker.tasks))
         worker.tasks.clear()
-        finish(running, Failure(reason))
 
     def _remove(self, worker: _Worker, *, kill: bool = True) -> int:
         if worker not in self._workers:
