@@ -24,7 +24,6 @@ from threading import Lock
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.train.stopping import Stop
 
 STOPPED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 """Statuses of a process that was asked to stop; 75 says that what it did is saved."""
@@ -38,6 +37,9 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     Linux it is killed when this process dies in whatever way. Raises KeyboardInterrupt where it
     was stopped, and InputError, which ends with `hint`, where it fails.
     """
+    # Here, as each worker of grading imports this file and should start quickly.
+    from w2s_jax.train.stopping import Stop
+
     words = [sys.executable, "-m", "w2s_jax.reasoning.workers", str(os.getpid()), module]
     with Stop() as stop, subprocess.Popen([*words, *arguments], stdout=2) as child:
         told = False
