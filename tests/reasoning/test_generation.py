@@ -10,7 +10,8 @@ import pytest
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
-from w2s_jax.reasoning.generation import GenerationConfig, generate, row_key
+from w2s_jax.reasoning.config import GenerationConfig
+from w2s_jax.reasoning.generation import generate, row_key
 from w2s_jax.search import Guide, search, session
 from w2s_jax.search import run as room
 from w2s_jax.search.config import cbs
