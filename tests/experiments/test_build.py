@@ -10,10 +10,16 @@ import yaml
 
 from w2s_jax.errors import InputError
 from w2s_jax.experiments import build
-from w2s_jax.experiments.build import check_done, main
+from w2s_jax.experiments.build import (
+    Recipe,
+    check_done,
+    differences,
+    main,
+    read_recipe,
+    stage_settings,
+)
 from w2s_jax.experiments.corpus import build_corpus, clean, read_reviews
-from w2s_jax.experiments.preferences import opening_words, preference, write_training_pairs
-from w2s_jax.experiments.recipe import Recipe, differences, read_recipe, stage_settings
+from w2s_jax.experiments.language import opening_words, preference, write_training_pairs
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import END_ID
 from w2s_jax.text.typed_yaml import from_mapping
