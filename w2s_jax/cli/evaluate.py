@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
+from w2s_jax.cli.multihost_launch import Hosts
 from w2s_jax.cli.quantisation import QuantisationFlags
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.hosts import is_first
@@ -163,6 +163,7 @@ class Evaluate(QuantisationFlags, Hosts):
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
         from w2s_jax.exchange import agree
+        from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.text.journal import job_journal
 
         values = np.zeros(len(encoded), np.float32)
@@ -222,6 +223,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def fingerprint(self, rows: list[dict[str, Any]], first: int, rendering: str) -> dict[str, Any]:
         """What the rows of a journal depend on: flags, the input rows, the checkpoint's files."""
+        from w2s_jax.search.checkpoints import weights_stamp
+
         flags = {name: value for name, value in asdict(self).items() if name in IN_FINGERPRINT}
         folder = Path(self.reward_model).resolve()
         if folder.is_dir():

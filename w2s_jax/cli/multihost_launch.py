@@ -14,7 +14,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Annotated
+
+from tyro.conf import arg
 
 from w2s_jax import hosts
 from w2s_jax.errors import InputError
@@ -23,6 +25,15 @@ from w2s_jax.hosts import Failure, HostConfig, HostsParted
 WRONG_INPUT, FAILED, AGAIN = 2, 1, 75
 PARTED = "another host has died or cannot be reached"
 GO_ON = "run the same command again on all hosts to go on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """The hosts that run a command together."""
+
+    hosts: Annotated[str, arg(metavar="HOST:PORT,N,I|auto|off|jax")] = "auto"
+    """Hosts that run this together: the first one's address, how many, which this is from 0. auto
+    finds those of SLURM, Open MPI and TPU slices, jax whatever jax finds."""
 
 
 @dataclass(frozen=True)

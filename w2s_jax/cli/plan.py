@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import AUTO, check_named
 from w2s_jax.cli.train_flags import check_length
 from w2s_jax.errors import InputError
+from w2s_jax.ops.meshes import AUTO, check_named
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import MESH, Hosts, mesh_before, mesh_of
+from w2s_jax.cli.multihost_launch import Hosts
 from w2s_jax.cli.saving import MODEL, save_run, tell_data
 from w2s_jax.cli.train_flags import (
     DataFlags,
@@ -75,7 +75,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.text.journal import locked
         from w2s_jax.text.rows import write_whole
         from w2s_jax.train.export import Record, write_record
-        from w2s_jax.train.records import METRICS
+        from w2s_jax.train.records import MESH, METRICS
         from w2s_jax.train.reference import weights_identity
         from w2s_jax.train.run import fine_tune, number_of_steps
         from w2s_jax.train.step import check_batch
@@ -172,9 +172,12 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.models.huggingface import is_adapter, locate
         from w2s_jax.models.load import load_config
         from w2s_jax.models.lora_huggingface import load_factors
+        from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.ops.sharding import Placement
+        from w2s_jax.plan.meshes import choose_mesh
         from w2s_jax.text.tokenizer import load_tokenizer
         from w2s_jax.train.objectives import Policy
+        from w2s_jax.train.records import mesh_before
 
         self.check()
         if self.model is None:
@@ -220,7 +223,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             cache_folder=Path(self.cache).expanduser() if self.cache else None,
         )
         before = functools.partial(mesh_before, directory)
-        mesh = mesh_of(self.mesh, lambda: self.shapes(setup), before=before)
+        mesh = mesh_of(self.mesh, lambda: choose_mesh(self.shapes(setup)), before=before)
         return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
 
     def check_not_read_from(self, target: Path, checkpoint: Path) -> None:

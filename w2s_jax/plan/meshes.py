@@ -6,6 +6,7 @@ A mesh for the devices that are here is chosen as a plan chooses that of a slice
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,10 +15,20 @@ from jax.sharding import AxisType, Mesh
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.exchange import agree, gather_values
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import STORED, quickest_dtype
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
-from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes, search_programs
+from w2s_jax.plan.programs import (
+    GuideShapes,
+    Program,
+    SearchPrograms,
+    SearchShapes,
+    search_programs,
+)
 from w2s_jax.plan.topology import Chip, chip_of, chip_of_devices, device_count
 from w2s_jax.plan.training import TrainingProgram, TrainingShapes, training_program
+from w2s_jax.search.checkpoints import SteeringPlan
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.models import Places
 
 Shapes = SearchShapes | TrainingShapes
 _NUMBER = 2
@@ -274,3 +285,66 @@ def _check_slices(devices: Sequence[jax.Device]) -> None:
             f"{AUTO} chooses for one slice, and the devices are of {len(slices)} slices; name the "
             f"mesh, such as dcn_data={len(slices)},fsdp=-1"
         )
+
+
+def search_shapes(
+    plan: SteeringPlan,
+    config: SearchConfig,
+    places: Places,
+    *,
+    prompt_tokens: int,
+    slots: int,
+    dtype: str | None,
+    slots_flag: str = "--batch-size",
+) -> SearchShapes:
+    """The shapes of a search with the models of a plan, by the rules of `places`.
+
+    A checkpoint that is named twice counts twice.
+
+    Args:
+        plan: the checkpoints, looked at.
+        config: the search.
+        places: the rules; its mesh is not read.
+        prompt_tokens: of the longest prompt.
+        slots: prompts side by side, as `slots_flag` says.
+        dtype: of the weights, None is what loading takes.
+        slots_flag: the flag that messages name.
+    """
+    from w2s_jax.models.huggingface import locate
+    from w2s_jax.models.reward import load_reward_config
+
+    checkpoints = plan.sources.checkpoints
+    guiding = iter([role for role in plan.configs if "tuned" in role])
+    pairs = zip(guiding, guiding, plan.on_device, strict=True)
+    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
+    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
+    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    dtype = dtype or quickest_dtype()
+    return SearchShapes(
+        policy=plan.configs["policy"],
+        guides=tuple(
+            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
+            for tuned, untuned, here in pairs
+        ),
+        config=config,
+        prompt_tokens=prompt_tokens,
+        slots=slots,
+        slots_flag=slots_flag,
+        dtype=_stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
+        policy_rules=places.policy,
+        guide_rules=places.others,
+        quantize=plan.sources.quantize,
+        # Encoders stay whole on every device.
+        judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
+    )
+
+
+def _stored_dtype(checkpoint: Path) -> str:
+    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
+    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
+    from w2s_jax.models.lora_huggingface import base_folder
+
+    if is_adapter(checkpoint):
+        return _stored_dtype(base_folder(checkpoint))
+    config = read_json(checkpoint / CONFIG)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -14,6 +14,8 @@ from w2s_jax.text.rows import Row, json_line, write_whole
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+MESH = "mesh.txt"
+"""Where a run's folder says, in words, on which mesh it last ran."""
 
 
 class RowFile:
@@ -68,3 +70,11 @@ def read_records(path: Path) -> list[Row]:
 def read_metrics(directory: str | Path) -> list[Row]:
     """The rows of a run's metrics.jsonl; none where it has not begun."""
     return read_records(Path(directory) / METRICS)
+
+
+def mesh_before(directory: Path) -> str | None:
+    """The mesh that a training run's folder had last, in words; None where it does not say."""
+    try:
+        return (directory / MESH).read_text(errors="replace").strip()
+    except OSError:
+        return None
