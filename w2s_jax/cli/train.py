@@ -491,7 +491,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """What answers the first held-out prompts with the model as it is, if asked for."""
         if not self.sample_every:
             return None
-        from w2s_jax.cli.samples import Sampler
+        from w2s_jax.train.run import Sampler
 
         data = task.data if task.held_out is None else task.held_out
         return Sampler(task, setup.tokenizer, data, self.sample_prompts, self.compute_dtype)

@@ -3,7 +3,6 @@
 Figures, table and picture are made from the rows of its methods.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from w2s_jax.search.run import search
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row
+from w2s_jax.train.curves import as_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -370,9 +370,7 @@ def draw_experiment(summary: Mapping[str, Any]) -> bytes:
         right, summary["methods"], "logprob_per_token", "log-prob per token under the policy (nats)"
     )
     figure.suptitle(f"{summary['prompts']} openings of IMDb test reviews", fontsize=10)
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130)
-    return held.getvalue()
+    return as_png(figure)
 
 
 def _draw_bars(axis: "Axes", methods: Mapping[str, Any], name: str, title: str) -> None:

@@ -17,6 +17,9 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.ops.sampling import Sampling
+from w2s_jax.search.config import sample
+from w2s_jax.search.run import search
 from w2s_jax.text.batches import Batches, Part
 from w2s_jax.text.token_rows import Data
 from w2s_jax.train.loop import LoopConfig, train
@@ -287,3 +290,48 @@ def _check_best(wanted: str | None, task: Task, params: Any, config: RunConfig) 
     known = [f"eval/{name}" for name in jax.eval_shape(measure, params, frozen, batch)]
     if wanted.removeprefix("-") not in known:
         raise InputError(f"--keep-best {wanted}: the evaluation measures {', '.join(known)}")
+
+
+SAMPLED_TOKENS = 64
+OPENING = 8
+"""Where a row has no prompt, so many of its first tokens stand for one."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Answers the first `prompts` prompts of `data` with the model of a state, at temperature 0.7.
+
+    The draws are the same for every state, so that what changes is the model.
+    """
+
+    task: Task
+    tokenizer: Any
+    data: Source
+    prompts: int
+    dtype: str
+
+    def __call__(self, state: TrainState) -> list[dict[str, Any]]:
+        """Rows of `prompt` and `response`, for samples.jsonl."""
+        ids = [_prompt(self.data, index) for index in range(min(self.prompts, len(self.data)))]
+        room = self.task.policy.config.max_positions - max(map(len, ids))
+        new = min(SAMPLED_TOKENS, room)
+        settings = sample(1, sampling=Sampling(0.7), max_new_tokens=new, slots=len(ids))
+        params, frozen = cast((state.params, dict(self.task.frozen)), self.dtype)
+        found = search(self.task.policy.model(params, frozen), None, ids, settings)
+        decode = self.tokenizer.decode
+        return [
+            {
+                "prompt": decode(prompt),
+                "response": decode(list(result.best.tokens), skip_special_tokens=True),
+            }
+            for prompt, result in zip(ids, found, strict=True)
+        ]
+
+
+def _prompt(data: Source, index: int) -> list[int]:
+    """What stands before the first target of a row, as token ids."""
+    batch = data.at([index])
+    shape = (-1, batch["tokens"].shape[-1])
+    tokens, targets = (batch[name].reshape(shape)[0] for name in ("tokens", "targets"))
+    first = int(np.argmax(targets)) if targets.any() else 0
+    return [int(token) for token in tokens[: first if first > 1 else OPENING]]

@@ -1,6 +1,6 @@
 """What a run tells while it trains: running means, speed, and where they are sent.
 
-The metrics file itself is train/records.py's; drawing curves is cli/plot.py's.
+The metrics file itself is train/records.py's; drawing curves is train/curves.py's.
 """
 
 import contextlib
