@@ -7,7 +7,6 @@ import pytest
 from w2s_jax.demo import Demo, OtherGuide, run
 from w2s_jax.demo.run import (
     Outcome,
-    mean_and_stderr,
     read_openings,
     run_demo,
     summarise,
@@ -49,12 +48,6 @@ def test_the_openings_are_none_of_the_data_set(shared_data):
     with lzma.open(path, "rt", encoding="utf-8") as file:
         reviews = file.read().lower()
     assert not [opening for opening in read_openings(80) if opening.lower() in reviews]
-
-
-def test_mean_and_standard_error():
-    mean, stderr = mean_and_stderr(np.array([1.0, 2.0, 3.0, 6.0]))
-    assert mean == 3.0
-    assert stderr == pytest.approx(np.sqrt(14 / 3) / 2)
 
 
 def test_paired_differences_are_over_the_same_prompts():

@@ -34,29 +34,27 @@ class OtherGuide:
 def load_demo(*, dtype: Any = "float32") -> Demo:
     """Load the embedded default; the files hold bfloat16, which CPUs compute slowly."""
     from w2s_jax.models.encoder import load_classifier
-    from w2s_jax.models.load import load_model
-    from w2s_jax.text.tokenizer import load_tokenizer
 
     with _assets() as assets:
-        policy, untuned, tuned = (
-            load_model(assets / name, dtype=dtype) for name in ("policy", "untuned", "tuned")
-        )
         gold = load_classifier(assets / "gold", dtype=dtype)
-        tokenizer = load_tokenizer(assets / "policy")
-    return Demo(policy, untuned, tuned, gold, tokenizer)
+    models, tokenizer = _decoders("policy", "untuned", "tuned", dtype=dtype)
+    return Demo(*models, gold, tokenizer)
 
 
 def load_other_guide(*, dtype: Any = "float32") -> OtherGuide:
     """Load the second guide of the embedded default; the files hold bfloat16 as the others do."""
+    models, tokenizer = _decoders("mistral-tuned", "mistral-untuned", dtype=dtype)
+    return OtherGuide(*models, tokenizer)
+
+
+def _decoders(*names: str, dtype: Any) -> "tuple[list[Model], Any]":
+    """Decoders of one vocabulary, and their tokenizer."""
     from w2s_jax.models.load import load_model
     from w2s_jax.text.tokenizer import load_tokenizer
 
     with _assets() as assets:
-        tuned, untuned = (
-            load_model(assets / f"mistral-{part}", dtype=dtype) for part in ("tuned", "untuned")
-        )
-        tokenizer = load_tokenizer(assets / "mistral-tuned")
-    return OtherGuide(tuned, untuned, tokenizer)
+        models = [load_model(assets / name, dtype=dtype) for name in names]
+        return models, load_tokenizer(assets / names[0])
 
 
 def _assets() -> AbstractContextManager[Path]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from w2s_jax.demo import Demo, OtherGuide, load_demo, load_other_guide
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.progress import progress
-from w2s_jax.evaluate.rewards import gold_rewards
+from w2s_jax.evaluate.rewards import gold_rewards, mean_and_stderr
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
@@ -144,7 +144,7 @@ def steer(
     return Outcome(
         responses,
         [result.best.score for result in results],
-        [float(reward) for reward in np.asarray(rewards)],
+        rewards.tolist(),
         seconds / len(prompts),
     )
 
@@ -169,25 +169,16 @@ def warm_up(prompts: Sequence[Sequence[int]], *, text: bool) -> list[Sequence[in
 
 def summarise(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """Means with standard errors of each method, and of differences over the same prompts."""
-    rewards = {method: np.asarray(outcome.gold_rewards) for method, outcome in outcomes.items()}
-    methods = {}
-    for method, outcome in outcomes.items():
-        mean, stderr = mean_and_stderr(rewards[method])
-        methods[method] = {
-            "gold_reward": mean,
-            "stderr": stderr,
-            "seconds_per_prompt": outcome.seconds_per_prompt,
-        }
-    paired = {}
+    rewards = {name: np.array(outcome.gold_rewards) for name, outcome in outcomes.items()}
+    methods, paired = {}, {}
+    for name, outcome in outcomes.items():
+        mean, stderr = mean_and_stderr(rewards[name])
+        seconds = outcome.seconds_per_prompt
+        methods[name] = {"gold_reward": mean, "stderr": stderr, "seconds_per_prompt": seconds}
     for better, worse in PAIRS:
         mean, stderr = mean_and_stderr(rewards[better] - rewards[worse])
         paired[f"{better}-{worse}"] = {"mean": mean, "stderr": stderr}
     return {"methods": methods, "paired": paired}
-
-
-def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
-    """The mean of a sample of at least two, and the standard error s / √n of that mean."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def result_rows(openings: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:

@@ -51,6 +51,11 @@ _TAKEN = (
 MODEL_ARGUMENTS = {name: _RENAMED.get(name, name) for name in _TAKEN}
 """The arguments of --model_args, and the fields of SteeredConfig that they set."""
 _LEFT_OUT = ("device", "max_batch_size")
+# Settings that lm-eval calls as HarnessConfig does.
+_HARNESS_SETTINGS = (
+    "num_fewshot", "batch_size", "limit", "use_cache", "log_samples", "apply_chat_template",
+    "system_instruction", "gen_kwargs",
+)  # fmt: skip
 _HEEDED = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 _logger = logging.getLogger(__name__)
 
@@ -105,15 +110,8 @@ def lm_eval(
         model_args={name: value for name, value in asdict(config).items() if value},
         tasks=names,
         task_manager=manager,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        use_cache=config.use_cache,
-        log_samples=config.log_samples,
-        apply_chat_template=config.apply_chat_template,
-        system_instruction=config.system_instruction,
-        gen_kwargs=config.gen_kwargs,
         fewshot_random_seed=config.seed,
+        **{name: getattr(config, name) for name in _HARNESS_SETTINGS},
     )
     results["config"]["model"] = NAME
     if config.output:
@@ -345,19 +343,12 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [
-            self._fit(self._prompts("" if text is None else text[0], context), response)
+        windows = [
+            [self._fit(self._prompts("" if text is None else text[0], context), response)]
             for text, context, response in requests
         ]
-        found: dict[int, tuple[float, bool]] = {}
-
-        def keep(index: int, answer: tuple[float, bool]) -> None:
-            found[index] = answer
-            if requests[index][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-
-        _score(self.steered, pairs, keep, "loglikelihood", disable_tqdm)
-        return [found[index] for index in range(len(requests))]
+        asked = [text for text, *_ in requests]
+        return self._score("loglikelihood", asked, windows, lambda found: found[0], disable_tqdm)
 
     def _fit(self, prompts: Prompts, response: list[int]) -> tuple[Prompts, list[int]]:
         """Prompts cut from the left so that a response fits behind them."""
@@ -373,53 +364,71 @@ class HarnessModel:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         self.steered.check_likelihood()
-        windows: list[tuple[Prompts, list[int]]] = []
-        owner: list[int] = []
-        for index, request in enumerate(requests):
+        windows = []
+        for request in requests:
             # Without special tokens: each token of the text is predicted once, and no other.
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(
+            rolling = get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, context_len=1
-            ):
-                context, response = make_disjoint_window(window)
-                windows.append(((tuple(context),), response))
-                owner.append(index)
-        totals = [0.0] * len(requests)
-        missing = [owner.count(index) for index in range(len(requests))]
+            )
+            pairs = map(make_disjoint_window, rolling)
+            windows.append([((tuple(context),), response) for context, response in pairs])
 
-        def keep(place: int, answer: tuple[float, bool]) -> None:
-            index = owner[place]
-            totals[index] += answer[0]
-            missing[index] -= 1
-            if not missing[index]:
-                told = ("loglikelihood_rolling", requests[index].args, totals[index])
-                self.cache_hook.add_partial(*told)
+        def total(found: list[tuple[float, bool]]) -> float:
+            return sum((logprob for logprob, _ in found), 0.0)
 
-        _score(self.steered, windows, keep, "loglikelihood_rolling", disable_tqdm)
-        return totals
+        asked = [request.args for request in requests]
+        return self._score("loglikelihood_rolling", asked, windows, total, disable_tqdm)
+
+    def _score(
+        self,
+        name: str,
+        asked: Sequence[tuple[str, ...] | None],
+        windows: Sequence[Sequence[tuple[Prompts, list[int]]]],
+        answer: Callable[[list[tuple[float, bool]]], Any],
+        quiet: bool,
+    ) -> list[Any]:
+        """What `answer` makes of the (log-likelihood, greedy) of each request's windows.
+
+        An answer goes to lm-eval's cache as soon as it is there, by the request's arguments.
+        """
+        from tqdm import tqdm
+
+        owners = [index for index, own in enumerate(windows) for _ in own]
+        found: list[list[tuple[float, bool]]] = [[] for _ in windows]
+        with tqdm(total=len(owners), desc=name, disable=quiet or None) as bar:
+
+            def hear(place: int, scored: ScoredResponse) -> None:
+                index, total = owners[place], float(scored.logprobs.sum(dtype=np.float64))
+                found[index].append((total, bool(scored.greedy.all())))
+                bar.update()
+                arguments = asked[index]
+                if arguments is not None and len(found[index]) == len(windows[index]):
+                    self.cache_hook.add_partial(name, arguments, answer(found[index]))
+
+            self.steered.likelihoods([window for own in windows for window in own], hear)
+        return [answer(own) for own in found]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         from tqdm import tqdm
 
-        ids = rows_of([request.args[0] for request in requests])
-        index_of = {row: index for index, row in enumerate(ids)}
+        asked = dict(zip(rows_of([r.args[0] for r in requests]), requests, strict=True))
         groups: dict[Decoding, list[Question]] = {}
-        for row, request in zip(ids, requests, strict=True):
+        for row, request in asked.items():
             context, arguments = request.args
             decoding = decoding_of(self.steered, arguments)
-            question = self._question(row, context, decoding)
-            groups.setdefault(decoding, []).append(question)
+            groups.setdefault(decoding, []).append(self._question(row, context, decoding))
         texts: dict[int, str] = {}
-        with tqdm(total=len(ids), desc="generate_until", disable=disable_tqdm or None) as bar:
+        with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm or None) as bar:
 
             def keep(row: int, text: str) -> None:
                 texts[row] = text
-                self.cache_hook.add_partial("generate_until", requests[index_of[row]].args, text)
+                self.cache_hook.add_partial("generate_until", asked[row].args, text)
                 bar.update()
 
             for decoding, questions in groups.items():
                 self.steered.generate(questions, decoding, keep)
-        return [texts[row] for row in ids]
+        return [texts[row] for row in asked]
 
     def _question(self, row_id: int, context: str, decoding: Decoding) -> Question:
         """A context as the models read it, cut from the left to leave room for the text."""
@@ -442,23 +451,3 @@ def _cut(prompts: Prompts, room: int) -> Prompts:
         if len(prompt) > room:
             _logger.warning("a context of %d tokens is cut from the left to %d", len(prompt), room)
     return tuple(prompt[-room:] for prompt in prompts)
-
-
-def _score(
-    steered: Steered,
-    pairs: list[tuple[Prompts, list[int]]],
-    keep: Callable[[int, tuple[float, bool]], None],
-    name: str,
-    quiet: bool,
-) -> None:
-    """Score all pairs under a progress bar; `keep` gets (log-likelihood, greedy) as they come."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(pairs), desc=name, disable=quiet or None) as bar:
-
-        def hear(index: int, scored: ScoredResponse) -> None:
-            total = float(scored.logprobs.sum(dtype=np.float64))
-            keep(index, (total, bool(scored.greedy.all())))
-            bar.update()
-
-        steered.likelihoods(pairs, hear)
