@@ -29,7 +29,7 @@ from w2s_jax.search.run import search
 from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row
-from w2s_jax.train.curves import as_png
+from w2s_jax.train.curves import as_png, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -359,11 +359,7 @@ def draw_experiment(summary: Mapping[str, Any]) -> bytes:
     Bars have standard errors over prompts. The directly tuned policy is also a line, which the
     methods that leave the policy as it is are measured by.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 0.55 * len(summary["methods"]) + 1.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.6, 0.55 * len(summary["methods"]) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_bars(left, summary["methods"], "gold_reward", "gold reward (log-odds of “positive”)")
     _draw_bars(

@@ -12,6 +12,7 @@ from w2s_jax.train.records import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = tuple[list[int], list[float]]
 Run = dict[str, Curve]
@@ -120,16 +121,10 @@ def draw(
     A run keeps its colour, a metric its line; evaluations are dots. With one run the colours tell
     its metrics apart. Raises InputError without matplotlib, or where the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'w2s-jax[plot]'") from None
     panels = choose_panels(runs, metrics)
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * columns, 3.2 * lines)
     axes: Any = figure.subplots(lines, columns, squeeze=False)
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         _draw_panel(axis, title, panel, runs, names)
@@ -165,7 +160,22 @@ def _draw_panel(
     axis.legend(fontsize=7, frameon=False)
 
 
-def as_png(figure: Any) -> bytes:
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, sizes in inches, that is drawn without a display.
+
+    Raises InputError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs matplotlib; pip install 'w2s-jax[plot]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: "Figure") -> bytes:
     """A figure of matplotlib as a PNG file."""
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=130)
