@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from w2s_jax.demo import Demo, OtherGuide, run
+from w2s_jax.demo import Demo, DemoConfig, OtherGuide, run
 from w2s_jax.demo.run import (
     Outcome,
     read_openings,
@@ -115,7 +115,7 @@ def test_the_demo_writes_its_results_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_demo", lambda: None)
     monkeypatch.setattr(run, "load_other_guide", lambda: "other")
     monkeypatch.setattr(run, "steer", steer)
-    summary = run_demo(tmp_path / "out", prompts=3)
+    summary = run_demo(DemoConfig(str(tmp_path / "out"), prompts=3))
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert list(summary["methods"]) == ["base", "bon", "eft", "cbs", "cbs-across"]
     assert list(summary["paired"]) == ["cbs-base", "cbs-bon", "cbs-across-base"]
@@ -140,7 +140,7 @@ def test_every_method_steers_the_models(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_other_guide", lambda: other)
     monkeypatch.setattr(run, "SLOTS", 2)
     monkeypatch.setattr(run, "read_openings", lambda count: ["A film", "We saw", "The sea"][:count])
-    run_demo(tmp_path / "out", prompts=3, max_new_tokens=5)
+    run_demo(DemoConfig(str(tmp_path / "out"), prompts=3, max_new_tokens=5))
     rows = read_jsonl(tmp_path / "out" / "results.jsonl")
     assert [row["method"] for row in rows] == ["base", "bon", "eft", "cbs", "cbs-across"] * 3
     assert any(row["response"] for row in rows)
@@ -153,4 +153,4 @@ def test_an_unwritable_output_is_told_before_anything_is_loaded(tmp_path, monkey
     monkeypatch.delattr(run, "load_demo")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        run_demo(tmp_path / "file" / "demo")
+        run_demo(DemoConfig(str(tmp_path / "file" / "demo")))

@@ -4,11 +4,27 @@ import importlib.resources
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.model import Model
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo writes, where to and by which draws."""
+
+    output: Annotated[str, arg(metavar="DIR")] = "demo"
+    """Folder of results.jsonl and summary.json."""
+    prompts: int = 64
+    """Openings to continue, 80 at most."""
+    seed: int = 0
+    """Decides the draws."""
+    max_new_tokens: int = 50
+    """Tokens in a response."""
 
 
 @dataclass(frozen=True)

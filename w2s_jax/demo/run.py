@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from w2s_jax.demo import Demo, OtherGuide, load_demo, load_other_guide
+from w2s_jax.demo import Demo, DemoConfig, OtherGuide, load_demo, load_other_guide
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import gold_rewards, mean_and_stderr
@@ -66,25 +66,26 @@ class Outcome:
     seconds_per_prompt: float
 
 
-def run_demo(
-    output: str | Path, *, prompts: int = 64, seed: int = 0, max_new_tokens: int = 50
-) -> dict[str, Any]:
-    """Compare the methods, print tables, write results.jsonl and summary.json; returns the summary.
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Compare the methods, print tables, write results.jsonl and summary.json.
 
-    Raises InputError for more prompts than there are openings, or an output that cannot be written.
+    Returns:
+        The summary, as `summarise` gives it.
+
+    Raises:
+        InputError: for more prompts than there are openings, or an output that cannot be written.
     """
-    folder = Path(output)
-    openings = read_openings(prompts)
-    configs = {
-        name: preset(method.preset, max_new_tokens=max_new_tokens, seed=seed, slots=SLOTS)
-        for name, method in METHODS.items()
-    }
+    folder, openings = Path(config.output), read_openings(config.prompts)
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens, "seed": config.seed, "slots": SLOTS
+    }  # fmt: skip
+    searches = {name: preset(method.preset, **settings) for name, method in METHODS.items()}
     for name in ("results.jsonl", "summary.json"):
         check_writable(folder / name)
     models, other = load_demo(), load_other_guide()
     outcomes = {
-        name: steer(models, openings, config, name, other if METHODS[name].across else None)
-        for name, config in configs.items()
+        name: steer(models, openings, searching, name, other if METHODS[name].across else None)
+        for name, searching in searches.items()
     }
     summary = summarise(outcomes)
     write_jsonl(folder / "results.jsonl", result_rows(openings, outcomes))
@@ -135,15 +136,13 @@ def steer(
         start = time.perf_counter()
         results = run(range(len(prompts)), lambda _: advance(1))
         seconds = time.perf_counter() - start
-    responses = [
-        hypothesis_text(tokenizer, prompt, result.best)
-        for prompt, result in zip(prompts, results, strict=True)
-    ]
+    best = [result.best for result in results]
+    responses = [hypothesis_text(tokenizer, *pair) for pair in zip(prompts, best, strict=True)]
     texts = [opening + response for opening, response in zip(openings, responses, strict=True)]
     rewards = gold_rewards(models.gold, tokenizer, texts, batch_size=SLOTS)
     return Outcome(
         responses,
-        [result.best.score for result in results],
+        [hypothesis.score for hypothesis in best],
         rewards.tolist(),
         seconds / len(prompts),
     )

@@ -211,7 +211,8 @@ def answer(
     results = search(method.model, method.guide, encoded, method.search, row_ids=row_ids)
     best = [result.best for result in results]
     said = [hypothesis_text(tokenizer, *pair) for pair in zip(encoded, best, strict=True)]
-    gold = gold_rewards(models.gold, tokenizer, list(map("".join, zip(asked, said, strict=True))))
+    texts = [prompt + response for prompt, response in zip(asked, said, strict=True)]
+    gold = gold_rewards(models.gold, tokenizer, texts)
     pairs = [Response((prompt,), one.tokens) for prompt, one in zip(encoded, best, strict=True)]
     plain = partial(summed_logprobs, models.policy, None, PolicyProposer(), pairs)
     logprobs = plain(1.0)
