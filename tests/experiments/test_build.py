@@ -317,10 +317,7 @@ def test_duplicates_are_read_once(tmp_path):
     path = tmp_path / "reviews.jsonl"
     rows = [{"text": "a<br />b", "label": 1}, {"text": "a\nb"}, {"text": "c"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(review.text, review.label) for review in read_reviews(path)] == [
-        ("a\nb", 1),
-        ("c", -1),
-    ]
+    assert list(read_reviews(path).items()) == [("a\nb", 1), ("c", -1)]
 
 
 def test_a_prompt_is_the_first_words_as_written():

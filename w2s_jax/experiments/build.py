@@ -30,7 +30,6 @@ from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.experiments.corpus import (
     Corpus,
     GoldConfig,
-    Review,
     build_corpus,
     load_corpus,
     opening_accuracy,
@@ -194,7 +193,7 @@ class Build:
         folder, tokenizer = self.work / "preferences", load_tokenizer(self.work / "tokenizer")
         output = folder / PAIRS
         if not output.is_file():
-            texts = [review.text for review in self._reviews("train")]
+            texts = list(self._reviews("train"))
             untuned = load_model(self.work / "untuned" / "model")
             sample_pairs(self.recipe.preferences, untuned, self._gold(), tokenizer, texts, output)
         kept = write_training_pairs(output, tokenizer.eos_token, folder / TRAINING_PAIRS)
@@ -216,8 +215,8 @@ class Build:
         tokenizer = load_tokenizer(self.work / "tokenizer")
         models = Demo(policy, untuned, tuned, self._gold(), tokenizer)
         methods = experiment_methods(config, models, *direct)
-        seen = {review.text for review in self._reviews("train")}
-        texts = [review.text for review in self._reviews("test") if review.text not in seen]
+        seen = self._reviews("train")
+        texts = [text for text in self._reviews("test") if text not in seen]
         prompts = draw_prompts(config, texts)
         found = decode_all(config, models, methods, prompts, folder, {"weights": weights})
         headings = {name: method.heading for name, method in methods.items()}
@@ -233,7 +232,7 @@ class Build:
         log.info("evaluation: %s\n%s", folder, table)
         return {name: row["gold_reward"] for name, row in summary["methods"].items()}
 
-    def _reviews(self, name: str) -> list[Review]:
+    def _reviews(self, name: str) -> dict[str, int]:
         return read_reviews(self.data / "imdb" / f"{name}.jsonl.xz")
 
     def _gold(self) -> Classifier:

@@ -34,12 +34,8 @@ _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+")
 _SPACES = re.compile(r"[ \t\r\f\v]+")
 
 
-@dataclass(frozen=True)
-class Review:
-    """One cleaned review; label 1 is positive, 0 negative, UNLABELLED neither."""
-
-    text: str
-    label: int
+Reviews = Sequence[tuple[str, int]]
+"""(text, label) each; label 1 is positive, 0 negative, UNLABELLED neither."""
 
 
 def clean(text: str) -> str:
@@ -47,12 +43,12 @@ def clean(text: str) -> str:
     return _SPACES.sub(" ", _LINE_BREAKS.sub("\n", text)).strip()
 
 
-def read_reviews(path: str | Path) -> list[Review]:
-    """Read a file of rows {"text", "label"?}; exact duplicates after cleaning are dropped."""
+def read_reviews(path: str | Path) -> dict[str, int]:
+    """Labels by text of a file of rows {"text", "label"?}; the first of equal texts counts."""
     reviews: dict[str, int] = {}
     for row in read_jsonl(path):
         reviews.setdefault(clean(row["text"]), row.get("label", UNLABELLED))
-    return [Review(text, label) for text, label in reviews.items()]
+    return reviews
 
 
 @dataclass(frozen=True)
@@ -72,23 +68,24 @@ class Corpus:
 
     def subset(self, indices: Int64[np.ndarray, " m"]) -> "Corpus":
         """The reviews at `indices`, in that order."""
-        parts = [self.review(int(i)) for i in indices]
-        starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return Corpus(np.concatenate(parts), starts, self.labels[indices])
+        return _join([self.review(int(i)) for i in indices], self.labels[indices])
 
 
-def encode_reviews(tokenizer: Tokenizer, reviews: list[Review], *, batch: int = 2000) -> Corpus:
+def _join(parts: Sequence[UInt16[np.ndarray, " X"]], labels: Int64[np.ndarray, " n"]) -> Corpus:
+    starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return Corpus(np.concatenate(parts), starts, labels)
+
+
+def encode_reviews(tokenizer: Tokenizer, reviews: Reviews, *, batch: int = 2000) -> Corpus:
     """Tokenise every review; needs a vocabulary of at most 65,536 ids."""
     if tokenizer.get_vocab_size() > 1 << 16:
         raise InputError("the corpus cache holds 16-bit ids: the vocabulary must not exceed 65,536")
     parts: list[np.ndarray] = []
     for first in range(0, len(reviews), batch):
-        texts = [review.text for review in reviews[first : first + batch]]
+        texts = [text for text, _ in reviews[first : first + batch]]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         parts.extend(np.asarray(e.ids, dtype=np.uint16) for e in encodings)
-    starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    labels = np.asarray([review.label for review in reviews], dtype=np.int64)
-    return Corpus(np.concatenate(parts), starts, labels)
+    return _join(parts, np.asarray([label for _, label in reviews], dtype=np.int64))
 
 
 def save_corpus(corpus: Corpus, directory: str | Path) -> None:
@@ -124,31 +121,24 @@ def build_corpus(
     train, unsup, test = (
         read_reviews(folder / f"{name}.jsonl.xz") for name in ("train", "unsup", "test")
     )
-    seen = _drawn(train + unsup, reviews)
-    tokenizer = train_bpe((review.text for review in seen), vocab_size)
+    seen = _drawn([*train.items(), *unsup.items()], reviews)
+    tokenizer = train_bpe((text for text, _ in seen), vocab_size)
     save_bpe(tokenizer, work / "tokenizer", max_length=max_length)
-    tested = {review.text for review in test}
-    trained = {review.text for review in train}
-    language = {review.text: review for review in seen if review.text not in tested}
-    found = {
-        "language": list(language.values()),
-        "train": train,
-        "test": _drawn([review for review in test if review.text not in trained], reviews),
-    }
     counts: dict[str, Any] = {}
-    for name in sets:
-        if name == "language":
-            texts = [{"text": review.text} for review in found[name]]
-            write_jsonl(work / "corpus" / LANGUAGE_TEXTS, texts)
-            counts[name] = {"reviews": len(texts)}
-            continue
-        corpus = encode_reviews(tokenizer, found[name])
+    if "language" in sets:
+        language = dict.fromkeys(text for text, _ in seen if text not in test)
+        write_jsonl(work / "corpus" / LANGUAGE_TEXTS, [{"text": text} for text in language])
+        counts["language"] = {"reviews": len(language)}
+    unseen = [(text, label) for text, label in test.items() if text not in train]
+    labelled = {"train": list(train.items()), "test": _drawn(unseen, reviews)}
+    for name in (name for name in labelled if name in sets):
+        corpus = encode_reviews(tokenizer, labelled[name])
         save_corpus(corpus, work / "corpus" / name)
         counts[name] = {"reviews": len(corpus), "tokens": int(corpus.tokens.size)}
     return counts
 
 
-def _drawn(reviews: list[Review], count: int | None) -> list[Review]:
+def _drawn(reviews: Reviews, count: int | None) -> Reviews:
     if count is None or count >= len(reviews):
         return reviews
     order = np.random.default_rng(0).permutation(len(reviews))[:count]
