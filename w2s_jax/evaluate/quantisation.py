@@ -234,7 +234,7 @@ def measure(
 
 
 def compare(plain: Measured, other: Measured) -> Figures:
-    """The figures of one policy, given what the unquantised one did in the same trial."""
+    """The figures of one policy, given what the unquantised one did with the same texts."""
     loss, before = (-np.concatenate(one.logprobs).mean(dtype=np.float64) for one in (other, plain))
     same = np.concatenate(other.likeliest) == np.concatenate(plain.likeliest)
     pairs = list(zip(other.continuations, plain.continuations, strict=True))
