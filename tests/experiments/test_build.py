@@ -339,8 +339,8 @@ def test_preferences_follow_bradley_terry():
         ({"policy": {"width": 8}}, "policy: field 'layers' is missing"),
         ({"vocab_size": "many"}, "vocab_size: 'many' is no int"),
         (
-            {"gold": TINY["gold"] | {"optimizer": {"name": "adam"}}},
-            "optimizer: name: 'adam' is none of adamw, ",
+            {"gold": TINY["gold"] | {"optimizer": {"optimizer": "adam"}}},
+            "optimizer: optimizer: 'adam' is none of adamw, ",
         ),
         (
             {"gold": TINY["gold"] | {"optimizer": {"warmup": -1}}},

@@ -71,8 +71,8 @@ from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 from w2s_jax.text.typed_yaml import read_typed
-from w2s_jax.train.loop import read_metrics
 from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.watch import read_metrics
 
 ASSETS = Path(__file__).parent.parent / "demo" / "assets"
 LANGUAGE_MODELS = ("policy", "untuned", "tuned")

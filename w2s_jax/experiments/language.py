@@ -33,7 +33,7 @@ from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import END_ID, PAD_ID, load_tokenizer
 from w2s_jax.train.logprobs import sequence_scores
-from w2s_jax.train.loop import read_metrics
+from w2s_jax.train.watch import read_metrics
 
 LOSS_TOKENS = 64
 PAIRS, TRAINING_PAIRS = "pairs.jsonl", "training.jsonl"

@@ -32,7 +32,7 @@ from w2s_jax.reasoning.measures import gap_over_seeds, over_seeds
 from w2s_jax.reasoning.stages import Stage, run_stages
 from w2s_jax.text.rows import write_jsonl, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
-from w2s_jax.train.loop import read_metrics
+from w2s_jax.train.watch import read_metrics
 
 SEEDS = 5
 """Seeds that there are questions for; the general text keeps all of them out."""

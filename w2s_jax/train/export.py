@@ -33,9 +33,9 @@ from w2s_jax.models.reward import (
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
 from w2s_jax.train.checkpoint import read_params
-from w2s_jax.train.config import ConvertConfig
 from w2s_jax.train.loop import CHECKPOINTS
 from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.runs_config import ConvertConfig
 
 RECORD = "run.json"
 """The file of a run's folder that says what is trained there."""
