@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import tiny_model
 from w2s_jax.cli import main as entry
 from w2s_jax.cli.main import main
-from w2s_jax.evaluate import rewards as evaluate_rewards
+from w2s_jax.evaluate import judging
 from w2s_jax.evaluate.results import read_results
 from w2s_jax.evaluate.rewards import compare
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
@@ -210,7 +210,7 @@ def test_an_encoder_takes_no_template(flags, encoder, results, capsys):
 def test_a_killed_run_goes_on_where_it_stopped(model, results, tmp_path, monkeypatch):
     """From what is on the disk where a kill strikes after five rows."""
     left, asked = [], []
-    append, rewards = Journal.append, evaluate_rewards.rewards
+    append, rewards = Journal.append, judging.rewards
 
     def watched(self, row_id, row):
         append(self, row_id, row)
@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, results, tmp_path, monkeyp
         return rewards(model, encoded, **options)
 
     monkeypatch.setattr(Journal, "append", watched)
-    monkeypatch.setattr(evaluate_rewards, "rewards", counting)
+    monkeypatch.setattr(judging, "rewards", counting)
     other = tmp_path / "other.jsonl"
     write_jsonl(other, [row | {"response": row["response"] + "."} for row in ROWS])
     found = {}

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from w2s_jax.demo import Demo, OtherGuide, run
+from w2s_jax.demo import Demo, DemoConfig, OtherGuide, run
 from w2s_jax.demo.run import (
     Outcome,
-    mean_and_stderr,
     read_openings,
     run_demo,
     summarise,
@@ -49,12 +48,6 @@ def test_the_openings_are_none_of_the_data_set(shared_data):
     with lzma.open(path, "rt", encoding="utf-8") as file:
         reviews = file.read().lower()
     assert not [opening for opening in read_openings(80) if opening.lower() in reviews]
-
-
-def test_mean_and_standard_error():
-    mean, stderr = mean_and_stderr(np.array([1.0, 2.0, 3.0, 6.0]))
-    assert mean == 3.0
-    assert stderr == pytest.approx(np.sqrt(14 / 3) / 2)
 
 
 def test_paired_differences_are_over_the_same_prompts():
@@ -122,7 +115,7 @@ def test_the_demo_writes_its_results_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_demo", lambda: None)
     monkeypatch.setattr(run, "load_other_guide", lambda: "other")
     monkeypatch.setattr(run, "steer", steer)
-    summary = run_demo(tmp_path / "out", prompts=3)
+    summary = run_demo(DemoConfig(str(tmp_path / "out"), prompts=3))
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert list(summary["methods"]) == ["base", "bon", "eft", "cbs", "cbs-across"]
     assert list(summary["paired"]) == ["cbs-base", "cbs-bon", "cbs-across-base"]
@@ -147,7 +140,7 @@ def test_every_method_steers_the_models(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_other_guide", lambda: other)
     monkeypatch.setattr(run, "SLOTS", 2)
     monkeypatch.setattr(run, "read_openings", lambda count: ["A film", "We saw", "The sea"][:count])
-    run_demo(tmp_path / "out", prompts=3, max_new_tokens=5)
+    run_demo(DemoConfig(str(tmp_path / "out"), prompts=3, max_new_tokens=5))
     rows = read_jsonl(tmp_path / "out" / "results.jsonl")
     assert [row["method"] for row in rows] == ["base", "bon", "eft", "cbs", "cbs-across"] * 3
     assert any(row["response"] for row in rows)
@@ -160,4 +153,4 @@ def test_an_unwritable_output_is_told_before_anything_is_loaded(tmp_path, monkey
     monkeypatch.delattr(run, "load_demo")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        run_demo(tmp_path / "file" / "demo")
+        run_demo(DemoConfig(str(tmp_path / "file" / "demo")))

@@ -26,6 +26,12 @@ def test_a_summary_is_worked_out_by_hand():
     assert summary.tokens == pytest.approx(3.0)
 
 
+def test_mean_and_standard_error():
+    mean, stderr = mean_and_stderr(np.array([1.0, 2.0, 3.0, 6.0]))
+    assert mean == 3.0
+    assert stderr == pytest.approx(np.sqrt(14 / 3) / 2)
+
+
 def test_a_single_row_has_no_standard_error():
     assert mean_and_stderr(np.array([2.5], np.float32)) == (2.5, None)
     found = compare(np.array([1.0]), np.array([0.0]))

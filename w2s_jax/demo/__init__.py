@@ -4,11 +4,27 @@ import importlib.resources
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.model import Model
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo writes, where to and by which draws."""
+
+    output: Annotated[str, arg(metavar="DIR")] = "demo"
+    """Folder of results.jsonl and summary.json."""
+    prompts: int = 64
+    """Openings to continue, 80 at most."""
+    seed: int = 0
+    """Decides the draws."""
+    max_new_tokens: int = 50
+    """Tokens in a response."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +49,28 @@ class OtherGuide:
 
 def load_demo(*, dtype: Any = "float32") -> Demo:
     """Load the embedded default; the files hold bfloat16, which CPUs compute slowly."""
-    from w2s_jax.models.load import load_classifier, load_model
-    from w2s_jax.text.tokenizer import load_tokenizer
+    from w2s_jax.models.load import load_classifier
 
     with _assets() as assets:
-        policy, untuned, tuned = (
-            load_model(assets / name, dtype=dtype) for name in ("policy", "untuned", "tuned")
-        )
         gold = load_classifier(assets / "gold", dtype=dtype)
-        tokenizer = load_tokenizer(assets / "policy")
-    return Demo(policy, untuned, tuned, gold, tokenizer)
+    models, tokenizer = _decoders("policy", "untuned", "tuned", dtype=dtype)
+    return Demo(*models, gold, tokenizer)
 
 
 def load_other_guide(*, dtype: Any = "float32") -> OtherGuide:
     """Load the second guide of the embedded default; the files hold bfloat16 as the others do."""
+    models, tokenizer = _decoders("mistral-tuned", "mistral-untuned", dtype=dtype)
+    return OtherGuide(*models, tokenizer)
+
+
+def _decoders(*names: str, dtype: Any) -> "tuple[list[Model], Any]":
+    """Decoders of one vocabulary, and their tokenizer."""
     from w2s_jax.models.load import load_model
     from w2s_jax.text.tokenizer import load_tokenizer
 
     with _assets() as assets:
-        tuned, untuned = (
-            load_model(assets / f"mistral-{part}", dtype=dtype) for part in ("tuned", "untuned")
-        )
-        tokenizer = load_tokenizer(assets / "mistral-tuned")
-    return OtherGuide(tuned, untuned, tokenizer)
+        models = [load_model(assets / name, dtype=dtype) for name in names]
+        return models, load_tokenizer(assets / names[0])
 
 
 def _assets() -> AbstractContextManager[Path]:

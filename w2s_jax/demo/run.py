@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from w2s_jax.demo import Demo, OtherGuide, load_demo, load_other_guide
+from w2s_jax.demo import Demo, DemoConfig, OtherGuide, load_demo, load_other_guide
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.progress import progress
-from w2s_jax.evaluate.rewards import gold_rewards
+from w2s_jax.evaluate.rewards import gold_rewards, mean_and_stderr
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
@@ -66,25 +66,26 @@ class Outcome:
     seconds_per_prompt: float
 
 
-def run_demo(
-    output: str | Path, *, prompts: int = 64, seed: int = 0, max_new_tokens: int = 50
-) -> dict[str, Any]:
-    """Compare the methods, print tables, write results.jsonl and summary.json; returns the summary.
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Compare the methods, print tables, write results.jsonl and summary.json.
 
-    Raises InputError for more prompts than there are openings, or an output that cannot be written.
+    Returns:
+        The summary, as `summarise` gives it.
+
+    Raises:
+        InputError: for more prompts than there are openings, or an output that cannot be written.
     """
-    folder = Path(output)
-    openings = read_openings(prompts)
-    configs = {
-        name: preset(method.preset, max_new_tokens=max_new_tokens, seed=seed, slots=SLOTS)
-        for name, method in METHODS.items()
-    }
+    folder, openings = Path(config.output), read_openings(config.prompts)
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens, "seed": config.seed, "slots": SLOTS
+    }  # fmt: skip
+    searches = {name: preset(method.preset, **settings) for name, method in METHODS.items()}
     for name in ("results.jsonl", "summary.json"):
         check_writable(folder / name)
     models, other = load_demo(), load_other_guide()
     outcomes = {
-        name: steer(models, openings, config, name, other if METHODS[name].across else None)
-        for name, config in configs.items()
+        name: steer(models, openings, searching, name, other if METHODS[name].across else None)
+        for name, searching in searches.items()
     }
     summary = summarise(outcomes)
     write_jsonl(folder / "results.jsonl", result_rows(openings, outcomes))
@@ -135,16 +136,14 @@ def steer(
         start = time.perf_counter()
         results = run(range(len(prompts)), lambda _: advance(1))
         seconds = time.perf_counter() - start
-    responses = [
-        hypothesis_text(tokenizer, prompt, result.best)
-        for prompt, result in zip(prompts, results, strict=True)
-    ]
+    best = [result.best for result in results]
+    responses = [hypothesis_text(tokenizer, *pair) for pair in zip(prompts, best, strict=True)]
     texts = [opening + response for opening, response in zip(openings, responses, strict=True)]
     rewards = gold_rewards(models.gold, tokenizer, texts, batch_size=SLOTS)
     return Outcome(
         responses,
-        [result.best.score for result in results],
-        [float(reward) for reward in np.asarray(rewards)],
+        [hypothesis.score for hypothesis in best],
+        rewards.tolist(),
         seconds / len(prompts),
     )
 
@@ -169,25 +168,16 @@ def warm_up(prompts: Sequence[Sequence[int]], *, text: bool) -> list[Sequence[in
 
 def summarise(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """Means with standard errors of each method, and of differences over the same prompts."""
-    rewards = {method: np.asarray(outcome.gold_rewards) for method, outcome in outcomes.items()}
-    methods = {}
-    for method, outcome in outcomes.items():
-        mean, stderr = mean_and_stderr(rewards[method])
-        methods[method] = {
-            "gold_reward": mean,
-            "stderr": stderr,
-            "seconds_per_prompt": outcome.seconds_per_prompt,
-        }
-    paired = {}
+    rewards = {name: np.array(outcome.gold_rewards) for name, outcome in outcomes.items()}
+    methods, paired = {}, {}
+    for name, outcome in outcomes.items():
+        mean, stderr = mean_and_stderr(rewards[name])
+        seconds = outcome.seconds_per_prompt
+        methods[name] = {"gold_reward": mean, "stderr": stderr, "seconds_per_prompt": seconds}
     for better, worse in PAIRS:
         mean, stderr = mean_and_stderr(rewards[better] - rewards[worse])
         paired[f"{better}-{worse}"] = {"mean": mean, "stderr": stderr}
     return {"methods": methods, "paired": paired}
-
-
-def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
-    """The mean of a sample of at least two, and the standard error s / √n of that mean."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def result_rows(openings: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:

@@ -1,35 +1,61 @@
-"""lm-evaluation-harness: the model class `w2s`, made and registered on request.
+"""lm-evaluation-harness: what `w2s lm-eval` does, and the model class `w2s`.
 
 lm_eval comes with the extra `harness` and is imported only here, inside functions. What the class
 asks of the models is in `steered.py`.
 """
 
-import inspect
+import fnmatch
+import json
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.steered import CHOOSING, Decoding, Prompts, Question, Steered, load_steered
-from w2s_jax.models.quantize import read_quantize
+from w2s_jax.evaluate.config import HarnessConfig, SteeredConfig
+from w2s_jax.evaluate.steered import (
+    CHOOSING,
+    Decoding,
+    Prompts,
+    Question,
+    Steered,
+    prepare_steered,
+)
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.ops.sharding import make_mesh
-from w2s_jax.search.checkpoints import Sources, guide_sources
-from w2s_jax.search.config import preset
 from w2s_jax.search.likelihood import ScoredResponse
-from w2s_jax.search.models import read_places
 from w2s_jax.text.chat import read_template_args
 from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.prompts import encode_texts
+from w2s_jax.text.rows import check_writable, write_whole
 
 NAME = "w2s"
-DEFAULT_TOKENS = 256
-"""Tokens of a generated text where a task names no number, as in lm-eval's own models."""
 DEFAULT_BATCH = 8
+# In place of these names, which --model_args take, SteeredConfig has others.
+_RENAMED = {
+    "w": "beam_width",
+    "k": "successors",
+    "l": "chunk_length",
+    "n": "samples",
+    "max_gen_toks": "max_new_tokens",
+}
+_TAKEN = (
+    "policy", "tuned", "untuned", "policy_template", "guide_template", "untuned_template",
+    "template_args", "score_on", "method", "w", "k", "l", "n", "beta", "eft_top_k", "temperature",
+    "top_k", "top_p", "max_gen_toks", "seed", "batch_size", "dtype", "mesh", "policy_rules",
+    "guide_rules", "scan_layers", "quantise_policy", "policy_cache",
+)  # fmt: skip
+MODEL_ARGUMENTS = {name: _RENAMED.get(name, name) for name in _TAKEN}
+"""The arguments of --model_args, and the fields of SteeredConfig that they set."""
+_LEFT_OUT = ("device", "max_batch_size")
+# Settings that lm-eval calls as HarnessConfig does.
+_HARNESS_SETTINGS = (
+    "num_fewshot", "batch_size", "limit", "use_cache", "log_samples", "apply_chat_template",
+    "system_instruction", "gen_kwargs",
+)  # fmt: skip
 _HEEDED = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 _logger = logging.getLogger(__name__)
 
@@ -37,8 +63,8 @@ _logger = logging.getLogger(__name__)
 def register() -> type:
     """The model class, registered as `w2s`; the same one at every call.
 
-    lm-eval makes it from the arguments of `steered_from`. Raises InputError where lm_eval is not
-    installed.
+    lm-eval makes it from the arguments that `steered_config` reads. Raises InputError where lm_eval
+    is not installed.
     """
     try:
         from lm_eval.api import registry
@@ -52,77 +78,107 @@ def register() -> type:
     return registry.get_model(NAME)
 
 
-def steered_from(
-    *,
-    policy: str,
-    tuned: str | None = None,
-    untuned: str | None = None,
-    policy_template: str = "auto",
-    guide_template: str = "auto",
-    untuned_template: str | None = None,
-    template_args: str | Mapping[str, Any] = "{}",
-    score_on: str = "auto",
-    method: str = "sample",
-    w: int = 4,
-    k: int = 4,
-    l: int = 5,  # noqa: E741
-    n: int = 16,
-    beta: float | int = 1.0,
-    eft_top_k: int = 0,
-    temperature: float | int = 0.7,
-    top_k: int = 50,
-    top_p: float | int = 1.0,
-    max_gen_toks: int = DEFAULT_TOKENS,
-    seed: int = 0,
-    batch_size: int = DEFAULT_BATCH,
-    dtype: str | None = None,
-    mesh: str | None = None,
-    policy_rules: str = "search",
-    guide_rules: str = "search",
-    scan_layers: bool | None = None,
-    quantise_policy: str | None = None,
-    policy_cache: str = "auto",
-) -> Steered:
-    """A policy with one guide from lm-eval's --model_args, which go by the names of w2s's flags.
+def lm_eval(
+    config: HarnessConfig, *, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Run lm-eval's tasks on a policy, alone or steered; with `config.output` write the results.
 
-    temperature, top_k, top_p and max_gen_toks hold where a task does not say otherwise. Raises
-    InputError as `load_steered` does.
+    Args:
+        config: the policy with what steers it, and the tasks.
+        tell: takes lines on how the models are used, before the tasks are run.
+
+    Returns:
+        lm-eval's results.
+
+    Raises:
+        InputError: for what is wrong, first for what costs little.
     """
-    pair = (None, None) if method == "sample" else (tuned, untuned)
-    tuned_paths, untuned_paths = ([] if path is None else [str(path)] for path in pair)
-    sources = Sources(
-        policy=str(policy),
-        guides=guide_sources(
-            tuned_paths,
-            untuned_paths,
-            tuned_template=guide_template,
-            untuned_template=untuned_template or guide_template,
-        ),
-        policy_template=policy_template,
-        template_args=(
-            read_template_args(template_args, "template_args")
-            if isinstance(template_args, str)
-            else template_args
-        ),
-        score_on=score_on,
-        quantize=read_quantize(quantise_policy) if quantise_policy else None,
+    model_class = register()
+    load_steered = prepare_steered(config)
+    if config.output:
+        check_writable(config.output)
+    names = [name for words in config.tasks for name in words.split(",") if name]
+    manager = _task_manager(names, config.include_path)
+    steered = load_steered()
+    for line in steered.notes:
+        tell(line)
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    results = simple_evaluate(
+        model=model_class(steered),
+        model_args={name: value for name, value in asdict(config).items() if value},
+        tasks=names,
+        task_manager=manager,
+        fewshot_random_seed=config.seed,
+        **{name: getattr(config, name) for name in _HARNESS_SETTINGS},
     )
-    config = preset(
-        method,
-        w=w,
-        k=k,
-        l=l,
-        n=n,
-        beta=float(beta),
-        eft_top_k=eft_top_k,
-        max_new_tokens=max_gen_toks,
-        sampling=Sampling(float(temperature), top_k, float(top_p)),
-        seed=seed,
-        policy_cache=policy_cache,
-    )
-    grid = make_mesh(mesh) if mesh else None
-    places = read_places(grid, policy_rules, guide_rules, scan_layers)
-    return load_steered(sources, method, config, batch_size=batch_size, dtype=dtype, places=places)
+    results["config"]["model"] = NAME
+    if config.output:
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
+        write_whole(config.output, [text.encode(), b"\n"])
+    return results
+
+
+def _task_manager(names: Sequence[str], include_path: str | None) -> Any:
+    """lm-eval's TaskManager that knows these tasks; its own are read only where they are needed.
+
+    Raises InputError for a folder that is not there and for names that no task has.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if not names:
+        raise InputError("--tasks names no task")
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise InputError(f"--include-path {include_path}: no such folder")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if not _unknown(names, own.all_tasks):
+            return own
+    manager = TaskManager(include_path=include_path)
+    unknown = _unknown(names, manager.all_tasks)
+    if unknown:
+        raise InputError(
+            f"--tasks: lm-eval knows no task {', '.join(unknown)}; name one of its own, or give "
+            "the folder of yours with --include-path"
+        )
+    return manager
+
+
+def _unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    files = {name for name in names if name.endswith((".yaml", ".yml")) and Path(name).is_file()}
+    return [name for name in names if name not in files and not fnmatch.filter(known, name)]
+
+
+def steered_config(arguments: Mapping[str, Any]) -> SteeredConfig:
+    """The settings that lm-eval's --model_args name, by the names of w2s's flags.
+
+    temperature, top_k, top_p and max_gen_toks hold where a task does not say otherwise. lm-eval's
+    device is left to JAX, and "auto" for a batch size is 8 rows. Raises InputError for an argument
+    that is not known, and for a missing policy.
+    """
+    given = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
+    for name in given:
+        if name not in MODEL_ARGUMENTS:
+            known = ", ".join(MODEL_ARGUMENTS)
+            raise InputError(f"model argument {name!r}: it takes {known}")
+    if given.get("policy") is None:
+        raise InputError("model arguments: policy is missing, the checkpoint that writes")
+    size = str(given.pop("batch_size", DEFAULT_BATCH))
+    given["batch_size"] = int(size) if size.isdecimal() else DEFAULT_BATCH
+    if given["batch_size"] < 1:
+        raise InputError(f"batch_size is {size}; it must be at least 1")
+    args = given.pop("template_args", None) or "{}"
+    args = read_template_args(args, "template_args") if isinstance(args, str) else dict(args)
+    guided = given.get("method", "sample") != "sample"
+    values = {MODEL_ARGUMENTS[name]: value for name, value in given.items() if value is not None}
+    for name in ("tuned", "untuned"):
+        path = values.pop(name, None)
+        values[name] = (str(path),) if guided and path is not None else ()
+    for name in values.keys() & {"beta", "temperature", "top_p"}:
+        values[name] = float(values[name])
+    policy = str(values.pop("policy"))
+    return SteeredConfig(policy=policy, template_args=json.dumps(args), **values)
 
 
 def decoding_of(steered: Steered, arguments: Mapping[str, Any]) -> Decoding:
@@ -195,23 +251,8 @@ class HarnessModel:
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """The model that `steered_from` makes of lm-eval's arguments.
-
-        lm-eval's device is left to JAX, and "auto" for a batch size is 8 rows. Raises InputError
-        for an argument that is not known.
-        """
-        arguments = arg_dict | (additional_config or {})
-        for foreign in ("device", "max_batch_size"):
-            arguments.pop(foreign, None)
-        size = str(arguments.pop("batch_size", DEFAULT_BATCH))
-        arguments["batch_size"] = int(size) if size.isdecimal() else DEFAULT_BATCH
-        known = inspect.signature(steered_from).parameters
-        for name in arguments:
-            if name not in known:
-                raise InputError(f"model argument {name!r}: it takes {', '.join(known)}")
-        if arguments.get("policy") is None:
-            raise InputError("model arguments: policy is missing, the checkpoint that writes")
-        return cls(steered_from(**arguments))
+        """The model of lm-eval's arguments; InputError as `steered_config` and loading raise."""
+        return cls(prepare_steered(steered_config(arg_dict | (additional_config or {})))())
 
     @classmethod
     def create_from_arg_string(
@@ -302,19 +343,12 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [
-            self._fit(self._prompts("" if text is None else text[0], context), response)
+        windows = [
+            [self._fit(self._prompts("" if text is None else text[0], context), response)]
             for text, context, response in requests
         ]
-        found: dict[int, tuple[float, bool]] = {}
-
-        def keep(index: int, answer: tuple[float, bool]) -> None:
-            found[index] = answer
-            if requests[index][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-
-        _score(self.steered, pairs, keep, "loglikelihood", disable_tqdm)
-        return [found[index] for index in range(len(requests))]
+        asked = [text for text, *_ in requests]
+        return self._score("loglikelihood", asked, windows, lambda found: found[0], disable_tqdm)
 
     def _fit(self, prompts: Prompts, response: list[int]) -> tuple[Prompts, list[int]]:
         """Prompts cut from the left so that a response fits behind them."""
@@ -330,53 +364,71 @@ class HarnessModel:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         self.steered.check_likelihood()
-        windows: list[tuple[Prompts, list[int]]] = []
-        owner: list[int] = []
-        for index, request in enumerate(requests):
+        windows = []
+        for request in requests:
             # Without special tokens: each token of the text is predicted once, and no other.
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(
+            rolling = get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, context_len=1
-            ):
-                context, response = make_disjoint_window(window)
-                windows.append(((tuple(context),), response))
-                owner.append(index)
-        totals = [0.0] * len(requests)
-        missing = [owner.count(index) for index in range(len(requests))]
+            )
+            pairs = map(make_disjoint_window, rolling)
+            windows.append([((tuple(context),), response) for context, response in pairs])
 
-        def keep(place: int, answer: tuple[float, bool]) -> None:
-            index = owner[place]
-            totals[index] += answer[0]
-            missing[index] -= 1
-            if not missing[index]:
-                told = ("loglikelihood_rolling", requests[index].args, totals[index])
-                self.cache_hook.add_partial(*told)
+        def total(found: list[tuple[float, bool]]) -> float:
+            return sum((logprob for logprob, _ in found), 0.0)
 
-        _score(self.steered, windows, keep, "loglikelihood_rolling", disable_tqdm)
-        return totals
+        asked = [request.args for request in requests]
+        return self._score("loglikelihood_rolling", asked, windows, total, disable_tqdm)
+
+    def _score(
+        self,
+        name: str,
+        asked: Sequence[tuple[str, ...] | None],
+        windows: Sequence[Sequence[tuple[Prompts, list[int]]]],
+        answer: Callable[[list[tuple[float, bool]]], Any],
+        quiet: bool,
+    ) -> list[Any]:
+        """What `answer` makes of the (log-likelihood, greedy) of each request's windows.
+
+        An answer goes to lm-eval's cache as soon as it is there, by the request's arguments.
+        """
+        from tqdm import tqdm
+
+        owners = [index for index, own in enumerate(windows) for _ in own]
+        found: list[list[tuple[float, bool]]] = [[] for _ in windows]
+        with tqdm(total=len(owners), desc=name, disable=quiet or None) as bar:
+
+            def hear(place: int, scored: ScoredResponse) -> None:
+                index, total = owners[place], float(scored.logprobs.sum(dtype=np.float64))
+                found[index].append((total, bool(scored.greedy.all())))
+                bar.update()
+                arguments = asked[index]
+                if arguments is not None and len(found[index]) == len(windows[index]):
+                    self.cache_hook.add_partial(name, arguments, answer(found[index]))
+
+            self.steered.likelihoods([window for own in windows for window in own], hear)
+        return [answer(own) for own in found]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         from tqdm import tqdm
 
-        ids = rows_of([request.args[0] for request in requests])
-        index_of = {row: index for index, row in enumerate(ids)}
+        asked = dict(zip(rows_of([r.args[0] for r in requests]), requests, strict=True))
         groups: dict[Decoding, list[Question]] = {}
-        for row, request in zip(ids, requests, strict=True):
+        for row, request in asked.items():
             context, arguments = request.args
             decoding = decoding_of(self.steered, arguments)
-            question = self._question(row, context, decoding)
-            groups.setdefault(decoding, []).append(question)
+            groups.setdefault(decoding, []).append(self._question(row, context, decoding))
         texts: dict[int, str] = {}
-        with tqdm(total=len(ids), desc="generate_until", disable=disable_tqdm or None) as bar:
+        with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm or None) as bar:
 
             def keep(row: int, text: str) -> None:
                 texts[row] = text
-                self.cache_hook.add_partial("generate_until", requests[index_of[row]].args, text)
+                self.cache_hook.add_partial("generate_until", asked[row].args, text)
                 bar.update()
 
             for decoding, questions in groups.items():
                 self.steered.generate(questions, decoding, keep)
-        return [texts[row] for row in ids]
+        return [texts[row] for row in asked]
 
     def _question(self, row_id: int, context: str, decoding: Decoding) -> Question:
         """A context as the models read it, cut from the left to leave room for the text."""
@@ -399,23 +451,3 @@ def _cut(prompts: Prompts, room: int) -> Prompts:
         if len(prompt) > room:
             _logger.warning("a context of %d tokens is cut from the left to %d", len(prompt), room)
     return tuple(prompt[-room:] for prompt in prompts)
-
-
-def _score(
-    steered: Steered,
-    pairs: list[tuple[Prompts, list[int]]],
-    keep: Callable[[int, tuple[float, bool]], None],
-    name: str,
-    quiet: bool,
-) -> None:
-    """Score all pairs under a progress bar; `keep` gets (log-likelihood, greedy) as they come."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(pairs), desc=name, disable=quiet or None) as bar:
-
-        def hear(index: int, scored: ScoredResponse) -> None:
-            total = float(scored.logprobs.sum(dtype=np.float64))
-            keep(index, (total, bool(scored.greedy.all())))
-            bar.update()
-
-        steered.likelihoods(pairs, hear)

@@ -12,7 +12,6 @@ import importlib.resources
 import json
 import math
 import re
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -187,7 +186,11 @@ STEPS = 4
 # Blue and orange, from pale to strong, each with an ink that can be read on it: colour-blind safe.
 _MORE = ("#111111 on #d1e5f0", "#111111 on #92c5de", "#111111 on #5fa4d0", "#ffffff on #2166ac")
 _LESS = ("#111111 on #fee0b6", "#111111 on #fdb863", "#111111 on #ec9534", "#ffffff on #9c4a03")
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Controls below the space have pictures; others, halves of characters and marks that turn the
+# direction of writing have none.
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_TAMED = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_TAMED |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000), *map(ord, _BIDI)], 0xFFFD)
 
 
 def shade(tokens: Sequence[tuple[str, float | int]], *, scale: float | None = None) -> Text:
@@ -216,26 +219,29 @@ def show(
     On a console without colours each token is followed by its log-ratio in brackets instead.
     Characters that the console's encoding lacks become question marks.
     """
-    coloured = console.color_system is not None and not console.no_color
-    scale = _scale(tokens)
+    scale, coloured = _scale(tokens), _is_coloured(console)
     body = shade(tokens, scale=scale) if coloured else _numbered(tokens)
-    lines = [Text().append(_tame(prompt), "dim" if coloured else "").append_text(body)]
-    total = f"score {_signed(float(score))}, {len(tokens)} tokens"
-    lines.append(Text(total, "bold" if coloured else ""))
-    if coloured:
-        lines.append(_legend(scale))
-    elif tokens:
-        lines.append(Text("[log p_tuned - log p_untuned] behind each token"))
-    for line in lines:
-        console.print(_encodable(line, console.encoding), highlight=False, soft_wrap=not coloured)
+    legend = [_legend(scale)] if coloured else []
+    if tokens and not coloured:
+        legend = [Text("[log p_tuned - log p_untuned] behind each token")]
+    _print(console, prompt, body, f"score {_signed(float(score))}, {len(tokens)} tokens", *legend)
 
 
 def show_plain(console: Console, prompt: str, response: str, score: float | int) -> None:
     """Print a prompt and a response whose tokens have no scores of their own, and its score."""
-    coloured = console.color_system is not None and not console.no_color
-    body = Text().append(_tame(prompt), "dim" if coloured else "").append(_tame(response))
     total = f"score {_signed(float(score))}; its tokens have none of their own"
-    for line in (body, Text(total, "bold" if coloured else "")):
+    _print(console, prompt, Text(_tame(response)), total)
+
+
+def _is_coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _print(console: Console, prompt: str, body: Text, total: str, *legend: Text) -> None:
+    """Print what is behind a prompt and the lines below it; the prompt is dim, the total bold."""
+    coloured = _is_coloured(console)
+    response = Text().append(_tame(prompt), "dim" if coloured else "").append_text(body)
+    for line in (response, Text(total, "bold" if coloured else ""), *legend):
         console.print(_encodable(line, console.encoding), highlight=False, soft_wrap=not coloured)
 
 
@@ -271,17 +277,7 @@ def _signed(number: float) -> str:
 
 
 def _tame(text: str) -> str:
-    return "".join(map(_tame_letter, text))
-
-
-def _tame_letter(letter: str) -> str:
-    if letter in "\n\t":
-        return letter
-    if letter < " ":
-        return chr(0x2400 + ord(letter))
-    if letter in _BIDI or unicodedata.category(letter) in ("Cc", "Cs"):
-        return "\ufffd"
-    return letter
+    return text.translate(_TAMED)
 
 
 def _encodable(text: Text, encoding: str) -> Text:

@@ -3,7 +3,6 @@
 Figures are of one set of rewards, or of two over the same prompts: pure functions of arrays.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
-from w2s_jax.ops.sharding import DEFAULT_RULES
 from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.train.step import batch_parts, place, place_whole
 
 BLOCK = 2**22
 """The bootstrap holds at most about this many drawn values at a time."""
@@ -124,16 +123,15 @@ def bootstrap_interval(
     samples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
-    statistic: Callable[[np.ndarray], np.ndarray] = lambda drawn: drawn.mean(axis=-1),
 ) -> tuple[float, float]:
-    """The percentile interval of a statistic under resampling with replacement (Efron 1979).
+    """The percentile interval of the mean under resampling with replacement (Efron 1979).
 
-    `statistic` maps [samples, n] to [samples]. The same seed gives the same interval.
+    The same seed gives the same interval.
     """
     rng, count = np.random.default_rng(seed), len(values)
     block = max(1, BLOCK // count)
     drawn = [
-        statistic(values[rng.integers(count, size=(min(block, samples - start), count))])
+        values[rng.integers(count, size=(min(block, samples - start), count))].mean(axis=-1)
         for start in range(0, samples, block)
     ]
     tail = (1.0 - level) / 2.0
@@ -210,36 +208,20 @@ def rewards(
     for index, row in enumerate(encoded):
         equal.setdefault(tuple(row), []).append(index)
     distinct = sorted(equal, key=len)
-    widths = np.array([_width(len(row), limit) for row in distinct])
+    widths = np.array([min(limit, power_of_two(len(row), _NARROWEST)) for row in distinct])
+    spread = place_whole if batch_size % batch_parts(mesh) else place
     for width in sorted(set(widths.tolist())):
         rows = [distinct[i] for i in np.flatnonzero(widths == width)]
         for first in range(0, len(rows), batch_size):
             some = rows[first : first + batch_size]
             batch = some + [some[0]] * (batch_size - len(some))
             tokens, mask = pad_rows(batch, width, pad_id)
-            read = _spread((tokens, mask), mesh)
-            found = to_host(_rewards(model, *read, weights))
+            read = spread({"tokens": tokens, "mask": mask}, mesh)
+            found = to_host(_rewards(model, read["tokens"], read["mask"], weights))
             indices = [index for row in some for index in equal[row]]
             values[indices] = np.repeat(found[: len(some)], [len(equal[row]) for row in some])
             on_batch(np.array(indices), values[indices])
     return values
-
-
-def _spread(arrays: tuple[np.ndarray, ...], mesh: Mesh | None) -> tuple[Any, ...]:
-    """The arrays with their rows over the mesh's data axes, where these divide them."""
-    if mesh is None:
-        return arrays
-    axes = DEFAULT_RULES.mesh_axes("batch")
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    rows = PartitionSpec(axes) if len(arrays[0]) % parts == 0 else PartitionSpec()
-    sharding = NamedSharding(mesh, rows)
-    return tuple(
-        jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for array in arrays
-    )
-
-
-def _width(length: int, limit: int) -> int:
-    return min(limit, power_of_two(length, _NARROWEST))
 
 
 @jax.jit

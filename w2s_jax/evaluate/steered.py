@@ -11,11 +11,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
+from w2s_jax.evaluate.config import SteeredConfig
 from w2s_jax.ops.sampling import Sampling
-from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan
+from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
-from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels
+from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.search.run import of_guides, search
 from w2s_jax.text.conversations import Conversation
@@ -51,7 +52,7 @@ class Steered:
     """A policy and its guides, loaded, and the method that they are used by.
 
     config holds the method's settings; where a text ends, its length and its sampling come with
-    each text. batch_size rows run side by side.
+    each text. batch_size rows run side by side. notes: lines on how the models are used.
     """
 
     plan: SteeringPlan
@@ -60,6 +61,7 @@ class Steered:
     config: SearchConfig
     batch_size: int = 8
     mesh: Mesh | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def models(self) -> SearchModels:
@@ -146,26 +148,25 @@ class Steered:
         return preset(self.method, max_new_tokens=max_new_tokens).chunk_length
 
 
-def load_steered(
-    sources: Sources,
-    method: str,
-    config: SearchConfig,
-    *,
-    batch_size: int = 8,
-    dtype: str | None = None,
-    places: Places = ONE_DEVICE,
-) -> Steered:
-    """Read the checkpoints that a method needs.
+def prepare_steered(config: SteeredConfig) -> Callable[[], Steered]:
+    """Check the settings; what is returned reads the checkpoints that the method needs.
 
-    dtype None is as stored, but float32 on a CPU. Raises InputError where one is missing or wrong,
-    and for vocabularies that differ where the method needs one.
+    Raises:
+        InputError: for settings that are wrong; what is returned raises it where a checkpoint is
+            missing or wrong, and for vocabularies that differ where the method needs one.
     """
-    if sources.policy is None:
-        raise InputError("--policy is missing: name the checkpoint that writes")
-    if method != "sample" and not sources.guides:
-        raise InputError(f"--method {method} needs --tuned and --untuned")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    looked_at = plan(sources, needs_tokens=f"--method {method}" if method in ("eft", "ivg") else "")
-    steering = load(looked_at, dtype=dtype, places=places)
-    return Steered(looked_at, steering, method, config, batch_size, places.mesh)
+    places, method = config.places(), config.method
+    settings = replace(config.search_config(), policy_cache=config.policy_cache)
+    sources = config.sources(guided=method != "sample")
+
+    def load_steered() -> Steered:
+        if sources.policy is None:
+            raise InputError("--policy is missing: name the checkpoint that writes")
+        if method != "sample" and not sources.guides:
+            raise InputError(f"--method {method} needs --tuned and --untuned")
+        looked_at = plan(sources, needs_tokens=f"--method {method}" if config.mixes else "")
+        steering = load(looked_at, dtype=config.weights_dtype, places=places)
+        notes = (*looked_at.notes(), *places.notes(looked_at.configs))
+        return Steered(looked_at, steering, method, settings, config.batch_size, places.mesh, notes)
+
+    return load_steered

@@ -9,14 +9,13 @@ card of what they measure there.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from w2s_jax.demo import Demo
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.experiments.corpus import (
-    LANGUAGE_TEXTS,
     Corpus,
-    LanguageConfig,
+    GoldConfig,
     build_corpus,
-    held_out_loss,
     load_corpus,
     opening_accuracy,
     read_reviews,
     review_accuracy,
     train_gold,
-    write_start,
 )
-from w2s_jax.experiments.preferences import TuneConfig, sample_pairs, write_training_pairs
-from w2s_jax.experiments.recipe import OtherGuide, Recipe, differences, read_recipe, stage_settings
+from w2s_jax.experiments.language import (
+    PAIRS,
+    TRAINING_PAIRS,
+    LanguageConfig,
+    PreferenceConfig,
+    TuneConfig,
+    held_out_loss,
+    pretrain,
+    sample_pairs,
+    tune,
+    write_training_pairs,
+)
 from w2s_jax.experiments.sentiment import (
+    EvaluationConfig,
     decode_all,
     draw_experiment,
     draw_prompts,
@@ -56,7 +62,6 @@ from w2s_jax.experiments.sentiment import (
 )
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
-from w2s_jax.models.model import Model
 from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
@@ -65,13 +70,173 @@ from w2s_jax.search.run import search
 from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
-from w2s_jax.train.loop import read_metrics
+from w2s_jax.text.typed_yaml import read_typed
 from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.watch import read_metrics
 
 ASSETS = Path(__file__).parent.parent / "demo" / "assets"
 LANGUAGE_MODELS = ("policy", "untuned", "tuned")
-GUIDE = ("untuned", "tuned")
 LIMIT_BYTES = 25_000_000
+CARD_PROMPTS = 256
+"""Test reviews behind whose openings a card's gold reward is sampled."""
+_TOLD = 3
+
+Stage = Callable[[], dict[str, Any]]
+log = logging.getLogger("w2s_jax.experiments.build")
+
+
+@dataclass(frozen=True)
+class OtherGuide:
+    """A guide of another vocabulary, tuned on the same preferences; `name` heads its folders.
+
+    reviews: how many of the reviews its tokenizer and its untuned model read; None is all.
+    """
+
+    name: str
+    vocab_size: int
+    untuned: LanguageConfig
+    reviews: int | None = None
+    tuned: TuneConfig = field(default_factory=TuneConfig)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the embedded default, beside the data.
+
+    direct (the policy itself tuned on the preferences) and evaluation (the methods compared) are
+    for the experiment and left out by default; export False leaves out what ships the models.
+    """
+
+    policy: LanguageConfig
+    untuned: LanguageConfig
+    vocab_size: int = 4096
+    gold: GoldConfig = field(default_factory=GoldConfig)
+    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
+    tuned: TuneConfig = field(default_factory=TuneConfig)
+    direct: TuneConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    export: bool = True
+    other_guides: tuple[OtherGuide, ...] = ()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; raises InputError naming a missing file, an unknown field or a wrong value."""
+    return read_typed(Recipe, path)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A recipe with the folders it works in.
+
+    Attributes:
+        recipe: what is made.
+        data: the folder that holds imdb/.
+        work: caches, checkpoints and records, a folder for each stage.
+        assets: where the models go.
+    """
+
+    recipe: Recipe
+    data: Path
+    work: Path
+    assets: Path
+
+    def stages(self) -> dict[str, Stage]:
+        """What each stage of the recipe does, in order; each returns its figures.
+
+        Those of another guide are named NAME/STAGE: its tokenizer, its untuned model and, by the
+        pairs of the first one in its own tokens, its tuned model.
+        """
+        recipe, work, assets = self.recipe, self.work, self.assets
+        vocabulary, pairs = recipe.vocab_size, work / "preferences"
+        tokenise = partial(build_corpus, self.data / "imdb")
+        length = recipe.policy.max_positions
+        found: dict[str, Stage] = {
+            "corpus": partial(tokenise, work, vocabulary, max_length=length),
+            "gold": self.gold,
+            "policy": partial(pretrain, recipe.policy, vocabulary, work, "policy"),
+            "untuned": partial(pretrain, recipe.untuned, vocabulary, work, "untuned"),
+            "preferences": self.preferences,
+            "tuned": partial(tune, recipe.tuned, work / "untuned", pairs, work / "tuned"),
+        }
+        if recipe.direct is not None:
+            folder = work / "tuned_policy"
+            found["tuned_policy"] = partial(tune, recipe.direct, work / "policy", pairs, folder)
+        if recipe.evaluation is not None:
+            found["evaluation"] = self.evaluation
+        if recipe.export:
+            found["export"] = partial(export, work, assets)
+        for guide in recipe.other_guides:
+            folder, untuned = work / guide.name, guide.untuned
+            limits: dict[str, Any] = {"max_length": untuned.max_positions, "reviews": guide.reviews}
+            own: dict[str, Stage] = {
+                "corpus": partial(
+                    tokenise, folder, guide.vocab_size, sets=("language", "test"), **limits
+                ),
+                "untuned": partial(pretrain, untuned, guide.vocab_size, folder, "untuned"),
+                "tuned": partial(tune, guide.tuned, folder / "untuned", pairs, folder / "tuned"),
+            }
+            if recipe.export:
+                own["export"] = partial(export_guide, guide.name, work, assets)
+            found |= {f"{guide.name}/{name}": stage for name, stage in own.items()}
+        return found
+
+    def gold(self) -> dict[str, Any]:
+        """The gold classifier and its accuracy on the openings of the test reviews."""
+        train, test = (load_corpus(self.work / "corpus" / name) for name in ("train", "test"))
+        folder = self.work / "gold"
+        classifier = train_gold(self.recipe.gold, train, self.recipe.vocab_size, folder)
+        save_classifier(classifier, folder / "model")
+        return {"test_accuracy_openings": opening_accuracy(classifier, test)}
+
+    def preferences(self) -> dict[str, Any]:
+        """Pairs sampled from the untuned guide and labelled by the gold reward."""
+        folder, tokenizer = self.work / "preferences", load_tokenizer(self.work / "tokenizer")
+        output = folder / PAIRS
+        if not output.is_file():
+            texts = list(self._reviews("train"))
+            untuned = load_model(self.work / "untuned" / "model")
+            sample_pairs(self.recipe.preferences, untuned, self._gold(), tokenizer, texts, output)
+        kept = write_training_pairs(output, tokenizer.eos_token, folder / TRAINING_PAIRS)
+        rewards = np.array([row["rewards"] for row in read_jsonl(output)])
+        return {
+            "pairs": kept,
+            "mean_reward": float(rewards.mean()),
+            "mean_gap": float(np.abs(rewards[:, 0] - rewards[:, 1]).mean()),
+            "chosen_has_higher_reward": float((rewards[:, 0] > rewards[:, 1]).mean()),
+        }
+
+    def evaluation(self) -> dict[str, Any]:
+        """Responses of every method to openings of test reviews, their figures, table, picture."""
+        config, folder = self.recipe.evaluation, self.work / "evaluation"
+        assert config is not None
+        names = [*LANGUAGE_MODELS, *(["tuned_policy"] if self.recipe.direct is not None else [])]
+        weights = {name: weights_identity(self.work / name / "model") for name in ("gold", *names)}
+        policy, untuned, tuned, *direct = (load_model(self.work / name / "model") for name in names)
+        tokenizer = load_tokenizer(self.work / "tokenizer")
+        models = Demo(policy, untuned, tuned, self._gold(), tokenizer)
+        methods = experiment_methods(config, models, *direct)
+        seen = self._reviews("train")
+        texts = [text for text in self._reviews("test") if text not in seen]
+        prompts = draw_prompts(config, texts)
+        found = decode_all(config, models, methods, prompts, folder, {"weights": weights})
+        headings = {name: method.heading for name, method in methods.items()}
+        rows = {name: rows for name, (_, rows) in found.items()}
+        summary = summarise_experiment(rows, headings, samples=config.samples)
+        table = result_table(summary)
+        write_whole(folder / "results.json", [json.dumps(summary, indent=2).encode(), b"\n"])
+        write_whole(folder / "table.md", [table.encode()])
+        write_whole(folder / "figure.png", [draw_experiment(summary)])
+        # Last, as it removes the journals: until here a kill loses nothing.
+        for name, (journal, _) in found.items():
+            journal.merge(responses_path(folder, name), len(prompts))
+        log.info("evaluation: %s\n%s", folder, table)
+        return {name: row["gold_reward"] for name, row in summary["methods"].items()}
+
+    def _reviews(self, name: str) -> dict[str, int]:
+        return read_reviews(self.data / "imdb" / f"{name}.jsonl.xz")
+
+    def _gold(self) -> Classifier:
+        return load_classifier(self.work / "gold" / "model")
 
 
 def export(work: Path, assets: Path) -> dict[str, Any]:
@@ -81,20 +246,17 @@ def export(work: Path, assets: Path) -> dict[str, Any]:
     mean gold reward of plain samples after the first 8 tokens of 256 test reviews.
     """
     tokenizer, test = load_tokenizer(work / "tokenizer"), load_corpus(work / "corpus" / "test")
-    for name in LANGUAGE_MODELS:
-        _export_model(work / name, assets / name, tokenizer)
     classifier = load_classifier(work / "gold" / "model")
     save_classifier(_rounded(classifier), assets / "gold", tokenizer=tokenizer)
-
     gold = load_classifier(assets / "gold", dtype=jnp.float32)
-    figures: dict[str, Any] = {
+    figures = {
         "gold": {
             "parameters": _size(gold),
             "test_accuracy_openings": opening_accuracy(gold, test),
             "test_accuracy_reviews": review_accuracy(gold, test),
         }
     }
-    figures |= {name: _figures(assets / name, test, assets / "gold") for name in LANGUAGE_MODELS}
+    figures |= _export_models(work, {name: name for name in LANGUAGE_MODELS}, assets)
     return _write_card(work, assets, figures)
 
 
@@ -103,23 +265,27 @@ def export_guide(name: str, work: Path, assets: Path) -> dict[str, Any]:
 
     The gold classifier must be among the assets; figures in `card.json` are added to.
     """
-    folder, figures = work / name, {}
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    test = load_corpus(folder / "corpus" / "test")
-    for part in GUIDE:
-        exported = assets / f"{name}-{part}"
-        _export_model(folder / part, exported, tokenizer)
-        figures[exported.name] = _figures(exported, test, assets / "gold")
-    return _write_card(work, assets, figures)
+    names = {part: f"{name}-{part}" for part in ("untuned", "tuned")}
+    return _write_card(work, assets, _export_models(work / name, names, assets))
 
 
-def _export_model(folder: Path, exported: Path, tokenizer: Any) -> None:
-    save_model(_rounded(load_model(folder / "model")), exported, tokenizer=tokenizer)
+def _export_models(work: Path, names: Mapping[str, str], assets: Path) -> dict[str, Any]:
+    """Export the models of these folders in `work` by these names; figures by name."""
+    tokenizer, test = load_tokenizer(work / "tokenizer"), load_corpus(work / "corpus" / "test")
+    for folder, name in names.items():
+        model = load_model(work / folder / "model")
+        save_model(_rounded(model), assets / name, tokenizer=tokenizer)
+    return {name: _figures(assets / name, test, assets / "gold") for name in names.values()}
 
 
 def _figures(folder: Path, test: Corpus, gold: Path) -> dict[str, Any]:
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
-    texts = sampled_texts(model, tokenizer, test, prompts=256)
+    heads = [[END_ID, *map(int, test.review(i)[:8])] for i in range(min(CARD_PROMPTS, len(test)))]
+    settings = sample(sampling=Sampling(1.0), max_new_tokens=50, slots=64)
+    texts = [
+        decode_tokens(tokenizer, head) + hypothesis_text(tokenizer, head, result.best)
+        for head, result in zip(heads, search(model, None, heads, settings), strict=True)
+    ]
     judge = load_classifier(gold, dtype=jnp.float32)
     rewards = gold_rewards(judge, load_tokenizer(gold), texts)
     return {
@@ -128,17 +294,6 @@ def _figures(folder: Path, test: Corpus, gold: Path) -> dict[str, Any]:
         "gold_reward": float(rewards.mean()),
         "gold_reward_stderr": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
     }
-
-
-def sampled_texts(model: Model, tokenizer: Any, corpus: Corpus, *, prompts: int) -> list[str]:
-    """The first prompts, each with a plain sample of 50 tokens (temperature 1) behind it."""
-    heads = [[END_ID, *map(int, corpus.review(i)[:8])] for i in range(min(prompts, len(corpus)))]
-    settings = sample(sampling=Sampling(1.0), max_new_tokens=50, slots=64)
-    results = search(model, None, heads, settings)
-    return [
-        decode_tokens(tokenizer, head) + hypothesis_text(tokenizer, head, result.best)
-        for head, result in zip(heads, results, strict=True)
-    ]
 
 
 def _rounded(tree: Any) -> Any:
@@ -169,207 +324,53 @@ def _write_card(work: Path, assets: Path, figures: dict[str, Any]) -> dict[str, 
     return figures
 
 
-log = logging.getLogger("w2s_jax.experiments.build")
-
-PAIRS, TRAINING_PAIRS = "pairs.jsonl", "training.jsonl"
-ACCURACY = "eval/rewards/accuracies"
-STAGES = (
-    "corpus", "gold", "policy", "untuned", "preferences", "tuned", "tuned_policy", "evaluation",
-    "export",
-)  # fmt: skip
-OTHER_STAGES = ("corpus", "untuned", "tuned", "export")
-Stage = Callable[[], dict[str, Any]]
-_TOLD = 3
-
-
-@dataclass(frozen=True)
-class Build:
-    """A recipe with the folders it works in; each method that is a stage returns its figures."""
-
-    recipe: Recipe
-    data: Path
-    work: Path
-    assets: Path
-
-    def corpus(self) -> dict[str, Any]:
-        """Tokenizer and token arrays: `language` (train and unsup), `train` and `test`."""
-        length = self.recipe.policy.max_positions
-        return build_corpus(
-            self.data / "imdb", self.work, self.recipe.vocab_size, max_length=length
-        )
-
-    def gold(self) -> dict[str, Any]:
-        """The gold classifier and its accuracy on the openings of the test reviews."""
-        classifier = train_gold(
-            self.recipe.gold, self._corpus("train"), self.recipe.vocab_size, self.work / "gold"
-        )
-        save_classifier(classifier, self.work / "gold" / "model")
-        return {"test_accuracy_openings": opening_accuracy(classifier, self._corpus("test"))}
-
-    def policy(self) -> dict[str, Any]:
-        """The policy."""
-        return self._language("policy")
-
-    def untuned(self) -> dict[str, Any]:
-        """The untuned guide."""
-        return self._language("untuned")
-
-    def preferences(self) -> dict[str, Any]:
-        """Pairs sampled from the untuned guide and labelled by the gold reward."""
-        folder = self.work / "preferences"
-        output = folder / PAIRS
-        if not output.is_file():
-            reviews = read_reviews(self.data / "imdb" / "train.jsonl.xz")
-            sample_pairs(
-                self.recipe.preferences,
-                self._model("untuned"),
-                self._gold(),
-                self._tokenizer(),
-                [review.text for review in reviews],
-                output,
-            )
-        end = self._tokenizer().eos_token
-        kept = write_training_pairs(output, end, folder / TRAINING_PAIRS)
-        rewards = np.array([row["rewards"] for row in read_jsonl(output)])
-        return {
-            "pairs": kept,
-            "mean_reward": float(rewards.mean()),
-            "mean_gap": float(np.abs(rewards[:, 0] - rewards[:, 1]).mean()),
-            "chosen_has_higher_reward": float((rewards[:, 0] > rewards[:, 1]).mean()),
-        }
-
-    def tuned(self) -> dict[str, Any]:
-        """The tuned guide and the accuracy of its implicit reward on held-out pairs."""
-        return _tuned(self.recipe.tuned, self.work, self.work / "preferences")
-
-    def tuned_policy(self) -> dict[str, Any]:
-        """The policy itself, tuned on the same pairs: what search without training is held to."""
-        assert self.recipe.direct is not None
-        pairs = self.work / "preferences"
-        return _tuned(self.recipe.direct, self.work, pairs, "policy", "tuned_policy")
-
-    def evaluation(self) -> dict[str, Any]:
-        """Responses of every method to openings of test reviews, their figures, table, picture."""
-        config, folder = self.recipe.evaluation, self.work / "evaluation"
-        assert config is not None
-        direct = None if self.recipe.direct is None else self._model("tuned_policy")
-        names = ["gold", *LANGUAGE_MODELS, *(["tuned_policy"] if direct is not None else [])]
-        weights = {name: weights_identity(self.work / name / "model") for name in names}
-        policy, untuned, tuned = (self._model(name) for name in LANGUAGE_MODELS)
-        models = Demo(policy, untuned, tuned, self._gold(), self._tokenizer())
-        methods = experiment_methods(config, models, direct)
-        prompts = draw_prompts(config, self._test_reviews())
-        found = decode_all(config, models, methods, prompts, folder, {"weights": weights})
-        headings = {name: method.heading for name, method in methods.items()}
-        rows = {name: rows for name, (_, rows) in found.items()}
-        summary = summarise_experiment(rows, headings, samples=config.samples)
-        table = result_table(summary)
-        write_whole(folder / "results.json", [json.dumps(summary, indent=2).encode(), b"\n"])
-        write_whole(folder / "table.md", [table.encode()])
-        write_whole(folder / "figure.png", [draw_experiment(summary)])
-        # Last, as it removes the journals: until here a kill loses nothing.
-        for name, (journal, _) in found.items():
-            journal.merge(responses_path(folder, name), len(prompts))
-        log.info("evaluation: %s\n%s", folder, table)
-        return {name: row["gold_reward"] for name, row in summary["methods"].items()}
-
-    def other_corpus(self, guide: OtherGuide) -> dict[str, Any]:
-        """Tokenizer and token arrays of another guide."""
-        return build_corpus(
-            self.data / "imdb",
-            self.work / guide.name,
-            guide.vocab_size,
-            max_length=guide.untuned.max_positions,
-            reviews=guide.reviews,
-            sets=("language", "test"),
-        )
-
-    def other_untuned(self, guide: OtherGuide) -> dict[str, Any]:
-        """The untuned model of another guide."""
-        return _language(guide.untuned, guide.vocab_size, self.work / guide.name, "untuned")
-
-    def other_tuned(self, guide: OtherGuide) -> dict[str, Any]:
-        """The tuned model of another guide, by the pairs of the first one in its own tokens."""
-        return _tuned(guide.tuned, self.work / guide.name, self.work / "preferences")
-
-    def other_export(self, guide: OtherGuide) -> dict[str, Any]:
-        """Another guide in bfloat16 with its own tokenizer, checked again as exported."""
-        return export_guide(guide.name, self.work, self.assets)
-
-    def export(self) -> dict[str, Any]:
-        """The four models in bfloat16 with their tokenizer, checked again as exported."""
-        return export(self.work, self.assets)
-
-    def stages(self) -> dict[str, Stage]:
-        """The recipe's stages by name, in order; those of another guide are named NAME/STAGE."""
-        named = {
-            "tuned_policy": self.recipe.direct is not None,
-            "evaluation": self.recipe.evaluation is not None,
-            "export": self.recipe.export,
-        }
-        stages: dict[str, Stage] = {
-            name: getattr(self, name) for name in STAGES if named.get(name, True)
-        }
-        for guide in self.recipe.other_guides:
-            for name in (name for name in OTHER_STAGES if named.get(name, True)):
-                stages[f"{guide.name}/{name}"] = partial(getattr(self, f"other_{name}"), guide)
-        return stages
-
-    def _language(self, name: str) -> dict[str, Any]:
-        return _language(getattr(self.recipe, name), self.recipe.vocab_size, self.work, name)
-
-    def _corpus(self, name: str) -> Corpus:
-        return load_corpus(self.work / "corpus" / name)
-
-    def _test_reviews(self) -> list[str]:
-        train, test = (
-            read_reviews(self.data / "imdb" / f"{name}.jsonl.xz") for name in ("train", "test")
-        )
-        seen = {review.text for review in train}
-        return [review.text for review in test if review.text not in seen]
-
-    def _model(self, name: str) -> Model:
-        return load_model(self.work / name / "model")
-
-    def _gold(self) -> Classifier:
-        return load_classifier(self.work / "gold" / "model")
-
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.work / "tokenizer")
+_UPSTREAM = {
+    "gold": ("corpus",),
+    "policy": ("corpus",),
+    "untuned": ("corpus",),
+    "preferences": ("gold", "untuned"),
+    "tuned": ("preferences",),
+    "tuned_policy": ("policy", "preferences"),
+    "evaluation": ("policy", "tuned", "tuned_policy"),
+    "export": ("policy", "tuned"),
+}
+_FIELDS = {"tuned_policy": "direct", "export": None}
 
 
-def _language(config: LanguageConfig, vocab_size: int, work: Path, name: str) -> dict[str, Any]:
-    folder, texts = work / name, work / "corpus" / LANGUAGE_TEXTS
-    write_start(config, vocab_size, load_tokenizer(work / "tokenizer"), folder / "start")
-    files = {"model": folder / "start", "data": texts, "from_scratch": True}
-    _train("sft", folder, config.sft, files)
-    test = load_corpus(work / "corpus" / "test")
-    return {"test_loss": held_out_loss(load_model(folder / "model"), test)}
+def stage_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What each stage of build.py depends on in the recipe, as JSON values.
 
-
-def _tuned(
-    config: TuneConfig, work: Path, preferences: Path, start: str = "untuned", name: str = "tuned"
-) -> dict[str, Any]:
-    folder = work / name
-    files = {"model": work / start / "model", "data": preferences / TRAINING_PAIRS}
-    _train("dpo", folder, config.dpo, files)
-    accuracies = [row[ACCURACY] for row in read_metrics(folder) if ACCURACY in row]
-    return {"held_out_accuracy": accuracies[-1]} if accuracies else {}
-
-
-def _train(command: str, folder: Path, flags: dict[str, Any], files: dict[str, Any]) -> None:
-    """Run `w2s COMMAND` in a process of its own, by a config file that is kept in its folder.
-
-    Raises SystemExit with its status where it ends with another than 0.
+    That of the stages it reads is included: where one of these is made anew by other settings, what
+    was made from it is out of date too.
     """
-    values = {name: value if value is True else str(value) for name, value in files.items()}
-    source = folder / f"{command}.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    source.write_text(yaml.safe_dump(flags | values | {"output": str(folder)}, sort_keys=False))
-    words = [sys.executable, "-m", "w2s_jax", command, "--config", str(source)]
-    status = subprocess.run(words, check=False).returncode
-    if status:
-        raise SystemExit(status)
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    corpus = {"vocab_size": recipe.vocab_size, "max_length": recipe.policy.max_positions}
+    found: dict[str, dict[str, Any]] = {"corpus": corpus}
+    for stage, before in _UPSTREAM.items():
+        name = _FIELDS.get(stage, stage)
+        own = {} if name is None else {name: values[name]}
+        found[stage] = {key: value for each in before for key, value in found[each].items()} | own
+    for guide, own in zip(recipe.other_guides, values["other_guides"], strict=True):
+        length = {"max_length": guide.untuned.max_positions}
+        read = {name: own[name] for name in ("vocab_size", "reviews")} | length
+        untuned = read | {"untuned": own["untuned"]}
+        tuned = found["preferences"] | {guide.name: untuned | {"tuned": own["tuned"]}}
+        names = ("corpus", "untuned", "tuned", "export")
+        parts = ({guide.name: read}, {guide.name: untuned}, tuned, tuned)
+        found |= {f"{guide.name}/{name}": part for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as "a.b is 3, was 2" for `wanted` and `found`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = [*wanted, *(name for name in found if name not in wanted)]
+        return [
+            text
+            for name in names
+            for text in differences(found.get(name), wanted.get(name), f"{path}.{name}".strip("."))
+        ]
+    return [] if found == wanted else [f"{path} is {wanted!r}, was {found!r}"]
 
 
 def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None = None) -> None:
@@ -439,6 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
         build(read_recipe(flags.config), data, flags.work, flags.assets, flags.only)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
 
 
 if __name__ == "__main__":

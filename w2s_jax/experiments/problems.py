@@ -3,9 +3,10 @@
 Holds no model and no file. A problem is a function of (seed, index); what is held out is wordings.
 """
 
+import operator
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Literal
 
@@ -235,79 +236,78 @@ def _distinct(
             yield problem
 
 
+_OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+
 @dataclass
 class _Telling:
-    """A problem in the making."""
+    """A problem in the making: the count so far, and the line of the solution that gave it."""
 
     rng: random.Random
     config: ProblemConfig
     names: dict[str, str]
     value: int
-    told: list[str]
-    lines: list[Line]
-    wordings: list[tuple[Operation, int]]
+    told: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    wordings: list[tuple[Operation, int]] = field(default_factory=list)
     last: int | None = None
 
     def pick(self, operation: Operation, among: Sequence[int] | None = None) -> str:
         """One of an operation's wordings."""
-        chosen = among if among is not None else range(len(WORDINGS[operation]))
+        numbers = range(len(WORDINGS[operation])) if among is None else among
         if self.config.wordings == "shown":
-            chosen = [number for number in chosen if not is_held_out(operation, number)]
-        number = self.rng.choice(list(chosen))
+            numbers = [number for number in numbers if not is_held_out(operation, number)]
+        number = self.rng.choice(numbers)
         self.wordings.append((operation, number))
         return WORDINGS[operation][number]
 
     def say(self, wording: str, **numbers: int) -> None:
         self.told.append(wording.format(**self.names, **numbers))
 
-    def write(self, before: str, sign: str, right: int, right_from: int | None = None) -> int:
-        """A line that goes on from the count; the count stays what it was."""
-        return self.note(Line(before, self.value, sign, right, 0, "", self.last, right_from))
-
-    def note(self, line: Line) -> int:
-        """Add a line, with its texts filled in and its value; returns that."""
-        value = _OPERATORS[line.sign](line.left, line.right)
-        before, after = line.before.format(**self.names), " {items}.".format(**self.names)
-        self.lines.append(replace(line, before=before, value=value, after=after))
+    def work(self, before: str, left: int, sign: str, right: int, *sources: int | None) -> int:
+        """Add a line, its operands' `sources` last; the count stays. Returns the line's value."""
+        value = _OPERATORS[sign](left, right)
+        before, after = (text.format(**self.names) for text in (before, " {items}."))
+        self.lines.append(Line(before, left, sign, right, value, after, *sources))
         return value
 
-    def go_on(self, sign: str, right: int, right_from: int | None = None) -> None:
+    def change(self, sign: str, right: int, right_from: int | None = None) -> None:
         """Change the count, by a line that says so."""
-        self.value = self.write("Then {name} has ", sign, right, right_from)
+        self.value = self.work("Then {name} has ", self.value, sign, right, self.last, right_from)
         self.last = len(self.lines) - 1
 
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b,
-}
+def _begin(rng: random.Random, config: ProblemConfig, *, items: int) -> _Telling:
+    """A problem that has told what `name` has at first; of two kinds of items one is for asides."""
+    name, friend = rng.sample(NAMES, 2)
+    things = dict(zip(("items", "others"), rng.sample(ITEMS, items), strict=False))
+    names = {"name": name, "friend": friend, **things, "packs": rng.choice(PACKS)}
+    told = _Telling(rng, config, names, rng.randint(3, config.largest // 2))
+    told.say(rng.choice(OPENINGS), n=told.value)
+    return told
 
 
 def _try(rng: random.Random, config: ProblemConfig) -> Problem | None:
     """A problem, or None where the numbers that were drawn do not go on."""
-    name, friend = rng.sample(NAMES, 2)
-    items, others = rng.sample(ITEMS, 2)
-    names = {"name": name, "friend": friend, "items": items, "others": others}
-    names["packs"] = rng.choice(PACKS)
-    told = _Telling(rng, config, names, rng.randint(3, config.largest // 2), [], [], [])
-    told.say(rng.choice(OPENINGS), n=told.value)
+    told = _begin(rng, config, items=2)
     steps = rng.choice(config.steps)
     compares = rng.random() < 0.3
-    while len(told.lines) < steps - 2 * compares:
-        room = steps - 2 * compares - len(told.lines)
+    while room := max(0, steps - 2 * compares - len(told.lines)):
         if not _step(told, room):
             return None
     if rng.random() < config.asides:
         place = rng.randint(1, len(told.told))
-        aside = rng.choice(ASIDES).format(**names, n=rng.randint(2, config.largest // 2))
-        told.told.insert(place, aside)
+        told.say(rng.choice(ASIDES), n=rng.randint(2, config.largest // 2))
+        told.told.insert(place, told.told.pop())
     if compares and not _compare(told):
         return None
-    asked = rng.choice(TOGETHER if compares else QUESTIONS)
-    question = " ".join([*told.told, asked.format(**names)])
-    return Problem(question, tuple(told.lines), tuple(told.wordings))
+    told.say(rng.choice(TOGETHER if compares else QUESTIONS))
+    return Problem(" ".join(told.told), tuple(told.lines), tuple(told.wordings))
 
 
 def _step(told: _Telling, room: int) -> bool:
@@ -320,9 +320,7 @@ def _step(told: _Telling, room: int) -> bool:
         kinds += ["subtract", "subtract"]
     factors = [n for n in range(2, 6) if value * n <= largest]
     parts = [n for n in range(2, 7) if value % n == 0 and value > n]
-    sizes = [
-        (m, n) for m in range(2, 7) for n in range(2, 10) if value + m * n <= largest
-    ]  # fmt: skip
+    sizes = [(m, n) for m in range(2, 7) for n in range(2, 10) if value + m * n <= largest]
     if factors:
         kinds.append("multiply")
     if parts:
@@ -336,8 +334,8 @@ def _step(told: _Telling, room: int) -> bool:
     if kind == "packs":
         m, n = rng.choice(sizes)
         told.say(wording, m=m, n=n)
-        product = told.note(Line("The {packs} hold ", m, "*", n, 0, ""))
-        told.go_on("+", product, len(told.lines) - 1)
+        product = told.work("The {packs} hold ", m, "*", n)
+        told.change("+", product, len(told.lines) - 1)
         return True
     sign, numbers = {
         "add": ("+", range(2, min(30, largest - value) + 1)),
@@ -345,9 +343,9 @@ def _step(told: _Telling, room: int) -> bool:
         "multiply": ("*", factors),
         "share": ("/", parts),
     }[kind]
-    n = rng.choice(list(numbers))
+    n = rng.choice(numbers)
     told.say(wording, n=n)
-    told.go_on(sign, n)
+    told.change(sign, n)
     return True
 
 
@@ -369,10 +367,10 @@ def _compare(told: _Telling) -> bool:
         return False
     wording = told.pick("compare", list(fit))
     sign, numbers = fit[told.wordings[-1][1]]
-    n = told.rng.choice(list(numbers))
+    n = told.rng.choice(numbers)
     told.say(wording, n=n)
-    other = told.write("{friend} has ", sign, n)
-    told.write("Together they have ", "+", other, len(told.lines) - 1)
+    other = told.work("{friend} has ", value, sign, n, told.last)
+    told.work("Together they have ", value, "+", other, told.last, len(told.lines) - 1)
     return True
 
 
@@ -409,23 +407,19 @@ def _story(rng: random.Random, config: ProblemConfig) -> str:
     """Sentences with the count after each, held-out wordings among them, and no question."""
     told = None
     steps = rng.randint(2, 4)
+    open_config = replace(config, asides=0.0, wordings="all")
     while told is None:
-        name, friend = rng.sample(NAMES, 2)
-        names = {"name": name, "friend": friend, "items": rng.choice(ITEMS), "others": ""}
-        names["packs"] = rng.choice(PACKS)
-        start = rng.randint(3, config.largest // 2)
-        open_config = ProblemConfig(config.steps, config.largest, 0.0, "all")
-        told = _Telling(rng, open_config, names, start, [], [], [])
-        told.say(rng.choice(OPENINGS), n=start)
+        told = _begin(rng, open_config, items=1)
+        name, friend, items = (told.names[role] for role in ("name", "friend", "items"))
         for _ in range(steps):
             if not _step(told, 2):
                 told = None
                 break
-            told.told.append(f"Now {name} has {told.value} {names['items']}.")
+            told.told.append(f"Now {name} has {told.value} {items}.")
         if told is not None and rng.random() < 0.3:
             lines = len(told.lines)
             if _compare(told):
-                told.told.append(f"So {friend} has {told.lines[lines].value} {names['items']}.")
+                told.told.append(f"So {friend} has {told.lines[lines].value} {items}.")
     return " ".join(told.told)
 
 

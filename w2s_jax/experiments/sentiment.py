@@ -3,10 +3,10 @@
 Figures, table and picture are made from the rows of its methods.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.demo import Demo
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import compare, gold_rewards, mean_and_stderr
-from w2s_jax.experiments.preferences import opening_words
+from w2s_jax.experiments.language import journalled, opening_words
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
@@ -26,9 +26,10 @@ from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
-from w2s_jax.text.journal import Journal, journal_path, open_journal
+from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row
+from w2s_jax.train.curves import as_png, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +120,7 @@ class Tempered:
 
 
 def experiment_methods(
-    config: EvaluationConfig, models: Demo, direct: Model | None
+    config: EvaluationConfig, models: Demo, direct: Model | None = None
 ) -> dict[str, Method]:
     """The methods by name, in the order of tables; `direct` is the directly tuned policy."""
     settings: dict[str, Any] = {
@@ -172,19 +173,16 @@ def decode_all(
     `identity` says which weights the models have. A row holds what `answer` returns.
     """
     fingerprint = {"config": repr(config), **identity}
-    found = {}
-    for name, method in methods.items():
-        journal = open_journal(journal_path(responses_path(folder, name)), fingerprint)
-        done = journal.read()
-        for first in range(0, len(prompts), config.block):
-            last = min(first + config.block, len(prompts))
-            block = [i for i in range(first, last) if i not in done]
-            rows = answer(method, models, [prompts[i] for i in block], block, config.temperature)
-            for i, row in zip(block, rows, strict=True):
-                journal.append(i, row)
-                done[i] = row
-        found[name] = journal, [done[i] for i in range(len(prompts))]
-    return found
+    return {
+        name: journalled(
+            responses_path(folder, name),
+            fingerprint,
+            len(prompts),
+            config.block,
+            partial(answer, method, models, prompts, temperature=config.temperature),
+        )
+        for name, method in methods.items()
+    }
 
 
 def responses_path(folder: Path, method: str) -> Path:
@@ -197,9 +195,10 @@ def answer(
     models: Demo,
     prompts: Sequence[str],
     row_ids: Sequence[int],
+    *,
     temperature: float | int,
 ) -> list[Row]:
-    """One response to each prompt, and what is measured of it.
+    """One response to each of the prompts at `row_ids`, and what is measured of it.
 
     prompt, response; tokens: ids of the response, EOS included; score: its implicit reward;
     gold_reward; logprob: log p(response | prompt) under the policy at temperature 1, in nats;
@@ -207,33 +206,26 @@ def answer(
     likelihood. Its mean estimates KL(method ‖ policy) but for the top-k, which `log_ratio` leaves
     aside: the policy gives nothing to what its own top-k cuts off.
     """
-    if not prompts:
-        return []
-    tokenizer = models.tokenizer
-    encoded = [tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    tokenizer, asked = models.tokenizer, [prompts[i] for i in row_ids]
+    encoded = [tuple(encode_prompt(tokenizer, prompt)) for prompt in asked]
     results = search(method.model, method.guide, encoded, method.search, row_ids=row_ids)
-    asked = [
-        Response((prompt,), result.best.tokens)
-        for prompt, result in zip(encoded, results, strict=True)
-    ]
-    responses = [
-        hypothesis_text(tokenizer, prompt, result.best)
-        for prompt, result in zip(encoded, results, strict=True)
-    ]
-    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    best = [result.best for result in results]
+    said = [hypothesis_text(tokenizer, *pair) for pair in zip(encoded, best, strict=True)]
+    texts = [prompt + response for prompt, response in zip(asked, said, strict=True)]
     gold = gold_rewards(models.gold, tokenizer, texts)
-    plain = PolicyProposer()
-    logprobs = summed_logprobs(models.policy, None, plain, asked, 1.0)
+    pairs = [Response((prompt,), one.tokens) for prompt, one in zip(encoded, best, strict=True)]
+    plain = partial(summed_logprobs, models.policy, None, PolicyProposer(), pairs)
+    logprobs = plain(1.0)
     ratios: list[float] | list[None] = [None] * len(asked)
     if method.likelihood is not None:
-        own = summed_logprobs(method.model, method.guide, method.likelihood, asked, temperature)
-        ratios = (own - summed_logprobs(models.policy, None, plain, asked, temperature)).tolist()
+        own = summed_logprobs(method.model, method.guide, method.likelihood, pairs, temperature)
+        ratios = (own - plain(temperature)).tolist()
     return [
         {
-            "prompt": prompts[i],
-            "response": responses[i],
-            "tokens": list(asked[i].tokens),
-            "score": results[i].best.score,
+            "prompt": asked[i],
+            "response": said[i],
+            "tokens": list(best[i].tokens),
+            "score": best[i].score,
             "gold_reward": float(gold[i]),
             "logprob": float(logprobs[i]),
             "log_ratio": ratios[i],
@@ -368,20 +360,14 @@ def draw_experiment(summary: Mapping[str, Any]) -> bytes:
     Bars have standard errors over prompts. The directly tuned policy is also a line, which the
     methods that leave the policy as it is are measured by.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 0.55 * len(summary["methods"]) + 1.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.6, 0.55 * len(summary["methods"]) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_bars(left, summary["methods"], "gold_reward", "gold reward (log-odds of “positive”)")
     _draw_bars(
         right, summary["methods"], "logprob_per_token", "log-prob per token under the policy (nats)"
     )
     figure.suptitle(f"{summary['prompts']} openings of IMDb test reviews", fontsize=10)
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130)
-    return held.getvalue()
+    return as_png(figure)
 
 
 def _draw_bars(axis: "Axes", methods: Mapping[str, Any], name: str, title: str) -> None:

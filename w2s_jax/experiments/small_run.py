@@ -21,19 +21,18 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from w2s_jax.errors import InputError
+from w2s_jax.experiments.language import LanguageConfig, run_command, write_start
 from w2s_jax.experiments.problems import ProblemConfig, general_text, make_problems, question_rows
-from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.reasoning.measures import Estimate, gap_over_seeds, over_seeds
+from w2s_jax.reasoning.measures import gap_over_seeds, over_seeds
 from w2s_jax.reasoning.stages import Stage, run_stages
-from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import write_jsonl, write_whole
+from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
+from w2s_jax.train.watch import read_metrics
 
 SEEDS = 5
 """Seeds that there are questions for; the general text keeps all of them out."""
@@ -64,6 +63,11 @@ class ShapeConfig:
     mlp_width: int
     steps: int
 
+    def decoder(self, positions: int) -> LanguageConfig:
+        """The decoder, for texts of so many tokens."""
+        shape = (self.width, self.layers, self.heads, self.mlp_width)
+        return LanguageConfig(*shape, max_positions=positions)
+
 
 @dataclass(frozen=True)
 class SizeConfig:
@@ -90,11 +94,11 @@ class SizeConfig:
     pretraining: dict[str, Any]
     reason: dict[str, Any]
     positions: int = 512
-    held_out: ProblemConfig = field(init=False)
 
-    def __post_init__(self) -> None:
-        tested = asdict(self.problems) | {"wordings": "held out"}
-        object.__setattr__(self, "held_out", ProblemConfig(**tested))
+    @property
+    def held_out(self) -> ProblemConfig:
+        """The problems of the test."""
+        return replace(self.problems, wordings="held out")
 
 
 PRETRAINING = {
@@ -188,8 +192,6 @@ class SmallRun:
 
     def _data(self, folder: Path) -> Mapping[str, Any]:
         """Questions of every seed, the test, the general text, tokenizer, empty checkpoints."""
-        from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
-
         size = self.size
         test = make_problems(size.test, 0, size.held_out)
         write_jsonl(folder / TEST, question_rows(test, "test-"))
@@ -206,8 +208,9 @@ class SmallRun:
         tokenizer = train_bpe(texts, size.vocabulary)
         save_bpe(tokenizer, folder / TOKENIZER, max_length=size.positions)
         for name in MODELS:
-            shape = getattr(size, name)
-            _write_start(shape, size, load_tokenizer(folder / TOKENIZER), folder / f"{name}-start")
+            decoder = getattr(size, name).decoder(size.positions)
+            start = folder / f"{name}-start"
+            write_start(decoder, size.vocabulary, load_tokenizer(folder / TOKENIZER), start)
         lengths = [len(found.ids) for found in tokenizer.encode_batch(texts)]
         return {"questions": len(asked), "texts": len(texts), "tokens": sum(lengths)}
 
@@ -217,8 +220,10 @@ class SmallRun:
         def work(folder: Path) -> Mapping[str, Any]:
             start = {"model": str(data / f"{name}-start"), "data": str(data / GENERAL)}
             own = start | {"from_scratch": True, "output": str(folder)}
-            _call("sft", folder / "sft.yaml", flags | own)
-            return _last_row(folder / "metrics.jsonl")
+            run_command("sft", folder, flags | own)
+            last = read_metrics(folder)[-1]
+            kept = ("step", "loss", "seconds", "tokens_per_second")
+            return {name: last[name] for name in kept if name in last}
 
         cost = f"{flags['max_steps']} × {flags['batch_size']} × {flags['max_length']} tokens"
         return Stage(f"{name}-pretrained", work, ("model",), flags, ("data",), (), cost)
@@ -238,7 +243,7 @@ class SmallRun:
 
         def work(folder: Path) -> Mapping[str, Any]:
             words = ("--data", str(self.work / "data"), "--output", str(folder / "run"))
-            _call("reason", folder / "reason.yaml", values, *words)
+            run_command("reason", folder, values, *words)
             report = json.loads((folder / "run" / "report.json").read_text())
             return {name: found["value"] for name, found in report["models"].items()}
 
@@ -283,11 +288,10 @@ def table(found: Mapping[str, Any]) -> str:
     """What `over_runs` found, as Markdown."""
     lines = ["| model | accuracy | 95 % interval | gap recovered |", "|---|---:|---:|---:|"]
     for name, row in found["models"].items():
-        share, gap = Estimate(**_known(row["accuracy"])), row["gap_recovered"]
-        told = "" if gap is None else f"{gap['mean']:.2f}{_ends(Estimate(**_known(gap)), 1, 2)}"
-        lines.append(
-            f"| {HEADINGS[name]} | {100 * share.mean:.1f} % |{_ends(share, 100, 1)} | {told} |"
-        )
+        share, gap = row["accuracy"], row["gap_recovered"]
+        told = "" if gap is None else f"{gap['mean']:.2f}{_interval(gap, scale=1, digits=2)}"
+        mean, ends = f"{100 * share['mean']:.1f} %", _interval(share, scale=100, digits=1)
+        lines.append(f"| {HEADINGS[name]} | {mean} |{ends} | {told} |")
     lines += ["", "| set | rows | accuracy |", "|---|---:|---:|"]
     for name, row in found["sets"].items():
         lines.append(f"| {name} | {row['size']:,.0f} | {100 * row['accuracy']:.1f} % |")
@@ -315,14 +319,11 @@ def _sets(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _known(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: float("nan") if value is None else value for name, value in row.items()}
-
-
-def _ends(found: Estimate, scale: float | int, digits: int) -> str:
-    if found.count < 2:
+def _interval(row: Mapping[str, Any], *, scale: int, digits: int) -> str:
+    """The ends of an estimate, where there are several runs."""
+    if row["count"] < 2:
         return ""
-    return f" {scale * found.low:.{digits}f} – {scale * found.high:.{digits}f}"
+    return " " + " – ".join(f"{scale * row[end]:.{digits}f}" for end in ("low", "high"))
 
 
 def _parts(seed: int) -> tuple[str, str]:
@@ -335,46 +336,6 @@ def _run_name(seed: int) -> str:
 
 def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _write_start(shape: ShapeConfig, size: SizeConfig, tokenizer: Any, folder: Path) -> None:
-    """A config.json and the tokenizer: what `w2s sft --from-scratch` begins with."""
-    from w2s_jax.models.config import ModelConfig
-    from w2s_jax.text.tokenizer import END_ID, PAD_ID
-
-    config = ModelConfig(
-        architecture="llama",
-        vocab_size=size.vocabulary,
-        width=shape.width,
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.heads,
-        head_width=shape.width // shape.heads,
-        mlp_width=shape.mlp_width,
-        max_positions=size.positions,
-        tied_embeddings=True,
-        sliding_windows=(None,) * shape.layers,
-        bos_id=END_ID,
-        eos_ids=(END_ID,),
-        pad_id=PAD_ID,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
-    write_whole(
-        folder / "config.json", [json.dumps(config_to_hf(config), indent=2).encode(), b"\n"]
-    )
-
-
-def _last_row(path: Path) -> Mapping[str, Any]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    kept = ("step", "loss", "seconds", "tokens_per_second")
-    return {name: rows[-1][name] for name in kept if name in rows[-1]}
-
-
-def _call(command: str, source: Path, values: Mapping[str, Any], *words: str) -> None:
-    """Run `w2s COMMAND` by a config file in a process of its own; InputError if it fails."""
-    source.write_text(yaml.safe_dump(_json(values), sort_keys=False))
-    run_module("w2s_jax", command, "--config", str(source), *words)
 
 
 def main(arguments: list[str] | None = None) -> int:

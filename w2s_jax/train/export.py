@@ -1,4 +1,6 @@
-"""From a run's folder to a model: what the run says it trains, any step it keeps, and rounding.
+"""From a run's folder to a model, and checkpoints written anew: what `w2s convert` does.
+
+A run says what it trains, and any step it keeps can be taken.
 
 Weights of few bits hold no small changes, and a guide is a small change: what training made is
 kept in float32 unless another dtype is asked for, and then what rounding loses is measured.
@@ -6,7 +8,7 @@ kept in float32 unless another dtype is asked for, and then what rounding loses 
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,26 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.models.huggingface import locate
-from w2s_jax.models.load import load_config, load_model
+from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.huggingface import is_adapter, locate
+from w2s_jax.models.load import (
+    is_reward_model,
+    load_adapted,
+    load_config,
+    load_model,
+    load_reward_model,
+)
 from w2s_jax.models.lora import LoraConfig, merge
-from w2s_jax.models.model import Model
-from w2s_jax.text.rows import write_whole
+from w2s_jax.models.lora_huggingface import base_folder, base_of
+from w2s_jax.models.model import STORED, Model
+from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.save import save_classifier, save_model, save_reward_model
+from w2s_jax.text.rows import check_writable, write_whole
+from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
 from w2s_jax.train.checkpoint import read_params
 from w2s_jax.train.loop import CHECKPOINTS
 from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.runs_config import ConvertConfig
 
 RECORD = "run.json"
 """The file of a run's folder that says what is trained there."""
@@ -141,3 +155,77 @@ def _rounding_sums(start: jax.Array, trained: jax.Array, dtype: str) -> tuple[ja
     reverted = changed & (kept == start.astype(dtype).astype(jnp.float32))
     squares = [jnp.square(x).sum() for x in (trained - start, kept - trained)]
     return changed.sum(dtype=jnp.float32), reverted.sum(dtype=jnp.float32), *squares
+
+
+def convert(config: ConvertConfig, *, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Write a checkpoint anew: with an adapter merged, a step of a training run, or another dtype.
+
+    Args:
+        config: the checkpoint, the folder to write, and what is changed.
+        tell: takes lines on what was read, lost by rounding and written.
+
+    Raises:
+        InputError: for what is wrong, before any weight is read.
+    """
+    source = locate(config.source)
+    adapter = locate(config.merge_lora) if config.merge_lora else None
+    _check_places(config, source, adapter)
+    check_writable(Path(config.target) / "config.json")
+    tokenizer = _tokenizer(source, adapter)
+    model = _read(config, source, tell)
+    savers: dict[type, Callable[..., None]] = {
+        Model: save_model, RewardModel: save_reward_model, Classifier: save_classifier
+    }  # fmt: skip
+    savers[type(model)](model, config.target, tokenizer=tokenizer)
+    also = "" if tokenizer is not None else "; no tokenizer was found to write beside it"
+    tell(f"{config.target}: written{also}")
+
+
+def _check_places(config: ConvertConfig, source: Path, adapter: Path | None) -> None:
+    if is_run(source) and adapter:
+        raise InputError(f"{source} is a run's folder; name {source / 'model'} as SOURCE")
+    if config.step is not None and not is_run(source):
+        raise InputError(f"--step {config.step}: {source} is not the folder of a training run")
+    if adapter and is_adapter(source):
+        raise InputError(f"{source} is an adapter itself; name its base as SOURCE")
+    if adapter and not is_adapter(adapter):
+        raise InputError(f"--merge-lora {adapter}: it holds no adapter_config.json")
+    base = Path(base_of(source)) if is_adapter(source) else None
+    for folder in filter(None, (source, adapter, base)):
+        if Path(config.target).expanduser().resolve() == folder.resolve():
+            raise InputError(f"TARGET {config.target} is what is read from; name another folder")
+
+
+def _tokenizer(source: Path, adapter: Path | None) -> Any:
+    """The first that is found beside the adapter, the source or its base; None without one."""
+    source = locate(read_record(source).base) if is_run(source) else source
+    base = base_folder(source) if is_adapter(source) else None
+    places = filter(None, (adapter, source, base))
+    return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
+
+
+def _read(
+    config: ConvertConfig, source: Path, tell: Callable[[str], None]
+) -> Model | RewardModel | Classifier:
+    """What is to be written, in its dtype; a line on what that loses of a training."""
+    adapter = config.source if is_adapter(source) else config.merge_lora
+    # What an adapter adds is lost in the few bits that a base may be stored in.
+    stored = STORED if adapter is None else None
+    dtype = stored if config.dtype == "auto" else config.dtype
+    start: Model | None
+    if is_run(source):
+        step, trained, start = export(source, config.step)
+        tell(f"step {step} of {source}")
+    elif any(is_reward_model(path) for path in (config.source, config.merge_lora) if path):
+        base = config.source if config.merge_lora else None
+        return load_reward_model(config.merge_lora or config.source, base=base, dtype=dtype)
+    elif adapter is None:
+        return load_model(config.source, dtype=dtype)
+    else:
+        start = load_model(config.source if config.merge_lora else base_of(source), dtype="float32")
+        trained = load_adapted(adapter, start)
+    if config.dtype in ("auto", "float32"):
+        return trained
+    if start is not None:
+        tell(f"--dtype {measure_rounding(start.params, trained.params, config.dtype)}")
+    return Model(trained.config, rounded(trained.params, config.dtype))

@@ -4,8 +4,9 @@ import sys
 import pytest
 
 from w2s_jax.cli.main import COMMANDS, main
-from w2s_jax.cli.plot import Plot, choose_panels, draw, read_run, run_names
+from w2s_jax.cli.plot import Plot
 from w2s_jax.errors import InputError
+from w2s_jax.train.curves import choose_panels, draw, read_run, run_names
 
 PREFERENCES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -125,6 +126,6 @@ def test_no_run_at_all_is_told(capsys):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_drawing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("w2s_jax.cli.plot.draw", lambda *args: pytest.fail("was drawn"))
+    monkeypatch.setattr("w2s_jax.train.curves.draw", lambda *args: pytest.fail("was drawn"))
     assert main(["plot", str(write_run(tmp_path / "a")), "--output", str(tmp_path)]) == 2
     assert "it is a folder" in capsys.readouterr().err
