@@ -139,7 +139,7 @@ def test_groups_are_judged_before_weights_and_finished_columns_stay(
     def full(*arguments, **options):
         raise InputError("no room")
 
-    monkeypatch.setattr("w2s_jax.search.adapters.load_decoders", full)
+    monkeypatch.setattr("w2s_jax.search.models.load_decoders", full)
     assert report(folders["p"], data, "--quantise=int8", "--json", out) == 2
     said = capsys.readouterr()
     assert "no room" in said.err

@@ -150,9 +150,8 @@ class QuantisationFlags:
         """Every policy's name and figures, as each is done."""
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.quantisation import compare, measure
-        from w2s_jax.search.adapters import load_decoders
         from w2s_jax.search.checkpoints import load
-        from w2s_jax.search.models import Places, search_models
+        from w2s_jax.search.models import Places, load_decoders, search_models
 
         places = Places(trial.mesh)
         steps = len(trial.texts) * (3 if trial.searching else 2) * (1 + len(specs))

@@ -201,7 +201,7 @@ class Serve(TextScorersConfig, GuidanceConfig):
         steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
         assert steering.models is not None
         # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
-        policy, *others = (copy.deepcopy(plan.templates[role]) for role in plan.members)
+        policy, *others = (copy.deepcopy(model.template) for model in plan.members)
         own = tuple(None if one.jinja in (None, policy.jinja) else one for one in others)
         scorers = (*steering.scorers, *functions)
         served = Served(steering.models, policy.tokenizer, policy, own, scorers)

@@ -71,6 +71,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         """
         from w2s_jax.exchange import agree, check_shared
         from w2s_jax.models.lora_huggingface import base_folder
+        from w2s_jax.ops.meshes import check_batch
         from w2s_jax.plan.meshes import name_of
         from w2s_jax.text.journal import locked
         from w2s_jax.text.rows import write_whole
@@ -78,7 +79,6 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from w2s_jax.train.records import MESH, METRICS
         from w2s_jax.train.reference import weights_identity
         from w2s_jax.train.run import fine_tune, number_of_steps
-        from w2s_jax.train.step import check_batch
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         setup = self.prepare()
@@ -245,6 +245,7 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
         from rich.console import Console
 
         from w2s_jax.models.lora import abstract_adapter
+        from w2s_jax.ops.meshes import check_batch
         from w2s_jax.train.estimate import (
             abstract_batch,
             abstract_on_mesh,
@@ -252,7 +253,6 @@ class Training(DataFlags, OptimizationFlags, LoraFlags, RunFlags, Hosts):
             report,
         )
         from w2s_jax.train.optimizers import make_optimizer
-        from w2s_jax.train.step import check_batch
 
         check_batch(self.batch_size, self.accumulate, setup.mesh, flag="--batch-size")
         run = self.run_config(setup)

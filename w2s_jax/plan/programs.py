@@ -20,6 +20,7 @@ from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
+from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
 from w2s_jax.search import incremental_programs, session, step
 from w2s_jax.search.config import SearchConfig
@@ -31,7 +32,6 @@ from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.text.batches import bucket
 from w2s_jax.train.estimate import abstract_on_mesh
-from w2s_jax.train.step import check_batch
 
 
 def shape_of(name: str) -> ModelConfig:

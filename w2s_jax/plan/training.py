@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.forward import Remat
 from w2s_jax.models.lora import LoraConfig, abstract_adapter
+from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
 from w2s_jax.plan.programs import Program, nbytes
 from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_state
@@ -19,7 +20,7 @@ from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
 from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
 from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import check_batch, make_train_step
+from w2s_jax.train.step import make_train_step
 
 
 @dataclass(frozen=True)
