@@ -16,9 +16,9 @@ from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import best_of_n, cbs
-from w2s_jax.search.rows import search_text_rows
+from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
+from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.search.text_run import Extension, search_texts
-from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve.client import Endpoint, draw_seed, open_policy
 from w2s_jax.serve.retry import EndpointError, Meter, Patience, Usage
 from w2s_jax.text.conversations import Conversation, Message, plain
@@ -486,7 +486,8 @@ def test_the_key_is_never_shown(caplog, capfd, tmp_path):
     journal = open_journal(tmp_path / "out.journal", dataclasses.asdict(policy.endpoint))
     with FakeAPI() as api:
         rows = [{"prompt": "a"}, {"prompt": "b"}]
-        search_text_rows(policy_of(api), [SCORER], rows, CONFIG, journal, source="in")
+        policy = TextPolicy(policy_of(api), [SCORER], CONFIG)
+        search_rows(policy, read_questions(rows, "in"), journal)
     seen += [journal.path.read_text(), caplog.text, *capfd.readouterr()]
     assert caplog.records, "nothing was logged, so nothing is checked"
     assert not [text for text in seen if KEY in text]
@@ -549,7 +550,8 @@ def test_a_search_that_was_cut_off_goes_on_and_asks_nothing_twice(tmp_path):
 
     def work(api, folder):
         journal = open_journal(tmp_path / folder / "out.journal", {"job": 1})
-        search_text_rows(policy_of(api, config), [SCORER], rows, config, journal, source="in")
+        policy = TextPolicy(policy_of(api, config), [SCORER], config)
+        search_rows(policy, read_questions(rows, "in"), journal)
         journal.merge(tmp_path / folder / "out.jsonl", len(rows))
 
     for folder in ("part", "whole"):

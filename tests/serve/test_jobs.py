@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from tests.serve.tiny_server import CHAT, POSITIONS, served_at
-from w2s_jax.search.texts import FunctionScorer
+from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.jobs import Reader, capacity_for, prefix_for
 from w2s_jax.serve.schema import ApiError, Chat, Completion

@@ -35,7 +35,7 @@ from w2s_jax.models.reward import contrast
 from w2s_jax.ops.meshes import mesh_of
 from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.journal import HostJournal, Journal, job_journal, told_kept
+from w2s_jax.text.journal import Journal, job_journal, told_kept
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -127,7 +127,7 @@ def _reward(
     values = np.zeros(len(encoded), np.float32)
     rows = [row for file in files for row in file.rows]
     with contextlib.ExitStack() as stack:
-        journal: Journal | HostJournal | None = None
+        journal: Journal | None = None
         if config.output:
             mark = _fingerprint(config, files, rendering)
             journal = stack.enter_context(job_journal(config.output, mark))
@@ -167,7 +167,7 @@ def _check_finite(
     config: JudgeConfig,
     files: Sequence[Results],
     values: Float32[np.ndarray, " n"],
-    journal: Journal | HostJournal | None,
+    journal: Journal | None,
 ) -> None:
     """Raise InputError, naming the rows, where a reward is no finite number."""
     told, name = [], f"reward model {config.reward_model}"

@@ -283,24 +283,23 @@ def search_shapes(
     from w2s_jax.models.huggingface import locate
     from w2s_jax.models.load import load_reward_config
 
-    checkpoints = plan.sources.checkpoints
-    guiding = iter([role for role in plan.configs if "tuned" in role])
-    pairs = zip(guiding, guiding, plan.on_device, strict=True)
+    configs = plan.configs
     bases = {path: adapted.base for path, adapted in plan.adapters.items()}
-    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
-    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    judges = [load_reward_config(bases.get(one.path, one.path)) for one in plan.rewards]
     dtype = dtype or quickest_dtype()
     return SearchShapes(
-        policy=plan.configs["policy"],
+        policy=configs["policy"],
         guides=tuple(
-            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
-            for tuned, untuned, here in pairs
+            GuideShapes(
+                configs[guide.tuned.role], configs[guide.untuned.role], on_tokens=guide.on_device
+            )
+            for guide in plan.guides
         ),
         config=config,
         prompt_tokens=prompt_tokens,
         slots=slots,
         slots_flag=slots_flag,
-        dtype=_stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
+        dtype=_stored_dtype(locate(plan.members[0].path)) if dtype == STORED else dtype,
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,

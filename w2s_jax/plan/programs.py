@@ -23,6 +23,7 @@ from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
+from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import (
     SEARCH_RULES,
     Placement,
@@ -43,7 +44,7 @@ from w2s_jax.train.config import PreferenceConfig
 from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
-from w2s_jax.train.step import check_batch, make_optimizer, make_train_step
+from w2s_jax.train.step import make_optimizer, make_train_step
 
 
 def shape_of(name: str) -> ModelConfig:

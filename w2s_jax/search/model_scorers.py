@@ -28,7 +28,7 @@ from w2s_jax.search.incremental_text import (
     start_reading,
 )
 from w2s_jax.search.models import in_one_dtype
-from w2s_jax.search.texts import Candidate
+from w2s_jax.search.scorers import Candidate
 from w2s_jax.text.batches import pad_rows, power_of_two
 from w2s_jax.text.chat import Template
 from w2s_jax.text.conversations import Conversation, plain

@@ -23,7 +23,7 @@ from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
 from w2s_jax.models.model import Model, init_model, shard_model
 from w2s_jax.models.save import save_model
-from w2s_jax.ops.meshes import name_of
+from w2s_jax.ops.meshes import check_batch, name_of
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
@@ -41,7 +41,7 @@ from w2s_jax.train.objectives import BASE, REFERENCE, TUNED, UNTUNED
 from w2s_jax.train.reference import Referenced, cached_logprobs, file_digests, weights_identity
 from w2s_jax.train.run import Source, Task, evaluation, fine_tune, number_of_steps, trainable
 from w2s_jax.train.setup import MODEL, ChooseMesh, Setup, frozen_configs, own_reference, prepare
-from w2s_jax.train.step import TrainState, cast, check_batch, make_optimizer, narrow
+from w2s_jax.train.step import TrainState, cast, make_optimizer, narrow
 from w2s_jax.train.watch import MESH, METRICS
 
 Rows = Data | Part
