@@ -68,7 +68,7 @@ def load(config: ServeConfig) -> tuple[Served, Mesh | None, list[str]]:
     steering = checkpoints.load(plan, dtype=config.weights_dtype, places=places)
     assert steering.models is not None
     # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
-    policy, *others = (copy.deepcopy(plan.templates[role]) for role in plan.members)
+    policy, *others = (copy.deepcopy(model.template) for model in plan.members)
     served = Served(
         steering.models,
         policy.tokenizer,
