@@ -51,17 +51,36 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
     """Token ids of texts that may go on: with special tokens in front or none, and none behind."""
+    return [ids for ids, _ in encode_spans(tokenizer, texts, special=special, offsets=False)]
+
+
+def encode_spans(
+    tokenizer: Any, texts: Sequence[str], *, special: bool, offsets: bool = True
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """The token ids that `encode_texts` gives, each text's with its tokens' places in it.
+
+    Args:
+        tokenizer: any transformers tokenizer; with offsets, a fast one.
+        texts: what to encode, in one call.
+        special: whether the tokenizer's special tokens go in front.
+        offsets: whether to find the first character and the end of each token; else there is none.
+    """
     if not texts:
         return []
-    rows = tokenizer(
+    found = tokenizer(
         list(texts),
         add_special_tokens=special,
         return_attention_mask=False,
         return_token_type_ids=False,
+        return_offsets_mapping=offsets,
         verbose=False,
-    ).input_ids
+    )
     behind = tokens_behind(tokenizer) if special else 0
-    return [list(row[: len(row) - behind]) for row in rows]
+    spans = found["offset_mapping"] if offsets else [[]] * len(texts)
+    return [
+        (list(ids[: len(ids) - behind]), list(own[: len(ids) - behind]))
+        for ids, own in zip(found.input_ids, spans, strict=True)
+    ]
 
 
 def tokens_behind(tokenizer: Any) -> int:

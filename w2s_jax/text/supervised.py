@@ -4,7 +4,7 @@ Text goes through text/chat.py's templates; rows, files and batches are elsewher
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from w2s_jax.text.batches import Side
 from w2s_jax.text.chat import PUBLISHED, Template, apply_template
 from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.examples import Example, common_length
-from w2s_jax.text.prompts import encode_prompt, tokens_behind
+from w2s_jax.text.prompts import encode_prompt, encode_spans
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]
+_Tokens = tuple[list[int], Spans]
 
 _THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -284,47 +285,31 @@ def _end(template: Template) -> int:
 # Tokens
 
 
-def _tokenize(
-    tokenizer: Any, rendered: Sequence[_Rendered]
-) -> dict[tuple[str, bool], tuple[list[int], list[tuple[int, int]]]]:
+def _tokenize(tokenizer: Any, rendered: Sequence[_Rendered]) -> dict[tuple[str, bool], _Tokens]:
     """Ids and character spans of all texts, each tokenised once, many in one call."""
-    found = {}
+    found: dict[tuple[str, bool], _Tokens] = {}
     for special in (False, True):
         group = [one for one in rendered if one.special == special]
         wanted = [text for one in group for text in (one.prompt, *one.sides) if text is not None]
         texts = list(dict.fromkeys(wanted))
-        if not texts:
-            continue
         offsets = any(one.spans is not None for one in group)
-        got = tokenizer(
-            texts,
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
-        behind = tokens_behind(tokenizer) if special else 0
-        for index, text in enumerate(texts):
-            ids = got["input_ids"][index]
-            spans = got["offset_mapping"][index] if offsets else []
-            found[text, special] = (ids[: len(ids) - behind], spans[: len(ids) - behind])
+        rows = encode_spans(tokenizer, texts, special=special, offsets=offsets)
+        found |= {(text, special): row for text, row in zip(texts, rows, strict=True)}
     return found
 
 
-def _encoded(tokenizer: Any, one: _Rendered, found: dict, loss: str) -> Encoded:
+def _encoded(
+    tokenizer: Any, one: _Rendered, found: Mapping[tuple[str, bool], _Tokens], loss: str
+) -> Encoded:  # fmt: skip
     prompt = None if one.prompt is None else found[one.prompt, one.special][0]
-    rows: list[list[int]] = []
-    marks: list[np.ndarray] = []
-    for index, text in enumerate(one.sides):
-        if one.ready is not None:
-            ids, told = one.ready[index]
-            marks.append(np.asarray(told, bool))
-        else:
-            ids, spans = found[text, one.special]
-            if one.spans is not None:
-                marks.append(_inside(spans, one.spans[index]))
-        rows.append(list(ids))
+    if one.ready is not None:
+        rows = [list(ids) for ids, _ in one.ready]
+        marks = [np.asarray(told, bool) for _, told in one.ready]
+    else:
+        read = [found[text, one.special] for text in one.sides]
+        rows = [list(ids) for ids, _ in read]
+        spans = one.spans or ()
+        marks = [_inside(own[1], told) for own, told in zip(read, spans, strict=bool(spans))]
     if prompt == []:  # as a search begins
         prompt = encode_prompt(tokenizer, "")
         rows = [[*prompt, *row] for row in rows]
