@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         "models-unmapped-tensor",
-        "w2s_jax/models/huggingface.py",
+        "w2s_jax/models/load.py",
         "tensors.keys() - shapes.keys(),",
         "frozenset[str](),",
         "a tensor that no parameter asks for is left out in silence",
@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "text-lost-row",
         "w2s_jax/text/journal.py",
-        "            _truncate(path, end)\n",
-        "            pass\n",
+        "                file.truncate(end)\n",
+        "                pass\n",
         "a half-written last line stays, and takes the next finished row with it",
         ("tests/text/test_journal.py",),
     ),
@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "train-unchecked-bytes",
-        "w2s_jax/train/manifest.py",
+        "w2s_jax/train/checkpoint.py",
         "if _checksum(path) != checksum:",
         "if not _checksum(path):",
         "a checkpoint with flipped bytes is restored as if it were sound",

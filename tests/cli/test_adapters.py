@@ -7,7 +7,7 @@ import pytest
 from tests.cli.test_search import search, tiny
 from tests.search.test_adapters import adapter
 from w2s_jax.cli.convert import Convert
-from w2s_jax.cli.flags import weights_stamp
+from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 
 

@@ -5,7 +5,7 @@ import pytest
 from tests.cli.test_search import PROMPTS, SMALL, tiny
 from tests.cli.test_training import PAIRS
 from tests.models.test_reward import tiny_reward_model
-from w2s_jax.models.reward import save_reward_model
+from w2s_jax.models.save import save_reward_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 

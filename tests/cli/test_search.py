@@ -8,9 +8,9 @@ import pytest
 
 from w2s_jax.cli.main import main, parse
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.save import save_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, plan
 from w2s_jax.search.config import best_of_n, cbs, eft, ivg, sample

@@ -22,7 +22,7 @@ from w2s_jax.serve.events import Done, Failed, Progress
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.metrics import Metrics
 from w2s_jax.serve.schema import ApiError, Completion, Defaults, Limits
-from w2s_jax.text.prompts import decode_tokens, response_text
+from w2s_jax.text.prompts import decode_tokens, response_end
 
 DEFAULTS = Defaults(w=2, k=2, l=3, max_tokens=12, temperature=1.0, top_k=0)
 LIMITS = Limits(slots=3, queue=64, tokens=16)
@@ -98,7 +98,7 @@ def test_it_finds_what_search_finds(engine, reader, served):
             assert choice.tokens == hypothesis.tokens
             assert choice.score == pytest.approx(hypothesis.score, abs=1e-4)
             ends = {"finished": hypothesis.finished, "eos_ids": served.eos_ids}
-            text = response_text(served.tokenizer, prompt, hypothesis.tokens, **ends)
+            text, _ = response_end(served.tokenizer, prompt, hypothesis.tokens, **ends)
             assert choice.text == text
             assert choice.ended_by == ("eos" if hypothesis.finished else "length")
 

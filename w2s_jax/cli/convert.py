@@ -35,10 +35,9 @@ class Convert:
 
     def run(self) -> None:
         """Convert; raises InputError, before any weight is read, for what is wrong."""
-        from w2s_jax.models.encoder import save_classifier
-        from w2s_jax.models.huggingface import save_model
         from w2s_jax.models.model import Model
-        from w2s_jax.models.reward import RewardModel, save_reward_model
+        from w2s_jax.models.reward import RewardModel
+        from w2s_jax.models.save import save_classifier, save_model, save_reward_model
         from w2s_jax.text.rows import check_writable
 
         self._check()
@@ -90,10 +89,9 @@ class Convert:
 
     def _load(self) -> "Model | RewardModel | Classifier":
         from w2s_jax.models.huggingface import is_adapter, locate
-        from w2s_jax.models.load import load_adapted, load_model
+        from w2s_jax.models.load import is_reward_model, load_adapted, load_model, load_reward_model
         from w2s_jax.models.lora_huggingface import base_of
         from w2s_jax.models.model import STORED
-        from w2s_jax.models.reward import is_reward_model, load_reward_model
         from w2s_jax.train.export import export, is_run
 
         source = locate(self.source)

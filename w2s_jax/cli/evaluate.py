@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import Hosts, mesh_of, weights_stamp
+from w2s_jax.cli.multihost_launch import Hosts
 from w2s_jax.cli.quantisation import QuantisationFlags
+from w2s_jax.distributed import is_first
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.hosts import is_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from w2s_jax.evaluate.results import Results
     from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.reward import RewardModel
-    from w2s_jax.text.journal import HostJournal, Journal
+    from w2s_jax.text.journal import Journal
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.
 IN_FINGERPRINT = ("reward_model", "label", "end_token", "cut", "dtype")
@@ -74,7 +74,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
         from w2s_jax.evaluate.results import count_tokens
         from w2s_jax.evaluate.rewards import compare, summarise
-        from w2s_jax.models.reward import contrast, load_reward_labels
+        from w2s_jax.models.load import load_reward_labels
+        from w2s_jax.models.reward import contrast
         from w2s_jax.text.rows import write_whole
         from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -139,7 +140,7 @@ class Evaluate(QuantisationFlags, Hosts):
         """Token ids of all rows, and how they were rendered, in a word."""
         from w2s_jax.evaluate.results import encode_behind, encode_plain
         from w2s_jax.models.encoder import EncoderConfig
-        from w2s_jax.models.reward import load_reward_config
+        from w2s_jax.models.load import load_reward_config
         from w2s_jax.text.chat import load_template
 
         config = load_reward_config(self.reward_model)
@@ -160,15 +161,16 @@ class Evaluate(QuantisationFlags, Hosts):
         """The rewards of all rows, those of the first file written to --output."""
         import numpy as np
 
+        from w2s_jax.distributed import agree
         from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.rewards import rewards
-        from w2s_jax.exchange import agree
+        from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.text.journal import job_journal
 
         values = np.zeros(len(encoded), np.float32)
         rows = [row for file in files for row in file.rows]
         with contextlib.ExitStack() as stack:
-            journal: Journal | HostJournal | None = None
+            journal: Journal | None = None
             if self.output:
                 mark = self.fingerprint(rows, len(files[0].rows), rendering)
                 journal = stack.enter_context(job_journal(self.output, mark))
@@ -201,7 +203,7 @@ class Evaluate(QuantisationFlags, Hosts):
         return values
 
     def _check_finite(
-        self, files: "list[Results]", values: "np.ndarray", journal: "Journal | HostJournal | None"
+        self, files: "list[Results]", values: "np.ndarray", journal: "Journal | None"
     ) -> None:
         """Raise InputError, naming the rows, where a reward is no finite number."""
         from w2s_jax.text.journal import told_kept
@@ -222,6 +224,8 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def fingerprint(self, rows: list[dict[str, Any]], first: int, rendering: str) -> dict[str, Any]:
         """What the rows of a journal depend on: flags, the input rows, the checkpoint's files."""
+        from w2s_jax.search.checkpoints import weights_stamp
+
         flags = {name: value for name, value in asdict(self).items() if name in IN_FINGERPRINT}
         folder = Path(self.reward_model).resolve()
         if folder.is_dir():
@@ -231,7 +235,7 @@ class Evaluate(QuantisationFlags, Hosts):
 
     def load(self, mesh: "Mesh | None") -> "RewardModel | Classifier":
         """The reward model, on the mesh where there is one."""
-        from w2s_jax.models.reward import load_reward_model
+        from w2s_jax.models.load import load_reward_model
 
         dtype = None if self.dtype == "auto" else self.dtype
         return load_reward_model(self.reward_model, dtype=dtype, mesh=mesh)

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from w2s_jax.cli.flags import Guidance, Method
 from w2s_jax.errors import InputError
+from w2s_jax.search.settings import GuidanceConfig, MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMEval(Method, Guidance):
+class LMEval(MethodConfig, GuidanceConfig):
     """Measure a policy, alone or steered by small models, on lm-eval's tasks.
 
     Likelihoods are those of the policy (sample) or of the mixture that is sampled from (eft);

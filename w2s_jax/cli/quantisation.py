@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from w2s_jax.cli.flags import named_mesh
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ class QuantisationFlags:
         """
         from w2s_jax.evaluate.quantisation import Trial
         from w2s_jax.models.quantize import read_quantize
+        from w2s_jax.ops.meshes import named_mesh
         from w2s_jax.text.rows import check_writable, write_whole
 
         specs = {spec: read_quantize(spec) for spec in self.quantise or USUAL}

@@ -13,9 +13,9 @@ from w2s_jax.cli.main import mapping_flags
 from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from w2s_jax.cli.train import Training
     from w2s_jax.reasoning.config import ReasonConfig
     from w2s_jax.reasoning.stages import Planned
+    from w2s_jax.train.config import TrainConfig
 
 DEFAULT_OUTPUT = "runs/reason"
 OWN_FLAGS = ("model", "data", "output", "estimate")
@@ -82,14 +82,13 @@ def check_flags(config: "ReasonConfig", source: str) -> None:
 
     What hangs on the data is left to them.
     """
-    from w2s_jax.cli.dpo import DPO
-    from w2s_jax.cli.sft import SFT
+    from w2s_jax.cli.train import DPO, SFT
     from w2s_jax.reasoning.contrasts import WEIGHT
 
     two = {} if config.stage_two is None else config.stage_two.dpo
     if config.stage_two is not None and config.stage_two.contrasts.weighted:
         two = {"weight_column": WEIGHT} | two
-    places: list[tuple[str, type[Training], dict[str, Any], dict[str, Any]]] = [
+    places: list[tuple[str, type[TrainConfig], dict[str, Any], dict[str, Any]]] = [
         ("sft", SFT, {}, config.sft),
         ("weak: sft", SFT, config.sft, config.weak.sft),
         ("dpo", DPO, {}, config.dpo),
@@ -108,12 +107,12 @@ def check_flags(config: "ReasonConfig", source: str) -> None:
             raise InputError(f"{where}: {error}") from None
 
 
-def _parsed(command: "type[Training]", flags: list[str], where: str) -> "Training":
+def _parsed(command: "type[TrainConfig]", flags: list[str], where: str) -> "TrainConfig":
     from w2s_jax.cli.main import read_flags
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            return cast("Training", read_flags(command, flags, (command.name,)))
+            return cast("TrainConfig", read_flags(command, flags, (command.name,)))
         except SystemExit:
             pass
     told = " ".join(flags) or "nothing"

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.flags import Guidance, Hosts, Judges, Method, search_shapes, weights_stamp
+from w2s_jax.cli.multihost_launch import Hosts
+from w2s_jax.distributed import is_first, started
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.hosts import is_first, started
+from w2s_jax.search.settings import GuidanceConfig, MethodConfig, TextScorersConfig
 from w2s_jax.text.rows import Row
 
 if TYPE_CHECKING:
-    from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.plan.meshes import Chosen
     from w2s_jax.search import SearchConfig
     from w2s_jax.search.checkpoints import Sources
     from w2s_jax.search.models import Places
-    from w2s_jax.text.journal import HostJournal, Journal
+    from w2s_jax.text.journal import Journal
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (
@@ -73,7 +74,7 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Remote, Judges, Method, Guidance, Hosts, Files):
+class Search(Remote, TextScorersConfig, MethodConfig, GuidanceConfig, Hosts, Files):
     """Find responses of a frozen policy, steered by small models, reward models or functions.
 
     Finished rows go to OUTPUT.journal at once. After a kill the same command goes on where it
@@ -127,7 +128,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def _check_hosts(self, rows: Sequence[Row]) -> None:
         """Raise InputError where hosts were started with other flags, or read other rows."""
-        from w2s_jax.exchange import agree
+        from w2s_jax.distributed import agree
 
         given = asdict(self)
         flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}
@@ -159,8 +160,9 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def local_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy in this process; nothing but weights is left to be wrong."""
+        from w2s_jax.plan.meshes import choose_mesh, search_shapes
         from w2s_jax.search import checkpoints
         from w2s_jax.search.rows import encode_questions, search_rows
         from w2s_jax.text.prompts import special_stops
@@ -173,8 +175,8 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         config = replace(config, policy_cache=self.policy_cache)
         longest = max(len(one) for prompts in questions.prompts for one in prompts)
 
-        def shapes(places: "Places") -> "SearchShapes":
-            return search_shapes(
+        def choose(places: "Places") -> "Chosen":
+            shapes = search_shapes(
                 plan,
                 config,
                 places,
@@ -182,8 +184,9 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
                 slots=self.batch_size,
                 dtype=self.weights_dtype,
             )
+            return choose_mesh(shapes)
 
-        places = self.places(shapes)
+        places = self.places(choose)
         check_batch(self.batch_size, 1, places.mesh, flag="--batch-size")
         texts, ids = special_stops(plan.tokenizer, self.stop)
         parts = batch_parts(places.mesh)
@@ -195,7 +198,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         )
         self._tell([*plan.notes(), *places.notes(plan.configs)])
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
             steering = steering.beside(functions, self.scorer)
             search_rows(
@@ -214,7 +217,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def remote_work(
         self, sources: "Sources", config: "SearchConfig", rows: list[Row], source: str
-    ) -> "Callable[[Journal | HostJournal, Callable[[Row | None], None]], None]":
+    ) -> "Callable[[Journal, Callable[[Row | None], None]], None]":
         """The search with a policy behind an API."""
         from w2s_jax.search import checkpoints
         from w2s_jax.search.rows import read_conversations, search_text_rows
@@ -255,7 +258,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         config = replace(config, slots=min(self.batch_size, len(rows)))
         self._tell(plan.notes())
 
-        def run(journal: "Journal | HostJournal", on_row: Callable[[Row | None], None]) -> None:
+        def run(journal: "Journal", on_row: Callable[[Row | None], None]) -> None:
             steering = checkpoints.load(plan, dtype=self.weights_dtype)
             steering = steering.beside(functions, self.scorer)
             try:
@@ -287,7 +290,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
             print(line)
 
     def _with_progress(
-        self, run: Callable[..., None], journal: "Journal | HostJournal", count: int, waiting: int
+        self, run: Callable[..., None], journal: "Journal", count: int, waiting: int
     ) -> None:
         from rich.console import Console
         from tqdm import tqdm
@@ -321,7 +324,7 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
         except InputError as error:
             raise InputError(f"{self.prompts} {error} (--format alpaca_eval)") from None
 
-    def _finish(self, journal: "Journal | HostJournal", count: int, config: "SearchConfig") -> None:
+    def _finish(self, journal: "Journal", count: int, config: "SearchConfig") -> None:
         """The report and the output from the journal, which is removed last."""
         from w2s_jax.evaluate.report import write_report
         from w2s_jax.evaluate.results import write_alpaca
@@ -358,6 +361,8 @@ class Search(Remote, Judges, Method, Guidance, Hosts, Files):
 
     def fingerprint(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What the rows of a journal depend on: flags, the input rows, the checkpoints' files."""
+        from w2s_jax.search.checkpoints import weights_stamp
+
         given = asdict(self)
         flags = {flag: given[flag] for flag in given if flag not in NOT_IN_FINGERPRINT}
         checkpoints = self.sources_of_all().checkpoints

@@ -6,19 +6,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from w2s_jax.cli.flags import Guidance, Judges, search_shapes
 from w2s_jax.errors import InputError
+from w2s_jax.search.settings import GuidanceConfig, TextScorersConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from w2s_jax.plan.programs import SearchShapes
+    from w2s_jax.plan.meshes import Chosen
     from w2s_jax.search.checkpoints import SteeringPlan
     from w2s_jax.search.models import Places
     from w2s_jax.serve.jobs import Job, Reader, Served
@@ -30,7 +29,7 @@ _LARGEST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(Judges, Guidance):
+class Serve(TextScorersConfig, GuidanceConfig):
     """Answer OpenAI's completions and chat requests with a policy, steered or not.
 
     Requests may hold more than OpenAI's fields: method, w, k, l, beta, top_k, seed, row_id,
@@ -198,7 +197,7 @@ class Serve(Judges, Guidance):
         needs = f"--method {self.method}" if self.method in ("eft", "ivg") else ""
         plan = checkpoints.plan(sources, needs_tokens=needs)
         functions = self.functions()
-        places = self.places(partial(self.shapes, plan))
+        places = self.places(lambda places: self.choose_mesh(plan, places))
         steering = checkpoints.load(plan, dtype=self.weights_dtype, places=places)
         assert steering.models is not None
         # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
@@ -209,8 +208,9 @@ class Serve(Judges, Guidance):
         notes = [*plan.notes(), *places.notes(plan.configs), *chat_notes(served, others)]
         return served, places.mesh, notes
 
-    def shapes(self, plan: "SteeringPlan", places: "Places") -> "SearchShapes":
-        """What requests run that leave out all they may."""
+    def choose_mesh(self, plan: "SteeringPlan", places: "Places") -> "Chosen":
+        """The mesh for what requests run that leave out all they may."""
+        from w2s_jax.plan.meshes import choose_mesh, search_shapes
         from w2s_jax.search.config import preset
 
         own = self.defaults()
@@ -223,7 +223,7 @@ class Serve(Judges, Guidance):
             max_new_tokens=own.max_tokens,
             policy_cache=own.policy_cache,
         )
-        return search_shapes(
+        shapes = search_shapes(
             plan,
             config,
             places,
@@ -232,6 +232,7 @@ class Serve(Judges, Guidance):
             dtype=self.weights_dtype,
             slots_flag="--slots",
         )
+        return choose_mesh(shapes)
 
     def warm_up_jobs(self, reader: "Reader") -> "list[Job]":
         """A job of the default method for a prompt of the length to be warmed up for."""

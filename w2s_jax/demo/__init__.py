@@ -33,8 +33,7 @@ class OtherGuide:
 
 def load_demo(*, dtype: Any = "float32") -> Demo:
     """Load the embedded default; the files hold bfloat16, which CPUs compute slowly."""
-    from w2s_jax.models.encoder import load_classifier
-    from w2s_jax.models.load import load_model
+    from w2s_jax.models.load import load_classifier, load_model
     from w2s_jax.text.tokenizer import load_tokenizer
 
     with _assets() as assets:

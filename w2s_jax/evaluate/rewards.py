@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
 from w2s_jax.ops.sharding import DEFAULT_RULES

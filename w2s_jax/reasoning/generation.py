@@ -127,7 +127,8 @@ def generate(
     row), a guide too many or too few, and a journal of a run with other settings.
     """
     from w2s_jax.search import search_models
-    from w2s_jax.text.journal import journal_path, locked, open_journal
+    from w2s_jax.text.journal import journal_path, open_journal
+    from w2s_jax.text.rows import locked
 
     _check_guide(config, guide)
     models = search_models(model, guide)

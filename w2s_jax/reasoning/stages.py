@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.journal import locked
-from w2s_jax.text.rows import write_whole
+from w2s_jax.text.rows import locked, write_whole
 
 DONE, BEGUN = "done.json", "begun.json"
 """Records of a stage: `done.json` when all of it is there, `begun.json` before any of it is."""

@@ -3,6 +3,7 @@
 Looks at tokenizers and configs first, so that what is wrong is said before any weight is read.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,7 +360,7 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
     dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
     that does not divide them.
     """
-    from w2s_jax.models.reward import load_reward_model
+    from w2s_jax.models.load import load_reward_model
 
     sources, checkpoints = plan.sources, plan.sources.checkpoints
     options: dict[str, Any] = {
@@ -427,3 +428,19 @@ def guide_sources(
         GuideSource(up, down, weight, tuned_template, untuned_template)
         for up, down, weight in zip(tuned, untuned, weights or [1.0] * len(tuned), strict=True)
     )
+
+
+def weights_stamp(folder: Path) -> str:
+    """A short hash of the names, sizes and times of a checkpoint's files, and of its base's.
+
+    Raises InputError for an adapter that names no base.
+    """
+    from w2s_jax.models.huggingface import is_adapter
+    from w2s_jax.models.lora_huggingface import base_of
+
+    kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
+    files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))
+    stats: list[Any] = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if is_adapter(folder) and Path(base_of(folder)).is_dir():
+        stats.append(weights_stamp(Path(base_of(folder))))
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

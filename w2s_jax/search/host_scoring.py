@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
 from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal, Selection

@@ -25,7 +25,7 @@ from w2s_jax.search.run import of_guides, search
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.conversations import Conversation, conversation_of, plain
-from w2s_jax.text.journal import HostJournal, Journal
+from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import decode_tokens, token_texts
 from w2s_jax.text.rows import Row
 
@@ -76,7 +76,7 @@ def search_rows(
     steering: Steering,
     questions: Questions,
     config: SearchConfig,
-    journal: Journal | HostJournal,
+    journal: Journal,
     *,
     method: str = "",
     traced: bool = False,
@@ -221,7 +221,7 @@ def search_text_rows(
     scorers: Sequence[TextScorer],
     rows: Sequence[Row],
     config: SearchConfig,
-    journal: Journal | HostJournal,
+    journal: Journal,
     *,
     source: str,
     method: str = "",

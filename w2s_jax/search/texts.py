@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from w2s_jax.distributed import from_first, gather_values
 from w2s_jax.errors import SCORER, InputError, check_fields, shown
-from w2s_jax.exchange import from_first, gather_values
 from w2s_jax.text.conversations import Conversation, plain
 
 _NOT_FINITE = "gave a score that is not a finite number"

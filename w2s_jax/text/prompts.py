@@ -109,23 +109,6 @@ def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
     )
 
 
-def response_text(
-    tokenizer: Any,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    finished: bool,
-    stop: Sequence[str] = (),
-    behind: Sequence[int] = (),
-    eos_ids: Sequence[int] = (),
-) -> str:
-    """The text of a response: the first that `response_end` gives for the same arguments."""
-    text, _ = response_end(
-        tokenizer, prompt, tokens, finished=finished, stop=stop, behind=behind, eos_ids=eos_ids
-    )
-    return text
-
-
 def response_end(
     tokenizer: Any,
     prompt: Sequence[int],

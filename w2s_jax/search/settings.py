@@ -1,116 +1,32 @@
-"""Flags that several commands share, and what they stand for."""
+"""The settings of a search as frozen values: what is searched with, what scores, and how.
 
-import hashlib
+Commands are made of these, so that a flag, a key of a YAML file and an argument in Python are one
+field, declared here with its default and its help. Imports no jax, which `w2s search --help` would
+wait for; what builds models and plans from the settings is imported when it is called.
+"""
+
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import own_number, started
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from w2s_jax.plan.meshes import Shapes
-    from w2s_jax.plan.programs import SearchShapes
-    from w2s_jax.search.checkpoints import RewardSource, Sources, SteeringPlan
+    from w2s_jax.ops.meshes import ChosenMesh
+    from w2s_jax.search.checkpoints import RewardSource, Sources
     from w2s_jax.search.config import SearchConfig
     from w2s_jax.search.models import Places
     from w2s_jax.search.texts import TextScorer
 
-MESH = "mesh.txt"
-"""Where a training run's folder says, in words, on which mesh it last ran."""
-
-
-def search_shapes(
-    plan: "SteeringPlan",
-    config: "SearchConfig",
-    places: "Places",
-    *,
-    prompt_tokens: int,
-    slots: int,
-    dtype: str | None,
-    slots_flag: str = "--batch-size",
-) -> "SearchShapes":
-    """The shapes of a search with the models of a plan, by the rules of `places`.
-
-    dtype: of the weights, None is what loading takes. A checkpoint that is named twice counts
-    twice.
-    """
-    from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.huggingface import locate
-    from w2s_jax.models.model import STORED, quickest_dtype
-    from w2s_jax.models.reward import load_reward_config
-    from w2s_jax.plan.programs import GuideShapes, SearchShapes
-
-    checkpoints = plan.sources.checkpoints
-    guiding = iter([role for role in plan.configs if "tuned" in role])
-    pairs = zip(guiding, guiding, plan.on_device, strict=True)
-    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
-    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
-    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
-    dtype = dtype or quickest_dtype()
-    return SearchShapes(
-        policy=plan.configs["policy"],
-        guides=tuple(
-            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
-            for tuned, untuned, here in pairs
-        ),
-        config=config,
-        prompt_tokens=prompt_tokens,
-        slots=slots,
-        slots_flag=slots_flag,
-        dtype=stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
-        policy_rules=places.policy,
-        guide_rules=places.others,
-        quantize=plan.sources.quantize,
-        # Encoders stay whole on every device.
-        judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
-    )
-
-
-def mesh_before(directory: Path) -> str | None:
-    """The mesh that a training run's folder had last, in words; None where it does not say."""
-    try:
-        return (directory / MESH).read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
-def stored_dtype(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
-    from w2s_jax.models.lora_huggingface import base_folder
-
-    if is_adapter(checkpoint):
-        return stored_dtype(base_folder(checkpoint))
-    config = read_json(checkpoint / CONFIG)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-AUTO = "auto"
-"""The mesh that a command chooses itself."""
-OVER_HOSTS = "data=-1"
-"""The mesh of several hosts where none is asked for."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Hosts:
-    """The hosts that run a command together."""
-
-    hosts: Annotated[str, arg(metavar="HOST:PORT,N,I|auto|off|jax")] = "auto"
-    """Hosts that run this together: the first one's address, how many, which this is from 0. auto
-    finds those of SLURM, Open MPI and TPU slices, jax whatever jax finds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
+class GuidanceConfig:
     """What writes, what steers it, and how each model reads conversations."""
 
     policy: Annotated[str | None, arg(metavar="DIR|ID")] = None
@@ -151,16 +67,20 @@ class Guidance:
     scan_layers: bool | None = None
     """Stack the layers, so that large models compile quickly; by default on a mesh."""
 
-    def places(self, shapes: "Callable[[Places], Shapes] | None" = None) -> "Places":
-        """The mesh and the rules; InputError where they are wrong.
+    def places(self, choose: "Callable[[Places], ChosenMesh] | None" = None) -> "Places":
+        """The mesh and the rules by which models lie on it.
 
-        `shapes`: what is to run by the rules that it is given, for a mesh that is to be chosen.
+        Args:
+            choose: picks the mesh for "auto", given the rules alone.
+
+        Raises:
+            InputError: for wrong rules, and as `mesh_of` does.
         """
+        from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.search.models import read_places
 
         rules = read_places(None, self.policy_rules, self.guide_rules, self.scan_layers)
-        chosen = None if shapes is None else lambda: shapes(rules)
-        return replace(rules, mesh=mesh_of(self.mesh, chosen))
+        return replace(rules, mesh=mesh_of(self.mesh, choose and partial(choose, rules)))
 
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
@@ -211,7 +131,7 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
+class TextScorersConfig:
     """What scores responses beside the guides."""
 
     reward_model: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="DIR|ID")]] = ()
@@ -257,7 +177,7 @@ def _weights(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class MethodConfig:
     """How a response is searched."""
 
     method: Literal["cbs", "bon", "eft", "ivg", "sample"] = "cbs"
@@ -342,66 +262,6 @@ class Method:
         )
 
 
-def mesh_of(
-    spec: str | None,
-    shapes: "Callable[[], Shapes] | None" = None,
-    *,
-    before: Callable[[], str | None] = lambda: None,
-) -> "Mesh | None":
-    """The mesh of --mesh; without the flag none on one host, and data=-1 on several.
-
-    What is used without the flag is told, where it is not all there is, and so is what is chosen
-    for "auto", by what `shapes` says is to run; `before` says what the run had when it was stopped.
-
-    Raises InputError as `make_mesh` and `choose_mesh` do, for "auto" without shapes, and where
-    hosts were given different ones.
-    """
-    import jax
-
-    from w2s_jax.exchange import agree
-    from w2s_jax.ops.sharding import make_mesh
-
-    agree("command", {"--mesh": spec})
-    if spec == AUTO and shapes is not None:
-        from w2s_jax.plan.meshes import choose_mesh
-
-        chosen = choose_mesh(shapes())
-        had = before()
-        other = "" if had in (None, chosen.name) else f"; the run before had {had}"
-        print(f"{chosen.told}{other}", file=sys.stderr)
-        return chosen.mesh
-    if spec is not None:
-        return named_mesh(spec)
-    if not started():
-        if jax.device_count() > 1:
-            told = f"one of the {jax.device_count()} devices here is used"
-            print(f"{told}; --mesh {OVER_HOSTS}, say, uses all", file=sys.stderr)
-        return None
-    mesh = make_mesh(OVER_HOSTS)
-    told = f"{own_number()[1]} hosts with {mesh.size} devices: --mesh {OVER_HOSTS}"
-    print(f"{told}, as none is given", file=sys.stderr)
-    return mesh
-
-
-def named_mesh(spec: str) -> "Mesh":
-    """The mesh of --mesh where it is not chosen.
-
-    Raises InputError as `make_mesh` and `check_named` do, and for "auto".
-    """
-    from w2s_jax.ops.sharding import make_mesh
-
-    check_named(spec)
-    if spec == AUTO:
-        raise InputError(f"--mesh {AUTO} is of search, serve, sft and dpo; name it, as data=-1")
-    return make_mesh(spec)
-
-
-def check_named(spec: str) -> None:
-    """Raise InputError for a --mesh without a word in it."""
-    if not spec.strip(", "):
-        raise InputError("--mesh is empty; give sizes such as data=2,tensor=4, or leave it out")
-
-
 def import_function(name: str) -> Callable[..., Any]:
     """The function that "package.module:function" names; the working directory is looked in too.
 
@@ -420,19 +280,3 @@ def import_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"--scorer {name}: {type(found).__name__} is no function")
     return found
-
-
-def weights_stamp(folder: Path) -> str:
-    """A short hash of the names, sizes and times of a checkpoint's files, and of its base's.
-
-    Raises InputError for an adapter that names no base.
-    """
-    from w2s_jax.models.huggingface import is_adapter
-    from w2s_jax.models.lora_huggingface import base_of
-
-    kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
-    files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))
-    stats: list[Any] = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    if is_adapter(folder) and Path(base_of(folder)).is_dir():
-        stats.append(weights_stamp(Path(base_of(folder))))
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
