@@ -112,15 +112,16 @@ def split_top(text: str) -> list[str] | None:
 How = Literal["told", "voted", "bare"]
 
 _IMPLIED = ((("degree", 1),), (("dollar", 1),))
+# What stands before a value: "approximately", "x \in".
 _LEAD = re.compile(
-    r"(?i)(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*"
+    r"\A(?i:(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*)?"
+    r"(?:\s*[A-Za-z]\s*\\in(?![a-z])\s*)?"
 )
 _LABEL = re.compile(
     r"\s*(\\frac\s*\{d[A-Za-z]\}\s*\{d[A-Za-z]\}"
     r"|\\?[A-Za-z][A-Za-z ]*(?:_\{?\w+\}?)?(?:'|\^\{-1\})?\s*(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\))?)"
     r"\s*(?:=(?!=)|\\approx\b)\s*([^=<>]+)"
 )
-_MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "not", "any", "two", "six"))
 _INNER_CAPITAL = re.compile("[a-z][A-Z]")
@@ -156,10 +157,7 @@ _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
 def form(answer: str, how: How = "told") -> str:
     """The one form of an answer, the text without spaces where nothing else can be read."""
-    answer = _plain_range(answer)
-    for lead in (_LEAD, _MEMBER):
-        if found := lead.match(answer):
-            answer = answer[found.end() :].strip()
+    answer = _LEAD.sub("", _plain_range(answer)).strip()
     labelled = _LABEL.fullmatch(answer)
     if labelled and "," not in labelled[2]:
         answer = labelled[2].strip()
@@ -181,10 +179,9 @@ def quantity(answer: str) -> Quantity | None:
         if _FUNCTION.search(answer[:place]):
             continue
         unit, rest = read_unit(answer[place:])
-        if (unit.powers and not rest) or (not unit.powers and is_counted(rest)):
-            value = constant(answer[:place])
-            if value is not None:
-                return Quantity(value, unit)
+        counted = not rest if unit.powers else is_counted(rest)
+        if counted and (value := constant(answer[:place])) is not None:
+            return Quantity(value, unit)
     value = constant(answer)
     return None if value is None else Quantity(value)
 

@@ -41,7 +41,7 @@ _SPAN = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$((?! )(?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
     re.DOTALL,
 )
-_JOINED = re.compile(r"[\s,;]*(?:\band\b|\bor\b)?[\s,;]*")
+_BETWEEN = re.compile(r"[\s,;]*(?:\band\b|\bor\b)?[\s,;]*")
 _NO_REMARK = r"(?:mod|base|and|or|sin|cos|tan|log|ln|exp|sqrt|pi)\b"
 _CLAUSE = re.compile(
     r"(?:(?<!\bsq)(?<!\bcu)(?<!\bfl)\.|[;!])\s|,?\s+(?=(?:because|since)\b)|\n|\s+—\s+"
@@ -64,7 +64,6 @@ _QUOTED = re.compile("[\"'“‘](?=\\S)(.+?)[\"'”’]")
 _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
-_BOLD = re.compile(r"(?<![\w*\\])(?:\*\*|__)(?=[^\s*])([^*\n]*?[^\s*])(?:\*\*|__)(?![\w*])")
 # Values in a sentence; what stands before its result, and before its only value ("except 3" is no
 # value of its own).
 _VALUE = re.compile(
@@ -232,11 +231,9 @@ def last_bold(text: str) -> str:
     line = text.rstrip().rpartition("\n")[2]
     if (whole := _EMPHASIS.fullmatch(line.strip())) and reads_as_answer(whole[2] or whole[3]):
         return whole[2] or whole[3]
-    bolds = _BOLD.findall(line)
-    found = [
-        told for bold in bolds if (told := bold if reads_as_answer(bold) else value_told(bold))
-    ]
-    return found[-1] if found else ""
+    bolds = [match[2] for match in _EMPHASIS.finditer(line) if match[1] in ("**", "__")]
+    found = [bold if reads_as_answer(bold) else value_told(bold) for bold in bolds]
+    return next(filter(None, reversed(found)), "")
 
 
 def without_markdown(text: str) -> str:
@@ -283,29 +280,25 @@ def value_told(sentence: str) -> str:
         n for n, value in enumerate(values) if _COMES_TO.search(sentence[: value.start()][-40:])
     ]
     if results:
-        found = values[results[-1] :]
-    elif len(values) == 1 and _ONLY_BEHIND.fullmatch(sentence[: values[0].start()]):
-        found = values
-    else:
-        return ""
+        return _joined(sentence, values[results[-1] :])
+    only = len(values) == 1 and _ONLY_BEHIND.fullmatch(sentence[: values[0].start()])
+    return _joined(sentence, values) if only else ""
+
+
+def _joined(text: str, found: list[re.Match[str]]) -> str:
+    """The first that was found, and what no more than a comma, "and" or "or" parts from it."""
     kept = found[:1]
-    for value in found[1:]:
-        if not _JOINED.fullmatch(sentence[kept[-1].end() : value.start()]):
+    for match in found[1:]:
+        if not _BETWEEN.fullmatch(text[kept[-1].end() : match.start()]):
             break
-        kept.append(value)
-    return ", ".join(next(filter(None, value.groups())) for value in kept)
+        kept.append(match)
+    return ", ".join(next(filter(None, match.groups())) for match in kept)
 
 
 def _stated(statement: str) -> str:
     """The mathematics at the start of a statement, or its first clause."""
-    spans: list[str] = []
-    end = 0
-    while match := _SPAN.match(statement, end):
-        spans.append(next(group for group in match.groups() if group is not None))
-        between = _JOINED.match(statement, match.end())
-        end = between.end() if between else match.end()
-    if spans:
-        return ", ".join(spans)
+    if _SPAN.match(statement):
+        return _joined(statement, list(_SPAN.finditer(statement)))
     clause = _CLAUSE.split(statement, maxsplit=1)[0].strip(" *")
     return _MARK_AT_END.sub("", clause).removesuffix(".")
 

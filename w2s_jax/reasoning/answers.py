@@ -7,8 +7,10 @@ math: by value, numbers and units exactly, expressions by their values at points
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
@@ -60,28 +62,36 @@ _UNWRAPPED = (
 
 
 @dataclass(frozen=True)
-class PublishedChecker:
-    """The published extraction and normalisation; equal are answers whose strings are.
+class TextChecker:
+    """Equal are answers whose normal forms are the same text.
 
-    kind: gsm8k, math or olympicarena. Answers that `extract` returns are normalised already; gold
-    answers are normalised once, as they come.
+    find: the answer of a response, as it is written there; "" where there is none. normal: its
+    normal form. Answers that `extract` returns are normalised already; gold answers are normalised
+    once, as they come. empty: whether no answer may be equal to a gold answer without a form.
     """
 
-    kind: str
-    name: str = "published"
+    name: str
+    find: Callable[[str], str]
+    normal: Callable[[str], str]
+    empty: bool = False
 
     def extract(self, response: str) -> str:
-        text = response.split("Question")[0].strip()
-        found = re.findall(f"{MARKERS[self.kind]} (.*)$", text)
-        answer = (found[-1] if found else "") or _number_after_answer_is(text)
-        # Wherever the end mark stands, the last four characters go.
-        return published_form(answer[:-4] if "</s>" in answer else answer)
+        return self.normal(self.find(response))
 
     def equal(self, prediction: str, gold: str) -> bool:
-        return prediction == published_form(gold)
+        return prediction == self.normal(gold) and (self.empty or prediction != "")
 
     def canonical(self, answer: str) -> str:
         return answer
+
+
+def _published_answer(response: str, kind: str) -> str:
+    """The answer that the published code extracts; its kind is gsm8k, math or olympicarena."""
+    text = response.split("Question")[0].strip()
+    found = re.findall(f"{MARKERS[kind]} (.*)$", text)
+    answer = (found[-1] if found else "") or _number_after_answer_is(text)
+    # Wherever the end mark stands, the last four characters go.
+    return answer[:-4] if "</s>" in answer else answer
 
 
 def published_form(answer: str) -> str:
@@ -112,36 +122,14 @@ _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
 
 
-@dataclass(frozen=True)
-class HarnessChecker:
-    """`strict-match`, the first number after "####", or `flexible-extract`, the last number at all.
-
-    Answers that `extract` returns are normalised already; gold answers, bare or with their
-    solution, are normalised once.
-    """
-
-    flexible: bool = False
-
-    @property
-    def name(self) -> str:
-        return "harness-flexible" if self.flexible else "harness"
-
-    def extract(self, response: str) -> str:
-        if self.flexible:
-            found = _FLEXIBLE.findall(response)[-1:]
-        else:
-            found = [match[1] for match in [_STRICT.search(response)] if match]
-        return _harness_form(found[0].strip()) if found else ""
-
-    def equal(self, prediction: str, gold: str) -> bool:
-        return prediction != "" and prediction == _harness_form(gold)
-
-    def canonical(self, answer: str) -> str:
-        return answer
+def _harness_answer(response: str, flexible: bool) -> str:
+    """`strict-match`, the first number after "####", or `flexible-extract`, the last one at all."""
+    found = _FLEXIBLE.findall(response)[-1:] if flexible else _STRICT.findall(response)[:1]
+    return found[0].strip() if found else ""
 
 
 def _harness_form(answer: str) -> str:
-    """A final answer as the harness's exact match compares it."""
+    """A final answer, bare or with its solution, as the harness's exact match compares it."""
     for pattern in _IGNORED:
         answer = pattern.sub("", answer)
     return answer.lower()
@@ -289,11 +277,12 @@ def make_checker(name: str, kind: str) -> Checker:
     if name not in CHECKERS:
         raise InputError(f"checker {name!r}: one of {', '.join(CHECKERS)} is needed")
     if name == "published":
-        return PublishedChecker(kind)
+        return TextChecker(name, partial(_published_answer, kind=kind), published_form, empty=True)
     if name != "math":
         if kind != "gsm8k":
             raise InputError(f"checker {name} reads gsm8k answers only, not {kind}; take math")
-        return HarnessChecker(flexible=name == "harness-flexible")
+        find = partial(_harness_answer, flexible=name == "harness-flexible")
+        return TextChecker(name, find, _harness_form)
     for package, wanted in _READ_BY.items():
         try:
             found = version(package)

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.answers import Checker, make_checker
+from w2s_jax.reasoning.answers import make_checker
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
@@ -127,19 +127,17 @@ def _equal_numbers(
     """For each question and form of a number there, the forms that are equal to it."""
     alike = {row_id: {form: {form} for form in found} for row_id, found in asked.items()}
     pairs = [
-        (row_id, pair)
+        (row_id, one, other)
         for row_id, found in asked.items()
-        for pair in combinations([form for form in found if _NUMBER.match(form)], 2)
-        if not all(_BARE.fullmatch(found[form]) for form in pair)
+        for one, other in combinations(filter(_NUMBER.match, found), 2)
+        if not (_BARE.fullmatch(found[one]) and _BARE.fullmatch(found[other]))
     ]
-    if pairs:
-        with _checking(checker_name, kind) as pool:
-            tasks = [("equal", *(asked[row_id][form] for form in pair)) for row_id, pair in pairs]
-            verdicts = _run(pool, tasks)
-        for (row_id, (one, other)), verdict in zip(pairs, verdicts, strict=True):
-            if verdict is True:
-                alike[row_id][one].add(other)
-                alike[row_id][other].add(one)
+    with _checking(checker_name, kind) as pool:
+        verdicts = _run(pool, [("equal", asked[at][one], asked[at][two]) for at, one, two in pairs])
+    for (row_id, one, other), verdict in zip(pairs, verdicts, strict=True):
+        if verdict is True:
+            alike[row_id][one].add(other)
+            alike[row_id][other].add(one)
     return alike
 
 
@@ -150,28 +148,21 @@ def _shared_form(form: str, alike: Mapping[str, set[str]]) -> str:
 
 def methods(checker_name: str, kind: str) -> Callable[[Task], Any]:
     """In a worker: the function that calls a method of a checker, told as (method, *arguments)."""
-    checker = _load(checker_name, kind)
-
-    def call(task: Task) -> Any:
-        return getattr(checker, task[0])(*task[1:])
-
-    return call
+    module, _, attribute = checker_name.partition(":")
+    if attribute:
+        try:
+            checker = getattr(importlib.import_module(module), attribute)(kind)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"checker {checker_name}: cannot be loaded ({error})") from None
+    else:
+        checker = make_checker(checker_name, kind)
+    return lambda task: getattr(checker, task[0])(*task[1:])
 
 
 def _checking(checker_name: str, kind: str, **limits: Any) -> Workers:
     if ":" not in checker_name:
         make_checker(checker_name, kind)
     return Workers(f"{__name__}:methods", (checker_name, kind), **limits)
-
-
-def _load(checker_name: str, kind: str) -> Checker:
-    module, _, attribute = checker_name.partition(":")
-    if not attribute:
-        return make_checker(checker_name, kind)
-    try:
-        return getattr(importlib.import_module(module), attribute)(kind)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"checker {checker_name}: cannot be loaded ({error})") from None
 
 
 def _run(pool: Workers, tasks: Sequence[Hashable]) -> list[Any]:

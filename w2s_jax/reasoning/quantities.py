@@ -114,11 +114,6 @@ _PLAIN = {
     "1/16 pound": ("", "oz ounce"),
     "14 pound": ("", "stone"),
     "1/100 pound": ("", "pence"),
-    "slug": ("", "slug"),
-    "penny": ("", "penny"),
-    "nickel": ("", "nickel"),
-    "dime": ("", "dime"),
-    "quarter": ("", "quarter"),
     "1/100 dollar": ("¢", "cent"),
     "43560 ft^2": ("", "acre"),
     "10000 m^2": ("ha", "hectare"),
@@ -144,14 +139,16 @@ _PLAIN = {
     "radian": ("", "rad radian"),
     "revolution": ("", "rev revolution"),
     "revolution/min": ("", "rpm"),
-    "celsius": ("", "celsius"),
-    "fahrenheit": ("", "fahrenheit"),
     "pound/inch^2": ("", "psi"),
     "1000 psi": ("", "ksi"),
     "101325 kg/m/s^2": ("atm", "atmosphere"),
     "101325/760 kg/m/s^2": ("mmHg", "torr"),
     "horsepower": ("hp", "horsepower"),
     "decibel": ("dB", "decibel"),
+}
+_PLAIN |= {
+    name: ("", name)
+    for name in ("slug", "penny", "nickel", "dime", "quarter", "celsius", "fahrenheit")
 }
 # Powers of ten: before symbols, and at last before words.
 _PREFIXES = (

@@ -199,9 +199,11 @@ def draw_demonstrations(
     under another id either. Raises InputError, naming `source`, where too few may be drawn.
     """
     fit = {
-        row["question"].strip(): (row, responses[row["id"]])
+        row["question"].strip(): (row, answer)
         for row in sorted(questions, key=lambda row: draw_key(seed, row["id"]))
-        if row["id"] in responses and _may_show(responses[row["id"]], source)
+        if (answer := responses.get(row["id"])) is not None
+        and answer.get("result") in (None, True)
+        and pred_of(answer, source)
     }
     if len(fit) < count:
         raise InputError(
@@ -266,10 +268,6 @@ def pred_of(row: Mapping[str, Any], source: str) -> str:
             'first (an empty text means "no final answer")'
         )
     return pred
-
-
-def _may_show(row: Mapping[str, Any], source: str) -> bool:
-    return row.get("result") in (None, True) and pred_of(row, source) != ""
 
 
 def _id(row: Row, number: int, place: str) -> Id:
