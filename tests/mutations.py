@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "train-unchecked-bytes",
-        "w2s_jax/train/manifest.py",
+        "w2s_jax/train/checkpoint.py",
         "if _checksum(path) != checksum:",
         "if not _checksum(path):",
         "a checkpoint with flipped bytes is restored as if it were sound",

@@ -9,7 +9,7 @@ import pytest
 
 import w2s_jax
 from tests.tiny import tiny_model
-from w2s_jax.cli.dpo import DPO
+from w2s_jax.cli.train import DPO
 from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.lora import LoraConfig
@@ -20,9 +20,7 @@ from w2s_jax.search.config import cbs
 from w2s_jax.text.chat import Template
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.training_data import DataConfig
-from w2s_jax.train.loop import LoopConfig
-from w2s_jax.train.optimizers import OptimizerConfig
-from w2s_jax.train.preference_config import PreferenceConfig
+from w2s_jax.train.config import LoopConfig, OptimizerConfig, PreferenceConfig
 
 GPT2 = Path(__file__).parent / "golden" / "gpt2"
 CONFIG = cbs(2, 2, 3, max_new_tokens=4)
@@ -68,7 +66,7 @@ def policy():
         (lambda: DataConfig(data="rows.jsonl"), "data takes a tuple of texts such as ('row"),
         (lambda: DataConfig(data=("a",), limit="3"), "limit takes a whole number, not str '3'"),
         (lambda: Template(None, "none").render("text"), "a template takes a Conversation, not str"),
-        (lambda: LoopConfig(steps=1.5), "steps takes a whole number, not float 1.5"),
+        (lambda: LoopConfig(log_every=1.5), "log_every takes a whole number, not float 1.5"),
         (lambda: OptimizerConfig(b2="0.9"), "b2 takes a number, not str '0.9'"),
         (lambda: LoraConfig(targets="query"), "targets takes a tuple of texts such as ('query',)"),
         (lambda: Sampling("0.7"), "temperature takes a number, not str '0.7'"),
@@ -111,7 +109,7 @@ def test_a_search_says_what_it_takes(policy, options, told):
 
 
 def test_a_list_in_the_place_of_a_tuple_becomes_one():
-    assert PreferenceConfig(loss_type=["sigmoid"]) == PreferenceConfig()
+    assert PreferenceConfig(loss_type=["sigmoid"]) == PreferenceConfig(loss_type=("sigmoid",))
     assert hash(cbs(2, 2, 3, eos_ids=[3]))
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "text": set(),
     "models": {"ops"},
     "search": BELOW_SEARCH,
-    "train": BELOW_SEARCH,
+    "train": {*BELOW_SEARCH, "search"},
     "evaluate": BELOW_EVALUATE,
     "serve": BELOW_EVALUATE,
     "bench": BELOW_EVALUATE,

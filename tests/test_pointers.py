@@ -11,7 +11,7 @@ from w2s_jax.text.rows import open_source, read_rows
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.typed_yaml import read_mapping, read_typed
 from w2s_jax.train.export import read_record
-from w2s_jax.train.records import read_records
+from w2s_jax.train.watch import read_records
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
 READERS = [

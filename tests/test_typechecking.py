@@ -1,5 +1,7 @@
 """Tests run with the shapes of annotations checked, of functions, aliases and dataclasses alike."""
 
+import inspect
+
 import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
@@ -7,7 +9,7 @@ from jaxtyping import TypeCheckError
 from w2s_jax.cli.main import main
 from w2s_jax.ops.norms import rms_norm
 from w2s_jax.train import losses
-from w2s_jax.train.preference_losses import Logprobs
+from w2s_jax.train.losses import Logprobs
 
 
 def test_other_shapes_than_the_annotated_are_refused():
@@ -19,7 +21,7 @@ def test_functions_by_an_alias_are_checked_and_those_without_arrays_are_as_they_
     aliased = [
         made
         for made in vars(losses).values()
-        if Logprobs in getattr(made, "__annotations__", {}).values()
+        if inspect.isfunction(made) and Logprobs in getattr(made, "__annotations__", {}).values()
     ]
     assert aliased
     assert all(hasattr(made, "__wrapped__") for made in aliased)

@@ -8,14 +8,13 @@ import pytest
 
 from tests.tiny import VOCAB
 from w2s_jax.models.lora import LoraConfig, init_adapter
+from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
 from w2s_jax.train.objectives import BASE, Policy, pair_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import init_state, make_train_step
+from w2s_jax.train.step import init_state, make_optimizer, make_train_step
 
 pytestmark = pytest.mark.accelerator
 # Plain steps: Adam's first ones are signs, which rounding turns where a gradient is near zero.
-OPTIMIZER = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="constant", warmup=0.0)
+OPTIMIZER = OptimizerConfig(optimizer="sgd", learning_rate=0.5, schedule="constant", warmup=0.0)
 
 
 def pairs(length):

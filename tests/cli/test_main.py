@@ -103,7 +103,7 @@ def test_short_and_long_flags_are_the_same():
 
 
 def test_a_flag_takes_several_values():
-    from w2s_jax.cli.sft import SFT
+    from w2s_jax.cli.train import SFT
 
     flags = [
         "--data",

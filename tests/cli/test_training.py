@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
-from w2s_jax.cli.saving import print_run
+from w2s_jax.cli.train import print_run
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_adapted, load_model

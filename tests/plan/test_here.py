@@ -9,7 +9,7 @@ from w2s_jax.plan import meshes
 from w2s_jax.plan.meshes import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.programs import shape_of
-from w2s_jax.plan.training import TrainingShapes
+from w2s_jax.train.estimate import TrainingShapes
 from w2s_jax.search.config import cbs
 
 class Device:

@@ -7,7 +7,7 @@ from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.meshes import preset_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.plan.programs import shape_of
-from w2s_jax.plan.training import TrainingShapes
+from w2s_jax.train.estimate import TrainingShapes
 from w2s_jax.search.config import cbs
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")
 config = cbs(2, 2, 30, max_new_tokens=256)

@@ -67,7 +67,8 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.plan.compiled import collectives
 from w2s_jax.plan.topology import open_slice
-from w2s_jax.plan.training import TrainingShapes, training_program
+from w2s_jax.plan.training import training_program
+from w2s_jax.train.estimate import TrainingShapes
 config = ModelConfig(
     architecture="llama", vocab_size=16384, width=1024, layers=2, heads=8, kv_heads=8,
     head_width=128, mlp_width=4096, max_positions=512, eos_ids=(2,),

@@ -12,8 +12,8 @@ from w2s_jax.plan.measure import Measured, Plan
 from w2s_jax.plan.meshes import candidates, judge, preset_mesh
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import CHIPS, device_count, family_of
-from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.plan.trials import Trying, ranked, search_meshes, smallest_slice
+from w2s_jax.train.estimate import TrainingShapes
 
 GIB = 2**30
 SIZES = {

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from w2s_jax.cli.dpo import DPO
 from w2s_jax.cli.main import config_flags, configs_folder, find_config, main, parse
-from w2s_jax.cli.sft import SFT
+from w2s_jax.cli.train import DPO, SFT
 from w2s_jax.reasoning.answers import gold_answer
 from w2s_jax.reasoning.config import GenerationConfig, ReasonConfig
 from w2s_jax.reasoning.pipeline import Pipeline

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from w2s_jax.train.losses import kto, kto_kl, kto_metrics
-from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
+from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.losses import PairLogprobs, kto, kto_kl, kto_metrics, preference_loss
 
 DPO_CASES = {
     "sigmoid": {},
@@ -43,7 +43,7 @@ def pair_cases():
 
 def ours_on_pairs(pairs, loss_types, weights, options):
     """Loss, gradients by the policy's log-probs, metrics: what trl_losses.py returns."""
-    config = PreferenceConfig(loss_type=loss_types, loss_weights=weights, **options)
+    config = PreferenceConfig(loss_type=loss_types, loss_weights=weights or (), **options)
     arrays = {name: jnp.asarray(values) for name, values in pairs.items()}
 
     def mean(policy_chosen, policy_rejected):

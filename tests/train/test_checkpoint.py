@@ -14,9 +14,16 @@ import pytest
 
 from w2s_jax.errors import InputError
 from w2s_jax.train import checkpoint as checkpoints_module
-from w2s_jax.train.checkpoint import Checkpoints, read_checkpoint
-from w2s_jax.train.loop import LoopConfig, train
-from w2s_jax.train.manifest import fault, manifest_path, remove_step, steps_on_disk
+from w2s_jax.train.checkpoint import (
+    Checkpoints,
+    fault_of,
+    manifest_path,
+    read_checkpoint,
+    remove_step,
+    steps_on_disk,
+)
+from w2s_jax.train.config import LoopConfig
+from w2s_jax.train.loop import train
 from w2s_jax.train.step import init_state, make_train_step
 
 OPTIMIZER = optax.adamw(1e-3)
@@ -100,7 +107,7 @@ def assert_state(restored, step):
 
 def test_a_saved_state_comes_back_bit_for_bit(folder):
     assert_state(restore(folder), 30)
-    assert all(fault(folder, step) is None for step in (10, 20, 30))
+    assert all(fault_of(folder, step) is None for step in (10, 20, 30))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -122,9 +129,9 @@ def test_every_byte_of_a_step_is_covered(folder):
     for path in files:
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 255]) + data[1:])
-        assert "has changed" in str(fault(folder, 30)), path
+        assert "has changed" in str(fault_of(folder, 30)), path
         path.write_bytes(data)
-    assert fault(folder, 30) is None
+    assert fault_of(folder, 30) is None
 
 
 def test_two_damaged_steps_fall_back_further(folder):
@@ -227,7 +234,7 @@ def fail(error):
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_steps(folder, monkeypatch, place, error):
     checkpoints = Checkpoints(folder)
     checkpoints.restore(state_at(0))
-    monkeypatch.setattr(checkpoints_module.manifest, place, fail(error))
+    monkeypatch.setattr(checkpoints_module, place, fail(error))
     checkpoints.save(state_at(40), {})
     with pytest.raises(OSError, match=FULL_DISK) as raised:
         checkpoints.close()
@@ -261,8 +268,8 @@ def go_on(folder, batches=jnp.float32):
     """A run of 12 steps that saves every third, begun or taken up again."""
     weights = np.random.default_rng(1).normal(size=(64, 1024)).astype(np.float32)
     state = init_state({"w": weights}, OPTIMIZER, jax.random.key(0))
-    step, config = make_train_step(square, OPTIMIZER), LoopConfig(12, save_every=3)
-    train(state, step, batches, config=config, directory=folder)
+    step, config = make_train_step(square, OPTIMIZER), LoopConfig(save_every=3)
+    train(state, step, batches, 12, config=config, directory=folder)
 
 
 FULL = """
@@ -295,6 +302,6 @@ def test_a_run_whose_writes_fail_ends_in_one_line_and_goes_on_later(run_python, 
     assert "\n" not in told
     assert where == str(tmp_path / "checkpoints")
     assert steps_on_disk(tmp_path / "checkpoints") == [3]
-    assert fault(tmp_path / "checkpoints", 3) is None
+    assert fault_of(tmp_path / "checkpoints", 3) is None
     go_on(tmp_path)
     assert steps_on_disk(tmp_path / "checkpoints") == [9, 12]

@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.cli.test_search import tiny
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.text.rows import write_jsonl
+from w2s_jax.train.config import OptimizerConfig
 from w2s_jax.train.estimate import (
     abstract_batch,
     abstract_on_mesh,
@@ -21,8 +22,7 @@ from w2s_jax.train.estimate import (
     report,
 )
 from w2s_jax.train.logprobs import sequence_scores
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.step import init_state
+from w2s_jax.train.step import init_state, make_optimizer
 
 BATCH = {"tokens": ((8, 64), jnp.int32), "segments": ((8, 64), jnp.int32)}
 
@@ -41,7 +41,7 @@ def size(tree):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_the_abstract_state_is_the_real_one(name):
-    optimizer = make_optimizer(OptimizerConfig(name=name), 10)
+    optimizer = make_optimizer(OptimizerConfig(optimizer=name), 10)
     model = tiny_model(0, layers=1)
     real = init_state(model.params, optimizer, jax.random.key(0))
     abstract = abstract_state(abstract_on_mesh(model.config).params, optimizer)

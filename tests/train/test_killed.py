@@ -4,16 +4,17 @@ import json
 
 import pytest
 
+from w2s_jax.train.checkpoint import steps_on_disk
 from w2s_jax.train.loop import read_metrics
-from w2s_jax.train.manifest import steps_on_disk
 
 RUN = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint
-from w2s_jax.train.loop import LoopConfig, train
-from w2s_jax.train.manifest import steps_on_disk
+from w2s_jax.train.config import LoopConfig
+from w2s_jax.train.loop import train
+from w2s_jax.train.checkpoint import steps_on_disk
 from w2s_jax.train.step import init_state, make_train_step
 
 def loss(params, frozen, batch, key):
@@ -35,8 +36,8 @@ def run(directory, batches=batch_at, *, steps, shard=lambda x: x, **options):
     optimizer = optax.adamw(1e-2)
     state = shard(init_state(params, optimizer, jax.random.key(3)))
     return train(
-        state, make_train_step(loss, optimizer), batches, directory=directory,
-        config=LoopConfig(steps, **options),
+        state, make_train_step(loss, optimizer), batches, steps, directory=directory,
+        config=LoopConfig(**options),
         evaluate=lambda state: {"norm": float(jnp.linalg.norm(state.params["in"]["kernel"]))},
         sample=lambda state: [{"text": str(float(state.params["in"]["kernel"][0, 0]))}],
         identity={"steps": steps},

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.train.checkpoint import best_step, read_checkpoint
-from w2s_jax.train.loop import LoopConfig, read_metrics, train
-from w2s_jax.train.manifest import steps_on_disk
+from w2s_jax.train.checkpoint import best_step, read_checkpoint, steps_on_disk
+from w2s_jax.train.config import LoopConfig
+from w2s_jax.train.loop import read_metrics, train
 from w2s_jax.train.step import init_state, make_train_step
 from w2s_jax.train.stopping import Diverged, Preempted
 
@@ -46,14 +46,15 @@ def step(state, frozen, batch):
 
 
 def run(directory, *, batches=batch_at, step=step, **options):
-    names = {"log_every": 2, "save_every": 6, "steps": STEPS}
+    names = {"log_every": 2, "save_every": 6}
     settings = {name: options.pop(name, value) for name, value in names.items()}
     for name in ("eval_every", "sample_every", "keep_last", "keep_best", "save_seconds"):
         if name in options:
             settings[name] = options.pop(name)
     state = init_state({"w": jnp.zeros(4)}, OPTIMIZER, jax.random.key(3))
     config = LoopConfig(**settings)
-    return train(state, step, batches, config=config, directory=directory, **options)
+    steps = options.pop("steps", STEPS)
+    return train(state, step, batches, steps, config=config, directory=directory, **options)
 
 
 def doing_at(step, action):
@@ -294,7 +295,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     run(tmp_path, steps=2)
     state = init_state({"v": jnp.zeros(4)}, OPTIMIZER, jax.random.key(3))
     with pytest.raises(InputError, match="of another model or optimizer"):
-        train(state, step, batch_at, config=LoopConfig(4), directory=tmp_path)
+        train(state, step, batch_at, 4, config=LoopConfig(), directory=tmp_path)
 
 
 def test_two_runs_of_one_directory_are_refused(tmp_path):
@@ -312,11 +313,11 @@ def test_a_save_by_the_clock(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", ["steps", "log_every", "eval_every", "save_every", "keep_last", "save_seconds"]
+    "field", ["log_every", "eval_every", "save_every", "keep_last", "save_seconds"]
 )
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(InputError, match=f"{field} -1 must"):
-        LoopConfig(**({"steps": 3} | {field: -1}))
+        LoopConfig(**{field: -1})
 
 
 def test_every_batch_is_put_and_frozen_handed_on(tmp_path, caplog):

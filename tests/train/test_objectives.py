@@ -8,6 +8,8 @@ import pytest
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.lora import LoraConfig, init_adapter
 from w2s_jax.train import losses
+from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.losses import PairLogprobs, preference_loss
 from w2s_jax.train.objectives import (
     BASE,
     REFERENCE,
@@ -21,7 +23,6 @@ from w2s_jax.train.objectives import (
     sft_loss,
     wspo_loss,
 )
-from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
 
 WIDTH = 11
 KEY = jax.random.key(0)

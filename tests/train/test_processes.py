@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from tests.cli.test_search import tiny
 from tests.processes import Hosts, run_hosts
 from w2s_jax.text.rows import write_jsonl
+from w2s_jax.train.checkpoint import steps_on_disk
 from w2s_jax.train.loop import read_metrics
-from w2s_jax.train.manifest import steps_on_disk
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ import pytest
 
 from tests.tiny import tiny_config
 from w2s_jax.text.batches import Part
+from w2s_jax.train.config import RunConfig
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
-from w2s_jax.train.optimizers import OptimizerConfig
-from w2s_jax.train.run import RunConfig, Task, evaluation, number_of_steps
+from w2s_jax.train.run import Task, evaluation, number_of_steps
 from w2s_jax.train.step import TrainState
 
 VALUES = np.array([4.0, np.nan, 1.0, 2.0, 3.0, np.nan, np.nan])
@@ -41,7 +41,7 @@ def loss(params, frozen, batch, key):
 
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_an_evaluation_sums_values_and_counts_over_batches(rows):
-    config = RunConfig(OptimizerConfig(), eval_batch_size=rows)
+    config = RunConfig(eval_batch_size=rows)
     rows = Part(Rows(), np.arange(len(VALUES)))
     task = Task(Policy(tiny_config()), loss, rows, rows)
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
@@ -69,7 +69,7 @@ def test_a_row_that_is_left_over_is_not_paired_with_itself(rows):
         }  # fmt: skip
 
     data = Part(Paired(), np.arange(len(VALUES)))
-    config = RunConfig(OptimizerConfig(), eval_batch_size=rows)
+    config = RunConfig(eval_batch_size=rows)
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
     found = evaluation(Task(Policy(tiny_config()), alike, data, data), config)(state)
     batches = -(-len(VALUES) // rows)
@@ -82,9 +82,7 @@ def test_a_held_out_mean_that_is_no_number_is_an_error():
         return jnp.float32(0), jnp.float32(2), {"loss": jnp.float32(jnp.nan)}
 
     rows = Part(Rows(), np.arange(len(VALUES)))
-    measure = evaluation(
-        Task(Policy(tiny_config()), spoilt, rows, rows), RunConfig(OptimizerConfig())
-    )
+    measure = evaluation(Task(Policy(tiny_config()), spoilt, rows, rows), RunConfig())
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
     with pytest.raises(FloatingPointError, match="^loss over the held-out examples is nan$"):
         measure(state)
@@ -95,5 +93,5 @@ def test_a_held_out_mean_that_is_no_number_is_an_error():
     (300, 0.1, 4),
 ])  # fmt: skip
 def test_an_epoch_reads_every_row(rows, epochs, steps):
-    config = RunConfig(OptimizerConfig(), epochs=epochs, batch_size=8)
+    config = RunConfig(epochs=epochs, batch_size=8)
     assert number_of_steps(config, Part(None, np.arange(rows))) == steps

@@ -14,12 +14,12 @@ from w2s_jax.models.lora import LoraConfig, init_adapter, shard_adapter
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import Placement
+from w2s_jax.train.config import OptimizerConfig, PreferenceConfig, RunConfig
 from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
+from w2s_jax.train.step import make_optimizer
 from w2s_jax.train.step import place, place_state
-from w2s_jax.train.preference_config import PreferenceConfig
 from w2s_jax.text.batches import Part
-from w2s_jax.train.run import RunConfig, Task, evaluation
+from w2s_jax.train.run import Task, evaluation
 from w2s_jax.train.step import init_state, make_train_step
 
 def batch(pairs):
@@ -50,8 +50,8 @@ def run(spec, tied, adapted, pairs, accumulate):
                   else shard_adapter(model.config, params, mesh))
         frozen = {BASE: model}
     loss = pair_loss(policy, PreferenceConfig()) if pairs else sft_loss(policy)
-    settings = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="constant")
-    optimizer = make_optimizer(settings, 10)
+    settings = {"optimizer": "sgd", "learning_rate": 0.5, "schedule": "constant"}
+    optimizer = make_optimizer(OptimizerConfig(**settings), 10)
     state = place_state(init_state(params, optimizer, jax.random.key(0), copy=False), mesh)
     like = None if mesh is None else state
     step = make_train_step(loss, optimizer, accumulate=accumulate, mesh=mesh, like=like)
@@ -67,7 +67,7 @@ def run(spec, tied, adapted, pairs, accumulate):
     if adapted:
         # Eight rows by the mesh and two that its four parts do not divide.
         rows = Part(Rows(pairs), np.arange(10))
-        config = RunConfig(settings, eval_batch_size=10 if mesh is None else 8)
+        config = RunConfig(**settings, eval_batch_size=10 if mesh is None else 8)
         evaluate = evaluation(Task(policy, loss, rows, rows, frozen), config, mesh)
         losses.append(evaluate(state)["loss"])
     return losses, jax.device_get(state.params)

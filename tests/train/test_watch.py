@@ -9,8 +9,15 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.train import watch
 from w2s_jax.train.losses import Mean
-from w2s_jax.train.records import RowFile, cut_back, read_metrics
-from w2s_jax.train.watch import Meter, peak_flops, tensorboard, wandb
+from w2s_jax.train.watch import (
+    Meter,
+    RowFile,
+    cut_back,
+    peak_flops,
+    read_metrics,
+    tensorboard,
+    wandb,
+)
 
 
 @pytest.fixture

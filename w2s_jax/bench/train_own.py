@@ -17,11 +17,10 @@ from w2s_jax.bench.setup import random_model
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
+from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
 from w2s_jax.train.estimate import peak_memory
 from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import Batch, init_state, make_train_step
+from w2s_jax.train.step import Batch, init_state, make_optimizer, make_train_step
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

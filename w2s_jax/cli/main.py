@@ -169,8 +169,8 @@ def _as_flags(name: str, value: object) -> list[str]:
 COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("demo",): ("demo", "Demo", "steer a small built-in model and show what it gains"),
     ("search",): ("search", "Search", "answer a file of prompts, steered by two small models"),
-    ("sft",): ("sft", "SFT", "fine-tune a model on texts, prompts with completions, or chats"),
-    ("dpo",): ("dpo", "DPO", "tune a model on preferences: DPO, its relatives, KTO, WSPO"),
+    ("sft",): ("train", "SFT", "fine-tune a model on texts, prompts with completions, or chats"),
+    ("dpo",): ("train", "DPO", "tune a model on preferences: DPO, its relatives, KTO, WSPO"),
     ("reason",): ("reason", "Reason", "train a strong model on weak supervision that it can trust"),
     ("plot",): ("plot", "Plot", "draw the curves of training runs"),
     ("convert",): ("convert", "Convert", "write a checkpoint anew: merge an adapter, change dtype"),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
-from w2s_jax.cli.train_flags import check_length
 from w2s_jax.errors import InputError
 from w2s_jax.ops.meshes import AUTO, check_named
+from w2s_jax.train.setup import check_length
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from w2s_jax.plan.matrix import Cell
     from w2s_jax.plan.measure import Plan
     from w2s_jax.plan.programs import SearchShapes
-    from w2s_jax.plan.training import TrainingShapes
     from w2s_jax.plan.trials import Found
+    from w2s_jax.train.estimate import TrainingShapes
 
 MOST = 2**31
 """Rows and counts stay below; sizes of arrays beyond int64 end in an OverflowError."""
@@ -245,8 +245,8 @@ class PlanTraining(Planned):
         """The model and the settings; InputError for what is wrong."""
         from w2s_jax.models.lora import LoraConfig
         from w2s_jax.plan.programs import shape_of
-        from w2s_jax.plan.training import TrainingShapes
-        from w2s_jax.train.optimizers import OptimizerConfig
+        from w2s_jax.train.estimate import TrainingShapes
+        from w2s_jax.train.step import OptimizerConfig
 
         counts = {"--batch-size": self.batch_size, "--accumulate": self.accumulate}
         _check_counts(counts | ({"--lora-rank": self.lora_rank} if self.lora_rank else {}))
@@ -261,7 +261,7 @@ class PlanTraining(Planned):
             lora=None if self.lora_rank is None else LoraConfig(rank=self.lora_rank),
             dtype=self.dtype,
             remat=self.remat,
-            optimizer=OptimizerConfig(name=self.optimizer),
+            optimizer=OptimizerConfig(optimizer=self.optimizer),
         )
 
     def told(self, mesh: str) -> str:

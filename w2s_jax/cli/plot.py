@@ -67,7 +67,7 @@ def read_run(folder: str | Path) -> Run:
 
     Raises InputError where the folder has no rows of metrics, or rows of another kind of file.
     """  # noqa: D205
-    from w2s_jax.train.records import METRICS, read_metrics
+    from w2s_jax.train.watch import METRICS, read_metrics
 
     rows = read_metrics(folder)
     if not rows:

@@ -14,8 +14,8 @@ from w2s_jax.errors import InputError
 from w2s_jax.reasoning.config import ReasonConfig, StagesConfig
 
 if TYPE_CHECKING:
-    from w2s_jax.cli.train import Training
     from w2s_jax.reasoning.stages import Planned
+    from w2s_jax.train.config import TrainConfig
 
 OWN_FLAGS = ("model", "data", "output", "estimate")
 """Flags of training that a run sets, or that would keep it from writing a model."""
@@ -60,14 +60,13 @@ def check_flags(config: ReasonConfig, source: str) -> None:
 
     What hangs on the data is left to them.
     """
-    from w2s_jax.cli.dpo import DPO
-    from w2s_jax.cli.sft import SFT
+    from w2s_jax.cli.train import DPO, SFT
     from w2s_jax.reasoning.selection import WEIGHT
 
     two = {} if config.stage_two is None else config.stage_two.dpo
     if config.stage_two is not None and config.stage_two.contrasts.weighted:
         two = {"weight_column": WEIGHT} | two
-    places: list[tuple[str, type[Training], dict[str, Any], dict[str, Any]]] = [
+    places: list[tuple[str, type[TrainConfig], dict[str, Any], dict[str, Any]]] = [
         ("sft", SFT, {}, config.sft),
         ("weak: sft", SFT, config.sft, config.weak.sft),
         ("dpo", DPO, {}, config.dpo),
@@ -86,13 +85,13 @@ def check_flags(config: ReasonConfig, source: str) -> None:
 
 
 def _parsed(
-    command: "type[Training]", values: dict[str, Any], source: str, where: str
-) -> "Training":
+    command: "type[TrainConfig]", values: dict[str, Any], source: str, where: str
+) -> "TrainConfig":
     """The command of these flags; `source` heads what is wrong with a key, `where` with a value."""
     flags = mapping_flags(values, source, command)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            return cast("Training", read_flags(command, flags, (command.name,)))
+            return cast("TrainConfig", read_flags(command, flags, (command.name,)))
         except SystemExit:
             pass
     told = " ".join(flags) or "nothing"

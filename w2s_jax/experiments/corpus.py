@@ -26,11 +26,11 @@ from w2s_jax.models.model import Model
 from w2s_jax.text.batches import Crops, pad_rows
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import END_ID, PAD_ID, save_bpe, train_bpe
+from w2s_jax.train.config import LoopConfig, OptimizerConfig
 from w2s_jax.train.logprobs import sequence_scores
-from w2s_jax.train.loop import LoopConfig, train
+from w2s_jax.train.loop import train
 from w2s_jax.train.losses import classification
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.step import Metrics, init_state, make_train_step
+from w2s_jax.train.step import Metrics, init_state, make_optimizer, make_train_step
 
 UNLABELLED = -1
 LANGUAGE_TEXTS = "language.jsonl"
@@ -248,7 +248,9 @@ class GoldConfig:
     held_out: int = 2000
     evaluate_every: int = 200
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-3, weight_decay=0.05)
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.05
+        )
     )
     seed: int = 0
 
@@ -291,9 +293,8 @@ def train_gold(config: GoldConfig, corpus: Corpus, vocab_size: int, directory: P
         init_state(init_classifier(shape, init_key).params, optimizer, key),
         make_train_step(loss, optimizer),
         batches,
-        config=LoopConfig(
-            config.steps, eval_every=config.evaluate_every, save_every=0, save_seconds=60.0
-        ),
+        config.steps,
+        config=LoopConfig(eval_every=config.evaluate_every, save_every=0, save_seconds=60.0),
         directory=directory,
         evaluate=lambda state: {
             "openings": opening_accuracy(Classifier(shape, state.params), held_out)

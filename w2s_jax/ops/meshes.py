@@ -98,3 +98,19 @@ def check_named(spec: str) -> None:
     """Raise InputError for a --mesh without a word in it."""
     if not spec.strip(", "):
         raise InputError("--mesh is empty; give sizes such as data=2,tensor=4, or leave it out")
+
+
+def name_of(mesh: "Mesh | None") -> str:
+    """A mesh and its devices in words; of no mesh, the one device that is used."""
+    import jax
+
+    from w2s_jax.ops.sharding import spec_of
+
+    if mesh is None:
+        return mesh_name(spec_of((1, 1, 1)), 1, jax.devices()[0].device_kind)
+    return mesh_name(spec_of(mesh.devices.shape), mesh.size, mesh.devices.flat[0].device_kind)
+
+
+def mesh_name(spec: str, count: int, kind: str) -> str:
+    """The same of `count` devices of a kind."""
+    return f"{spec}, for {'one device' if count == 1 else f'{count} devices'} ({kind})"

@@ -18,10 +18,10 @@ from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.measure import GIB, Plan
 from w2s_jax.plan.meshes import Shapes
 from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
-from w2s_jax.plan.training import TrainingShapes
 from w2s_jax.plan.trials import Trials, Trying, smallest_slice
 from w2s_jax.search.config import cbs
 from w2s_jax.text.rows import check_writable, write_whole
+from w2s_jax.train.estimate import TrainingShapes
 
 FAMILIES = ("v5e", "v5p", "v6e")
 MODELS = {

@@ -21,7 +21,8 @@ from w2s_jax.plan.compiled import (
 )
 from w2s_jax.plan.programs import Program, SearchPrograms, SearchShapes
 from w2s_jax.plan.topology import GPU_SHARE, Slice, chip_of
-from w2s_jax.plan.training import TrainingProgram, TrainingShapes
+from w2s_jax.plan.training import TrainingProgram
+from w2s_jax.train.estimate import TrainingShapes
 
 GIB = 2**30
 

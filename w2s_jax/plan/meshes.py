@@ -16,6 +16,7 @@ from w2s_jax.errors import InputError, Undivided
 from w2s_jax.exchange import agree, gather_values
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import STORED, quickest_dtype
+from w2s_jax.ops.meshes import mesh_name
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
 from w2s_jax.plan.programs import (
     GuideShapes,
@@ -25,10 +26,11 @@ from w2s_jax.plan.programs import (
     search_programs,
 )
 from w2s_jax.plan.topology import Chip, chip_of, chip_of_devices, device_count
-from w2s_jax.plan.training import TrainingProgram, TrainingShapes, training_program
+from w2s_jax.plan.training import TrainingProgram, training_program
 from w2s_jax.search.checkpoints import SteeringPlan
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import Places
+from w2s_jax.train.estimate import TrainingShapes
 
 Shapes = SearchShapes | TrainingShapes
 _NUMBER = 2
@@ -233,24 +235,13 @@ class Chosen:
     @property
     def name(self) -> str:
         """The mesh and the devices in words."""
-        return _name(self.spec, self.count, self.kind)
+        return mesh_name(self.spec, self.count, self.kind)
 
     @property
     def told(self) -> str:
         """The choice in a line."""
         line = f"{AUTO}: {self.name}"
         return line if self.why is None else f"{line}; no mesh fits: it {self.why}"
-
-
-def name_of(mesh: Mesh | None) -> str:
-    """The name of a mesh as `Chosen` has it, one device where there is none."""
-    if mesh is None:
-        return _name(spec_of((1, 1, 1)), 1, jax.devices()[0].device_kind)
-    return _name(spec_of(mesh.devices.shape), mesh.size, mesh.devices.flat[0].device_kind)
-
-
-def _name(spec: str, count: int, kind: str) -> str:
-    return f"{spec}, for {'one device' if count == 1 else f'{count} devices'} ({kind})"
 
 
 def choose_mesh(shapes: Shapes) -> Chosen:

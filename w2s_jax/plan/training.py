@@ -4,54 +4,19 @@ It is the step that `w2s sft` and `w2s dpo` run. Compiling is in `measure.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.forward import Remat
-from w2s_jax.models.lora import LoraConfig, abstract_adapter
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
+from w2s_jax.models.lora import abstract_adapter
+from w2s_jax.ops.sharding import Placement
 from w2s_jax.plan.programs import Program, nbytes
-from w2s_jax.train.estimate import abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer
-from w2s_jax.train.preference_config import PreferenceConfig
-from w2s_jax.train.step import check_batch, make_train_step
-
-
-@dataclass(frozen=True)
-class TrainingShapes:
-    """A training to be planned. Trained parameters and the optimizer are float32.
-
-    Attributes:
-        rows: examples of a step; a pair of responses is one.
-        lora: adapters on a base that is held in `dtype`, or None to train all parameters.
-        dtype: what is computed in.
-        beside: frozen models that are held too, such as a reference, in `dtype`; the step that is
-            compiled does not read them.
-        eval_rows: examples of an evaluation's batch, by default those of a micro-batch.
-    """
-
-    model: ModelConfig
-    objective: Literal["sft", "dpo"]
-    rows: int
-    length: int
-    accumulate: int = 1
-    lora: LoraConfig | None = None
-    dtype: str = "bfloat16"
-    remat: Remat = "full"
-    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
-    rules: Rules = DEFAULT_RULES
-    beside: tuple[ModelConfig, ...] = ()
-    eval_rows: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a step reads, of the longest rows."""
-        return self.rows * self.length * (2 if self.objective == "dpo" else 1)
+from w2s_jax.train.step import check_batch, make_optimizer, make_train_step
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from w2s_jax.plan.measure import GIB, Plan, plan_search, plan_training, show
 from w2s_jax.plan.meshes import Candidate, Shapes, candidates, programs_on
 from w2s_jax.plan.programs import SearchPrograms, SearchShapes
 from w2s_jax.plan.topology import Slice, chip_of, device_count, open_slice, topologies
-from w2s_jax.plan.training import TrainingProgram, TrainingShapes
+from w2s_jax.plan.training import TrainingProgram
+from w2s_jax.train.estimate import TrainingShapes
 
 TRIED = 4
 """Meshes of a slice that are compiled unless told otherwise."""

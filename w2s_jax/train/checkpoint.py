@@ -1,16 +1,19 @@
 """Saving and restoring a TrainState at a step, asynchronously and atomically, with orbax.
 
 The only place that imports orbax, and only when a directory is opened. What makes a step sound is
-its manifest (train/manifest.py).
+its manifest: checksums of its files, written beside it when all of them are on the disk.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import jax
 import numpy as np
 
 from w2s_jax.errors import InputError
-from w2s_jax.train import manifest
+from w2s_jax.text.rows import sync_folder, write_whole
 from w2s_jax.train.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -73,8 +76,8 @@ class Checkpoints:
             log.warning("checkpoint of step %d is passed over: %s; using step %d", at, fault, step)
         self._clear(faults)
         self.latest = step
-        for at in manifest.steps_on_disk(self.folder):
-            kept = manifest.read_manifest(self.folder, at)
+        for at in steps_on_disk(self.folder):
+            kept = read_manifest(self.folder, at)
             self._scores[at] = kept.score if kept else None
         return restored
 
@@ -122,9 +125,9 @@ class Checkpoints:
     def set_score(self, step: int, score: float) -> None:
         """Give a step that is saved already the score of an evaluation that came after it."""
         self.wait()
-        kept = manifest.read_manifest(self.folder, step)
+        kept = read_manifest(self.folder, step)
         if kept is not None and jax.process_index() == 0:
-            manifest.write_manifest(self.folder, manifest.Manifest(step, kept.files, score))
+            write_manifest(self.folder, Manifest(step, kept.files, score))
         self._scores[step] = score
 
     def best_score(self) -> float | None:
@@ -157,23 +160,21 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             if self._manager is not None:
-                manager, self._manager = self._manager, None
-                try:
-                    manager.close()
-                except Exception as error:  # the save's failure again, which wait() has told
-                    log.debug("closing %s: %s", self.folder, error)
+                with contextlib.suppress(Exception):  # the save's failure again: wait() has told it
+                    self._manager.close()
+                self._manager = None
                 logging.getLogger("absl").removeFilter(_not_by_orbax)
 
     def _newest_sound(self) -> tuple[int | None, dict[int, str]]:
         """(newest step whose files are as its manifest says, faults of the later ones)."""
         found, faults = None, {}
-        if jax.process_index() == 0:
-            for step in reversed(manifest.steps_on_disk(self.folder)):
-                fault = manifest.fault(self.folder, step)
-                if fault is None:
-                    found = step
-                    break
-                faults[step] = fault
+        steps = reversed(steps_on_disk(self.folder)) if jax.process_index() == 0 else ()
+        for step in steps:
+            fault = fault_of(self.folder, step)
+            if fault is None:
+                found = step
+                break
+            faults[step] = fault
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -189,8 +190,8 @@ class Checkpoints:
         """Remove the steps with faults, and what saves that were cut off left behind."""
         if jax.process_index() == 0:
             for step in faults:
-                manifest.remove_step(self.folder, step)
-            for path in manifest.unfinished(self.folder):
+                remove_step(self.folder, step)
+            for path in unfinished(self.folder):
                 log.warning("%s was cut off while being written; removed", path.name)
                 shutil.rmtree(path, ignore_errors=True)
         if jax.process_count() > 1:
@@ -202,13 +203,13 @@ class Checkpoints:
         """In the background: when a step is committed, write its manifest, then prune."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            manifest.write_manifest(self.folder, manifest.make_manifest(self.folder, step, score))
+            write_manifest(self.folder, make_manifest(self.folder, step, score))
         self._scores[step] = score
         self.latest = step
         for old in self._surplus():
             del self._scores[old]
             if jax.process_index() == 0:
-                manifest.remove_step(self.folder, old)
+                remove_step(self.folder, old)
 
     def _surplus(self) -> list[int]:
         steps = sorted(self._scores)
@@ -223,9 +224,9 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()  # nothing writes any more when it is cleared away
         if jax.process_index() == 0:
-            if manifest.read_manifest(self.folder, step) is None:
-                manifest.remove_step(self.folder, step)
-            for path in manifest.unfinished(self.folder):
+            if read_manifest(self.folder, step) is None:
+                remove_step(self.folder, step)
+            for path in unfinished(self.folder):
                 shutil.rmtree(path, ignore_errors=True)
         text = " ".join(str(error).split())
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
@@ -255,15 +256,13 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[
 
     folder = Path(folder).absolute()
     step = _sound_step(folder, step)
-    place = manifest.step_folder(folder, step) / "state"
+    place = folder / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        held = reader.metadata(place).item_metadata.tree["params"]
-        wanted = {
-            "params": jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), held
-            )
-        }
+        held = {"params": reader.metadata(place).item_metadata.tree["params"]}
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), held
+        )
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         arguments = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
         return step, reader.restore(place, args=arguments)["params"]
@@ -272,21 +271,21 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[
 def best_step(folder: str | Path) -> int | None:
     """The step with the highest score of those kept; None where no evaluation gave one."""
     folder = Path(folder)
-    kept = [manifest.read_manifest(folder, at) for at in manifest.steps_on_disk(folder)]
+    kept = [read_manifest(folder, at) for at in steps_on_disk(folder)]
     scores = {each.step: each.score for each in kept if each and each.score is not None}
     return max(scores, key=lambda at: (scores[at], at), default=None)
 
 
 def _sound_step(folder: Path, step: int | None, *, best: bool = False) -> int:
     """The step asked for, the best by score, or the newest; InputError unless it is sound."""
-    steps = manifest.steps_on_disk(folder)
+    steps = steps_on_disk(folder)
     if best:
         step = best_step(folder)
     elif step is None:
         step = max(steps, default=None)
     if step is None:
         raise InputError(f"{folder}: no checkpoint{' with a score' if best else ''} is there")
-    fault = manifest.fault(folder, step) if step in steps else "there is no such step"
+    fault = fault_of(folder, step) if step in steps else "there is no such step"
     if fault is not None:
         raise InputError(f"{folder}: step {step}: {fault}; there are {steps}")
     return step
@@ -357,9 +356,8 @@ def _check_identity(
             "go on with those, or name another directory to start anew"
         )
     for name, (one, other) in _differences(free_there, free_here).items():
-        told = (
-            "learning rates follow the schedule of these" if name == "steps" else "not to the bit"
-        )
+        schedule = "learning rates follow the schedule of these"
+        told = schedule if name == "steps" else "not to the bit"
         log.warning("%s: %s until step %d, %s from there on; %s", name, one, step, other, told)
 
 
@@ -376,10 +374,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, under dotted names."""
     flat: dict[str, Any] = {}
     for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = item
+        nested = isinstance(item, Mapping)
+        flat |= _flat(item, f"{prefix}{name}.") if nested else {f"{prefix}{name}": item}
     return flat
 
 
@@ -401,3 +397,104 @@ def _check_space(folder: Path, state: TrainState) -> None:
     )
     if shutil.disk_usage(folder).free < 0.9 * needed:
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed")
+
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Checksums of a step's files, and the score of its evaluation (higher is better), if any.
+
+    `files` maps a path inside the step's folder to (bytes, SHA-256 in hex).
+    """
+
+    step: int
+    files: dict[str, tuple[int, str]]
+    score: float | None = None
+
+
+def manifest_path(folder: Path, step: int) -> Path:
+    """Where the manifest of a step lies: beside its folder."""
+    return folder / f"{step}.manifest.json"
+
+
+def make_manifest(folder: Path, step: int, score: float | None = None) -> Manifest:
+    """Read every file of a step; each is on the disk, not only in its cache, when this returns."""
+    root = folder / str(step)
+    files = {
+        path.relative_to(root).as_posix(): (path.stat().st_size, _checksum(path, sync=True))
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+    for part in (*(path for path in root.rglob("*") if path.is_dir()), root, folder):
+        sync_folder(part)
+    return Manifest(step, files, score)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest beside its step, whole or not at all."""
+    value = {"version": VERSION, "files": manifest.files, "score": manifest.score}
+    write_whole(manifest_path(folder, manifest.step), [json.dumps(value).encode() + b"\n"])
+
+
+def read_manifest(folder: Path, step: int) -> Manifest | None:
+    """The manifest of a step; None where there is none or it is damaged itself."""
+    try:
+        value = json.loads(manifest_path(folder, step).read_bytes())
+        if value["version"] != VERSION:
+            return None
+        files = {str(name): (int(size), str(sum_)) for name, (size, sum_) in value["files"].items()}
+        score = value["score"]
+        return Manifest(step, files, None if score is None else float(score))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps that have a folder, whole or not, from first to last."""
+    found = (path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in found)
+
+
+def fault_of(folder: Path, step: int) -> str | None:
+    """What is wrong with a step's files, in a few words; None where all are as its manifest says.
+
+    Reads every byte of the step.
+    """
+    manifest = read_manifest(folder, step)
+    if manifest is None and manifest_path(folder, step).exists():
+        return "its manifest is damaged"
+    if manifest is None:
+        return "it was cut off while being written"
+    root = folder / str(step)
+    for name, (size, checksum) in manifest.files.items():
+        path = root / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        try:
+            if _checksum(path) != checksum:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+    return None
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What saves that were cut off left behind: folders under a temporary name."""
+    return sorted(path for path in folder.glob("*orbax-checkpoint-tmp*") if path.is_dir())
+
+
+def remove_step(folder: Path, step: int) -> None:
+    """Delete a step, if it is there, its manifest first: what a kill leaves does not look whole."""
+    manifest_path(folder, step).unlink(missing_ok=True)
+    shutil.rmtree(folder / str(step), ignore_errors=True)
+
+
+def _checksum(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,45 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.forward import Remat
+from w2s_jax.models.lora import LoraConfig
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, resolve_tree, with_shardings
+from w2s_jax.train.config import OptimizerConfig
 from w2s_jax.train.step import Batch, LossFunction, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainingShapes:
+    """A training to be planned. Trained parameters and the optimizer are float32.
+
+    Attributes:
+        rows: examples of a step; a pair of responses is one.
+        lora: adapters on a base that is held in `dtype`, or None to train all parameters.
+        dtype: what is computed in.
+        beside: frozen models that are held too, such as a reference, in `dtype`; the step that is
+            compiled does not read them.
+        eval_rows: examples of an evaluation's batch, by default those of a micro-batch.
+    """
+
+    model: ModelConfig
+    objective: Literal["sft", "dpo"]
+    rows: int
+    length: int
+    accumulate: int = 1
+    lora: LoraConfig | None = None
+    dtype: str = "bfloat16"
+    remat: Remat = "full"
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
+    rules: Rules = DEFAULT_RULES
+    beside: tuple[ModelConfig, ...] = ()
+    eval_rows: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step reads, of the longest rows."""
+        return self.rows * self.length * (2 if self.objective == "dpo" else 1)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from w2s_jax.errors import InputError, RowsFailed, check_fields
+from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.text.journal import locked
 from w2s_jax.train.checkpoint import Checkpoints
-from w2s_jax.train.records import METRICS, SAMPLES, RowFile, cut_back
-from w2s_jax.train.records import read_metrics as read_metrics
+from w2s_jax.train.config import LoopConfig
 from w2s_jax.train.step import Batch, TrainState
 from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
-from w2s_jax.train.watch import Meter, Sink, Values, Writer, peak_flops
+from w2s_jax.train.watch import (
+    METRICS,
+    SAMPLES,
+    Meter,
+    RowFile,
+    Sink,
+    Values,
+    Writer,
+    cut_back,
+    peak_flops,
+)
+from w2s_jax.train.watch import read_metrics as read_metrics
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's own."""
@@ -34,40 +44,11 @@ StepFunction = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]
 """(state, frozen, batch) -> (state, metrics); the state is donated."""
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long a run is, and how often it tells, evaluates, samples and saves (0: at the end).
-
-    `save_seconds` saves by the clock too. `keep_best` names a metric of the evaluation rows
-    ("eval/rewards/accuracies"): its best step is saved and kept beside the last `keep_last`. Lower
-    is better for a name that ends in "loss" or begins with "-". `sample_every` 0 means never.
-    """
-
-    steps: int
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 500
-    save_seconds: float | int | None = None
-    keep_last: int = 2
-    keep_best: str | None = None
-    sample_every: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("steps", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
-        for name in ("eval_every", "save_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative")
-        if self.save_seconds is not None and not self.save_seconds >= 0:
-            raise InputError(f"save_seconds {self.save_seconds} must not be negative")
-
-
 def train(
     state: TrainState,
     step: StepFunction,
     batches: Callable[[int], Batch],
+    steps: int,
     *,
     config: LoopConfig,
     directory: str | Path,
@@ -81,7 +62,7 @@ def train(
     put: Callable[[Batch], Any] | None = None,
     flops_per_token: float | int | None = None,
 ) -> TrainState:
-    """Run until `config.steps`, going on from the newest sound checkpoint under `directory`.
+    """Run until `steps` are done, going on from the newest sound checkpoint under `directory`.
 
     `batches(i)` (and `names(i)`, its rows' names for errors) must depend on i alone, counted from
     0: then the step number is the data position. `put` takes a batch to the devices. `step` reads
@@ -112,15 +93,16 @@ def train(
         stack.callback(_close_quietly, checkpoints)
         saved = checkpoints.restore(state, identity or {})
         state, values = saved or (state, {})
-        if int(state.step) > config.steps:
+        if int(state.step) > steps:
             raise InputError(
-                f"{directory}: step {int(state.step)} is saved, beyond the {config.steps} steps "
+                f"{directory}: step {int(state.step)} is saved, beyond the {steps} steps "
                 "that are asked for; ask for more, or name another directory to start anew"
             )
         run = _Run(
-            config, directory, checkpoints, stop, values, int(state.step),
-            identity=dict(identity or {}), evaluate=evaluate, sample=sample, names=names,
-            schedule=schedule, sinks=sinks, flops_per_token=flops_per_token,
+            config=config, steps=steps, directory=directory, checkpoints=checkpoints, stop=stop,
+            values=values, first=int(state.step), identity=dict(identity or {}), evaluate=evaluate,
+            sample=sample, names=names, schedule=schedule, sinks=sinks,
+            flops_per_token=flops_per_token,
         )  # fmt: skip
         stack.callback(run.close)
         state = run.go(state, step, batches, frozen, put or (lambda batch: batch))
@@ -128,35 +110,32 @@ def train(
     return state
 
 
+@dataclass(kw_only=True)
 class _Run:
     """One call of `train` after its restore: what it has told, what it must still save."""
 
-    def __init__(
-        self,
-        config: LoopConfig,
-        directory: Path,
-        checkpoints: Checkpoints,
-        stop: Stop,
-        values: Values,
-        first: int,
-        *,
-        identity: Values,
-        evaluate: Callable[[TrainState], Mapping[str, float]] | None,
-        sample: Callable[[TrainState], Sequence[Mapping[str, Any]]] | None,
-        names: Callable[[int], Sequence[str]] | None,
-        schedule: Callable[[int], Any] | None,
-        sinks: Sequence[Sink],
-        flops_per_token: float | int | None,
-    ):
-        self.config, self.checkpoints, self.stop, self.first = config, checkpoints, stop, first
-        self.identity, self.evaluate, self.sample = identity, evaluate, sample
-        self.names, self.schedule = names, schedule
-        self.due = bool(values.get("due"))
-        self.where = directory / CHECKPOINTS
+    config: LoopConfig
+    steps: int
+    directory: Path
+    checkpoints: Checkpoints
+    stop: Stop
+    values: Values
+    first: int
+    identity: Values
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None
+    sample: Callable[[TrainState], Sequence[Mapping[str, Any]]] | None
+    names: Callable[[int], Sequence[str]] | None
+    schedule: Callable[[int], Any] | None
+    sinks: Sequence[Sink]
+    flops_per_token: float | int | None
+
+    def __post_init__(self) -> None:
+        self.due = bool(self.values.get("due"))
+        self.where = self.directory / CHECKPOINTS
         peak = peak_flops(jax.devices()[0].device_kind)
         self.meter = Meter(
-            values.get("meter"),
-            flops_per_token=flops_per_token,
+            self.values.get("meter"),
+            flops_per_token=self.flops_per_token,
             peak=peak and peak * jax.device_count(),
         )
         self.saved_at = time.monotonic()
@@ -165,11 +144,12 @@ class _Run:
         self.rows: RowFile | None = None
         self.samples: RowFile | None = None
         if jax.process_index() == 0:
-            self._open(directory, sinks)
+            self._open()
         quiet = jax.process_index() != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=first, desc=directory.name, disable=quiet)
+        name = self.directory.name
+        self.bar = tqdm(total=self.steps, initial=self.first, desc=name, disable=quiet)
 
-    def _open(self, directory: Path, sinks: Sequence[Sink]) -> None:
+    def _open(self) -> None:
         """Cut the files of rows back to the step the run goes on from, and open them."""
 
         def keep(row: Values) -> bool:
@@ -177,12 +157,14 @@ class _Run:
                 return not any(name.startswith("eval/") for name in row)
             return row["step"] <= self.first
 
-        cut_back(directory / METRICS, keep)
-        self.rows = RowFile(directory / METRICS)
+        cut_back(self.directory / METRICS, keep)
+        self.rows = RowFile(self.directory / METRICS)
         if self.sample is not None:
-            cut_back(directory / SAMPLES, lambda row: row["step"] < self.first + (not self.due))
-            self.samples = RowFile(directory / SAMPLES)
-        self.writers = [sink(directory, self.first) for sink in sinks]
+            cut_back(
+                self.directory / SAMPLES, lambda row: row["step"] < self.first + (not self.due)
+            )
+            self.samples = RowFile(self.directory / SAMPLES)
+        self.writers = [sink(self.directory, self.first) for sink in self.sinks]
 
     def go(
         self,
@@ -197,7 +179,7 @@ class _Run:
             score = self._look(self.first, state)
             if score is not None:
                 self.checkpoints.set_score(self.first, score)
-        for i in range(self.first, self.config.steps):
+        for i in range(self.first, self.steps):
             state, metrics = step(state, frozen, put(batches(i)))
             self._settle()
             self.pending = (i, metrics)
@@ -229,7 +211,7 @@ class _Run:
         self.meter.add(metrics)
         self.bar.update()
         done = i + 1
-        if done % self.config.log_every == 0 or done == self.config.steps:
+        if done % self.config.log_every == 0 or done == self.steps:
             values = self.meter.row()
             if self.schedule is not None:
                 values["learning_rate"] = float(self.schedule(i))
@@ -267,7 +249,7 @@ class _Run:
 
     def _falls(self, done: int, every: int) -> bool:
         """Whether a thing done every so many steps, and at the end, is due."""
-        return done == self.config.steps or (every > 0 and done % every == 0)
+        return done == self.steps or (every > 0 and done % every == 0)
 
     def _look(self, done: int, state: TrainState) -> float | None:
         """Evaluate and sample as is due after a step; returns the score for `keep_best`."""

@@ -18,9 +18,18 @@ from w2s_jax.models.forward import Remat
 from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
+from w2s_jax.train.config import PreferenceConfig
 from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
-from w2s_jax.train.losses import Mean, Metrics, kto, kto_kl, kto_metrics, wspo
-from w2s_jax.train.preference_config import PairLogprobs, PreferenceConfig, preference_loss
+from w2s_jax.train.losses import (
+    Mean,
+    Metrics,
+    PairLogprobs,
+    kto,
+    kto_kl,
+    kto_metrics,
+    preference_loss,
+    wspo,
+)
 from w2s_jax.train.step import Batch, LossFunction
 
 Frozen = Mapping[str, Model]
@@ -193,7 +202,7 @@ def preference_objective(policy: Policy, preference: PreferenceConfig) -> LossFu
     alone: dict[str, Callable[[Policy, PreferenceConfig], LossFunction]] = {
         "kto": kto_loss, "wspo": wspo_loss
     }  # fmt: skip
-    return alone.get(preference.loss_type[0], pair_loss)(policy, preference)
+    return alone.get(preference.losses[0], pair_loss)(policy, preference)
 
 
 def _scores(model: Model, batch: Batch, **reading: Any) -> TokenScores:

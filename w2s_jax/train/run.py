@@ -19,10 +19,10 @@ from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.text.batches import Batches, Part
 from w2s_jax.text.token_rows import Data
-from w2s_jax.train.loop import LoopConfig, train
+from w2s_jax.train.config import MOST_STEPS, LoopConfig, RunConfig
+from w2s_jax.train.loop import train
 from w2s_jax.train.losses import Mean
 from w2s_jax.train.objectives import Policy
-from w2s_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from w2s_jax.train.reference import Referenced
 from w2s_jax.train.step import (
     SUMMED,
@@ -34,57 +34,16 @@ from w2s_jax.train.step import (
     check_batch,
     host_rows,
     init_state,
+    make_optimizer,
+    make_schedule,
     make_train_step,
+    narrow,
     place,
     place_state,
     place_whole,
 )
 
 Source = Data | Part | Referenced
-
-MOST_STEPS = 2**31 - 1
-"""What the state counts steps in holds no more."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How long and how a model is trained; `batch_size` counts the examples of a whole step.
-
-    compute_dtype None computes in the dtype of the parameters; `steps` takes the place of
-    `epochs`.
-    """
-
-    optimizer: OptimizerConfig
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    eval_batch_size: int | None = None
-    compute_dtype: str | None = None
-    shuffle: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and not 0 < self.epochs < math.inf:
-            raise InputError(f"epochs {self.epochs} must be above 0, and finite")
-        if self.steps is not None and not 0 < self.steps <= MOST_STEPS:
-            raise InputError(f"max_steps {self.steps} must be 1 or more, {MOST_STEPS} at most")
-        for name in ("batch_size", "accumulate", "eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value} must be 1 or more")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed {self.seed} must not be negative, nor 2**63 or more")
-
-    @property
-    def micro_batch(self) -> int:
-        """Examples that are in memory at a time."""
-        return self.batch_size // self.accumulate
-
-    @property
-    def eval_batch(self) -> int:
-        """Examples that are evaluated together."""
-        return self.eval_batch_size or self.micro_batch
 
 
 @dataclass(frozen=True)
@@ -102,7 +61,7 @@ def number_of_steps(config: RunConfig, data: Source) -> int:
     """The steps of a run, in which an epoch's every row is read; InputError for too many."""
     wanted = config.epochs * len(data) / config.batch_size
     # A share such as 0.1 of an epoch is no exact number, and is not to make a step more.
-    steps = config.steps or max(1, math.ceil(wanted - 1e-9 * wanted))
+    steps = config.max_steps or max(1, math.ceil(wanted - 1e-9 * wanted))
     if steps > MOST_STEPS:
         raise InputError(f"{config.epochs:g} epochs are {steps:.3g} steps, {MOST_STEPS} at most")
     return steps
@@ -125,7 +84,7 @@ def fine_tune(
     task: Task,
     params: Any,
     config: RunConfig,
-    loop: Callable[[int], LoopConfig],
+    loop: LoopConfig,
     directory: Path,
     *,
     mesh: Mesh | None = None,
@@ -135,9 +94,8 @@ def fine_tune(
 ) -> TrainState:
     """Train `params` and return the last state; goes on from what `directory` holds.
 
-    The arrays of `params` are given up, and must not be those of a frozen model. `loop` makes the
-    loop's config of the number of steps. Raises InputError for batches that
-    cannot be cut as asked, and what `train.loop.train` raises.
+    The arrays of `params` are given up, and must not be those of a frozen model. Raises
+    InputError for batches that cannot be cut as asked, and what `train.loop.train` raises.
     """
     check_batch(config.batch_size, config.accumulate, mesh, flag="--batch-size")
     steps = number_of_steps(config, task.data)
@@ -149,20 +107,18 @@ def fine_tune(
         shuffle=config.shuffle,
         part=(own.start, own.stop),
     )
-    optimizer = make_optimizer(config.optimizer, steps)
-    frozen = dict(task.frozen)
-    loop_config = loop(steps)
+    optimizer = make_optimizer(config, steps)
     evaluate = None
     if task.held_out is not None:
         evaluate = evaluation(task, config, mesh)
-        _check_best(loop_config.keep_best, task, params, config)
+        _check_best(loop.keep_best, task, params, config)
     state = init_state(params, optimizer, jax.random.key(config.seed), copy=False)
     state = place_state(state, mesh)
     step = make_train_step(
         task.loss,
         optimizer,
         accumulate=config.accumulate,
-        compute_dtype=config.compute_dtype,
+        compute_dtype=narrow(config.dtype),
         mesh=mesh,
         like=None if mesh is None else state,
     )
@@ -170,14 +126,15 @@ def fine_tune(
         state,
         step,
         batches,
-        config=loop_config,
+        steps,
+        config=loop,
         directory=directory,
-        frozen=frozen,
+        frozen=dict(task.frozen),
         identity=dict(identity or {}),
         evaluate=evaluate,
         sample=sample,
         names=batches.names,
-        schedule=make_schedule(config.optimizer, steps),
+        schedule=make_schedule(config, steps),
         sinks=sinks,
         put=lambda batch: place(batch, mesh, config.batch_size),
         flops_per_token=flops_per_token(task.policy, params),
@@ -224,7 +181,7 @@ def evaluation(
 
     @jax.jit
     def measure(params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-        _, weight, metrics = task.loss(cast(params, config.compute_dtype), frozen, batch, None)
+        _, weight, metrics = task.loss(cast(params, narrow(config.dtype)), frozen, batch, None)
         return weight, metrics
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -282,7 +239,7 @@ def _check_best(wanted: str | None, task: Task, params: Any, config: RunConfig) 
     batch, frozen = task.held_out.at(indices), dict(task.frozen)
 
     def measure(params: Any, frozen: Any, batch: Batch) -> Any:
-        return task.loss(cast(params, config.compute_dtype), frozen, batch, None)[2]
+        return task.loss(cast(params, narrow(config.dtype)), frozen, batch, None)[2]
 
     known = [f"eval/{name}" for name in jax.eval_shape(measure, params, frozen, batch)]
     if wanted.removeprefix("-") not in known:

@@ -14,9 +14,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers, muon
 
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement
+from w2s_jax.train.config import OptimizerConfig
 from w2s_jax.train.losses import Mean, Metrics
 
 Batch = dict[str, Any]
@@ -122,6 +124,18 @@ def make_train_step(
         return jax.jit(step, donate_argnums=0)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+
+def compute_dtype(dtype: str) -> str:
+    """What "auto" stands for: float32 on a CPU, where it is faster, else bfloat16."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def narrow(dtype: str) -> str | None:
+    """What parameters are cast to before a loss sees them; None where they are that already."""
+    return None if compute_dtype(dtype) == "float32" else compute_dtype(dtype)
 
 
 def cast(tree: Any, dtype: DTypeLike | None) -> Any:
@@ -230,3 +244,93 @@ def check_batch(rows: int, accumulate: int, mesh: Mesh | None, *, flag: str) -> 
         needed = max(1, accumulate) * parts
         nearest = max(needed, round(rows / needed) * needed)
         raise InputError(f"{flag} {rows} is not divisible by {over}; try {nearest}")
+
+
+_EPSILON = 1e-8
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 to the peak, then as `config.schedule` says."""
+    peak = _peak(config)
+    warmup = round(config.warmup if config.warmup >= 1 else config.warmup * steps)
+    rest = max(steps - warmup, 1)
+    after: Callable[[Any], Any]
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * config.final, rest)
+    elif config.schedule == "trapezoid":
+        falling = min(round(config.decay * steps), rest)
+        after = optax.linear_schedule(peak, peak * config.final, falling, rest - falling)
+    else:
+        after = optax.cosine_decay_schedule(peak, rest, config.final)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def _peak(config: OptimizerConfig) -> float:
+    if config.learning_rate is None:
+        raise InputError("learning_rate is missing: the peak of the schedule")
+    return config.learning_rate
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole chain: global-norm clip, then the named optimizer with its schedule over `steps`.
+
+    Weight decay never reaches biases and norms; under Muon it reaches the layers' kernels alone.
+    """
+    update = _update(config, make_schedule(config, steps))
+    if not config.max_grad_norm:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+
+
+def _update(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay, b2 = config.weight_decay, config.b2
+    if config.optimizer == "muon":
+        return _muon(config, schedule)
+    if config.optimizer == "lion":
+        b2 = 0.99 if b2 is None else b2
+        return optax.lion(schedule, config.b1, b2, weight_decay=decay, mask=_decayed)
+    if config.optimizer == "adamw":
+        b2 = 0.999 if b2 is None else b2
+        return optax.adamw(schedule, config.b1, b2, _EPSILON, weight_decay=decay, mask=_decayed)
+    parts = [optax.add_decayed_weights(decay, _decayed), optax.scale_by_learning_rate(schedule)]
+    if config.optimizer == "adafactor":
+        # optax.adafactor itself does not scale weight decay by the learning rate.
+        parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *parts]
+    return optax.chain(*parts)
+
+
+def _decayed(params: Any) -> Any:
+    """True for the leaves that weight decay reaches."""
+    reached = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in reached, params)
+
+
+def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (orthogonalised momentum) at its own peak; both peaks follow one schedule."""
+    ratio = config.muon_learning_rate / _peak(config)
+    return muon(
+        lambda step: ratio * schedule(step),
+        eps=_EPSILON,
+        adam_b1=config.b1,
+        adam_b2=0.999 if config.b2 is None else config.b2,
+        adam_learning_rate=schedule,
+        weight_decay=config.weight_decay / ratio,
+        weight_decay_mask=_decayed,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which axes of a layer's kernel go in and which come out; None leaves the leaf to AdamW."""
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or not path[0].key.startswith("layers"):
+            return None
+        # Stacked layers have a leading axis, along which every matrix stands by itself.
+        axes = tuple(range(leaf.ndim))[path[0].key == "layers" :]
+        ins = 2 if path[-2].key == "out" else 1
+        return MuonDimensionNumbers(axes[:ins], axes[ins:])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -1,22 +1,19 @@
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.train.preference_config import (
-    LOSSES,
-    RENAMED,
-    PairLogprobs,
-    PreferenceConfig,
-    preference_loss,
-)
+from w2s_jax.train.config import LOSSES, RENAMED, PreferenceConfig
+from w2s_jax.train.losses import PAIR_LOSSES, PairLogprobs, kto, preference_loss, wspo
 
 ROWS = [jnp.array(row) for row in ([-9.0, -4.0], [-8.0, -7.0], [-8.5, -5.0], [-9.5, -6.0])]
 LENGTHS = [jnp.array([4, 2]), jnp.array([2, 7])]
 PAIRS = PairLogprobs(*ROWS, *LENGTHS)
+POLICY = ("policy_chosen", "policy_rejected")
 
 WRONG = [
-    ({"loss_type": ()}, "loss_type is empty"),
     ({"loss_type": ("sigmod",)}, "unknown loss type 'sigmod'; did you mean 'sigmoid'?"),
     ({"loss_type": ("aot_pair",)}, "did you mean 'aot_unpaired'?"),
     ({"loss_type": ("DPO",)}, "did you mean 'sigmoid'?"),
@@ -53,16 +50,29 @@ def test_hints_name_losses():
 def test_every_option_of_a_loss_is_one_of_the_config(name):
     config = PreferenceConfig((name,), label_smoothing=0.01 if name == "exo_pair" else 0.0)
     assert set(config.options(name)) <= set(PreferenceConfig.__dataclass_fields__)
+    loss = {**PAIR_LOSSES, "kto": kto, "wspo": wspo}[name]
+    keywords = {
+        name for name, each in inspect.signature(loss).parameters.items()
+        if each.kind is each.KEYWORD_ONLY
+    }  # fmt: skip
+    assert keywords == set(config.options(name))
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_loss_reads_the_arrays_that_its_entry_names(name):
+    """Without one of them it is refused; with no other it has a value."""
+    config = PreferenceConfig((name,), label_smoothing=0.01 if name == "exo_pair" else 0.0)
+    given = {each: getattr(PAIRS, each) for each in (*LOSSES[name].arrays, *POLICY)}
+    values, _ = preference_loss(config, PairLogprobs(**given))
+    assert np.isfinite(values).all()
 
 
 def test_what_losses_need():
-    assert PreferenceConfig(("simpo",)).needs == {
-        "policy_chosen", "policy_rejected", "chosen_lengths", "rejected_lengths"
-    }  # fmt: skip
+    assert set(LOSSES["simpo"].arrays) == {*POLICY, "chosen_lengths", "rejected_lengths"}
     assert not PreferenceConfig(("genarm", "sft")).needs_reference
     assert PreferenceConfig(("genarm", "hinge")).needs_reference
     assert PreferenceConfig(("kto",)).needs_reference
-    assert "chosen_nll" not in PreferenceConfig(("orpo",)).needs
+    assert "chosen_nll" not in LOSSES["orpo"].arrays
 
 
 def test_a_missing_array_is_told():
@@ -73,6 +83,7 @@ def test_a_missing_array_is_told():
 
 
 def test_the_default_is_dpo():
+    assert PreferenceConfig().losses == ("sigmoid",)
     values, metrics = preference_loss(PreferenceConfig(), PAIRS)
     chosen, rejected, reference_chosen, reference_rejected = map(np.asarray, ROWS)
     rewards = 0.1 * (chosen - reference_chosen), 0.1 * (rejected - reference_rejected)

@@ -1,0 +1,298 @@
+"""What is known of a training before its data and weights are read.
+
+`Objective` is what tells `sft` from `dpo`; `Setup` what settings, configs and files make of it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.huggingface import is_adapter, locate
+from w2s_jax.models.load import load_config
+from w2s_jax.models.lora import LoraConfig
+from w2s_jax.models.lora_huggingface import base_folder, base_of, load_factors
+from w2s_jax.ops.meshes import ChosenMesh, mesh_of
+from w2s_jax.ops.sharding import Placement
+from w2s_jax.text import training_data
+from w2s_jax.text.token_rows import Data
+from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.train import watch
+from w2s_jax.train.config import ALONE, DPOConfig, SFTConfig, TrainConfig
+from w2s_jax.train.estimate import TrainingShapes
+from w2s_jax.train.objectives import (
+    BASE,
+    REFERENCE,
+    TUNED,
+    UNTUNED,
+    Policy,
+    preference_objective,
+    sft_loss,
+)
+from w2s_jax.train.step import LossFunction, compute_dtype
+from w2s_jax.train.watch import mesh_before
+
+MODEL = "model"
+"""Folder of the trained model in a run's own."""
+CACHE = "cache"
+DEFAULT_LENGTH = 1024
+ADAPTER_PEAK = 10
+"""How much higher the learning rate of adapters is by default, as in TRL's documentation."""
+
+ChooseMesh = Callable[[TrainingShapes], ChosenMesh]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training is beside its settings.
+
+    Attributes:
+      name: the command's.
+      peak: learning rate by default, of all weights.
+      load: (config of the data, tokenizer) -> examples.
+      options: fields of the data's config that are this objective's own.
+      loss: of a policy.
+      sides: sequences of an example.
+      columns: what a batch holds beside tokens, by name: shape behind the rows, and dtype.
+      frozen: checkpoints that the loss reads, by role.
+      reference: whether the loss reads a reference: not, its precomputed log-probs, or the model.
+    """
+
+    name: str
+    peak: float
+    load: Callable[[training_data.DataConfig, Any], Data]
+    options: Mapping[str, Any]
+    loss: Callable[[Policy], LossFunction]
+    sides: int = 1
+    columns: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    reference: str | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether steps run the reference."""
+        return self.reference == "live"
+
+    def batch(self, rows: int, length: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of a batch of the longest rows."""
+        shape = (rows, length) if self.sides == 1 else (rows, self.sides, length)
+        tokens = {"tokens": (shape, "int32"), "segments": (shape, "int32")}
+        columns = {name: ((rows, *rest), dtype) for name, (rest, dtype) in self.columns.items()}
+        return tokens | {"targets": (shape, "bool")} | columns
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before data and weights are read; the settings without their "by default"."""
+
+    config: TrainConfig
+    objective: Objective
+    checkpoint: Path
+    model: ModelConfig
+    tokenizer: Any
+    policy: Policy
+    directory: Path
+    mesh: Mesh | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        return compute_dtype(self.config.dtype)
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example at most."""
+        assert self.config.max_length is not None
+        return self.config.max_length
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenised data and reference log-probs are kept."""
+        cache = self.config.cache
+        return Path(cache).expanduser() if cache else self.directory / CACHE
+
+    @property
+    def base_name(self) -> str:
+        """How an adapter names its base: a hub id, or the folder's full path."""
+        name = str(self.config.model)
+        if self.config.continue_adapter:
+            name = base_of(name)
+        folder = Path(name).expanduser()
+        return str(folder.resolve() if folder.is_dir() else name)
+
+    @property
+    def frozen_folders(self) -> dict[str, Path]:
+        """Where the models lie that the loss reads, beside the one that is trained."""
+        return {role: locate(path) for role, path in self.objective.frozen.items()}
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective of an SFTConfig or a DPOConfig."""
+    if isinstance(config, SFTConfig):
+        options = {"loss_on": config.loss_on, "packing": config.packing}
+        return Objective(config.name, 2e-5, training_data.load_sequences, options, sft_loss)
+    assert isinstance(config, DPOConfig)
+    kind = config.losses[0] if config.losses[0] in ALONE else "pairs"
+    load = {
+        "pairs": training_data.load_pairs,
+        "kto": training_data.load_labelled,
+        "wspo": training_data.load_sequences,
+    }[kind]
+    columns: dict[str, tuple[tuple[int, ...], str]] = {}
+    reference: str | None = "live" if config.reference_is_live else "precomputed"
+    if not config.needs_reference:
+        reference = None
+    if kind == "kto":
+        columns["labels"] = ((), "bool")
+    if kind == "pairs" and config.weight_column is not None:
+        columns["weights"] = ((), "float32")
+    if reference == "precomputed":
+        columns[REFERENCE] = ((2,), "float32")
+    named = {REFERENCE: config.reference, TUNED: config.tuned, UNTUNED: config.untuned}
+    return Objective(
+        config.name,
+        1e-6,
+        load,
+        {"weight_column": config.weight_column},
+        functools.partial(preference_objective, preference=config),
+        sides=1 if kind == "wspo" else 2,
+        columns=columns,
+        frozen={role: path for role, path in named.items() if path is not None},
+        reference=reference,
+    )
+
+
+def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup:
+    """Check the settings, and read the model's config and its tokenizer.
+
+    Raises:
+      InputError: for what is wrong with them.
+    """
+    config.check()
+    if config.model is None:
+        raise InputError("--model is missing: the checkpoint to train")
+    if not config.data and not config.estimate:
+        raise InputError("--data is missing: a file of examples, or an id on the hub")
+    for asked, needed in ((config.tensorboard, "tensorboardX"), (config.wandb, "wandb")):
+        if asked:
+            watch.check_installed(needed)
+    objective = objective_of(config)
+    checkpoint = locate(config.model)
+    model = load_config(checkpoint)
+    lora = _lora(config, checkpoint, model)
+    length = config.max_length
+    if length is None:
+        length = min(DEFAULT_LENGTH, model.max_positions)
+    check_length(length, model, config.model)
+    peak = objective.peak * (1 if lora is None else ADAPTER_PEAK)
+    rate = peak if config.learning_rate is None else config.learning_rate
+    directory = Path(config.output or f"runs/{objective.name}")
+    setup = Setup(
+        config=replace(config, max_length=length, learning_rate=rate),
+        objective=objective,
+        checkpoint=checkpoint,
+        model=model,
+        tokenizer=load_tokenizer(checkpoint),
+        policy=Policy(model, lora, config.remat),
+        directory=directory,
+    )
+    _check_output(setup)
+    choose = None if choose_mesh is None else lambda: choose_mesh(training_shapes(setup))
+    mesh = mesh_of(config.mesh, choose, before=lambda: mesh_before(directory))
+    return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
+
+
+def check_length(length: int, config: ModelConfig, model: str) -> None:
+    """Raise InputError unless --max-length is of 2 tokens up to the positions of the model."""
+    if not 2 <= length <= config.max_positions:
+        what = f"more than the {config.max_positions} positions of {model}"
+        what = "below 2, the shortest there is" if length < 2 else what
+        raise InputError(f"--max-length {length} is {what}")
+
+
+def training_shapes(setup: Setup) -> TrainingShapes:
+    """The shapes of a step, and of the models that it reads beside the one that is trained."""
+    config = setup.config
+    beside = {name: load_config(folder) for name, folder in setup.frozen_folders.items()}
+    beside |= frozen_configs(setup)
+    beside.pop(BASE, None)
+    return TrainingShapes(
+        model=setup.model,
+        objective="dpo" if setup.objective.sides == 2 else "sft",
+        rows=config.batch_size,
+        length=setup.length,
+        accumulate=config.accumulate,
+        lora=setup.policy.lora,
+        dtype=setup.dtype,
+        remat=config.remat,
+        optimizer=config,
+        beside=tuple(beside.values()),
+        eval_rows=config.eval_batch,
+    )
+
+
+def _lora(config: TrainConfig, checkpoint: Path, model: ModelConfig) -> LoraConfig | None:
+    """The adapters' config, None to train all weights; InputError where the model has none."""
+    if config.continue_adapter:
+        return replace(load_factors(checkpoint, model)[0], dropout=config.lora_dropout)
+    if not config.lora_rank:
+        return None
+    if is_adapter(checkpoint):
+        raise InputError(
+            f"--model {config.model} is an adapter itself; train it further with "
+            f"--continue-adapter, or merge it first: w2s convert {config.model} TARGET"
+        )
+    if config.lora_rank > model.width:
+        raise InputError(
+            f"--lora-rank {config.lora_rank} is more than the width {model.width} of "
+            f"{config.model}, and no projection's rank is higher than that"
+        )
+    targets = {"targets": config.lora_targets} if config.lora_targets else {}
+    alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return LoraConfig(
+        rank=config.lora_rank,
+        alpha=alpha,
+        dropout=config.lora_dropout,
+        rslora=config.rslora,
+        **targets,
+    )
+
+
+def _check_output(setup: Setup) -> None:
+    """Raises InputError where the model that is written would replace one that is read."""
+    target = setup.directory / MODEL
+    read = [setup.checkpoint, *setup.frozen_folders.values()]
+    read += [base_folder(folder) for folder in read if is_adapter(folder)]
+    for folder in read:
+        if target.expanduser().resolve() == folder.resolve():
+            raise InputError(
+                f"--output {target.parent}: its {MODEL}/ would replace {folder}, which is read "
+                "from; name another folder"
+            )
+    if setup.policy.lora is not None and any(target.glob("model*.safetensors")):
+        raise InputError(
+            f"{target} holds a whole model, beside which no adapter is read; remove it, or name "
+            "another --output"
+        )
+
+
+def frozen_configs(setup: Setup) -> dict[str, ModelConfig]:
+    """The shapes of the frozen models that a step reads."""
+    frozen = {} if setup.policy.lora is None else {BASE: setup.model}
+    if setup.objective.live and own_reference(setup):
+        frozen[REFERENCE] = setup.model
+    folders = setup.frozen_folders
+    if not setup.objective.live:
+        folders.pop(REFERENCE, None)
+    return frozen | {role: load_config(folder) for role, folder in folders.items()}
+
+
+def own_reference(setup: Setup) -> bool:
+    """Whether a live reference has weights of its own: adapters are zero on their base at first."""
+    named = REFERENCE in setup.objective.frozen
+    return named or setup.config.continue_adapter or setup.policy.lora is None
