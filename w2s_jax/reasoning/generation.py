@@ -157,14 +157,10 @@ def generate(
             row), a guide too many or too few, and a journal of a run with other settings.
         RowsFailed: once all others are done, for rows that a model fails.
     """
-    if config.method == "cbs" and not guide:
-        raise InputError("method cbs needs a guide: a tuned and an untuned model")
-    if config.method == "sample" and guide:
-        raise InputError('method sample has no guide; take method "cbs" or leave the guide out')
-    models = search_models(model, guide)
+    models = _models(model, guide, config)
     search_config = _search_config(config, models, tokenizer)
     asked = _requests(models, search_config, rows, config, tokenizer, source)
-    eos_ids = search_eos(models, search_config)
+    decode, eos_ids = partial(decode_tokens, tokenizer), search_eos(models, search_config)
     text_of = partial(hypothesis_text, tokenizer, stop=search_config.stop, eos_ids=eos_ids)
     count = len(rows) * config.samples
     failures = []
@@ -174,16 +170,13 @@ def generate(
         waiting = [index for index in range(len(asked)) if index not in finished]
         done = sum(len(entry["rows"]) for entry in finished.values())
         progress(done, count)
-        for place, result in search_requests(
-            models,
-            search_config,
-            [asked[index].request for index in waiting],
-            # Of all requests, so that a run that is taken up again runs the same programs.
-            slots=min(config.batch_size, len(asked)),
-            decode=partial(decode_tokens, tokenizer),
-            alone=True,
-            mesh=mesh,
-        ):
+        requests = [asked[index].request for index in waiting]
+        # Of all requests, so that a run that is taken up again runs the same programs.
+        slots = min(config.batch_size, len(asked))
+        found = search_requests(
+            models, search_config, requests, slots=slots, decode=decode, alone=True, mesh=mesh
+        )
+        for place, result in found:
             if isinstance(result, RowFailed):
                 failures.append(result)
                 continue
@@ -228,6 +221,15 @@ def _prompts(task: Answering, planned: SteeringPlan, count: int | None = None) -
     return [
         {"id": row["id"], "prompt": prompt} for row, prompt in zip(questions, prompts, strict=True)
     ]
+
+
+def _models(model: Any, guide: Any, config: GenerationConfig) -> SearchModels:
+    """The models of the method; InputError for a guide too many or too few."""
+    if config.method == "cbs" and not guide:
+        raise InputError("method cbs needs a guide: a tuned and an untuned model")
+    if config.method == "sample" and guide:
+        raise InputError('method sample has no guide; take method "cbs" or leave the guide out')
+    return search_models(model, guide)
 
 
 def _search_config(config: GenerationConfig, models: SearchModels, tokenizer: Any) -> SearchConfig:
