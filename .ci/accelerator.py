@@ -120,15 +120,16 @@ def tests(rehearse: bool, tell: Callable[[Any], None]) -> Any:
 def search(rehearse: bool, tell: Callable[[Any], None]) -> Any:
     """`w2s bench search`: an 8B policy with 1B guides, 4 slots of 16 rows."""
     from w2s_jax.bench import search as bench
+    from w2s_jax.bench.config import SearchBenchConfig
 
     if rehearse:
-        options = bench.Options(
+        options = SearchBenchConfig(
             policy_layers=1, policy_width=64, guide_layers=1, guide_width=64, vocab=64,
             beam_width=2, successors=2, chunk_length=2, max_new_tokens=4, prompt_tokens=5,
             batch_size=2, repeats=1,
         )  # fmt: skip
     else:
-        options = bench.Options(
+        options = SearchBenchConfig(
             shape="llama-8b", dtype="bfloat16", batch_size=4, prompt_tokens=512, repeats=3
         )
     return {"options": asdict(options), **asdict(bench.run(options))}
@@ -151,19 +152,19 @@ def training(rehearse: bool, tell: Callable[[Any], None]) -> Any:
     import jax
 
     from w2s_jax.bench import train as bench
+    from w2s_jax.bench.config import TrainBenchConfig
     from w2s_jax.plan.topology import CHIPS
 
     if rehearse:
-        options = bench.Options(
+        options = TrainBenchConfig(
             ("sft",), architecture="llama", layers=1, width=64, vocab=64, batch_size=2, length=16,
-            prompt_tokens=4, repeats=1, apart=False,
+            prompt_tokens=4, repeats=1,
         )  # fmt: skip
     else:
-        options = bench.Options(
+        options = TrainBenchConfig(
             ("sft",), shape="llama-1b", dtype="bfloat16", batch_size=8, length=1024, repeats=3,
-            apart=False,
         )  # fmt: skip
-    figures = bench.run(options)
+    figures = bench.run(options, apart=False)
     rate = figures.operations["sft"] / figures.own["sft"].seconds
     kind = jax.devices()[0].device_kind
     published = [chip.operations for chip in CHIPS.values() if kind in chip.kinds]
@@ -177,8 +178,11 @@ def training(rehearse: bool, tell: Callable[[Any], None]) -> Any:
 def toy_shape() -> Any:
     """A small llama."""
     from w2s_jax.bench import train
+    from w2s_jax.bench.config import TrainBenchConfig
 
-    return train.shape(train.Options(architecture="llama", layers=1, width=64, vocab=64, length=32))
+    return train.shape(
+        TrainBenchConfig(architecture="llama", layers=1, width=64, vocab=64, length=32)
+    )
 
 
 # Limits add up to less than eight minutes.

@@ -10,7 +10,7 @@ IMPORTED = (
     "optax",
     "pytest",
     "tests.tiny",
-    "w2s_jax.models.huggingface",
+    "w2s_jax.models.load",
     "w2s_jax.search",
     "w2s_jax.train.objectives",
 )

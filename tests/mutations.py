@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         "models-unmapped-tensor",
-        "w2s_jax/models/huggingface.py",
+        "w2s_jax/models/load.py",
         "tensors.keys() - shapes.keys(),",
         "frozenset[str](),",
         "a tensor that no parameter asks for is left out in silence",
@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "text-lost-row",
         "w2s_jax/text/journal.py",
-        "            _truncate(path, end)\n",
-        "            pass\n",
+        "                file.truncate(end)\n",
+        "                pass\n",
         "a half-written last line stays, and takes the next finished row with it",
         ("tests/text/test_journal.py",),
     ),
@@ -192,19 +192,19 @@ FAULTS = (
     ),
     Fault(
         "reasoning-moved-threshold",
-        "w2s_jax/reasoning/contrasts.py",
+        "w2s_jax/reasoning/selection.py",
         "sure = confidence >= config.overrule_confidence",
         "sure = confidence > config.overrule_confidence",
         "a confidence of exactly the threshold no longer overrules the weak response",
-        ("tests/reasoning/test_contrasts.py",),
+        ("tests/reasoning/test_selection.py",),
     ),
     Fault(
         "reasoning-agreed-silence",
-        "w2s_jax/reasoning/curation.py",
+        "w2s_jax/reasoning/selection.py",
         "if first == second and (first or empty):",
         "if first == second:",
         "stage I keeps questions on which both models give no answer",
-        ("tests/reasoning/test_curation.py",),
+        ("tests/reasoning/test_selection.py",),
     ),
     Fault(
         "reasoning-whole-ties",

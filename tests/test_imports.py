@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 import w2s_jax
 
 PACKAGE = Path(w2s_jax.__file__).parent
-TOP = {"errors", "exchange", "hosts", "pytrees"}  # leaves that every room may use
+TOP = {"distributed", "errors", "pytrees"}  # leaves that every room may use
 
 BELOW_SEARCH = {"ops", "models", "text"}
 BELOW_EVALUATE = {*BELOW_SEARCH, "search", "train"}
@@ -22,7 +22,7 @@ ALLOWED = {
     "search": BELOW_SEARCH,
     "train": {*BELOW_SEARCH, "search"},
     "evaluate": BELOW_EVALUATE,
-    "serve": BELOW_EVALUATE,
+    "serve": {*BELOW_EVALUATE, "plan"},  # a server chooses its mesh as a plan does
     "bench": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE,
     "demo": {*BELOW_EVALUATE, "evaluate"},  # the demo shows gold rewards
@@ -32,17 +32,17 @@ ALLOWED = {
 }
 
 # What is measured beside this package, each in a process of its own.
-PEERS = ("bench/train_trl.py", "bench/decode_transformers.py")
+PEERS = ("bench/peers.py",)
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
     "transformers": ("models/huggingface.py", "text/", *PEERS),
-    "safetensors": ("models/huggingface.py", "models/tensors.py", "text/"),
+    "safetensors": ("models/huggingface.py", "models/save.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),
     "flax": ("models/",),
     "torch": PEERS,
     "lm_eval": ("evaluate/harness.py", "cli/lm_eval.py"),
-    "openai": ("serve/client.py", "serve/retry.py"),
+    "httpx": ("serve/client.py", "serve/retry.py"),
 }
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -124,7 +124,7 @@ def test_rooms_import_only_what_is_below_them(module):
 @pytest.mark.parametrize("module", sorted(TOP))
 def test_the_leaves_import_no_room(module):
     used = {room_of(name) for name in imports(f"{module}.py") if name.startswith("w2s_jax.")}
-    assert used <= {"errors", "hosts"}
+    assert used <= {"errors"}
 
 
 @pytest.mark.parametrize("module", MODULES)

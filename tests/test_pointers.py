@@ -3,7 +3,7 @@
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.plan.matrix import _read_figures, _read_table
+from w2s_jax.plan.matrix import open_records
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.stages import _read
 from w2s_jax.text.journal import open_journal
@@ -25,8 +25,8 @@ READERS = [
     ("run.json", lambda path: read_record(path.parent)),
     ("metrics.jsonl", read_records),
     ("done.json", lambda path: _read(path, ())),
-    ("plans.md", lambda path: _read_table(path, "", "")),
-    ("plans.json", lambda path: _read_figures(path, "", "")),
+    ("plans.md", lambda path: open_records(path, None, "", "")),
+    ("plans.json", lambda path: open_records(None, path, "", "")),
 ]
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, abstract_model
-from w2s_jax.models.tensors import STACKED, layer_name
+from w2s_jax.models.parameters import STACKED, layer_name
 
 VOCAB = 23
 EOS = 3

@@ -1,7 +1,8 @@
 """Which files of the package three jobs enter: `python -m tests.traced_files`.
 
 A file counts where the body of one of its functions is entered after imports; `__init__.py` and
-modules of configs are left out. Each job runs on tiny models, in this one process.
+modules of configs (`config.py`, `settings.py`) are left out. Each job runs on tiny models, in this
+one process.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from w2s_jax.models.load import load_model
 from w2s_jax.text.rows import write_jsonl
 
 PACKAGE = Path(__file__).parent.parent / "w2s_jax"
+LEFT_OUT = ("__init__.py", "config.py", "settings.py")
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ def entered() -> Iterator[set[str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-        for name in {name for name in found if name.endswith(("__init__.py", "config.py"))}:
+        for name in {name for name in found if name.endswith(LEFT_OUT)}:
             found.discard(name)
 
 

@@ -10,9 +10,9 @@ from w2s_jax.errors import InputError
 
 if TYPE_CHECKING:
     from w2s_jax.models.config import ModelConfig
-    from w2s_jax.models.huggingface import save_model
     from w2s_jax.models.load import load_model
     from w2s_jax.models.model import Model
+    from w2s_jax.models.save import save_model
     from w2s_jax.search import Guide, SearchConfig
     from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -37,7 +37,7 @@ _HOMES = {
     "SearchConfig": "w2s_jax.search",
     "load_model": "w2s_jax.models.load",
     "load_tokenizer": "w2s_jax.text.tokenizer",
-    "save_model": "w2s_jax.models.huggingface",
+    "save_model": "w2s_jax.models.save",
 }
 
 

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.ops.test_flash import SCALE, arrays, padded
-from w2s_jax.ops.attention import attend_sequence
-from w2s_jax.ops.flash import Reach
+from tests.ops.test_sequences import SCALE, arrays, padded
+from w2s_jax.ops.sequences import Reach, attend_sequence
 
 pytestmark = pytest.mark.accelerator
 CASES = {

@@ -8,11 +8,12 @@ import pytest
 
 from tests.tiny import tiny_model
 from w2s_jax.bench import search as bench
+from w2s_jax.bench.config import SearchBenchConfig
 from w2s_jax.bench.floor import measure_rates
-from w2s_jax.bench.search import Options, check, run
+from w2s_jax.bench.search import check, run
 from w2s_jax.errors import InputError
 from w2s_jax.search.models import Guide
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.tokenizer import vocabularies
 
 SMALL = {
     "policy_layers": 1,
@@ -46,12 +47,13 @@ def asked(monkeypatch):
 def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
     """The phases are run."""
     path = tmp_path / "bench.json"
-    figures = run(Options(**SMALL), json_path=path)
+    figures = run(SearchBenchConfig(**SMALL, json=str(path)))
     for (_, _, prompts, config), _ in asked:
         assert np.shape(prompts) == (2, 3)
         assert (config.max_new_tokens, config.length, config.slots) == (4, 2, 2)
     written = json.loads(path.read_text())
     assert written["options"]["batch_size"] == 2
+    assert "json" not in written["options"]
     assert written["prompts_per_second"] == figures.prompts_per_second > 0
     assert figures.tokens_per_second == pytest.approx(4 * figures.prompts_per_second)
     assert figures.floor_share == pytest.approx(
@@ -64,7 +66,7 @@ def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
 
 
 def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
-    options, model = Options(**SMALL), tiny_model(0, layers=1)
+    options, model = SearchBenchConfig(**SMALL), tiny_model(0, layers=1)
     prompts = np.random.default_rng(0).integers(2, 32, (2, 3)).tolist()
     guide = Guide(model, model)
     across = bench.measure_across(model, guide, prompts, check(options), options, 0.5)
@@ -79,7 +81,7 @@ def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
 
 @pytest.mark.slow
 def test_searches_are_timed_on_the_device_and_across_vocabularies(capsys, quick_rates):
-    figures = run(Options(**SMALL, cross_vocabulary=True))
+    figures = run(SearchBenchConfig(**SMALL, cross_vocabulary=True))
     across = figures.cross_vocabulary
     assert figures.compile_seconds > 0
     assert across.compile_seconds > 0
@@ -105,4 +107,4 @@ def test_vocabularies_write_the_same_words_in_other_tokens(size):
 )
 def test_wrong_options_are_refused(field, value):
     with pytest.raises(InputError):
-        check(Options(**{field: value}))
+        check(SearchBenchConfig(**{field: value}))

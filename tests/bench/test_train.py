@@ -9,8 +9,9 @@ from importlib.util import find_spec
 import pytest
 from rich.console import Console
 
+from w2s_jax.bench.config import TrainBenchConfig
 from w2s_jax.bench.floor import measure_rates
-from w2s_jax.bench.train import Options, check, report, run, shape, step_operations
+from w2s_jax.bench.train import check, report, run, shape, step_operations
 from w2s_jax.errors import InputError
 
 SMALL = {
@@ -26,9 +27,9 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("w2s_jax.bench.train.measure_rates", rates)
     path = tmp_path / "bench.json"
     named = {"objectives": ("dpo",), "trl": True, "trl_python": str(tmp_path / "none")}
-    named["apart"] = False
-    figures = run(Options(**SMALL, **named), json_path=path)
+    figures = run(TrainBenchConfig(**SMALL, **named, json=str(path)), apart=False)
     written = json.loads(path.read_text())
+    assert written["options"]["trl_python"] == named["trl_python"]
     assert set(written["own"]) == {"dpo"} == set(written["operations"])
     side = figures.own["dpo"]
     assert side.tokens_per_second == pytest.approx(32 / side.seconds)
@@ -38,13 +39,13 @@ def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "of the matmul rate" in out
     assert "TRL was not measured" in out
-    report(Console(), Options(**SMALL), replace(figures, no_trl=None))
+    report(Console(), TrainBenchConfig(**SMALL), replace(figures, no_trl=None))
     assert "TRL was not measured" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_each_objective_is_timed_in_a_process_of_its_own():
-    figures = run(Options(**SMALL))
+    figures = run(TrainBenchConfig(**SMALL))
     assert set(figures.own) == {"sft", "dpo"}
     assert all(side.peak_bytes > 10_000_000 for side in figures.own.values())
 
@@ -54,14 +55,16 @@ def test_each_objective_is_timed_in_a_process_of_its_own():
 @pytest.mark.parametrize(("architecture", "objective"), [("gpt2", "dpo"), ("llama", "sft")])
 def test_trl_is_given_the_same_model_and_rows(architecture, objective):
     asked = {"architecture": architecture, "objectives": (objective,)}
-    figures = run(Options(**SMALL | asked, trl=True, trl_python=sys.executable))
+    figures = run(TrainBenchConfig(**SMALL | asked, trl=True, trl_python=sys.executable))
     assert list(figures.own) == [objective]
     for objective, own in figures.own.items():
         assert own.first_loss == pytest.approx(figures.trl[objective].first_loss, abs=1e-4)
 
 
 def test_operations_follow_from_shapes():
-    options = Options(layers=2, width=64, vocab=100, batch_size=2, length=10, prompt_tokens=4)
+    options = TrainBenchConfig(
+        layers=2, width=64, vocab=100, batch_size=2, length=10, prompt_tokens=4
+    )
     weights, tokens = 2 * 12 * 64 * 64, 20
     attention = 4 * 2 * 64 * tokens * 5
     head = 2 * 64 * 100 * 2
@@ -81,4 +84,4 @@ def test_operations_follow_from_shapes():
 )  # fmt: skip
 def test_wrong_options_are_refused(field, value):
     with pytest.raises(InputError):
-        check(Options(**{**SMALL, field: value}))
+        check(TrainBenchConfig(**{**SMALL, field: value}))

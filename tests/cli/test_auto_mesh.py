@@ -5,7 +5,7 @@ import pytest
 from tests.cli.test_search import PROMPTS, SMALL, tiny
 from tests.cli.test_training import PAIRS
 from tests.models.test_reward import tiny_reward_model
-from w2s_jax.models.reward import save_reward_model
+from w2s_jax.models.save import save_reward_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -108,15 +108,16 @@ def test_guides_on_text_a_reward_model_and_no_guide(folder, tmp_path, run_python
 
 SERVED = """
 import sys
-from w2s_jax.cli.serve import Serve
 from w2s_jax.errors import InputError
+from w2s_jax.serve import ServeConfig
+from w2s_jax.serve.run import load
 sys.stderr = sys.stdout
 policy, tuned, untuned = {!r}
 models = dict(policy=policy, tuned=(tuned,), untuned=(untuned,), mesh="auto")
-_, mesh, _ = Serve(**models, slots=4).load()
+_, mesh, _ = load(ServeConfig(**models, slots=4))
 assert mesh.size == 8 and mesh.shape["data"] * mesh.shape["fsdp"] in (1, 2, 4), mesh
 try:
-    Serve(**models | dict(policy={!r}), slots=3).load()
+    load(ServeConfig(**models | dict(policy={!r}), slots=3))
 except InputError as error:
     print(error)
 """

@@ -75,7 +75,9 @@ def test_peft_merges_alike(folders, tmp_path):
 
 
 def test_a_reward_model_stays_one(folders, tmp_path):
-    from w2s_jax.models.reward import RewardModel, load_reward_model, save_reward_model
+    from w2s_jax.models.load import load_reward_model
+    from w2s_jax.models.reward import RewardModel
+    from w2s_jax.models.save import save_reward_model
 
     base = load_model(folders["base"])
     body = {name: subtree for name, subtree in base.params.items() if name != "head"}

@@ -11,9 +11,9 @@ from tests.cli.test_search import one_error
 from tests.cli.test_search_guidance import count_vowels
 from tests.serve.fake_api import FakeAPI
 from w2s_jax.cli.main import main
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.save import save_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 

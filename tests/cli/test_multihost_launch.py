@@ -4,10 +4,10 @@ import pytest
 
 CODE = """
 import os, sys
-from w2s_jax import hosts
+from w2s_jax import distributed
 from w2s_jax.cli.multihost_launch import _await_child
-from w2s_jax.hosts import HostConfig
-hosts.START_SECONDS = {seconds}
+from w2s_jax.distributed import HostConfig
+distributed.START_SECONDS = {seconds}
 read_end, write_end = os.pipe()
 child = os.fork()
 if child == 0:

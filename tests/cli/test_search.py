@@ -8,12 +8,13 @@ import pytest
 
 from w2s_jax.cli.main import main, parse
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.save import save_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import Sources, plan
 from w2s_jax.search.config import best_of_n, cbs, eft, ivg, sample
+from w2s_jax.search.file import fingerprint as fingerprint_of
 from w2s_jax.text.journal import Journal, journal_path, open_journal
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
@@ -198,7 +199,7 @@ def test_other_settings_do_not_take_up_a_journal_but_another_batch_size_does(
 ):
     out = tmp_path / "out.jsonl"
     flags = ["--prompts", str(prompts), "--output", str(out), *SMALL]
-    fingerprint = parse(["search", *models, *flags]).fingerprint(PROMPTS)
+    fingerprint = fingerprint_of(parse(["search", *models, *flags]), PROMPTS)
     journal = open_journal(journal_path(out), fingerprint)
     rows = [row | {"response": f"found {index}"} for index, row in enumerate(PROMPTS)]
     for row_id, row in enumerate(rows):

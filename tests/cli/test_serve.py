@@ -7,10 +7,11 @@ import pytest
 from tests.cli.serving import served
 from tests.serve.tiny_server import checkpoints_at, served_at, tiny, tokenizer_at
 from w2s_jax.cli.main import main
-from w2s_jax.cli.serve import Serve, chat_notes
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import save_model
+from w2s_jax.models.save import save_model
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
+from w2s_jax.serve import ServeConfig
+from w2s_jax.serve.run import chat_notes
 from w2s_jax.text.chat import Template
 
 
@@ -90,13 +91,13 @@ def test_keys_that_no_header_can_carry_are_not_shown(capsys, checkpoints, monkey
 
 def test_defaults_follow_the_guide(checkpoints, monkeypatch):
     monkeypatch.delenv("W2S_API_KEY", raising=False)
-    assert Serve(policy="x/name").defaults().method == "sample"
-    guided = Serve(policy="x/name", tuned=("a",), untuned=("b",))
-    assert (guided.defaults().method, guided.name, guided.key()) == ("cbs", "name", None)
+    assert ServeConfig(policy="x/name").usual_method == "sample"
+    guided = ServeConfig(policy="x/name", tuned=("a",), untuned=("b",))
+    assert (guided.usual_method, guided.name, guided.key()) == ("cbs", "name", None)
     monkeypatch.setenv("OTHER", "abc")
-    assert Serve(policy="x", api_key_env="OTHER").key() == "abc"
+    assert ServeConfig(policy="x", api_key_env="OTHER").key() == "abc"
     with pytest.raises(InputError, match="beta"):
-        Serve(policy="x", beta=-1.0).defaults()
+        ServeConfig(policy="x", beta=-1.0).check()
 
 
 def test_a_missing_chat_template_is_told(tmp_path):

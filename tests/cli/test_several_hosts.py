@@ -134,7 +134,7 @@ def test_hosts_that_count_themselves_differently_are_told(files, tmp_path):
 SLEEP = """
 import sys, time
 from w2s_jax.cli.multihost_launch import End, run_together
-from w2s_jax.hosts import find_hosts
+from w2s_jax.distributed import find_hosts
 def sleep():
     print("up", flush=True)
     time.sleep(60)
@@ -158,43 +158,43 @@ EXCHANGE = """
 import sys
 from pathlib import Path
 import numpy as np
-from w2s_jax import exchange
+from w2s_jax import distributed
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import find_hosts, own_number, start_hosts
+from w2s_jax.distributed import find_hosts, own_number, start_hosts
 
 start_hosts(find_hosts(sys.argv[1].removeprefix("--hosts=")))
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 host, count = own_number()
-exchange.BLOCK = 1000
+distributed.BLOCK = 1000
 sizes = [0, 2500, 1000][:count]
-assert exchange.gather_bytes(bytes([host]) * sizes[host]) == [
+assert distributed.gather_bytes(bytes([host]) * sizes[host]) == [
     bytes([i]) * size for i, size in enumerate(sizes)
 ]
-assert exchange.gather_values({"host": host}) == [{"host": i} for i in range(count)]
+assert distributed.gather_values({"host": host}) == [{"host": i} for i in range(count)]
 like = np.zeros(3, np.float32)
 def compute():
     assert host == 0
     return [1.5, 2.5, -1.0]
-np.testing.assert_array_equal(exchange.from_first(compute, like), [1.5, 2.5, -1.0])
+np.testing.assert_array_equal(distributed.from_first(compute, like), [1.5, 2.5, -1.0])
 mesh = jax.make_mesh((2 * count,), ("data",))
 values = np.arange(24.0, dtype=np.float32).reshape(12, 2)
 split = jax.make_array_from_callback(
     values.shape, NamedSharding(mesh, PartitionSpec("data")), values.__getitem__
 )
-tree = exchange.to_host({"split": split, "plain": np.ones(2), "local": jax.numpy.ones(3)})
+tree = distributed.to_host({"split": split, "plain": np.ones(2), "local": jax.numpy.ones(3)})
 np.testing.assert_array_equal(tree["split"], values)
-np.testing.assert_array_equal(exchange.everywhere(values, mesh).addressable_data(1), values)
-exchange.agree("run", {"a": 1, "b": [2]})
+np.testing.assert_array_equal(distributed.everywhere(values, mesh).addressable_data(1), values)
+distributed.agree("run", {"a": 1, "b": [2]})
 try:
-    exchange.agree("run", {"a": 1, "b": [host == 2]})
+    distributed.agree("run", {"a": 1, "b": [host == 2]})
 except InputError as error:
     assert str(error).startswith("host 2 has another run than host 0 (b)"), error
 else:
     raise AssertionError("hosts differ")
-exchange.check_shared(Path("."))
+distributed.check_shared(Path("."))
 try:
-    exchange.check_shared(Path(f"own{host}"), seconds=1)
+    distributed.check_shared(Path(f"own{host}"), seconds=1)
 except InputError as error:
     assert "host 1 does not see what host 0 writes there" in str(error), error
 else:

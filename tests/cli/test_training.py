@@ -17,9 +17,9 @@ from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
 from w2s_jax.cli.train import print_run
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.model import Model
+from w2s_jax.models.save import save_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import DataConfig, load_pairs

@@ -9,8 +9,7 @@ import pytest
 from tests.cli.test_search import tiny
 from tests.cli.test_training import PAIRS, one_error, run
 from tests.search.test_adapters import adapter
-from w2s_jax.text.journal import locked
-from w2s_jax.text.rows import write_jsonl
+from w2s_jax.text.rows import locked, write_jsonl
 from w2s_jax.train.reference import weights_identity
 
 
@@ -32,7 +31,7 @@ def unread(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("w2s_jax.models.huggingface.load_parameters", fail)
+    monkeypatch.setattr("w2s_jax.models.load.load_parameters", fail)
 
 
 @pytest.mark.parametrize(

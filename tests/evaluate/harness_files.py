@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.model import Model, init_model
+from w2s_jax.models.save import save_model
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 POSITIONS, VOCABULARY = 96, 300

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import EncoderConfig, init_classifier, load_classifier, save_classifier
+from w2s_jax.models.encoder import EncoderConfig, init_classifier
+from w2s_jax.models.load import load_classifier
+from w2s_jax.models.save import save_classifier
 
 TINY = EncoderConfig(
     vocab_size=61, width=24, layers=2, heads=3, mlp_width=40, max_positions=20, labels=3, pad_id=1

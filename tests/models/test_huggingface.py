@@ -15,11 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import w2s_jax.models.huggingface as hf
+import w2s_jax.models.save as save
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import Model
-from w2s_jax.models.tensors import stack_layers
+from w2s_jax.models.parameters import stack_layers
+from w2s_jax.models.save import save_model
 from w2s_jax.ops.sharding import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -117,7 +118,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hf, "save_file", fail)
+    monkeypatch.setattr(save, "save_file", fail)
     with pytest.raises(InputError, match="cannot write a checkpoint to .*no space left"):
         save_model(new, tmp_path)
     assert_same_params(load_model(tmp_path).params, old.params)
@@ -204,7 +205,7 @@ import sys
 import jax, numpy as np
 from pathlib import Path
 from w2s_jax.models.load import load_model
-from w2s_jax.models.tensors import unstack_layers
+from w2s_jax.models.parameters import unstack_layers
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 

@@ -12,7 +12,6 @@ from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.decoder import Linear
 from w2s_jax.models.lora import (
-    PROJECTIONS,
     LoraConfig,
     adapter_axes,
     attach,
@@ -22,7 +21,7 @@ from w2s_jax.models.lora import (
     targeted,
 )
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.models.tensors import stack_layers
+from w2s_jax.models.parameters import PROJECTIONS, stack_layers
 
 LORA = LoraConfig(rank=3, alpha=5.0)
 GPT2 = {

@@ -10,9 +10,10 @@ import pytest
 from tests.models.adapters import ADAPTERS, adapt
 from tests.models.checkpoints import build, logits_of
 from w2s_jax.models.load import load_adapted, load_config, load_model
-from w2s_jax.models.lora import PROJECTIONS, LoraConfig, attach, init_adapter
+from w2s_jax.models.lora import LoraConfig, attach, init_adapter
 from w2s_jax.models.lora_huggingface import load_adapter, save_adapter
 from w2s_jax.models.model import Model
+from w2s_jax.models.parameters import PROJECTIONS
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("peft", reason="live parity needs peft: pip install -e '.[test,parity]'")
@@ -110,11 +111,7 @@ def test_a_reward_model_that_is_an_adapter(headless, rows, tmp_path):
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from w2s_jax.models.reward import (
-        load_reward_config,
-        load_reward_labels,
-        load_reward_model,
-    )
+    from w2s_jax.models.load import load_reward_config, load_reward_labels, load_reward_model
 
     build("qwen2").save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)

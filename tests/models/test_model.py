@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import VOCAB, tiny_config, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.forward import initial_params
+from w2s_jax.models.decoder import initial_params
 from w2s_jax.models.model import Model, abstract_model, hidden_states, init_model
 
 KEY = jax.random.key(0)

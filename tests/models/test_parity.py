@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.models.checkpoints import CASES, build, logits_of, rewrite_as_of_2024
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
+from w2s_jax.models.save import save_model
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[test,parity]'")

@@ -10,10 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from tests.tiny import tiny_config, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.lora import LoraConfig, attach, init_adapter, merge
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.models.parameters import stack_layers, unstack_layers
 from w2s_jax.models.quantize import (
     QuantizeConfig,
     is_quantized,
@@ -21,7 +21,7 @@ from w2s_jax.models.quantize import (
     read_quantize,
     weight_bytes,
 )
-from w2s_jax.models.tensors import stack_layers, unstack_layers
+from w2s_jax.models.save import save_model
 from w2s_jax.ops.quantized import QTensor, dequantize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -69,7 +69,7 @@ def test_a_quantised_model_computes_with_what_its_weights_stand_for(case, config
     ids=str,
 )
 def test_loading_quantises_as_one_would_afterwards(case, config, dtype, scan_layers, monkeypatch):
-    monkeypatch.setattr("w2s_jax.models.tensors.BLOCK_BYTES", 300)
+    monkeypatch.setattr("w2s_jax.models.huggingface.BLOCK_BYTES", 300)
     options = {"dtype": dtype, "scan_layers": scan_layers}
     loaded = load_model(GOLDEN / case, quantize=config, **options)
     assert loaded.dtype == dtype

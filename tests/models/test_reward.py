@@ -12,10 +12,12 @@ from safetensors.numpy import load_file, save_file
 from tests.models.checkpoints import CASES, build
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier, save_classifier
+from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
+from w2s_jax.models.load import load_reward_model
 from w2s_jax.models.model import hidden_states
-from w2s_jax.models.reward import RewardModel, load_reward_model, save_reward_model
-from w2s_jax.models.tensors import unstack_layers
+from w2s_jax.models.parameters import unstack_layers
+from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.save import save_classifier, save_reward_model
 
 WEIGHTS = "model.safetensors"
 GPT2 = {
@@ -304,7 +306,7 @@ def test_a_wrong_checkpoint_is_told_in_one_line(problem, tmp_path):
 MESH = """
 import sys
 import jax, numpy as np
-from w2s_jax.models.reward import load_reward_model
+from w2s_jax.models.load import load_reward_model
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
+from w2s_jax.models.save import save_model
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "

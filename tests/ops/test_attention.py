@@ -15,14 +15,13 @@ from w2s_jax.ops.attention import (
     Split,
     attend_in_blocks,
     attend_part,
-    attend_sequence,
     concatenate,
     goes_in_blocks,
     in_turns,
     merge,
     unseen,
 )
-from w2s_jax.ops.flash import Reach
+from w2s_jax.ops.sequences import Reach, attend_sequence
 
 
 def plain(query, keys, values, mask, scale, softcap=None):

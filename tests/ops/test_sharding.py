@@ -11,9 +11,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
     MESH_AXES,
+    ON_ONE_DEVICE,
     SEARCH_RULES,
     Placement,
-    constrain,
     make_mesh,
     parse_rules,
     resolve,
@@ -148,7 +148,7 @@ def test_what_is_held_is_named_by_its_place():
 
 def test_constrain_without_a_mesh_is_the_identity():
     x = jnp.ones((3, 5))
-    assert constrain(x, ("slots", "embed"), DEFAULT_RULES, None) is x
+    assert ON_ONE_DEVICE.constrain(x, ("slots", "embed")) is x
 
 
 def test_one_device_mesh():
@@ -160,14 +160,15 @@ def test_one_device_mesh():
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp
 from w2s_jax.ops.sharding import make_mesh
-from w2s_jax.ops.sharding import DEFAULT_RULES, constrain, resolve
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, resolve
 mesh = make_mesh("data=2,fsdp=-1,tensor=2")
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 split = resolve(("embed", "mlp"), DEFAULT_RULES, mesh, (8, 4))
 kernel = jax.device_put(jnp.arange(32.0).reshape(8, 4), split)
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 2)}
 x = jnp.arange(64.0).reshape(8, 8)
-step = jax.jit(lambda x, w: constrain(x @ w, ("slots", "mlp"), DEFAULT_RULES, mesh))
+place = Placement(mesh, DEFAULT_RULES)
+step = jax.jit(lambda x, w: place.constrain(x @ w, ("slots", "mlp")))
 out = step(x, kernel)
 assert {shard.data.shape for shard in out.addressable_shards} == {(2, 2)}
 assert jnp.array_equal(jax.device_get(out), jax.device_get(x) @ jax.device_get(kernel))

@@ -4,10 +4,9 @@ START = r"""
 import dataclasses, re
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from w2s_jax.models.decoder import Layout
+from w2s_jax.models.forward import Layout
 from w2s_jax.models.model import Model, abstract_model, hidden_states
-from w2s_jax.ops.attention import attend_sequence
-from w2s_jax.ops.flash import Reach
+from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, SEARCH_RULES, Placement, resolve_tree
 from w2s_jax.plan.programs import shape_of

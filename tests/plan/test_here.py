@@ -2,13 +2,12 @@
 
 import pytest
 
-# Searches are judged without type checks, as in test_trials.py.
+# Searches are judged without type checks, as in test_planning.py.
 START = """
 from w2s_jax.errors import InputError
 from w2s_jax.plan import meshes
 from w2s_jax.plan.meshes import preset_mesh
-from w2s_jax.plan.programs import GuideShapes, SearchShapes
-from w2s_jax.plan.programs import shape_of
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
 from w2s_jax.train.estimate import TrainingShapes
 from w2s_jax.search.config import cbs
 

@@ -12,7 +12,7 @@ pytestmark = NEEDS_LIBTPU
 DECODE = """
 from tests.plan.traffic import main_memory_bytes
 from w2s_jax.models.cache import KV
-from w2s_jax.models.decoder import LayerKV, View, _attend, _attend_by_kernel
+from w2s_jax.models.forward import LayerKV, Masks, View, attend_by_kernel, attend_parts
 
 # One layer, of which a chip has these heads of a model that tensor=8 splits.
 chip, heads, kv_heads = %r
@@ -44,20 +44,20 @@ def must_and_moved(name):
 
     def attend(query, kv, prefixes, lengths, start):
         places = start + jnp.arange(layout.length)[:, None]
-        masks = (
+        masks = Masks(
             (jnp.arange(prefix) < prefixes[:, None])[:, None, None],
             (jnp.arange(committed) < lengths[:, :, None])[:, :, None],
             (jnp.arange(room) <= places)[None, None],
         )
-        return _attend(query, kv, masks, layout, config).astype(jnp.bfloat16)
+        view = View(config, layout, (masks,), lengths, prefixes, start)
+        return attend_parts(query, kv, masks, view).astype(jnp.bfloat16)
 
     def attend_by_kernel(query, kv, new, prefixes, lengths, start):
         places = start + jnp.arange(layout.length)[:, None]
-        masks = (None, None, (jnp.arange(room) <= places)[None, None], None)
-        view = View((masks,), lengths, start, prefixes)
-        found = _attend_by_kernel(
-            query, kv, new, kv.chunk, masks, view, layout, config, Placement(mesh, SEARCH_RULES)
-        )
+        masks = Masks(None, None, (jnp.arange(room) <= places)[None, None])
+        place = Placement(mesh, SEARCH_RULES)
+        view = View(config, layout, (masks,), lengths, prefixes, start, placement=place)
+        found = attend_by_kernel(query, kv, new, kv.chunk, masks, view)
         return attend(query, kv, prefixes, lengths, start) if found is None else found
 
     found = compiled(attend_by_kernel, query, kv, kept(slots, width, 1), *lengths)

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests.plan.test_trials import Compiler
+from tests.plan.test_planning import Compiler
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.plan.matrix import Cell, cells, open_records, plan_cell, plan_cells, settings_of
 from w2s_jax.plan.meshes import candidates
+from w2s_jax.plan.planning import Trying
 from w2s_jax.plan.topology import chip_of
-from w2s_jax.plan.trials import Trying
-from w2s_jax.text.journal import locked
+from w2s_jax.text.rows import locked
 
 HERE = "Compiled with jax 1, libtpu 2."
 MADE = (HERE, settings_of(1))
@@ -63,7 +63,7 @@ def test_small_slices_are_passed_over_and_said_so():
 
 
 def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
-    monkeypatch.setattr("w2s_jax.plan.trials.topologies", lambda family: ["v6e:2x4"])
+    monkeypatch.setattr("w2s_jax.plan.planning.topologies", lambda family: ["v6e:2x4"])
     cell = Cell("v6e", "70B", "sft", "full")
     row = plan_cell(cell, trying(Compiler()))
     # 12 bytes of 70.6e9 parameters over eight chips; split over the four of tensor=4, twice that.
@@ -75,7 +75,7 @@ def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
 
 
 def test_a_cell_that_fits_no_slice(monkeypatch):
-    monkeypatch.setattr("w2s_jax.plan.trials.topologies", lambda family: ["v6e:1x1", "v6e:2x4"])
+    monkeypatch.setattr("w2s_jax.plan.planning.topologies", lambda family: ["v6e:1x1", "v6e:2x4"])
     row = plan_cell(Cell("v6e", "8B", "dpo", "full"), trying(Compiler(beside=1000)))
     assert row.plan is None
     assert len(row.refused) == 1 + 2
@@ -191,7 +191,7 @@ def without_compiler(monkeypatch):
         asked.append(len(cells))
         return []
 
-    monkeypatch.setattr("w2s_jax.plan.topology.check_compiler", lambda family: None)
+    monkeypatch.setattr("w2s_jax.plan.matrix.check_compiler", lambda family: None)
     monkeypatch.setattr("w2s_jax.plan.matrix.compiler_of", lambda: HERE)
     monkeypatch.setattr("w2s_jax.plan.matrix.plan_cells", plan_none)
     return asked

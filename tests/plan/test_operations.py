@@ -21,9 +21,9 @@ def test_loops_branches_and_calls_are_counted():
 
 KERNEL = """
 import jax, jax.numpy as jnp
-from tests.ops.test_parts_kernel import case
+from tests.ops.tpu.test_parts_kernel import case
 from w2s_jax.ops.sharding import make_mesh
-from w2s_jax.ops.parts_kernel import attend
+from w2s_jax.ops.tpu.parts_kernel import attend
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, SEARCH_RULES, Placement
 from w2s_jax.plan.compiled import matmul_operations
 arrays = case(0, 4, 2, 3, 4, 2, (20, 9), 4, 2)

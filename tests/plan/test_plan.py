@@ -5,10 +5,11 @@ import json
 import pytest
 
 from w2s_jax.cli.main import main
-from w2s_jax.cli.plan import PlanDPO, PlanSFT
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN
+from w2s_jax.plan import PlanDPOConfig, PlanSearchConfig, PlanSFTConfig
 from w2s_jax.plan.meshes import judge
+from w2s_jax.plan.planning import shapes_of
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import (
     CHIPS,
@@ -133,9 +134,18 @@ def test_a_file_that_holds_no_config(content, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [PlanSFT, PlanDPO])
-def test_the_largest_numbers_are_judged(command):
-    shapes = command(model="meta-llama/Meta-Llama-3-8B", batch_size=2**31 - 16).shapes()
+def test_the_command_that_runs_what_was_planned():
+    """It names what its own defaults are not, and leaves out what they are."""
+    config = PlanSearchConfig(policy="p", tuned="t", guide_rules="train", batch_size=4)
+    assert config.command("fsdp=2,tensor=8") == (
+        "w2s search --mesh fsdp=2,tensor=8 --batch-size 4 --w 2 --k 2 --l 30 "
+        "--max-new-tokens 2048 --dtype bfloat16 --guide-rules train"
+    )
+
+
+@pytest.mark.parametrize("config", [PlanSFTConfig, PlanDPOConfig])
+def test_the_largest_numbers_are_judged(config):
+    shapes = shapes_of(config(model="meta-llama/Meta-Llama-3-8B", batch_size=2**31 - 16))
     found = judge(shapes, CHIPS["v5e"], (16, 1, 1))
     assert found.resident_bytes > 2**31 * 2048 * 8 / 16
     assert "and a device has 15.75" in found.why

@@ -5,8 +5,7 @@ import jax
 jax.config.update("jax_platforms", "no-such-platform")
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.meshes import preset_mesh
-from w2s_jax.plan.programs import GuideShapes, SearchShapes
-from w2s_jax.plan.programs import shape_of
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
 from w2s_jax.train.estimate import TrainingShapes
 from w2s_jax.search.config import cbs
 model, guide = shape_of("meta-llama/Meta-Llama-3-8B"), shape_of("HuggingFaceH4/zephyr-7b-beta")

@@ -67,7 +67,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.plan.compiled import collectives
 from w2s_jax.plan.topology import open_slice
-from w2s_jax.plan.training import training_program
+from w2s_jax.plan.programs import training_programs
 from w2s_jax.train.estimate import TrainingShapes
 config = ModelConfig(
     architecture="llama", vocab_size=16384, width=1024, layers=2, heads=8, kv_heads=8,
@@ -75,7 +75,7 @@ config = ModelConfig(
 )
 layers, vocabulary = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096), 2 * 1024 * 16384
 mesh = make_mesh("fsdp=-1", open_slice("v5e:4x4").devices)
-program = training_program(TrainingShapes(config, "sft", 16, 512), mesh).program
+(program,) = training_programs(TrainingShapes(config, "sft", 16, 512), mesh).programs
 compiled = program.trace().lower(lowering_platforms=("tpu",)).compile()
 moved = sum(one.moved for one in collectives(compiled.as_text(), program.loops))
 # In bfloat16: gathered forward, gathered back, gradients scattered. The vocabulary's parts are

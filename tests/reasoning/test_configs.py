@@ -8,8 +8,7 @@ import yaml
 from w2s_jax.cli.main import config_flags, configs_folder, find_config, main, parse
 from w2s_jax.cli.train import DPO, SFT
 from w2s_jax.reasoning.answers import gold_answer
-from w2s_jax.reasoning.config import ReasonConfig
-from w2s_jax.reasoning.generation import GenerationConfig
+from w2s_jax.reasoning.config import GenerationConfig, ReasonConfig
 from w2s_jax.reasoning.pipeline import Pipeline
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.typed_yaml import read_typed

@@ -10,11 +10,12 @@ import pytest
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
-from w2s_jax.reasoning.generation import GenerationConfig, generate, row_key
+from w2s_jax.reasoning.config import GenerationConfig
+from w2s_jax.reasoning.generation import generate, row_key
 from w2s_jax.search import Guide, search, session
 from w2s_jax.search import run as room
 from w2s_jax.search.config import cbs
-from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_text
+from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_end
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -150,7 +151,7 @@ class Pieces:
 def test_a_stop_string_may_begin_inside_the_last_token_that_counts(pieces, kept, text):
     tokens = tuple(range(len(pieces)))
     ends = {"finished": True, "stop": ("Question", "Answer"), "behind": tokens[kept:]}
-    assert response_text(Pieces(*pieces), [], tokens[:kept], **ends) == text
+    assert response_end(Pieces(*pieces), [], tokens[:kept], **ends)[0] == text
 
 
 def test_neither_slots_nor_order_nor_neighbours_nor_other_samples_matter(

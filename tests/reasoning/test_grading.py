@@ -125,9 +125,9 @@ def test_workers_are_used_again_and_end_with_the_block():
     with Workers("tests.reasoning.bad_checkers:crashing", workers=2) as pool:
         assert pool.run(["a"] * 10) == ["a"] * 10
         assert pool.run([]) == []
-        processes = [worker.process for worker in pool._workers]
+        processes = [worker.process for worker in pool._workers.values()]
         assert pool.run(["b"]) == ["b"]
-        assert [worker.process for worker in pool._workers] == processes
+        assert [worker.process for worker in pool._workers.values()] == processes
     assert all(process.poll() is not None for process in processes)
 
 

@@ -13,7 +13,6 @@ from w2s_jax.reasoning.measures import (
     gap_over_seeds,
     gap_recovered,
     majority_at_k,
-    mean_over,
     over_seeds,
     pass_at_k,
     proportion,
@@ -48,7 +47,6 @@ def test_the_ends_of_an_interval_are_1_96_standard_errors_off(total, data):
 
 def test_accuracy_of_nothing_is_not_known():
     assert accuracy([]) is None
-    assert mean_over([]) is None
     assert accuracy([True, False, True, True]).value == 0.75
 
 

@@ -16,10 +16,8 @@ import yaml
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning import answering, grading, pipeline
-from w2s_jax.reasoning.config import ReasonConfig
+from w2s_jax.reasoning import ReasonConfig, StagesConfig, generation, grading, pipeline, run
 from w2s_jax.reasoning.pipeline import Pipeline
-from w2s_jax.reasoning.run import run_pipeline
 from w2s_jax.reasoning.stages import BEGUN, plan_stages
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.journal import Journal
@@ -96,10 +94,10 @@ def in_process(monkeypatch):
 
     calls = Calls()
 
-    def run(module, *arguments, hint=""):
+    def run_module(module, *arguments, hint=""):
         calls.cut(("before", arguments))
         calls.made += 1
-        status = main(list(arguments)) if module == "w2s_jax" else answering.main([*arguments])
+        status = main(list(arguments)) if module == "w2s_jax" else generation.main([*arguments])
         if status:
             raise InputError(f"status {status}")
         calls.cut(("after", arguments))
@@ -109,7 +107,7 @@ def in_process(monkeypatch):
             check = grading.methods(*self._setup[1])
             return [check(task) for task in tasks]
 
-    monkeypatch.setattr(pipeline, "run_module", run)
+    monkeypatch.setattr(pipeline, "run_module", run_module)
     monkeypatch.setattr(grading, "Workers", NoWorkers)
     return calls
 
@@ -119,8 +117,8 @@ def build(data, root, **changes):
 
 
 def go(data, root, **options):
-    made = build(data, root, **options)
-    return run_pipeline(made, made.stages())
+    config = from_mapping(ReasonConfig, settings(data, **options), "run")
+    return run(config, StagesConfig(data=str(data), output=str(root)))
 
 
 def results(root):

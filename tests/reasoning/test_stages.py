@@ -8,7 +8,7 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning import stages
 from w2s_jax.reasoning.stages import BEGUN, DONE, Stage, content_digest, plan_stages, run_stages
-from w2s_jax.text.journal import locked
+from w2s_jax.text.rows import locked
 
 
 class Chain:

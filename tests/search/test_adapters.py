@@ -142,7 +142,8 @@ def test_a_tokenizer_of_the_adapters_own_is_preferred(folders, tmp_path):
 
 
 def test_a_reward_model_may_be_an_adapter(folders, tmp_path):
-    from w2s_jax.models.reward import RewardModel, save_reward_model
+    from w2s_jax.models.reward import RewardModel
+    from w2s_jax.models.save import save_reward_model
 
     base = load_model(folders["untuned"])
     body = {name: subtree for name, subtree in base.params.items() if name != "head"}

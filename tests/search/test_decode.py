@@ -9,7 +9,8 @@ import pytest
 
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.cache import commit_chunk
-from w2s_jax.ops import attention, parts_kernel, parts_sizes
+from w2s_jax.ops import attention, tpu
+from w2s_jax.ops.tpu import parts_kernel, parts_sizes
 from w2s_jax.search.decode import (
     prefill,
     read_chunk,
@@ -82,7 +83,7 @@ def test_reading_by_parts_equals_one_full_pass(kind, parts, monkeypatch):
     asked = []
     if parts == "by the kernel":
         taken = partial(asked_and_taken, asked)
-        monkeypatch.setattr(parts_kernel, "has_kernel", lambda *_: True)
+        monkeypatch.setattr(tpu, "has_kernel", lambda *_: True)
         monkeypatch.setattr(parts_kernel, "LANES", 4)
         monkeypatch.setattr(parts_sizes, "LANES", 4)
         monkeypatch.setattr(parts_kernel, "takes", taken)
@@ -223,7 +224,8 @@ KERNEL = """
 import numpy as np
 from functools import partial
 from w2s_jax.search.decode import read_chunk, read_step, start_chunk
-from w2s_jax.ops import parts_kernel, parts_sizes
+from w2s_jax.ops import tpu
+from w2s_jax.ops.tpu import parts_kernel, parts_sizes
 parts_kernel.LANES = parts_sizes.LANES = 4
 parts_kernel.attend = partial(parts_kernel.attend, interpret=True)
 
@@ -241,14 +243,14 @@ last, tokens = rng.integers(0, 24, (4, 2)), rng.integers(0, 24, (4, 4, 3))
 mesh = make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
 # The bytes of a block stay as small as they were made: the kernel knows nothing of them.
 placed = shard_model(model, mesh, SEARCH_RULES)
-parts_kernel.has_kernel = lambda *_: True
+tpu.has_kernel = lambda *_: True
 traced = jax.jit(partial(read, placed)).trace(last, tokens)
 text = str(traced.jaxpr)
 assert text.count("pallas_call[") == text.count("shard_map[") == 3, text
 """
 
 PLAIN = """
-parts_kernel.has_kernel = lambda *_: False
+tpu.has_kernel = lambda *_: False
 wanted = jax.jit(lambda *arrays: read(placed, *arrays))(last, tokens)
 for found, one in zip(traced.lower().compile()(last, tokens), wanted, strict=True):
     np.testing.assert_allclose(found, one, atol=2e-4)

@@ -16,11 +16,10 @@ from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
-from w2s_jax.search.rows import search_text_rows
-from w2s_jax.search.scorers import NoScore
+from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
+from w2s_jax.search.scorers import Candidate, FunctionScorer, NoScore
 from w2s_jax.search.selectors import Maximin, TopW
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
-from w2s_jax.search.texts import Candidate, FunctionScorer
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.journal import open_journal
 
@@ -402,8 +401,8 @@ def test_rows_are_resumed_where_the_journal_ends(tmp_path):
     seen = []
 
     def run(proposer, journal):
-        job = (proposer, [scorer], rows, config, journal)
-        search_text_rows(*job, source="in.jsonl line", on_row=seen.append)
+        policy = TextPolicy(proposer, [scorer], config)
+        search_rows(policy, read_questions(rows, "in.jsonl line"), journal, on_row=seen.append)
 
     whole = open_journal(tmp_path / "whole.journal", {})
     run(Scripted(), whole)
@@ -451,8 +450,9 @@ def test_a_row_that_a_scorer_cannot_value_fails_alone():
 def test_a_trace_tells_what_the_search_looked_at(tmp_path):
     journal = open_journal(tmp_path / "j.journal", {})
     rows = [{"prompt": "a", "trace": "old"}, {"prompt": "b"}]
-    job = (Scripted(4), [Hashed()], rows, cbs(2, 2, 3, max_new_tokens=6), journal)
-    search_text_rows(*job, source="in", method="cbs", traced=True, render=lambda c: f"<{c.text}>")
+    config = cbs(2, 2, 3, max_new_tokens=6)
+    policy = TextPolicy(Scripted(4), [Hashed()], config, write=lambda c: f"<{c.text}>")
+    search_rows(policy, read_questions(rows, "in"), journal, method="cbs", traced=True)
     for index, row in journal.read().items():
         trace = row.pop("trace")
         assert trace["row_id"] == index
@@ -465,17 +465,9 @@ def test_a_trace_tells_what_the_search_looked_at(tmp_path):
         assert len(kept) == 4
 
 
-def test_a_row_without_a_prompt_is_named(tmp_path):
-    journal = open_journal(tmp_path / "j.journal", {})
+def test_a_row_without_a_prompt_is_named():
     with pytest.raises(InputError, match="in.jsonl line 2"):
-        search_text_rows(
-            Scripted(),
-            [Hashed()],
-            [{"prompt": "a"}, {"x": 1}],
-            cbs(),
-            journal,
-            source="in.jsonl line",
-        )
+        read_questions([{"prompt": "a"}, {"x": 1}], "in.jsonl line")
 
 
 def test_sampling_needs_no_scorer():

@@ -18,13 +18,17 @@ WORDS = (" sun", " rain", " crab", " owl", "ice", "\n", " Ω", ".")
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes out: raw bytes with a status; after `delay` seconds; closed without one if drop."""
+    """What goes out: raw bytes with a status; after `delay` seconds; closed without one if drop.
+
+    A body that is cut is not all that its header says there is.
+    """
 
     body: bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     drop: bool = False
+    cut: bool = False
 
 
 def error(status: int, message: str = "no", delay: float = 0.0, code: str = "", **headers: str):
@@ -125,10 +129,12 @@ class FakeAPI:
         try:
             handler.send_response(reply.status)
             headers = {"content-type": "application/json", **reply.headers}
-            for name, value in {**headers, "content-length": str(len(reply.body))}.items():
+            length = len(reply.body) + reply.cut
+            for name, value in {**headers, "content-length": str(length)}.items():
                 handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(reply.body)
+            handler.close_connection |= reply.cut
         except OSError:
             handler.close_connection = True  # the client has given up
 

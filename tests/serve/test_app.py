@@ -11,22 +11,25 @@ import pytest
 
 from tests.serve.tiny_server import served_at
 from w2s_jax.search.likelihood import ScoredResponse
+from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket, TokenTexts
+from w2s_jax.serve.config import ServeConfig
+from w2s_jax.serve.engine import Engine
+from w2s_jax.serve.events import Choice, Done, Failed, Metrics, Progress, Ticket
 from w2s_jax.serve.jobs import Reader
-from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.schema import ApiError, Defaults, Limits, queue_full
+from w2s_jax.serve.schema import ApiError, queue_full
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
 JSON = "application/json"
-LIMITS = Limits(body=10_000, prompts=3)
+CONFIG = ServeConfig(method="cbs", most_prompts=3)
 
 
-class Pretender:
+class Pretender(Engine):
     """Answers every job with "ab" and "cd", in two pieces; or fails, refuses, says nothing."""
 
     def __init__(self) -> None:
         self.state, self.refusal, self.failure, self.is_silent = "ready", None, None, False
+        self.metrics = Metrics()
         self.scored = None
         self.tickets: list[Ticket] = []
         self.jobs: list = []
@@ -62,8 +65,9 @@ def engine():
 
 @pytest.fixture
 def service(served, engine):
-    reader = Reader(served, Defaults(), LIMITS)
-    return Service("tiny", engine, reader, TokenTexts(served.tokenizer), Metrics(), created=7)
+    reader = Reader(served, CONFIG)
+    tokens, most_body = TokenTexts(served.tokenizer), 10_000
+    return Service("tiny", engine, reader, tokens, created=7, most_body=most_body)
 
 
 def call(service, method, path, **request) -> httpx.Response:
@@ -159,7 +163,7 @@ def test_failures_before_and_within_a_stream(service, engine):
     assert told(post(service, BODY), 500)["message"] == "it broke"
     *_, last = lines(post(service, BODY | {"stream": True}))
     assert last["error"]["message"] == "it broke"
-    engine.refusal = queue_full(3, 3)
+    engine.refusal = queue_full("3 of 3 places")
     for body in (BODY, BODY | {"stream": True}):
         response = post(service, body)
         assert told(response, 429)["code"] == "queue_full"
@@ -223,9 +227,9 @@ def test_metrics_count_requests_by_endpoint_and_status(service):
 
 
 def test_a_key_is_asked_for_everywhere_but_at_health(served, engine):
-    reader = Reader(served, Defaults(), LIMITS)
+    reader = Reader(served, CONFIG)
     tokens = TokenTexts(served.tokenizer)
-    service = Service("tiny", engine, reader, tokens, Metrics(), key="sesame")
+    service = Service("tiny", engine, reader, tokens, key="sesame")
     for path in ("/v1/models", "/metrics", "/nothing"):
         response = call(service, "GET", path)
         assert "sesame" not in response.text

@@ -1,4 +1,4 @@
-"""The black-box policy, by the real openai client, against a real server that misbehaves."""
+"""The black-box policy against a real server that misbehaves."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,9 @@ from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import best_of_n, cbs
-from w2s_jax.search.rows import search_text_rows
+from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
+from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.search.text_run import Extension, search_texts
-from w2s_jax.search.texts import FunctionScorer
 from w2s_jax.serve.client import Endpoint, draw_seed, open_policy
 from w2s_jax.serve.retry import EndpointError, Meter, Patience, Usage
 from w2s_jax.text.conversations import Conversation, Message, plain
@@ -205,6 +205,7 @@ def test_templates_render_the_prefix():
         Reply(b'{"choices": null}'),
         Reply(b'{"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}]}'),
         Reply(b"", drop=True),
+        Reply(b'{"choices": [', cut=True),
     ],
 )
 def test_what_may_pass_is_tried_again(bad):
@@ -214,7 +215,7 @@ def test_what_may_pass_is_tried_again(bad):
     assert first.text == words("a", api.bodies[0]["seed"], 0, 3)[0]
     assert len(api.bodies) == 4
     assert all(body == api.bodies[0] for body in api.bodies)
-    assert policy.meter.retries == 3
+    assert policy.api.meter.usage().retries == 3
     assert second.text == words("a", api.bodies[0]["seed"], 1, 3)[0]
 
 
@@ -248,7 +249,7 @@ def test_answers_that_stay_malformed_are_named(said):
     assert "a malformed answer" in line
     assert said.replace("2 choices were", "3 choices where 2 were") in line
     # What was answered was paid for, malformed or not.
-    assert policy.meter.usage().completion_tokens == 4 * 6
+    assert policy.api.meter.usage().completion_tokens == 4 * 6
 
 
 def test_choices_may_come_in_any_order():
@@ -359,12 +360,12 @@ def test_tokens_and_cost_are_counted():
     with FakeAPI() as api:
         policy = policy_of(api, price_prompt=1.5, price_completion=2)
         [one, two] = policy.extend([extension("abcd"), extension("ef", row_id=1)])
-        assert policy.endpoint.usage(policy.meter) == Usage(
+        assert policy.endpoint.usage(policy.api.meter) == Usage(
             requests=2, retries=0, prompt_tokens=6, completion_tokens=12, unmetered=0,
             cost=(6 * 1.5 + 12 * 2) / 1e6,
         )  # fmt: skip
-    assert policy.meter.usage().cost is None
-    assert str(policy.endpoint.usage(policy.meter)) == (
+    assert policy.api.meter.usage().cost is None
+    assert str(policy.endpoint.usage(policy.api.meter)) == (
         "2 requests (0 failed attempts), 6 prompt tokens and 12 new ones, cost 0.0000"
     )
     for found in (one, two):
@@ -379,8 +380,8 @@ def test_answers_without_counts_are_noted():
     with FakeAPI(script) as api:
         policy = policy_of(api)
         [found] = policy.extend([extension()])
-    assert policy.meter.usage() == Usage(1, 0, 0, 0, 1, None)
-    assert str(policy.meter.usage()).endswith(" new ones, 1 answers without counts")
+    assert policy.api.meter.usage() == Usage(1, 0, 0, 0, 1, None)
+    assert str(policy.api.meter.usage()).endswith(" new ones, 1 answers without counts")
     assert [c.tokens for c in found] == [0 if c.finished else 3 for c in found]
 
 
@@ -462,7 +463,7 @@ def test_the_key_is_never_shown(caplog, capfd, tmp_path):
             caught = caught.__cause__ or caught.__context__
 
     caplog.set_level(logging.DEBUG)
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+    for name in ("httpx", "httpcore"):
         caplog.set_level(logging.DEBUG, logger=name)
     scripts = [
         lambda number, body: error(401, f"Incorrect API key: {KEY}"),
@@ -485,7 +486,8 @@ def test_the_key_is_never_shown(caplog, capfd, tmp_path):
     journal = open_journal(tmp_path / "out.journal", dataclasses.asdict(policy.endpoint))
     with FakeAPI() as api:
         rows = [{"prompt": "a"}, {"prompt": "b"}]
-        search_text_rows(policy_of(api), [SCORER], rows, CONFIG, journal, source="in")
+        policy = TextPolicy(policy_of(api), [SCORER], CONFIG)
+        search_rows(policy, read_questions(rows, "in"), journal)
     seen += [journal.path.read_text(), caplog.text, *capfd.readouterr()]
     assert caplog.records, "nothing was logged, so nothing is checked"
     assert not [text for text in seen if KEY in text]
@@ -548,7 +550,8 @@ def test_a_search_that_was_cut_off_goes_on_and_asks_nothing_twice(tmp_path):
 
     def work(api, folder):
         journal = open_journal(tmp_path / folder / "out.journal", {"job": 1})
-        search_text_rows(policy_of(api, config), [SCORER], rows, config, journal, source="in")
+        policy = TextPolicy(policy_of(api, config), [SCORER], config)
+        search_rows(policy, read_questions(rows, "in"), journal)
         journal.merge(tmp_path / folder / "out.jsonl", len(rows))
 
     for folder in ("part", "whole"):
@@ -597,6 +600,13 @@ def test_an_answer_that_drips_does_not_last_for_ever():
         assert time.monotonic() - started < 5
     finally:
         server.shutdown()
+
+
+def test_a_connection_that_breaks_within_an_answer_is_one_line():
+    with FakeAPI(lambda number, body: Reply(b'{"choices": [', cut=True)) as api:
+        said = r"the last one by: the connection broke \(peer closed connection"
+        with pytest.raises(EndpointError, match=said):
+            policy_of(api).extend([extension()])
 
 
 def test_a_servers_message_is_shown_without_what_would_steer_a_terminal():

@@ -14,18 +14,20 @@ from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.likelihood import score_responses, token_likelihoods
 from w2s_jax.search.proposers import EFTProposer
-from w2s_jax.search.texts import FunctionScorer
+from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.serve import engine as room
 from w2s_jax.serve import tasks
+from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.engine import Engine
 from w2s_jax.serve.events import Done, Failed, Progress
 from w2s_jax.serve.jobs import Reader
-from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.schema import ApiError, Completion, Defaults, Limits
-from w2s_jax.text.prompts import decode_tokens, response_text
+from w2s_jax.serve.schema import ApiError, Completion
+from w2s_jax.text.prompts import decode_tokens, response_end
 
-DEFAULTS = Defaults(w=2, k=2, l=3, max_tokens=12, temperature=1.0, top_k=0)
-LIMITS = Limits(slots=3, queue=64, tokens=16)
+CONFIG = ServeConfig(
+    method="cbs", beam_width=2, successors=2, chunk_length=3, max_new_tokens=12, temperature=1.0,
+    top_k=0, slots=3, queue=64, most_tokens=16,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(served):
-    engine = Engine(served, LIMITS, Metrics())
+    engine = Engine(served, CONFIG)
     engine.start()
     yield engine
     engine.stop()
@@ -43,7 +45,7 @@ def engine(served):
 
 @pytest.fixture(scope="module")
 def reader(served):
-    return Reader(served, DEFAULTS, LIMITS)
+    return Reader(served, CONFIG)
 
 
 def jobs(reader, **fields):
@@ -98,7 +100,7 @@ def test_it_finds_what_search_finds(engine, reader, served):
             assert choice.tokens == hypothesis.tokens
             assert choice.score == pytest.approx(hypothesis.score, abs=1e-4)
             ends = {"finished": hypothesis.finished, "eos_ids": served.eos_ids}
-            text = response_text(served.tokenizer, prompt, hypothesis.tokens, **ends)
+            text, _ = response_end(served.tokenizer, prompt, hypothesis.tokens, **ends)
             assert choice.text == text
             assert choice.ended_by == ("eos" if hypothesis.finished else "length")
 
@@ -227,9 +229,9 @@ def test_who_goes_away_frees_slots_and_queue(engine, reader):
     assert metric(engine, "w2s_slots_in_use") == metric(engine, "w2s_queue_depth") == 0
 
 
-def test_more_programs_than_have_room_take_turns(served):
-    limits = replace(LIMITS, programs=1)
-    engine, reader = Engine(served, limits, Metrics()), Reader(served, DEFAULTS, limits)
+def test_more_programs_than_have_room_take_turns(served, monkeypatch):
+    monkeypatch.setattr(room, "SEATS", 1)
+    engine, reader = Engine(served, CONFIG), Reader(served, CONFIG)
 
     async def mixed():
         kinds = [{"method": "sample"}, {"method": "eft"}, {"method": "cbs"}]
@@ -238,14 +240,14 @@ def test_more_programs_than_have_room_take_turns(served):
 
     engine.start()
     found = asyncio.run(mixed())
+    assert metric(engine, "w2s_programs") == 1
     engine.stop()
     assert all(isinstance(done, Done) for each in found for done in each)
-    assert metric(engine, "w2s_programs") == 1
 
 
 def test_a_full_queue_takes_all_of_a_request_or_nothing(served):
-    engine = Engine(served, replace(LIMITS, queue=3), Metrics())  # never started
-    reader = Reader(served, DEFAULTS, LIMITS)
+    engine = Engine(served, replace(CONFIG, queue=3))  # never started
+    reader = Reader(served, CONFIG)
 
     async def fill():
         engine.submit(jobs(reader, prompt=["a", "b"]))
@@ -260,7 +262,7 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing(served):
 
 
 def test_ending_lets_run_what_runs_and_refuses_the_rest(served):
-    engine, reader = Engine(served, LIMITS, Metrics()), Reader(served, DEFAULTS, LIMITS)
+    engine, reader = Engine(served, CONFIG), Reader(served, CONFIG)
     engine.start()
 
     async def end():
@@ -282,7 +284,7 @@ def test_ending_lets_run_what_runs_and_refuses_the_rest(served):
         late.start()
         return await ticket.next()
 
-    late = Engine(served, LIMITS, Metrics())
+    late = Engine(served, CONFIG)
     failed = asyncio.run(cut())
     assert (type(failed), failed.error.status) == (Failed, 503)
     engine.stop()
@@ -299,7 +301,7 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     texts = replace(
         served, models=replace(served.models, guides=()), scorers=(FunctionScorer(value),)
     )
-    engine, reader = Engine(texts, LIMITS, Metrics()), Reader(texts, DEFAULTS, LIMITS)
+    engine, reader = Engine(texts, CONFIG), Reader(texts, CONFIG)
     engine.start()
     prompts = ["a sea", "bad", "a film"]
     good, bad, also = asyncio.run(answers(engine, jobs(reader, prompt=prompts)))
@@ -310,7 +312,7 @@ def test_a_job_that_breaks_a_search_fails_alone(served):
     engine.stop()
 
 
-def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
+def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader, monkeypatch):
     def damaged(models, proposer, responses, **settings):
         found = score_responses(models, proposer, responses, **settings)
         failed = []
@@ -323,7 +325,8 @@ def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
                 found[index] = replace(one, top_logprobs=one.top_logprobs - np.inf)
         raise RowsFailed(failed, found)
 
-    engine = Engine(served, LIMITS, Metrics(), score=damaged)
+    monkeypatch.setattr(tasks, "score_responses", damaged)
+    engine = Engine(served, CONFIG)
     engine.start()
     prompts = [[0, 5], [0, 70], [0, 6]]
     asked = jobs(reader, prompt=prompts, method="sample", logprobs=1, max_tokens=5)
@@ -333,12 +336,13 @@ def test_log_probs_that_are_no_numbers_fail_their_request_alone(served, reader):
     assert (type(bad), bad.error.status, bad.error.code) == (Failed, 500, "not_finite")
 
 
-def test_a_fault_of_the_program_is_told_without_its_insides(served, capsys):
+def test_a_fault_of_the_program_is_told_without_its_insides(served, capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("XLA: secret insides")
 
-    engine = Engine(served, LIMITS, Metrics(), score=broken)
-    reader = Reader(served, DEFAULTS, LIMITS)
+    monkeypatch.setattr(tasks, "score_responses", broken)
+    engine = Engine(served, CONFIG)
+    reader = Reader(served, CONFIG)
     engine.start()
     with pytest.raises(ApiError) as caught:
         answer(engine, reader, method="sample", logprobs=1)
@@ -350,8 +354,8 @@ def test_a_fault_of_the_program_is_told_without_its_insides(served, capsys):
 
 
 def test_a_warm_up_comes_before_readiness(served):
-    reader = Reader(served, DEFAULTS, LIMITS)
-    engine = Engine(served, LIMITS, Metrics(), warm_up=jobs(reader))
+    reader = Reader(served, CONFIG)
+    engine = Engine(served, CONFIG, warm_up=jobs(reader))
     assert engine.state == "starting"
     engine.start()
 
@@ -384,7 +388,8 @@ def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, n
 
         return compile_slowly
 
-    engine = Engine(served, replace(LIMITS, programs=2), Metrics())
+    monkeypatch.setattr(room, "SEATS", 2)
+    engine = Engine(served, CONFIG)
     engine.start()
     others = [{"method": "sample"}, {"method": "sample", "stop": "xyz"}][:known]
     for fields in others:
@@ -418,7 +423,7 @@ def test_a_compilation_that_fails_fails_who_asked_for_it(served, reader, monkeyp
     def broken(session, request):
         raise RuntimeError("out of memory")
 
-    engine = Engine(served, LIMITS, Metrics())
+    engine = Engine(served, CONFIG)
     engine.start()
     with monkeypatch.context() as patch:
         patch.setattr(room.sessions, "compile_session", broken)

@@ -3,10 +3,13 @@ from dataclasses import replace
 import pytest
 
 from tests.serve.tiny_server import CHAT, POSITIONS, served_at
-from w2s_jax.search.texts import FunctionScorer
+from w2s_jax.search.scorers import FunctionScorer
+from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.jobs import Reader, capacity_for, prefix_for
-from w2s_jax.serve.schema import ApiError, Chat, Completion, Defaults, Limits
+from w2s_jax.serve.schema import ApiError, Chat, Completion
 from w2s_jax.text.chat import load_template
+
+CONFIG = ServeConfig(method="cbs", most_rows=16, most_tokens=64, most_prompts=4)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def reader(served):
-    return Reader(served, Defaults(), Limits(rows=16, tokens=64, prompts=4))
+    return Reader(served, CONFIG)
 
 
 def ask(reader, **fields):
@@ -35,8 +38,10 @@ def test_a_prompt_becomes_a_job_of_the_defaults(reader, served):
     assert (job.prompt, job.method, job.choices) == (ids, "cbs", 1)
     request, program = job.request, job.program
     assert (request.limit, request.temperature, request.beta) == (50, 0.7, 1.0)
-    assert (program.width, program.successors, program.length, program.top_k) == (4, 4, 5, 50)
-    assert (program.capacity, program.prefix, program.nucleus) == (64, 64, False)
+    config = program.config
+    assert (config.beam_width, config.successors, config.length) == (4, 4, 5)
+    assert (config.sampling.top_k, config.sampling.top_p) == (50, 1.0)
+    assert (config.max_new_tokens, program.prefix) == (64, 64)
 
 
 def test_numbers_compile_nothing_and_shapes_do(reader):
@@ -97,13 +102,13 @@ def test_seeds_of_64_bits_are_told_apart(reader):
 def test_streams_come_in_pieces_of_a_few_tokens(reader, served):
     for method in ("sample", "eft"):
         (job,) = ask(reader, method=method, max_tokens=50)
-        assert job.program.config(served.models).length == 4
+        assert job.program.config.length == 4
 
 
 def test_methods_and_their_sizes(reader):
-    assert ask(reader, method="bon")[0].program.width == 16
-    assert ask(reader, method="bon", k=6, n=6)[0].program.width == 6
-    assert ask(reader, method="sample", n=3)[0].program.width == 3
+    assert ask(reader, method="bon")[0].program.config.beam_width == 16
+    assert ask(reader, method="bon", k=6, n=6)[0].program.config.beam_width == 6
+    assert ask(reader, method="sample", n=3)[0].program.config.beam_width == 3
     assert refused(reader, method="bon", w=2).param == "w"
     assert refused(reader, n=5).status == 400
     assert refused(reader, w=5, k=5).status == 400
@@ -123,7 +128,7 @@ def test_methods_without_a_likelihood_say_so(reader, method, field):
 
 def test_a_server_without_a_guide_samples_only(served):
     alone = replace(served, models=replace(served.models, guides=()))
-    reader = Reader(alone, Defaults(method="sample"), Limits())
+    reader = Reader(alone, ServeConfig(method="sample"))
     assert ask(reader)[0].method == "sample"
     for method in ("cbs", "ivg", "bon", "eft"):
         assert "needs a guide" in refused(reader, method=method).message
@@ -132,7 +137,7 @@ def test_a_server_without_a_guide_samples_only(served):
 def test_a_guide_of_texts_cannot_mix_logits(served):
     scorer = FunctionScorer(lambda prompts, responses: [0.0] * len(prompts))
     alone = replace(served, models=replace(served.models, guides=()), scorers=(scorer,))
-    reader = Reader(alone, Defaults(), Limits())
+    reader = Reader(alone, ServeConfig(method="cbs"))
     assert ask(reader)[0].method == "cbs"
     assert "vocabulary" in refused(reader, method="eft").message
 
@@ -156,13 +161,13 @@ def test_scoring_alone_needs_no_program(reader):
     (job,) = ask(reader, max_tokens=0, method="sample", echo=True, logprobs=1)
     assert (job.program, job.echo, job.logprobs) == (None, "The sea", 1)
     (job,) = ask(reader, prompt=[5, 6], max_tokens=1, method="eft", echo=True, logprobs=1)
-    assert job.program.capacity == 1
+    assert job.program.config.max_new_tokens == 1
 
 
 def test_special_tokens_as_stop_strings_are_ids(reader):
     (job,) = ask(reader, stop=["<|endoftext|>", "<|pad|>", "x"])
     assert job.request.stop == ("x",)
-    assert job.program.eos_ids == (0, 1)
+    assert job.program.config.eos_ids == (0, 1)
 
 
 def test_chats_go_through_the_template(reader, served):
@@ -181,7 +186,7 @@ def test_chats_go_through_the_template(reader, served):
     template = CHAT + "{% if enable_thinking is false %}<quick>{% endif %}"
     quick = replace(served, template=replace(served.template, jinja=template))
     body = Chat(model="m", messages=[{"role": "user", "content": "a"}], **thinks)
-    (job,) = Reader(quick, Defaults(), Limits()).chat(body)
+    (job,) = Reader(quick, ServeConfig(method="cbs")).chat(body)
     assert served.tokenizer.decode(job.prompt).endswith("<assistant><quick>")
     assert job.request.conversation.template_args == {"enable_thinking": False}
     for wrong in (
@@ -202,14 +207,14 @@ def test_chats_go_through_the_template(reader, served):
 def test_a_policy_without_a_chat_template_says_so(served):
     bare = replace(served, template=replace(served.template, jinja=None))
     with pytest.raises(ApiError, match="chat template"):
-        Reader(bare, Defaults(), Limits()).chat(
+        Reader(bare, ServeConfig(method="cbs")).chat(
             Chat(model="m", messages=[{"role": "user", "content": "a"}])
         )
 
 
 def test_guides_may_read_templates_of_their_own(served):
     own = load_template(served.tokenizer, "zephyr", where="test")
-    reader = Reader(replace(served, guide_templates=(own, None)), Defaults(), Limits())
+    reader = Reader(replace(served, guide_templates=(own, None)), ServeConfig(method="cbs"))
     (job,) = ask(reader)
     policy, tuned, untuned = job.request.prompts
     assert policy == untuned == tuple(served.tokenizer("The sea").input_ids)

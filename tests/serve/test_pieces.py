@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serve.tiny_server import tokenizer_at
-from w2s_jax.serve.events import TokenTexts, settled, shared, token_bytes
-from w2s_jax.text.prompts import decode_tokens, response_text
+from w2s_jax.serve.answers import TokenTexts, token_bytes
+from w2s_jax.serve.events import settled, shared
+from w2s_jax.text.prompts import decode_tokens, response_end
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,11 @@ def test_settled_text_is_never_retracted(tokenizer_text, stop):
     prompt, tokens = tokenizer("The sea").input_ids, tokenizer(
         tokenizer_text, add_special_tokens=False
     ).input_ids  # fmt: skip
-    text_of = partial(response_text, tokenizer, prompt, finished=False)
-    final, said = text_of(tokens, stop=stop), ""
+    text_of = partial(response_end, tokenizer, prompt, finished=False)
+    final, said = text_of(tokens, stop=stop)[0], ""
     for count in range(len(tokens) + 1):
-        text = text_of(tokens[:count], stop=stop)
-        whole = text_of(tokens[:count])
+        text = text_of(tokens[:count], stop=stop)[0]
+        whole = text_of(tokens[:count])[0]
         if any(one in whole for one in stop):
             break
         now = settled(text, stop)

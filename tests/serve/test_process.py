@@ -13,13 +13,13 @@ import pytest
 from tests.serve.tiny_server import served_at
 from w2s_jax.serve import engine as room
 from w2s_jax.serve import process
+from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
+from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.events import TokenTexts
 from w2s_jax.serve.jobs import Reader
-from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.schema import Defaults, Limits
 
+CONFIG = ServeConfig(method="cbs")
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
 
 
@@ -30,19 +30,17 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def engine(served):
-    return Engine(served, Limits(), Metrics())
+    return Engine(served, CONFIG)
 
 
 @asynccontextmanager
 async def running(served, engine, *, grace=0.2):
     """(server, its address, what it ends with) while it runs; it has ended behind that."""
-    service = Service(
-        "tiny", engine, Reader(served, Defaults(), Limits()), TokenTexts(served.tokenizer),
-        engine.metrics,
-    )  # fmt: skip
+    tokens = TokenTexts(served.tokenizer)
+    service = Service("tiny", engine, Reader(served, CONFIG), tokens)
     engine.start()
     with process.listen("127.0.0.1", 0) as bound:
-        server = process.Server(process.settings(create_app(service)))
+        server = process.Server(create_app(service))
         is_ready = asyncio.Event()
         end = asyncio.ensure_future(process.run(server, engine, bound, grace, is_ready.set))
         await asyncio.wait_for(is_ready.wait(), 30)

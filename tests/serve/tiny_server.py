@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.tiny import tiny_model
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.model import Model
+from w2s_jax.models.save import save_model
 from w2s_jax.search.models import Guide, search_models
 from w2s_jax.serve.jobs import Served
 from w2s_jax.text.chat import load_template

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.journal import journal_path, locked, open_journal
+from w2s_jax.text.journal import journal_path, open_journal
 from w2s_jax.text.rows import read_jsonl
 
 JOB = {"seed": 0, "prompts": "abc", "stop": ("a", "b")}
@@ -130,20 +130,6 @@ def test_a_foreign_file_is_never_removed(path):
     with pytest.raises(InputError, match="not a journal"):
         open_journal(path, {})
     assert path.read_text() == "my notes, without a line's end"
-
-
-def test_one_run_at_a_time_holds_a_journal(path, run_python):
-    code = f"from w2s_jax.text.journal import locked\nwith locked({str(path)!r}): print('held')"
-    with locked(path):
-        with pytest.raises(AssertionError, match="another run is writing this output"):
-            run_python(code)
-        link = path.with_name("link")
-        link.symlink_to(path)
-        with pytest.raises(InputError, match="another run is writing this output"), locked(link):
-            pass
-        link.unlink()
-    assert run_python(code) == "held\n"
-    assert not list(path.parent.iterdir())
 
 
 def test_an_unwritable_place_is_an_error(tmp_path):

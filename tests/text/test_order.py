@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.text.batches import Batches, in_order
+from w2s_jax.text.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,6 @@ def test_without_shuffling_rows_come_as_they_stand():
 def test_names_are_those_of_the_batch():
     batches = Batches(Numbers(5), 2)
     assert batches.names(3) == [f"row {index}" for index in batches(3)["tokens"]]
-
-
-def test_once_in_order():
-    found = [batch["tokens"].tolist() for batch in in_order(Numbers(5), 2)]
-    assert found == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize(

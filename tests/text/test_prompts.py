@@ -16,7 +16,6 @@ from w2s_jax.text.prompts import (
     encode_prompt,
     escape_notes,
     response_end,
-    response_text,
     special_stops,
     tell_left_out,
     tokens_behind,
@@ -107,13 +106,13 @@ def test_a_prompt_is_never_empty(bos, eos, tokens):
 def test_a_response_is_what_its_tokens_add_to_the_prompt(tokenizer, response):
     prompt = encode_prompt(tokenizer, "the film")
     tokens = tokenizer(response, add_special_tokens=False).input_ids
-    assert response_text(tokenizer, prompt, tokens, finished=False) == response
+    assert response_end(tokenizer, prompt, tokens, finished=False)[0] == response
     ended = [*tokens, tokenizer.eos_token_id]
-    assert response_text(tokenizer, prompt, ended, finished=True) == response
+    assert response_end(tokenizer, prompt, ended, finished=True)[0] == response
     # A model may end at an id that its tokenizer does not know as special.
     ended = [*tokens, tokenizer.convert_tokens_to_ids("a")]
     eos_ids = ended[-1:]
-    assert response_text(tokenizer, prompt, ended, finished=True, eos_ids=eos_ids) == response
+    assert response_end(tokenizer, prompt, ended, finished=True, eos_ids=eos_ids)[0] == response
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_a_response_is_what_its_tokens_add_to_the_prompt(tokenizer, response):
 def test_a_response_ends_before_the_first_stop_string(tokenizer, stop, text):
     prompt = encode_prompt(tokenizer, "a film")
     tokens = tokenizer(" of the sea . And", add_special_tokens=False).input_ids
-    assert response_text(tokenizer, prompt, tokens, finished=True, stop=stop) == text
+    assert response_end(tokenizer, prompt, tokens, finished=True, stop=stop)[0] == text
     _, ended_by = response_end(tokenizer, prompt, tokens, finished=True, stop=stop)
     assert ended_by == {" of the sea ": ".", " of": " the"}.get(text)
 
@@ -137,7 +136,7 @@ def test_a_half_written_character_does_not_swallow_the_response(tokenizer):
     prompt = encode_prompt(tokenizer, "the film é")
     cut, rest = prompt[:-1], prompt[-1:]
     assert decode_tokens(tokenizer, cut).endswith("�")
-    assert response_text(tokenizer, cut, rest, finished=True)
+    assert response_end(tokenizer, cut, rest, finished=True)[0]
 
 
 @pytest.mark.parametrize(("finished", "text"), [(False, " of"), (True, " of\ufffd")])
@@ -145,7 +144,7 @@ def test_a_character_that_the_length_cut_short_is_left_out(tokenizer, finished, 
     prompt = encode_prompt(tokenizer, "the film")
     tokens = tokenizer(" of電", add_special_tokens=False).input_ids[:-1]
     assert decode_tokens(tokenizer, tokens) == " of\ufffd"
-    assert response_text(tokenizer, prompt, tokens, finished=finished) == text
+    assert response_end(tokenizer, prompt, tokens, finished=finished)[0] == text
 
 
 def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
@@ -156,7 +155,7 @@ def test_sentencepiece_keeps_the_space_in_front_of_a_response(shared_data):
     whole = encode_prompt(tokenizer, "The movie was great")
     prompt = encode_prompt(tokenizer, "The movie")
     assert whole[: len(prompt)] == prompt
-    assert response_text(tokenizer, prompt, whole[len(prompt) :], finished=False) == " was great"
+    assert response_end(tokenizer, prompt, whole[len(prompt) :], finished=False)[0] == " was great"
 
 
 def test_text_without_a_utf8_form_is_refused(tokenizer):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.rows import check_writable, json_line, read_jsonl, read_rows, write_jsonl
+from w2s_jax.text.rows import check_writable, json_line, locked, read_jsonl, read_rows, write_jsonl
 
 ROWS = [{"prompt": "A film of β and 電影", "n": 1}, {"prompt": "two\nlines", "a": {"b": [1, None]}}]
 
@@ -143,3 +143,18 @@ def test_wrong_arrays_are_refused(tmp_path, text, message):
     (tmp_path / "array.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_rows(tmp_path / "array.json")
+
+
+def test_one_run_at_a_time_holds_an_output(tmp_path, run_python):
+    path = tmp_path / "out.journal"
+    code = f"from w2s_jax.text.rows import locked\nwith locked({str(path)!r}): print('held')"
+    with locked(path):
+        with pytest.raises(AssertionError, match="another run is writing this output"):
+            run_python(code)
+        link = path.with_name("link")
+        link.symlink_to(path)
+        with pytest.raises(InputError, match="another run is writing this output"), locked(link):
+            pass
+        link.unlink()
+    assert run_python(code) == "held\n"
+    assert not list(path.parent.iterdir())

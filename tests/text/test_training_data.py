@@ -16,17 +16,17 @@ from tests.text.data_cases import CHATML, MARKED
 from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Batches, best_fit
+from w2s_jax.text.batches import Batches, Side, best_fit
 from w2s_jax.text.rows import open_source, write_jsonl
-from w2s_jax.text.supervised import Encoded, Side, shorten
-from w2s_jax.text.token_rows import Document, write_store
+from w2s_jax.text.supervised import Encoded, shorten
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
-    check_positions,
+    Document,
     load_labelled,
     load_pairs,
     load_sequences,
+    write_store,
 )
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "training_data"
@@ -395,12 +395,6 @@ def test_a_long_row_is_an_error_where_asked(tokenizer, config):
         load_sequences(config(ROWS, max_length=20, truncation="error"), tokenizer)
 
 
-def test_sequences_longer_than_the_model():
-    check_positions(DataConfig(data=("a",), max_length=64), 64)
-    with pytest.raises(InputError, match="--max-length 65: the model has 64 positions"):
-        check_positions(DataConfig(data=("a",), max_length=65), 64)
-
-
 # Packing
 
 
@@ -443,7 +437,7 @@ def test_packed_rows_hold_every_document_once(tmp_path_factory, tokenizer, seed,
         batch, length = plain.at([index]), plain.lengths[index]
         expected.append(tuple(batch[name][0, :length].tolist() for name in ("tokens", "targets")))
     assert sorted(found) == sorted(expected)
-    assert sorted(names) == sorted(plain.name(index) for index in range(len(plain)))
+    assert sorted(names) == sorted(one for i in range(len(plain)) for one in plain.names(i))
     assert len(packed) == len(best_fit(plain.lengths, 24))
     assert packed.identity == again.identity != plain.identity
 
@@ -521,7 +515,7 @@ def test_what_decides_on_tokens_decides_on_the_identity(tokenizer, config, tmp_p
     moved = DataConfig(data=(str(tmp_path / "moved.jsonl"),), cache=str(tmp_path))
     data = load_sequences(moved, tokenizer)
     assert data.identity == made[0]
-    assert data.name(1) == f"{tmp_path / 'moved.jsonl'} line 2"
+    assert data.names(1) == [f"{tmp_path / 'moved.jsonl'} line 2"]
 
 
 def test_padding_set_on_the_tokenizer_changes_nothing(config):
@@ -559,8 +553,8 @@ def test_files_of_several_kinds_are_read_one_after_the_other(tokenizer, tmp_path
     alone = DataConfig(data=(str(tmp_path / "all.jsonl"),), cache=str(tmp_path))
     for name, array in load_sequences(alone, tokenizer).at(range(6)).items():
         np.testing.assert_array_equal(data.at(range(6))[name], array)
-    assert [data.name(index) for index in (1, 2, 5)] == [
-        f"{files[0]} line 2", f"{files[1]} row 1", f"{files[2]} row 2",
+    assert [data.names(index) for index in (1, 2, 5)] == [
+        [f"{files[0]} line 2"], [f"{files[1]} row 1"], [f"{files[2]} row 2"],
     ]  # fmt: skip
 
 
@@ -581,7 +575,7 @@ def test_a_folder_is_read_by_its_splits(tokenizer, tmp_path):
         write_jsonl(folder / f"{split}.jsonl", rows)
     made = DataConfig(data=(str(folder),), split="test", cache=str(tmp_path))
     data = load_sequences(made, tokenizer)
-    assert (len(data), data.name(1)) == (2, f"{folder} row 2")
+    assert (len(data), data.names(1)) == (2, [f"{folder} row 2"])
 
 
 def test_a_part_of_a_file(tokenizer, config):
@@ -591,7 +585,7 @@ def test_a_part_of_a_file(tokenizer, config):
         for split in ("train[:50%]", "train[50%:]")
     )
     assert (len(first), len(rest)) == (3, 3)
-    assert [rest.name(index) for index in range(3)] == [whole.name(index) for index in (3, 4, 5)]
+    assert [rest.names(index) for index in range(3)] == [whole.names(index) for index in (3, 4, 5)]
     assert len(load_sequences(config(ROWS, limit=4), tokenizer)) == 4
 
 
@@ -608,9 +602,9 @@ def test_a_data_set_of_the_hub(tokenizer, tmp_path, monkeypatch):
     made = DataConfig(data=("some/set:main",), split="train[2:4]", cache=str(tmp_path))
     data = load_sequences(made, tokenizer)
     assert asked == [("some/set", "main", "train")]
-    assert [data.name(index) for index in range(2)] == [
-        "some/set:main row 3",
-        "some/set:main row 4",
+    assert [data.names(index) for index in range(2)] == [
+        ["some/set:main row 3"],
+        ["some/set:main row 4"],
     ]
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
-from w2s_jax.models.huggingface import save_model
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
+from w2s_jax.models.save import save_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.train.loop import read_metrics
 

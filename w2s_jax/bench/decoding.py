@@ -1,15 +1,12 @@
 """Measures plain decoding on random weights, and that of transformers beside it on the same rows.
 
-transformers runs in a process of its own (decode_transformers.py), first, so that its memory is
+transformers runs in a process of its own (`peers.py`), first, so that its memory is
 free again when this package's models are made.
 """
 
-import json
 import sys
-import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.bench.floor import measure_rates, search_work, timed_twice
-from w2s_jax.bench.setup import call, missing, random_model
+from w2s_jax.bench.setup import PEERS, call, missing, random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import SearchConfig, sample
 
-PROGRAM = Path(__file__).with_name("decode_transformers.py")
 NO_TRANSFORMERS = "install torch beside transformers, or name another interpreter"
 SAMPLING = Sampling(0.7, 50, 1.0)
 
@@ -121,21 +117,14 @@ def transformers_seconds(config: ModelConfig, options: Options) -> tuple[Side | 
     why = missing(options.python, "torch, transformers", NO_TRANSFORMERS)
     if why is not None:
         return None, why
-    job = {
+    job = asdict(options) | {
         "config": config_to_hf(config),
         "prompts": prompts_of(config, options),
-        "samples": options.samples,
-        "new_tokens": options.new_tokens,
         "temperature": SAMPLING.temperature,
         "top_k": SAMPLING.top_k,
-        "dtype": options.dtype,
-        "repeats": options.repeats,
         "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job))
-        took = call([options.python, "-P", str(PROGRAM), str(path)], seconds=options.seconds)
+    took = call(job, options.python, "-P", PEERS, seconds=options.seconds)
     return _side(options, took["first_seconds"], took["seconds"]), None
 
 

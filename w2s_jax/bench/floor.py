@@ -81,43 +81,34 @@ def search_work(
     width, rows, length = config.beam_width, config.rows, config.length
     prefix = prompt_tokens - 1
     work = dict.fromkeys(PHASES, Work())
-    for model in (policy, *guides):
-        work["prefill"] += read_work(
-            model, size, rows=slots * prefix, context=prefix / 2, cached=0, scored=0
-        )
-    for chunk in range(config.chunks):
-        committed = chunk * length
-        behind_slots = slots * (prefix + width * committed)
-        work["proposing"] += read_work(
-            policy,
+
+    def read(
+        phase: str, model: ModelConfig, tokens: int, context: float, cached: int, scored: bool
+    ) -> None:
+        """Add a call that reads so many tokens of every slot, behind `cached` others of it."""
+        work[phase] += read_work(
+            model,
             size,
-            rows=slots * width,
-            context=float(prefix + committed),
-            cached=behind_slots,
-            scored=slots * width,
+            rows=slots * tokens,
+            context=context,
+            cached=slots * cached,
+            scored=slots * tokens if scored else 0,
         )
+
+    for model in (policy, *guides):
+        read("prefill", model, prefix, prefix / 2, 0, scored=False)
+    for committed in range(0, config.chunks * length, length):
+        behind, start = prefix + width * committed, float(prefix + committed)
+        read("proposing", policy, width, start, behind, scored=True)
         for step in range(1, length):
-            work["proposing"] += read_work(
-                policy,
-                size,
-                rows=slots * rows,
-                context=float(prefix + committed + step),
-                cached=behind_slots + slots * (width + rows * (step - 1)),
-                scored=slots * rows,
-            )
-        tokens = slots * (width + rows * (length - 1))
+            written = behind + width + rows * (step - 1)
+            read("proposing", policy, rows, start + step, written, scored=True)
         for guide in guides:
-            work["scoring"] += read_work(
-                guide,
-                size,
-                rows=tokens,
-                context=prefix + committed + length / 2,
-                cached=behind_slots,
-                scored=tokens,
-            )
-        if chunk + 1 < config.chunks:
-            moved = slots * width * (committed + length)
+            tokens = width + rows * (length - 1)
+            read("scoring", guide, tokens, start + length / 2, behind, scored=True)
+        if committed + length < config.chunks * length:
             entries = sum(2 * m.layers * m.kv_heads * m.head_width for m in (policy, *guides))
+            moved = slots * width * (committed + length)
             work["selecting"] += Work(0.0, 2 * size * entries * moved)
     return work
 

@@ -3,11 +3,9 @@
 What the floor counts is in `floor.py`.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +14,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.bench.config import SearchBenchConfig
 from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work, timed_twice
-from w2s_jax.bench.setup import GUIDE_SHAPE, named_shape, random_model, refuse_beside_shape
+from w2s_jax.bench.setup import (
+    GUIDE_SHAPE,
+    check_settings,
+    gpt2,
+    named_shape,
+    random_model,
+    write_figures,
+)
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
@@ -28,37 +34,14 @@ from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import check_writable
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.text.tokenizer import vocabularies
 
-HEAD_WIDTH = 64
+LEAST = {
+    "policy_layers": 1, "guide_layers": 1, "vocab": 2, "prompt_tokens": 1, "batch_size": 1,
+    "repeats": 1,
+}  # fmt: skip
 SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab")
-"""Options that a named shape decides."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The shapes and sizes of a run; sizes count tokens, layers, prompts.
-
-    shape: the policy's, one of `setup.SHAPES`, with guides of `GUIDE_SHAPE`; it stands in place of
-    layers, widths and vocabulary.
-    """
-
-    shape: str | None = None
-    policy_layers: int = 12
-    policy_width: int = 768
-    guide_layers: int = 4
-    guide_width: int = 256
-    vocab: int = 8192
-    beam_width: int = 4
-    successors: int = 4
-    chunk_length: int = 5
-    max_new_tokens: int = 50
-    prompt_tokens: int = 13
-    batch_size: int = 1
-    dtype: str = "float32"
-    repeats: int = 3
-    cross_vocabulary: bool = False
+"""Settings that a named shape decides."""
 
 
 @dataclass(frozen=True)
@@ -90,92 +73,42 @@ class CrossFigures:
     compile_seconds: float
 
 
-def run(options: Options, *, json_path: str | Path | None = None) -> Figures:
-    """Measure, print a table, and write the figures as JSON where a path is given.
+def run(options: SearchBenchConfig) -> Figures:
+    """Measure, print a table, and write the figures where `options.json` says.
 
-    Raises InputError for sizes out of range and for a path that cannot be written.
+    Raises:
+        InputError: for sizes out of range and for a path that cannot be written.
     """
     config = check(options)
-    if json_path is not None:
-        check_writable(Path(json_path))
     figures = measure(options, config)
     report(Console(), options, figures)
-    if json_path is not None:
-        text = json.dumps({"options": asdict(options), **asdict(figures)}, indent=2)
-        Path(json_path).write_text(text + "\n")
+    write_figures(options, figures)
     return figures
 
 
-def check(options: Options) -> SearchConfig:
+def check(options: SearchBenchConfig) -> SearchConfig:
     """The search that the options describe; InputError for sizes out of range."""
-    if options.shape is not None:
-        named_shape(options.shape)
-        refuse_beside_shape(options, SIZES)
-        if options.cross_vocabulary:
-            raise InputError("--cross-vocabulary has vocabularies of its own; leave --shape out")
-    for name, least in (
-        ("policy_layers", 1),
-        ("guide_layers", 1),
-        ("vocab", 2),
-        ("prompt_tokens", 1),
-        ("batch_size", 1),
-        ("repeats", 1),
-    ):
-        if getattr(options, name) < least:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is {getattr(options, name)}; it must be at least {least}")
-    for name in ("policy_width", "guide_width"):
-        if getattr(options, name) < HEAD_WIDTH or getattr(options, name) % HEAD_WIDTH:
-            flag = name.replace("_", "-")
-            raise InputError(
-                f"--{flag} is {getattr(options, name)}; it must be a multiple of {HEAD_WIDTH}, the "
-                "width of a head"
-            )
-    return cbs(
-        options.beam_width,
-        options.successors,
-        options.chunk_length,
-        max_new_tokens=options.max_new_tokens,
-        slots=options.batch_size,
-        eos_ids=(),
-    )
+    check_settings(options, LEAST, SIZES)
+    if options.shape is not None and options.cross_vocabulary:
+        raise InputError("--cross-vocabulary has vocabularies of its own; leave --shape out")
+    beam = (options.beam_width, options.successors, options.chunk_length)
+    sizes = {"max_new_tokens": options.max_new_tokens, "slots": options.batch_size}
+    return cbs(*beam, **sizes, eos_ids=())
 
 
-def shapes_of(options: Options) -> tuple[ModelConfig, ModelConfig]:
+def shapes_of(options: SearchBenchConfig) -> tuple[ModelConfig, ModelConfig]:
     """The policy's shape, and that of both models of the guide."""
     if options.shape is not None:
         return named_shape(options.shape), named_shape(GUIDE_SHAPE)
+    # Texts in another vocabulary are longer.
+    positions = 2 * (options.prompt_tokens + options.max_new_tokens)
     return (
-        _gpt2(options, options.policy_layers, options.policy_width),
-        _gpt2(options, options.guide_layers, options.guide_width),
+        gpt2(options.vocab, options.policy_width, options.policy_layers, positions),
+        gpt2(options.vocab, options.guide_width, options.guide_layers, positions),
     )
 
 
-def _gpt2(options: Options, layers: int, width: int) -> ModelConfig:
-    """A GPT-2-shaped decoder with room for the prompt and the response."""
-    return ModelConfig(
-        architecture="gpt2",
-        vocab_size=options.vocab,
-        width=width,
-        layers=layers,
-        heads=width // HEAD_WIDTH,
-        kv_heads=width // HEAD_WIDTH,
-        head_width=HEAD_WIDTH,
-        mlp_width=4 * width,
-        # Texts in another vocabulary are longer.
-        max_positions=2 * (options.prompt_tokens + options.max_new_tokens),
-        norm="layer",
-        position="learned",
-        activation="gelu_tanh",
-        gated_mlp=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=True,
-    )
-
-
-def measure(options: Options, config: SearchConfig) -> Figures:
+def measure(options: SearchBenchConfig, config: SearchConfig) -> Figures:
     """Time whole searches (the median of the repeats), then the phases of one, and the rates."""
     dtype = jnp.dtype(options.dtype)
     policy_shape, guide_shape = shapes_of(options)
@@ -197,19 +130,21 @@ def measure(options: Options, config: SearchConfig) -> Figures:
         size=dtype.itemsize,
     )
     floors = {phase: rates.seconds(work[phase]) for phase in PHASES}
+    phases = phase_seconds(SearchModels(policy, (guide,)), prompts, config)
+    across = None
+    if options.cross_vocabulary:
+        across = measure_across(policy, guide, prompts, config, options, seconds)
     return Figures(
         prompts_per_second=options.batch_size / seconds,
         tokens_per_second=options.batch_size * options.max_new_tokens / seconds,
         seconds_per_prompt=seconds / options.batch_size,
         compile_seconds=first - seconds,
-        phase_seconds=phase_seconds(SearchModels(policy, (guide,)), prompts, config),
+        phase_seconds=phases,
         floor_seconds=floors,
         floor_share=sum(floors.values()) / seconds,
         matmul_operations_per_second=rates.operations,
         bytes_per_second=rates.bytes,
-        cross_vocabulary=measure_across(policy, guide, prompts, config, options, seconds)
-        if options.cross_vocabulary
-        else None,
+        cross_vocabulary=across,
     )
 
 
@@ -218,7 +153,7 @@ def measure_across(
     guide: Guide,
     prompts: list[list[int]],
     config: SearchConfig,
-    options: Options,
+    options: SearchBenchConfig,
     seconds: float,
 ) -> CrossFigures:
     """Time the search whose guide reads texts, against the `seconds` of the one on the device."""
@@ -286,7 +221,7 @@ def phase_seconds(
     return once()
 
 
-def report(console: Console, options: Options, figures: Figures) -> None:
+def report(console: Console, options: SearchBenchConfig, figures: Figures) -> None:
     """Print the figures as a table of phases under a line of totals."""
     policy, guide = shapes_of(options)
     named = "" if options.shape is None else f"{options.shape}: "

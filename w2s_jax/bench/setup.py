@@ -1,8 +1,12 @@
-"""What measurements are made of: named shapes with random weights, and other programs."""
+"""What measurements are made of: shapes with random weights, other programs, and their files."""
 
 import json
 import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,18 +14,62 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from w2s_jax.bench.config import BenchConfig
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.text.rows import check_writable
+
+PEERS = str(Path(__file__).with_name("peers.py"))
+"""The program that runs other packages, by an interpreter that has them."""
 
 
-def call(command: list[str], *, seconds: float | None = None) -> dict[str, Any]:
-    """The JSON line that a program prints; RuntimeError with its last words where it fails.
+def check_settings(config: BenchConfig, least: Mapping[str, int], by_shape: Sequence[str]) -> None:
+    """Raise InputError for a file that cannot be written, and for sizes that are wrong.
 
-    Raises subprocess.TimeoutExpired for one that takes longer than so many seconds, and ends it.
+    Args:
+        config: the settings.
+        least: fields and the least that each may be.
+        by_shape: fields that a named shape decides. Widths among them are of whole heads.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    if config.json is not None:
+        check_writable(config.json)
+    shape = getattr(config, "shape", None)
+    if shape is not None:
+        named_shape(shape)
+    for field in fields(config):
+        name, value, flag = field.name, getattr(config, field.name), field.name.replace("_", "-")
+        if shape is not None and name in by_shape and value != field.default:
+            raise InputError(f"--{flag} is set beside --shape, which decides it; leave one out")
+        if name in least and value < least[name]:
+            raise InputError(f"--{flag} is {value}; it must be at least {least[name]}")
+        if name in by_shape and name.endswith("width") and (value < HEAD or value % HEAD):
+            raise InputError(
+                f"--{flag} is {value}; it must be a multiple of {HEAD}, the width of a head"
+            )
+
+
+def write_figures(config: BenchConfig, figures: Any, **more: Any) -> None:
+    """Write the settings, more of them, and the figures, a dataclass, where the config says."""
+    if config.json is not None:
+        text = json.dumps({"options": config.as_row() | more, **asdict(figures)}, indent=2)
+        Path(config.json).write_text(text + "\n")
+
+
+def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) -> dict[str, Any]:
+    """The JSON line that a program prints for a job, whose file is its last argument.
+
+    Raises:
+        RuntimeError: with the program's last words, where it fails.
+        subprocess.TimeoutExpired: where it takes longer than so many seconds; it is ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        done = subprocess.run(
+            [*command, str(path)], capture_output=True, text=True, check=False, timeout=seconds
+        )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -42,6 +90,8 @@ def missing(python: str, modules: str, advice: str) -> str | None:
 
 
 SHAPES = {"llama-1b": "meta-llama/Llama-3.2-1B", "llama-8b": "meta-llama/Meta-Llama-3-8B"}
+HEAD = 64
+"""Numbers of a head, where no shape is named."""
 GUIDE_SHAPE = "llama-1b"
 """The shape of the guides of a policy of a named shape."""
 SPREAD = 0.02
@@ -55,13 +105,14 @@ def named_shape(name: str) -> ModelConfig:
     return config_from_hf(KNOWN[SHAPES[name]])
 
 
-def refuse_beside_shape(options: object, names: tuple[str, ...]) -> None:
-    """Raise InputError where options that a named shape decides are set beside it."""
-    usual = type(options)()
-    for name in names:
-        if getattr(options, name) != getattr(usual, name):
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is set beside --shape, which decides it; leave one out")
+def gpt2(vocab: int, width: int, layers: int, positions: int) -> ModelConfig:
+    """A GPT-2-shaped decoder, with heads of `HEAD` numbers."""
+    heads = width // HEAD
+    return ModelConfig(
+        "gpt2", vocab, width, layers, heads, kv_heads=heads, head_width=HEAD, mlp_width=4 * width,
+        max_positions=positions, norm="layer", position="learned", activation="gelu_tanh",
+        gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, tied_embeddings=True,
+    )  # fmt: skip
 
 
 def random_model(config: ModelConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> Model:

@@ -1,68 +1,59 @@
 """Measures training steps on random weights, and TRL's beside them in the same run.
 
-Every measurement is a process of its own (train_own.py, train_trl.py) unless told otherwise, so
-that peaks of memory do not mix; the two take turns, so that a busy machine slows both.
+Every measurement is a process of its own unless told otherwise, so that peaks of memory do not mix;
+this package and TRL (`peers.py`) take turns, so that a busy machine slows both.
+`python -m w2s_jax.bench.train JOB_JSON` is this package's: it prints one JSON line.
 """
 
 import json
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from w2s_jax.bench import train_own
+from w2s_jax.bench.config import TrainBenchConfig
 from w2s_jax.bench.floor import measure_rates, read_work
-from w2s_jax.bench.setup import call, missing, named_shape, random_model, refuse_beside_shape
+from w2s_jax.bench.setup import (
+    PEERS,
+    call,
+    check_settings,
+    gpt2,
+    missing,
+    named_shape,
+    random_model,
+    write_figures,
+)
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.models.huggingface import save_model
-from w2s_jax.text.rows import check_writable
-from w2s_jax.text.synthetic import vocabularies
+from w2s_jax.models.config_json import config_from_hf, config_to_hf
+from w2s_jax.models.load import load_model
+from w2s_jax.models.model import Model
+from w2s_jax.models.save import save_model
+from w2s_jax.text.tokenizer import vocabularies
+from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
+from w2s_jax.train.estimate import peak_memory
+from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
+from w2s_jax.train.step import Batch, init_state, make_optimizer, make_train_step
 
-HEAD_WIDTH = 64
 OBJECTIVES = ("sft", "dpo")
 LEARNING_RATE = 1e-5
+LEAST = {
+    "layers": 1, "batch_size": 1, "repeats": 1, "rounds": 1, "prompt_tokens": 1, "vocab": 32,
+}  # fmt: skip
 SIZES = ("architecture", "layers", "width", "vocab")
-"""Options that a named shape decides."""
+"""Settings that a named shape decides."""
 NO_TRL = "install the extra 'parity' or give --trl-python"
-TRL_PROGRAM = Path(__file__).with_name("train_trl.py")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The shapes and sizes of a run.
-
-    A step has `batch_size` rows of `length` tokens: texts for SFT; for DPO the two sides of half as
-    many pairs, of which `prompt_tokens` are a prompt. gpt2 has layer norms, learned positions and
-    tied embeddings; llama has a gated MLP and four query heads to a key head. shape: one of
-    `shapes.SHAPES`, in place of architecture, layers, width and vocabulary. apart: whether this
-    package's steps are taken in a process of their own; otherwise their peak of memory is that of
-    all that this process did.
-    """
-
-    objectives: tuple[str, ...] = OBJECTIVES
-    shape: str | None = None
-    architecture: str = "gpt2"
-    layers: int = 12
-    width: int = 768
-    vocab: int = 50257
-    batch_size: int = 8
-    length: int = 256
-    prompt_tokens: int = 64
-    dtype: str = "float32"
-    repeats: int = 3
-    rounds: int = 1
-    trl: bool = False
-    trl_python: str = sys.executable
-    apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,37 +87,28 @@ class Figures:
         return needed / self.matmul_operations_per_second
 
 
-def run(options: Options, *, json_path: str | Path | None = None) -> Figures:
-    """Measure, print a table, and write the figures as JSON where a path is given.
+def run(options: TrainBenchConfig, *, apart: bool = True) -> Figures:
+    """Measure, print a table, and write the figures where `options.json` says.
 
-    Raises InputError for sizes out of range and for a path that cannot be written.
+    Args:
+        options: the shapes and sizes.
+        apart: whether this package's steps are taken in a process of their own; otherwise their
+            peak of memory is that of all that this process did.
+
+    Raises:
+        InputError: for sizes out of range and for a path that cannot be written.
     """
+    options = replace(options, trl_python=options.trl_python or sys.executable)
     check(options)
-    if json_path is not None:
-        check_writable(Path(json_path))
-    figures = measure(options)
+    figures = measure(options, apart=apart)
     report(Console(), options, figures)
-    if json_path is not None:
-        text = json.dumps({"options": asdict(options), **asdict(figures)}, indent=2)
-        Path(json_path).write_text(text + "\n")
+    write_figures(options, figures, apart=apart)
     return figures
 
 
-def check(options: Options) -> None:
+def check(options: TrainBenchConfig) -> None:
     """Raises InputError for sizes out of range and for a shape that is not known."""
-    if options.shape is not None:
-        named_shape(options.shape)
-        refuse_beside_shape(options, SIZES)
-    for name in ("layers", "batch_size", "repeats", "rounds", "prompt_tokens"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is {getattr(options, name)}; it must be at least 1")
-    if options.width < HEAD_WIDTH or options.width % HEAD_WIDTH:
-        raise InputError(
-            f"--width is {options.width}; it must be a multiple of {HEAD_WIDTH}, a head's width"
-        )
-    if options.vocab < 32:
-        raise InputError(f"--vocab is {options.vocab}; it must be at least 32")
+    check_settings(options, LEAST, SIZES)
     if options.batch_size % 2 and "dpo" in options.objectives:
         raise InputError(f"--batch-size is {options.batch_size}; DPO needs an even number of rows")
     if options.length <= options.prompt_tokens:
@@ -136,57 +118,45 @@ def check(options: Options) -> None:
         raise InputError(f"--objectives must be of {', '.join(OBJECTIVES)}, not {unknown}")
 
 
-def shape(options: Options) -> ModelConfig:
+def shape(options: TrainBenchConfig) -> ModelConfig:
     """The decoder that is trained."""
     if options.shape is not None:
         return named_shape(options.shape)
-    heads = options.width // HEAD_WIDTH
-    size: dict[str, Any] = {
-        "vocab_size": options.vocab,
-        "width": options.width,
-        "layers": options.layers,
-        "heads": heads,
-        "head_width": HEAD_WIDTH,
-        "mlp_width": 4 * options.width,
-        "max_positions": options.length,
-        "tied_embeddings": True,
-    }
-    if options.architecture == "llama":
-        return ModelConfig("llama", kv_heads=heads // 4 or heads, **size)
-    return ModelConfig(
-        "gpt2", kv_heads=heads, norm="layer", position="learned", activation="gelu_tanh",
-        gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, **size,
-    )  # fmt: skip
+    found = gpt2(options.vocab, options.width, options.layers, options.length)
+    if options.architecture == "gpt2":
+        return found
+    same = ("vocab_size", "width", "layers", "heads", "head_width", "mlp_width", "max_positions")
+    sizes: dict[str, Any] = {name: getattr(found, name) for name in same}
+    kv_heads = found.heads // 4 or found.heads
+    return ModelConfig("llama", kv_heads=kv_heads, tied_embeddings=True, **sizes)
 
 
-def measure(options: Options) -> Figures:
+def measure(options: TrainBenchConfig, *, apart: bool) -> Figures:
     """Run the programs in turns, then measure the matmul rate in this process."""
-    config = shape(options)
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    no_trl = missing(options.trl_python, "torch, trl", NO_TRL) if options.trl else None
+    config, python = shape(options), options.trl_python or sys.executable
+    no_trl = missing(python, "torch, trl", NO_TRL) if options.trl else None
     with_trl = options.trl and no_trl is None
+    trainers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"own": train}
+    if apart:
+        trainers["own"] = lambda job: call(job, sys.executable, "-m", __name__)
+    if with_trl:
+        trainers["trl"] = lambda job: call(job, python, "-P", PEERS)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {"own": {}, "trl": {}}
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"config": config_to_hf(config)}
         if with_trl:
             given |= _for_both(config, Path(folder))
-        for _ in range(options.rounds):
-            for objective in options.objectives:
-                job = job_of(options, config, objective) | given
-                path = Path(folder) / "job.json"
-                path.write_text(json.dumps(job))
-                own = [sys.executable, "-m", "w2s_jax.bench.train_own", str(path)]
-                took = call(own) if options.apart else train_own.run(job)
-                found.setdefault(("own", objective), []).append(took)
-                if with_trl:
-                    took = call([options.trl_python, "-P", str(TRL_PROGRAM), str(path)])
-                    found.setdefault(("trl", objective), []).append(took)
+        for _, objective in product(range(options.rounds), options.objectives):
+            job = job_of(options, config, objective) | given
+            for name, trainer in trainers.items():
+                found[name].setdefault(objective, []).append(trainer(job))
     tokens = options.batch_size * options.length
-    sides: dict[str, dict[str, Side]] = {"own": {}, "trl": {}}
-    for (name, objective), rounds in found.items():
-        sides[name][objective] = summary(rounds, tokens)
+    sides = {
+        name: {objective: summary(rounds, tokens) for objective, rounds in own.items()}
+        for name, own in found.items()
+    }
     return Figures(
-        own=sides["own"],
-        trl=sides["trl"],
+        **sides,
         operations={name: step_operations(options, config, name) for name in options.objectives},
         matmul_operations_per_second=measure_rates(jnp.dtype(options.dtype)).operations,
         no_trl=no_trl,
@@ -201,7 +171,7 @@ def _for_both(config: ModelConfig, folder: Path) -> dict[str, str]:
     return {"checkpoint": str(checkpoint), "tokenizer": str(tokenizer)}
 
 
-def job_of(options: Options, config: ModelConfig, objective: str) -> dict[str, Any]:
+def job_of(options: TrainBenchConfig, config: ModelConfig, objective: str) -> dict[str, Any]:
     """What both programs are given: random rows of one length, and the settings."""
     rng = np.random.default_rng(0)
     steps = options.repeats + 1
@@ -219,16 +189,70 @@ def job_of(options: Options, config: ModelConfig, objective: str) -> dict[str, A
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         rows = [dict(zip(names, row, strict=True)) for row in zip(*sides, strict=True)]
     off = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if config.architecture == "gpt2" else ()
-    return {
+    return options.as_row() | {
         "objective": objective,
         "steps": steps,
-        "batch_size": options.batch_size,
-        "length": options.length,
-        "dtype": options.dtype,
         "learning_rate": LEARNING_RATE,
         "no_dropout": dict.fromkeys(off, 0.0),
         "rows": rows,
     }
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Take the job's steps with this package, on its checkpoint's weights or on random ones.
+
+    Returns:
+        Seconds, CPU seconds and losses by step, and peak memory.
+    """
+    dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
+    if "checkpoint" in job:
+        model = load_model(job["checkpoint"])
+    else:
+        model = random_model(config_from_hf(job["config"]), 0)
+    policy, frozen = Policy(model.config), {}
+    loss = pair_loss(policy, PreferenceConfig()) if dpo else sft_loss(policy)
+    if dpo:
+        # A reference is never changed, so the first state's copy is the only one.
+        params = jax.tree.map(lambda x: x.astype("bfloat16") if narrow else x, model.params)
+        frozen = {REFERENCE: Model(model.config, params)}
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=job["learning_rate"], schedule="constant", warmup=0.0),
+        job["steps"],
+    )
+    step = make_train_step(loss, optimizer, compute_dtype="bfloat16" if narrow else None)
+    state = init_state(model.params, optimizer, jax.random.key(0))
+    del model
+    size = job["batch_size"] // (2 if dpo else 1)
+    seconds, cpu_seconds, losses = [], [], []
+    for start in range(0, job["steps"] * size, size):
+        batch = batch_of(job["rows"][start : start + size], dpo)
+        started = time.perf_counter(), time.process_time()
+        state, metrics = jax.block_until_ready(step(state, frozen, batch))
+        seconds.append(time.perf_counter() - started[0])
+        cpu_seconds.append(time.process_time() - started[1])
+        losses.append(float(metrics["loss"]))
+    peak = peak_memory()
+    held = jax.devices()[0].memory_stats()
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "losses": losses,
+        "peak_bytes": held["peak_bytes_in_use"] if held else peak,
+    }
+
+
+def batch_of(rows: list[dict[str, list[int]]], dpo: bool) -> Batch:
+    """The batch of rows that all have one length."""
+    sides = ("chosen_ids", "rejected_ids")
+    ids: list = [
+        [row["prompt_ids"] + row[side] for side in sides] if dpo else row["input_ids"]
+        for row in rows
+    ]
+    # The first token of a text has no log-prob.
+    prompt = len(rows[0]["prompt_ids"]) if dpo else 1
+    tokens = np.asarray(ids, np.int32)
+    targets = np.broadcast_to(np.arange(tokens.shape[-1]) >= prompt, tokens.shape)
+    return {"tokens": tokens, "segments": np.ones_like(tokens), "targets": targets.copy()}
 
 
 def summary(rounds: list[dict[str, Any]], tokens: int) -> Side:
@@ -247,7 +271,7 @@ def summary(rounds: list[dict[str, Any]], tokens: int) -> Side:
     )
 
 
-def step_operations(options: Options, config: ModelConfig, objective: str) -> float:
+def step_operations(options: TrainBenchConfig, config: ModelConfig, objective: str) -> float:
     """Matmul operations of a step: three forward passes, four where a reference is read as well."""
     start = options.prompt_tokens if objective == "dpo" else 1
     forward = read_work(
@@ -261,7 +285,7 @@ def step_operations(options: Options, config: ModelConfig, objective: str) -> fl
     return float(forward * (4 if objective == "dpo" else 3))
 
 
-def report(console: Console, options: Options, figures: Figures) -> None:
+def report(console: Console, options: TrainBenchConfig, figures: Figures) -> None:
     """Print the figures as a table, a row for each trainer and objective."""
     config = shape(options)
     console.print(
@@ -282,10 +306,10 @@ def report(console: Console, options: Options, figures: Figures) -> None:
                     f"{side.first_loss:.5f}",
                 )  # fmt: skip
     console.print(table)
-    for objective, own in figures.own.items():
-        line = f"{objective}: {figures.share(objective):.0%} of the matmul rate"
-        if objective in figures.trl:
-            other = figures.trl[objective]
+    for name, own in figures.own.items():
+        line = f"{name}: {figures.share(name):.0%} of the matmul rate"
+        if name in figures.trl:
+            other = figures.trl[name]
             line += (
                 f"; {other.seconds / own.seconds:.2f} times TRL's throughput "
                 f"({other.cpu_seconds / own.cpu_seconds:.2f} by CPU time), "
@@ -296,3 +320,8 @@ def report(console: Console, options: Options, figures: Figures) -> None:
     console.print(f"{rate / 1e9:.0f} GFLOP/s in matmuls, measured in this run")
     if figures.no_trl is not None:
         console.print(f"TRL was not measured: {figures.no_trl}")
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    sys.stdout.write(json.dumps(train(job)) + "\n")

@@ -1,106 +1,34 @@
-"""`w2s bench search` and `w2s bench train`: the flags. The measuring is in w2s_jax/bench."""
+"""`w2s bench search` and `w2s bench train`. The measuring is in w2s_jax/bench."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass
 
-from tyro.conf import arg
+from w2s_jax.bench.config import SearchBenchConfig, TrainBenchConfig
 
 
 @dataclass(frozen=True)
-class BenchSearch:
+class BenchSearch(SearchBenchConfig):
     """Measure chunk-level beam search on random weights.
 
     Prints prompts and tokens per second, the time in
     prefill, proposing, scoring and selecting, compile time, and the share of the roofline floor.
     """
 
-    shape: Annotated[str | None, arg(metavar="NAME")] = None
-    """Shape of the policy, llama-1b or llama-8b, with llama-1b guides, in place of layers, widths
-    and vocabulary."""
-    policy_layers: int = 12
-    """Layers of the policy."""
-    policy_width: int = 768
-    """Width of the policy."""
-    guide_layers: int = 4
-    """Layers of the tuned and of the untuned model."""
-    guide_width: int = 256
-    """Width of the tuned and of the untuned model."""
-    vocab: int = 8192
-    """Vocabulary size of all three."""
-    beam_width: Annotated[int, arg(aliases=["--w"])] = 4
-    """W, hypotheses kept."""
-    successors: Annotated[int, arg(aliases=["--k"])] = 4
-    """K, successors sampled from each hypothesis."""
-    chunk_length: Annotated[int, arg(aliases=["--l"])] = 5
-    """L, tokens in a chunk."""
-    max_new_tokens: int = 50
-    """Tokens in a response."""
-    prompt_tokens: int = 13
-    """Tokens in a prompt."""
-    batch_size: int = 1
-    """Prompts searched side by side."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights."""
-    repeats: int = 3
-    """Timed runs; the median is reported."""
-    cross_vocabulary: bool = False
-    """Also measure guides that read texts in a vocabulary of their own."""
-    json: Annotated[str | None, arg(metavar="FILE")] = None
-    """Also write the figures to FILE as JSON."""
-
     def run(self) -> None:
         """Run the benchmark and print its figures."""
         from w2s_jax.bench import search
 
-        options = {name: value for name, value in asdict(self).items() if name != "json"}
-        search.run(search.Options(**options), json_path=self.json)
+        search.run(self)
 
 
 @dataclass(frozen=True)
-class BenchTrain:
+class BenchTrain(TrainBenchConfig):
     """Measure SFT and DPO steps on random weights, and TRL's in the same run.
 
     Prints seconds of a step, tokens per second, peak memory, and the share of the matmul rate.
     """
 
-    objectives: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
-    """What is trained for."""
-    shape: Annotated[str | None, arg(metavar="NAME")] = None
-    """Shape of the model, llama-1b or llama-8b, in place of architecture, layers, width and
-    vocabulary."""
-    architecture: Literal["gpt2", "llama"] = "gpt2"
-    """Kind of the model."""
-    layers: int = 12
-    """Layers of the model."""
-    width: int = 768
-    """Width of the model."""
-    vocab: int = 50257
-    """Vocabulary size."""
-    batch_size: int = 8
-    """Rows of a step; DPO has half as many pairs."""
-    length: int = 256
-    """Tokens of a row."""
-    prompt_tokens: int = 64
-    """Of these, tokens of the prompt of a pair."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; the trained weights stay float32."""
-    repeats: int = 3
-    """Timed steps of each round; the median is reported."""
-    rounds: int = 1
-    """How often the trainers take turns."""
-    trl: bool = False
-    """Also measure TRL on the same model, rows and settings."""
-    trl_python: Annotated[str | None, arg(metavar="PROGRAM")] = None
-    """Interpreter that has torch and trl; by default this one."""
-    json: Annotated[str | None, arg(metavar="FILE")] = None
-    """Also write the figures to FILE as JSON."""
-
     def run(self) -> None:
         """Run the benchmark and print its figures."""
-        import sys
-
         from w2s_jax.bench import train
 
-        options = {name: value for name, value in asdict(self).items() if name != "json"}
-        options["trl_python"] = self.trl_python or sys.executable
-        train.run(train.Options(**options), json_path=self.json)
+        train.run(self)

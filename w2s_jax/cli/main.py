@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tyro.conf import UseAppendAction
 
 import w2s_jax
-from w2s_jax import hosts
+from w2s_jax import distributed
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
 from w2s_jax.errors import InputError, Undivided
 from w2s_jax.train.stopping import Diverged, Preempted
@@ -274,16 +274,15 @@ def _hosts_of(command: Command, words: tuple[str, ...]) -> Callable[[Attempt], i
     Raises InputError for a command that runs on one host and was started on several.
     """
     asked = getattr(command, "hosts", None)
-    running = hosts.started()
+    running = distributed.started()
     found = None
     if not running:
         # What runs on one host may run on one of a TPU slice's, so no slice is looked for.
-        alone: dict[str, Any] = {"tpu_workers": lambda: None} if asked is None else {}
-        found = hosts.find_hosts(asked or "auto", **alone)
+        found = distributed.find_hosts(asked or "auto", slices=asked is not None)
     if not running and found is None:
         return None
     if asked is None:
-        count = hosts.own_number()[1] if found is None else found.count
+        count = distributed.own_number()[1] if found is None else found.count
         raise InputError(
             f"w2s {' '.join(words)} runs on one host, and {count} were started; start it once"
         )

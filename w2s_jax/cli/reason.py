@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import arg
 
-from w2s_jax.cli.main import mapping_flags
+from w2s_jax.cli.main import find_config, mapping_flags, read_flags
 from w2s_jax.errors import InputError
+from w2s_jax.reasoning.config import ReasonConfig, StagesConfig
 
 if TYPE_CHECKING:
-    from w2s_jax.reasoning.config import ReasonConfig
     from w2s_jax.reasoning.stages import Planned
     from w2s_jax.train.config import TrainConfig
 
-DEFAULT_OUTPUT = "runs/reason"
 OWN_FLAGS = ("model", "data", "output", "estimate")
 """Flags of training that a run sets, or that would keep it from writing a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reason:
+class Reason(StagesConfig):
     """Train a strong model on the weak labels it can trust, then on contrasts it finds itself.
 
     Weak labels and in-context labels; stage I on what they agree on, again; stage II on pairs; and
@@ -33,57 +32,36 @@ class Reason:
 
     recipe: Annotated[str | None, arg(name="config", metavar="FILE|NAME")] = None
     """The run's settings: a YAML file, or one of the package's names (gsm8k_llama2_7b, ..)."""
-    data: Annotated[str, arg(metavar="DIR")] = "."
-    """Folder that the config's relative paths are in, those of models too."""
-    output: Annotated[str, arg(metavar="DIR")] = DEFAULT_OUTPUT
-    """Folder of the stages and the report."""
-    first: Annotated[str | None, arg(name="from", metavar="STAGE")] = None
-    """First stage to do; those before it are taken as they are."""
-    last: Annotated[str | None, arg(name="until", metavar="STAGE")] = None
-    """Last stage to do."""
     dry_run: bool = False
     """Print what would be done, and what it costs, and do nothing."""
 
     def run(self) -> None:
         """Do the stages and write the report; raises InputError for what is wrong."""
-        from w2s_jax.cli.main import find_config
-        from w2s_jax.reasoning.config import ReasonConfig
-        from w2s_jax.reasoning.pipeline import Pipeline
-        from w2s_jax.reasoning.run import check_run, run_pipeline
-        from w2s_jax.reasoning.stages import plan_stages
+        from w2s_jax.reasoning import plan, run
         from w2s_jax.text.typed_yaml import read_typed
 
         if self.recipe is None:
             raise InputError("--config is missing: a YAML file, or the name of a published one")
         source = find_config(["--config", self.recipe], folder="reasoning")
         assert source is not None
-        root = Path(self.output)
         config = read_typed(ReasonConfig, source)
         check_flags(config, str(source))
         if not Path(self.data).is_dir():
             raise InputError(f"--data {self.data}: no such folder")
-        pipeline = Pipeline(config, Path(self.data), root)
-        stages = pipeline.stages()
-        plan = plan_stages(stages, root, first=self.first, last=self.last)
         if self.dry_run:
-            for line in check_run(pipeline, stages):
-                _tell(line)
-            _show(plan)
-            return
-        tables = run_pipeline(
-            pipeline, stages, first=self.first, last=self.last, tell=lambda line: _tell(line)
-        )
-        print(tables)
-        print(f"written to {root}")
+            _show(plan(config, self, tell=_tell))
+        else:
+            print(run(config, self, tell=_tell))
+            print(f"written to {Path(self.output)}")
 
 
-def check_flags(config: "ReasonConfig", source: str) -> None:
+def check_flags(config: ReasonConfig, source: str) -> None:
     """Raises InputError for flags of `w2s sft` and `w2s dpo` in a config that those would refuse.
 
     What hangs on the data is left to them.
     """
     from w2s_jax.cli.train import DPO, SFT
-    from w2s_jax.reasoning.contrasts import WEIGHT
+    from w2s_jax.reasoning.selection import WEIGHT
 
     two = {} if config.stage_two is None else config.stage_two.dpo
     if config.stage_two is not None and config.stage_two.contrasts.weighted:
@@ -96,20 +74,21 @@ def check_flags(config: "ReasonConfig", source: str) -> None:
     ]
     for name, command, under, values in places:
         where = f"{source}: {name}"
-        for key in values:
+        for key, value in values.items():
             if str(key).replace("-", "_") in OWN_FLAGS:
                 raise InputError(f"{where}: {key} is for the run to say; leave it out")
-        for key, value in values.items():
-            _parsed(command, mapping_flags({key: value}, where, command), f"{where}: {key}")
+            _parsed(command, {key: value}, where, f"{where}: {key}")
         try:
-            _parsed(command, mapping_flags(under | values, where, command), where).check()
+            _parsed(command, under | values, where, where).check()
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise error.at(where) from None
 
 
-def _parsed(command: "type[TrainConfig]", flags: list[str], where: str) -> "TrainConfig":
-    from w2s_jax.cli.main import read_flags
-
+def _parsed(
+    command: "type[TrainConfig]", values: dict[str, Any], source: str, where: str
+) -> "TrainConfig":
+    """The command of these flags; `source` heads what is wrong with a key, `where` with a value."""
+    flags = mapping_flags(values, source, command)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             return cast("TrainConfig", read_flags(command, flags, (command.name,)))

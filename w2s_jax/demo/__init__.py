@@ -49,7 +49,7 @@ class OtherGuide:
 
 def load_demo(*, dtype: Any = "float32") -> Demo:
     """Load the embedded default; the files hold bfloat16, which CPUs compute slowly."""
-    from w2s_jax.models.encoder import load_classifier
+    from w2s_jax.models.load import load_classifier
 
     with _assets() as assets:
         gold = load_classifier(assets / "gold", dtype=dtype)

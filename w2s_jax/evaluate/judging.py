@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.distributed import agree, is_first
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.evaluate.config import JudgeConfig
 from w2s_jax.evaluate.progress import progress
@@ -28,19 +29,13 @@ from w2s_jax.evaluate.results import (
     read_results,
 )
 from w2s_jax.evaluate.rewards import check_same_prompts, compare, rewards, summarise
-from w2s_jax.exchange import agree
-from w2s_jax.hosts import is_first
 from w2s_jax.models.encoder import EncoderConfig
-from w2s_jax.models.reward import (
-    contrast,
-    load_reward_config,
-    load_reward_labels,
-    load_reward_model,
-)
+from w2s_jax.models.load import load_reward_config, load_reward_labels, load_reward_model
+from w2s_jax.models.reward import contrast
 from w2s_jax.ops.meshes import mesh_of
 from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.journal import HostJournal, Journal, job_journal, told_kept
+from w2s_jax.text.journal import Journal, job_journal, told_kept
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer
 
@@ -132,7 +127,7 @@ def _reward(
     values = np.zeros(len(encoded), np.float32)
     rows = [row for file in files for row in file.rows]
     with contextlib.ExitStack() as stack:
-        journal: Journal | HostJournal | None = None
+        journal: Journal | None = None
         if config.output:
             mark = _fingerprint(config, files, rendering)
             journal = stack.enter_context(job_journal(config.output, mark))
@@ -172,7 +167,7 @@ def _check_finite(
     config: JudgeConfig,
     files: Sequence[Results],
     values: Float32[np.ndarray, " n"],
-    journal: Journal | HostJournal | None,
+    journal: Journal | None,
 ) -> None:
     """Raise InputError, naming the rows, where a reward is no finite number."""
     told, name = [], f"reward model {config.reward_model}"

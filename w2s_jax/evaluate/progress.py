@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from w2s_jax.hosts import is_first
+from w2s_jax.distributed import is_first
 
 SECONDS = 30.0
 """How often a line is written where there is no terminal."""

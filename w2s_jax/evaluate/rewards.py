@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.ops.meshes import batch_parts
 from w2s_jax.text.batches import pad_rows, power_of_two
-from w2s_jax.train.step import batch_parts, place, place_whole
+from w2s_jax.train.step import place, place_whole
 
 BLOCK = 2**22
 """The bootstrap holds at most about this many drawn values at a time."""

@@ -60,9 +60,9 @@ from w2s_jax.experiments.sentiment import (
     result_table,
     summarise_experiment,
 )
-from w2s_jax.models.encoder import Classifier, load_classifier, save_classifier
-from w2s_jax.models.huggingface import save_model
-from w2s_jax.models.load import load_model
+from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.load import load_classifier, load_model
+from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.results import hypothesis_text

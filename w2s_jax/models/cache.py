@@ -22,8 +22,9 @@ last token lies in the committed part for the same reason: every chunk, the firs
 reading one token of each hypothesis, in one program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -202,16 +203,15 @@ def commit_chunk(
         kept = jnp.take_along_axis(written[:, :, :count], rows[:, :, None, None, None], axis=1)
         return write_committed(committed, kept, lengths)
 
+    written = chunk if count else None
     if isinstance(cache.committed, KV):
-        assert chunk is None or isinstance(chunk, KV)
-        stack = _layer_by_layer(move, cache.committed, chunk if count else None)
-        return replace(cache, committed=stack, committed_length=lengths + count)
-    layers: Sequence[KV | None] = (None,) * len(cache.committed)
-    if count:
-        assert isinstance(chunk, tuple)
-        layers = chunk
-    pairs = zip(cache.committed, layers, strict=True)
-    committed = tuple(_moved(move, old, new) for old, new in pairs)
+        assert not isinstance(written, tuple)
+        committed: LayersKV = _layer_by_layer(move, cache.committed, written)
+    else:
+        assert not isinstance(written, KV)
+        layers = written or (None,) * len(cache.committed)
+        pairs = zip(cache.committed, layers, strict=True)
+        committed = tuple(_moved(move, old, new) for old, new in pairs)
     return replace(cache, committed=committed, committed_length=lengths + count)
 
 
@@ -228,12 +228,19 @@ def _layer_by_layer(move: Callable[..., Array], stack: KV, written: KV | None) -
     """
 
     def body(index: Array, stack: KV) -> KV:
-        def at(array: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
-
-        layer = _moved(move, *jax.tree.map(at, (stack, written)))
-        return jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, 0), stack, layer
-        )
+        layer = _moved(move, *jax.tree.map(partial(take_layer, index=index), (stack, written)))
+        return put_layer(stack, layer, index)
 
     return jax.lax.fori_loop(0, stack.keys.shape[0], body, stack)
+
+
+def take_layer(stack: Array, index: Array) -> Array:
+    """One layer's array of a stack of them."""
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+
+def put_layer(stack: KV, layer: KV | None, index: Array) -> KV:
+    """A stack of layers with one of them in its place, which inside jit changes no other."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, 0), stack, layer
+    )

@@ -1,29 +1,37 @@
-"""The decoder's layers as thin Flax linen modules, told everything by their ModelConfig.
+"""The decoder: thin Flax linen modules told everything by their ModelConfig, and whole sequences.
 
-One block serves training, prefill, token steps and scoring; `Layout` says which new tokens share
-keys. Running the whole stack is in `forward.py`.
+The modules declare each parameter once: shape, logical axes and initialiser, from which the table
+in `parameters.py` is read. One block serves training, prefill, token steps and scoring; what its
+queries attend to is a function that it is given. Passes over a search's cache are in `forward.py`.
+
+Parameters lie in one of two layouts. A subtree for each layer is quick to decode on a CPU or a
+single device: GPT-2-124M in float32, 16 rows, on 2 cores, makes 247 tokens/s so, and 54 with its
+layers stacked under a scan. Stacked on a leading axis, layers are compiled once for all of them,
+and a gradient can recompute each.
+
+Matmuls are in the parameters' dtype; norms, rotary angles, softmax and logits in float32. Scores
+are small differences of two models' log-probs, of which rounding to bfloat16 would leave little.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.models.cache import KV, quantize_part, write_committed
+from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops import attention, parts_kernel
-from w2s_jax.ops.flash import Reach
 from w2s_jax.ops.norms import layer_norm, rms_norm
-from w2s_jax.ops.quantized import QTensor, dot
-from w2s_jax.ops.rotary import rotate
-from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.quantized import QTensor, dot, take_rows
+from w2s_jax.ops.rotary import rotate, rotation
+from w2s_jax.ops.sequences import Reach, attend_sequence
+from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -31,83 +39,39 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+NORMAL, ZEROS = nn.initializers.normal(0.02), nn.initializers.zeros
+
+Turn = tuple[Array, Array] | None
+"""Cosines and sines of the rotary angles; None where positions are learned."""
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""query [P W M H C], key, value [P W M G C] → mixed [P W M H C], and what its layer hands on."""
+
+Remat = Literal["none", "full", "dots"]
+"""What a backward pass computes anew in every layer: nothing, all, or all but the matmuls.
+
+XLA's CPU compiler merges it again with the forward pass unless the layers are stacked.
+"""
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the M new tokens of each hypothesis are arranged: [stem?][successor 0][successor 1]...
-
-    The stem is one token of the hypothesis itself; it is written to the committed part and seen by
-    all its successors. Each of the `successors` then has `length` tokens of its own.
-    A plain sequence is Layout(False, 1, X); a token step of K successors is Layout(False, K, 1).
-    """
-
-    stem: bool
-    successors: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """M, the new tokens of one hypothesis."""
-        return int(self.stem) + self.successors * self.length
-
-
-@pytree()
-class View:
-    """What new tokens may see beside themselves, for all layers of one call.
-
-    masks: for every distinct sliding window, one mask a part, in the order prefix, committed,
-    chunk (None where that part is absent), and the window (None: there is none); whole sequences,
-    which have no other part and no chunk buffer, have a Reach for the chunk's. stem_start [P, W] is
-    where stems are written and how long the committed part was before, prefix_length [P] that of
-    the prefix, offsets [M] how far new tokens stand behind both; chunk_start (a scalar) is where
-    branch tokens are written in a chunk buffer.
-    """
-
-    masks: tuple[tuple[Array | None, Array | None, Array | Reach | None, Array | None], ...]
-    stem_start: Array | None = None
-    chunk_start: Array | None = None
-    prefix_length: Array | None = None
-    offsets: Array | None = None
-
-
-@pytree()
-class Stacked:
-    """Two parts of all layers before new tokens are written, and the number of the layer that runs.
-
-    A kernel reads them where they lie: a layer taken out for it would be a copy.
-    """
-
-    prefix: KV
-    committed: KV
-    layer: Array
-
-
-@pytree()
-class LayerKV:
-    """One layer's keys and values of the three parts; None where a part is absent.
-
-    stacked: what its prefix and committed part were taken from, where layers are stacked.
-    """
-
-    prefix: KV | None
-    committed: KV | None
-    chunk: KV | None
-    stacked: Stacked | None = None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether what is written to it is int8."""
-        parts = (self.prefix, self.committed, self.chunk)
-        return any(part is not None and part.is_quantized for part in parts)
+def _declare(
+    module: Any, name: str, initialise: Callable[..., Array], axes: Axes, shape: tuple[int, ...]
+) -> Any:
+    """A parameter of a module: the one place where its shape, axes and initialiser are said."""
+    boxed = nn.with_logical_partitioning(initialise, axes)
+    return module.param(name, boxed, shape, module.dtype)
 
 
 class Linear(nn.Module):
     """Contracts the last `contract` axes of x with the kernel's first ones.
 
-    The kernel may be a QTensor (`models/quantize.py`). Where the parameters hold an adapter beside
-    it (`models/lora.py`) its product is added; its dropout acts only in calls that are given a
-    "dropout" key.
+    The kernel may be a QTensor (`quantize.py`). Where the parameters hold an adapter beside it
+    (`lora.py`) its product is added; its dropout acts only in calls with a "dropout" key.
     """
 
     shape: tuple[int, ...]
@@ -119,14 +83,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        initialise = nn.initializers.normal(0.02)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(initialise, self.axes), self.shape, self.dtype
-        )
+        kernel = _declare(self, "kernel", NORMAL, self.axes, self.shape)
         out = dot(x, self._gathered(kernel), self.contract)
         if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contract :])
-            out = out + self.param("bias", zeros, self.shape[self.contract :], self.dtype)
+            outputs = slice(self.contract, None)
+            out = out + _declare(self, "bias", ZEROS, self.axes[outputs], self.shape[outputs])
         if self.has_variable("params", "lora_a"):
             out = out + self._low_rank(x)
         return out
@@ -156,40 +117,30 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config, shape = self.config, (x.shape[-1],)
+        config, axes, shape = self.config, (self.axis,), (x.shape[-1],)
         start = nn.initializers.constant(1.0 - config.norm_offset)
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(start, (self.axis,)), shape, self.dtype
-        )
+        scale = _declare(self, "scale", start, axes, shape)
         if config.norm == "rms":
             return rms_norm(x, scale, epsilon=config.norm_epsilon, offset=config.norm_offset)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
-        bias = self.param("bias", zeros, shape, self.dtype)
+        bias = _declare(self, "bias", ZEROS, axes, shape)
         return layer_norm(x, scale, bias, epsilon=config.norm_epsilon)
 
 
 class Attention(nn.Module):
-    """Self-attention of the new tokens over prefix, committed response and chunk.
-
-    held: where a cache lies.
-    """
+    """Self-attention: the new tokens' query, key and value, to be mixed by `attend`."""
 
     config: ModelConfig
-    layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    held: Placement = ON_ONE_DEVICE
 
     @nn.compact
-    def __call__(
-        self, x: Array, turn: tuple[Array, Array] | None, kv: LayerKV, masks: tuple, view: View
-    ) -> tuple[Array, LayerKV]:
+    def __call__(self, x: Array, turn: Turn, attend: Attend) -> tuple[Array, Any]:
         config = self.config
+        linear: Any = partial(Linear, dtype=self.dtype, placement=self.placement)
 
         def project(name: str, heads: int, axis: str) -> Array:
             shape, axes = (config.width, heads, config.head_width), ("embed", axis, "head_width")
-            options: Any = {"dtype": self.dtype, "placement": self.placement, "name": name}
-            return Linear(shape, axes, bias=config.qkv_bias, **options)(x)
+            return linear(shape, axes, bias=config.qkv_bias, name=name)(x)
 
         query = project("query", config.heads, "heads")
         key = project("key", config.kv_heads, "kv_heads")
@@ -199,195 +150,11 @@ class Attention(nn.Module):
             key = Norm(config, "head_width", self.dtype, name="key_norm")(key)
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
-        new, before = KV(key, value), kv
-        new = quantize_part(new) if kv.is_quantized else new
-        kv = _extend(before, new, self.layout, view)
-        mixed = _attend_by_kernel(
-            query, before, new, kv.chunk, masks, view, self.layout, config, self.held
-        )
-        if mixed is None:
-            mixed = _attend(query, kv, masks, self.layout, config, self.held)
-        mixed = mixed.astype(x.dtype)
+        mixed, kept = attend(query, key, value)
         shape = (config.heads, config.head_width, config.width)
         axes = ("heads", "head_width", "embed")
-        options: Any = {"dtype": self.dtype, "placement": self.placement, "name": "out"}
-        return Linear(shape, axes, contract=2, bias=config.out_bias, **options)(mixed), kv
-
-
-def _extend(kv: LayerKV, new: KV, layout: Layout, view: View) -> LayerKV:
-    """Put the stems' keys and values into the committed part, the branches' into the chunk."""
-    committed, branches = kv.committed, None
-    if layout.stem:
-        start = _given(view.stem_start)
-        stem = jax.tree.map(lambda x: x[:, :, :1], new)
-        committed = jax.tree.map(partial(write_committed, start=start), committed, stem)
-    if layout.successors * layout.length:
-        branches = jax.tree.map(lambda x: _branches(x, layout), new)
-        if kv.chunk is not None:
-            start = _given(view.chunk_start)
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
-            branches = jax.tree.map(write, kv.chunk, branches)
-    return LayerKV(kv.prefix, committed, branches)
-
-
-def _given(start: Array | None) -> Array:
-    assert start is not None, "a part that is written to needs the place to write at"
-    return start
-
-
-def _branches(x: Array, layout: Layout) -> Array:
-    """[P, W, M, ...] without its stems, as rows [P, W·K, length, ...]."""
-    slots, hypotheses = x.shape[:2]
-    rows = hypotheses * layout.successors
-    return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
-
-
-def _split(query: Array, placement: Placement) -> attention.Split:
-    slots, heads = query.shape[0], query.shape[-2]
-    return attention.Split(placement.parts("slots", slots), placement.parts("heads", heads))
-
-
-def _scale(config: ModelConfig) -> float | int:
-    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-
-
-def _attend(
-    query: Array,
-    kv: LayerKV,
-    masks: tuple,
-    layout: Layout,
-    config: ModelConfig,
-    placement: Placement = ON_ONE_DEVICE,
-) -> Array:
-    scale, softcap = _scale(config), config.attention_softcap
-    if isinstance(masks[2], Reach):
-        assert kv.chunk is not None
-        rows = _branches(query, layout)
-        whole = attention.attend_sequence(
-            rows, kv.chunk.keys, kv.chunk.values, masks[2], scale=scale, softcap=softcap
-        )
-        return whole.reshape(query.shape)
-
-    split = _split(query, placement)
-
-    def attend(queries: Array, part: KV, mask: Array) -> attention.Partial:
-        held = (part.keys, part.values, mask, part.key_scales, part.value_scales)
-        options: Any = {"scale": scale, "softcap": softcap, "devices": split.devices}
-        return attention.attend_in_blocks(queries, *held, **options)
-
-    def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
-        return _attend_parts(query, *held, layout, attend).astype(query.dtype)
-
-    return attention.in_turns(of_slots, query, (kv, masks[:3]), split)
-
-
-def _attend_parts(
-    query: Array,
-    kv: LayerKV,
-    masks: tuple,
-    layout: Layout,
-    attend: Callable[[Array, KV, Array], attention.Partial],
-) -> Array:
-    """Attention over what there is of prefix, committed response and chunk, float32."""
-    slots, hypotheses, count = query.shape[:3]
-    partials = []
-    if kv.prefix is not None:
-        shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
-        prefix = attend(shared, jax.tree.map(lambda x: x[:, None], kv.prefix), masks[0])
-        partials.append(prefix.reshape(slots, hypotheses, count))
-    if kv.committed is not None:
-        partials.append(attend(query, kv.committed, masks[1]))
-    if kv.chunk is not None:
-        rows = _branches(query, layout)
-        own = attend(rows, kv.chunk, masks[2])
-        own = own.reshape(slots, hypotheses, layout.successors * layout.length)
-        if layout.stem:
-            own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)
-        partials.append(own)
-    return attention.merge(partials)
-
-
-def _attend_by_kernel(
-    query: Array,
-    before: LayerKV,
-    new: KV,
-    chunk: KV | None,
-    masks: tuple,
-    view: View,
-    layout: Layout,
-    config: ModelConfig,
-    placement: Placement,
-) -> Array | None:
-    """As `_attend`, by the kernel for chips that need one; None where it does not take the case.
-
-    before: the parts before the new tokens are written; chunk: after.
-    """
-    if before.prefix is None or before.committed is None:
-        return None
-    split = _split(query, placement)
-    keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
-    several = config.kv_heads // split.heads > 1
-    in_blocks = several and attention.goes_in_blocks(query, keys, split)
-    if not parts_kernel.has_kernel(query.dtype, placement, in_blocks):
-        return None
-    stacked, window = before.stacked, None
-    source: Any = before if stacked is None else stacked
-    parts = (
-        _as_part(source.prefix, before.prefix, _given(view.prefix_length)),
-        _as_part(source.committed, before.committed, _given(view.stem_start)),
-    )
-    room = 0 if chunk is None else layout.successors * chunk.keys.shape[2]
-    if not parts_kernel.takes(query, *parts, int(layout.stem) + room, placement):
-        return None
-    if masks[3] is not None:
-        window = parts_kernel.Window(masks[3], _given(view.offsets))
-    own, mask = _own(new, chunk, masks[2], layout, query.shape[1])
-    if window is not None and layout.stem:
-        mask = mask.at[:, 0].set(window.offsets < window.size)
-    return parts_kernel.attend(
-        query,
-        *parts,
-        own,
-        mask,
-        None if stacked is None else stacked.layer,
-        window,
-        scale=_scale(config),
-        softcap=config.attention_softcap,
-        placement=placement,
-    )
-
-
-def _as_part(held: KV, layer: KV, lengths: Array | None = None) -> parts_kernel.Part:
-    """A part as the kernel takes it: held, maybe of all layers, but with the scales of one."""
-    return parts_kernel.Part(held.keys, held.values, lengths, layer.key_scales, layer.value_scales)
-
-
-def _own(
-    new: KV, chunk: KV | None, mask: Array | None, layout: Layout, width: int
-) -> tuple[parts_kernel.Part, Array]:
-    """Keys and values [P W X G C] of a hypothesis' stem and chunk, and which [M X] a token sees.
-
-    A branch sees the stem and, by `mask` [1 1 length J], its own row of the chunk.
-    """
-    stem = int(layout.stem)
-    rows = layout.successors if chunk is not None else 0
-    room = 0 if chunk is None else chunk.keys.shape[2]
-    seen = jnp.zeros((layout.tokens, stem + rows * room), bool)
-    if stem:
-        seen = seen.at[:, 0].set(True)
-    if chunk is not None:
-        assert mask is not None
-        branches = jnp.kron(jnp.eye(rows, dtype=jnp.int32), mask[0, 0].astype(jnp.int32))
-        seen = seen.at[stem:, stem:].set(branches > 0)
-
-    def held(fresh: Array, written: Array | None = None) -> Array:
-        parts = [fresh[:, :, :stem]]
-        if written is not None:
-            parts.append(written.reshape(len(fresh), width, rows * room, *written.shape[3:]))
-        return jnp.concatenate(parts, axis=2)
-
-    own = jax.tree.map(held, new) if chunk is None else jax.tree.map(held, new, chunk)
-    return _as_part(own, own), seen
+        out = linear(shape, axes, contract=2, bias=config.out_bias, name="out")
+        return out(mixed.astype(x.dtype)), kept
 
 
 class MLP(nn.Module):
@@ -402,49 +169,218 @@ class MLP(nn.Module):
         config = self.config
         activation = ACTIVATIONS[config.activation]
         into, out = (config.width, config.mlp_width), (config.mlp_width, config.width)
+        linear: Any = partial(
+            Linear, bias=config.mlp_bias, dtype=self.dtype, placement=self.placement
+        )
 
         # A gradient keeps what goes into the activation and nothing of what is inside it.
         @jax.checkpoint
-        def activate(gate: Array, up: Array | None) -> Array:
-            return activation(gate) if up is None else activation(gate) * up
+        def activate(gate: Array, *up: Array) -> Array:
+            return activation(gate) * up[0] if up else activation(gate)
 
-        options: Any = {
-            "bias": config.mlp_bias, "dtype": self.dtype, "placement": self.placement
-        }  # fmt: skip
-
-        def wide(name: str) -> Array:
-            return Linear(into, ("embed", "mlp"), name=name, **options)(x)
-
-        if config.gated_mlp:
-            hidden = activate(wide("gate"), wide("up"))
-        else:
-            hidden = activate(wide("up"), None)
-        return Linear(out, ("mlp", "embed"), name="down", **options)(hidden)
+        names = ("gate", "up") if config.gated_mlp else ("up",)
+        wide = [linear(into, ("embed", "mlp"), name=name)(x) for name in names]
+        return linear(out, ("mlp", "embed"), name="down")(activate(*wide))
 
 
 class Block(nn.Module):
     """One decoder layer: attention and MLP, each behind its norm and added to the stream."""
 
     config: ModelConfig
-    layout: Layout
     dtype: DTypeLike
     placement: Placement = ON_ONE_DEVICE
-    held: Placement = ON_ONE_DEVICE
 
     @nn.compact
-    def __call__(
-        self, x: Array, turn: tuple[Array, Array] | None, kv: LayerKV, masks: tuple, view: View
-    ) -> tuple[Array, LayerKV]:
+    def __call__(self, x: Array, turn: Turn, attend: Attend) -> tuple[Array, Any]:
         config = self.config
-        normed = Norm(config, dtype=self.dtype, name="attention_norm")(x)
-        where = (self.placement, self.held)
-        attention = Attention(config, self.layout, self.dtype, *where, name="attention")
-        mixed, kv = attention(normed, turn, kv, masks, view)
+        norm: Any = partial(Norm, config, dtype=self.dtype)
+        normed = norm(name="attention_norm")(x)
+        attention = Attention(config, self.dtype, self.placement, name="attention")
+        mixed, kept = attention(normed, turn, attend)
         if config.post_norms:
-            mixed = Norm(config, dtype=self.dtype, name="post_attention_norm")(mixed)
+            mixed = norm(name="post_attention_norm")(mixed)
         x = x + mixed
-        normed = Norm(config, dtype=self.dtype, name="mlp_norm")(x)
+        normed = norm(name="mlp_norm")(x)
         mixed = MLP(config, self.dtype, self.placement, name="mlp")(normed)
         if config.post_norms:
-            mixed = Norm(config, dtype=self.dtype, name="post_mlp_norm")(mixed)
-        return x + mixed, kv
+            mixed = norm(name="post_mlp_norm")(mixed)
+        return x + mixed, kept
+
+
+def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layers: bool) -> dict:
+    """Random parameters, boxed with their logical axes (`flax.core.meta`).
+
+    Call under `jax.eval_shape` for shapes and axes alone; `meta.unbox` strips the boxes.
+    """
+    keys = iter(jax.random.split(key, config.layers + 4))
+
+    def embedding(axis: str, size: int) -> dict[str, Any]:
+        draw = nn.with_logical_partitioning(NORMAL, (axis, "embed"))
+        return {"embedding": draw(next(keys), (size, config.width), dtype)}
+
+    def block(key: Array) -> dict:
+        x = jnp.zeros((1, 1, 1, config.width), dtype)
+        turn = turn_of(config, jnp.zeros((1, 1, 1), jnp.int32))
+        idle = lambda query, key, value: (query, None)  # noqa: E731
+        return Block(config, dtype).init(key, x, turn, idle)["params"]
+
+    params = {"embed": embedding("vocab", config.vocab_size)}
+    if config.position == "learned":
+        params["positions"] = embedding("positions", config.max_positions)
+    layer_keys = jnp.stack([next(keys) for _ in range(config.layers)])
+    if scan_layers:
+        params["layers"] = jax.tree.map(
+            lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}),
+            jax.vmap(block)(layer_keys),
+            is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
+        )
+    else:
+        params |= {f"layers_{i}": block(key) for i, key in enumerate(layer_keys)}
+    example = jnp.zeros((1, config.width), dtype)
+    params["final_norm"] = Norm(config, dtype=dtype).init(next(keys), example)["params"]
+    if not config.tied_embeddings:
+        head = Linear((config.width, config.vocab_size), ("embed", "vocab"), dtype=dtype)
+        params["head"] = head.init(next(keys), example)["params"]
+    return params
+
+
+def embed(
+    config: ModelConfig, params: dict, tokens: Int[Array, "P W M"], positions: Int[Array, "P W M"]
+) -> Float[Array, "P W M D"]:
+    """Token (and learned position) embeddings, in the parameters' dtype."""
+    table = params["embed"]["embedding"]
+    x = take_rows(table, tokens)
+    if config.embedding_multiplier != 1.0:
+        x = x * jnp.asarray(config.embedding_multiplier, table.dtype)
+    if config.position == "learned":
+        x = x + params["positions"]["embedding"][positions]
+    return x
+
+
+def turn_of(config: ModelConfig, positions: Int[Array, "P W M"]) -> Turn:
+    """The rotary angles of these positions, once for all layers."""
+    if config.position != "rotary":
+        return None
+    return rotation(positions, config.rope, config.head_width)
+
+
+def final_norm(config: ModelConfig, params: dict, x: Float[Array, "*rows D"]) -> Array:
+    """The states that the head reads, of those behind the last layer."""
+    return Norm(config).apply({"params": params["final_norm"]}, x)
+
+
+def logits(
+    config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]
+) -> Float[Array, "*rows V"]:
+    """Float32 logits of hidden states, soft-capped where the config says so."""
+    if config.tied_embeddings:
+        out = dot(hidden, params["embed"]["embedding"], transposed=True, dtype=jnp.float32)
+    else:
+        out = dot(hidden, params["head"]["kernel"], dtype=jnp.float32)
+    if config.final_softcap is not None:
+        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    return out
+
+
+def layer_windows(config: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The distinct sliding windows, and for every layer the index of its own among them."""
+    windows = config.sliding_windows or (None,) * config.layers
+    distinct = tuple(dict.fromkeys(windows))
+    return distinct, tuple(distinct.index(window) for window in windows)
+
+
+def attention_scale(config: ModelConfig) -> float | int:
+    """The factor on query·key."""
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
+
+
+def read_sequences(
+    config: ModelConfig,
+    params: dict,
+    tokens: Int[Array, "B X"],
+    *,
+    mask: Bool[Array, "B X"] | None = None,
+    segments: Int[Array, "B X"] | None = None,
+    remat: Remat = "none",
+    key: Array | None = None,
+    placement: Placement = ON_ONE_DEVICE,
+) -> tuple[Float[Array, "B X D"], LayersKV]:
+    """Read whole sequences, every token seeing itself and what stands before it.
+
+    Args:
+        config: The decoder's.
+        params: Its parameters, in either layout.
+        tokens: Token ids.
+        mask: False on padding, which is then neither seen nor counted.
+        segments: In its stead, numbers of the documents packed in a row: a token sees its own
+            segment alone, and its position counts from the segment's first token.
+        remat: What a gradient of this pass recomputes.
+        key: Switches dropout on; each layer draws from its own fold.
+        placement: That of the parameters, which states, and gradients, follow.
+
+    Returns:
+        The states after the last norm, and all tokens' keys and values, [B X G C] a layer.
+    """
+    tokens = tokens[:, None]  # one hypothesis a row
+    mask, segments = (None if rows is None else rows[:, None] for rows in (mask, segments))
+    positions = _positions(tokens, mask, segments)
+    windows, window_of = layer_windows(config)
+    x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
+    turn = turn_of(config, positions)
+    block = Block(config, x.dtype, placement)
+
+    def apply(params: dict, x: Array, turn: Turn, reach: Reach, key: Array | None) -> Any:
+        attend = partial(_attend_sequence, config, reach)
+        rngs = None if key is None else {"dropout": key}
+        x, kv = block.apply({"params": params}, x, turn, attend, rngs=rngs)
+        return placement.spread(x), kv
+
+    scanned = "layers" in params
+    if remat != "none":
+        # In a scan nothing can be merged with the forward pass, and the guard would cost copies.
+        apply = jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=not scanned)
+
+    kv: LayersKV
+
+    def fold(layer: int | Array) -> Array | None:
+        return None if key is None else jax.random.fold_in(key, layer)
+
+    if scanned:
+        every = Reach(windows, None, mask, segments, placement)
+
+        def body(carry: tuple[Array, Array], layer: tuple[dict, Array]) -> tuple[Any, KV]:
+            (x, index), (layer_params, window) = carry, layer
+            reach = replace(every, chosen=window) if len(windows) > 1 else every
+            x, kv = apply(layer_params, x, turn, reach, fold(index))
+            return (x, index + 1), kv
+
+        scan = (params["layers"], jnp.asarray(window_of, jnp.int32))
+        (x, _), kv = jax.lax.scan(body, (x, jnp.zeros((), jnp.int32)), scan)
+    else:
+        layers = []
+        for i in range(config.layers):
+            reach = Reach((windows[window_of[i]],), None, mask, segments, placement)
+            x, layer_kv = apply(params[f"layers_{i}"], x, turn, reach, fold(i))
+            layers.append(layer_kv)
+        kv = tuple(layers)
+    return final_norm(config, params, x)[:, 0], kv
+
+
+def _attend_sequence(
+    config: ModelConfig, reach: Reach, query: Array, key: Array, value: Array
+) -> tuple[Array, KV]:
+    options: Any = {"scale": attention_scale(config), "softcap": config.attention_softcap}
+    mixed = attend_sequence(query, key, value, reach, **options)
+    return mixed, KV(key[:, 0], value[:, 0])
+
+
+def _positions(tokens: Array, mask: Array | None, segments: Array | None) -> Array:
+    """Positions of the tokens of whole sequences."""
+    index = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+    if segments is not None:
+        first = segments != jnp.roll(segments, 1, axis=-1)
+        starts = jax.lax.cummax(jnp.where(first, index, 0), axis=segments.ndim - 1)
+        return (index - starts).astype(jnp.int32)
+    if mask is not None:
+        return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
+    return jnp.broadcast_to(index, tokens.shape)

@@ -1,52 +1,132 @@
-"""The whole decoder: embeddings, the stack of blocks in either layout, the head, the parameters.
+"""A pass over the three-part cache: new tokens of every hypothesis, behind what the caches hold.
 
-Pure functions of (config, params, tokens, caches). The user's value is in `model.py`.
+`Layout` says which new tokens share keys, `View` what they see, and `forward` runs the stack. Whole
+sequences are read by `decoder.read_sequences`.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from w2s_jax.models.cache import KV, KVCache, LayersKV
+from w2s_jax.models.cache import (
+    KV,
+    KVCache,
+    LayersKV,
+    put_layer,
+    quantize_part,
+    take_layer,
+    write_committed,
+)
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.decoder import Block, LayerKV, Layout, Linear, Norm, Stacked, View
-from w2s_jax.ops.flash import Reach
-from w2s_jax.ops.quantized import dot, take_rows
-from w2s_jax.ops.rotary import rotation
+from w2s_jax.models.decoder import (
+    Block,
+    attention_scale,
+    embed,
+    final_norm,
+    layer_windows,
+    turn_of,
+)
+from w2s_jax.ops import attention, tpu
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
+from w2s_jax.ops.tpu import parts_kernel
 from w2s_jax.pytrees import pytree
-
-Remat = Literal["none", "full", "dots"]
-"""What a backward pass computes anew in every layer: nothing, all, or all but the matmuls.
-
-XLA's CPU compiler merges it again with the forward pass unless the layers are stacked.
-"""
 
 _FAR = 2**30
 """The window of layers without one, where others have one; more than any model's positions."""
-_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the M new tokens of each hypothesis are arranged: [stem?][successor 0][successor 1]...
+
+    The stem is one token of the hypothesis itself; it is written to the committed part and seen by
+    all its successors. Each of the `successors` then has `length` tokens of its own.
+    A plain sequence is Layout(False, 1, X); a token step of K successors is Layout(False, K, 1).
+    """
+
+    stem: bool
+    successors: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """M, the new tokens of one hypothesis."""
+        return int(self.stem) + self.successors * self.length
+
+
+class Masks(NamedTuple):
+    """True where a new token sees a key of a part; None where that part is absent.
+
+    prefix [P 1 . S], committed [P W . T], chunk [. . L J]. window is the layers' sliding window, a
+    scalar, which a kernel asks for; None where no layer of the model has one.
+    """
+
+    prefix: Array | None
+    committed: Array | None
+    chunk: Array | None
+    window: Array | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What new tokens may see beside themselves, for all layers of one call.
+
+    masks: one for every distinct sliding window. stem_start [P, W] is where stems are written and
+    how long the committed part was before, prefix_length [P] that of the prefix, offsets [M] how
+    far new tokens stand behind both; chunk_start (a scalar) is where branch tokens are written in a
+    chunk buffer. placement says where the cache lies.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    masks: tuple[Masks, ...]
+    stem_start: Array
+    prefix_length: Array
+    chunk_start: Array | None = None
+    offsets: Array | None = None
+    placement: Placement = ON_ONE_DEVICE
+
+
+@pytree()
+class Stacked:
+    """Two parts of all layers before new tokens are written, and the number of the layer that runs.
+
+    A kernel reads them where they lie: a layer taken out for it would be a copy.
+    """
+
+    prefix: KV
+    committed: KV
+    layer: Array
+
+
+@pytree()
+class LayerKV:
+    """One layer's keys and values of the three parts; the chunk is None where nothing branches.
+
+    stacked: what its prefix and committed part were taken from, where layers are stacked.
+    """
+
+    prefix: KV
+    committed: KV
+    chunk: KV | None
+    stacked: Stacked | None = None
 
 
 @pytree()
 class Forward:
     """The result of one pass.
 
-    hidden [P, W, M, D]: states after the last norm. cache: with the stems committed (None without a
-    cache). chunk: the branch tokens' keys and values, [P, R, L, G, C] a layer.
+    hidden [P, W, M, D]: states after the last norm. cache: with the stems committed. chunk: the
+    branch tokens' keys and values, [P, R, L, G, C] a layer; None where there are none.
     """
 
     hidden: Array
-    cache: KVCache | None
+    cache: KVCache
     chunk: LayersKV | None
 
 
@@ -56,283 +136,125 @@ def forward(
     tokens: Int[Array, "P W M"],
     layout: Layout,
     *,
-    cache: KVCache | None = None,
+    cache: KVCache,
     chunk: LayersKV | None = None,
     chunk_start: Int[Array, ""] | None = None,
-    mask: Bool[Array, "P W M"] | None = None,
-    segments: Int[Array, "P W M"] | None = None,
-    remat: Remat = "none",
-    key: Array | None = None,
-    placement: Placement = ON_ONE_DEVICE,
 ) -> Forward:
     """Read M new tokens of every hypothesis, arranged as `layout`, behind what the caches hold.
 
-    With `chunk` (a buffer [P, R, capacity, G, C] a layer) branch tokens are written at
-    `chunk_start` and see the buffer up to themselves; without it they see one another causally.
-    `mask` (only without a cache) is False on padding, which is then neither seen nor counted.
-    `segments` (only without a cache, a mask and branches) numbers the documents packed in a row: a
-    token sees its own segment alone, and its position counts from the segment's first token.
-    `remat` says what a gradient of this pass recomputes; `key` switches dropout on, each layer
-    drawing from its own fold. `placement` is that of the parameters: states of whole sequences, and
-    gradients, follow it.
+    Args:
+        config: The decoder's.
+        params: Its parameters, in either layout.
+        tokens: Token ids.
+        layout: Which of them are stems, and how the others lie.
+        cache: What the model remembers; stems are written to its committed part.
+        chunk: A buffer [P, R, capacity, G, C] a layer. Branch tokens are written to it and see it
+            up to themselves; without it they see one another causally.
+        chunk_start: Where in the buffer.
+
+    Returns:
+        States, and the cache and the chunk with the new tokens.
     """
     offsets = _offsets(layout, chunk_start)
-    positions = _positions(tokens, offsets, cache, mask, segments)
-    capacity = layout.length if chunk is None else _first(chunk).keys.shape[2]
-    windows, _ = _windows(config)
-    whole = cache is None and chunk is None
+    base = cache.prefix_length[:, None] + cache.committed_length
+    positions = (base[:, :, None] + offsets).astype(jnp.int32)
+    capacity = layout.length if chunk is None else _room(chunk, 2)
+    windows, _ = layer_windows(config)
+    reaches = [None if windows == (None,) else jnp.int32(one or _FAR) for one in windows]
+    masks = (_masks(one, positions, layout, cache, capacity, chunk_start) for one in windows)
     view = View(
-        masks=tuple(
-            (None, None, Reach((window,), None, mask, segments, placement), None)
-            if whole
-            else (
-                *_masks(window, positions, layout, cache, capacity, chunk_start),
-                None if windows == (None,) else jnp.int32(window or _FAR),
-            )
-            for window in windows
-        ),
-        stem_start=None if cache is None else cache.committed_length,
-        chunk_start=chunk_start,
-        prefix_length=None if cache is None else cache.prefix_length,
-        offsets=offsets,
+        config,
+        layout,
+        tuple(one._replace(window=reach) for one, reach in zip(masks, reaches, strict=True)),
+        cache.committed_length,
+        cache.prefix_length,
+        chunk_start,
+        offsets,
+        cache.placement,
     )
-    held = ON_ONE_DEVICE
-    if cache is not None:
-        placement, held = ON_ONE_DEVICE, cache.placement
-    x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
-    turn = None
-    if config.position == "rotary":
-        turn = rotation(positions, config.rope, config.head_width)
+    x = embed(config, params, tokens, positions)
+    block, turn = Block(config, x.dtype), turn_of(config, positions)
+
+    def apply(params: dict, x: Array, kv: LayerKV, window: int | Array) -> tuple[Array, LayerKV]:
+        attend = partial(_attend_layer, kv, _choose(view.masks, window), view)
+        return block.apply({"params": params}, x, turn, attend)
+
     run = _run_stacked if "layers" in params else _run_layers
-    block = Block(config, layout, x.dtype, placement, held)
-    apply = _block(block, remat, scanned="layers" in params)
-    x, committed, chunk = run(config, params, x, turn, layout, cache, chunk, view, apply, key)
-    hidden = Norm(config).apply({"params": params["final_norm"]}, x)
-    if cache is not None:
-        lengths = cache.committed_length + int(layout.stem)
-        cache = replace(cache, committed=committed, committed_length=lengths)
-    return Forward(hidden, cache, chunk)
+    x, committed, chunk = run(params, x, cache, chunk, view, apply)
+    lengths = cache.committed_length + int(layout.stem)
+    cache = replace(cache, committed=committed, committed_length=lengths)
+    return Forward(final_norm(config, params, x), cache, chunk)
 
 
-def embed(
-    config: ModelConfig, params: dict, tokens: Int[Array, "P W M"], positions: Int[Array, "P W M"]
-) -> Float[Array, "P W M D"]:
-    """Token (and learned position) embeddings, in the parameters' dtype."""
-    table = params["embed"]["embedding"]
-    x = take_rows(table, tokens)
-    if config.embedding_multiplier != 1.0:
-        x = x * jnp.asarray(config.embedding_multiplier, table.dtype)
-    if config.position == "learned":
-        x = x + params["positions"]["embedding"][positions]
-    return x
-
-
-def logits(
-    config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]
-) -> Float[Array, "*rows V"]:
-    """Float32 logits of hidden states, soft-capped where the config says so."""
-    if config.tied_embeddings:
-        out = dot(hidden, params["embed"]["embedding"], transposed=True, dtype=jnp.float32)
-    else:
-        out = dot(hidden, params["head"]["kernel"], dtype=jnp.float32)
-    if config.final_softcap is not None:
-        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    return out
-
-
-def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layers: bool) -> dict:
-    """Random parameters, boxed with their logical axes (`flax.core.meta`).
-
-    Call under `jax.eval_shape` for shapes and axes alone; `meta.unbox` strips the boxes.
-    """
-    keys = iter(jax.random.split(key, config.layers + 4))
-    table = nn.initializers.normal(0.02)
-    embedding = lambda axes, shape: nn.with_logical_partitioning(table, axes)(  # noqa: E731
-        next(keys), shape, dtype
-    )
-    params = {
-        "embed": {"embedding": embedding(("vocab", "embed"), (config.vocab_size, config.width))}
-    }
-    if config.position == "learned":
-        shape = (config.max_positions, config.width)
-        params["positions"] = {"embedding": embedding(("positions", "embed"), shape)}
-    layer_keys = jnp.stack([next(keys) for _ in range(config.layers)])
-    if scan_layers:
-        stacked = jax.vmap(lambda k: _initial_block(config, k, dtype))(layer_keys)
-        params["layers"] = jax.tree.map(
-            lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}),
-            stacked,
-            is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
-        )
-    else:
-        for i in range(config.layers):
-            params[f"layers_{i}"] = _initial_block(config, layer_keys[i], dtype)
-    example = jnp.zeros((1, config.width), dtype)
-    params["final_norm"] = Norm(config, dtype=dtype).init(next(keys), example)["params"]
-    if not config.tied_embeddings:
-        head = Linear((config.width, config.vocab_size), ("embed", "vocab"), dtype=dtype)
-        params["head"] = head.init(next(keys), example)["params"]
-    return params
-
-
-def _initial_block(config: ModelConfig, key: Array, dtype: DTypeLike) -> dict:
-    layout = Layout(False, 1, 1)
-    x = jnp.zeros((1, 1, 1, config.width), dtype)
-    turn = None
-    if config.position == "rotary":
-        turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.rope, config.head_width)
-    masks = (None, None, jnp.ones((1, 1, 1, 1), bool), None)
-    view, kv = View((masks,)), LayerKV(None, None, None)
-    return Block(config, layout, dtype).init(key, x, turn, kv, masks, view)["params"]
-
-
-def _block(block: Block, remat: Remat, *, scanned: bool) -> Callable[..., tuple[Array, Any]]:
-    """(layer's params, x, turn, kv, masks, view, dropout key or None) -> (x, kv)."""
-
-    def apply(
-        params: dict,
-        x: Array,
-        turn: tuple[Array, Array] | None,
-        kv: LayerKV,
-        masks: tuple,
-        view: View,
-        key: Array | None,
-    ) -> tuple[Array, LayerKV]:
-        rngs = None if key is None else {"dropout": key}
-        x, kv = block.apply({"params": params}, x, turn, kv, masks, view, rngs=rngs)
-        return block.placement.spread(x), kv
-
-    if remat == "none":
-        return apply
-    # Inside a scan nothing can be merged with the forward pass, and the guard would cost copies.
-    return jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=not scanned)
-
-
-def _fold(key: Array | None, layer: int | Array) -> Array | None:
-    return None if key is None else jax.random.fold_in(key, layer)
-
-
-def _windows(config: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """The distinct sliding windows, and for every layer the index of its own among them."""
-    windows = config.sliding_windows or (None,) * config.layers
-    distinct = tuple(dict.fromkeys(windows))
-    return distinct, tuple(distinct.index(window) for window in windows)
+Apply = Callable[[dict, Array, LayerKV, int | Array], tuple[Array, LayerKV]]
 
 
 def _run_layers(
-    config: ModelConfig,
-    params: dict,
-    x: Array,
-    turn: tuple[Array, Array] | None,
-    layout: Layout,
-    cache: KVCache | None,
-    chunk: Any,
-    view: View,
-    apply: Callable[..., tuple[Array, Any]],
-    key: Array | None,
+    params: dict, x: Array, cache: KVCache, chunk: Any, view: View, apply: Apply
 ) -> tuple[Array, Any, Any]:
-    prefix: Any = None if cache is None else cache.prefix
-    old: Any = None if cache is None else cache.committed
-    committed, chunks = [], []
-    _, window_of = _windows(config)
-    for i in range(config.layers):
-        kv = LayerKV(
-            None if prefix is None else prefix[i],
-            None if old is None else old[i],
-            None if chunk is None else chunk[i],
-        )
-        masks = view.masks[window_of[i]]
-        x, kv = apply(params[f"layers_{i}"], x, turn, kv, masks, view, _fold(key, i))
-        committed.append(kv.committed)
-        chunks.append(kv.chunk)
-    return x, _present(committed), _present(chunks)
-
-
-def _present(parts: list[KV | None]) -> tuple[KV, ...] | None:
-    """The layers' parts, or None where the call has no such part."""
-    held = tuple(part for part in parts if part is not None)
-    return held or None
+    """Each layer's caches go in and come out by themselves."""
+    parts: list[LayerKV] = []
+    prefix: Any = cache.prefix
+    committed: Any = cache.committed
+    for i, window in enumerate(layer_windows(view.config)[1]):
+        kv = LayerKV(prefix[i], committed[i], None if chunk is None else chunk[i])
+        x, kv = apply(params[f"layers_{i}"], x, kv, window)
+        parts.append(kv)
+    chunks = None if parts[0].chunk is None else tuple(kv.chunk for kv in parts)
+    return x, tuple(kv.committed for kv in parts), chunks
 
 
 def _run_stacked(
-    config: ModelConfig,
-    params: dict,
-    x: Array,
-    turn: tuple[Array, Array] | None,
-    layout: Layout,
-    cache: KVCache | None,
-    chunk: Any,
-    view: View,
-    apply: Callable[..., tuple[Array, Any]],
-    key: Array | None,
+    params: dict, x: Array, cache: KVCache, chunk: Any, view: View, apply: Apply
 ) -> tuple[Array, Any, Any]:
     """Scan over stacked layers; parts that are written ride in the carry and change in place.
 
     Writing a cache through scanned inputs and outputs would cost a full extra copy of it.
     """
-    committed: Any = None if cache is None else cache.committed
-    whole: Any = None if cache is None else cache.prefix
-    carried = (committed if layout.stem else None, chunk)
-    scanned = (
-        params["layers"],
-        whole,
-        None if layout.stem else committed,
-        jnp.asarray(_windows(config)[1], jnp.int32),
-    )
+    prefix: Any = cache.prefix
+    committed: Any = cache.committed
+    stem = view.layout.stem
+    windows = jnp.asarray(layer_windows(view.config)[1], jnp.int32)
+    scanned = (params["layers"], prefix, None if stem else committed, windows)
 
     def body(carry: tuple, layer: tuple) -> tuple[tuple, KV | None]:
         x, (stems, buffer), index = carry
-        layer_params, prefix, read, window = layer
+        layer_params, own_prefix, read, window = layer
+        at = partial(jax.tree.map, partial(take_layer, index=index))
         kv = LayerKV(
-            prefix,
-            read if stems is None else _at(stems, index),
-            None if buffer is None else _at(buffer, index),
-            None if cache is None else Stacked(whole, stems or committed, index),
+            own_prefix,
+            read if stems is None else at(stems),
+            at(buffer),
+            Stacked(prefix, stems or committed, index),
         )
-        masks = _choose(view.masks, window)
-        x, kv = apply(layer_params, x, turn, kv, masks, view, _fold(key, index))
+        x, kv = apply(layer_params, x, kv, window)
         fresh = kv.chunk if buffer is None else None
-        stems = None if stems is None else _put(stems, kv.committed, index)
-        buffer = None if buffer is None else _put(buffer, kv.chunk, index)
+        stems = None if stems is None else put_layer(stems, kv.committed, index)
+        buffer = None if buffer is None else put_layer(buffer, kv.chunk, index)
         return (x, (stems, buffer), index + 1), fresh
 
-    start = (x, carried, jnp.zeros((), jnp.int32))
+    start = (x, (committed if stem else None, chunk), jnp.zeros((), jnp.int32))
     (x, (stems, buffer), _), fresh = jax.lax.scan(body, start, scanned)
     return x, committed if stems is None else stems, fresh if buffer is None else buffer
 
 
-def _at(stack: KV, index: Array) -> KV:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
-
-
-def _put(stack: KV, layer: KV, index: Array) -> KV:
-    return jax.tree.map(
-        lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), stack, layer
-    )
-
-
-def _choose(masks: tuple, window: Array) -> tuple:
+def _choose(masks: tuple[Masks, ...], window: int | Array) -> Masks:
+    """The masks of one layer, by the index of its window, which a scan does not know."""
     if len(masks) == 1:
         return masks[0]
+    if isinstance(window, int):
+        return masks[window]
 
-    def pick(part: tuple[Any, ...]) -> Array | Reach | None:
-        choices = [choice for choice in part if choice is not None]
-        if not choices:
-            return None
-        if isinstance(choices[0], Reach):
-            windows = tuple(one for choice in choices for one in choice.windows)
-            return replace(choices[0], windows=windows, chosen=window)
+    def pick(*choices: Array) -> Array:
         shape = jnp.broadcast_shapes(*(choice.shape for choice in choices))
         return jnp.stack([jnp.broadcast_to(choice, shape) for choice in choices])[window]
 
-    return tuple(pick(part) for part in zip(*masks, strict=True))
+    return jax.tree.map(pick, *masks)
 
 
-def _first(chunk: LayersKV) -> KV:
-    """One layer's chunk, or the stacked chunk without its layer axis's extent counted."""
-    if isinstance(chunk, KV):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), chunk)
-    return chunk[0]
+def _room(part: LayersKV, axis: int) -> int:
+    """The size of one axis of a layer's part."""
+    return part.keys.shape[axis + 1] if isinstance(part, KV) else part[0].keys.shape[axis]
 
 
 def _offsets(layout: Layout, chunk_start: Array | None) -> Array:
@@ -343,50 +265,26 @@ def _offsets(layout: Layout, chunk_start: Array | None) -> Array:
     return jnp.concatenate(offsets).astype(jnp.int32)
 
 
-def _positions(
-    tokens: Array,
-    offsets: Array,
-    cache: KVCache | None,
-    mask: Array | None,
-    segments: Array | None,
-) -> Array:
-    """Absolute positions [P, W, M] of the new tokens."""
-    if segments is not None:
-        index = jnp.arange(segments.shape[-1], dtype=jnp.int32)
-        first = segments != jnp.roll(segments, 1, axis=-1)
-        starts = jax.lax.cummax(jnp.where(first, index, 0), axis=segments.ndim - 1)
-        return (index - starts).astype(jnp.int32)
-    if mask is not None:
-        return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
-    base = jnp.zeros(tokens.shape[:2], jnp.int32)
-    if cache is not None:
-        base = cache.prefix_length[:, None] + cache.committed_length
-    return (base[:, :, None] + offsets).astype(jnp.int32)
-
-
 def _masks(
     window: int | None,
     positions: Array,
     layout: Layout,
-    cache: KVCache | None,
+    cache: KVCache,
     capacity: int,
     chunk_start: Array | None,
-) -> tuple[Array | None, Array | None, Array | None]:
-    """True where a new token sees a key: prefix [P,1,·,S], committed [P,W,·,T], chunk [·,·,L,J]."""
-    prefix = committed = chunk = None
-    if cache is not None:
-        prefix_keys, committed_keys = _capacities(cache)
-        index = jnp.arange(prefix_keys)
-        prefix = (index < cache.prefix_length[:, None])[:, None, None, :]
-        if window is not None:
-            queries = positions.reshape(positions.shape[0], 1, -1, 1)
-            prefix = prefix & (index > queries - window)
-        index = jnp.arange(committed_keys)
-        limit = cache.committed_length + int(layout.stem)
-        committed = (index < limit[:, :, None])[:, :, None, :]
-        if window is not None:
-            keys = cache.prefix_length[:, None, None, None] + index
-            committed = committed & (keys > positions[..., None] - window)
+) -> Masks:
+    index = jnp.arange(_room(cache.prefix, 1))
+    prefix = (index < cache.prefix_length[:, None])[:, None, None, :]
+    if window is not None:
+        queries = positions.reshape(positions.shape[0], 1, -1, 1)
+        prefix = prefix & (index > queries - window)
+    index = jnp.arange(_room(cache.committed, 2))
+    limit = cache.committed_length + int(layout.stem)
+    committed = (index < limit[:, :, None])[:, :, None, :]
+    if window is not None:
+        keys = cache.prefix_length[:, None, None, None] + index
+        committed = committed & (keys > positions[..., None] - window)
+    chunk = None
     if layout.successors * layout.length:
         query = jnp.arange(layout.length)[:, None] + (0 if chunk_start is None else chunk_start)
         key = jnp.arange(capacity)
@@ -394,11 +292,151 @@ def _masks(
         if window is not None:
             chunk = chunk & (key > query - window)
         chunk = chunk[None, None]
-    return prefix, committed, chunk
+    return Masks(prefix, committed, chunk)
 
 
-def _capacities(cache: KVCache) -> tuple[int, int]:
-    """S and T, the capacities of the prefix and committed parts."""
-    if isinstance(cache.prefix, KV):
-        return cache.prefix.keys.shape[2], cache.committed.keys.shape[3]  # type: ignore[union-attr]
-    return cache.prefix[0].keys.shape[1], cache.committed[0].keys.shape[2]  # type: ignore[index]
+def _attend_layer(
+    before: LayerKV, masks: Masks, view: View, query: Array, key: Array, value: Array
+) -> tuple[Array, LayerKV]:
+    """Write the new tokens' keys and values into their parts, and attend to all of them."""
+    new = KV(key, value)
+    new = quantize_part(new) if before.prefix.is_quantized else new
+    kv = _extend(before, new, view)
+    mixed = attend_by_kernel(query, before, new, kv.chunk, masks, view)
+    return attend_parts(query, kv, masks, view) if mixed is None else mixed, kv
+
+
+def _extend(kv: LayerKV, new: KV, view: View) -> LayerKV:
+    """Put the stems' keys and values into the committed part, the branches' into the chunk."""
+    layout, committed, branches = view.layout, kv.committed, None
+    if layout.stem:
+        stem = jax.tree.map(lambda x: x[:, :, :1], new)
+        committed = jax.tree.map(partial(write_committed, start=view.stem_start), committed, stem)
+    if layout.successors * layout.length:
+        branches = jax.tree.map(lambda x: _branches(x, layout), new)
+        if kv.chunk is not None:
+            assert view.chunk_start is not None, "a buffer needs the place to write at"
+            at: Any = {"start_index": view.chunk_start, "axis": 2}
+            write = partial(jax.lax.dynamic_update_slice_in_dim, **at)
+            branches = jax.tree.map(write, kv.chunk, branches)
+    return LayerKV(kv.prefix, committed, branches)
+
+
+def _branches(x: Array, layout: Layout) -> Array:
+    """[P, W, M, ...] without its stems, as rows [P, W·K, length, ...]."""
+    slots, hypotheses = x.shape[:2]
+    rows = hypotheses * layout.successors
+    return x[:, :, int(layout.stem) :].reshape(slots, rows, layout.length, *x.shape[3:])
+
+
+def _split(query: Array, placement: Placement) -> attention.Split:
+    slots, heads = query.shape[0], query.shape[-2]
+    return attention.Split(placement.parts("slots", slots), placement.parts("heads", heads))
+
+
+def attend_parts(query: Array, kv: LayerKV, masks: Masks, view: View) -> Array:
+    """Attention over what there is of prefix, committed response and chunk, in turns of slots."""
+    config, layout, split = view.config, view.layout, _split(query, view.placement)
+    options: Any = {
+        "scale": attention_scale(config),
+        "softcap": config.attention_softcap,
+        "devices": split.devices,
+    }
+
+    def attend(queries: Array, part: KV, mask: Array | None) -> attention.Partial:
+        held: Any = (part.keys, part.values, mask, part.key_scales, part.value_scales)
+        return attention.attend_in_blocks(queries, *held, **options)
+
+    def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
+        kv, (prefix_mask, committed_mask, chunk_mask) = held
+        slots, hypotheses, count = query.shape[:3]
+        shared = query.reshape(slots, 1, hypotheses * count, *query.shape[3:])
+        prefix = attend(shared, jax.tree.map(lambda x: x[:, None], kv.prefix), prefix_mask)
+        partials = [
+            prefix.reshape(slots, hypotheses, count),
+            attend(query, kv.committed, committed_mask),
+        ]
+        if kv.chunk is not None:
+            own = attend(_branches(query, layout), kv.chunk, chunk_mask)
+            own = own.reshape(slots, hypotheses, layout.successors * layout.length)
+            if layout.stem:
+                own = attention.concatenate([attention.unseen(query[:, :, :1]), own], axis=2)
+            partials.append(own)
+        return attention.merge(partials).astype(query.dtype)
+
+    return attention.in_turns(of_slots, query, (kv, tuple(masks[:3])), split)
+
+
+def attend_by_kernel(
+    query: Array, before: LayerKV, new: KV, chunk: KV | None, masks: Masks, view: View
+) -> Array | None:
+    """As `attend_parts`, by the kernel for chips that need one; None where it takes no such case.
+
+    before: the parts before the new tokens are written; chunk: after.
+    """
+    config, layout, placement = view.config, view.layout, view.placement
+    split = _split(query, placement)
+    keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
+    several = config.kv_heads // split.heads > 1
+    in_blocks = several and attention.goes_in_blocks(query, keys, split)
+    if not tpu.has_kernel(query.dtype, placement, in_blocks):
+        return None
+    stacked, window = before.stacked, None
+    source: Any = before if stacked is None else stacked
+    parts = (
+        _as_part(source.prefix, before.prefix, view.prefix_length),
+        _as_part(source.committed, before.committed, view.stem_start),
+    )
+    room = 0 if chunk is None else layout.successors * chunk.keys.shape[2]
+    if not parts_kernel.takes(query, *parts, int(layout.stem) + room, placement):
+        return None
+    if masks.window is not None:
+        assert view.offsets is not None
+        window = parts_kernel.Window(masks.window, view.offsets)
+    own, mask = _own(new, chunk, masks.chunk, layout, query.shape[1])
+    if window is not None and layout.stem:
+        mask = mask.at[:, 0].set(window.offsets < window.size)
+    return parts_kernel.attend(
+        query,
+        *parts,
+        own,
+        mask,
+        None if stacked is None else stacked.layer,
+        window,
+        scale=attention_scale(config),
+        softcap=config.attention_softcap,
+        placement=placement,
+    )
+
+
+def _as_part(held: KV, layer: KV, lengths: Array | None = None) -> parts_kernel.Part:
+    """A part as the kernel takes it: held, maybe of all layers, but with the scales of one."""
+    return parts_kernel.Part(held.keys, held.values, lengths, layer.key_scales, layer.value_scales)
+
+
+def _own(
+    new: KV, chunk: KV | None, mask: Array | None, layout: Layout, width: int
+) -> tuple[parts_kernel.Part, Array]:
+    """Keys and values [P W X G C] of a hypothesis' stem and chunk, and which [M X] a token sees.
+
+    A branch sees the stem and, by `mask` [1 1 length J], its own row of the chunk.
+    """
+    stem = int(layout.stem)
+    rows = layout.successors if chunk is not None else 0
+    room = 0 if chunk is None else chunk.keys.shape[2]
+    seen = jnp.zeros((layout.tokens, stem + rows * room), bool)
+    if stem:
+        seen = seen.at[:, 0].set(True)
+    if chunk is not None:
+        assert mask is not None
+        branches = jnp.kron(jnp.eye(rows, dtype=jnp.int32), mask[0, 0].astype(jnp.int32))
+        seen = seen.at[stem:, stem:].set(branches > 0)
+
+    def held(fresh: Array, written: Array | None = None) -> Array:
+        parts = [fresh[:, :, :stem]]
+        if written is not None:
+            parts.append(written.reshape(len(fresh), width, rows * room, *written.shape[3:]))
+        return jnp.concatenate(parts, axis=2)
+
+    own = jax.tree.map(held, new) if chunk is None else jax.tree.map(held, new, chunk)
+    return _as_part(own, own), seen

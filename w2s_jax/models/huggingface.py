@@ -1,64 +1,39 @@
-"""Decoder checkpoints in Hugging Face's format, in both directions: config.json and safetensors.
+"""Folders in Hugging Face's format: where they lie, what files hold, and how parts become arrays.
 
-No code from a checkpoint is run: pickle files are refused and nothing trusts remote code. Which
-tensor is which is in `models/names.py`, how it lies there in `models/tensors.py`, what config.json
-means in `models/config_json.py`.
+No code from a checkpoint is run: pickle files are refused and nothing trusts remote code. What is
+in host memory at a time is one device's part of one parameter and a block of a file; weights are
+quantised on the way where asked. Which tensor is which parameter is in `parameters.py`.
 """
 
-import contextlib
+import itertools
 import json
-import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from jax.sharding import Mesh
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
 
 from w2s_jax.errors import InputError, check_fetched, check_kind
-from w2s_jax.hosts import is_first
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_json import config_from_hf, config_to_hf
-from w2s_jax.models.model import Model, parameter_dtype
-from w2s_jax.models.names import LANGUAGE_HEAD, Stored, StoredHead, full_name, stored_parameters
-from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.models.tensors import (
-    INDEX,
-    SINGLE,
-    Parameter,
-    Parameters,
-    Tensors,
-    arranged,
-    decoder_parameters,
-    equal,
-    major_axis,
-    materialise,
-    open_file,
-    reader,
-    stacked,
-    unstacked,
-)
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
+from w2s_jax.models.parameters import Index
+from w2s_jax.models.quantize import QuantizeConfig, scale_axes
+from w2s_jax.ops.quantized import QTensor, quantize_array, scales_shape
+from w2s_jax.ops.sharding import Axes, Rules, resolve
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-)
-LONGEST_PATH = 4000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # An adapter's, which stand in the place of config.json and model.safetensors.
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+LONGEST_PATH = 4000
 _PATTERNS = (
     CONFIG,
     GENERATION_CONFIG,
@@ -66,144 +41,13 @@ _PATTERNS = (
     INDEX,
     ADAPTER_CONFIG,
     ADAPTER,
-    *TOKENIZER_PATTERNS,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
 )
-
-
-def load_decoder(
-    directory: Path,
-    *,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    scan_layers: bool = False,
-    quantize: QuantizeConfig | None = None,
-) -> Model:
-    """The decoder that a directory's own files hold; arguments and errors as of `load_model`."""
-    config = load_decoder_config(directory)
-    params = load_parameters(
-        directory,
-        config,
-        decoder_parameters(config),
-        open_tensors(directory),
-        dtype=dtype,
-        mesh=mesh,
-        rules=rules,
-        scan_layers=scan_layers,
-        quantize=quantize,
-    )
-    return Model(config, params, Placement(mesh, rules))
-
-
-def load_parameters(
-    directory: Path,
-    config: ModelConfig,
-    per_layer: Parameters,
-    tensors: Tensors,
-    *,
-    head: StoredHead = LANGUAGE_HEAD,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    scan_layers: bool = False,
-    quantize: QuantizeConfig | None = None,
-) -> dict[str, Any]:
-    """The parameters `per_layer` names, as a nested dict, from the tensors of `directory`.
-
-    `head` says under which name their "head/kernel" is kept; the rest is as in `load_model`.
-
-    Raises InputError for any tensor unmapped, missing, duplicate or misshapen.
-    """
-    check_placing(mesh, rules)
-    check_kind("quantize", quantize, QuantizeConfig | None, "a QuantizeConfig")
-    stored = stored_parameters(config, per_layer, head)
-    tensors = _match(directory, config, per_layer, stored, tensors, head)
-    dtype = parameter_dtype(dtype, tensors[stored["embed/embedding"].name][:0].dtype)
-    parameters = {
-        path: Parameter(
-            shape, axes, reader(stored[path], shape, tensors), (major_axis(stored[path]),)
-        )
-        for path, (shape, axes) in per_layer.items()
-    }
-    if scan_layers:
-        parameters = stacked(parameters, config.layers)
-    params = materialise(parameters, dtype, rules, mesh, quantize)
-    return unflatten_dict(params, sep="/")
-
-
-def load_decoder_config(directory: Path) -> ModelConfig:
-    """The ModelConfig that a directory's own config.json and generation_config.json say.
-
-    Raises InputError for a missing or malformed file, and as `config_from_hf` says.
-    """
-    hf = read_json(directory / CONFIG)
-    generation = directory / GENERATION_CONFIG
-    generation_config = read_json(generation) if generation.is_file() else None
-    try:
-        return config_from_hf(hf, generation_config)
-    except InputError as error:
-        raise InputError(f"{directory / CONFIG}: {error}") from None
-    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{directory / CONFIG}: a field has the wrong type ({error})") from None
-
-
-def save_model(
-    model: Model,
-    directory: str | Path,
-    *,
-    tokenizer: Any = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a checkpoint that `load_model` and transformers load; takes both layouts.
-
-    `tokenizer` (anything with `save_pretrained`) is written beside it.
-
-    Raises InputError when config.json cannot express the model, when the model is quantised, or the
-    directory is not writable.
-    """
-    check_kind("save_model", model, Model, "what load_model gives")
-    check_kind("save_model's directory", directory, str | Path, "a path")
-    if is_quantized(model.params):
-        raise InputError(f"{directory}: a quantised model is not saved; save it as it was stored")
-    hf = config_to_hf(model.config) | {"torch_dtype": str(model.dtype)}
-    save_parameters(model.config, model.params, directory, hf, max_shard_bytes=max_shard_bytes)
-    if tokenizer is not None and is_first():
-        tokenizer.save_pretrained(str(directory))
-
-
-def save_parameters(
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    directory: str | Path,
-    hf: Mapping[str, Any],
-    *,
-    head: StoredHead = LANGUAGE_HEAD,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write parameters, in either layout and of one dtype, with `hf` as their config.json.
-
-    Raises InputError when the directory is not writable.
-    """
-    flat = flatten_dict(params, sep="/")
-    leaves = unstacked(flat, config.layers)
-    stored = stored_parameters(config, leaves, head)
-    parts: dict[str, list[str]] = {}
-    for path, row in sorted(stored.items(), key=lambda item: item[1].part or 0):
-        parts.setdefault(row.name, []).append(path)
-
-    def fetch(name: str) -> np.ndarray:
-        arrays = [arranged(stored[path], leaves[path]()) for path in parts[name]]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-
-    shapes = {path: shape for path, (shape, _) in decoder_parameters(config).items()} | {
-        path: leaf.shape for path, leaf in flat.items() if path.startswith("head/")
-    }
-    itemsize = flat["embed/embedding"].dtype.itemsize
-    sizes = {
-        name: itemsize * sum(math.prod(shapes[path]) for path in paths)
-        for name, paths in parts.items()
-    }
-    write_checkpoint(directory, hf, sizes, fetch, max_shard_bytes=max_shard_bytes)
 
 
 def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) -> Path:
@@ -251,6 +95,57 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, which is opened for each read and closed again.
+
+    Files are mapped, and what was read of a mapped file counts as the process's memory till then.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                return file.get_slice(self.name)[index]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path} can no longer be read ({error})") from None
+
+
+Tensors = dict[str, StoredTensor]
+
+
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file by name; values stay on disk.
+
+    Raises InputError when it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(path, name, tuple(values.get_shape()), values.get_dtype())
+                for name, values in found.items()
+            }
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: {path.name}, named by {INDEX}, is missing") from None
+    except (OSError, SafetensorError) as error:
+        check_fetched(path)
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same values, read in blocks."""
+    if one.shape != other.shape:
+        return False
+    rows = one.shape[0]
+    blocks = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(np.array_equal(one[block], other[block]) for block in blocks)
+
+
 def open_tensors(directory: Path) -> Tensors:
     """Every tensor of a directory's safetensors, single or sharded, by name; values stay on disk.
 
@@ -263,7 +158,9 @@ def open_tensors(directory: Path) -> Tensors:
         if not (directory / INDEX).is_file():
             raise InputError(f"{directory}: no {SINGLE} or {INDEX}{_other_weights(directory)}")
         weight_map = read_json(directory / INDEX).get("weight_map") or {}
-        if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
             raise InputError(f"{directory / INDEX}: weight_map must map tensor names to file names")
         names = sorted(set(weight_map.values()))
     tensors: Tensors = {}
@@ -282,100 +179,6 @@ def open_tensors(directory: Path) -> Tensors:
     return tensors
 
 
-def write_checkpoint(
-    directory: str | Path,
-    hf: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    fetch: Callable[[str], np.ndarray],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write config.json, generation_config.json and the tensors `fetch(name)` as safetensors.
-
-    `sizes` gives every tensor's bytes; above `max_shard_bytes` the files are sharded. Everything is
-    written beside its place first, then renamed, config.json last: an interrupted write leaves the
-    old checkpoint, or at worst a directory that is refused for its missing config.json.
-    Raises InputError when the directory is not writable.
-    """
-    shards = _shards(sizes, max_shard_bytes)
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-    tokens = {key: hf[key] for key in hf if key.endswith("_token_id") and hf[key] is not None}
-    texts = ({INDEX: index} if len(shards) > 1 else {}) | {GENERATION_CONFIG: tokens, CONFIG: hf}
-    # An adapter's files are a checkpoint too, which PEFT would take for the one that is here.
-    old = (CONFIG, INDEX, "model*.safetensors", ADAPTER_CONFIG, ADAPTER)
-    write_files(directory, shards, fetch, texts, old, sort="a checkpoint")
-
-
-def write_files(
-    directory: str | Path,
-    tensors: Mapping[str, Iterable[str]],
-    fetch: Callable[[str], np.ndarray],
-    texts: Mapping[str, Mapping[str, Any]],
-    old: Iterable[str],
-    *,
-    sort: str,
-) -> None:
-    """Write safetensors files of the tensors `fetch(name)`, and JSON files of `texts`.
-
-    All are written beside their places first, then files that match `old` go and these take their
-    places, in order. Of several hosts, which must all call this, the first alone writes. Raises
-    InputError, saying what `sort` of files, when that is not possible.
-    """
-    if not is_first():
-        for names in tensors.values():
-            for name in names:
-                fetch(name)  # which may take all hosts
-        return
-    directory = Path(directory)
-    places = {file: directory / f".{file}.part" for file in (*tensors, *texts)}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for file, value in texts.items():
-            places[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        mode = places[next(iter(texts))].stat().st_mode
-        for file, names in tensors.items():
-            held = {name: np.ascontiguousarray(fetch(name)) for name in names}
-            save_file(held, places[file], metadata={"format": "pt"})
-            # safetensors leaves its files readable to their owner alone.
-            places[file].chmod(mode)
-        for pattern in old:
-            for path in directory.glob(pattern):
-                path.unlink(missing_ok=True)
-        for file, place in places.items():
-            os.replace(place, directory / file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {sort} to {directory}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            for place in places.values():
-                place.unlink(missing_ok=True)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File names with the tensors that go in each, in order."""
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes.items():
-        if groups[-1] and held + size > max_shard_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": names
-        for number, names in enumerate(groups, start=1)
-    }
-
-
 def _other_weights(directory: Path) -> str:
     others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if not others:
@@ -383,49 +186,180 @@ def _other_weights(directory: Path) -> str:
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
 
 
-def _match(
-    directory: Path,
-    config: ModelConfig,
-    per_layer: Parameters,
-    stored: Mapping[str, Stored],
-    found: Tensors,
-    head: StoredHead,
-) -> Tensors:
-    """The directory's tensors by full name, exactly those that the parameters ask for."""
-    shapes = {row.name: row.shape(per_layer[path][0]) for path, row in stored.items()}
-    tensors: Tensors = {}
-    for name, values in found.items():
-        full = full_name(config, name, head)
-        if full in tensors and not (head.wrapped and equal(values, tensors[full])):
-            how = "with different values" if head.wrapped else "with its prefix and without"
-            raise InputError(f"{directory}: tensor {full} is there twice, {how}")
-        if full is not None:
-            tensors[full] = values
-    if config.tied_embeddings and head == LANGUAGE_HEAD and head.weight in tensors:
-        embedding = tensors.get(stored["embed/embedding"].name)
-        if embedding is not None and not equal(tensors.pop(head.weight), embedding):
-            raise InputError(
-                f"{directory}: {head.weight} differs from the embedding, though {CONFIG} ties them"
-            )
-    kind = (
-        config.architecture if head == LANGUAGE_HEAD else f"{config.architecture} with {head.name}"
-    )
-    for problem, names in (
-        ("is missing", shapes.keys() - tensors.keys()),
-        (
-            f"is no part of a {kind} with this {CONFIG}",
-            tensors.keys() - shapes.keys(),
-        ),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise InputError(f"{directory}: tensor {min(names)} {problem}{more}")
-    for name, shape in shapes.items():
-        held, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-        if held != shape:
-            raise InputError(f"{directory}: tensor {name} has shape {held}, expected {shape}")
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise InputError(
-                f"{directory}: tensor {name} is stored as {dtype}, not as floating point"
-            )
-    return tensors
+BLOCK_BYTES = 1 << 24
+"""About so many bytes of a parameter are read from a file at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter to be loaded: its shape, its logical axes and a reader of any part of it.
+
+    major: the axes along which files hold it in one piece after the other, outermost first.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    read: Callable[[Index], np.ndarray]
+    major: tuple[int, ...] = (0,)
+
+
+def materialise(
+    sources: Mapping[str, Source],
+    dtype: jnp.dtype,
+    rules: Rules,
+    mesh: Mesh | None,
+    quantize: QuantizeConfig | None = None,
+) -> dict[str, jax.Array | QTensor]:
+    """The parameters' values, on a mesh each read part by part into its shards, as `rules` say.
+
+    Weights that `quantize` names are quantised as they are read. Where a mesh splits the inputs of
+    a weight with one scale a channel, all inputs of a part's channels are read, by each process, so
+    that the scales are those of the whole; where groups have scales, no more than the part is.
+
+    Raises InputError, before anything is read, where the mesh does not divide a parameter, its
+    scales, or a group it.
+    """
+
+    def shard(path: str, axes: Axes, shape: tuple[int, ...]) -> NamedSharding | None:
+        return None if mesh is None else resolve(axes, rules, mesh, shape, name=path)
+
+    makers: dict[str, Callable[[], jax.Array | QTensor]] = {}
+    for path, source in sources.items():
+        contracted = None if quantize is None else quantize.contracted(path)
+        if quantize is None or contracted is None:
+            makers[path] = _plain(path, source, dtype, shard)
+        else:
+            makers[path] = _quantized(path, source, dtype, shard, quantize, contracted)
+    return {path: make() for path, make in makers.items()}
+
+
+Shard = Callable[[str, Axes, tuple[int, ...]], NamedSharding | None]
+
+
+def _plain(path: str, source: Source, dtype: jnp.dtype, shard: Shard) -> Callable[[], jax.Array]:
+    shape = source.shape
+    sharding = shard(path, source.axes, shape)
+
+    def part(index: Index) -> list[np.ndarray]:
+        host = np.empty([stop - start for start, stop in _bounds(index, shape)], dtype)
+        for block, place in _blocks(index, shape, source.major, host.dtype.itemsize):
+            host[place] = source.read(block)
+        return [host]
+
+    return lambda: _place([shape], [sharding], lambda index: index, part)[0]
+
+
+def _quantized(
+    path: str,
+    source: Source,
+    dtype: jnp.dtype,
+    shard: Shard,
+    config: QuantizeConfig,
+    contracted: tuple[int, ...],
+) -> Callable[[], QTensor]:
+    shape, axes = source.shape, source.axes
+    group = config.group_of(shape, contracted, path)
+    small = scales_shape(shape, contracted, group)
+    shardings = [
+        shard(f"{path}/values", axes, shape),
+        shard(f"{path}/scales", scale_axes(axes, small), small),
+    ]
+    inputs = {len(shape) + axis for axis in contracted}
+    # Axes of which one scale serves all, so that a shard of them does not know it.
+    whole = {axis for axis in inputs if small[axis] == 1}
+    # Blocks hold all that shares a scale.
+    split = tuple(axis for axis in range(len(shape)) if axis not in inputs)
+
+    def widened(index: Index) -> Index:
+        return tuple(slice(None) if axis in whole else part for axis, part in enumerate(index))
+
+    def part(index: Index) -> list[np.ndarray]:
+        sizes = tuple(stop - start for start, stop in _bounds(index, shape))
+        values = np.empty(sizes, ml_dtypes.int4 if config.bits == 4 else np.int8)
+        scales = np.empty(scales_shape(sizes, contracted, group), jnp.dtype(config.scale_dtype))
+        options: Any = {"bits": config.bits, "group": group, "scale_dtype": scales.dtype}
+        for block, place in _blocks(index, shape, split, 4):
+            made = quantize_array(source.read(block).astype(dtype), contracted, **options)
+            values[place], scales[place] = made.values, made.scales
+        return [values, scales]
+
+    def make() -> QTensor:
+        values, scales = _place([shape, small], shardings, widened, part)
+        return QTensor(values, scales, contracted[-1], group, str(jnp.dtype(dtype)))
+
+    return make
+
+
+def _place(
+    shapes: list[tuple[int, ...]],
+    shardings: list[NamedSharding | None],
+    widened: Callable[[Index], Index],
+    part: Callable[[Index], list[np.ndarray]],
+) -> list[jax.Array]:
+    """Arrays that are made together, part by part: the first one's shards say which parts.
+
+    widened: the part to be made for a shard of the first array; what several shards need is made
+    once. Entries of the others stand for as many of the first one's as there are more of these.
+    """
+    shape, sharding = shapes[0], shardings[0]
+    if sharding is None:
+        return [jax.device_put(host) for host in part(widened((slice(None),) * len(shape)))]
+    wanted: dict[tuple, list[tuple[jax.Device, Index]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or ()
+        wanted.setdefault(_bounds(widened(index), shape), []).append((device, index))
+    held: list[list[jax.Array]] = [[] for _ in shapes]
+    for bounds, shards in wanted.items():
+        hosts = part(tuple(slice(*pair) for pair in bounds))
+        for device, index in shards:
+            inside = [
+                (start - first, stop - first)
+                for (start, stop), (first, _) in zip(_bounds(index, shape), bounds, strict=True)
+            ]
+            for arrays, host in zip(held, hosts, strict=True):
+                cut = tuple(
+                    slice(start * few // many, max(1, stop * few // many))
+                    for (start, stop), few, many in zip(
+                        inside, host.shape, hosts[0].shape, strict=True
+                    )
+                )
+                arrays.append(jax.device_put(host[cut], device))
+        del hosts
+    return [
+        jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        for shape, sharding, arrays in zip(shapes, shardings, held, strict=True)
+        if sharding is not None
+    ]
+
+
+def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _blocks(
+    index: Index, shape: tuple[int, ...], axes: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[Index, Index]]:
+    """Blocks of a part, of about BLOCK_BYTES: where in the parameter, and where in the part.
+
+    The axes given are cut, the outer ones into single entries as long as that is too much.
+    """
+    bounds = _bounds(index, shape)
+    sizes = [stop - start for start, stop in bounds]
+    each = itemsize * int(np.prod(sizes, dtype=np.int64))
+    steps = {}
+    for axis in axes:
+        if each <= BLOCK_BYTES:
+            break
+        one = each // max(1, sizes[axis])
+        steps[axis] = max(1, BLOCK_BYTES // max(1, one))
+        each = one
+    starts = [range(0, sizes[axis], step) for axis, step in steps.items()]
+    for places in itertools.product(*starts):
+        inside = [slice(0, size) for size in sizes]
+        for (axis, step), start in zip(steps.items(), places, strict=True):
+            inside[axis] = slice(start, min(start + step, sizes[axis]))
+        there = tuple(
+            slice(first + part.start, first + part.stop)
+            for part, (first, _) in zip(inside, bounds, strict=True)
+        )
+        yield there, tuple(inside)

@@ -1,24 +1,88 @@
-"""The door to what a directory holds: a decoder, or an adapter with the base that it names."""
+"""The door to what a folder holds: a decoder, an adapter on its base, a reward model, an encoder.
 
+What is in the files is in `huggingface.py`, which tensor is which parameter in `parameters.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.huggingface import is_adapter, load_decoder, load_decoder_config, locate
+from w2s_jax.models.config_json import ARCHITECTURES, config_from_hf
+from w2s_jax.models.encoder import (
+    ENCODER,
+    ENCODER_CLASS,
+    Classifier,
+    EncoderConfig,
+    encoder_from_hf,
+    init_classifier,
+    stored_in_encoder,
+)
+from w2s_jax.models.huggingface import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    FLOATS,
+    GENERATION_CONFIG,
+    Source,
+    Tensors,
+    equal,
+    is_adapter,
+    locate,
+    materialise,
+    open_tensors,
+    read_json,
+)
 from w2s_jax.models.lora import attach, merge
 from w2s_jax.models.lora_huggingface import (
     adapted_config,
     base_folder,
     base_of,
     load_adapter,
+    take_vocabulary,
     with_vocabulary,
 )
-from w2s_jax.models.model import STORED, Model
+from w2s_jax.models.model import STORED, Model, parameter_dtype
+from w2s_jax.models.parameters import (
+    LANGUAGE_HEAD,
+    REWARD_HEADS,
+    STACKED,
+    Index,
+    Parameter,
+    StoredHead,
+    decoder_parameters,
+    full_name,
+    layer_name,
+    reward_head,
+)
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
+from w2s_jax.models.reward import SCORE, RewardModel
+from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How parameters are read; `load_model` says what each field means."""
+
+    dtype: Any = None
+    mesh: Mesh | None = None
+    rules: Rules = DEFAULT_RULES
+    scan_layers: bool = False
+    quantize: QuantizeConfig | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """Where what is read will lie."""
+        return Placement(self.mesh, self.rules)
 
 
 def load_model(
@@ -32,71 +96,64 @@ def load_model(
 ) -> Model:
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
-    A directory of a LoRA adapter gives the base that it names with the adapter merged into it.
-    dtype: of the parameters. None is as stored (as the embedding is), but float32 on a CPU, which
-        computes slowly in the half-sized types, and with an adapter; "stored" is so everywhere.
-    mesh: every tensor is read slice by slice into its shards on this mesh, as `rules` say.
-    scan_layers: stack the layers on a leading axis (see `models/tensors.py`).
-    quantize: weights become QTensors as they are read; adapters then stay beside them.
-
-    Host memory stays below the process's part of the model and three times the largest tensor (with
+    A directory of a LoRA adapter gives the base that it names with the adapter merged into it. Host
+    memory stays below the process's part of the model and three times the largest tensor (with
     scan_layers, of the process's part of the largest stack).
 
-    Raises InputError for a missing directory, config.json or safetensors, an architecture that is
-    not supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
+    Args:
+        path_or_hub_id: The directory, or an id on the hub.
+        dtype: Of the parameters. None is as stored (as the embedding is), but float32 on a CPU,
+            which computes slowly in the half-sized types, and with an adapter; "stored" is so
+            everywhere.
+        mesh: Every tensor is read slice by slice into its shards on this mesh.
+        rules: Which axes of it split which of the parameters' logical axes.
+        scan_layers: Stack the layers on a leading axis (see `decoder.py`).
+        quantize: Weights become QTensors as they are read; adapters then stay beside them.
+
+    Returns:
+        The model, which knows where its parameters lie.
+
+    Raises:
+        InputError: For a missing directory, config.json or safetensors, an architecture that is not
+            supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
     """
     directory = locate(path_or_hub_id)
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "rules": rules}
-    options |= {"scan_layers": scan_layers, "quantize": quantize}
-    load = load_adapted if is_adapter(directory) else load_decoder
-    return load(directory, **options)
+    how = Loading(dtype, mesh, rules, scan_layers, quantize)
+    if is_adapter(directory):
+        return _load_adapted(directory, None, True, how)
+    config = _own_config(directory)
+    table = decoder_parameters(config)
+    params = load_parameters(directory, config, table, open_tensors(directory), how)
+    return Model(config, params, how.placement)
 
 
 def load_adapted(
-    path_or_hub_id: str | Path,
-    base: Model | None = None,
-    *,
-    merged: bool = True,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    scan_layers: bool = False,
-    quantize: QuantizeConfig | None = None,
+    path_or_hub_id: str | Path, base: Model | None = None, *, merged: bool = True, **options: Any
 ) -> Model:
     """A base with an adapter on it: merged into its kernels, or beside the base's own arrays.
 
-    base None loads the one that the adapter names; the other arguments are as in `load_model`, but
+    base None loads the one that the adapter names; the options are those of `load_model`, but
     without a dtype, or as "stored", what is merged is float32: a dtype of fewer bits, as bases are
     often stored in, would lose most of an adapter. On a quantised base the adapter stays beside it,
     `merged` or not.
 
     Raises InputError as `load_model` and `load_adapter` do.
     """
-    directory = locate(path_or_hub_id)
+    return _load_adapted(locate(path_or_hub_id), base, merged, Loading(**options))
+
+
+def _load_adapted(directory: Path, base: Model | None, merged: bool, how: Loading) -> Model:
     if base is None:
         name = base_of(directory)
-        if dtype in (None, STORED) and merged and quantize is None:
-            dtype = "float32"
+        if how.dtype in (None, STORED) and merged and how.quantize is None:
+            how = replace(how, dtype="float32")
         try:
-            base = load_model(
-                name,
-                dtype=dtype,
-                mesh=mesh,
-                rules=rules,
-                scan_layers=scan_layers,
-                quantize=quantize,
-            )
+            base = load_model(name, **vars(how))
         except InputError as error:
             raise InputError(f"{directory}: its base: {error}") from None
     config = adapted_config(directory, base.config)
-    lora, adapter = load_adapter(
-        directory,
-        config,
-        dtype=base.dtype,
-        mesh=mesh,
-        rules=rules,
-        scan_layers=base.scan_layers,
-    )
+    place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": base.scan_layers}
+    lora, adapter = load_adapter(directory, config, dtype=base.dtype, **place)
     base = with_vocabulary(base, config, adapter)
     into = merge if merged and not is_quantized(base.params) else attach
     return Model(base.config, into(base.params, adapter, lora), base.placement)
@@ -112,4 +169,288 @@ def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
         return adapted_config(directory, load_config(base_folder(directory)))
-    return load_decoder_config(directory)
+    return _own_config(directory)
+
+
+def _own_config(directory: Path) -> ModelConfig:
+    """What a directory's own config.json and generation_config.json say."""
+    hf = read_json(directory / CONFIG)
+    generation = directory / GENERATION_CONFIG
+    generation_config = read_json(generation) if generation.is_file() else None
+    try:
+        return config_from_hf(hf, generation_config)
+    except InputError as error:
+        raise InputError(f"{directory / CONFIG}: {error}") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{directory / CONFIG}: a field has the wrong type ({error})") from None
+
+
+def load_parameters(
+    directory: Path,
+    config: ModelConfig,
+    table: Mapping[str, Parameter],
+    tensors: Tensors,
+    how: Loading,
+    *,
+    head: StoredHead = LANGUAGE_HEAD,
+) -> dict[str, Any]:
+    """The parameters of the table, as a nested dict, from the tensors of `directory`.
+
+    `head` says under which name their "head/kernel" is kept.
+
+    Raises InputError for any tensor unmapped, missing, duplicate or misshapen.
+    """
+    check_placing(how.mesh, how.rules)
+    check_kind("quantize", how.quantize, QuantizeConfig | None, "a QuantizeConfig")
+    tensors = _match(directory, config, table, tensors, head)
+    dtype = parameter_dtype(how.dtype, tensors[table["embed/embedding"].stored.name][:0].dtype)
+    sources = {
+        path: Source(row.shape, row.axes, partial(row.read, tensors), (row.stored.major_axis,))
+        for path, row in table.items()
+    }
+    if how.scan_layers:
+        sources = _stacked(sources, config.layers)
+    params = materialise(sources, dtype, how.rules, how.mesh, how.quantize)
+    return unflatten_dict(params, sep="/")
+
+
+def _stacked(per_layer: Mapping[str, Source], layers: int) -> dict[str, Source]:
+    """The parameters of the stacked layout, reading from those of the per-layer layout."""
+
+    def read(sources: list[Source], index: Index) -> np.ndarray:
+        return np.stack([source.read(index[1:]) for source in sources[index[0]]])
+
+    stacked = {path: one for path, one in per_layer.items() if not path.startswith(f"{STACKED}_")}
+    first = f"{layer_name(0)}/"
+    for path, one in per_layer.items():
+        if path.startswith(first):
+            rest = path.removeprefix(first)
+            every = [per_layer[f"{layer_name(layer)}/{rest}"] for layer in range(layers)]
+            shape, axes = (layers, *one.shape), (STACKED, *one.axes)
+            major = (0, *(axis + 1 for axis in one.major))
+            stacked[f"{STACKED}/{rest}"] = Source(shape, axes, partial(read, every), major)
+    return stacked
+
+
+def _match(
+    directory: Path,
+    config: ModelConfig,
+    table: Mapping[str, Parameter],
+    found: Tensors,
+    head: StoredHead,
+) -> Tensors:
+    """The directory's tensors by full name, exactly those that the parameters ask for."""
+    shapes = {row.stored.name: row.stored.shape(row.shape) for row in table.values()}
+    tensors: Tensors = {}
+    for name, values in found.items():
+        full = full_name(config, name, head)
+        if full in tensors and not (head.wrapped and equal(values, tensors[full])):
+            how = "with different values" if head.wrapped else "with its prefix and without"
+            raise InputError(f"{directory}: tensor {full} is there twice, {how}")
+        if full is not None:
+            tensors[full] = values
+    if config.tied_embeddings and head == LANGUAGE_HEAD and head.weight in tensors:
+        embedding = tensors.get(table["embed/embedding"].stored.name)
+        if embedding is not None and not equal(tensors.pop(head.weight), embedding):
+            raise InputError(
+                f"{directory}: {head.weight} differs from the embedding, though {CONFIG} ties them"
+            )
+    kind = config.architecture + (f" with {head.name}" if head != LANGUAGE_HEAD else "")
+    problems = {
+        "is missing": shapes.keys() - tensors.keys(),
+        f"is no part of a {kind} with this {CONFIG}": tensors.keys() - shapes.keys(),
+    }
+    for problem, names in problems.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise InputError(f"{directory}: tensor {min(names)} {problem}{more}")
+    for name, shape in shapes.items():
+        held, dtype = tensors[name].shape, tensors[name].dtype
+        if held != shape:
+            raise InputError(f"{directory}: tensor {name} has shape {held}, expected {shape}")
+        if dtype not in FLOATS:
+            raise InputError(
+                f"{directory}: tensor {name} is stored as {dtype}, not as floating point"
+            )
+    return tensors
+
+
+def load_reward_model(
+    path_or_hub_id: str | Path, *, base: str | Path | None = None, **options: Any
+) -> RewardModel | Classifier:
+    """Load a reward model from a directory or a hub id: a decoder's, or an encoder classifier.
+
+    The head's tensors tell the layout: `score` of transformers' sequence classifiers,
+    `regression_head` of UltraRM (arXiv 2310.01377), `v_head` of Starling-RM, whose decoder may be
+    named `model`, `transformer` or `model.model`. An adapter is merged into `base`, by default the
+    one it names, a reward model or a language model; its head may be in its own files. The
+    options are those of `load_model` but for `quantize`; an encoder is small and stays whole.
+
+    Raises InputError as `load_model` does, and for a checkpoint with no head that is known here.
+    """
+    directory, how = locate(path_or_hub_id), Loading(**options)
+    if is_adapter(directory):
+        return _load_adapted_reward(directory, base_of(directory) if base is None else base, how)
+    config = load_reward_config(directory)
+    if isinstance(config, EncoderConfig):
+        return load_classifier(directory, dtype=how.dtype)
+    tensors = open_tensors(directory)
+    head, labels = _find_head(directory, tensors)
+    rows = reward_head(config, head, len(labels), bias=head.bias in tensors)
+    table = decoder_parameters(config, head) | rows
+    params = load_parameters(directory, config, table, tensors, how, head=head)
+    own = params.pop("head")
+    return RewardModel(config, params, own, labels, how.placement)
+
+
+def _load_adapted_reward(directory: Path, base: str | Path, how: Loading) -> RewardModel:
+    """An adapter merged into its base, with the head of either."""
+    base = locate(base)
+    # Weights of fewer bits, as bases are often stored in, would lose most of an adapter.
+    how = replace(how, dtype=how.dtype or "float32")
+    head, labels, config = _adapted_head(directory, base)
+    if isinstance(config, EncoderConfig):
+        raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
+    found = (load_reward_model if is_reward_model(base) else load_model)(base, **vars(how))
+    assert isinstance(found, RewardModel | Model)
+    old = dict(found.head) if isinstance(found, RewardModel) else {}
+    params = {name: subtree for name, subtree in found.params.items() if name != "head"}
+    place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": how.scan_layers}
+    lora, adapter = load_adapter(directory, config, head=head, dtype=found.dtype, **place)
+    new = old | adapter.pop("head", {})
+    params = take_vocabulary(params, adapter)
+    if not new:
+        raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
+    labels = _adapted_labels(labels, new)
+    return RewardModel(config, merge(params, adapter, lora), new, labels, found.placement)
+
+
+def is_reward_model(path_or_hub_id: str | Path) -> bool:
+    """Whether a checkpoint has a reward head, or is an adapter of a task or on a base with one."""
+    directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        of_task = read_json(directory / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+        return of_task or is_reward_model(base_of(directory))
+    encoder = read_json(directory / CONFIG).get("model_type") == ENCODER
+    return encoder or any(head.weight in open_tensors(directory) for head in REWARD_HEADS)
+
+
+def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfig:
+    """The config of a reward model, a decoder's or an encoder's, without its weights.
+
+    Raises InputError for a missing or malformed file and for a model that is not supported.
+    """
+    directory = locate(path_or_hub_id)
+    if is_adapter(directory):
+        return _adapted_head(directory, locate(base_of(directory)))[2]
+    kind = read_json(directory / CONFIG).get("model_type")
+    if kind == ENCODER:
+        return _encoder_config(directory)
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"{directory / CONFIG}: model_type {kind!r} is not supported for a reward model; "
+            f"supported: {', '.join((*ARCHITECTURES, ENCODER))}"
+        )
+    return load_config(directory)
+
+
+def load_reward_labels(path_or_hub_id: str | Path) -> tuple[str, ...]:
+    """The names of a reward model's labels, one for each logit, without its weights.
+
+    Raises InputError as `load_reward_model` does, but for the tensors' shapes.
+    """
+    directory = locate(path_or_hub_id)
+    config = load_reward_config(directory)
+    if isinstance(config, EncoderConfig):
+        return config.label_names
+    if not is_adapter(directory):
+        return _find_head(directory, open_tensors(directory))[1]
+    head, labels, _ = _adapted_head(directory, locate(base_of(directory)))
+    _, adapter = load_adapter(directory, config, head=head)
+    return _adapted_labels(labels, adapter["head"]) if "head" in adapter else labels
+
+
+def _adapted_head(
+    directory: Path, base: Path
+) -> tuple[StoredHead, tuple[str, ...], ModelConfig | EncoderConfig]:
+    """The head and the labels of an adapter's base, which may have none, and the adapted config."""
+    config = load_reward_config(base)
+    if isinstance(config, EncoderConfig):
+        return SCORE, (), config
+    whole = is_reward_model(base)
+    head, labels = _find_head(base, open_tensors(base)) if whole else (SCORE, ())
+    return head, labels, adapted_config(directory, config, head=head)
+
+
+def _adapted_labels(labels: tuple[str, ...], head: Mapping[str, Any]) -> tuple[str, ...]:
+    """The base's labels, or transformers' own names where the adapter's head has others."""
+    count = head["kernel"].shape[-1]
+    return labels if len(labels) == count else tuple(f"LABEL_{i}" for i in range(count))
+
+
+def _find_head(directory: Path, tensors: Tensors) -> tuple[StoredHead, tuple[str, ...]]:
+    """The one reward head among the tensors, of a class that config.json may name; its labels."""
+    hf = read_json(directory / CONFIG)
+    heads = [head for head in REWARD_HEADS if head.weight in tensors]
+    if len(heads) != 1:
+        found = " and ".join(head.weight for head in heads) or "no reward head"
+        known = ", ".join(head.weight for head in REWARD_HEADS)
+        raise InputError(f"{directory}: holds {found}; a reward model has one of {known}")
+    classes = hf.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{directory / CONFIG}: architectures is {classes!r}, not a list of names")
+    known = heads[0].classes.replace(".*", "*").replace("|", ", ")
+    for name in classes:
+        if not re.fullmatch(heads[0].classes, name):
+            raise InputError(
+                f"{directory / CONFIG}: architecture {name} with a {heads[0].weight} is not "
+                f"supported as a reward model; supported: {known}"
+            )
+    return heads[0], _labels(directory, hf) if heads[0] == SCORE else ("reward",)
+
+
+def _labels(directory: Path, hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a sequence classifier's labels; transformers' own where config.json has none."""
+    names, count = hf.get("id2label"), hf.get("num_labels", 2)
+    if names is None and isinstance(count, int) and count > 0:
+        names = {str(i): f"LABEL_{i}" for i in range(count)}
+    numbers = [str(i) for i in range(len(names))] if isinstance(names, dict) else []
+    if not isinstance(names, dict) or not numbers or set(names) != {*numbers}:
+        raise InputError(
+            f"{directory / CONFIG}: id2label must name the labels 0, 1, ... (or num_labels be "
+            "their number)"
+        )
+    return tuple(str(names[number]) for number in numbers)
+
+
+def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classifier:
+    """Load an encoder classifier from a directory or a hub id; `dtype` as in `load_model`.
+
+    Raises InputError for a missing directory or file, another architecture, an activation other
+    than GELU, and any tensor missing, misshapen or too many.
+    """
+    directory = locate(path_or_hub_id)
+    config = _encoder_config(directory)
+    tensors = open_tensors(directory)
+    shapes = jax.eval_shape(lambda key: init_classifier(config, key), jax.random.key(0)).params
+    leaves = {}
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        row = stored_in_encoder(path)
+        if row.name not in tensors:
+            raise InputError(f"{directory}: tensor {row.name} is missing")
+        values = tensors.pop(row.name)
+        found, expected = values.shape, row.shape(leaf.shape)
+        if found != expected:
+            raise InputError(f"{directory}: tensor {row.name} has shape {found}, not {expected}")
+        whole = row.read(values, leaf.shape, (slice(None),) * leaf.ndim)
+        leaves[path] = jnp.asarray(whole, parameter_dtype(dtype, whole.dtype))
+    if tensors:
+        raise InputError(f"{directory}: tensor {min(tensors)} is no part of a {ENCODER_CLASS}")
+    return Classifier(config, unflatten_dict(leaves, sep="/"))
+
+
+def _encoder_config(directory: Path) -> EncoderConfig:
+    try:
+        return encoder_from_hf(read_json(directory / CONFIG))
+    except InputError as error:
+        raise error.at(str(directory / CONFIG)) from None

@@ -19,13 +19,19 @@ from jaxtyping import Array
 
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.tensors import STACKED, decoder_parameters, layer_name, unstack_layers
+from w2s_jax.models.parameters import (
+    PROJECTIONS,
+    STACKED,
+    contracted,
+    declared,
+    layer_name,
+    module_of,
+    unstack_layers,
+)
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")
-ATTENTION, MLP = ("query", "key", "value", "out"), ("gate", "up", "down")
-PROJECTIONS = (*ATTENTION, *MLP)
 # What checkpoints call them, bare or behind the name of the module that holds them.
 _ALIASES = {
     "q_proj": ("query",),
@@ -107,11 +113,6 @@ def _projections(targets: Iterable[str]) -> set[str]:
     return found
 
 
-def contracted(projection: str) -> int:
-    """How many of a kernel's axes are its input's."""
-    return 2 if projection == "out" else 1
-
-
 def init_adapter(
     config: ModelConfig,
     lora: LoraConfig,
@@ -127,27 +128,30 @@ def init_adapter(
 
     Raises InputError where the model has none of the targets.
     """
-    parameters = decoder_parameters(config)
     flat: dict[str, Array] = {}
+    shapes = _factor_shapes(config, lora)
     for layer in range(config.layers):
-        keys = dict(
-            zip(PROJECTIONS, jax.random.split(jax.random.fold_in(key, layer), 7), strict=True)
-        )
-        for name in targeted(config, lora):
+        drawn = jax.random.split(jax.random.fold_in(key, layer), len(PROJECTIONS))
+        keys = dict(zip(PROJECTIONS, drawn, strict=True))
+        for name, (a, b) in shapes.items():
+            limit = math.prod(a[:-1]) ** -0.5
             place = f"{layer_name(layer)}/{module_of(name)}"
-            shape, split = parameters[f"{place}/kernel"][0], contracted(name)
-            limit = math.prod(shape[:split]) ** -0.5
-            flat[f"{place}/lora_a"] = jax.random.uniform(
-                keys[name], (*shape[:split], lora.rank), dtype, -limit, limit
-            )
-            flat[f"{place}/lora_b"] = jnp.zeros((lora.rank, *shape[split:]), dtype)
+            flat[f"{place}/lora_a"] = jax.random.uniform(keys[name], a, dtype, -limit, limit)
+            flat[f"{place}/lora_b"] = jnp.zeros(b, dtype)
     adapter = unflatten_dict(flat, sep="/")
     return stack_adapter(adapter, config.layers) if scan_layers else adapter
 
 
-def module_of(projection: str) -> str:
-    """Where a projection is in its layer, as in "attention/query"."""
-    return f"{'attention' if projection in ATTENTION else 'mlp'}/{projection}"
+def _factor_shapes(
+    config: ModelConfig, lora: LoraConfig
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes of A and B of a layer's adapted projections, by their names."""
+    table, shapes = declared(config), {}
+    for name in targeted(config, lora):
+        kernel, _ = table[f"{layer_name(0)}/{module_of(name)}/kernel"]
+        split = contracted(name)
+        shapes[name] = (*kernel[:split], lora.rank), (lora.rank, *kernel[split:])
+    return shapes
 
 
 def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfig) -> dict:
@@ -211,19 +215,20 @@ def _changes(
     for place, change in changes.items():
         for name, leaf in change.items():
             base = flat.get((*place, "kernel" if name in FACTORS else name))
-            _check_fit("/".join(place), name, leaf, base, place[0] == STACKED)
+            _check_fit("/".join(place), name, leaf, base, int(place[0] == STACKED))
     return changes
 
 
-def _check_fit(place: str, name: str, leaf: Any, base: Any, stacked: bool) -> None:
+def _check_fit(place: str, name: str, leaf: Any, base: Any, lead: int) -> None:
+    """Raise InputError unless a leaf is of the shape that its base, behind `lead` axes, takes."""
     if base is None:
         raise InputError(f"the adapter changes {place}, which its base does not have")
-    shape, split = base.shape, contracted(place.rpartition("/")[2]) + stacked
+    shape, split = base.shape, contracted(place.rpartition("/")[2]) + lead
     expected = shape
     if name == "lora_a":
         expected = (*shape[:split], leaf.shape[-1])
     elif name == "lora_b":
-        expected = (*shape[: int(stacked)], leaf.shape[int(stacked)], *shape[split:])
+        expected = (*shape[:lead], leaf.shape[lead], *shape[split:])
     if leaf.shape != expected:
         raise InputError(
             f"the adapter is for another base: {place}/{name} has shape {leaf.shape}, "
@@ -260,31 +265,29 @@ def _stacked(leaves: list[Any], path: tuple[str, ...]) -> Array:
         return jnp.stack(held)
     axis = held[0].ndim - 1 if path[-1] == "lora_a" else 0
     rank = max(leaf.shape[axis] for leaf in held)
+    none = jax.lax.slice_in_dim(held[0], 0, 0, axis=axis)
 
     def filled(leaf: Any) -> Array:
-        if leaf is None:
-            shape = (*held[0].shape[:axis], rank, *held[0].shape[axis + 1 :])
-            return jnp.zeros(shape, held[0].dtype)
         widths = [(0, rank - size if at == axis else 0) for at, size in enumerate(leaf.shape)]
         return jnp.pad(leaf, widths)
 
-    return jnp.stack([filled(leaf) for leaf in leaves])
+    return jnp.stack([filled(none if leaf is None else leaf) for leaf in leaves])
 
 
 def adapter_axes(config: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Logical axes of an adapter's leaves: those of the base's parameters, the rank never split."""
-    parameters = decoder_parameters(config)
+    table = declared(config, scan_layers=STACKED in adapter)
 
     def axes(path: tuple[str, ...], leaf: Any) -> Axes:
-        stacked = path[0] == STACKED
-        place = "/".join((layer_name(0), *path[1:-1]) if stacked else path[:-1])
-        name, lead = path[-1], ("layers",) * stacked
-        if f"{place}/{name}" in parameters:
-            return (*lead, *parameters[f"{place}/{name}"][1])
+        *place, name = path
+        if "/".join(path) in table:
+            return table["/".join(path)][1]
         if name not in FACTORS:
             return (None,) * leaf.ndim  # the head of a reward model
-        base, split = parameters[f"{place}/kernel"][1], contracted(path[-2])
-        return (*lead, *base[:split], None) if name == "lora_a" else (*lead, None, *base[split:])
+        _, base = table["/".join((*place, "kernel"))]
+        lead = int(place[0] == STACKED)
+        split = lead + contracted(place[-1])
+        return (*base[:split], None) if name == "lora_a" else (*base[:lead], None, *base[split:])
 
     flat = flatten_dict(dict(adapter))
     return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()})
@@ -303,22 +306,18 @@ def abstract_adapter(
 
     Raises InputError as `init_adapter` and `shard_adapter` do.
     """
-    made = _adapter_shapes(config, lora, jnp.dtype(dtype), scan_layers)
-    adapter: dict[str, Any] = jax.tree.map(lambda leaf: leaf, made)
+    flat: dict[str, jax.ShapeDtypeStruct] = {}
+    lead = (config.layers,) if scan_layers else ()
+    for layer in (STACKED,) if scan_layers else map(layer_name, range(config.layers)):
+        for name, shapes in _factor_shapes(config, lora).items():
+            for factor, shape in zip(FACTORS, shapes, strict=True):
+                leaf = jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype))
+                flat[f"{layer}/{module_of(name)}/{factor}"] = leaf
+    adapter = unflatten_dict(flat, sep="/")
     if mesh is None:
         return adapter
     shardings = resolve_tree(adapter_axes(config, adapter), adapter, rules, mesh)
     return with_shardings(adapter, shardings)
-
-
-# Every layer is traced: seconds for a large model, asked for once for each mesh of a plan.
-@functools.lru_cache(maxsize=16)
-def _adapter_shapes(
-    config: ModelConfig, lora: LoraConfig, dtype: jnp.dtype, scan_layers: bool
-) -> dict[str, Any]:
-    made = functools.partial(init_adapter, config, lora, dtype=dtype, scan_layers=scan_layers)
-    # The key is made inside: no device is looked for.
-    return jax.eval_shape(lambda: made(jax.random.key(0)))
 
 
 def shard_adapter(

@@ -1,12 +1,13 @@
 """Adapters in PEFT's format, in both directions: adapter_config.json and its safetensors.
 
-Which tensors are which is in `models/names.py`, what adapter_config.json means in
-`models/peft_json.py`, what an adapter does to its base in `models/lora.py`.
+What adapter_config.json means is in `peft_json.py`, what an adapter does to its base in `lora.py`;
+which tensor is which parameter says the table in `parameters.py`.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,38 +18,35 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from w2s_jax import exchange
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
+    FLOATS,
+    Tensors,
+    equal,
     is_adapter,
     locate,
-    read_json,
-    write_files,
-)
-from w2s_jax.models.lora import (
-    FACTORS,
-    PROJECTIONS,
-    LoraConfig,
-    module_of,
-    shard_adapter,
-    stack_adapter,
-)
-from w2s_jax.models.model import Model
-from w2s_jax.models.names import LANGUAGE_HEAD, StoredHead, full_name, stored_parameters
-from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
-from w2s_jax.models.tensors import (
-    Tensors,
-    decoder_parameters,
-    equal,
-    layer_name,
     open_file,
-    reader,
+    read_json,
+)
+from w2s_jax.models.lora import FACTORS, LoraConfig, shard_adapter, stack_adapter
+from w2s_jax.models.model import Model
+from w2s_jax.models.parameters import (
+    LANGUAGE_HEAD,
+    PROJECTIONS,
+    StoredHead,
+    decoder_parameters,
+    full_name,
+    layer_name,
+    module_of,
+    reward_head,
     unstack_layers,
 )
+from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
+from w2s_jax.models.save import write_files
 from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
@@ -65,13 +63,14 @@ class _Kernel:
     shape: tuple[int, ...]
     split: int
 
-    @property
-    def inputs(self) -> int:
-        return math.prod(self.shape[: self.split])
 
-    @property
-    def outputs(self) -> int:
-        return math.prod(self.shape[self.split :])
+@contextlib.contextmanager
+def _about(place: Path) -> Iterator[None]:
+    """Errors told behind what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def base_of(path_or_hub_id: str | Path) -> str:
@@ -120,24 +119,28 @@ def adapted_config(
     Raises InputError for missing or damaged files.
     """
     directory = locate(path_or_hub_id)
-    try:
+    with _about(directory):
         _, whole = _sorted(config, _open(directory), head)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
+    return _adapted(config, whole, head)
+
+
+def _adapted(config: ModelConfig, whole: Tensors, head: StoredHead) -> ModelConfig:
+    """`adapted_config`, given the adapter's whole tensors."""
     held = _held_vocabulary(config, whole)
-    if not held or any(tensor.get_shape()[1:] != (config.width,) for tensor in held):
+    if not held or any(tensor.shape[1:] != (config.width,) for tensor in held):
         return config
+    rows = held[0].shape[0]
     if head != LANGUAGE_HEAD:
-        return replace(config, vocab_size=held[0].get_shape()[0])
-    tied = config.tied_embeddings and len(held) == 2 and equal(*held)
-    # Where one alone is held, it has the rows of the base's other.
-    vocabulary = held[0].get_shape()[0] if len(held) == 2 else config.vocab_size
-    return replace(config, tied_embeddings=tied, vocab_size=vocabulary)
+        return replace(config, vocab_size=rows)
+    if len(held) == 1:  # it has the rows of the base's other
+        return replace(config, tied_embeddings=False)
+    tied = config.tied_embeddings and equal(*held)
+    return replace(config, tied_embeddings=tied, vocab_size=rows)
 
 
 def _held_vocabulary(config: ModelConfig, whole: Tensors) -> list[Any]:
     """The embedding and the head that an adapter holds, of whole tensors by their full names."""
-    embedding = stored_parameters(config, ["embed/embedding"])["embed/embedding"].name
+    embedding = decoder_parameters(config)["embed/embedding"].stored.name
     return [whole[name] for name in (embedding, LANGUAGE_HEAD.weight) if name in whole]
 
 
@@ -184,27 +187,24 @@ def load_adapter(
     directory = locate(path_or_hub_id)
     hf = read_json(directory / ADAPTER_CONFIG)
     tensors, modules = _open(directory), _modules(config)
-    try:
+    with _about(directory / ADAPTER_CONFIG):
         lora = read_lora(hf)
         places = {module: module_lora(hf, lora, module) for module in modules}
         targets = {module for module in places if is_target(hf, module)}
-    except InputError as error:
-        raise InputError(f"{directory / ADAPTER_CONFIG}: {error}") from None
-    try:
+    with _about(directory):
         factors, whole = _sorted(config, tensors, head)
         _check_targets(factors, places, targets)
+        adapted = _adapted(config, whole, head)
         held = _held_vocabulary(config, whole)
         if config.tied_embeddings and len(held) == 2 and equal(*held):
             del whole[LANGUAGE_HEAD.weight]  # the embedding again
         flat = _read_whole(config, whole, head)
-        if head == LANGUAGE_HEAD and adapted_config(directory, config) != config:
+        if head == LANGUAGE_HEAD and adapted != config:
             raise InputError("it unties the head from the embedding; take `adapted_config`")
         for module, pair in factors.items():
             flat |= _read_factors(module, modules[module], pair, places[module], lora)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
-    adapted = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
-    lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in adapted))
+    found = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
+    lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in found))
     adapter = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in flat.items()}, sep="/")
     if scan_layers:
         adapter = stack_adapter(adapter, config.layers)
@@ -247,17 +247,15 @@ def _open(directory: Path) -> Tensors:
 
 def _modules(config: ModelConfig) -> dict[str, list[_Kernel]]:
     """The kernels that files keep in each module that can be adapted, by the module's name."""
-    parameters = decoder_parameters(config)
-    places = (
-        f"{layer_name(layer)}/{module_of(name)}"
-        for layer in range(config.layers)
-        for name in PROJECTIONS
-    )
-    held = [f"{place}/kernel" for place in places if f"{place}/kernel" in parameters]
+    table = decoder_parameters(config)
     modules: dict[str, list[_Kernel]] = {}
-    for path, row in stored_parameters(config, held).items():
-        kernel = _Kernel(path.removesuffix("kernel"), parameters[path][0], row.groups[0])
-        modules.setdefault(row.name.removesuffix(".weight"), []).append(kernel)
+    for layer in range(config.layers):
+        for name in PROJECTIONS:
+            place = f"{layer_name(layer)}/{module_of(name)}/"
+            row = table.get(f"{place}kernel")
+            if row is not None:
+                kernel = _Kernel(place, row.shape, row.stored.groups[0])
+                modules.setdefault(row.stored.name.removesuffix(".weight"), []).append(kernel)
     return modules
 
 
@@ -284,8 +282,8 @@ def _sorted(
             continue  # PEFT writes a resized embedding under its own name and its wrapper's
         if key in held:
             raise InputError(f"tensor {name} is there twice, under another name too")
-        if values.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise InputError(f"tensor {name} is {values.get_dtype()}, not floating point")
+        if values.dtype not in FLOATS:
+            raise InputError(f"tensor {name} is {values.dtype}, not floating point")
         held[key] = values
     return factors, whole
 
@@ -322,9 +320,12 @@ def _read_factors(
     module: str, kernels: list[_Kernel], pair: Mapping[str, Any], own: LoraConfig, lora: LoraConfig
 ) -> dict[str, np.ndarray]:
     """lora_a and lora_b of one module's kernels; `own` is its scale, `lora` is to be it."""
-    outputs = sum(kernel.outputs for kernel in kernels)
-    for name, expected in (("A", (own.rank, kernels[0].inputs)), ("B", (outputs, own.rank))):
-        found = tuple(pair[name].get_shape())
+    # A kernel's input axes, then its output's, each flattened.
+    split = kernels[0].split
+    inputs = math.prod(kernels[0].shape[:split])
+    outputs = sum(math.prod(kernel.shape[split:]) for kernel in kernels)
+    for name, expected in (("A", (own.rank, inputs)), ("B", (outputs, own.rank))):
+        found = pair[name].shape
         if found != expected:
             raise InputError(
                 f"the adapter is for another base: tensor {_tensor(module, name)} has shape "
@@ -372,30 +373,27 @@ def _joined(
 
 def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[str, np.ndarray]:
     """Parameters that were saved whole, by path."""
-    parameters = decoder_parameters(config)
+    table = decoder_parameters(config, head)
     if head != LANGUAGE_HEAD and head.weight in whole:
-        labels = whole[head.weight].get_shape()[0]
-        parameters["head/kernel"] = ((config.width, labels), ("embed", None))
-    rows = stored_parameters(config, parameters, head)
-    expected = {row.name: row.shape(parameters[path][0]) for path, row in rows.items()}
+        labels = whole[head.weight].shape[0]
+        table |= reward_head(config, head, labels, bias=False)
+    expected = {row.stored.name: row.stored.shape(row.shape) for row in table.values()}
     for name, values in whole.items():
         if name not in expected:
             tied = name == LANGUAGE_HEAD.weight and config.tied_embeddings
             why = "its base ties the head to the embedding" if tied else "its base has no such part"
             raise InputError(f"tensor {_PREFIX}{name} cannot be taken: {why}")
-        shape = tuple(values.get_shape())
+        shape = values.shape
         if shape != expected[name]:
             raise InputError(
                 f"the adapter is for another base: tensor {_PREFIX}{name} has shape {shape}, "
                 f"expected {expected[name]}"
             )
-    flat: dict[str, np.ndarray] = {}
-    for path, row in rows.items():
-        if row.name in whole:
-            shape = parameters[path][0]
-            values = reader(row, shape, whole)((slice(None),) * len(shape))
-            flat[path] = np.asarray(values, np.float32)
-    return flat
+    return {
+        path: np.asarray(row.read(whole), np.float32)
+        for path, row in table.items()
+        if row.stored.name in whole
+    }
 
 
 def save_adapter(
@@ -430,26 +428,25 @@ def save_adapter(
             tensors |= {_tensor(module, name): x for name, x in zip("AB", pair, strict=True)}
             ranks[module] = len(pair[0])
     hf = write_lora(config, lora, base, ranks, list(modules))
-    files = {ADAPTER: list(tensors)}
-    write_files(directory, files, tensors.__getitem__, {ADAPTER_CONFIG: hf}, (), sort="an adapter")
-    if tokenizer is not None and is_first():
-        tokenizer.save_pretrained(str(directory))
+    files, texts = {ADAPTER: list(tensors)}, {ADAPTER_CONFIG: hf}
+    told: dict[str, Any] = {"sort": "an adapter", "tokenizer": tokenizer}
+    write_files(directory, files, tensors.__getitem__, texts, (), **told)
 
 
 def _module_factors(
     flat: Mapping[str, Any], kernels: list[_Kernel]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """PEFT's A and B of one module; None where nothing of it is adapted."""
-    found: list[tuple[np.ndarray, np.ndarray] | None] = []
+    pairs: list[tuple[np.ndarray, np.ndarray] | None] = []
     for kernel in kernels:
         pair = None
         if f"{kernel.place}lora_a" in flat:
-            a, b = exchange.to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
+            a, b = to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
             pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
-        found.append(pair)
-    held = [pair for pair in found if pair is not None]
-    if not held:
+        pairs.append(pair)
+    held = next((pair for pair in pairs if pair is not None), None)
+    if held is None:
         return None
-    empty = np.zeros_like(held[0][0]), np.zeros_like(held[0][1])
-    factors = [empty if pair is None else pair for pair in found]
+    empty = np.zeros_like(held[0]), np.zeros_like(held[1])
+    factors = [empty if pair is None else pair for pair in pairs]
     return factors[0] if len(factors) == 1 else _joined(factors)

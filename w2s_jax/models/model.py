@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import Remat, forward, initial_params, logits
+from w2s_jax.models.decoder import Remat, initial_params, logits, read_sequences
+from w2s_jax.models.parameters import declared
 from w2s_jax.models.quantize import QuantizeConfig, quantize, quantized_axes
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
@@ -100,10 +101,7 @@ class Model:
         more tokens than learned positions.
         """
         check_tokens(tokens, mask)
-        if self.config.position == "learned" and tokens.shape[1] > self.config.max_positions:
-            raise InputError(
-                f"{tokens.shape[1]} tokens for a model of {self.config.max_positions} positions"
-            )
+        check_positions(self.config, tokens.shape[1])
         return _logits(self, tokens, mask)
 
 
@@ -129,6 +127,12 @@ def check_tokens(tokens: Any, mask: Any = None) -> None:
         raise InputError(f"a model takes {taken}, not {tokens.dtype} of shape {tokens.shape}")
     if mask is not None and np.shape(mask) != tokens.shape:
         raise InputError(f"the mask is of shape {np.shape(mask)}, the tokens of {tokens.shape}")
+
+
+def check_positions(config: ModelConfig, length: int) -> None:
+    """Raise InputError for more tokens than learned positions."""
+    if config.position == "learned" and length > config.max_positions:
+        raise InputError(f"{length} tokens for a model of {config.max_positions} positions")
 
 
 @lru_cache(maxsize=16)
@@ -163,13 +167,13 @@ def _abstract_params(
     scan_layers: bool,
     quantize_as: QuantizeConfig | None,
 ) -> tuple[dict, dict]:
-    """Traced once for all the meshes that a model is judged on."""
-    boxed = jax.eval_shape(lambda: initial_params(config, jax.random.key(0), dtype, scan_layers))
-    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
-    axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
-    params = meta.unbox(boxed)
+    """Made once for all the meshes that a model is judged on."""
+    table = declared(config, scan_layers)
+    params = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in table.items()}
+    params = unflatten_dict(params, sep="/")
     if quantize_as is not None:
         params = jax.eval_shape(partial(quantize, config=quantize_as), params)
+    axes = unflatten_dict({path: axes for path, (_, axes) in table.items()}, sep="/")
     return params, quantized_axes(axes, params)
 
 
@@ -195,22 +199,29 @@ def hidden_states(
 ) -> Float[Array, "B X D"]:
     """The states after the last norm, before the head; for losses that never hold all logits.
 
-    `mask` is False on padding. `segments` instead of it: 0 on padding (on the right), 1, 2, .. for
-    the documents packed in a row, of which none sees another. `remat`: what a gradient recomputes
-    in every layer; `key`: draws dropout, where the parameters have any.
+    Args:
+        model: The decoder.
+        tokens: Token ids.
+        mask: False on padding.
+        segments: Instead of a mask: 0 on padding (on the right), 1, 2, .. for the documents packed
+            in a row, of which none sees another.
+        remat: What a gradient recomputes in every layer.
+        key: Draws dropout, where the parameters have any.
+
+    Returns:
+        States in the parameters' dtype.
     """
-    read = forward(
+    hidden, _ = read_sequences(
         model.config,
         model.params,
-        jnp.asarray(tokens)[:, None],
-        Layout(False, 1, tokens.shape[1]),
-        mask=None if mask is None else jnp.asarray(mask)[:, None],
-        segments=None if segments is None else jnp.asarray(segments)[:, None],
+        jnp.asarray(tokens),
+        mask=None if mask is None else jnp.asarray(mask),
+        segments=None if segments is None else jnp.asarray(segments),
         remat=remat,
         key=key,
         placement=model.placement,
     )
-    return read.hidden[:, 0]
+    return hidden
 
 
 @jax.jit

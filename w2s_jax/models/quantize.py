@@ -1,6 +1,6 @@
 """Which parameters of a decoder are quantised, and how; weight-only, activations stay as they are.
 
-The arithmetic is in `ops/quantized.py`, quantising while loading in `models/tensors.py`.
+The arithmetic is in `ops/quantized.py`, quantising while loading in `models/huggingface.py`.
 """
 
 import re
@@ -15,22 +15,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.parameters import PROJECTIONS, kernel_axes
 from w2s_jax.ops.quantized import DEPTHS, QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes
 
-# The axes that a product contracts, counted from the end: the same whether layers are stacked.
-_CONTRACTED: dict[str, tuple[int, ...]] = {
-    "query": (-3,),
-    "key": (-3,),
-    "value": (-3,),
-    "out": (-3, -2),
-    "gate": (-2,),
-    "up": (-2,),
-    "down": (-2,),
-    "head": (-2,),
-    "embedding": (-1,),
-}
-PROJECTIONS = tuple(_CONTRACTED)[:7]
+_WEIGHTS = (*PROJECTIONS, "head", "embedding")
 USUAL_GROUP = 128
 SCALES = ("float32", "bfloat16")
 
@@ -59,18 +48,26 @@ class QuantizeConfig:
         if self.group is not None and self.group < 2:
             raise InputError(f"quantisation in groups of {self.group}; it must be at least 2")
         for target in self.targets:
-            if target not in _CONTRACTED:
-                known = ", ".join(_CONTRACTED)
+            if target not in _WEIGHTS:
+                known = ", ".join(_WEIGHTS)
                 raise InputError(f"unknown quantisation target {target!r}; known are {known}")
         if self.scale_dtype not in SCALES:
             raise InputError(f"scales of {self.scale_dtype}; they are float32 or bfloat16")
 
     def contracted(self, path: str) -> tuple[int, ...] | None:
-        """The contracted axes of the parameter at "layers_0/mlp/up/kernel"; None: not quantised."""
+        """The axes of the parameter at "layers_0/mlp/up/kernel" that a product contracts.
+
+        Counted from the end, the same whether layers are stacked. None where it is not quantised.
+        """
         *_, module, leaf = ("", *path.split("/"))
         name = "embedding" if path == "embed/embedding" else module
         is_weight = leaf == "kernel" or name == "embedding"
-        return _CONTRACTED[name] if is_weight and name in self.targets else None
+        if not is_weight or name not in self.targets:
+            return None
+        if name == "embedding":  # a tied head contracts its last axis
+            return (-1,)
+        inputs, outputs = kernel_axes(name)
+        return tuple(range(-inputs - outputs, -outputs))
 
     def group_of(
         self, shape: tuple[int, ...], contracted: tuple[int, ...], path: str

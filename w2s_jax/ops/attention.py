@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8
 
-from w2s_jax.ops import flash
-from w2s_jax.ops.flash import Reach
 from w2s_jax.pytrees import pytree
 
 MASKED = -1e30
@@ -222,23 +220,14 @@ def _turned(
     return jax.lax.fori_loop(0, own // together, turn, start).reshape(shape.shape)
 
 
-def _blocks(
-    query: Array,
-    keys: Array,
-    values: Array,
-    mask: Array,
-    key_scales: Array | None,
-    value_scales: Array | None,
-    *,
-    largest: int,
-    scale: float,
-    softcap: float | None,
-) -> Partial:
-    options: Any = {"scale": scale, "softcap": softcap}
+def _blocks(query: Array, keys: Array, *more: Any, largest: int, **options: Any) -> Partial:
+    """`attend_part` of the same arrays and options, at most `largest` keys at a time."""
     total = keys.shape[2]
     if total <= largest:
-        return attend_part(query, keys, values, mask, key_scales, value_scales, **options)
+        return attend_part(query, keys, *more, **options)
+    values, mask, *scales = more
     blocks = -(-total // largest)
+    # Of one size, since the body of a loop has one shape, and of whole tiles.
     size = -(-total // (blocks * LANES)) * LANES
 
     def block(at: Array, seen: Partial) -> Partial:
@@ -249,11 +238,10 @@ def _blocks(
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
         # Cut before use: compilers would read all keys ahead, for every block.
-        own_keys, own_values = jax.lax.optimization_barrier((cut(keys), cut(values)))
-        own_scales = [None if x is None else cut(x) for x in (key_scales, value_scales)]
+        own = jax.lax.optimization_barrier((cut(keys), cut(values)))
+        own_scales = [None if x is None else cut(x) for x in scales]
         new = cut(mask, 3) & (start + jnp.arange(size) >= at * size)
-        part = attend_part(query, own_keys, own_values, new, *own_scales, **options)
-        return join([seen, part])
+        return join([seen, attend_part(query, *own, new, *own_scales, **options)])
 
     return jax.lax.fori_loop(0, blocks, block, unseen(query))
 
@@ -271,11 +259,7 @@ def unseen(like: Float[Array, "P A m H C"]) -> Partial:
 
 def concatenate(partials: Sequence[Partial], axis: int) -> Partial:
     """Partials of different queries side by side along one of the leading axes."""
-    return Partial(
-        jnp.concatenate([p.weighted for p in partials], axis),
-        jnp.concatenate([p.total for p in partials], axis),
-        jnp.concatenate([p.maximum for p in partials], axis),
-    )
+    return jax.tree.map(lambda *own: jnp.concatenate(own, axis), *partials)
 
 
 def join(partials: Sequence[Partial]) -> Partial:
@@ -298,130 +282,3 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "P A m H C"]:
     """
     whole = partials[0] if len(partials) == 1 else join(partials)
     return whole.weighted / whole.total[..., None]
-
-
-def attend_sequence(
-    query: Float[Array, "P A X H C"],
-    keys: Float[Array, "P A X G C"],
-    values: Float[Array, "P A X G C"],
-    reach: Reach,
-    *,
-    scale: float | int,
-    softcap: float | None = None,
-) -> Float[Array, "P A X H C"]:
-    """Float32 attention of whole sequences over themselves, as `merge` of one `attend_part`.
-
-    The gradient keeps no weights: of its own it saves the result and two numbers a query, and
-    scores are computed again, as in FlashAttention (arXiv 2205.14135 algorithm 4). Which version
-    runs is chosen where the program is lowered: TPUs and CUDA devices have kernels (`flash.py`)
-    that hold no scores and no mask; elsewhere, and for short sequences, scores of all keys at once.
-    """
-    return _sequence((scale, softcap), query, keys, values, reach)
-
-
-Options = tuple[float | int, float | None]
-"""Scale and soft-cap."""
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sequence(options: Options, query: Array, keys: Array, values: Array, reach: Reach) -> Array:
-    return _sequence_forward(options, query, keys, values, reach, differentiated=False)[0]
-
-
-def _sequence_forward(
-    options: Options,
-    query: Array,
-    keys: Array,
-    values: Array,
-    reach: Reach,
-    *,
-    differentiated: bool = True,
-) -> tuple[Array, tuple]:
-    def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, Array]]:
-        def run(*arrays: Array) -> tuple[Array, Array]:
-            # As in `_sequence_backward`, so that a compiler sees the same call twice.
-            attend = functools.partial(kernel, reach=reach)
-            out = jax.vjp(attend, *arrays)[0] if differentiated else attend(*arrays)
-            return out.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32)
-
-        return run
-
-    def by_scores(query: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        scale, softcap = options
-        mask = reach.mask(query.shape[2])
-        part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
-        return merge([part]), part.maximum + jnp.log(part.total)
-
-    out, normaliser = _dispatch(options, by_kernel, by_scores, reach, query, keys, values)
-    return out, (query, keys, values, reach, out, normaliser)
-
-
-def _sequence_backward(
-    options: Options, residuals: tuple, slope: Array
-) -> tuple[Array, Array, Array, None]:
-    *arrays, reach, out, normaliser = residuals
-
-    def by_kernel(kernel: flash.Kernel) -> Callable[..., tuple[Array, ...]]:
-        # What a kernel saves is its own affair, so it runs again. Beside a rematerialised pass the
-        # two calls become one; without remat these are two matmuls more, beside nine.
-        def run(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
-            _, pull = jax.vjp(functools.partial(kernel, reach=reach), query, keys, values)
-            return pull(slope.astype(query.dtype))
-
-        return run
-
-    def by_scores(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
-        mask = reach.mask(query.shape[2])
-        return _scores_backward(options, (query, keys, values, mask, out, normaliser), slope)
-
-    by_query, by_keys, by_values = _dispatch(options, by_kernel, by_scores, reach, *arrays, slope)
-    return by_query, by_keys, by_values, None
-
-
-def _dispatch(
-    options: Options,
-    by_kernel: Callable[[flash.Kernel], Callable[..., tuple[Array, ...]]],
-    by_scores: Callable[..., tuple[Array, ...]],
-    reach: Reach,
-    *arrays: Array,
-) -> tuple[Array, ...]:
-    query, keys, values, *_ = arrays
-    kernels = flash.kernels(query, keys, values, reach, *options)
-    if not kernels:
-        return by_scores(*arrays)
-    branches = {platform: by_kernel(kernel) for platform, kernel in kernels.items()}
-    return jax.lax.platform_dependent(*arrays, default=by_scores, **branches)
-
-
-def _scores_backward(
-    options: Options, residuals: tuple, slope: Array
-) -> tuple[Array, Array, Array]:
-    scale, softcap = options
-    query, keys, values, mask, out, normaliser = residuals
-    slots, groups, count, heads, width = query.shape
-    shape = (slots, groups, count, keys.shape[3], heads // keys.shape[3])
-    grouped, slope, out = (x.reshape(*shape, width) for x in (query, slope, out))
-    normaliser = normaliser.reshape(shape)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = dot("pamghc,pajgc->paghmj", grouped, keys) * scale
-    capped = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    seen = mask[:, :, None, None]
-    shift = jnp.moveaxis(normaliser, 2, 4)[..., None]
-    weights = jnp.where(seen, jnp.exp(capped - shift), 0.0)
-    mean = jnp.moveaxis((slope * out).sum(-1), 2, 4)[..., None]
-    slope = slope.astype(values.dtype)
-    by_values = dot("paghmj,pamghc->pajgc", weights.astype(values.dtype), slope)
-    by_scores = weights * (dot("pamghc,pajgc->paghmj", slope, values) - mean) * scale
-    if softcap is not None:
-        by_scores = by_scores * (1.0 - jnp.square(capped / softcap))
-    by_scores = by_scores.astype(keys.dtype)
-    by_query = dot("paghmj,pajgc->pamghc", by_scores, keys).reshape(query.shape)
-    by_keys = dot("paghmj,pamghc->pajgc", by_scores, grouped)
-    return (
-        by_query.astype(query.dtype),
-        by_keys.astype(keys.dtype),
-        by_values.astype(values.dtype),
-    )
-
-
-_sequence.defvjp(_sequence_forward, _sequence_backward)

@@ -1,7 +1,7 @@
 """Float32 log-probabilities of given tokens, without keeping more of the vocabulary than needed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -179,15 +178,23 @@ class _Order(NamedTuple):
     blocks: Array
     block: int
 
-    def sort(self, rows: Array) -> Array:
+    def sort(self, *rows: Array) -> list[Array]:
         """Rows [G T ..] in blocks' order, [G blocks·block ..]."""
-        index = self.forward.reshape(*self.forward.shape, *(1,) * (rows.ndim - 2))
-        return jnp.take_along_axis(rows, index, axis=1)
+        return [_take(x, self.forward) for x in rows]
 
     def restore(self, rows: Array) -> Array:
         """What `sort` moved, back in its place."""
-        index = self.back.reshape(*self.back.shape, *(1,) * (rows.ndim - 2))
-        return jnp.take_along_axis(rows, index, axis=1)
+        return _take(rows, self.back)
+
+    def cut(self, block: Array, *rows: Array) -> list[Array]:
+        """A block of sorted rows."""
+        start = block * self.block
+        return [jax.lax.dynamic_slice_in_dim(x, start, self.block, axis=1) for x in rows]
+
+
+def _take(rows: Array, index: Array) -> Array:
+    index = index.reshape(*index.shape, *(1,) * (rows.ndim - 2))
+    return jnp.take_along_axis(rows, index, axis=1)
 
 
 def _order(counted: Array, head: Head) -> _Order:
@@ -200,10 +207,6 @@ def _order(counted: Array, head: Head) -> _Order:
     forward = jnp.pad(forward, ((0, 0), (0, count * block - rows)), mode="edge")
     blocks = (jnp.max(counted.sum(1)) + block - 1) // block
     return _Order(forward, back, blocks, block)
-
-
-def _cut(rows: Array, block: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(rows, block * size, size, axis=1)
 
 
 def _put(rows: Array, new: Array, block: Array) -> Array:
@@ -232,15 +235,26 @@ def _read(head: Head, logits: Array, tokens: Array) -> tuple[Array, Array, Array
     return normalised(chosen, normaliser), chosen >= top, normaliser
 
 
-def _by_logits(
-    head: Head, logits: Array, tokens: Array, normaliser: Array, slope: Array, dtype: DTypeLike
-) -> Array:
+def _pulled(
+    head: Head, kernel: Array, logits: Array, rows: Sequence[Array], out: tuple, block: Array
+) -> tuple:
+    """The gradients `out`, by hidden states and (or None) kernel, with those of a block in them.
+
+    rows: its hidden states, tokens, normalisers, and the slopes of their log-probs.
+    """
+    by_hidden, by_kernel = out
+    by_logits = _by_logits(head, logits, *rows[1:]).astype(kernel.dtype)
+    by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
+    if by_kernel is not None:
+        by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
+    return by_hidden, by_kernel
+
+
+def _by_logits(head: Head, logits: Array, tokens: Array, normaliser: Array, slope: Array) -> Array:
     """Gradient by the logits before the soft-cap, of logprobs that weigh `slope` each."""
     hit = tokens[..., None] == jnp.arange(logits.shape[-1])
     out = slope[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
-    if head.softcap is not None:
-        out = out * (1.0 - jnp.square(logits / head.softcap))
-    return out.astype(dtype)
+    return out if head.softcap is None else out * (1.0 - jnp.square(logits / head.softcap))
 
 
 def _by_hidden(head: Head, kernel: Array, slopes: Array) -> Array:
@@ -261,7 +275,10 @@ def _by_kernel(head: Head, hidden: Array, slopes: Array) -> Array:
     return head.spread.logits(out)
 
 
-def _no_gradient(hidden: Array, head: Head, kernel: Array) -> Array:
+def _no_gradient(hidden: Array, head: Head, kernel: Array, trained: bool) -> Array | None:
+    """Zeros to add gradients of the kernel to; None where it is not trained."""
+    if not trained:
+        return None
     shape = (head.spread.row_parts, hidden.shape[-1], kernel.shape[head.vocab_axis])
     return head.spread.logits(jnp.zeros(shape, jnp.float32))
 
@@ -279,8 +296,7 @@ def _scores(
     """Log-probs, hits and normalisers of sorted rows; zeros in blocks without a counted one."""
 
     def score(block: Array, out: tuple) -> tuple:
-        rows = [_cut(x, block, order.block) for x in (hidden, tokens)]
-        states, ids = map(head.spread.gathered, rows)
+        states, ids = map(head.spread.gathered, order.cut(block, hidden, tokens))
         found = _read(head, _head_logits(head, kernel, states), ids)
         return tuple(_put(rows, new, block) for rows, new in zip(out, found, strict=True))
 
@@ -299,7 +315,7 @@ def _logprobs(
 ) -> tuple[Array, Array]:
     order = _order(counted, head)
     kernel = head.spread.kernel(kernel, head.vocab_axis)
-    logprobs, hits, _ = _scores(head, kernel, order.sort(hidden), order.sort(tokens), order)
+    logprobs, hits, _ = _scores(head, kernel, *order.sort(hidden, tokens), order)
     return _shown(order, counted, logprobs, hits)
 
 
@@ -310,9 +326,7 @@ def _logprobs_forward(
     kernel, hidden, tokens, counted = (x.value for x in (kernel, hidden, tokens, counted))
     kernel = head.spread.kernel(kernel, head.vocab_axis)
     order = _order(counted, head)
-    logprobs, hits, normaliser = _scores(
-        head, kernel, order.sort(hidden), order.sort(tokens), order
-    )
+    logprobs, hits, normaliser = _scores(head, kernel, *order.sort(hidden, tokens), order)
     # An empty tuple or None: whether the kernel is trained is part of the residuals' structure.
     residuals = (kernel, hidden, tokens, counted, normaliser, () if trained else None)
     return _shown(order, counted, logprobs, hits), residuals
@@ -324,22 +338,14 @@ def _logprobs_backward(head: Head, residuals: tuple, slopes: tuple) -> tuple:
     if isinstance(slope, SymbolicZero):
         slope = jnp.zeros(tokens.shape, jnp.float32)
     order = _order(counted, head)
-    states, ids = order.sort(hidden), order.sort(tokens)
-    slope = order.sort(jnp.where(counted, slope, 0.0))
-    by_kernel = None if trained is None else _no_gradient(hidden, head, kernel)
+    states, ids, slope = order.sort(hidden, tokens, jnp.where(counted, slope, 0.0))
 
     def pull(block: Array, out: tuple) -> tuple:
-        by_hidden, by_kernel = out
-        rows = [_cut(x, block, order.block) for x in (states, ids, normaliser, slope)]
-        rows = list(map(head.spread.gathered, rows))
+        rows = list(map(head.spread.gathered, order.cut(block, states, ids, normaliser, slope)))
         logits = _head_logits(head, kernel, rows[0])
-        by_logits = _by_logits(head, logits, rows[1], rows[2], rows[3], kernel.dtype)
-        by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
-        if by_kernel is not None:
-            by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
-        return by_hidden, by_kernel
+        return _pulled(head, kernel, logits, rows, out, block)
 
-    start = (jnp.zeros_like(states), by_kernel)
+    start = (jnp.zeros_like(states), _no_gradient(hidden, head, kernel, trained is not None))
     by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, pull, start)
     return _as_kernel(head, by_kernel, kernel), order.restore(by_hidden), None, None
 
@@ -363,24 +369,20 @@ def _weighted_forward(
     counted = weights != 0
     kernel = head.spread.kernel(kernel, head.vocab_axis)
     order = _order(counted, head)
-    states, ids = order.sort(hidden), order.sort(tokens)
-    slope = order.sort(weights)
-    by_kernel = _no_gradient(hidden, head, kernel) if trained else None
+    states, ids, slope = order.sort(hidden, tokens, weights)
 
     def step(block: Array, out: tuple) -> tuple:
-        logprobs, hits, by_hidden, by_kernel = out
-        rows = [_cut(x, block, order.block) for x in (states, ids, slope)]
-        rows = list(map(head.spread.gathered, rows))
+        logprobs, hits, *slopes = out
+        rows = list(map(head.spread.gathered, order.cut(block, states, ids, slope)))
         logits = _head_logits(head, kernel, rows[0])
         found, hit, normaliser = _read(head, logits, rows[1])
-        by_logits = _by_logits(head, logits, rows[1], normaliser, rows[2], kernel.dtype)
-        if by_kernel is not None:
-            by_kernel = by_kernel + _by_kernel(head, rows[0], by_logits)
-        by_hidden = head.spread.own(_put(by_hidden, _by_hidden(head, kernel, by_logits), block))
-        return _put(logprobs, found, block), _put(hits, hit, block), by_hidden, by_kernel
+        given = (*rows[:2], normaliser, rows[2])
+        pulled = _pulled(head, kernel, logits, given, tuple(slopes), block)
+        return _put(logprobs, found, block), _put(hits, hit, block), *pulled
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
-    start = (zeros, zeros.astype(bool), jnp.zeros_like(states), by_kernel)
+    none = _no_gradient(hidden, head, kernel, trained)
+    start = (zeros, zeros.astype(bool), jnp.zeros_like(states), none)
     logprobs, hits, by_hidden, by_kernel = jax.lax.fori_loop(0, order.blocks, step, start)
     shown = _shown(order, counted, logprobs, hits)
     slopes = (_as_kernel(head, by_kernel, kernel), order.restore(by_hidden))

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from w2s_jax.distributed import own_number, started
 from w2s_jax.errors import InputError
-from w2s_jax.hosts import own_number, started
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -58,7 +58,7 @@ def mesh_of(
     """
     import jax
 
-    from w2s_jax.exchange import agree
+    from w2s_jax.distributed import agree
     from w2s_jax.ops.sharding import make_mesh
 
     agree("command", {"--mesh": spec})
@@ -114,3 +114,21 @@ def name_of(mesh: "Mesh | None") -> str:
 def mesh_name(spec: str, count: int, kind: str) -> str:
     """The same of `count` devices of a kind."""
     return f"{spec}, for {'one device' if count == 1 else f'{count} devices'} ({kind})"
+
+
+def batch_parts(mesh: "Mesh | None") -> int:
+    """Into how many parts the mesh cuts the rows of a batch."""
+    from w2s_jax.ops.sharding import Placement
+
+    return Placement(mesh).parts("batch", 0)
+
+
+def check_batch(rows: int, accumulate: int, mesh: "Mesh | None", *, flag: str) -> None:
+    """Raises InputError where `rows` cannot be cut into micro-batches for all parts of the mesh."""
+    parts = batch_parts(mesh)
+    if accumulate < 1 or rows < 1 or rows % (accumulate * parts):
+        cuts = [f"{accumulate} micro-batches"] if accumulate != 1 or parts == 1 else []
+        over = " × ".join([*cuts, *([f"{parts} parts of the mesh"] if parts > 1 else [])])
+        needed = max(1, accumulate) * parts
+        nearest = max(needed, round(rows / needed) * needed)
+        raise InputError(f"{flag} {rows} is not divisible by {over}; try {nearest}")

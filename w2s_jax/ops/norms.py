@@ -11,11 +11,7 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "*batch D"],
-    scale: Float[Array, " D"],
-    *,
-    epsilon: float,
-    offset: float = 0.0,
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], *, epsilon: float, offset: float = 0.0
 ) -> Float[Array, "*batch D"]:
     """Root-mean-square norm `x / rms(x) * (offset + scale)`, in float32, returned in x's dtype.
 

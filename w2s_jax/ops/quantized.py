@@ -157,10 +157,7 @@ def dot(
     onto the values instead, which are fewer than the groups' results would be.
     """
     first = weight.ndim - contract if transposed else 0
-    axes = (
-        tuple(range(x.ndim - contract, x.ndim)),
-        tuple(range(first, first + contract)),
-    )
+    axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(first, first + contract)))
     out_dtype = x.dtype if dtype is None else dtype
     if not isinstance(weight, QTensor):
         promoted = jnp.promote_types(x.dtype, weight.dtype)

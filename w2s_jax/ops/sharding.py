@@ -153,6 +153,8 @@ def _divisors(number: int) -> list[int]:
 
 
 Axes = tuple[str | None, ...]
+Leaf = tuple[str, Axes, tuple[int, ...]]
+"""An array's name, the logical axes of its dimensions, and its shape."""
 
 
 @dataclass(frozen=True)
@@ -269,11 +271,9 @@ def resolve(
     twice (of size 1 too, so that small meshes catch it), and for a dimension that the mesh does not
     divide, with the nearest meshes that do.
     """
-    spec = _spec(axes, rules, mesh, shape, name)
-    uneven = _uneven(axes, rules, mesh.shape, shape)
-    if uneven is not None:
-        raise _undivided([(name, axes, shape)], rules, mesh, (name, *uneven))
-    return NamedSharding(mesh, spec)
+    found = NamedSharding(mesh, _spec(axes, rules, mesh, shape, name))
+    _check_divided([(name, axes, shape)], rules, mesh)
+    return found
 
 
 def resolve_tree(axes: Any, shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
@@ -282,27 +282,23 @@ def resolve_tree(axes: Any, shapes: Any, rules: Rules, mesh: Mesh | AbstractMesh
     `shapes` may hold arrays or `jax.ShapeDtypeStruct`s. Errors name the leaf, as in
     "layers_0/attention/key/kernel", and meshes that divide every leaf.
     """
-    leaves: list[tuple[str, Axes, tuple[int, ...]]] = []
+    leaves: list[Leaf] = []
 
     def note(path: tuple[Any, ...], array: Any, logical: Axes) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
-        leaves.append((name, logical, tuple(array.shape)))
-        return NamedSharding(mesh, _spec(logical, rules, mesh, tuple(array.shape), name))
+        leaves.append((_name(path), logical, tuple(array.shape)))
+        return NamedSharding(mesh, _spec(logical, rules, mesh, leaves[-1][2], leaves[-1][0]))
 
     found = jax.tree_util.tree_map_with_path(note, shapes, axes)
-    for name, logical, shape in leaves:
-        uneven = _uneven(logical, rules, mesh.shape, shape)
-        if uneven is not None:
-            raise _undivided(leaves, rules, mesh, (name, *uneven))
+    _check_divided(leaves, rules, mesh)
     return found
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+
+
 def _spec(
-    axes: Axes,
-    rules: Rules,
-    mesh: Mesh | AbstractMesh,
-    shape: tuple[int, ...],
-    name: str,
+    axes: Axes, rules: Rules, mesh: Mesh | AbstractMesh, shape: tuple[int, ...], name: str
 ) -> PartitionSpec:
     if len(axes) != len(shape):
         raise InputError(f"{name}: {len(axes)} logical axes {axes} for an array of shape {shape}")
@@ -339,14 +335,18 @@ def _uneven(
     return None
 
 
+def _check_divided(leaves: list[Leaf], rules: Rules, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError for the first leaf that the mesh does not divide, with meshes that would."""
+    for name, logical, shape in leaves:
+        uneven = _uneven(logical, rules, mesh.shape, shape)
+        if uneven is not None:
+            raise _undivided(leaves, rules, mesh, name, *uneven)
+
+
 def _undivided(
-    leaves: list[tuple[str, Axes, tuple[int, ...]]],
-    rules: Rules,
-    mesh: Mesh | AbstractMesh,
-    wrong: tuple[str, str, int],
+    leaves: list[Leaf], rules: Rules, mesh: Mesh | AbstractMesh, name: str, axis: str, size: int
 ) -> Undivided:
-    """What to say of a leaf (name, axis, size) that the mesh does not divide."""
-    name, axis, size = wrong
+    """What to say of a leaf, one of whose axes the mesh does not divide."""
     split = " × ".join(f"{target} {mesh.shape[target]}" for target in rules.mesh_axes(axis))
     told = f"{name}: {axis} of size {size} is not divisible by mesh {split}"
     near = []
@@ -370,18 +370,6 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def constrain(
-    x: Array, axes: Axes, rules: Rules, mesh: Mesh | None, *, name: str = "array"
-) -> Array:
-    """Hold x to the sharding of its logical axes inside jit; without a mesh, x as it is.
-
-    Raises InputError as `resolve` does.
-    """
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, resolve(axes, rules, mesh, x.shape, name=name))
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where a model's arrays lie: on a mesh, by these rules, or on one device."""
@@ -397,15 +385,14 @@ class Placement:
         return math.prod(self.mesh.shape[target] for target in split)
 
     def constrain(self, tree: Any, axes: Any) -> Any:
-        """Inside jit, every array of a tree held to the sharding of its logical axes."""
+        """Inside jit, every array of a tree held to the sharding of its logical axes.
+
+        Without a mesh the tree as it is. Raises InputError as `resolve_tree` does.
+        """
         if self.mesh is None:
             return tree
-
-        def constrained(path: tuple[Any, ...], x: Array, one: Axes) -> Array:
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
-            return constrain(x, one, self.rules, self.mesh, name=name)
-
-        return jax.tree_util.tree_map_with_path(constrained, tree, axes)
+        shardings = resolve_tree(axes, tree, self.rules, self.mesh)
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
     def gather_axis(self, weight: Array, axes: Axes, axis: str) -> Array:
         """Inside jit, a weight gathered along one logical axis; its gradient is spread again.

@@ -1,16 +1,22 @@
-"""What a program computes and exchanges: operations of its jaxpr, collectives of its compiled text.
+"""A program compiled for a slice that is not here: memory, operations, exchanges, the time.
 
-Operations are those of the whole program, whatever devices share it; loops count by their length.
+Memory is what the compiler says. Operations are read from the jaxpr, those of the whole program,
+whatever devices share it; exchanges from the compiled text; loops count by their length. The time
+is an estimate that follows from published rates of the chip.
 """
 
 import math
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.extend import core
+
+from w2s_jax.plan.programs import Program
+from w2s_jax.plan.topology import Slice
 
 
 def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
@@ -23,25 +29,25 @@ def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
     found = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
+        cost = parameters.get("cost_estimate")
         if name == "dot_general":
             found += _dot(equation)
-            continue
-        cost = parameters.get("cost_estimate")
-        if name == "pallas_call" and cost is not None:
+        elif name == "pallas_call" and cost is not None:
             found += cost.flops
-            continue
-        inner = [matmul_operations(one, unknown) for one in _inside(parameters)]
-        if name == "scan":
-            found += parameters["length"] * sum(inner)
-        elif name == "shard_map":
-            found += parameters["mesh"].size * sum(inner)
-        elif name == "while":
-            found += unknown * sum(inner)
-        elif name == "cond":
-            found += max(inner, default=0.0)
         else:
-            found += sum(inner)
+            inner = [matmul_operations(one, unknown) for one in _inside(parameters)]
+            all_of_them = max if name == "cond" and inner else sum
+            found += _times(name, parameters, unknown) * all_of_them(inner)
     return found
+
+
+def _times(name: str, parameters: Any, unknown: int) -> int:
+    """How often an equation runs what is inside it."""
+    if name == "scan":
+        return parameters["length"]
+    if name == "shard_map":
+        return parameters["mesh"].size
+    return unknown if name == "while" else 1
 
 
 def _dot(equation: Any) -> float:
@@ -275,3 +281,106 @@ def _group(line: str, everyone: int) -> int:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """All collectives of a kind: how many in a call, and the bytes that each device sends."""
+
+    kind: str
+    count: int
+    moved: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler says of a program, in bytes of each device.
+
+    arguments: weights, caches and all else that goes in; temporary: what is needed beside them.
+    refusal: why it does not fit, in the compiler's words. operations: of matmuls, of one device's
+    even share. seconds: the estimate of a call. gathered: weights and caches that a loop gathers
+    whole.
+    """
+
+    name: str
+    calls: int
+    arguments: int = 0
+    temporary: int = 0
+    refusal: str | None = None
+    operations: float = 0.0
+    reads: float = 0.0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    exchanges: tuple[Exchange, ...] = ()
+    gathered: tuple[str, ...] = ()
+
+
+def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]]) -> Measured:
+    """Compile one program for a slice.
+
+    Args:
+        program: the program; what it does not fit in is part of what is measured.
+        place: the slice.
+        wholes: whole shapes, by name, that no loop should gather.
+    """
+    traced, chip = program.trace(), place.chip
+    found = Measured(program.name, program.calls)
+    start = time.monotonic()
+    try:
+        compiled = traced.lower(lowering_platforms=(chip.platform,)).compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        spent = time.monotonic() - start
+        return replace(found, refusal=_refusal(str(error)), compile_seconds=spent)
+    spent = time.monotonic() - start
+    operations = matmul_operations(traced.jaxpr, program.loops) / len(place.devices)
+    used, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), program.loops)
+    moved = sum(one.moved for one in exchanged if one.kind != BETWEEN_SLICES)
+    abroad = sum(one.moved for one in exchanged if one.kind == BETWEEN_SLICES)
+    beside = max(0, used.output_size_in_bytes - used.alias_size_in_bytes)
+    gathered = gathers_of(exchanged, _own(program.name, wholes))
+    computing = max(operations / chip.operations, program.reads / chip.bandwidth)
+    return replace(
+        found,
+        arguments=used.argument_size_in_bytes,
+        # Donated arguments are counted among the outputs that take their place.
+        temporary=used.temp_size_in_bytes + beside,
+        operations=operations,
+        reads=program.reads,
+        # Two links of a ring carry at once; nothing is assumed to overlap with the exchange.
+        seconds=computing + moved / (2 * chip.link) + abroad / chip.network,
+        compile_seconds=spent,
+        exchanges=_by_kind(exchanged),
+        gathered=tuple(sorted({name for name, _ in gathered})),
+    )
+
+
+def _own(program: str, wholes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """The arrays of the one model that a program is of ("tuned scores"), or of all."""
+    roles = (name.partition("/")[0].removesuffix("'s cache") for name in wholes)
+    role = next((role for role in roles if program.startswith(f"{role} ")), None)
+    if role is None:
+        return wholes
+    return {name: shape for name, shape in wholes.items() if re.match(rf"{role}('s cache)?/", name)}
+
+
+def _refusal(message: str) -> str:
+    """The two sizes that the compiler names, where it does."""
+    for pattern, told in (
+        (r"Used (\S+) of (\S+) hbm", "needs {} of {}"),
+        (r"temporaries \((\S+)\) exceeds available HBM \((\S+)\)", "needs {} beside, of {}"),
+    ):
+        sizes = re.search(pattern, message)
+        if sizes:
+            return told.format(*sizes.groups())
+    return " ".join(message.split())[:160]
+
+
+def _by_kind(found: Sequence[Collective]) -> tuple[Exchange, ...]:
+    kinds = {kind: [one for one in found if one.kind == kind] for kind in (*KINDS, BETWEEN_SLICES)}
+    return tuple(
+        Exchange(kind, sum(one.times for one in own), sum(one.moved for one in own))
+        for kind, own in sorted(kinds.items())
+        if own
+    )

@@ -9,18 +9,20 @@ import importlib.metadata
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.plan.measure import GIB, Plan
-from w2s_jax.plan.meshes import Shapes
-from w2s_jax.plan.programs import GuideShapes, SearchShapes, shape_of
-from w2s_jax.plan.trials import Trials, Trying, smallest_slice
+from w2s_jax.plan.config import PlanMatrixConfig
+from w2s_jax.plan.planning import GIB, Plan, Tell, Trials, Trying, gib, smallest_slice
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, shape_of
+from w2s_jax.plan.topology import check_compiler
 from w2s_jax.search.config import cbs
-from w2s_jax.text.rows import check_writable, write_whole
+from w2s_jax.text.rows import check_writable, locked, write_whole
 from w2s_jax.train.estimate import TrainingShapes
 
 FAMILIES = ("v5e", "v5p", "v6e")
@@ -119,6 +121,26 @@ def cells(only: str = "") -> list[Cell]:
     return found
 
 
+def plan_as_set(config: PlanMatrixConfig, tell: Tell) -> tuple[str, list[str]]:
+    """The table in Markdown, and the cells that failed; see `w2s_jax.plan.plan_matrix`."""
+    if config.tries < 1:
+        raise InputError(f"--try is {config.tries}; it must be at least 1")
+    asked, order = cells(config.only), cells()
+    table, figures = (Path(name) if name else None for name in (config.out, config.json))
+    if table and figures and table.resolve() == figures.resolve():
+        raise InputError(f"--out and --json are both {config.json}; name two files")
+    check_compiler(FAMILIES[0])
+    with ExitStack() as locks:
+        for path in filter(None, (table, figures)):
+            locks.enter_context(locked(path))
+        records = open_records(table, figures, compiler_of(), settings_of(config.tries))
+        lacking = [cell for cell in asked if records.lacks(cell)]
+        tell(f"{len(asked) - len(lacking)} of {len(asked)} cells are there")
+        trying = Trying(config.tries, tell=tell)
+        failed = plan_cells(lacking, trying, lambda row: records.keep(row, order))
+    return records.text([cell.name for cell in asked]), failed
+
+
 def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
     """The smallest slice of the cell's family that fits, and its plan.
 
@@ -133,9 +155,7 @@ def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
 
 
 def plan_cells(
-    asked: Sequence[Cell],
-    trying: Trying,
-    keep: Callable[[MatrixRow], None],
+    asked: Sequence[Cell], trying: Trying, keep: Callable[[MatrixRow], None]
 ) -> list[str]:
     """Plan every cell, and hand each row to `keep` when it is done; names of those that failed.
 
@@ -165,12 +185,9 @@ def _why_not(trials: Trials) -> str:
 
 
 def _all() -> Iterator[Cell]:
-    for family in FAMILIES:
-        for size in MODELS:
-            yield Cell(family, size, "search")
-            for work in ("sft", "dpo"):
-                for tuning in TUNINGS:
-                    yield Cell(family, size, work, tuning)
+    for family, size in product(FAMILIES, MODELS):
+        yield Cell(family, size, "search")
+        yield from (Cell(family, size, *rest) for rest in product(("sft", "dpo"), TUNINGS))
 
 
 MIB = 2**20
@@ -225,7 +242,7 @@ class Records:
 
     def text(self, names: Sequence[str]) -> str:
         """The table in Markdown, of those rows that there are."""
-        head = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+        head = [_row(_HEAD), f"|{'---|' * len(_HEAD)}"]
         own = [self.lines[name] for name in names if name in self.lines]
         about = f"{_ABOUT}{textwrap.fill(self.settings, 100)}\n\n{self.compiler}\n\n"
         return about + "\n".join([*head, *own]) + "\n"
@@ -239,9 +256,10 @@ def open_records(table: Path | None, figures: Path | None, compiler: str, settin
     """
     for path in filter(None, (table, figures)):
         check_writable(path)
-    lines = {} if table is None else _read_table(table, compiler, settings)
-    rows = {} if figures is None else _read_figures(figures, compiler, settings)
-    return Records(table, figures, compiler, settings, lines, rows)
+    made = (compiler, settings)
+    lines = _read(table, "a table", _parse_table, *made)
+    rows = _read(figures, "figures", _parse_figures, *made)
+    return Records(table, figures, *made, lines, rows)
 
 
 def settings_of(tries: int) -> str:
@@ -261,75 +279,74 @@ def line_of(row: MatrixRow) -> str:
     refused = "; ".join(f"{at.partition(':')[2]} {why}" for at, why in dict(row.refused).items())
     plan = row.plan
     if plan is None:
-        cells = [row.cell.name, "none fits", *("",) * (len(_HEAD) - 3), refused]
-    else:
-        cells = [
-            row.cell.name,
-            plan.topology,
-            str(plan.devices),
-            plan.mesh,
-            str(row.rows),
-            f"{sum(plan.resident_bytes.values()) / GIB:.2f}",
-            f"{plan.temporaries / GIB:.2f}",
-            f"{plan.needed / GIB:.2f}",
-            f"{plan.memory / GIB:.2f}",
-            f"{plan.moved / MIB:,.0f}",
-            f"{plan.tokens_per_second:,.0f}",
-            f"{plan.compile_seconds:.0f} s",
-            refused,
-        ]
+        return _row([row.cell.name, "none fits", *("",) * (len(_HEAD) - 3), refused])
+    return _row([
+        row.cell.name,
+        plan.topology,
+        str(plan.devices),
+        plan.mesh,
+        str(row.rows),
+        *map(gib, (plan.held, plan.temporaries, plan.needed, plan.memory)),
+        f"{plan.moved / MIB:,.0f}",
+        f"{plan.tokens_per_second:,.0f}",
+        f"{plan.compile_seconds:.0f} s",
+        refused,
+    ])  # fmt: skip
+
+
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def _read_table(path: Path, compiler: str, settings: str) -> dict[str, str]:
-    if not path.exists():
+_Parsed = tuple[str, Sequence[Any], dict[str, Any]]
+"""Of a file: its compiler, what may be its settings, and its whole rows by name."""
+
+
+def _read(
+    path: Path | None, kind: str, parse: Callable[[str], _Parsed], compiler: str, settings: str
+) -> dict[str, Any]:
+    """The whole rows of a file; none where there is no file."""
+    if path is None or not path.exists():
         return {}
     check_fetched(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError:
-        text = ""
-    lines = text.splitlines()
-    told = next((one for one in lines if one.startswith("Compiled with ")), None)
-    if f"| {' | '.join(_HEAD)} |" not in lines or told is None:
-        raise InputError(f"{path}: not a table of `w2s plan matrix`; name another file")
-    # Lines may be broken elsewhere, also at a hyphen.
-    parts = ("".join(part.split()) for part in text.split("\n\n"))
-    _check(path, told, compiler, "".join(settings.split()) in parts)
-    rows = [line for line in lines if line.startswith("| ") and line.endswith(" |")]
-    columns = {row: row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows}
-    whole = {cells[0]: row for row, cells in columns.items() if len(cells) == len(_HEAD)}
-    return {name: row for name, row in whole.items() if name != _HEAD[0]}
-
-
-def _read_figures(path: Path, compiler: str, settings: str) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    check_fetched(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows, told = {row["cell"]: row for row in found["rows"]}, found["compiler"]
-        if not told.isprintable():
-            raise TypeError
+        told, texts, rows = parse(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not figures of `w2s plan matrix`; name another file") from None
-    _check(path, told, compiler, found.get("settings") == settings)
-    return {name: row for name, row in rows.items() if _is_whole(row)}
-
-
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row of the figures has its plan, which is None where none fits."""
-    return {"refused", "rows", "plan"} <= set(row) and isinstance(row["plan"], dict | None)
-
-
-def _check(path: Path, told: str, compiler: str, same_settings: bool) -> None:
+        raise InputError(f"{path}: not {kind} of `w2s plan matrix`; name another file") from None
     if told != compiler:
         raise InputError(
             f"{path}: its rows were {told[:1].lower()}{told[1:-1]}, and here is "
             f"{compiler.removeprefix('Compiled with ')[:-1]}; name another file, or delete it"
         )
-    if not same_settings:
+    if settings not in texts and "".join(settings.split()) not in texts:
         raise InputError(
             f"{path}: its rows were planned with other settings, or with another --try; name "
             "another file, or delete it"
         )
+    return rows
+
+
+def _parse_table(text: str) -> _Parsed:
+    lines = text.splitlines()
+    told = next((line for line in lines if line.startswith("Compiled with ")), None)
+    if told is None or _row(_HEAD) not in lines:
+        raise ValueError("another table")
+    # Settings may be broken into lines elsewhere, also at a hyphen.
+    texts = ["".join(part.split()) for part in text.split("\n\n")]
+    rows = [line for line in lines if line.startswith("| ") and line.endswith(" |")]
+    columns = {row: row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows}
+    whole = {cells[0]: row for row, cells in columns.items() if len(cells) == len(_HEAD)}
+    return told, texts, {name: row for name, row in whole.items() if name != _HEAD[0]}
+
+
+def _parse_figures(text: str) -> _Parsed:
+    found = json.loads(text)
+    told, rows = found["compiler"], {row["cell"]: row for row in found["rows"]}
+    if not told.isprintable():
+        raise ValueError("no compiler")
+    whole = {
+        name: row
+        for name, row in rows.items()
+        if {"refused", "rows", "plan"} <= set(row) and isinstance(row["plan"], dict | None)
+    }
+    return told, [found.get("settings")], whole

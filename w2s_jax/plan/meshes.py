@@ -4,7 +4,7 @@ A mesh for the devices that are here is chosen as a plan chooses that of a slice
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,27 +12,25 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from w2s_jax.distributed import agree, gather_values
 from w2s_jax.errors import InputError, Undivided
-from w2s_jax.exchange import agree, gather_values
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import STORED, quickest_dtype
 from w2s_jax.ops.meshes import mesh_name
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
 from w2s_jax.plan.programs import (
     GuideShapes,
-    Program,
-    SearchPrograms,
+    Programs,
     SearchShapes,
-    search_programs,
+    Shapes,
+    programs_on,
 )
 from w2s_jax.plan.topology import Chip, chip_of, chip_of_devices, device_count
-from w2s_jax.plan.training import TrainingProgram, training_program
 from w2s_jax.search.checkpoints import SteeringPlan
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import Places
 from w2s_jax.train.estimate import TrainingShapes
 
-Shapes = SearchShapes | TrainingShapes
 _NUMBER = 2
 """Bytes of a bfloat16 number."""
 
@@ -64,13 +62,6 @@ class _NoDevice:
     client: None = None
 
 
-def programs_on(shapes: Shapes, mesh: Mesh) -> SearchPrograms | TrainingProgram:
-    """What runs on a mesh, ready to compile; InputError where the mesh does not divide an array."""
-    if isinstance(shapes, SearchShapes):
-        return search_programs(shapes, mesh)
-    return training_program(shapes, mesh)
-
-
 def candidates(
     shapes: Shapes, chip: Chip, devices: int, among: Iterable[Shape] | None = None
 ) -> list[Candidate]:
@@ -97,11 +88,9 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
         return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
     held = sum(found.resident_bytes.values())
     if isinstance(shapes, SearchShapes):
-        assert isinstance(found, SearchPrograms)
-        beside, seconds = _search_beside(shapes, shape), _search_seconds(shapes, found, chip, shape)
+        beside, seconds = _guess_search(shapes, found, chip, shape)
     else:
-        beside = _training_beside(shapes, found.resident_bytes, shape)
-        seconds = _training_seconds(shapes, found.resident_bytes, chip, shape)
+        beside, seconds = _guess_training(shapes, found, chip, shape)
     why = None
     if held > chip.memory:
         why = f"holds {held / 2**30:.1f} GiB, and a device has {chip.memory / 2**30:.2f}"
@@ -116,69 +105,59 @@ def _mesh_of_none(shape: Shape) -> Mesh:
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _search_beside(shapes: SearchShapes, shape: Shape) -> float:
-    """A chunk's logits of a device's rows, in float32, of the widest vocabulary."""
-    data, fsdp, _ = shape
-    rows = max(1, shapes.slots // (data * fsdp)) * shapes.config.rows
-    widest = max(one.vocab_size for one in shapes.models.values())
-    return 4.0 * rows * shapes.config.length * widest
+def _guess_search(
+    shapes: SearchShapes, found: Programs, chip: Chip, shape: Shape
+) -> tuple[float, float]:
+    """Bytes beside what is held, and seconds of a batch.
 
-
-def _search_seconds(shapes: SearchShapes, found: SearchPrograms, chip: Chip, shape: Shape) -> float:
-    """Reading of weights and caches, and what layers split over devices exchange."""
+    Beside: a chunk's logits of a device's rows, in float32, of the widest vocabulary. The time is
+    that of reading weights and caches, and of what layers split over devices exchange.
+    """
     data, fsdp, tensor = shape
-    config, slots = shapes.config, shapes.slots
-    seconds = sum(one.reads * _calls(one, shapes) for one in found.programs) / chip.bandwidth
+    config, slots, models = shapes.config, shapes.slots, shapes.models.values()
+    rows = max(1, slots // (data * fsdp)) * config.rows
+    beside = 4.0 * rows * config.length * max(one.vocab_size for one in models)
+    seconds = sum(one.reads * one.times for one in found.programs) / chip.bandwidth
     # A prompt is read alone, so that data splits its tokens no more than tensor does.
     tokens = slots * (config.rows * config.chunks * config.length / data + shapes.prompt_tokens)
     layer = _ring(fsdp * tensor) + _ring(tensor) / fsdp
-    moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in shapes.models.values())
-    return seconds + moved / (2 * chip.link)
+    moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in models)
+    return beside, seconds + moved / (2 * chip.link)
 
 
-def _calls(program: Program, shapes: SearchShapes) -> int:
-    """How often a program runs for a batch of prompts."""
-    return shapes.config.chunks * program.calls or shapes.slots
+def _guess_training(
+    shapes: TrainingShapes, found: Programs, chip: Chip, shape: Shape
+) -> tuple[float, float]:
+    """Bytes beside what is held, and seconds of a step.
 
-
-def _training_beside(shapes: TrainingShapes, held: Mapping[str, int], shape: Shape) -> float:
-    """Gradients, the weights as they are computed with, and what the backward pass reads again."""
-    trained = held["trained parameters"]
-    tokens = _local_tokens(shapes, shape)
-    model = shapes.model
-    kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
-    residuals = _NUMBER * kept * tokens * model.layers * model.width
-    logits = 4 * tokens * model.vocab_size / shape[2]
-    return 1.5 * trained * (2 if shapes.accumulate > 1 else 1) + residuals + logits
-
-
-def _training_seconds(
-    shapes: TrainingShapes, held: Mapping[str, int], chip: Chip, shape: Shape
-) -> float:
-    """Multiplications, weights gathered and gradients summed, and what split layers exchange."""
+    Beside: gradients, the weights as they are computed with, and what the backward pass reads
+    again. The time is that of multiplications, weights gathered and gradients summed, and of what
+    split layers exchange.
+    """
     data, fsdp, tensor = shape
     model, again = shapes.model, shapes.remat != "none"
-    full = shapes.lora is None
-    passes = 2 + full + again
-    work = 2.0 * passes * shapes.tokens * _parameters(model) / math.prod(shape)
-    read = _NUMBER * _parameters(model) / tensor
+    trained, parameters = found.resident_bytes["trained parameters"], _parameters(model)
+    # Those of a micro-batch that one device reads.
+    tokens = shapes.tokens / shapes.accumulate / (data * fsdp)
+    kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
+    residuals = _NUMBER * kept * tokens * model.layers * model.width
+    logits = 4 * tokens * model.vocab_size / tensor
+    beside = 1.5 * trained * (2 if shapes.accumulate > 1 else 1) + residuals + logits
+    passes = 2 + (shapes.lora is None) + again
+    work = 2.0 * passes * shapes.tokens * parameters / math.prod(shape)
     # Weights are gathered for the passes forward and back, and again where one is repeated.
+    read = _NUMBER * parameters / tensor
     moved = (2 + again) * shapes.accumulate * read * _ring(fsdp) / 2
     # Trained parameters are held in fsdp parts; their gradients are summed part by part.
-    moved += held["trained parameters"] * (fsdp - 1 + _ring(data))
-    tokens = _local_tokens(shapes, shape) * shapes.accumulate
+    moved += trained * (fsdp - 1 + _ring(data))
+    tokens = tokens * shapes.accumulate
     moved += (2 + again) * 2 * _NUMBER * tokens * model.layers * model.width * _ring(tensor)
-    return work / chip.operations + moved / (2 * chip.link)
+    return beside, work / chip.operations + moved / (2 * chip.link)
 
 
 def _ring(parts: int) -> float:
     """Bytes that each of so many devices sends to sum one byte over all of them."""
     return 2 * (parts - 1) / parts
-
-
-def _local_tokens(shapes: TrainingShapes, shape: Shape) -> float:
-    """Tokens of a micro-batch that one device reads."""
-    return shapes.tokens / shapes.accumulate / (shape[0] * shape[1])
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -302,26 +281,25 @@ def search_shapes(
         slots_flag: the flag that messages name.
     """
     from w2s_jax.models.huggingface import locate
-    from w2s_jax.models.reward import load_reward_config
+    from w2s_jax.models.load import load_reward_config
 
-    checkpoints = plan.sources.checkpoints
-    guiding = iter([role for role in plan.configs if "tuned" in role])
-    pairs = zip(guiding, guiding, plan.on_device, strict=True)
+    configs = plan.configs
     bases = {path: adapted.base for path, adapted in plan.adapters.items()}
-    rewards = (path for role, path in checkpoints.items() if role.startswith("reward-model"))
-    judges = [load_reward_config(bases.get(path, path)) for path in rewards]
+    judges = [load_reward_config(bases.get(one.path, one.path)) for one in plan.rewards]
     dtype = dtype or quickest_dtype()
     return SearchShapes(
-        policy=plan.configs["policy"],
+        policy=configs["policy"],
         guides=tuple(
-            GuideShapes(plan.configs[tuned], plan.configs[untuned], on_tokens=here)
-            for tuned, untuned, here in pairs
+            GuideShapes(
+                configs[guide.tuned.role], configs[guide.untuned.role], on_tokens=guide.on_device
+            )
+            for guide in plan.guides
         ),
         config=config,
         prompt_tokens=prompt_tokens,
         slots=slots,
         slots_flag=slots_flag,
-        dtype=_stored_dtype(locate(checkpoints["policy"])) if dtype == STORED else dtype,
+        dtype=_stored_dtype(locate(plan.members[0].path)) if dtype == STORED else dtype,
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,

@@ -1,11 +1,13 @@
-"""The programs of a search for models that are not here: shapes and shardings, ready to compile.
+"""The programs of a search or a training for models that are not here: shapes and shardings.
 
-They are those that `search` runs, for shapes of published models, of a folder or of a config.json.
+They are those that `search`, `w2s sft` and `w2s dpo` run, ready to compile, for shapes of published
+models, of a folder or of a config.json.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,17 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, cache_axes
 from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
+from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
-from w2s_jax.ops.sharding import SEARCH_RULES, Rules, resolve_tree, with_shardings
+from w2s_jax.ops.meshes import check_batch
+from w2s_jax.ops.sharding import (
+    SEARCH_RULES,
+    Placement,
+    Rules,
+    resolve_tree,
+    with_shardings,
+)
 from w2s_jax.search import incremental_programs, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
@@ -30,8 +40,11 @@ from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.text.batches import bucket
-from w2s_jax.train.estimate import abstract_on_mesh
-from w2s_jax.train.step import check_batch
+from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.logprobs import head_of, row_groups
+from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
+from w2s_jax.train.step import make_optimizer, make_train_step
 
 
 def shape_of(name: str) -> ModelConfig:
@@ -125,129 +138,84 @@ class SearchShapes:
         return ("policy", *(name for pair in pairs for name in pair))
 
 
+Shapes = SearchShapes | TrainingShapes
+
+
 @dataclass(frozen=True)
 class Program:
     """A jitted function with abstract arguments.
 
-    calls: how often it runs in a chunk, 0 where once a prompt. reads: bytes that each device reads
-    and writes in one call, of weights and caches. loops: how often a loop runs at most whose length
-    depends on what is read. twin: the name of a program that is the same but for the weights.
+    calls: how often it runs in a chunk of a search, 0 where once a prompt; times: how often for a
+    batch of prompts, or in a step of training. reads: bytes that each device reads and writes in
+    one call, of weights and caches. loops: how often a loop runs at most whose length depends on
+    what is read. twin: the name of a program that is the same but for the weights.
     """
 
     name: str
     trace: Callable[[], Any]
     calls: int
+    times: int
     reads: float
     loops: int = 1
     twin: str | None = None
 
 
-_Built = tuple[list[Program], dict[str, int], dict[str, KVCache]]
-"""Programs, what stays between them in bytes, and the caches, these by name."""
-
-
 @dataclass(frozen=True)
-class SearchPrograms:
-    """All programs of a search, and what stays on the devices between them, by name, in bytes.
+class Programs:
+    """All programs of a search or a training, and what stays on a device between them, in bytes.
 
-    wholes: the whole shapes of weights and caches, of one layer, that no loop should gather.
+    tokens: those that a batch of prompts is answered with, or that a step reads. wholes: the whole
+    shapes of weights and caches, of one layer, that no loop should gather.
     """
 
     programs: tuple[Program, ...]
     resident_bytes: Mapping[str, int]
-    wholes: Mapping[str, tuple[int, ...]]
+    tokens: int
+    wholes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def search_programs(shapes: SearchShapes, mesh: Mesh) -> SearchPrograms:
+def programs_on(shapes: Shapes, mesh: Mesh) -> Programs:
+    """What runs on a mesh, ready to compile; InputError where the mesh does not divide an array."""
+    if isinstance(shapes, SearchShapes):
+        return search_programs(shapes, mesh)
+    return training_programs(shapes, mesh)
+
+
+def search_programs(shapes: SearchShapes, mesh: Mesh) -> Programs:
     """The programs of a search on a mesh; InputError where it does not divide an array or slots."""
     check_batch(shapes.slots, 1, mesh, flag=shapes.slots_flag)
-    models = {
-        role: _abstract(config, shapes, mesh, shapes.policy_rules, shapes.quantize)
+    on_mesh = partial(abstract_on_mesh, dtype=shapes.dtype, scan_layers=True, mesh=mesh)
+    weights = {
+        role: on_mesh(config, rules=shapes.policy_rules, quantize_as=shapes.quantize)
         if role == "policy"
-        else _abstract(config, shapes, mesh, shapes.guide_rules)
+        else on_mesh(config, rules=shapes.guide_rules)
         for role, config in shapes.models.items()
     }
-    held = {role: nbytes(model) for role, model in models.items()}
-    wholes = {
-        f"{role}/{name}": shape
-        for role, model in models.items()
-        for name, shape in _layer_shapes(model).items()
-    }
-    build = _on_tokens if len(shapes.members) == len(models) else _on_text
-    programs, kept, caches = build(shapes, mesh, models)
-    for role, cache in caches.items():
-        wholes |= {f"{role}/{name}": shape for name, shape in _cache_shapes(cache).items()}
-    return SearchPrograms(tuple(programs), held | kept, wholes)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes that the fullest device holds of arrays with shardings."""
-
-    def shard(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
-        return math.prod(shape) * bits // 8
-
-    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _on_tokens(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> _Built:
-    models = _members(shapes, weights)
-    state = _abstract_state(models, shapes.config, shapes, mesh)
-    programs = [
-        _insertion(models, state, shapes),
-        Program(
-            "search_step",
-            lambda: step.search_step.trace(models, state),
-            1,
-            _step_reads(models, state) + 2 * nbytes((state.proposer, state.scorer)),
-        ),
-    ]
-    return programs, _held(state), _caches(shapes, models, state)
-
-
-def _on_text(shapes: SearchShapes, mesh: Mesh, weights: Mapping[str, Model]) -> _Built:
-    models = _members(shapes, weights)
-    config = shapes.config
-    if not models.guides and isinstance(config.scorer, LogRatio):
-        config = replace(config, scorer=NoScore())
+    models, config = _members(shapes, weights), shapes.config
     apart = [role for role in weights if role not in shapes.members]
+    if apart and not models.guides and isinstance(config.scorer, LogRatio):
+        config = replace(config, scorer=NoScore())
     texts = len(shapes.guides) - len(models.guides) + len(shapes.judges)
     state = _abstract_state(models, config, shapes, mesh, texts=texts)
-
-    def concluding() -> Any:
-        _, proposal = jax.eval_shape(step.propose, models, state)
-        totals = jax.ShapeDtypeStruct((shapes.slots, config.rows, texts), jnp.float32)
-        return session.conclude_program.trace(models, state, proposal, totals)
-
-    programs = [
-        _insertion(models, state, shapes),
-        Program(
-            "propose",
-            lambda: session.propose_program.trace(models, state),
-            1,
-            _step_reads(models, state),
-        ),
-        Program(
-            "select",
-            concluding,
-            1,
-            2 * nbytes((state.proposer, state.scorer)),
-        ),
-    ]
-    held, caches = _held(state), _caches(shapes, models, state)
-    read: dict[ModelConfig, list[Program]] = {}
+    resident = {role: nbytes(model) for role, model in weights.items()} | _resident(state)
+    caches = _caches(shapes, models, state)
+    steps = _steps_apart(models, state, texts) if apart else [_whole_step(models, state)]
+    programs = [_insertion(models, state, shapes), *steps]
+    first: dict[ModelConfig, list[Program]] = {}
     for role in apart:
         model = weights[role]
         cache = caches[f"{role}'s cache"] = _abstract_cache(model, shapes)
-        held[f"{role}'s cache"] = nbytes(cache)
+        resident[f"{role}'s cache"] = nbytes(cache)
         reading = _reading(role, model, cache, shapes)
-        twins = read.setdefault(model.config, reading)
+        twins = first.setdefault(model.config, reading)
         if twins is not reading:
             pairs = zip(reading, twins, strict=True)
             reading = [replace(one, twin=twin.name) for one, twin in pairs]
         programs += reading
-    return programs, held, caches
+    shapes_of = [(role, _layer_shapes(model)) for role, model in weights.items()]
+    shapes_of += [(role, _cache_shapes(cache)) for role, cache in caches.items()]
+    wholes = {f"{role}/{name}": size for role, own in shapes_of for name, size in own.items()}
+    return Programs(tuple(programs), resident, shapes.slots * config.max_new_tokens, wholes)
 
 
 def _members(shapes: SearchShapes, weights: Mapping[str, Model]) -> SearchModels:
@@ -255,6 +223,30 @@ def _members(shapes: SearchShapes, weights: Mapping[str, Model]) -> SearchModels
     policy, *others = (weights[role] for role in shapes.members)
     pairs = zip(others[0::2], others[1::2], strict=True)
     return search_models(policy, [Guide(tuned, untuned) for tuned, untuned in pairs])
+
+
+def _whole_step(models: SearchModels, state: SearchState) -> Program:
+    """A chunk of a search whose models all read tokens."""
+    reads = _step_reads(models, state) + 2 * nbytes((state.proposer, state.scorer))
+    trace = partial(step.search_step.trace, models, state)
+    return Program("search_step", trace, 1, state.config.chunks, reads)
+
+
+def _steps_apart(models: SearchModels, state: SearchState, texts: int) -> list[Program]:
+    """A chunk in two programs, between which so many scorers of texts read it."""
+
+    def conclude() -> Any:
+        _, proposal = jax.eval_shape(step.propose, models, state)
+        rows = (state.active.shape[0], state.config.rows, texts)
+        totals = jax.ShapeDtypeStruct(rows, jnp.float32)
+        return session.conclude_program.trace(models, state, proposal, totals)
+
+    propose, chunks = partial(session.propose_program.trace, models, state), state.config.chunks
+    kept = 2 * nbytes((state.proposer, state.scorer))
+    return [
+        Program("propose", propose, 1, chunks, _step_reads(models, state)),
+        Program("select", conclude, 1, chunks, kept),
+    ]
 
 
 def _step_reads(models: SearchModels, state: SearchState) -> float:
@@ -267,12 +259,12 @@ def _step_reads(models: SearchModels, state: SearchState) -> float:
     return state.config.length * each + scoring + nbytes(state.scorer)
 
 
-def _held(state: SearchState) -> dict[str, int]:
+def _resident(state: SearchState) -> dict[str, int]:
     """What a state keeps on each device; the guides' caches where any guide reads tokens."""
     own, *mixed = state.proposer
     others = nbytes((mixed, state.scorer))
-    held = {"policy's cache": nbytes(own)} | ({"guides' caches": others} if others else {})
-    return held | {"state": nbytes(replace(state, proposer=(), scorer=()))}
+    found = {"policy's cache": nbytes(own)} | ({"guides' caches": others} if others else {})
+    return found | {"state": nbytes(replace(state, proposer=(), scorer=()))}
 
 
 def _caches(shapes: SearchShapes, models: SearchModels, state: SearchState) -> dict[str, KVCache]:
@@ -285,106 +277,67 @@ def _caches(shapes: SearchShapes, models: SearchModels, state: SearchState) -> d
 def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
     """A guide that reads texts: a prompt, a chunk of every row, what was chosen."""
     config, width = shapes.config, shapes.config.length + MERGES
-    each, rows = (shapes.slots, config.beam_width), (shapes.slots, config.rows)
-    whole, last = _ints(*each), _ints(*each)
-    tokens, longer = _ints(*rows, width), _ints(2, 0)
-    prefix = bucket(shapes.prompt_tokens)
+    whole = last = _ints(shapes.slots, config.beam_width)
+    tokens, longer = _ints(shapes.slots, config.rows, width), _ints(2, 0)
+    given = (model, cache, whole, last, tokens, longer)
+    prompt = (_ints(), _ints(bucket(shapes.prompt_tokens)), _ints())
+    read_rows = partial(incremental_programs.read_rows, first=width)
 
-    def scoring() -> Any:
-        return incremental_programs.read_rows.trace(
-            model, cache, whole, last, tokens, longer, first=width
-        )
-
-    def keeping() -> Any:
-        *_, read = jax.eval_shape(
-            lambda *given: incremental_programs.read_rows(*given, first=width),
-            model, cache, whole, last, tokens, longer,
-        )  # fmt: skip
+    def keep() -> Any:
+        *_, read = jax.eval_shape(read_rows, *given)
         return incremental_programs.keep.trace(cache, read, whole, last)
 
+    prefill = partial(incremental_programs.prefill_slot.trace, model, cache, *prompt)
+    score = partial(incremental_programs.read_rows.trace, *given, first=width)
     own, size = nbytes(model), nbytes(cache)
+    chunk = partial(Program, calls=1, times=config.chunks)
     return [
-        Program(
-            f"{role} reads a prompt",
-            lambda: incremental_programs.prefill_slot.trace(
-                model, cache, _ints(), _ints(prefix), _ints()
-            ),
-            0,
-            own,
-        ),
-        Program(f"{role} scores", scoring, 1, own + size),
-        Program(
-            f"{role} keeps",
-            keeping,
-            1,
-            2 * size,
-        ),
+        Program(f"{role} reads a prompt", prefill, 0, shapes.slots, own),
+        chunk(f"{role} scores", score, reads=own + size),
+        chunk(f"{role} keeps", keep, reads=2 * size),
     ]
 
 
 def _insertion(models: SearchModels, state: SearchState, shapes: SearchShapes) -> Program:
     """A prompt into a slot: every model that reads tokens reads it."""
-    request = Request(0, ((1,),))
-    room = bucket(shapes.prompt_tokens) + 1
-    given = (np.int32(0), session.draws_of(state.config, request), _ints(1, room), _ints(1))
-    return Program(
-        "prefill",
-        lambda: session.insert_program.trace(models, state, *given),
-        0,
-        nbytes(models.members),
-    )
-
-
-def _abstract(
-    config: ModelConfig,
-    shapes: SearchShapes,
-    mesh: Mesh,
-    rules: Rules,
-    quantize: QuantizeConfig | None = None,
-) -> Model:
-    return abstract_on_mesh(
-        config, dtype=shapes.dtype, scan_layers=True, mesh=mesh, rules=rules, quantize_as=quantize
-    )
+    draws = session.draws_of(state.config, Request(0, ((1,),)))
+    given = (np.int32(0), draws, _ints(1, bucket(shapes.prompt_tokens) + 1), _ints(1))
+    trace = partial(session.insert_program.trace, models, state, *given)
+    return Program("prefill", trace, 0, shapes.slots, nbytes(models.members))
 
 
 def _abstract_state(
     models: SearchModels, config: SearchConfig, shapes: SearchShapes, mesh: Mesh, texts: int = 0
 ) -> SearchState:
-    def start(models: SearchModels) -> SearchState:
-        return start_search(
-            models,
-            config,
-            slots=shapes.slots,
-            prefix_capacity=bucket(shapes.prompt_tokens),
-            text_objectives=texts,
-            mesh=mesh,
-            rules=shapes.policy_rules,
-        )
-
+    start = partial(
+        start_search,
+        config=config,
+        slots=shapes.slots,
+        prefix_capacity=bucket(shapes.prompt_tokens),
+        text_objectives=texts,
+        mesh=mesh,
+        rules=shapes.policy_rules,
+    )
     state = jax.eval_shape(start, models)
     rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
     rest = with_shardings(rest, resolve_tree(axes, rest, shapes.policy_rules, mesh))
-    caches = (tuple(map(_placed_cache, part)) for part in (state.proposer, state.scorer))
-    return replace(rest, **dict(zip(("proposer", "scorer"), caches, strict=True)))
+    proposer, scorer = (tuple(map(_placed, part)) for part in (state.proposer, state.scorer))
+    return replace(rest, proposer=proposer, scorer=scorer)
 
 
 def _abstract_cache(model: Model, shapes: SearchShapes) -> KVCache:
     config = shapes.config
-    width = config.length + MERGES
-    cache = jax.eval_shape(
-        lambda model: start_cache(
-            model,
-            slots=shapes.slots,
-            hypotheses=config.beam_width,
-            prefix_capacity=bucket(shapes.prompt_tokens),
-            committed_capacity=bucket(config.max_new_tokens + width),
-        ),
-        model,
+    start = partial(
+        start_cache,
+        slots=shapes.slots,
+        hypotheses=config.beam_width,
+        prefix_capacity=bucket(shapes.prompt_tokens),
+        committed_capacity=bucket(config.max_new_tokens + config.length + MERGES),
     )
-    return _placed_cache(cache)
+    return _placed(jax.eval_shape(start, model))
 
 
-def _placed_cache(cache: KVCache) -> KVCache:
+def _placed(cache: KVCache) -> KVCache:
     place = cache.placement
     assert place.mesh is not None
     return with_shardings(cache, resolve_tree(cache_axes(cache), cache, place.rules, place.mesh))
@@ -411,3 +364,75 @@ def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes that the fullest device holds of arrays with shardings."""
+
+    def shard(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
+        return math.prod(shape) * bits // 8
+
+    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:
+    """The step on a mesh; InputError where the mesh does not divide an array or the rows."""
+    check_batch(shapes.rows, shapes.accumulate, mesh, flag="--batch-size")
+    if shapes.eval_rows is not None:
+        check_batch(shapes.eval_rows, 1, mesh, flag="--eval-batch-size")
+    options: dict[str, Any] = {"scan_layers": True, "mesh": mesh, "rules": shapes.rules}
+    frozen: dict[str, Any] = {}
+    if shapes.lora is None:
+        params = abstract_on_mesh(shapes.model, dtype=jnp.float32, **options).params
+    else:
+        params = abstract_adapter(shapes.model, shapes.lora, **options)
+        frozen[BASE] = abstract_on_mesh(shapes.model, dtype=shapes.dtype, **options)
+    beside = [abstract_on_mesh(one, dtype=shapes.dtype, **options) for one in shapes.beside]
+    policy = Policy(shapes.model, shapes.lora, shapes.remat, Placement(mesh, shapes.rules))
+    pairs = shapes.objective == "dpo"
+    loss = preference_objective(policy, PreferenceConfig()) if pairs else sft_loss(policy)
+    optimizer = make_optimizer(shapes.optimizer, 1000)
+    state = abstract_state(params, optimizer)
+    batch = abstract_batch(_batch(shapes), mesh)
+    train_step = make_train_step(
+        loss,
+        optimizer,
+        accumulate=shapes.accumulate,
+        compute_dtype=shapes.dtype,
+        mesh=mesh,
+        like=state,
+    )
+    resident = {
+        "trained parameters": nbytes(state.params),
+        "optimizer": nbytes(state.optimizer),
+        "frozen parameters": nbytes((frozen, beside)),
+        "batch": nbytes(batch),
+    }
+    # Forward, backward and what is computed again read the weights; the update reads and writes.
+    weights = nbytes(frozen) or resident["trained parameters"]
+    reads = 3.0 * shapes.accumulate * weights
+    reads += 2.0 * (resident["trained parameters"] + resident["optimizer"])
+    trace = partial(train_step.trace, state, frozen, batch)  # type: ignore[attr-defined]
+    blocks = _head_blocks(shapes, policy.placement)
+    program = Program("training step", trace, 1, 1, reads, blocks)
+    return Programs((program,), resident, shapes.tokens)
+
+
+def _head_blocks(shapes: TrainingShapes, placement: Placement) -> int:
+    """Blocks of logits in a micro-batch of which every token counts."""
+    rows = shapes.tokens // (shapes.length * shapes.accumulate)
+    groups = row_groups(placement, rows)
+    return head_of(shapes.model, placement).blocks(groups, rows // groups * shapes.length)
+
+
+def _batch(shapes: TrainingShapes) -> dict[str, tuple[tuple[int, ...], str]]:
+    sides = (2,) if shapes.objective == "dpo" else ()
+    rows = (shapes.rows, *sides, shapes.length)
+    found: dict[str, tuple[tuple[int, ...], str]] = {
+        "tokens": (rows, "int32"), "segments": (rows, "int32"), "targets": (rows, "bool")
+    }  # fmt: skip
+    if sides:
+        found["reference"] = ((shapes.rows, 2), "float32")
+    return found

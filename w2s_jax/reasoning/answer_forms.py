@@ -9,76 +9,71 @@ number mostly is, dollars and degrees ("voted"), or nothing, since a question ma
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, permutations
 from math import gcd
 from typing import Literal
 
-from w2s_jax.reasoning.answer_text import split_top
 from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
-from w2s_jax.reasoning.quantities import Quantity, is_counted, read_quantity, reads_as_word
-from w2s_jax.reasoning.units import NO_UNIT, named, read_unit
+from w2s_jax.reasoning.quantities import (
+    NO_UNIT,
+    Quantity,
+    is_counted,
+    named,
+    read_quantity,
+    read_unit,
+    reads_as_word,
+)
 
-VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
-ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
-FALLING = {">": "<", r"\ge": r"\le"}
-_RISING = {rising: falling for falling, rising in FALLING.items()}
-_REALS_PATTERN = r"(?:\\mathbb\s*\{?R\}?|\\R(?:eals)?(?![A-Za-z])|(?i:all (?:real numbers|reals)))"
+_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!infty|pi)[A-Za-z]+")
+_ORDER = re.compile(r"\\[lg]e(?![a-zA-Z])|[<>]")
+_FALLING = {">": "<", r"\ge": r"\le"}
+_REALS = r"(?:\\mathbb\s*\{?R\}?|\\R(?:eals)?(?![A-Za-z])|(?i:all (?:real numbers|reals)))"
 _BUILT = re.compile(
-    rf"\\\{{\s*(?P<name>[A-Za-z])\s*(?:\\in\s*{_REALS_PATTERN}\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*(?P<told>.+)\\\}}"
+    rf"\\\{{\s*[A-Za-z]\s*(?:\\in\s*{_REALS}\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*(?P<told>.+)\\\}}"
 )
 _EXCEPT = re.compile(
-    rf"(?:[A-Za-z]\s*\\in\s*)?{_REALS_PATTERN}\s*(?:(?:\\setminus|\\backslash|-)\s*\\\{{(?P<set>.+)\\\}}"
+    rf"(?:[A-Za-z]\s*\\in\s*)?{_REALS}\s*(?:(?:\\setminus|\\backslash|-)\s*\\\{{(?P<set>.+)\\\}}"
     r"|,?\s*(?:except|other than)\s+(?P<told>.+))"
+    rf"|(?P<name>{_VARIABLE.pattern})\s*\\ne(?![a-zA-Z])(?P<unequal>.+)"
 )
-_UNEQUAL = re.compile(r"\\ne(?![a-zA-Z])")
 _AND = re.compile(r"\s*(?:,\s*(?:and\b)?|\band\b|\\(?:cap|land|wedge)(?![a-zA-Z]))\s*")
 _FOREIGN = re.compile(r"([\[(\]])([^()\[\]]+,[^()\[\]]+)([\[)\]])")
 _TUPLE = re.compile(r"\((\s*\\?[A-Za-z]+(?:\s*,\s*\\?[A-Za-z]+)+\s*)\)\s*=\s*(\(.+\))")
 
 
-def plain_range(answer: str) -> str:
+def _plain_range(answer: str) -> str:
     """An answer with its set of numbers as an inequality, intervals or a tuple; others as told."""
     if built := _BUILT.fullmatch(answer):
         answer = built["told"].strip()
-    if named := _TUPLE.fullmatch(answer):
-        return _in_order(named[1], named[2]) or answer
+    if told := _TUPLE.fullmatch(answer):
+        return _in_order(told[1].split(","), split_top(told[2][1:-1])) or answer
     if but := _EXCEPT.fullmatch(answer):
-        return _without(_AND.split((but["set"] or but["told"]).strip())) or answer
-    if _UNEQUAL.search(answer):
-        return _unequal(answer) or answer
-    if len(ends := _AND.split(answer)) == 2 and (between := _between(*ends)):
-        return between
+        again = rf"(?:{re.escape(but['name'])}\s*\\ne(?![a-zA-Z]))?" if but["name"] else ""
+        places = (but["set"] or but["told"] or but["unequal"]).strip()
+        return _without(re.split(_AND.pattern + again, places)) or answer
+    parts = _AND.split(answer)
+    for chains in permutations(map(_chain, parts)) if len(parts) == 2 else ():
+        match chains:
+            # x > 1 and 3 > x is 1 < x < 3.
+            case [low, below, name], [same, above, high] if name == same:
+                if _VARIABLE.fullmatch(name):
+                    return f"{low} {below} {name} {above} {high}"
     return _FOREIGN.sub(_round, answer)
 
 
 def _round(interval: re.Match[str]) -> str:
     """]a,b[ as (a,b)."""
-    if interval[1] == "]" or interval[3] == "[":
-        return f"{interval[1].replace(']', '(')}{interval[2]}{interval[3].replace('[', ')')}"
-    return interval[0]
+    return interval[1].replace("]", "(") + interval[2] + interval[3].replace("[", ")")
 
 
-def _in_order(names: str, values: str) -> str | None:
+def _in_order(names: list[str], values: list[str] | None) -> str | None:
     """The values of (y,x) = (2,1) as (1,2); of names that are no coordinates as they stand."""
-    told, parts = [name.strip() for name in names.split(",")], split_top(values[1:-1])
-    if parts is None or len(parts) != len(told):
+    if values is None or len(values) != len(names):
         return None
+    told = [name.strip() for name in names]
     if set(told) <= set("xyz"):
-        parts = [part for _, part in sorted(zip(told, parts, strict=True))]
-    return f"({','.join(parts)})"
-
-
-def _unequal(answer: str) -> str | None:
-    r"""x \ne 1 and x \ne 2, x \ne 1, 2."""
-    name, places = None, []
-    for part in _AND.split(answer):
-        sides = [side.strip() for side in _UNEQUAL.split(part)]
-        if len(sides) == 2 and VARIABLE.fullmatch(sides[0]) and name in (None, sides[0]):
-            name = sides[0]
-        elif name is None or len(sides) != 1:
-            return None
-        places.append(sides[-1])
-    return _without(places)
+        values = [value for _, value in sorted(zip(told, values, strict=True))]
+    return f"({','.join(values)})"
 
 
 def _without(places: list[str]) -> str | None:
@@ -91,27 +86,27 @@ def _without(places: list[str]) -> str | None:
     return r"\cup".join(f"({low},{high})" for low, high in pairwise(ends))
 
 
-def _between(one: str, other: str) -> str | None:
-    """x > 1 and 3 > x as 1 < x < 3."""
-    rays = [_ray(one), _ray(other)]
-    if rays[0] is None or rays[1] is None or rays[0][0] != rays[1][0]:
+def _chain(answer: str) -> list[str] | None:
+    r"""Sides and signs of an inequality, the least side first: 3 > x \ge 1 as 1 \le x < 3."""
+    parts = [part.strip() for part in re.split(f"({_ORDER.pattern})", answer)]
+    falling = {sign in _FALLING for sign in parts[1::2]}
+    if len(falling) != 1 or len(parts) > 5 or not all(parts):
         return None
-    low, high = sorted((rays[0], rays[1]), key=lambda ray: ray[1] not in FALLING)
-    if low[1] not in FALLING or high[1] in FALLING:
-        return None
-    return f"{low[2]} {FALLING[low[1]]} {low[0]} {high[1]} {high[2]}"
+    return [_FALLING.get(part, part) for part in reversed(parts)] if True in falling else parts
 
 
-def _ray(part: str) -> tuple[str, str, str] | None:
-    """The variable of an inequality, its sign and its other side, with the variable on the left."""
-    signs, sides = ORDER.findall(part), [side.strip() for side in ORDER.split(part)]
-    if len(signs) != 1:
-        return None
-    if VARIABLE.fullmatch(sides[0]):
-        return sides[0], signs[0], sides[1]
-    if VARIABLE.fullmatch(sides[1]):
-        return sides[1], (FALLING | _RISING)[signs[0]], sides[0]
-    return None
+def split_top(text: str) -> list[str] | None:
+    """Parts of a list between commas outside all brackets; None where brackets do not match."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return None
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return None if depth else [part.strip() for part in parts]
 
 
 How = Literal["told", "voted", "bare"]
@@ -130,21 +125,27 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "not", "any", "two", "six"))
 _INNER_CAPITAL = re.compile("[a-z][A-Z]")
 _ARTICLES = re.compile(r"\b(?:an?|the)\s+")
-_REALS = frozenset((r"\mathbb{R}", r"\R", r"\Reals", "all real numbers", "all reals"))
-_EMPTY = frozenset((r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "empty set"))
-_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
-_CLOCK = re.compile(
-    r"(?P<hour>\d{1,2})(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?|\d(?=\s*[aApP])))?"
-    r"(?(minutes)\s*|\s*(?=[aApP]))(?P<half>(?:[ap]\.?\s*m|[AP]\.?\s*M)\.?)?"
+_REALS_ALONE = re.compile(r"\\mathbb\{R\}|\\R|\\Reals|(?i:all real numbers|all reals)")
+_EMPTY = re.compile(
+    r"\\emptyset|\\varnothing|\\\{ ?\\\}|(?i:(?:an? |the )?empty set"
+    r"|(?:there (?:is|are) )?no solutions?(?: exists?)?)"
 )
-_OCLOCK = re.compile(r"(?<=\d)\s*o['’]clock")
+_CLOCK = re.compile(
+    r"(?P<hour>\d{1,2})"
+    r"(?:(?::(?P<minutes>[0-5]\d(?::[0-5]\d)?|\d(?=\s*[aApP]))|\s*o['’]clock)\s*|\s*(?=[aApP]))"
+    r"(?P<half>(?:[ap]\.?\s*m|[AP]\.?\s*M)\.?)?"
+)
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|\bto\b)\s*\d+(?:\.\d+)?)+")
 _IN_BASE = re.compile(r"(\d{1,200})_\s*\{?\s*(\d{1,2}|ten|two)\s*\}?")
 _RESIDUE = re.compile(
     r"(?:[^=<>,]*\\equiv\s*)?(-?\d{1,200})\s*\(?\s*\\?[pb]?mod(?![a-z])\s*\{?\s*(\d{1,200})\s*\}?\s*\)?"
 )
-_MATRIX = re.compile(r"\\begin\{[bp]?matrix\}(.*)\\end\{[bp]?matrix\}", re.DOTALL)
+_INFINITY = re.compile(r"\+?(-?)\s*\\infty")
+_MATRIX = re.compile(r"\\begin\{[bp]?matrix\}((?:(?!\\begin).)*)\\end\{[bp]?matrix\}", re.DOTALL)
+_SET = re.compile(r"\\\{(.+)\\\}", re.DOTALL)
+_BRACKETED = re.compile(r"([(\[])(.+)([)\]])")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
+_OR = re.compile(r"\s*,?\s*\bor\b\s*")
 _JOINED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*|;")
 _SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])\s*")
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
@@ -155,16 +156,18 @@ _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
 def form(answer: str, how: How = "told") -> str:
     """The one form of an answer, the text without spaces where nothing else can be read."""
-    answer = plain_range(answer)
+    answer = _plain_range(answer)
     for lead in (_LEAD, _MEMBER):
         if found := lead.match(answer):
             answer = answer[found.end() :].strip()
     labelled = _LABEL.fullmatch(answer)
     if labelled and "," not in labelled[2]:
         answer = labelled[2].strip()
+    for pattern, read in _NOTATIONS.items():
+        if (match := pattern.fullmatch(answer)) and (told := read(match, how)) is not None:
+            return told
     for read in _READERS:
-        told = read(answer, how)
-        if told is not None:
+        if (told := read(answer, how)) is not None:
             return told
     return _IDLE_SPACE.sub("", answer)
 
@@ -186,49 +189,26 @@ def quantity(answer: str) -> Quantity | None:
     return None if value is None else Quantity(value)
 
 
-def _words(answer: str, how: How) -> str | None:
-    if _ARTICLES.sub("", answer.lower()) in _EMPTY or _NO_SOLUTION.fullmatch(answer):
-        return "{}"
-    if answer in _REALS or answer.lower() in _REALS:
-        return "(-oo,oo)"
-    if not _WORDS.fullmatch(answer):
-        return None
-    # NaCl is no NACL; what else words say, they say in any case.
-    named = answer if _INNER_CAPITAL.search(answer) else answer.lower()
-    words = _ARTICLES.sub("", named).split()
-    if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
-        return None
-    if read_quantity(answer) is not None:
-        return None
-    return " ".join(word[:-1] if re.search(r"[^s]s$", word) else word for word in words)
-
-
-def _clock(answer: str, how: How) -> str | None:
+def _clock(match: re.Match[str], how: How) -> str | None:
     """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
-    match = _CLOCK.fullmatch(_OCLOCK.sub(":00", answer))
-    if match is None or int(match["hour"]) > (12 if match["half"] else 24):
-        return None
     hour, minutes = int(match["hour"]), (match["minutes"] or "00").zfill(2)
     half = (match["half"] or "")[:1].lower()
-    if half and how != "bare":
-        return f"{hour % 12 + 12 * (half == 'p')}:{minutes} h"
-    return f"{hour}:{minutes} h" if hour > 12 and how != "bare" else f"{hour}:{minutes}"
-
-
-def _ratio(answer: str, how: How) -> str | None:
-    if not _RATIO.fullmatch(answer):
+    if hour > (12 if half else 24):
         return None
-    parts = [Fraction(part) for part in re.findall(r"[\d.]+", answer)]
+    if half and how != "bare":
+        hour = hour % 12 + 12 * (half == "p")
+    return f"{hour}:{minutes} h" if how != "bare" and (half or hour > 12) else f"{hour}:{minutes}"
+
+
+def _ratio(match: re.Match[str], how: How) -> str | None:
+    parts = [Fraction(part) for part in re.findall(r"[\d.]+", match[0])]
     if len(parts) == 2 and parts[1]:
         return write(parts[0] / parts[1])
     whole = [int(part * 10**6) for part in parts]
     return ":".join(str(part // max(gcd(*whole), 1)) for part in whole)
 
 
-def _in_base(answer: str, how: How) -> str | None:
-    match = _IN_BASE.fullmatch(answer)
-    if match is None:
-        return None
+def _in_base(match: re.Match[str], how: How) -> str | None:
     base = {"ten": 10, "two": 2}.get(match[2]) or int(match[2])
     try:
         return str(int(match[1])) if how == "bare" else f"{int(match[1], base)} in a base"
@@ -236,28 +216,55 @@ def _in_base(answer: str, how: How) -> str | None:
         return None
 
 
-def _residue(answer: str, how: How) -> str | None:
-    match = _RESIDUE.fullmatch(answer)
-    if match is None or int(match[2]) == 0:
-        return None
+def _residue(match: re.Match[str], how: How) -> str | None:
     value, modulus = int(match[1]), int(match[2])
+    if modulus == 0:
+        return None
     return str(value) if how == "bare" else f"{value % modulus} mod {modulus}"
 
 
-def _infinity(answer: str, how: How) -> str | None:
-    match = re.fullmatch(r"([-+]?)\s*\\infty", answer)
-    return match and f"{match[1].strip('+')}oo"
+def _matrix(match: re.Match[str], how: How) -> str | None:
+    rows = [row.split("&") for row in match[1].split("\\\\") if row.strip()]
+    return "; ".join(", ".join(form(cell.strip(), how) for cell in row) for row in rows)
 
 
-def _plain(answer: str, how: How) -> str | None:
-    return _write(read_quantity(answer), how)
+def _bracketed(match: re.Match[str], how: How) -> str | None:
+    """A tuple or an interval in its order."""
+    parts = split_top(match[2].replace(";", ","))
+    if parts is None or not all(parts):
+        return None
+    forms = [form(part, how) for part in parts]
+    return forms[0] if len(forms) == 1 else match[1] + ",".join(forms) + match[3]
 
 
-def _constant(answer: str, how: How) -> str | None:
-    return _write(quantity(answer), how)
+_NOTATIONS: dict[re.Pattern[str], Callable[[re.Match[str], How], str | None]] = {
+    _EMPTY: lambda match, how: "{}",
+    _REALS_ALONE: lambda match, how: "(-oo,oo)",
+    _CLOCK: _clock,
+    _RATIO: _ratio,
+    _IN_BASE: _in_base,
+    _RESIDUE: _residue,
+    _INFINITY: lambda match, how: f"{match[1]}oo",
+    _MATRIX: _matrix,
+    _SET: lambda match, how: _listed(split_top(match[1]), how),
+    _BRACKETED: _bracketed,
+}
 
 
-def _write(found: Quantity | None, how: How) -> str | None:
+def _words(answer: str, how: How) -> str | None:
+    if not _WORDS.fullmatch(answer):
+        return None
+    # NaCl is no NACL; what else words say, they say in any case.
+    told = answer if _INNER_CAPITAL.search(answer) else answer.lower()
+    words = _ARTICLES.sub("", told).split()
+    if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
+        return None
+    if read_quantity(answer) is not None:
+        return None
+    return " ".join(word[:-1] if re.search(r"[^s]s$", word) else word for word in words)
+
+
+def _number(found: Quantity | None, how: How) -> str | None:
     if found is None:
         return None
     if how == "bare":
@@ -267,59 +274,31 @@ def _write(found: Quantity | None, how: How) -> str | None:
     return f"{write(found.told)} {found.unit}"
 
 
-def _matrix(answer: str, how: How) -> str | None:
-    match = _MATRIX.fullmatch(answer)
-    if match is None or "\\begin" in match[1]:
-        return None
-    rows = [row.split("&") for row in match[1].split("\\\\") if row.strip()]
-    return "; ".join(", ".join(form(cell.strip(), how) for cell in row) for row in rows)
-
-
-def _bracketed(answer: str, how: How) -> str | None:
-    """A tuple or an interval in its order, a set sorted."""
-    if answer.startswith("\\{") and answer.endswith("\\}"):
-        return _listed(split_top(answer[2:-2]), how)
-    if not (re.fullmatch(r"[(\[].+[)\]]", answer) and _one_bracket(answer)):
-        return None
-    parts = split_top(answer[1:-1].replace(";", ","))
-    if parts is None or not all(parts):
-        return None
-    forms = [form(part, how) for part in parts]
-    return forms[0] if len(forms) == 1 else answer[0] + ",".join(forms) + answer[-1]
-
-
 def _union(answer: str, how: How) -> str | None:
     r"""Intervals and inequalities joined by \cup or "or", in any order."""
     parts = _CUP.split(answer)
     if len(parts) == 1:
-        parts = re.split(r"\s*,?\s*\bor\b\s*", answer)
-        if len(parts) == 1 or not all(ORDER.search(part) for part in parts):
+        parts = _OR.split(answer)
+        if len(parts) == 1 or not all(_ORDER.search(part) for part in parts):
             return None
     return " u ".join(sorted(form(part.strip(), how) for part in parts))
 
 
 def _inequality(answer: str, how: How) -> str | None:
     r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
-    signs = [sign[0] for sign in ORDER.finditer(answer)]
-    sides = [side.strip() for side in ORDER.split(answer)]
-    if not 1 <= len(signs) <= 2 or not all(sides):
+    chain = _chain(answer)
+    if chain is None:
         return None
-    falling = [sign in FALLING for sign in signs]
-    if len(set(falling)) > 1:
-        return None
-    if falling[0]:
-        signs, sides = signs[::-1], sides[::-1]
-    open_ends = [sign in ("<", ">") for sign in signs]
-    if len(signs) == 1 and VARIABLE.fullmatch(sides[0]):
-        open_ends, sides = [True, *open_ends], [r"-\infty", *sides]
-    elif len(signs) == 1 and VARIABLE.fullmatch(sides[1]):
-        open_ends, sides = [*open_ends, True], [*sides, r"\infty"]
-    elif len(signs) == 1 or not VARIABLE.fullmatch(sides[1]):
-        names = [" < " if is_open else " <= " for is_open in open_ends]
-        forms = [form(side, how) for side in sides]
-        return "".join(piece for pair in zip(forms, [*names, ""], strict=True) for piece in pair)
-    low, high = form(sides[0], how), form(sides[2], how)
-    return f"{'[('[open_ends[0]]}{low},{high}{'])'[open_ends[1]]}"
+    if len(chain) == 3 and _VARIABLE.fullmatch(chain[0]):
+        chain = [r"-\infty", "<", *chain]
+    elif len(chain) == 3 and _VARIABLE.fullmatch(chain[2]):
+        chain = [*chain, "<", r"\infty"]
+    sides = [form(side, how) for side in chain[::2]]
+    if len(sides) == 3 and _VARIABLE.fullmatch(chain[2]):
+        brackets = "(" if chain[1] == "<" else "[", ")" if chain[3] == "<" else "]"
+        return f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}"
+    signs = [" < " if sign == "<" else " <= " for sign in chain[1::2]]
+    return "".join(map("".join, zip(sides, [*signs, ""], strict=True)))
 
 
 def _several(answer: str, how: How) -> str | None:
@@ -342,17 +321,16 @@ def _several(answer: str, how: How) -> str | None:
 def _listed(parts: list[str] | None, how: How) -> str | None:
     if parts is None or not all(parts):
         return None
-    told = [sign for part in parts for sign in _both_signs(part)]
-    forms = sorted({form(part, how) for part in told})
+    forms = sorted({form(sign, how) for part in parts for sign in _both_signs(part)})
     return forms[0] if len(forms) == 1 else "{" + ",".join(forms) + "}"
 
 
 def _both_signs(part: str) -> list[str]:
     if not _SIGNS.search(part):
         return [part]
-    # A plus in front of all is no sign of an expression.
     upper = _SIGNS.sub(lambda sign: "+-"[sign[0].startswith("\\mp")], part)
     lower = _SIGNS.sub(lambda sign: "-+"[sign[0].startswith("\\mp")], part)
+    # A plus in front of all is no sign of an expression.
     return [upper.removeprefix("+"), lower.removeprefix("+")]
 
 
@@ -363,21 +341,10 @@ def _equation(answer: str, how: How) -> str | None:
     return equation_form(sides[-2].strip(), sides[-1].strip())
 
 
-def _expression(answer: str, how: How) -> str | None:
-    return expression_form(answer)
-
-
 _READERS: tuple[Callable[[str, How], str | None], ...] = (
-    *(_words, _clock, _ratio, _in_base, _residue, _infinity, _plain, _matrix, _bracketed),
-    *(_union, _inequality, _several, _equation, _constant, _expression),
+    _words,
+    lambda answer, how: _number(read_quantity(answer), how),
+    *(_union, _inequality, _several, _equation),
+    lambda answer, how: _number(quantity(answer), how),
+    lambda answer, how: expression_form(answer),
 )
-
-
-def _one_bracket(answer: str) -> bool:
-    """Whether the first bracket closes at the very end, as in (1,2) and not in (1,2)u(3,4)."""
-    depth = 0
-    for index, character in enumerate(answer):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            return index == len(answer) - 1
-    return False

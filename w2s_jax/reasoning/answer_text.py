@@ -4,13 +4,12 @@ Knows no values: numbers are read in quantities.py, expressions in expressions.p
 """
 
 import re
-from fractions import Fraction
-from unicodedata import normalize, numeric
+from collections.abc import Callable
+from unicodedata import normalize
 
 _BOX_TOKENS = re.compile(
-    r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>\d[\d.,]*|(?<=\s)(?:\\[a-z]+(?:\{[^{}]*\})*|[^\s${}\\]+)))"
-    r"|\\.|[{}]",
-    re.DOTALL,
+    r"(?s)\\(?:boxed|fbox)\s*(?P<bare>\d[\d.,]*|(?<=\s)(?:\\[a-z]+(?:\{[^{}]*\})*|[^\s${}\\]+))"
+    r"|(?P<open>(?:\\(?:boxed|fbox)\s*)?\{)|\\.|\}"
 )
 _BETWEEN_BOXES = re.compile(r"(?:[\s$\\,;.()]|\band\b|\bor\b){1,20}")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
@@ -90,69 +89,62 @@ _LINE_MARK = re.compile(
     r"(?m)^[ \t]*(?:>[ \t]*|[-*][ \t]+|#{1,3}[ \t]+|#{5,}[ \t]+)+|^```\w*[ \t]*$"
 )
 
-_DROPPED = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\(?:displaystyle|quad|qquad|limits)(?![a-zA-Z])"
-)
-_SPACES = re.compile(r"\\[,;:!> ]|~|\\(?:thinspace|space)(?![a-zA-Z])|\s+")
-_WORDS = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{([^{}]*)\}"
-)
-_FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|\{[^{}]*\})")
-_SHORT_ROOT = re.compile(r"\\sqrt\s*(\d)")
-# What the published normaliser, which takes "ft" out of everything, leaves of \\left and \\infty.
-_DAMAGED = ((re.compile(r"\\le(?=[(\[{|])(?=.*\\right)"), ""), (re.compile(r"\\iny\b"), r"\\infty"))
-_SYNONYMS = (
-    (re.compile(r"\\(?:leq(?:slant)?|leqq)(?![a-zA-Z])"), r"\\le "),
-    (re.compile(r"<=(?!>)"), r"\\le "),
-    (re.compile(r">="), r"\\ge "),
-    (re.compile(r"\\neq(?![a-zA-Z])|\\not\s*="), r"\\ne "),
-    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
-    (re.compile(r"\\(?:geq(?:slant)?|geqq)(?![a-zA-Z])"), r"\\ge "),
-    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
-    (re.compile(r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])"), "("),
-    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
-    (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
-)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff\ud800-\udfff]")
-_RAISED = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
-_LOWERED = re.compile("[₀-₉]+")
-_OVERLINED = re.compile("(?:\\d\u0305)+")
-
-
-def _fraction(value: float) -> str:
-    above, below = Fraction(value).limit_denominator(10).as_integer_ratio()
-    return f"\\frac{{{above}}}{{{below}}}"
-
-
-_CHARACTERS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": "/",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "°": r"^\circ",
-        "∪": r"\cup ",
-        "ℝ": r"\mathbb{R}",
-        "∈": r"\in ",
-        "∅": r"\emptyset ",
-        "∓": r"\mp ",
-        "≠": r"\ne ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "±": r"\pm ",
-        "≈": r"\approx ",
-        "“": '"',
-        "”": '"',
-        "≡": r"\equiv ",
-        **{sign: _fraction(numeric(sign)) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
-        "\xa0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
-    }
+_COMMANDS = "×times ·cdot πpi ∞infty ∪cup ∈in ∅emptyset ∓mp ≠ne ≤le ≥ge ±pm ≈approx ≡equiv"
+_CHARACTERS = str.maketrans("−–÷“”\xa0\u2009\u202f", '--/""   ') | str.maketrans(
+    {"°": r"^\circ", "ℝ": r"\mathbb{R}"}
+    | {command[0]: f"\\{command[1:]} " for command in _COMMANDS.split()}
+)
+_DOLLARS_OF_MONEY = re.compile(r"\$\s*[\d.,]+\s.*\$")
+_WORDS = (
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}"
+)
+# What is rewritten first, before characters, and what after single dollars have gone, in order.
+_AT_FIRST: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    ("(?:\\d\u0305)+", r"\\overline{\g<0>}"),
+    ("\u0305", ""),
+    ("[⁺⁻⁰¹²³⁴-⁹]+", lambda run: f"^{{{normalize('NFKC', run[0])}}}"),
+    ("[₀-₉]+", lambda run: f"_{{{normalize('NFKC', run[0])}}}"),
+    (
+        "[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]",
+        lambda one: re.sub("(.+)⁄(.+)", r"\\frac{\1}{\2}", normalize("NFKC", one[0])),
+    ),
+)
+_REWRITTEN: tuple[tuple[str, str], ...] = (
+    (r"\\([$%])", r"\1"),
+    (r"\{([,:])\}", r"\1"),
+    (r"\\leq(?:slant|q)?(?![a-zA-Z])|<=(?!>)", r"\\le "),
+    (r"\\geq(?:slant|q)?(?![a-zA-Z])|>=", r"\\ge "),
+    (r"\\neq(?![a-zA-Z])|\\not\s*=", r"\\ne "),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\colon(?![a-zA-Z])", ":"),
+    (r"\\\{", r"\\lbrace "),
+    (r"\\\}", r"\\rbrace "),
+    # What the published normaliser, which takes "ft" out of everything, leaves of \left and \infty.
+    (r"\\le(?=[(\[{|])(?=.*\\right)", ""),
+    (r"\\iny\b", r"\\infty"),
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+    (r"\\(?:displaystyle|q?quad|limits)(?![a-zA-Z])", ""),
+    # Before spaces go: in a matrix, "\\ " ends a row.
+    (r"\\\\", "\x00"),
+    (r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", ","),
+    (r"\\!", ""),
+    (r"\\[,;:!> ]|~|\\(?:thinspace|space)(?![a-zA-Z])|\s+", " "),
+    *((_WORDS, r" \1 "),) * 3,
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(?:(\d)|\{([^{}]*)\})\s*(?:(\d)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", " degrees "),
+    # As typed in plain text: in LaTeX, 2^10 would be two to the first, times nought.
+    (r"(?:\*\*|\^)\s*(-?\d+)(?![\d.])", r"^{\1}"),
+    (r"\*\*", "^"),
+    (r"\s+", " "),
+    ("\x00", r"\\\\"),
+    (r"\\lbrace ", r"\\{"),
+    (r"\\rbrace ", r"\\}"),
 )
 
 
@@ -162,19 +154,18 @@ def last_box(text: str) -> tuple[int, str]:
     Boxes with no more than a comma, "and" or "or" between them are one answer. An unclosed box is
     the end of a text that was cut off, and no answer.
     """
-    open_boxes: list[tuple[int, int] | None] = []
+    open_braces: list[re.Match[str]] = []
     boxes: list[tuple[int, int, str]] = []
     for token in _BOX_TOKENS.finditer(text):
-        if token[0] == "{":
-            open_boxes.append(None)
-        elif token[0] == "}":
-            if open_boxes and (begin := open_boxes.pop()):
-                boxes = [box for box in boxes[-8:] if box[0] < begin[0]]
-                boxes.append((begin[0], token.end(), text[begin[1] : token.start()]))
-        elif token["bare"]:
+        if token["bare"]:
             boxes.append((token.start(), token.end(), token["bare"]))
-        elif token[0].startswith(("\\boxed", "\\fbox")):
-            open_boxes.append((token.start(), token.end()))
+        elif token["open"]:
+            open_braces.append(token)
+        elif token[0] == "}" and open_braces:
+            begin = open_braces.pop()
+            if begin[0] != "{":
+                boxes = [box for box in boxes[-8:] if box[0] < begin.start()]
+                boxes.append((begin.start(), token.end(), text[begin.end() : token.start()]))
     if not boxes:
         return -1, ""
     start, _, content = boxes.pop()
@@ -271,10 +262,9 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
         return final_answer(tagged[-1], hashes_first=hashes_first) or tagged[-1]
     text = without_markdown(marked)
     hashes, box = after_hashes(text), last_box(text)
-    if max(hashes[0], box[0]) >= 0:
-        if hashes_first and hashes[0] >= 0:
-            return hashes[1]
-        return max(hashes, box, key=lambda at: at[0])[1]
+    place, found = hashes if hashes_first and hashes[0] >= 0 else max(hashes, box)
+    if place >= 0:
+        return found
     line = text.rstrip().rpartition("\n")[2]
     ends = _ALONE.fullmatch(text) or _SENTENCE.fullmatch(line) or _IS_THE_ANSWER.search(line)
     told = after_answer_is(text)[1] or last_bold(marked) or (ends[1] if ends else "")
@@ -322,65 +312,19 @@ def _stated(statement: str) -> str:
 
 def clean(answer: str) -> str:
     r"""An answer without what does not change its value: spacing, \left, $..$, \text, dots."""
-    answer = _OVERLINED.sub(r"\\overline{\g<0>}", _CONTROL.sub("", answer)).replace("\u0305", "")
-    answer = _RAISED.sub(lambda run: f"^{{{normalize('NFKC', run[0])}}}", answer)
-    answer = _LOWERED.sub(lambda run: f"_{{{normalize('NFKC', run[0])}}}", answer)
+    answer = _CONTROL.sub("", answer)
+    for pattern, plain in _AT_FIRST:
+        answer = re.sub(pattern, plain, answer)
     answer = without_markdown(answer).translate(_CHARACTERS).strip()
     answer = re.sub(r"^(?i:minus|negative)\s+(?=[\d.$\\])", "-", answer)
-    answer = re.sub(r"\\[(\[](.*)\\[)\]]", r"\1", answer, flags=re.DOTALL)
-    if answer.count("$") >= 2 and not re.search(r"\$\s*[\d.,]+\s.*\$", answer):
+    answer = re.sub(r"(?s)\\[(\[](.*)\\[)\]]", r"\1", answer)
+    if answer.count("$") >= 2 and not _DOLLARS_OF_MONEY.search(answer):
         answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = answer.replace("\\$", "$").replace("\\%", "%").replace("{,}", ",").replace("{:}", ":")
-    for pattern, plain in _SYNONYMS:
-        answer = pattern.sub(plain, answer)
-    answer = answer.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    for pattern, repaired in _DAMAGED:
-        answer = pattern.sub(repaired, answer)
-    answer = _DROPPED.sub("", answer)
-    # Before spaces go: in a matrix, "\\ " ends a row.
-    answer = answer.replace("\\\\", "\x00")
-    answer = re.sub(r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", ",", answer)
-    answer = re.sub(r"\\!", "", answer)
-    answer = _SPACES.sub(" ", answer)
-    for _ in range(3):
-        answer = _WORDS.sub(r" \1 ", answer)
-    answer = _FRACTION.sub(r"\\frac", answer)
-    answer = _SHORT_FRACTION.sub(_braced, answer)
-    answer = _SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
-    answer = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", " degrees ", answer)
-    # As typed in plain text: in LaTeX, 2^10 would be two to the first, times nought.
-    answer = re.sub(r"(?:\*\*|\^)\s*(-?\d+)(?![\d.])", r"^{\1}", answer).replace("**", "^")
-    answer = re.sub(r"\s+", " ", answer.replace("\x00", "\\\\"))
-    answer = answer.replace("\\lbrace ", "\\{").replace("\\rbrace ", "\\}")
-    return _without_end(answer)
-
-
-def _without_end(answer: str) -> str:
+    for pattern, plain in _REWRITTEN:
+        answer = re.sub(pattern, plain, answer)
     answer = answer.strip(" *`\n")
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip(" *`")
     # Behind a number alone it is a mark of inches.
-    return (
-        answer.strip('"') if answer.startswith('"') or not re.search(r"\d\"$", answer) else answer
-    )
-
-
-def _braced(match: re.Match[str]) -> str:
-    parts = [part if part.startswith("{") else f"{{{part}}}" for part in match.groups()]
-    return "\\frac" + "".join(parts)
-
-
-def split_top(text: str, separator: str = ",") -> list[str] | None:
-    """Parts of a list between separators outside all brackets; None where brackets do not match."""
-    parts, depth, begin = [], 0, 0
-    for index, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth < 0:
-                return None
-        elif character == separator and depth == 0:
-            parts.append(text[begin:index].strip())
-            begin = index + 1
-    return None if depth else [*parts, text[begin:].strip()]
+    quoted = answer.startswith('"') or not re.search(r'\d"$', answer)
+    return answer.strip('"') if quoted else answer

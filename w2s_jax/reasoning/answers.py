@@ -8,6 +8,7 @@ math: by value, numbers and units exactly, expressions by their values at points
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from w2s_jax.reasoning.answer_text import (
     last_box,
 )
 from w2s_jax.reasoning.expressions import expression_form
-from w2s_jax.reasoning.quantities import near, same_amount
+from w2s_jax.reasoning.quantities import MONEY, NO_UNIT, Quantity
 
 # What stands before the final answer of a response.
 MARKERS = {"gsm8k": "####", "math": "The answer is:", "olympicarena": "The answer is:"}
@@ -86,10 +87,8 @@ class PublishedChecker:
 def published_form(answer: str) -> str:
     """The published normal form of a final answer."""
     answer = answer.split("=")[-1]
-    for old, new in _REPLACED:
+    for old, new in (*_REPLACED, *((removed, "") for removed in _REMOVED)):
         answer = answer.replace(old, new)
-    for old in _REMOVED:
-        answer = answer.replace(old, "")
     for pattern, kept in _UNWRAPPED:
         answer = pattern.sub(kept, answer)
     answer = answer.replace("$", "")
@@ -148,6 +147,8 @@ def _harness_form(answer: str) -> str:
     return answer.lower()
 
 
+# A decimal stands for a number that is not its equal when it tells at least this many digits.
+_SIGNIFICANT_DIGITS = 6
 _CHOICE = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.):]\s.*)?", re.DOTALL)
 _SMALL_CHOICE = re.compile(r"[(\[]([a-h])[)\]]")
 _CHOICES = re.compile(r"[(\[{]?\s*([A-Z](?:\s*(?:,|;|&|/|\band\b|\s)\s*[A-Z])+)\s*[)\]}]?")
@@ -179,12 +180,10 @@ class MathChecker:
         if not prediction or not gold:
             return False
         # A choice in brackets may be told in small without them.
-        letters = (
-            self._letters(prediction, small=gold.startswith("(")),
-            self._letters(gold, small=prediction.startswith("(")),
-        )
-        if letters[0] is not None or letters[1] is not None:
-            return letters[0] == letters[1]
+        letters = self._letters(prediction, small=gold.startswith("("))
+        others = self._letters(gold, small=prediction.startswith("("))
+        if letters is not None or others is not None:
+            return letters == others
         if form(prediction, "voted") == form(gold, "voted"):
             return True
         if _as_typed(prediction, gold) or _as_typed(gold, prediction):
@@ -195,7 +194,7 @@ class MathChecker:
             return True
         numbers = quantity(prediction), quantity(gold)
         if numbers[0] and numbers[1]:
-            return near(numbers[0], numbers[1]) or same_amount(numbers[0], numbers[1])
+            return _near(numbers[0], numbers[1]) or _same_amount(numbers[0], numbers[1])
         # Half of mg is a product where another way to write it is no quantity.
         written = expression_form(prediction) if numbers[0] or numbers[1] else None
         return written is not None and written == expression_form(gold)
@@ -232,10 +231,28 @@ def _as_typed(one: str, other: str) -> bool:
     return re.fullmatch(r"\d{1,2}:\d", one) is not None and one.replace(":", ":0") == other
 
 
+def _same_amount(left: Quantity, right: Quantity) -> bool:
+    """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
+    few, more = sorted((left.unit.powers, right.unit.powers), key=len)
+    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in MONEY
+    return rate and left.value == right.value
+
+
+def _near(left: Quantity, right: Quantity) -> bool:
+    """Whether one is a decimal of at least _SIGNIFICANT_DIGITS digits that the other rounds to."""
+    told = [side for side in (left, right) if side.places is not None]
+    units = {side.unit for side in (left, right)} - {NO_UNIT}
+    if not told or len(units) > 1:
+        return False
+    coarse = min(told, key=lambda side: side.places or 0)
+    step = Fraction(10) ** -(coarse.places or 0)
+    return coarse.digits >= _SIGNIFICANT_DIGITS and abs(left.value - right.value) * 2 <= step
+
+
 KINDS = ("gsm8k", "math", "olympicarena")
 CHECKERS = ("math", "published", "harness", "harness-flexible")
-ANTLR = "4.11.0"
-MATH_VERIFY = "0.9.0"
+# By other versions, LaTeX is read wrongly.
+_READ_BY = {"math-verify": "0.9.0", "antlr4-python3-runtime": "4.11.0"}
 
 
 @runtime_checkable
@@ -264,31 +281,20 @@ def make_checker(name: str, kind: str) -> Checker:
     `math` judges by value and reads LaTeX by math-verify's parser; `published` has the rules of the
     code of arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's filters.
     Raises InputError for an unknown name or kind, a harness checker of other answers than GSM8K's,
-    and for `math` where math-verify or its ANTLR runtime is missing or of another version.
+    and for `math` where math-verify or its ANTLR runtime is missing or of another version: without
+    the one runtime that its parsers were made for, math-verify reads no LaTeX and would silently
+    compare nothing.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind of answers {kind!r}: one of {', '.join(KINDS)} is needed")
+    _check_kind(kind)
+    if name not in CHECKERS:
+        raise InputError(f"checker {name!r}: one of {', '.join(CHECKERS)} is needed")
     if name == "published":
         return PublishedChecker(kind)
-    if name in ("harness", "harness-flexible"):
+    if name != "math":
         if kind != "gsm8k":
             raise InputError(f"checker {name} reads gsm8k answers only, not {kind}; take math")
         return HarnessChecker(flexible=name == "harness-flexible")
-    if name != "math":
-        raise InputError(f"checker {name!r}: one of {', '.join(CHECKERS)} is needed")
-    check_installed(name)
-    return MathChecker(kind)
-
-
-def check_installed(name: str) -> None:
-    """InputError where a checker's libraries are missing or of a version that reads LaTeX wrongly.
-
-    Without the one ANTLR runtime its parsers were made for, math-verify reads no LaTeX and would
-    silently compare nothing.
-    """
-    if name != "math":
-        return
-    for package, wanted in (("math-verify", MATH_VERIFY), ("antlr4-python3-runtime", ANTLR)):
+    for package, wanted in _READ_BY.items():
         try:
             found = version(package)
         except PackageNotFoundError:
@@ -298,6 +304,12 @@ def check_installed(name: str) -> None:
                 f"checker math needs {package} {wanted}, and {found} is installed: "
                 f"pip install {package}=={wanted}"
             )
+    return MathChecker(kind)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise InputError(f"kind of answers {kind!r}: one of {', '.join(KINDS)} is needed")
 
 
 def gold_answer(solution: str, kind: str) -> str:
@@ -307,8 +319,7 @@ def gold_answer(solution: str, kind: str) -> str:
     "The answer is:"; a text of one line without any of these is the bare answer itself.
     Raises InputError for a solution without a final answer, and an unknown kind.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind of answers {kind!r}: one of {', '.join(KINDS)} is needed")
+    _check_kind(kind)
     hashes, box, stated = after_hashes(solution), last_box(solution), after_answer_is(solution)
     marked = (hashes, box, stated) if kind == "gsm8k" else (box, stated, hashes)
     for place, answer in marked:

@@ -94,11 +94,11 @@ def equation_form(left: str, right: str) -> str | None:
     if sides[0] is None or sides[1] is None:
         return None
     difference = sides[0] - sides[1]
-    symbols = sorted(difference.free_symbols, key=str)
+    symbols = difference.free_symbols
     if not symbols:
         equal = _form(sides[0]) == _form(sides[1])
         return _form(sides[1]) if equal else None
-    alone = symbols[0] if len(symbols) == 1 else sympy.Symbol("y")
+    alone = next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("y")
     if alone in symbols:
         slope = difference.diff(alone)
         # Linear where the slope has no y at any point.
@@ -108,35 +108,28 @@ def equation_form(left: str, right: str) -> str | None:
     if values is None or values[0] == 0:
         return None
     scaled = [_written(value / values[0]) for value in values[1:]]
-    return None if None in scaled else f"0 = {_names(symbols)}: {scaled}"
+    return None if None in scaled else f"0 = {_names(difference)}: {scaled}"
 
 
 def _form(expression: Any) -> str | None:
-    if expression is None:
-        return None
-    values = _values(expression)
-    if values is None:
-        return None
-    written = [_written(value) for value in values]
-    if None in written:
+    values = None if expression is None else _values(expression)
+    written = [told for value in values or () if (told := _written(value)) is not None]
+    if not values or len(written) < len(values):
         return None
     if len(set(written)) == 1:
         return written[0]
-    return f"{_names(sorted(expression.free_symbols, key=str))}: {' '.join(map(str, written))}"
+    return f"{_names(expression)}: {' '.join(written)}"
 
 
-def _names(symbols: Any) -> str:
-    return " ".join(map(str, symbols))
+def _names(expression: Any) -> str:
+    return " ".join(sorted(map(str, expression.free_symbols)))
 
 
 def _values(expression: Any) -> list[Any] | None:
     """Its value, or its values at the points; None where one of them is not a number."""
     symbols = expression.free_symbols
-    if not symbols:
-        points: list[dict[Any, Any]] = [{}]
-    else:
-        points = [{s: _coordinate(str(s), n) for s in symbols} for n in range(_POINTS)]
-    values = [_number(expression, point) for point in points]
+    points = range(_POINTS if symbols else 1)
+    values = [_number(expression, {s: _coordinate(str(s), n) for s in symbols}) for n in points]
     return None if None in values else values
 
 
@@ -168,11 +161,10 @@ def _number(expression: Any, point: Any = None) -> Any:
 
 
 def _written(value: Any) -> str | None:
-    parts = [_fraction(part) for part in value.as_real_imag()]
-    if parts[0] is None or parts[1] is None:
+    real, imaginary = (_fraction(part) for part in value.as_real_imag())
+    if real is None or imaginary is None:
         return None
-    real, imaginary = (write(part) for part in parts if part is not None)
-    return real if parts[1] == 0 else f"{real} + {imaginary} i"
+    return f"{write(real)} + {write(imaginary)} i" if imaginary else write(real)
 
 
 def _fraction(value: Any) -> Fraction | None:

@@ -5,12 +5,12 @@ What an answer is and which answers are equal is for the checkers in `answers.py
 
 import importlib
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.answers import Checker, check_installed, make_checker
+from w2s_jax.reasoning.answers import Checker, make_checker
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
@@ -24,39 +24,19 @@ def grade(
     golds: Mapping[Any, str] | None,
     checker_name: str,
     kind: str,
-    *,
-    workers: int | None = None,
-    seconds: float | int = 5.0,
-    memory_mb: int = 1024,
+    **limits: Any,
 ) -> list[Row]:
     """The rows with "pred", and where there are golds with "gold" and "result", in their order.
 
     rows: each with "response", and with "id" where there are golds; golds: a row's id -> its gold
     final answer. checker_name: a name of `make_checker`, or "module:attribute" of a checker of
-    one's own, called with the kind. An answer that hangs, crashes or takes too much memory has the
-    result False (or the empty pred, if it was being extracted) and says why in "error".
+    one's own, called with the kind. limits: those of `Workers`. An answer that hangs, crashes or
+    takes too much memory has the result False (or the empty pred, if it was being extracted) and
+    says why in "error".
     Raises InputError for a row without a response or a gold answer, and as `make_checker` does.
     """
-    responses = [_response(row, index) for index, row in enumerate(rows)]
-    wanted = None if golds is None else [_gold(row, golds, i) for i, row in enumerate(rows)]
-    with _checking(checker_name, kind, workers, seconds, memory_mb) as pool:
-        preds = _run(pool, [("extract", response) for response in responses])
-        errors = [pred.reason if isinstance(pred, Failure) else "" for pred in preds]
-        texts = ["" if isinstance(pred, Failure) else pred for pred in preds]
-        graded = [dict(row) | {"pred": text} for row, text in zip(rows, texts, strict=True)]
-        if wanted is not None:
-            pairs = zip(texts, wanted, strict=True)
-            verdicts = _run(pool, [("equal", text, gold) for text, gold in pairs])
-            for index, verdict in enumerate(verdicts):
-                failed = isinstance(verdict, Failure)
-                graded[index] |= {"gold": wanted[index], "result": not failed and verdict}
-                if failed:
-                    errors[index] = errors[index] or verdict.reason
-    for row, error in zip(graded, errors, strict=True):
-        row.pop("error", None)
-        if error:
-            row["error"] = error
-    return graded
+    wanted = (None if golds is None else _gold(row, golds, i) for i, row in enumerate(rows))
+    return _graded(rows, wanted, checker_name, kind, **limits)
 
 
 def judged(
@@ -71,34 +51,52 @@ def judged(
 
     Raises InputError as `grade` does.
     """  # noqa: D205
-    known = [index for index, row in enumerate(rows) if row["id"] in golds]
-    verdicts = grade([rows[index] for index in known], golds, judge, kind) if known else []
-    found = dict(zip(known, verdicts, strict=True))
     if voter == judge:
-        others = [index for index in range(len(rows)) if index not in found]
-        rest = grade([rows[index] for index in others], None, voter, kind) if others else []
-        found |= dict(zip(others, rest, strict=True))
-        return [found[index] for index in range(len(rows))]
+        return _graded(rows, (golds.get(row["id"]) for row in rows), voter, kind)
     graded = grade(rows, None, voter, kind)
-    for index, one in found.items():
-        graded[index] |= {"gold": one["gold"], "result": one["result"]}
+    known = [index for index, row in enumerate(rows) if row["id"] in golds]
+    verdicts = grade([rows[index] for index in known], golds, judge, kind)
+    for index, verdict in zip(known, verdicts, strict=True):
+        graded[index] |= {"gold": verdict["gold"], "result": verdict["result"]}
+    return graded
+
+
+def _graded(
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Iterable[str | None],
+    checker_name: str,
+    kind: str,
+    **limits: Any,
+) -> list[Row]:
+    """The rows with "pred", and those with a gold answer with "gold" and "result"."""
+    responses = [_response(row, index) for index, row in enumerate(rows)]
+    golds = list(wanted)
+    with _checking(checker_name, kind, **limits) as pool:
+        preds = _run(pool, [("extract", response) for response in responses])
+        texts = ["" if isinstance(pred, Failure) else pred for pred in preds]
+        pairs = [("equal", *pair) for pair in zip(texts, golds, strict=True) if pair[1] is not None]
+        verdicts = iter(_run(pool, pairs))
+    graded = []
+    for row, pred, text, gold in zip(rows, preds, texts, golds, strict=True):
+        found = {name: value for name, value in row.items() if name != "error"} | {"pred": text}
+        failures = [pred]
+        if gold is not None:
+            verdict = next(verdicts)
+            failures.append(verdict)
+            found |= {"gold": gold, "result": not isinstance(verdict, Failure) and verdict}
+        reasons = [failure.reason for failure in failures if isinstance(failure, Failure)]
+        graded.append(found | ({"error": reasons[0]} if reasons else {}))
     return graded
 
 
 def canonical_answers(
-    preds: Sequence[str],
-    checker_name: str,
-    kind: str,
-    *,
-    workers: int | None = None,
-    seconds: float | int = 5.0,
-    memory_mb: int = 1024,
+    preds: Sequence[str], checker_name: str, kind: str, **limits: Any
 ) -> list[str]:
     """Each final answer in the checker's one form per value; as it is where that cannot be found.
 
-    Raises InputError as `make_checker` does.
+    limits: those of `Workers`. Raises InputError as `make_checker` does.
     """
-    with _checking(checker_name, kind, workers, seconds, memory_mb) as pool:
+    with _checking(checker_name, kind, **limits) as pool:
         forms = _run(pool, [("canonical", pred) for pred in preds])
     pairs = zip(preds, forms, strict=True)
     return [pred if isinstance(form, Failure) else form for pred, form in pairs]
@@ -135,7 +133,7 @@ def _equal_numbers(
         if not all(_BARE.fullmatch(found[form]) for form in pair)
     ]
     if pairs:
-        with _checking(checker_name, kind, None, 5.0, 1024) as pool:
+        with _checking(checker_name, kind) as pool:
             tasks = [("equal", *(asked[row_id][form] for form in pair)) for row_id, pair in pairs]
             verdicts = _run(pool, tasks)
         for (row_id, (one, other)), verdict in zip(pairs, verdicts, strict=True):
@@ -160,19 +158,10 @@ def methods(checker_name: str, kind: str) -> Callable[[Task], Any]:
     return call
 
 
-def _checking(
-    checker_name: str, kind: str, workers: int | None, seconds: float | int, memory_mb: int
-) -> Workers:
+def _checking(checker_name: str, kind: str, **limits: Any) -> Workers:
     if ":" not in checker_name:
-        check_installed(checker_name)
         make_checker(checker_name, kind)
-    return Workers(
-        f"{__name__}:methods",
-        (checker_name, kind),
-        workers=workers,
-        seconds=seconds,
-        memory_mb=memory_mb,
-    )
+    return Workers(f"{__name__}:methods", (checker_name, kind), **limits)
 
 
 def _load(checker_name: str, kind: str) -> Checker:

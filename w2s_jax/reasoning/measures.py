@@ -23,10 +23,6 @@ class Proportion:
     low: float
     high: float
 
-    def as_row(self) -> dict[str, int | float]:
-        """The fields, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -95,12 +91,6 @@ def majority_at_k(answers: Sequence[str], right: Callable[[str], bool], k: int) 
     return chance
 
 
-def mean_over(values: Iterable[float]) -> float | None:
-    """The plain mean of a figure over questions; None where there is none."""
-    values = list(values)
-    return fmean(values) if values else None
-
-
 def gap_recovered(weak: float, result: float, ceiling: float) -> float | None:
     """Performance gap recovered, (result − weak) / (ceiling − weak).
 
@@ -137,27 +127,10 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
 
 
 def student_t(freedom: int, level: float) -> float:
-    """The t with P(|T| < t) = level, by bisection of the closed form for integer degrees.
+    """The t with P(|T| < t) = level, of Student's distribution."""
+    from scipy.special import stdtrit
 
-    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, to about 1e-12 relative.
-    """
-    low, high = 0.0, math.pi / 2  # of the angle arctan(t / sqrt(freedom))
-    for _ in range(64):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, freedom) < level else (low, middle)
-    return math.tan((low + high) / 2) * math.sqrt(freedom)
-
-
-def _t_within(angle: float, freedom: int) -> float:
-    """P(|T| < sqrt(freedom) tan(angle))."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    series = 0.0
-    for power in range(1 if odd else 0, freedom - 1, 2):
-        series += term
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-    inner = math.sin(angle) * series
-    return 2 / math.pi * (angle + inner) if odd else inner
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def _check_k(samples: int, k: int) -> None:

@@ -1,23 +1,23 @@
 """The stages of a weak-to-strong reasoning run (arXiv 2407.13647), and what each of them does.
 
-Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their own; what is done
-again and what is not is for `stages.py`.
+Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their own, so that each
+has all of a device's memory; what is done again and what is not is for `stages.py`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from w2s_jax.reasoning.answering import Answering, write_task
+from w2s_jax.errors import InputError
+from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.reasoning.answers import gold_answer
-from w2s_jax.reasoning.config import ReasonConfig, SetName, StageTwoConfig, resolved
-from w2s_jax.reasoning.contrasts import WEIGHT, contrastive_pairs
-from w2s_jax.reasoning.curation import curate, sft_set
-from w2s_jax.reasoning.generation import GenerationConfig
+from w2s_jax.reasoning.config import GenerationConfig, ReasonConfig, SetName, StageTwoConfig
+from w2s_jax.reasoning.generation import Answering
 from w2s_jax.reasoning.grading import judged, votes
 from w2s_jax.reasoning.measures import accuracy
 from w2s_jax.reasoning.questions import (
@@ -29,23 +29,28 @@ from w2s_jax.reasoning.questions import (
     solution_text,
     solved_row,
 )
-from w2s_jax.reasoning.stages import Stage
+from w2s_jax.reasoning.selection import WEIGHT, contrastive_pairs, curate, sft_set
+from w2s_jax.reasoning.stages import Figures, Stage
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
+from w2s_jax.train.reference import weights_identity
 
 RAW, GRADED, TRAINING, DEMONSTRATIONS = (
     "responses.jsonl", "graded.jsonl", "training.jsonl", "demonstrations.jsonl",
 )  # fmt: skip
-MODEL, START, SAMPLES = "model", "start", "samples"
-WEAK_MODEL, WEAK, ICL = "weak-model", "weak-responses", "icl-responses"
-Figures = dict[str, Any]
+SETS: tuple[SetName, ...] = ("weak", "icl", "hybrid")
+MODEL, SAMPLES = "model", "samples"
+WEAK, ICL = "weak-responses", "icl-responses"
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """A run's config, the folder its relative paths are in, and the folder it writes in.
 
-    The methods that return a `Stage` say what it reads and writes; `stages` puts them in order.
+    A model has a name, and the stage that trains it is NAME-model: "weak", "naive",
+    "iteration-1-icl", "stage-two-1", "ceiling"; "strong", and "weak" without training, are
+    checkpoints of the config. The methods that return a `Stage` say what it reads and writes;
+    `stages` puts them in order.
     """
 
     config: ReasonConfig
@@ -54,8 +59,20 @@ class Pipeline:
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """What the run reads, by name; raises InputError for a file that is missing."""
-        return resolved(self.config, self.data)
+        """The files a run reads, by what they are; raises InputError for one that is missing."""
+        config = self.config
+        named = {
+            "questions": config.questions,
+            "test": config.test,
+            "weak train": config.weak.train,
+            "weak responses": config.weak.responses,
+            "demonstrations": config.demonstrations.file,
+        }
+        found = {name: self.data / value for name, value in named.items() if value is not None}
+        for name, path in found.items():
+            if not path.is_file():
+                raise InputError(f"{path}: not found; it is the file of {name}")
+        return found
 
     @cached_property
     def questions(self) -> list[Row]:
@@ -66,6 +83,13 @@ class Pipeline:
     def test(self) -> list[Row]:
         """The questions of the test, each with its gold answer."""
         return read_questions(self.files["test"], answers_needed=True)
+
+    @cached_property
+    def solved(self) -> list[Row]:
+        """The questions that the weak model is trained on, if it is."""
+        if self.config.weak.train is None:
+            return []
+        return read_questions(self.files["weak train"], answers_needed=True)
 
     @cached_property
     def ceiling(self) -> bool:
@@ -81,376 +105,343 @@ class Pipeline:
     @cached_property
     def weights(self) -> Mapping[str, str]:
         """A hash of the weights of each checkpoint that the run begins with, by its name."""
-        from w2s_jax.models.huggingface import locate
-        from w2s_jax.train.reference import weights_identity
-
         named = {self.config.strong, self.config.weak.model} - {None}
         return {str(name): weights_identity(locate(self.place(str(name)))) for name in named}
 
     def stages(self) -> list[Stage]:
-        """All stages in order; the models that are tested are told by `tested`."""
-        config = self.config
-        found: list[Stage] = [] if config.weak.train is None else [self._weak_model()]
-        found += [self._weak_responses(), self._icl_responses()]
+        """All stages in order."""
+        config, count = self.config, f"{len(self.questions):,}"
+        found = []
+        if config.weak.train is not None:
+            shown = f"{len(self.solved):,}"
+            found.append(self._fine_tuned("weak", lambda: self._shown(self.solved), shown))
+        found += [self._weak_responses(), self._answers(ICL, "strong", is_shown=True)]
         sources = (WEAK, ICL)
         for i in range(1, config.iterations + 1):
             found.append(self._sets(i, sources))
             found += [self._tuned_on(i, name) for name in self._trained_sets(i)]
             if i < config.iterations:
-                found += [self._responses_of(i, name) for name in ("weak", "icl")]
-                sources = (_name(i, "weak", "responses"), _name(i, "icl", "responses"))
+                models = (f"iteration-{i}-weak", f"iteration-{i}-icl")
+                found += [self._answers(f"{model}-responses", model) for model in models]
+                sources = (f"{models[0]}-responses", f"{models[1]}-responses")
         if config.stage_two is not None:
             for number in range(1, config.stage_two.rounds + 1):
                 found += self._round(config.stage_two, number)
         if config.naive:
-            found.append(self._full("naive-model", WEAK))
+            found.append(self._fine_tuned("naive", self._all_weak, count, (WEAK,)))
         if self.ceiling:
-            found.append(self._ceiling())
+            found.append(self._fine_tuned("ceiling", lambda: self._shown(self.questions), count))
         if config.test is not None:
-            found += [self._test(name, *place) for name, place in self.tested.items()]
-        return found
-
-    @cached_property
-    def tested(self) -> dict[str, tuple[str | None, str | None]]:
-        """For each model that is tested its name, the stage that trained it, a checkpoint if none.
-
-        "strong-icl" is the strong model behind the demonstrations.
-        """
-        config = self.config
-        found: dict[str, tuple[str | None, str | None]] = {}
-        if config.weak.model is not None:
-            trained = config.weak.train is not None
-            found["weak"] = (WEAK_MODEL, None) if trained else (None, config.weak.model)
-        found["strong-icl"] = (None, config.strong)
-        if config.naive:
-            found["naive"] = ("naive-model", None)
-        for i in range(1, config.iterations + 1):
-            for name in self._trained_sets(i):
-                found[f"iteration-{i}-{name}"] = (_name(i, name, MODEL), None)
-        if config.stage_two is not None:
-            for number in range(1, config.stage_two.rounds + 1):
-                found[f"stage-two-{number}"] = (f"stage-two-{number}-model", None)
-        if self.ceiling:
-            found["ceiling"] = ("ceiling-model", None)
+            trained = [one.name.removesuffix("-model") for one in found if one.outputs == (MODEL,)]
+            first = [] if config.weak.model is None else ["weak"]
+            first += ["strong-icl", "naive"] if config.naive else ["strong-icl"]
+            # Once each, those first that the others are to be read against.
+            found += map(self._test, dict.fromkeys([*first, *trained]))
         return found
 
     def _trained_sets(self, iteration: int) -> tuple[SetName, ...]:
         """The sets of an iteration on which a model is trained: those asked for, those needed."""
-        needed: set[SetName] = set(self.config.sets)
+        needed = set(self.config.sets)
         if iteration < self.config.iterations:
             needed |= {"weak", "icl"}
         elif self.config.stage_two is not None:
             needed.add(self.config.stage_two.start)
-        order: tuple[SetName, ...] = ("weak", "icl", "hybrid")
-        return tuple(name for name in order if name in needed)
+        return tuple(name for name in SETS if name in needed)
 
-    def _weak_model(self) -> Stage:
-        weak, place = self.config.weak, self.files["weak train"]
-        assert weak.model is not None
-
-        def work(folder: Path) -> Figures:
-            rows = read_questions(place, answers_needed=True)
-            write_jsonl(folder / TRAINING, [solved_row(row, self.config.kind) for row in rows])
-            return self._train("sft", folder, self.place(str(weak.model)), weak.sft)
-
-        settings = self._training(weak.model, self.config.sft | weak.sft)
-        cost = _tuning_cost(len(read_questions(place, answers_needed=True)))
-        return Stage(WEAK_MODEL, work, (MODEL,), settings, (), (place,), cost)
-
-    def _weak_responses(self) -> Stage:
-        weak = self.config.weak
-        if weak.responses is not None:
-            place = self.files["weak responses"]
-
-            def work(folder: Path) -> Figures:
-                found = read_responses(place, self.questions)
-                return self._grade(folder, list(found.values()), self.config.votes)
-
-            return Stage(WEAK, work, (GRADED,), self._grading(), (), self._reads(place))
-        trained = weak.train is not None
-        return self._answers(WEAK, None if trained else weak.model, WEAK_MODEL if trained else None)
-
-    def _icl_responses(self) -> Stage:
-        return self._answers(ICL, self.config.strong, None, shown=True)
-
-    def _responses_of(self, iteration: int, name: SetName) -> Stage:
-        return self._answers(
-            _name(iteration, name, "responses"), None, _name(iteration, name, MODEL)
-        )
-
-    def _sets(self, iteration: int, sources: tuple[str, str]) -> Stage:
-        def work(folder: Path) -> Figures:
-            weak, icl = self._voted(*(self._graded(name).values() for name in sources))
-            found = curate(
-                self.questions,
-                _by_id(weak),
-                _by_id(icl),
-                iteration=iteration,
-                published=self.config.published,
-                sources=self._places(*sources),
-            )
-            for name, rows in (("weak", found.weak), ("icl", found.icl), ("hybrid", found.hybrid)):
-                write_jsonl(folder / f"{name}.jsonl", rows)
-            return found.as_row()
-
-        settings = {"published": self.config.published, **self._grading()}
-        outputs = ("weak.jsonl", "icl.jsonl", "hybrid.jsonl")
-        return Stage(f"iteration-{iteration}-sets", work, outputs, settings, sources, self._reads())
+    # --- Models that are trained ------------------------------------------------------------------
 
     def _tuned_on(self, iteration: int, name: SetName) -> Stage:
         sets = f"iteration-{iteration}-sets"
-
-        def work(folder: Path) -> Figures:
-            write_jsonl(folder / TRAINING, read_jsonl(self.root / sets / f"{name}.jsonl"))
-            return self._train("sft", folder, self.place(self.config.strong), {})
-
         most = len(self.questions) * (2 if name == "hybrid" else 1)
-        return self._tuning(_name(iteration, name, MODEL), work, (sets,), _tuning_cost(most, True))
+        path = self.root / sets / f"{name}.jsonl"
+        model = f"iteration-{iteration}-{name}"
+        return self._fine_tuned(model, lambda: read_jsonl(path), f"up to {most:,}", (sets,))
 
-    def _full(self, stage: str, source: str) -> Stage:
+    def _fine_tuned(
+        self, model: str, rows: Callable[[], list[Row]], count: str, after: tuple[str, ...] = ()
+    ) -> Stage:
+        """The strong checkpoint, or the weak one, fine-tuned on rows."""
+        start, flags, reads = self.config.strong, self.config.sft, self._reads("questions")
+        if model == "weak":
+            start, reads = str(self.config.weak.model), self._reads("weak train")
+            flags = flags | self.config.weak.sft
+        cost = f"1 fine-tuning on {count} rows"
+        return self._training("sft", model, rows, flags, cost, start, reads, after)
+
+    def _training(
+        self,
+        command: str,
+        model: str,
+        rows: Callable[[], list[Row]],
+        flags: Mapping[str, Any],
+        cost: str,
+        start: str | None,
+        reads: tuple[Path, ...] = (),
+        after: tuple[str, ...] = (),
+    ) -> Stage:
+        """A model trained by `w2s COMMAND`, by a config file that is kept beside its rows.
+
+        start: a checkpoint of the config; None begins with what the last stage of `after` trained.
+        """
+
         def work(folder: Path) -> Figures:
-            answers = self._graded(source)
-            rows = sft_set(self.questions, answers, [row["id"] for row in self.questions])
-            write_jsonl(folder / TRAINING, rows)
-            return self._train("sft", folder, self.place(self.config.strong), {})
+            training = rows()
+            write_jsonl(folder / TRAINING, training)
+            begins = self._whole(after[-1], folder) if start is None else self.place(start)
+            own = {"model": begins, "data": str(folder / TRAINING), "output": str(folder)}
+            values = {"seed": self.config.seed, **flags, **own}
+            source = folder / f"{command}.yaml"
+            source.write_text(yaml.safe_dump(values, sort_keys=False))
+            hint = f"see its message; what stands under {command} in the config are its flags"
+            run_module("w2s_jax", command, "--config", str(source), hint=hint)
+            return {"rows": len(training)}
 
-        return self._tuning(stage, work, (source,), _tuning_cost(len(self.questions)))
+        weights = None if start is None else self.weights[start]
+        told = {"model": start, "weights": weights, "flags": flags, "seed": self.config.seed}
+        return Stage(f"{model}-model", work, (MODEL,), told, after, reads, cost)
 
-    def _ceiling(self) -> Stage:
+    def _whole(self, stage: str, folder: Path) -> str:
+        """A stage's model as one to train on: an adapter is merged with its base, in `folder`."""
+        trained, merged = self.root / stage / MODEL, folder / "start"
+        if not is_adapter(trained):
+            return str(trained)
+        run_module("w2s_jax", "convert", str(trained), str(merged))
+        return str(merged)
+
+    def _shown(self, rows: Iterable[Row]) -> list[Row]:
+        """Rows to train on with the gold solutions of questions."""
+        return [solved_row(row, self.config.kind) for row in rows]
+
+    def _all_weak(self) -> list[Row]:
+        """Rows to train on with all weak responses."""
+        graded = _by_id(read_jsonl(self._graded(WEAK)))
+        return sft_set(self.questions, graded, [row["id"] for row in self.questions])
+
+    # --- Sets and pairs ---------------------------------------------------------------------------
+
+    def _sets(self, iteration: int, sources: tuple[str, str]) -> Stage:
         def work(folder: Path) -> Figures:
-            rows = [solved_row(row, self.config.kind) for row in self.questions]
-            write_jsonl(folder / TRAINING, rows)
-            return self._train("sft", folder, self.place(self.config.strong), {})
+            found = curate(
+                self.questions,
+                *map(_by_id, self._voted(*sources)),
+                iteration=iteration,
+                published=self.config.published,
+                sources=(self._graded(sources[0]), self._graded(sources[1])),
+            )
+            for name in SETS:
+                write_jsonl(folder / f"{name}.jsonl", getattr(found, name))
+            return found.as_row()
 
-        return self._tuning("ceiling-model", work, (), _tuning_cost(len(self.questions)))
+        outputs = tuple(f"{name}.jsonl" for name in SETS)
+        rules = {"published": self.config.published, **self._grading()}
+        name, reads = f"iteration-{iteration}-sets", self._reads("questions")
+        return Stage(name, work, outputs, rules, sources, reads)
 
-    def _tuning(self, name: str, work: Any, after: tuple[str, ...], cost: str) -> Stage:
-        settings = self._training(self.config.strong, self.config.sft)
-        return Stage(name, work, (MODEL,), settings, after, self._reads(), cost)
-
-    def _round(self, config: StageTwoConfig, number: int) -> list[Stage]:
+    def _round(self, two: StageTwoConfig, number: int) -> list[Stage]:
         """Samples, pairs, tuning."""
-        before = _name(self.config.iterations, config.start, MODEL)
-        if number > 1:
-            before = f"stage-two-{number - 1}-model"
-        samples, pairs, tuned = (f"stage-two-{number}-{what}" for what in (SAMPLES, "pairs", MODEL))
-        generation = self.generation(
-            **config.drawing(), seed=(self.config.seed + number - 1) % 2**32
-        )
-        drawn = self._answers(samples, None, before, generation=generation)
+        before, model = f"stage-two-{number - 1}", f"stage-two-{number}"
+        if number == 1:
+            before = f"iteration-{self.config.iterations}-{two.start}"
+        samples, pairs = f"{model}-{SAMPLES}", f"{model}-pairs"
+        seed = (self.config.seed + number - 1) % 2**32
 
         def make_pairs(folder: Path) -> Figures:
-            graded = read_jsonl(self.root / samples / GRADED)
-            weak, rows = self._voted(self._graded(WEAK).values(), graded)
+            weak, rows = self._voted(WEAK, samples)
+            sources = (self._graded(WEAK), self._graded(samples))
             found = contrastive_pairs(
-                self.questions,
-                _by_id(weak),
-                rows,
-                config.contrasts,
-                sources=self._places(WEAK, samples),
+                self.questions, _by_id(weak), rows, two.contrasts, sources=sources
             )
             write_jsonl(folder / TRAINING, found.pairs)
             return found.as_row()
 
-        weights = {"weight_column": WEIGHT} if config.contrasts.weighted else {}
-        preferences = weights | config.dpo
+        rules = {"contrasts": asdict(two.contrasts), **self._grading()}
+        most = len(self.questions) * two.contrasts.pairs_per_question
+        weights = {"weight_column": WEIGHT} if two.contrasts.weighted else {}
+        return [
+            self._answers(
+                samples, before, generation=self.config.generation(**two.drawing, seed=seed)
+            ),
+            Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads("questions")),
+            self._training(
+                "dpo",
+                model,
+                lambda: read_jsonl(self.root / pairs / TRAINING),
+                self.config.dpo | weights | two.dpo,
+                f"1 preference tuning on up to {most:,} pairs",
+                start=None,
+                after=(pairs, f"{before}-model"),
+            ),
+        ]
 
-        def tune(folder: Path) -> Figures:
-            write_jsonl(folder / TRAINING, read_jsonl(self.root / pairs / TRAINING))
-            start = _whole(self.root / before / MODEL, folder / START)
-            return self._train("dpo", folder, start, preferences)
+    # --- Responses --------------------------------------------------------------------------------
 
-        rules = {"contrasts": _plain(config.contrasts), **self._grading()}
-        made = Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads())
-        flags = self._training(None, self.config.dpo | preferences)
-        most = len(self.questions) * config.contrasts.pairs_per_question
-        cost = f"1 preference tuning on up to {most:,} pairs"
-        last = Stage(tuned, tune, (MODEL,), flags, (pairs, before), (), cost)
-        return [drawn, made, last]
+    def _weak_responses(self) -> Stage:
+        if self.config.weak.responses is None:
+            return self._answers(WEAK, "weak")
 
-    def _test(self, name: str, trained: str | None, checkpoint: str | None) -> Stage:
-        shown = name == "strong-icl"
-        return self._answers(f"test-{name}", checkpoint, trained, shown=shown, test=True)
+        def work(folder: Path) -> Figures:
+            found = read_responses(self.files["weak responses"], self.questions)
+            return self._grade(folder, list(found.values()), self.config.votes, self.questions)
+
+        reads = self._reads("questions", "weak responses")
+        return Stage(WEAK, work, (GRADED,), self._grading(), (), reads)
+
+    def _test(self, model: str) -> Stage:
+        """The strong model is tested behind the demonstrations, as "strong-icl"."""
+        is_shown = model == "strong-icl"
+        asked = "strong" if is_shown else model
+        return self._answers(f"test-{model}", asked, is_shown=is_shown, is_test=True)
 
     def _answers(
         self,
         stage: str,
-        checkpoint: str | None,
-        trained: str | None,
+        model: str,
         *,
-        shown: bool = False,
-        test: bool = False,
+        is_shown: bool = False,
+        is_test: bool = False,
         generation: GenerationConfig | None = None,
     ) -> Stage:
         """Responses of one model to the questions or the test, graded.
 
-        shown: whether demonstrations stand before them.
+        is_shown: whether demonstrations stand before them.
         """
-        shown = shown and self.config.demonstrations.count > 0
-        place = self.files["test" if test else "questions"]
-        decided = generation or self.generation()
-        guided = decided.method == "cbs"
+        config, shown = self.config, self.config.demonstrations
+        is_shown = is_shown and shown.count > 0
+        decided = generation or config.generation()
+        is_guided = decided.method == "cbs"
+        checker = config.judge if is_test else config.votes
 
         def work(folder: Path) -> Figures:
-            if not (folder / RAW).exists():
-                demonstrations = self._demonstrations(folder) if shown else None
-                task = Answering(
-                    model=self.place(checkpoint) if checkpoint else self._model_of(trained),
-                    questions=str(place),
-                    output=str(folder / RAW),
-                    generation=decided,
-                    ids="own" if test else self.config.ids,
-                    demonstrations=demonstrations,
-                    overflow=self.config.demonstrations.overflow,
-                    tuned=self._model_of(WEAK_MODEL) if guided else None,
-                    untuned=self.place(str(self.config.weak.model)) if guided else None,
-                    dtype=self.config.decoding.dtype,
-                    mesh=self.config.decoding.mesh,
-                )
-                write_task(task, folder / "answering.json")
-                run_module("w2s_jax.reasoning.answering", str(folder / "answering.json"))
-            rows = read_jsonl(folder / RAW)
-            checker = self.config.judge if test else self.config.votes
-            return self._grade(folder, rows, checker, self.test if test else None)
+            output = folder / RAW
+            if not output.exists():
+                demonstrations = self._demonstrations(folder) if is_shown else None
+                task = self.answering(model, decided, str(output), demonstrations, is_test=is_test)
+                source = folder / "answering.json"
+                source.write_text(json.dumps(asdict(task), indent=2) + "\n")
+                run_module("w2s_jax.reasoning.generation", str(source))
+            rows = self.test if is_test else self.questions
+            return self._grade(folder, read_jsonl(output), checker, rows)
 
-        made: tuple[str, ...] = () if trained is None else (trained,)
-        made += (WEAK_MODEL,) if guided else ()
-        made += (WEAK,) if shown and self.config.demonstrations.file is None else ()
-        shown_file = self.files.get("demonstrations") if shown else None
-        reads = self._reads(*([place] if test else []), *([shown_file] if shown_file else []))
+        checkpoint = self._checkpoint(model)
+        made = (f"{model}-model",) if checkpoint is None else ()
+        made += ("weak-model",) if is_guided else ()
+        made += (WEAK,) if is_shown and shown.file is None else ()
+        reads = self._reads("questions", *(["test"] if is_test else []))
+        reads += self._reads("demonstrations") if is_shown else ()
         settings = {
             "model": checkpoint,
             "weights": None if checkpoint is None else self.weights[checkpoint],
-            "generation": _plain(decided) | {"batch_size": None},
-            "demonstrations": _plain(self.config.demonstrations) if shown else None,
-            "dtype": self.config.decoding.dtype,
+            "generation": asdict(decided) | {"batch_size": None},
+            "demonstrations": asdict(shown) if is_shown else None,
+            "dtype": config.decoding.dtype,
             **self._grading(),
         }
         count = f"{decided.samples} × " if decided.samples > 1 else ""
-        asked = len(self.test if test else self.questions)
+        asked = len(self.test if is_test else self.questions)
         cost = f"{count}{asked:,} responses of up to {decided.max_new_tokens} tokens"
-        if guided:
+        if is_guided:
             cost += f", each a search of {decided.beam_width} × {decided.successors} hypotheses"
         return Stage(stage, work, (GRADED,), settings, made, reads, cost)
 
+    def answering(
+        self,
+        model: str,
+        generation: GenerationConfig,
+        output: str = "",
+        demonstrations: str | None = None,
+        *,
+        is_test: bool = False,
+    ) -> Answering:
+        """What the process that answers is told."""
+        config, is_guided = self.config, generation.method == "cbs"
+        return Answering(
+            model=self._folder(model),
+            questions=str(self.files["test" if is_test else "questions"]),
+            output=output,
+            generation=generation,
+            ids="own" if is_test else config.ids,
+            demonstrations=demonstrations,
+            overflow=config.demonstrations.overflow,
+            tuned=self._folder("weak") if is_guided else None,
+            untuned=self.place(str(config.weak.model)) if is_guided else None,
+            dtype=config.decoding.dtype,
+            mesh=config.decoding.mesh,
+        )
+
+    def _checkpoint(self, model: str) -> str | None:
+        """The config's name of a model that no stage trains."""
+        if model == "weak" and self.config.weak.train is None:
+            return self.config.weak.model
+        return self.config.strong if model == "strong" else None
+
+    def _folder(self, model: str) -> str:
+        checkpoint = self._checkpoint(model)
+        if checkpoint is None:
+            return str(self.root / f"{model}-model" / MODEL)
+        return self.place(checkpoint)
+
     def _demonstrations(self, folder: Path) -> str:
         """The file of demonstrations; those drawn from the weak model's responses are written."""
-        shown = self.config.demonstrations
-        path = folder / DEMONSTRATIONS
+        shown, kind = self.config.demonstrations, self.config.kind
         if shown.file is None:
+            place = self._graded(WEAK)
+            graded = _by_id(read_jsonl(place))
             drawn = draw_demonstrations(
-                self.questions,
-                self._graded(WEAK),
-                shown.count,
-                seed=shown.seed,
-                source=str(self.root / WEAK / GRADED),
+                self.questions, graded, shown.count, seed=shown.seed, source=place
             )
         else:
             drawn = read_demonstrations(self.files["demonstrations"])[: shown.count]
-        kind = self.config.kind
-        write_jsonl(
-            path,
-            [
-                {"question": one.question, "answer": solution_text(one.answer, kind)}
-                for one in drawn
-            ],
-        )
+        texts = [(one.question, solution_text(one.answer, kind)) for one in drawn]
+        path = folder / DEMONSTRATIONS
+        write_jsonl(path, [{"question": asked, "answer": solved} for asked, solved in texts])
         return str(path)
 
+    # --- Graded rows ------------------------------------------------------------------------------
+
     def _grade(
-        self, folder: Path, rows: Sequence[Row], checker: str, golds: Sequence[Row] | None = None
+        self, folder: Path, rows: Sequence[Row], checker: str, solved: Sequence[Row]
     ) -> Figures:
         """Write graded rows; figures of how good they are where there are gold answers."""
-        kind, solved = self.config.kind, self.questions if golds is None else golds
+        kind = self.config.kind
         answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved if "answer" in row}
         graded = judged(rows, answers, checker, self.config.judge, kind)
         write_jsonl(folder / GRADED, graded)
-        figures: Figures = {
+        figures: dict[str, Any] = {
             "rows": len(graded),
             "answered": sum(bool(row["pred"]) for row in graded),
             "unfinished": sum(row.get("finished") is False for row in graded),
         }
         if answers:
             found = accuracy(row["result"] for row in graded if "result" in row)
-            figures["accuracy"] = None if found is None else found.as_row()
+            figures["accuracy"] = found and asdict(found)
         return figures
 
     def judged_samples(self, stage: str) -> list[Row]:
         """Graded rows of a stage that drew several a question, with the `answer` that votes."""
-        rows = read_jsonl(self.root / stage / GRADED)
-        (voted,) = self._voted(rows)
+        rows = read_jsonl(self._graded(stage))
+        (voted,) = self._voted(stage)
         return [row | {"answer": vote["pred"]} for row, vote in zip(rows, voted, strict=True)]
 
-    def _places(self, weak: str, other: str) -> tuple[str, str]:
-        """The files of two stages' graded rows, for messages."""
-        return str(self.root / weak / GRADED), str(self.root / other / GRADED)
-
-    def _graded(self, stage: str) -> Answers:
-        return _by_id(read_jsonl(self.root / stage / GRADED))
-
-    def _voted(self, *sources: Iterable[Mapping[str, Any]]) -> list[list[Row]]:
-        """The rows of each source with `pred` in the form that it votes for."""
-        lists = [[dict(row) for row in rows] for rows in sources]
+    def _voted(self, *stages: str) -> list[list[Row]]:
+        """The graded rows of stages with `pred` in the form that it votes for."""
+        lists = [read_jsonl(self._graded(stage)) for stage in stages]
         if self.config.votes == "published":
             return lists
-        voted = iter(
-            votes([row for rows in lists for row in rows], self.config.votes, self.config.kind)
-        )
+        every = [row for rows in lists for row in rows]
+        voted = iter(votes(every, self.config.votes, self.config.kind))
         return [[next(voted) for _ in rows] for rows in lists]
 
-    def generation(self, **options: Any) -> GenerationConfig:
-        """How responses are written, greedily but for the options."""
-        return self.config.decoding.generation(**{"seed": self.config.seed} | options)
-
-    def _model_of(self, stage: str | None) -> str:
-        return str(self.root / str(stage) / MODEL)
-
-    def _train(self, command: str, folder: Path, model: str, flags: Mapping[str, Any]) -> Figures:
-        """Run `w2s COMMAND` on the folder's rows, by a config file that is kept beside them."""
-        shared = self.config.sft if command == "sft" else self.config.dpo
-        own = {"model": model, "data": str(folder / TRAINING), "output": str(folder)}
-        values = {"seed": self.config.seed} | shared | dict(flags) | own
-        (folder / f"{command}.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False))
-        where = f"see its message; what stands under {command} in the config are its flags"
-        config = str(folder / f"{command}.yaml")
-        run_module("w2s_jax", command, "--config", config, hint=where)
-        return {"rows": len(read_jsonl(folder / TRAINING))}
-
-    def _training(self, model: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-        weights = None if model is None else self.weights[model]
-        return {"model": model, "weights": weights, "flags": dict(flags), "seed": self.config.seed}
+    def _graded(self, stage: str) -> str:
+        """The file of a stage's graded rows."""
+        return str(self.root / stage / GRADED)
 
     def _grading(self) -> dict[str, Any]:
-        config = self.config
-        return {"kind": config.kind, "votes": config.votes, "judge": config.judge}
+        return {name: getattr(self.config, name) for name in ("kind", "votes", "judge")}
 
-    def _reads(self, *others: Path) -> tuple[Path, ...]:
-        return (self.files["questions"], *others)
+    def _reads(self, *names: str) -> tuple[Path, ...]:
+        """Those of the files that there are."""
+        return tuple(self.files[name] for name in names if name in self.files)
 
 
-def _by_id(rows: Iterable[Mapping[str, Any]]) -> Answers:
+def _by_id(rows: Iterable[Row]) -> Answers:
     return {row["id"]: row for row in rows}
-
-
-def _name(iteration: int, name: str, what: str) -> str:
-    return f"iteration-{iteration}-{name}-{what}"
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
-
-
-def _whole(model: Path, target: Path) -> str:
-    """A checkpoint that can be trained on: an adapter is merged with its base into `target`."""
-    from w2s_jax.models.huggingface import is_adapter
-
-    if not is_adapter(model):
-        return str(model)
-    run_module("w2s_jax", "convert", str(model), str(target))
-    return str(target)
-
-
-def _tuning_cost(rows: int, up_to: bool = False) -> str:
-    return f"1 fine-tuning on {'up to ' if up_to else ''}{rows:,} rows"

@@ -1,34 +1,288 @@
-"""Numbers with their units, in figures or words: read exactly, compared, written in one form.
+"""Numbers with their units, in figures or words, read exactly.
 
-Constants beyond plain numbers (roots, pi) are the matter of expressions.py.
+A unit is a factor to base units and their powers. Its symbols are read with their case (mg is no
+Mg), words without. Money is a dimension for each currency, and so is each coin; degrees of an angle
+and of the two scales of temperature are three. Constants beyond plain numbers (roots, pi) are the
+matter of expressions.py.
 """
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 
-from w2s_jax.reasoning.units import NO_UNIT, Unit, is_money, money_symbols, read_unit, unit_behind
+
+@dataclass(frozen=True)
+class Unit:
+    """factor: how many of the base unit it is. powers: (dimension, power), sorted; () is none."""
+
+    factor: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+
+    def __mul__(self, other: "Unit") -> "Unit":
+        powers = Counter(dict(self.powers))
+        powers.update(dict(other.powers))
+        kept = tuple(sorted((name, power) for name, power in powers.items() if power))
+        return Unit(self.factor * other.factor, kept)
+
+    def __pow__(self, times: int) -> "Unit":
+        return Unit(self.factor**times, tuple((name, power * times) for name, power in self.powers))
+
+    def __str__(self) -> str:
+        return " ".join(name if power == 1 else f"{name}^{power}" for name, power in self.powers)
+
+
+NO_UNIT = Unit()
+
+# Money by its dimension: symbols, which may stand before a number, and words.
+MONEY = {
+    "dollar": ("$ US$ USD", "dollar buck"),
+    "euro": ("€ EUR", "euro"),
+    "pound": ("£ GBP", "pound"),
+    "yen": ("¥ JPY", "yen"),
+    "yuan": ("CN¥ CNY RMB", "yuan renminbi"),
+    "rupee": ("₹ Rs INR", "rupee"),
+    "won": ("₩ KRW", "won"),
+    "peso": ("₱ MXN PHP", "peso"),
+    "franc": ("CHF", "franc"),
+    "ruble": ("₽ RUB", "ruble rouble"),
+    "krona": ("SEK", "krona kronor"),
+    "krone": ("NOK DKK", "krone kroner"),
+    "rand": ("ZAR", "rand"),
+    "real": ("R$ BRL", "reais"),
+    "lira": ("₺", "lira"),
+    "shekel": ("₪ ILS", "shekel"),
+    "baht": ("฿ THB", "baht"),
+    "dong": ("₫ VND", "dong"),
+    "naira": ("₦ NGN", "naira"),
+    "zloty": ("PLN", "zloty"),
+    "rupiah": ("IDR", "rupiah"),
+    "CAD": ("C$ CA$ CAD", "canadiandollar"),
+    "AUD": ("A$ AU$ AUD", "australiandollar"),
+    "NZD": ("NZ$ NZD", ""),
+    "HKD": ("HK$ HKD", ""),
+    "SGD": ("S$ SGD", ""),
+}
+# Units that take prefixes: what each is, of base units and of what stands above; symbols; words.
+_METRIC = {
+    "m": ("m", "meter metre"),
+    "kg/1000": ("g", "gram gramme"),
+    "s": ("s", "sec second"),
+    "ampere": ("A", "ampere amp"),
+    "kelvin": ("K", "kelvin"),
+    "mole": ("mol", "mole"),
+    "bit": ("bit", "bit"),
+    "bit/s": ("bps", ""),
+    "8 bit": ("B", "byte"),
+    "eV": ("eV", "electronvolt"),
+    "kcal/1000": ("cal", "calorie"),
+    "m^3/1000": ("L l", "liter litre"),
+    "1/s": ("Hz HZ hz", "hertz"),
+    "kg m/s^2": ("N", "newton"),
+    "kg/m/s^2": ("Pa", "pascal"),
+    "100000 kg/m/s^2": ("bar", ""),
+    "kg m^2/s^2": ("J", "joule"),
+    "kg m^2/s^3": ("W", "watt"),
+    "3600 kg m^2/s^2": ("Wh", ""),
+    "ampere s": ("C", "coulomb"),
+    "kg m^2/s^3/ampere": ("V", "volt"),
+    "kg m^2/s^3/ampere^2": (r"Ω \Omega", "ohm"),
+    "kg/s^2/ampere": ("T", "tesla"),
+    "ampere^2 s^4/kg/m^2": ("F", "farad"),
+}
+# The same of units that take none.
+_PLAIN = {
+    "127/5000 m": ("in", "inch"),
+    "12 inch": ("ft", "foot feet"),
+    "3 ft": ("yd", "yard"),
+    "5280 ft": ("mi", "mile"),
+    "1852 m": ("nmi", "nauticalmile"),
+    "9460730472580800 m": ("ly", "lightyear"),
+    "60 s": ("", "min minute"),
+    "60 min": ("h", "hr hour"),
+    "24 h": ("", "day"),
+    "7 day": ("", "week"),
+    "year": ("", "yr year"),
+    "1/12 year": ("", "month"),
+    "10 year": ("", "decade"),
+    "100 year": ("", "century"),
+    "1000 year": ("", "millennium millennia"),
+    "1000 kg": ("", "ton tonne"),
+    "pound": ("", "lb"),
+    "1/16 pound": ("", "oz ounce"),
+    "14 pound": ("", "stone"),
+    "1/100 pound": ("", "pence"),
+    "slug": ("", "slug"),
+    "penny": ("", "penny"),
+    "nickel": ("", "nickel"),
+    "dime": ("", "dime"),
+    "quarter": ("", "quarter"),
+    "1/100 dollar": ("¢", "cent"),
+    "43560 ft^2": ("", "acre"),
+    "10000 m^2": ("ha", "hectare"),
+    "1/1000000 m^3": ("", "cc"),
+    "231 inch^3": ("gal", "gallon"),
+    "1/4 gallon": ("qt", "quart"),
+    "1/8 gallon": ("pt", "pint"),
+    "1/16 gallon": ("", "cup"),
+    "1/128 gallon": ("", "fluidounce"),
+    "1/256 gallon": ("", "tbsp tablespoon"),
+    "1/768 gallon": ("", "tsp teaspoon"),
+    "1000 bit": ("kb", ""),
+    "1000000 bit": ("Mb", ""),
+    "1000000000 bit": ("Gb", ""),
+    "mi/h": ("", "mph"),
+    "km/h": ("", "kmph kph"),
+    "m/s": ("", "mps"),
+    "ft/s": ("", "fps"),
+    "nmi/h": ("kn", "knot"),
+    "degree": ("", "deg degree"),
+    "1/60 degree": ("", "arcmin arcminute"),
+    "1/3600 degree": ("", "arcsec arcsecond"),
+    "radian": ("", "rad radian"),
+    "revolution": ("", "rev revolution"),
+    "revolution/min": ("", "rpm"),
+    "celsius": ("", "celsius"),
+    "fahrenheit": ("", "fahrenheit"),
+    "pound/inch^2": ("", "psi"),
+    "1000 psi": ("", "ksi"),
+    "101325 kg/m/s^2": ("atm", "atmosphere"),
+    "101325/760 kg/m/s^2": ("mmHg", "torr"),
+    "horsepower": ("hp", "horsepower"),
+    "decibel": ("dB", "decibel"),
+}
+# Powers of ten: before symbols, and at last before words.
+_PREFIXES = (
+    *((0, ","), (-15, "f,femto"), (-12, "p,pico"), (-9, "n,nano"), (-6, "μ,µ,micro")),
+    *((-3, "m,milli"), (-2, "c,centi"), (-1, "d,deci"), (3, "k,K,kilo"), (6, "M,mega")),
+    *((9, "G,giga"), (12, "T,tera"), (15, "P,peta")),
+)
+# Products of temperatures, pressures and areas, and televisions, sooner than units.
+_PRODUCTS = re.compile(r"[kK]T|p[ATV]|[TP][ACFKLNTV]")
+
+
+@cache
+def _units() -> tuple[Mapping[str, Unit], Mapping[str, Unit]]:
+    """Units by their symbols and by their words, in lower case and singular."""
+    symbols: dict[str, Unit] = {}
+    words: dict[str, Unit] = {}
+    for table in (_METRIC, MONEY, _PLAIN):
+        prefixes = _PREFIXES if table is _METRIC else _PREFIXES[:1]
+        for definition, (short, long) in table.items():
+            unit = _defined(definition, words | symbols)
+            for power, names in prefixes:
+                scaled = replace(unit, factor=unit.factor * Fraction(10) ** power)
+                *before, word = names.split(",")
+                found = [prefix + name for name in short.split() for prefix in before]
+                symbols |= {name: scaled for name in found if not _PRODUCTS.fullmatch(name)}
+                words |= {word + name: scaled for name in long.split()}
+    return symbols, words
+
+
+def _defined(definition: str, known: Mapping[str, Unit]) -> Unit:
+    """A unit told in others, or in base units where they are not known: "kg m^2/s^2"."""
+    unit = NO_UNIT
+    for sign, name, power in re.findall(r"(/?)\s*([A-Za-z]+|\d+)(?:\^(\d))?", definition):
+        base = Unit(powers=((name, 1),))
+        one = Unit(Fraction(name)) if name.isdigit() else known.get(name, base)
+        unit *= one ** (int(power or 1) * (-1 if sign else 1))
+    return unit
+
+
+# Of units of two words, which the tables have as one.
+_FIRST_WORDS = "light|nautical|fluid|canadian|australian"
+_WORDED = (
+    (re.compile(r"\\mu\s*(?=[A-Za-z])"), "μ"),
+    (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=[a-z])-(?=[a-z])"), " "),
+    (re.compile(rf"(?i)\b({_FIRST_WORDS})\s+(?=year|mile|ounce|dollar)"), r"\1"),
+    (re.compile(r"(?i)\bfl\.?\s*oz\b"), "fluidounce"),
+    (re.compile(r"\bU\.?S\.?\s+(?=dollar)"), ""),
+    (re.compile(r"\bdegrees?\s+(?:C\b|(?i:celsius|centigrade)\b)"), "celsius"),
+    (re.compile(r"\bdegrees?\s+(?:F\b|(?i:fahrenheit)\b)"), "fahrenheit"),
+    (re.compile(r"\^\s*\{\s*(-?\d)\s*\}"), r"^\1"),
+    (re.compile(r"\b(units?)\s*\^[23]"), r"\1"),
+    (re.compile(r"\\/"), "/"),
+    (re.compile(r"\bsq\b\.?"), "square"),
+    (re.compile(r"\bcu\b\.?"), "cubic"),
+)
+# "square" and "per" count beside a unit only: "square tiles" and "per ticket" say what was counted.
+_TOKEN = re.compile(
+    r"""\s*(?: (?P<mark>[/()*·]|per(?=\s+[A-Za-z]))
+      | (?:(?P<size>square|cubic)\s*)? (?!in\s+[A-Za-z])  # "5 in" are inches, "5 in total" are not
+        (?P<name>\\[A-Za-z]+|[A-Z]{0,2}[$¥]|[A-Za-zμµΩ]+|[£¢฿\u20a0-\u20bf])\.?
+        (?:\s*\^\s*(?P<power>-?\d)|\s+(?P<raised>squared|cubed)\b)? )""",
+    re.VERBOSE,
+)
+_SIZES = {"square": 2, "squared": 2, "cubic": 3, "cubed": 3}
+_NO_MORE = r"\b(?:per|an?|the|in|of|for|from|to|with|at|on|by|each|every|and|or)\b|[^\w\s-]"
+
+
+def read_unit(text: str) -> tuple[Unit, str]:
+    """The unit that stands at the beginning of a text, and the rest of the text behind it.
+
+    A word that is no unit ends it, so that "hours a day" are hours and "clips" are none.
+    """
+    for pattern, plain in _WORDED:
+        text = pattern.sub(plain, text)
+    unit, end, place = NO_UNIT, 0, 0
+    below = inside = False
+    while match := _TOKEN.match(text, place):
+        place = match.end()
+        if mark := match["mark"]:
+            below = mark in ("/", "per") or (below and mark != ")")
+            inside = mark == "(" or (inside and mark != ")")
+            end = place if mark == ")" else end
+            continue
+        one = named(match["name"])
+        if one is None:
+            break
+        size = _SIZES.get(match["size"] or match["raised"], 1)
+        unit *= one ** (int(match["power"] or size) * (-1 if below else 1))
+        below = below and inside
+        end = place
+    return unit, text[end:].strip()
+
+
+def named(name: str) -> Unit | None:
+    """The unit of a name: a symbol as it is written, a word in any case and number."""
+    symbols, words = _units()
+    if name in symbols:
+        return symbols[name]
+    word = name.lower()
+    for known in (word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)):
+        if known in words and (len(known) > 2 or name.startswith(known)):
+            return words[known]
+    return symbols.get(name.removesuffix("s")) if len(name) == 3 else None
+
+
+def _unit_behind(counted: str) -> Unit:
+    """The unit that the words behind a number come to: "more hours", no "eggs per day"."""
+    for word in re.split(_NO_MORE, counted, maxsplit=1)[0].split():
+        if len(word) > 2 and (unit := _units()[1].get(word.lower().removesuffix("s"))):
+            return unit
+    return NO_UNIT
+
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_VALUES = {name: value for value, name in enumerate(_ONES.split())} | {
-    name: 10 * place for place, name in enumerate(_TENS.split(), 2)
-}
-_POWERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_VALUES = {name: value for value, name in enumerate(_ONES.split())}
+_VALUES |= {name: 10 * place for place, name in enumerate(_TENS.split(), 2)}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = "half third fourth fifth sixth seventh eighth ninth tenth"
-_DENOMINATORS = {name: value for value, name in enumerate(_PARTS.split(), 2)} | {
-    "halve": 2,
-    "quarter": 4,
-}
-_WORD = "|".join((*_VALUES, *_POWERS))
-_NUMBER_WORDS = re.compile(rf"(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b", re.IGNORECASE)
-_FRACTION = re.compile(
-    rf"(?:(?P<half>half)|(?P<above>an?|{_NUMBER_WORDS.pattern})[ -]"
-    rf"(?P<below>{'|'.join(_DENOMINATORS)})s?)\b",
-    re.IGNORECASE,
+_DENOMINATORS = {name: value for value, name in enumerate(_PARTS.split(), 2)}
+_DENOMINATORS |= {"halve": 2, "quarter": 4}
+_WORD = "|".join((*_VALUES, "hundred", *_SCALES))
+_NUMBER_WORDS = rf"(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b"
+_WORDED_NUMBER = re.compile(
+    rf"(?i)(?:half|(?P<above>an?|{_NUMBER_WORDS})[ -](?P<below>{'|'.join(_DENOMINATORS)})s?)\b"
+    rf"|{_NUMBER_WORDS}"
 )
 
 
@@ -37,28 +291,27 @@ def read_number_words(text: str) -> tuple[Fraction, str] | None:
 
     An ordinal alone, "third", is none, and so are words side by side that make no number.
     """
-    if sign := re.match(r"(?:minus|negative) ", text, re.IGNORECASE):
+    if sign := re.match(r"(?i)(?:minus|negative) ", text):
         size = read_number_words(text[sign.end() :])
         return size and (-size[0], size[1])
-    if match := _FRACTION.match(text):
-        above, below = match["above"], match["below"]
-        if match["half"]:
-            return Fraction(1, 2), text[match.end() :]
-        top = Fraction(1) if above.lower() in ("a", "an") else _whole(above)
-        if top is not None:
-            return top / _DENOMINATORS[below.lower()], text[match.end() :]
-    match = _NUMBER_WORDS.match(text)
-    whole = _whole(match[0]) if match else None
-    if match is None or whole is None:
+    match = _WORDED_NUMBER.match(text)
+    if match is None:
         return None
     rest = text[match.end() :]
+    if below := match["below"] or (match[0].lower() == "half" and "half"):
+        above = (match["above"] or "a").lower()
+        top = 1 if above in ("a", "an") else _whole(above)
+        return None if top is None else (Fraction(top, _DENOMINATORS[below.lower()]), rest)
+    whole = _whole(match[0])
+    if whole is None:
+        return None
     part = read_number_words(rest[5:]) if rest.startswith(" and a ") else None
-    return (whole + part[0], part[1]) if part and part[0] < 1 else (whole, rest)
+    return (whole + part[0], part[1]) if part and part[0] < 1 else (Fraction(whole), rest)
 
 
-def _whole(words: str) -> Fraction | None:
+def _whole(words: str) -> int | None:
     """Words of a number from the greatest scale down; None where they do not fit together."""
-    total, group, least = 0, None, 10**12
+    total, group, least = 0, None, 10**15
     for word in re.findall("[a-z]+", words.lower().replace(" and ", " ")):
         if word in _VALUES:
             value = _VALUES[word]
@@ -67,25 +320,25 @@ def _whole(words: str) -> Fraction | None:
             if told and (value > 9 or value == 0 or told <= 10 or told % 10):
                 return None
             group = (group or 0) + value
-        elif group is None or (group >= 100 if word == "hundred" else _POWERS[word] >= least):
+        elif group is None or (group >= 100 if word == "hundred" else _SCALES[word] >= least):
             return None
         elif word == "hundred":
             group *= 100
         else:
-            least = _POWERS[word]
+            least = _SCALES[word]
             total, group = total + group * least, 0
-    return Fraction(total + (group or 0))
+    return total + (group or 0)
 
 
-# A decimal stands for a number that is not its equal when it tells at least this many digits.
-SIGNIFICANT_DIGITS = 6
 _MOST_DIGITS = 400
+_TOO_LONG = re.compile(rf"\d{{{_MOST_DIGITS + 1}}}")
 
 _DECIMAL = (
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d*)?"
     r"|\d+\.?\d*|\.\d+)"
 )
-_CURRENCY = "|".join((r"US\s\$", r"Rs\.", *map(re.escape, money_symbols())))
+_SYMBOLS = (re.escape(name) for names, _ in MONEY.values() for name in names.split())
+_CURRENCY = "|".join((r"US\s\$", r"Rs\.", *sorted(_SYMBOLS, key=len, reverse=True)))
 _NUMBER = re.compile(
     rf"""\s*(?P<sign>[-+]?)\s*(?P<currency>{_CURRENCY})?\s*(?P<sign2>-?)\s*
     (?: (?: (?P<whole>\d+) (?:\s+|(?=\\frac)) )?
@@ -103,9 +356,8 @@ _NUMBER = re.compile(
     (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*(?:%|percent(?:age)?\b|per cent\b|pct\b)\s*(?:points?)?", re.IGNORECASE)
+_SCALE = re.compile(rf"(?i)\s*({'|'.join(_SCALES)})s?\b")
+_PERCENT = re.compile(r"(?i)\s*(?:%|percent(?:age)?\b|per cent\b|pct\b)\s*(?:points?)?")
 _ORDINAL = re.compile(
     r"(\d*(?:1[123]|\d))\s*\^?\s*\{?\s*(st|nd|rd|th)\b\s*\}?\s*(?P<rest>.*)", re.DOTALL
 )
@@ -123,16 +375,14 @@ _MARKS = (
     (re.compile(r"(?<=hours )(\d+)\s*m(?:in)?\b"), r"\1 minutes"),
     (re.compile(r"(?<=minutes )(\d+)\s*s(?:ec)?\b"), r"\1 seconds"),
 )
-_PREPOSITIONS = frozenset(("a", "an", "in", "of", "on", "at", "by", "as"))
+_PREPOSITION = re.compile(r"(?i)(?:an?|in|of|on|at|by|as)\b")
 # Words that go on with the mathematics instead of naming what was counted.
-_MATH_WORDS = frozenset(
-    (
-        *("and", "choose", "cos", "cot", "csc", "exp", "for", "minus", "mod", "over", "plus"),
-        *("sec", "sin", "sqrt", "tan", "times", "when", "where", "with", "alpha", "beta"),
-        *("gamma", "delta", "theta", "lambda", "sigma", "omega"),
-        *("repeating", "recurring"),
-    )
+_MATH_WORD = re.compile(
+    r"(?i)(?:and|choose|cos|cot|csc|exp|for|minus|mod|over|plus|sec|sin|sqrt|tan|times|when|where"
+    r"|with|alpha|beta|gamma|delta|theta|lambda|sigma|omega|repeating|recurring)\b"
 )
+
+_MATHEMATICS = re.compile(r"\d|[=+*(\[\\<>^_]|\b(?:or|and)\s+[-$\\]")
 
 
 @dataclass(frozen=True)
@@ -152,10 +402,6 @@ class Quantity:
     def told(self) -> Fraction:
         """The value in base units, a percentage as a part of one."""
         return self.value * self.unit.factor / (100 if self.percent else 1)
-
-    def bare(self) -> "Quantity":
-        """The number as it is written."""
-        return replace(self, unit=NO_UNIT, percent=False)
 
 
 def read_quantity(text: str) -> Quantity | None:
@@ -182,7 +428,7 @@ def read_quantity(text: str) -> Quantity | None:
         if read is None:
             if not is_counted(rest):
                 return None
-            return total if total.unit.powers else replace(total, unit=unit_behind(rest))
+            return total if total.unit.powers else replace(total, unit=_unit_behind(rest))
         part, rest = read
         same = part.unit.powers == total.unit.powers and part.unit.factor < total.unit.factor
         if not same or total.percent or part.percent or min(part.value, total.value) < 0:
@@ -195,85 +441,57 @@ def read_quantity(text: str) -> Quantity | None:
 def _first(text: str) -> tuple[Quantity, str] | None:
     """The number that a text begins with and its unit, and what stands behind both."""
     match = _NUMBER.fullmatch(text) if len(text) <= 4 * _MOST_DIGITS else None
-    if match is None or max(map(len, re.findall(r"\d+", text)), default=0) > _MOST_DIGITS:
+    number = match and not _TOO_LONG.search(text) and _value(match)
+    if not match or not number:
         return None
-    number = _value(match)
-    if number is None:
-        return None
-    value, places, digits = number
-    if "".join(match[name] or "" for name in ("sign", "sign2", "minus", "minus2")).count("-") % 2:
-        value = -value
     rest = match["rest"]
     if scale := _SCALE.match(rest):
-        value, rest = value * _SCALES[scale[1].lower()], rest[scale.end() :]
-    percent = _PERCENT.match(rest)
-    rest = rest[percent.end() :] if percent else rest
+        number = replace(number, value=number.value * _SCALES[scale[1].lower()])
+        rest = rest[scale.end() :]
+    if percent := _PERCENT.match(rest):
+        number, rest = replace(number, percent=True), rest[percent.end() :]
     unit, after = (NO_UNIT, rest.strip()) if percent else read_unit(rest)
     if match["currency"]:
-        unit = read_unit(match["currency"].replace(" ", ""))[0].times(unit)
+        unit = read_unit(match["currency"].replace(" ", ""))[0] * unit
     elif re.match(r"[A-Za-z](?![A-Za-z])" if unit.powers else "[A-Za-z]", rest):
         # "5m" may be five times m, "5 m" is a length.
         return None
-    return Quantity(value, unit, percent is not None, places, digits), after
+    return replace(number, unit=unit), after
 
 
-def _value(match: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
-    """The size of a number, its decimals and significant digits."""
-    if cycle := match["cycle"] or match["round"] or match["again"]:
-        head, nines = match["head"], 10 ** len(cycle) - 1
+def _value(match: re.Match[str]) -> Quantity | None:
+    """A number without its unit."""
+    told = {name: re.sub("[ ,]", "", part) for name, part in match.groupdict("").items()}
+    minus = "".join(told[name] for name in ("sign", "sign2", "minus", "minus2")).count("-")
+    sign = (-1) ** minus
+    if cycle := told["cycle"] or told["round"] or told["again"]:
+        head, nines = told["head"], 10 ** len(cycle) - 1
         repeated = Fraction(int(cycle), nines * 10 ** len(head))
-        return Fraction(f"{match['start'] or 0}.{head or 0}") + repeated, None, 0
-    if match["decimal"] or match["ten"]:
-        digits = re.sub("[ ,]", "", match["decimal"] or "1")
-        power = int((match["power"] or match["exponent"] or match["ten"] or "0").replace(" ", ""))
+        return Quantity(sign * (Fraction(f"{told['start'] or 0}.{head or 0}") + repeated))
+    if told["decimal"] or told["ten"]:
+        digits = told["decimal"] or "1"
+        power = int(told["power"] or told["exponent"] or told["ten"] or 0)
         if abs(power) > _MOST_DIGITS:
             return None
-        value = Fraction(digits) * Fraction(10) ** power
         fraction = digits.partition(".")[2]
         inexact = bool(fraction.strip("0")) or power < 0
-        told = len(digits.replace(".", "").lstrip("0"))
-        return value, (len(fraction) - power if inexact else None), told
-    above, below = match["above"] or match["over"], match["below"] or match["under"]
-    top, bottom = (Fraction(re.sub("[ ,]", "", part)) for part in (above, below))
-    if bottom == 0:
-        return None
-    return int(match["whole"] or 0) + top / bottom, None, 0
+        return Quantity(
+            sign * Fraction(digits) * Fraction(10) ** power,
+            places=len(fraction) - power if inexact else None,
+            digits=len(digits.replace(".", "").lstrip("0")),
+        )
+    top, bottom = Fraction(told["above"] or told["over"]), Fraction(told["below"] or told["under"])
+    return Quantity(sign * (int(told["whole"] or 0) + top / bottom)) if bottom else None
 
 
 def is_counted(rest: str) -> bool:
     """Whether what stands behind a number only says what was counted: "72 clips in total"."""
-    first = re.match(r"[A-Za-z]+", rest)
-    if first is None or first[0].lower() in _MATH_WORDS:
+    word = re.match(r"[A-Za-z]+", rest)
+    if not word or _MATH_WORD.match(rest) or _MATHEMATICS.search(rest):
         return False
-    if re.search(r"\d|[=+*(\[\\<>^_]|\b(?:or|and)\s+[-$\\]", rest):
-        return False
-    return first[0].lower() in _PREPOSITIONS or reads_as_word(first[0])
+    return _PREPOSITION.match(rest) is not None or reads_as_word(word[0])
 
 
 def reads_as_word(letters: str) -> bool:
     """Whether letters are a word and no product of variables."""
-    least = 3
-    return len(letters) >= least and re.search("[aeiou]", letters.lower()) is not None
-
-
-def same_amount(left: Quantity, right: Quantity) -> bool:
-    """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
-    pairs = (left.unit.powers, right.unit.powers), (right.unit.powers, left.unit.powers)
-    return left.value == right.value and any(
-        len(money) == 1 < len(rate) and money[0] in rate and is_money(money[0][0])
-        for money, rate in pairs
-    )
-
-
-def near(left: Quantity, right: Quantity) -> bool:
-    """Whether one is a decimal of at least SIGNIFICANT_DIGITS digits that the other rounds to."""
-    told = [side for side in (left, right) if side.places is not None]
-    units = {side.unit for side in (left, right)} - {NO_UNIT}
-    if not told or len(units) > 1:
-        return False
-    coarse = min(told, key=lambda side: side.places or 0)
-    other = right if coarse is left else left
-    if coarse.digits < SIGNIFICANT_DIGITS:
-        return False
-    step = Fraction(10) ** -(coarse.places or 0)
-    return abs(coarse.value - other.value) * 2 <= step
+    return len(letters) >= 3 and re.search("(?i)[aeiou]", letters) is not None

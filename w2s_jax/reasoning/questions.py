@@ -178,10 +178,9 @@ def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     a row that lacks one of the two.
     """
     rows, where = read_rows(path)
-    places = (f"{where} {number}" for number in range(1, len(rows) + 1))
     return tuple(
-        Demonstration(_question(row, place), _solution(row, place))
-        for row, place in zip(rows, places, strict=True)
+        Demonstration(_question(row, f"{where} {number}"), _solution(row, f"{where} {number}"))
+        for number, row in enumerate(rows, start=1)
     )
 
 
@@ -234,29 +233,25 @@ def fit_prompts(
     at which the room is used up.
     """
     room = context - max_new_tokens
+    budget = f"of the {context:,} of the context {max_new_tokens:,} are for the response"
 
     def fit(row: Mapping[str, Any]) -> str:
-        for left_out in range(len(demonstrations) + 1):
+        for left_out in range(len(demonstrations) + 1 if overflow == "drop-first" else 1):
             prompt = prompt_of(row["question"], demonstrations[left_out:])
             if tokens(prompt) <= room:
                 return prompt
-            if overflow == "error" or left_out == len(demonstrations):
-                raise InputError(fault(row))
-        raise AssertionError("the last turn returns or raises")
-
-    def fault(row: Mapping[str, Any]) -> str:
-        sizes = [
+        told = f"{source} id {row['id']!r}"
+        sizes = (
             tokens(prompt_of(row["question"], demonstrations[:taken]))
             for taken in range(len(demonstrations) + 1)
-        ]
-        budget = f"of the {context:,} of the context {max_new_tokens:,} are for the response"
-        if sizes[0] > room:
-            return f"{source} id {row['id']!r}: the question takes {sizes[0]:,} tokens; {budget}"
-        full = next(taken for taken, size in enumerate(sizes) if size > room)
-        return (
-            f"{demonstrations_source} row {full}: {full} demonstrations and the question of "
-            f"{source} id {row['id']!r} take {sizes[full]:,} tokens; {budget}; give fewer or "
-            "shorter ones, or let the first be dropped"
+        )
+        full, size = next((taken, size) for taken, size in enumerate(sizes) if size > room)
+        if full == 0:
+            raise InputError(f"{told}: the question takes {size:,} tokens; {budget}")
+        raise InputError(
+            f"{demonstrations_source} row {full}: {full} demonstrations and the question of {told} "
+            f"take {size:,} tokens; {budget}; give fewer or shorter ones, or let the first be "
+            "dropped"
         )
 
     return [fit(row) for row in questions]
@@ -287,7 +282,8 @@ def _id(row: Row, number: int, place: str) -> Id:
 def _text(row: Row, name: str, place: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f'{place}: no text "{name}"; found {_fields(row)}')
+        fields = ", ".join(f'"{name}"' for name in row) or "no fields"
+        raise InputError(f'{place}: no text "{name}"; found {fields}')
     return value
 
 
@@ -297,20 +293,11 @@ def _question(row: Row, place: str) -> str:
 
 def _solution(row: Row, place: str) -> str:
     """The gold solution, whose end is the final answer."""
-    named = [name for name in _SOLVED if row.get(name) is not None]
-    texts = [_answer(row, name, place) for name in named or _SOLVED[-1:]]
+    texts = []
+    for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]:
+        number = isinstance(row.get(name), int | float) and not isinstance(row[name], bool)
+        texts.append(str(row[name]) if number else _text(row, name, place))
     return " The answer is: ".join(texts)
-
-
-def _answer(row: Row, name: str, place: str) -> str:
-    value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return _text(row, name, place)
-
-
-def _fields(row: Row) -> str:
-    return ", ".join(f'"{name}"' for name in row) or "no fields"
 
 
 def _unknown(row_id: Id, known: Iterable[Id]) -> str:

@@ -7,10 +7,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.measures import gap_recovered, majority_at_k, mean_over, pass_at_k
+from w2s_jax.reasoning.measures import gap_recovered, majority_at_k, pass_at_k
 from w2s_jax.text.rows import write_whole
 
 FLOOR, CEILING = "weak", "ceiling"
@@ -58,17 +61,17 @@ def sample_measures(
     for row in rows:
         if isinstance(row.get("result"), bool):
             grouped.setdefault(row["id"], []).append(row)
-    if not grouped:
-        return {}
-    fewest = min(map(len, grouped.values()))
-    found: dict[str, dict[str, float]] = {}
-    for k in (k for k in pass_at if k <= fewest):
-        passed = mean_over(
-            pass_at_k(len(each), sum(row["result"] for row in each), k) for each in grouped.values()
-        )
-        voted = mean_over(_majority(each, k) for each in grouped.values())
-        found[str(k)] = {"pass": passed or 0.0, "majority": voted or 0.0}
-    return found
+    asked = list(grouped.values())
+    return {
+        str(k): {
+            "pass": fmean(
+                pass_at_k(len(each), sum(row["result"] for row in each), k) for each in asked
+            ),
+            "majority": fmean(_majority(each, k) for each in asked),
+        }
+        for k in pass_at
+        if k <= min(map(len, asked), default=0)
+    }
 
 
 def _majority(rows: Sequence[Mapping[str, Any]], k: int) -> float:
@@ -78,34 +81,33 @@ def _majority(rows: Sequence[Mapping[str, Any]], k: int) -> float:
 
 def tables(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
-    parts = ["# Weak-to-strong reasoning\n"]
-    if summary["models"]:
-        rows = [
-            [name, _percent(found["value"]), _interval(found), _gap(found["gap_recovered"])]
-            for name, found in summary["models"].items()
-        ]
-        parts.append(_table(["model", "accuracy", "95 % interval", "gap recovered"], rows))
+    models = [
+        [name, _percent(found), _interval(found), _gap(found["gap_recovered"])]
+        for name, found in summary["models"].items()
+    ]
     sets = [
-        [stage, str(part["name"]), f"{part['size']:,}", _accuracy(part["accuracy"])]
+        [stage, str(part["name"]), f"{part['size']:,}", _percent(part["accuracy"])]
         for stage, found in summary["data"].items()
         for part in found.get("sets", ())
     ]
-    if sets:
-        parts.append("## Sets\n")
-        parts.append(_table(["stage", "set", "rows", "accuracy"], sets))
     answered = [
-        [stage, f"{found['rows']:,}", f"{found['answered']:,}", _accuracy(found.get("accuracy"))]
+        [stage, f"{found['rows']:,}", f"{found['answered']:,}", _percent(found.get("accuracy"))]
         for stage, found in summary["data"].items()
         if "answered" in found
     ]
-    if answered:
-        parts.append("## Responses\n")
-        parts.append(_table(["stage", "rows", "with an answer", "accuracy"], answered))
+    sections = [
+        ("", ["model", "accuracy", "95 % interval", "gap recovered"], models),
+        ("## Sets\n\n", ["stage", "set", "rows", "accuracy"], sets),
+        ("## Responses\n\n", ["stage", "rows", "with an answer", "accuracy"], answered),
+    ]
     for stage, found in summary["samples"].items():
-        parts.append(f"## {stage}\n")
-        rows = [[k, _percent(v["pass"]), _percent(v["majority"])] for k, v in found.items()]
-        parts.append(_table(["k", "pass@k", "majority@k"], rows))
-    return "\n".join(parts)
+        shares = [
+            [k, *(f"{100 * share[name]:.1f} %" for name in ("pass", "majority"))]
+            for k, share in found.items()
+        ]
+        sections.append((f"## {stage}\n\n", ["k", "pass@k", "majority@k"], shares))
+    parts = [title + _table(headings, rows) for title, headings, rows in sections if rows]
+    return "\n".join(["# Weak-to-strong reasoning\n", *parts])
 
 
 def draw(summary: Mapping[str, Any]) -> bytes:
@@ -125,12 +127,11 @@ def draw(summary: Mapping[str, Any]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = list(models)[::-1]
-    shares = [100 * models[name]["value"] for name in names]
-    errors = [
-        [100 * (models[name]["value"] - models[name]["low"]) for name in names],
-        [100 * (models[name]["high"] - models[name]["value"]) for name in names],
-    ]
-    axes.barh(names, shares, xerr=errors, color=_BAR, ecolor="black", capsize=2)
+    value, low, high = (
+        np.array([100 * models[name][end] for name in names]) for end in ("value", "low", "high")
+    )
+    errors = [value - low, high - value]
+    axes.barh(names, value, xerr=errors, color=_BAR, ecolor="black", capsize=2)
     for name in (FLOOR, CEILING):
         if name in models:
             axes.axvline(100 * models[name]["value"], color=_LINE, linewidth=1, linestyle="--")
@@ -162,17 +163,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _interval(found: Mapping[str, Any]) -> str:
     return f"{100 * found['low']:.1f} – {100 * found['high']:.1f}"
 
 
-def _accuracy(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else _percent(found["value"])
-
-
 def _gap(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _percent(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"{100 * found['value']:.1f} %"

@@ -7,18 +7,19 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.text.journal import locked
-from w2s_jax.text.rows import write_whole
+from w2s_jax.text.rows import locked, write_whole
 
 DONE, BEGUN = "done.json", "begun.json"
 """Records of a stage: `done.json` when all of it is there, `begun.json` before any of it is."""
 BEGUN_FIELDS, DONE_FIELDS = ("inputs",), ("inputs", "result", "outputs", "contents", "figures")
+CHANGED = "its settings or what it reads have changed"
 
 Figures = Mapping[str, Any]
 State = Literal["done", "to do", "goes on", "changed", "left out"]
@@ -28,10 +29,15 @@ State = Literal["done", "to do", "goes on", "changed", "left out"]
 class Stage:
     """A step of a run.
 
-    name: also its folder's. work: fills the folder, going on from what an earlier, killed call left
-    there, and returns figures (JSON). outputs: the files and folders that later stages read.
-    settings: whatever else decides what comes out (JSON). after: the stages that it reads. reads:
-    files and folders from elsewhere. cost: what a plan says of it.
+    Attributes:
+        name: also its folder's.
+        work: fills the folder, going on from what an earlier, killed call left there, and returns
+            figures (JSON).
+        outputs: the files and folders that later stages read.
+        settings: whatever else decides what comes out (JSON).
+        after: the stages that it reads.
+        reads: files and folders from elsewhere.
+        cost: what a plan says of it.
     """
 
     name: str
@@ -45,11 +51,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a call of `run_stages` would do with a stage, and why."""
+    """What `run_stages` would do with a stage, and why.
+
+    Attributes:
+        stage: the stage.
+        state: whether it is done, or how it would be begun.
+        why: of a state that needs a reason.
+        inputs: a hash of all that decides what it writes; empty where that is not known yet.
+        record: what its `done.json` says, if there is one.
+    """
 
     stage: Stage
     state: State
     why: str = ""
+    inputs: str = ""
+    record: Mapping[str, Any] | None = None
 
 
 def run_stages(
@@ -63,40 +79,37 @@ def run_stages(
     """Do what is not done of the stages, in order; figures by stage name.
 
     A stage is done again where its settings or what it reads have changed, or its outputs are gone
-    or were changed; work of other inputs in its folder is removed before. Stages before `first`
-    are taken as they are, and those after `last` are left alone. Raises InputError for a name that
-    is no stage, for a stage before `first` that is not done, for a file that a stage reads and is
-    not there, for a folder that holds something else, and while another run writes in `root`.
+    or were changed; work of other inputs in its folder is removed before.
+
+    Args:
+        stages: in an order in which each comes after those that it reads.
+        root: folder of their folders.
+        first: a name; stages before it are taken as they are.
+        last: a name; stages after it are left alone.
+        tell: called with a line on each stage as it begins and ends.
+
+    Raises:
+        InputError: for a name that is no stage, a stage before `first` that is not done, a file
+            that a stage reads and is not there, a folder that holds something else, and while
+            another run writes in `root`.
     """
     chosen = _chosen(stages, first, last)
-    with locked(root / "stages"):
-        return _run(stages, root, chosen, tell)
-
-
-def _run(
-    stages: Sequence[Stage], root: Path, chosen: set[str], tell: Callable[[str], None]
-) -> dict[str, Figures]:
     figures: dict[str, Figures] = {}
-    told: dict[str, str] = {}
+    results: dict[str, str | None] = {}
     content = _remembering()
-    for stage in stages:
-        folder = root / stage.name
-        done = _read(folder / DONE, DONE_FIELDS)
-        if stage.name not in chosen:
-            if done is not None:
-                figures[stage.name], told[stage.name] = done["figures"], done["result"]
-            continue
-        digest = _inputs(stage, told, content)
-        if done is None or done["inputs"] != digest or not _kept(folder, done):
-            anew = done is not None and done["inputs"] != digest
-            why = " anew, as its settings or what it reads have changed" if anew else ""
-            tell(f"{stage.name}: started{why}")
-            _prepare(stage, folder, digest)
-            done = _do(stage, folder, digest)
-            tell(f"{stage.name}: {json.dumps(done['figures'])}")
-        else:
-            tell(f"{stage.name}: done before")
-        figures[stage.name], told[stage.name] = done["figures"], done["result"]
+    with locked(root / "stages"):
+        for stage in stages:
+            planned = _planned(stage, root, stage.name in chosen, results, content)
+            record = planned.record
+            if planned.state == "done":
+                tell(f"{stage.name}: done before")
+            elif planned.state != "left out":
+                anew = f" anew, as {CHANGED}" if planned.why == CHANGED else ""
+                tell(f"{stage.name}: started{anew}")
+                record = _do(stage, root / stage.name, planned.inputs)
+                tell(f"{stage.name}: {json.dumps(record['figures'])}")
+            if record is not None:
+                figures[stage.name], results[stage.name] = record["figures"], record["result"]
     return figures
 
 
@@ -105,18 +118,15 @@ def plan_stages(
 ) -> list[Planned]:
     """What `run_stages` would do, without doing it; raises what it raises before any work."""
     chosen = _chosen(stages, first, last)
-    told: dict[str, str] = {}
+    results: dict[str, str | None] = {}
     content = _remembering()
-    plan: list[Planned] = []
+    plan = []
     for stage in stages:
-        folder = root / stage.name
-        done = _read(folder / DONE, DONE_FIELDS)
-        planned = Planned(stage, "left out")
-        if stage.name in chosen:
-            _check_written(stage, {*told, *chosen})
-            planned = _planned(stage, folder, done, told, content)
-        if done is not None and planned.state in ("done", "left out"):
-            told[stage.name] = done["result"]
+        planned = _planned(stage, root, stage.name in chosen, results, content)
+        if planned.state not in ("done", "left out"):
+            results[stage.name] = None
+        elif planned.record is not None:
+            results[stage.name] = planned.record["result"]
         plan.append(planned)
     return plan
 
@@ -124,8 +134,7 @@ def plan_stages(
 def content_digest(path: Path) -> str:
     """A hash of a file's bytes, or of the names and bytes of all files in a folder."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
+    for file in _files(path):
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{file.relative_to(path)} {found}\n".encode())
@@ -134,37 +143,48 @@ def content_digest(path: Path) -> str:
 
 def _remembering() -> Callable[[Path], str]:
     """`content_digest`, which reads again only what has another size or time than before."""
-    known: dict[str, str] = {}
 
-    def digest(path: Path) -> str:
-        key = json.dumps([str(path), _stamps(path)])
-        if key not in known:
-            known[key] = content_digest(path)
-        return known[key]
+    @cache
+    def known(path: Path, stamps: str) -> str:
+        return content_digest(path)
 
-    return digest
+    return lambda path: known(path, json.dumps(_stamps(path)))
 
 
 def _planned(
     stage: Stage,
-    folder: Path,
-    done: Any,
-    told: Mapping[str, str],
+    root: Path,
+    is_chosen: bool,
+    results: Mapping[str, str | None],
     content: Callable[[Path], str],
 ) -> Planned:
-    awaited = [name for name in stage.after if name not in told]
+    """What is to be done with a stage.
+
+    results: of the stages before, by name, a hash of what they wrote; None of those that are still
+    to be done.
+    """
+    record = _read(root / stage.name / DONE, DONE_FIELDS)
+    if not is_chosen:
+        return Planned(stage, "left out", record=record)
+    for name in stage.after:
+        if name not in results:
+            raise InputError(
+                f"stage {stage.name} reads what {name} writes, which is not done; begin with it"
+            )
+    awaited = ", ".join(name for name in stage.after if results[name] is None)
     if awaited:
-        why = f"reads what {', '.join(awaited)} will write"
-        return Planned(stage, "to do" if done is None else "changed", why)
-    digest = _inputs(stage, told, content)
-    if done is None:
-        begun = _read(folder / BEGUN, BEGUN_FIELDS)
-        return Planned(stage, "goes on" if begun and begun["inputs"] == digest else "to do")
-    if done["inputs"] != digest:
-        return Planned(stage, "changed", "its settings or what it reads have changed")
-    if not _kept(folder, done):
-        return Planned(stage, "changed", "its outputs are gone or were changed")
-    return Planned(stage, "done")
+        state: State = "to do" if record is None else "changed"
+        return Planned(stage, state, f"reads what {awaited} will write", record=record)
+    inputs = _inputs(stage, results, content)
+    if record is None:
+        begun = _read(root / stage.name / BEGUN, BEGUN_FIELDS)
+        goes_on = begun is not None and begun["inputs"] == inputs
+        return Planned(stage, "goes on" if goes_on else "to do", inputs=inputs)
+    if record["inputs"] != inputs:
+        return Planned(stage, "changed", CHANGED, inputs, record)
+    if not _kept(root / stage.name, record):
+        return Planned(stage, "changed", "its outputs are gone or were changed", inputs, record)
+    return Planned(stage, "done", inputs=inputs, record=record)
 
 
 def _chosen(stages: Sequence[Stage], first: str | None, last: str | None) -> set[str]:
@@ -179,55 +199,23 @@ def _chosen(stages: Sequence[Stage], first: str | None, last: str | None) -> set
     return set(names[start:end])
 
 
-def _inputs(stage: Stage, told: Mapping[str, str], content: Callable[[Path], str]) -> str:
+def _inputs(stage: Stage, results: Mapping[str, str | None], content: Callable[[Path], str]) -> str:
     """A hash of all that decides what a stage writes."""
-    _check_written(stage, told)
     for path in stage.reads:
         if not path.exists():
             raise InputError(f"{path}: not found; stage {stage.name} reads it")
-    values = {
-        "settings": stage.settings,
-        "after": {name: told[name] for name in stage.after},
-        "reads": [content(path) for path in stage.reads],
-    }
+    after = {name: results[name] for name in stage.after}
+    reads = [content(path) for path in stage.reads]
+    return _hash({"settings": stage.settings, "after": after, "reads": reads})
+
+
+def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _check_written(stage: Stage, written: Collection[str]) -> None:
-    missing = [name for name in stage.after if name not in written]
-    if missing:
-        raise InputError(
-            f"stage {stage.name} reads what {missing[0]} writes, which is not done; begin with it"
-        )
-
-
-def _prepare(stage: Stage, folder: Path, digest: str) -> None:
-    """An empty folder, or one whose work was begun on the same inputs."""
-    begun = _read(folder / BEGUN, BEGUN_FIELDS)
-    if begun is not None and begun["inputs"] == digest:
-        if (folder / DONE).exists():  # outputs that were changed since are not gone on from
-            (folder / DONE).unlink()
-            for name in stage.outputs:
-                _remove(folder / name)
-        return
-    held_there = sorted(folder.iterdir()) if folder.is_dir() else []
-    own = [path for path in held_there if path.name in (BEGUN, f"{BEGUN}.part")]
-    if len(held_there) > len(own) and begun is None:
-        raise InputError(f"{folder} holds files of something else; name another --output")
-    # The record goes last: what a kill leaves is known to be this run's.
-    for path in [*(path for path in held_there if path not in own), *own]:
-        _remove(path)
-    _write(folder / BEGUN, {"inputs": digest})
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _do(stage: Stage, folder: Path, digest: str) -> dict[str, Any]:
+def _do(stage: Stage, folder: Path, inputs: str) -> dict[str, Any]:
+    """Do a stage; the record of it, which is written once all else is there."""
+    _prepare(stage, folder, inputs)
     started = time.monotonic()
     try:
         figures = dict(stage.work(folder))
@@ -238,8 +226,8 @@ def _do(stage: Stage, folder: Path, digest: str) -> dict[str, Any]:
         raise RuntimeError(f"stage {stage.name} has not written {', '.join(missing)}")
     contents = {name: content_digest(folder / name) for name in stage.outputs}
     done = {
-        "inputs": digest,
-        "result": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+        "inputs": inputs,
+        "result": _hash(contents),
         "seconds": round(time.monotonic() - started, 1),
         "outputs": {name: _stamps(folder / name) for name in stage.outputs},
         "contents": contents,
@@ -249,23 +237,54 @@ def _do(stage: Stage, folder: Path, digest: str) -> dict[str, Any]:
     return done
 
 
+def _prepare(stage: Stage, folder: Path, inputs: str) -> None:
+    """An empty folder, or one whose work was begun on the same inputs."""
+    begun = _read(folder / BEGUN, BEGUN_FIELDS)
+    if begun is not None and begun["inputs"] == inputs:
+        if (folder / DONE).exists():  # outputs that were changed since are not gone on from
+            for name in (DONE, *stage.outputs):
+                _remove(folder / name)
+        return
+    own = (BEGUN, f"{BEGUN}.part")
+    # The record goes last: what a kill leaves is known to be this run's.
+    there = sorted(folder.iterdir(), key=lambda path: path.name in own) if folder.is_dir() else []
+    if begun is None and any(path.name not in own for path in there):
+        raise InputError(f"{folder} holds files of something else; name another --output")
+    for path in there:
+        _remove(path)
+    _write(folder / BEGUN, {"inputs": inputs})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _kept(folder: Path, done: Mapping[str, Any]) -> bool:
     """Whether a stage's outputs are as they were: by size and time, or else by content."""
-    for name, stamps in done["outputs"].items():
+
+    def is_kept(name: str) -> bool:
         path = folder / name
         if not path.exists():
             return False
-        if _stamps(path) != stamps and content_digest(path) != done["contents"][name]:
-            return False
-    return True
+        same = _stamps(path) == done["outputs"][name]
+        return same or content_digest(path) == done["contents"][name]
+
+    return all(map(is_kept, done["outputs"]))
 
 
 def _stamps(path: Path) -> list[list[Any]]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    """Name, size and time of a file, or of all files in a folder."""
     return [
         [str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
+        for file in _files(path)
     ]
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any] | None:

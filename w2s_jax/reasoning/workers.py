@@ -15,12 +15,12 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
-from types import TracebackType
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from threading import Lock
 from typing import Any
 
 from w2s_jax.errors import InputError
@@ -37,13 +37,16 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     Linux it is killed when this process dies in whatever way. Raises KeyboardInterrupt where it
     was stopped, and InputError, which ends with `hint`, where it fails.
     """
+    # Here, as each worker of grading imports this file and should start quickly.
     from w2s_jax.train.stopping import Stop
 
     words = [sys.executable, "-m", "w2s_jax.reasoning.workers", str(os.getpid()), module]
     with Stop() as stop, subprocess.Popen([*words, *arguments], stdout=2) as child:
         told = False
         try:
-            while _running(child):
+            while child.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.5)
                 if stop.asked and not told:
                     told = True
                     child.terminate()
@@ -55,14 +58,6 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     if child.returncode:
         call = " ".join(("python -m", module, *arguments)).replace("python -m w2s_jax ", "w2s ")
         raise InputError(f"`{call}` ended with status {child.returncode}; {hint}")
-
-
-def _running(child: "subprocess.Popen[bytes]") -> bool:
-    try:
-        child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
 
 
 def die_with(parent: int) -> None:
@@ -108,15 +103,64 @@ class Failure:
     reason: str
 
 
-@dataclass
+class _Lost(Exception):
+    """A worker that will answer no more, and why."""
+
+
 class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    deadline: float
-    worked: float = 0.0  # seconds of processor time when its task began
-    extensions: int = 0
-    ready: bool = False
-    tasks: deque[int] = field(default_factory=deque)  # sent and not answered; the first one runs
+    """A process that answers tasks in their order, and the pipe to it."""
+
+    def __init__(self, setup: tuple[Any, ...]):
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = _spawn(theirs.fileno())
+        with contextlib.suppress(OSError):  # dead already: its silence will tell
+            self.connection.send(setup)
+        self.is_ready = False
+
+    def await_start(self) -> None:
+        """Raises what the factory raised, and RuntimeError where the process does not start."""
+        if self.is_ready:
+            return
+        if not self.connection.poll(START_SECONDS):
+            raise RuntimeError(f"a worker did not start within {START_SECONDS:g} s")
+        try:
+            error = self.connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"a worker did not start: {self.ending()}") from None
+        if error is not None:
+            raise error
+        self.is_ready = True
+
+    def answer(self, seconds: float) -> Any:
+        """The result of the next task that was sent.
+
+        A worker that computes, but was left less than its time to do so, is given more. Raises
+        _Lost for one that died or took too long.
+        """
+        _, before = _processor_time(self.process.pid)
+        for _ in range(PATIENCE):
+            if self.connection.poll(seconds):
+                try:
+                    return self.connection.recv()
+                except (EOFError, OSError):
+                    raise _Lost(f"the worker died: {self.ending()}") from None
+            computes, now = _processor_time(self.process.pid)
+            if not computes or now - before >= seconds:
+                break
+        raise _Lost(f"timed out after {seconds:g} s")
+
+    def ending(self) -> str:
+        """How a process ended whose end of the pipe is closed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        code = self.end()
+        if code >= 0:
+            return f"exit code {code}"
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
 
     def end(self) -> int:
         """Kills the process at once, whatever it does; its exit code."""
@@ -128,11 +172,17 @@ class _Worker:
 class Workers:
     """Processes that apply one function to tasks, to be used in a `with` block.
 
-    factory: "module:attribute", called in every worker with `arguments`, gives the function; tasks,
-    arguments and results must pickle. seconds: for each task, on the clock; a worker that computes
-    and was left less of a busy machine's time may take PATIENCE times as long. memory_mb: address
-    space of a worker (where the system limits it: Linux). Workers start at the first `run`, hash
-    with seed 0, print nowhere, and die with the block, or with their parent.
+    Workers start at the first `run`, hash with seed 0, print nowhere, and die with the block, or
+    with their parent. Tasks, arguments and results must pickle. Raises InputError for limits out of
+    range.
+
+    Args:
+        factory: "module:attribute"; called in every worker with `arguments`, it gives the function.
+        arguments: of the factory.
+        workers: how many at most; None: as many as this process may use cores.
+        seconds: for each task, on the clock; a worker that computes and was left less of a busy
+            machine's time may take PATIENCE times as long.
+        memory_mb: address space of a worker, where the system limits it (Linux).
     """
 
     def __init__(
@@ -152,136 +202,70 @@ class Workers:
             raise InputError(f"{workers} workers; at least 1 is needed")
         self._setup = (factory, arguments, float(seconds), memory_mb)
         self._seconds = float(seconds)
-        self._memory_mb = memory_mb
         self._most = workers or _cores()
-        self._workers: list[_Worker] = []
+        # Each worker is served by a thread of this process, which mostly waits for it.
+        self._threads = ThreadPoolExecutor(self._most)
+        self._workers: dict[int, _Worker] = {}
+        self._lock = Lock()
+        self._has_ended = False
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for worker in self._workers:
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._has_ended = True
+            for worker in list(self._workers.values()):
+                worker.process.kill()
+        self._threads.shutdown()
+        for worker in self._workers.values():
             worker.end()
-        self._workers.clear()
 
-    def run(
-        self, tasks: Sequence[Any], *, on_result: Callable[[int], None] = lambda index: None
-    ) -> list[Any]:
+    def run(self, tasks: Sequence[Any]) -> list[Any]:
         """The result of every task, or its Failure, in the order of the tasks.
 
-        `on_result` is called with an index as soon as its result is there. Raises what `factory`
-        raised when it is an InputError, and RuntimeError where no worker can start.
+        Raises what `factory` raised when it is an InputError, and RuntimeError where no worker can
+        start.
         """
         results: list[Any] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
+        # Many at once, as a turn of a pipe takes longer than a short task, but a share for each.
         size = max(1, min(BATCH, len(tasks) // (4 * self._most)))
+        indices = range(len(tasks))
+        batches = iter([indices[start : start + size] for start in indices[::size]])
 
-        def finish(index: int, result: Any) -> None:
-            results[index] = result
-            on_result(index)
+        def work(slot: int) -> None:
+            for batch in batches:
+                self._answer(slot, tasks, deque(batch), results)
 
-        while waiting or any(worker.tasks for worker in self._workers):
-            self._start(min(self._most, math.ceil(len(waiting) / size)))
-            for worker in list(self._workers):
-                if worker.ready and not worker.tasks and waiting:
-                    self._send(worker, tasks, waiting, size)
-            self._await(waiting, finish)
+        slots = range(min(self._most, len(indices[::size])))
+        futures = [self._threads.submit(work, slot) for slot in slots]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
         return results
 
-    def _start(self, wanted: int) -> None:
-        while len(self._workers) < wanted:
-            ours, theirs = Pipe()
-            with theirs:
-                process = _spawn(theirs.fileno())
-            worker = _Worker(process, ours, time.monotonic() + START_SECONDS)
-            self._workers.append(worker)
-            with contextlib.suppress(OSError):  # dead already: its silence will tell
-                ours.send(self._setup)
-
-    def _send(self, worker: _Worker, tasks: Sequence[Any], waiting: deque[int], size: int) -> None:
-        batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-        worker.tasks.extend(batch)
-        self._allow(worker)
-        try:
-            worker.connection.send([tasks[index] for index in batch])
-        except OSError:
-            # It died idle, so none of these tasks is at fault.
-            self._remove(worker)
-            waiting.extendleft(reversed(batch))
-
-    def _await(self, waiting: deque[int], finish: Callable[[int, Any], None]) -> None:
-        busy = {w.connection: w for w in self._workers if w.tasks or not w.ready}
-        if not busy:
-            return
-        soonest = min(worker.deadline for worker in busy.values())
-        for connection in wait(list(busy), max(0.0, soonest - time.monotonic())):
-            self._receive(busy[connection], waiting, finish)  # type: ignore[index]
-        now = time.monotonic()
-        for worker in [w for w in self._workers if w.deadline < now and (w.tasks or not w.ready)]:
-            if not worker.ready:
-                raise RuntimeError(f"a worker did not start within {START_SECONDS:g} s")
-            if not self._extended(worker):
-                self._give_up(worker, waiting, finish, f"timed out after {self._seconds:g} s")
-
-    def _receive(
-        self, worker: _Worker, waiting: deque[int], finish: Callable[[int, Any], None]
+    def _answer(
+        self, slot: int, tasks: Sequence[Any], left: deque[int], results: list[Any]
     ) -> None:
-        try:
-            answer = worker.connection.recv()
-        except (EOFError, OSError):
-            code = self._remove(worker, kill=False)
-            if not worker.ready:
-                raise RuntimeError(f"a worker did not start: {_ending(code)}") from None
-            self._give_up(worker, waiting, finish, f"the worker died: {_ending(code)}")
-            return
-        self._allow(worker)
-        if worker.ready:
-            finish(worker.tasks.popleft(), answer)
-        elif isinstance(answer, Exception):
-            raise answer
-        else:
-            worker.ready = True
+        """Have a slot's worker, or those after it, answer what is left of a batch."""
+        while left and (worker := self._worker(slot)):
+            worker.await_start()
+            try:
+                worker.connection.send([tasks[index] for index in left])
+                while left:
+                    results[left[0]] = worker.answer(self._seconds)
+                    left.popleft()
+            except _Lost as lost:
+                results[left.popleft()] = Failure(str(lost))
+                self._workers.pop(slot).end()
+            except OSError:  # it died idle, so none of these tasks is at fault
+                self._workers.pop(slot).end()
 
-    def _allow(self, worker: _Worker) -> None:
-        worker.deadline = time.monotonic() + self._seconds
-        worker.worked = _processor_time(worker.process.pid)[1]
-        worker.extensions = 0
-
-    def _extended(self, worker: _Worker) -> bool:
-        """More time for a worker that computes, but was left less than its time to do so."""
-        computes, now = _processor_time(worker.process.pid)
-        worker.extensions += 1
-        if computes and now - worker.worked < self._seconds and worker.extensions < PATIENCE:
-            worker.deadline = time.monotonic() + self._seconds
-            return True
-        return False
-
-    def _give_up(
-        self,
-        worker: _Worker,
-        waiting: deque[int],
-        finish: Callable[[int, Any], None],
-        reason: str,
-    ) -> None:
-        self._remove(worker)
-        running = worker.tasks.popleft()
-        waiting.extendleft(reversed(worker.tasks))
-        worker.tasks.clear()
-        finish(running, Failure(reason))
-
-    def _remove(self, worker: _Worker, *, kill: bool = True) -> int:
-        if worker not in self._workers:
-            return 0
-        self._workers.remove(worker)
-        if not kill:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(1.0)
-        return worker.end()
+    def _worker(self, slot: int) -> _Worker | None:
+        """A slot's worker, a new one where there is none; None once the block has ended."""
+        with self._lock:
+            if not self._has_ended and slot not in self._workers:
+                self._workers[slot] = _Worker(self._setup)
+            return None if self._has_ended else self._workers[slot]
 
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
@@ -306,15 +290,6 @@ def _processor_time(pid: int) -> tuple[bool, float]:
     except OSError:
         return False, 0.0
     return fields[0] in "RD", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
 
 
 def _cores() -> int:

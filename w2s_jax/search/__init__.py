@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from w2s_jax.search.config import SearchConfig
+    from w2s_jax.search.file import search_file
     from w2s_jax.search.models import Guide, SearchModels, search_models
     from w2s_jax.search.results import Hypothesis, Request, SearchResult
     from w2s_jax.search.run import search
+    from w2s_jax.search.scorers import FunctionScorer, TextScorer
+    from w2s_jax.search.settings import SearchFileConfig
     from w2s_jax.search.state import SearchState, insert_prompt, start_search
     from w2s_jax.search.step import search_step
-    from w2s_jax.search.texts import FunctionScorer, TextScorer
 
 __all__ = [
     "FunctionScorer",
@@ -21,39 +23,37 @@ __all__ = [
     "Hypothesis",
     "Request",
     "SearchConfig",
+    "SearchFileConfig",
     "SearchModels",
     "SearchResult",
     "SearchState",
     "TextScorer",
     "insert_prompt",
     "search",
+    "search_file",
     "search_models",
     "search_step",
     "start_search",
 ]
 
 _HOMES = {
-    "FunctionScorer": "texts",
-    "Guide": "models",
-    "Hypothesis": "results",
-    "Request": "results",
-    "SearchConfig": "config",
-    "SearchModels": "models",
-    "SearchResult": "results",
-    "SearchState": "state",
-    "TextScorer": "texts",
-    "insert_prompt": "state",
-    "search": "run",
-    "search_models": "models",
-    "search_step": "step",
-    "start_search": "state",
+    "config": ("SearchConfig",),
+    "file": ("search_file",),
+    "models": ("Guide", "SearchModels", "search_models"),
+    "results": ("Hypothesis", "Request", "SearchResult"),
+    "run": ("search",),
+    "scorers": ("FunctionScorer", "TextScorer"),
+    "settings": ("SearchFileConfig",),
+    "state": ("SearchState", "insert_prompt", "start_search"),
+    "step": ("search_step",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

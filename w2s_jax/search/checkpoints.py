@@ -1,6 +1,7 @@
 """From the names of checkpoints to a policy and what steers it, with every model's own template.
 
-Looks at tokenizers and configs first, so that what is wrong is said before any weight is read.
+Tokenizers and configs are looked at first (`plan`), so that what is wrong is said before any weight
+is read (`load`).
 """
 
 import hashlib
@@ -12,18 +13,20 @@ from typing import Any
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.quantize import QuantizeConfig
-from w2s_jax.ops.sharding import Rules
-from w2s_jax.search.adapters import Adapted, find_adapters, load_decoders, tokenizer_place
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.models import (
     ONE_DEVICE,
+    Adapted,
     Guide,
     Places,
     SearchModels,
+    find_adapters,
+    load_decoders,
     member_names,
     search_models,
+    tokenizer_place,
 )
-from w2s_jax.search.texts import TextScorer
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import tell_left_out
@@ -32,14 +35,6 @@ from w2s_jax.text.typed_yaml import read_mapping
 
 Number = float | int
 SCORE_ON = ("auto", "tokens", "text")
-
-FLAGS = {
-    "policy": "--policy-template",
-    "tuned": "--guide-template",
-    "untuned": "--guide-template",
-    "reward-model": "--reward-template",
-}
-"""The flag that names the template of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -88,59 +83,116 @@ class Sources:
         return self.folders.get(name, name)
 
     @property
+    def guide_roles(self) -> tuple[tuple[str, str], ...]:
+        """What to call the tuned and the untuned model of each guide."""
+        marks = _marks(self.guides)
+        return tuple((f"tuned{mark}", f"untuned{mark}") for mark in marks)
+
+    @property
+    def reward_roles(self) -> tuple[str, ...]:
+        """What to call the reward models."""
+        return tuple(f"reward-model{mark}" for mark in _marks(self.rewards))
+
+    @property
     def checkpoints(self) -> dict[str, str]:
         """Where every checkpoint is, under what to call it in messages."""
         found = {} if self.policy is None else {"policy": self.policy}
-        for index, guide in enumerate(self.guides):
-            mark = "" if len(self.guides) == 1 else f" {index}"
-            found |= {f"tuned{mark}": guide.tuned, f"untuned{mark}": guide.untuned}
-        for index, reward in enumerate(self.rewards):
-            mark = "" if len(self.rewards) == 1 else f" {index}"
-            found[f"reward-model{mark}"] = reward.path
+        for guide, (tuned, untuned) in zip(self.guides, self.guide_roles, strict=True):
+            found |= {tuned: guide.tuned, untuned: guide.untuned}
+        found |= zip(self.reward_roles, (reward.path for reward in self.rewards), strict=True)
         return {role: self.locate(name) for role, name in found.items()}
+
+
+def _marks(items: Sequence[Any]) -> list[str]:
+    """What tells the items apart in names: nothing where there is one, else their numbers."""
+    return [""] if len(items) == 1 else [f" {index}" for index in range(len(items))]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A checkpoint that was looked at.
+
+    Attributes:
+        role: its name in `Sources.checkpoints`.
+        called: its kind and where it is, for messages.
+        path: its folder or hub id.
+        template: behind which it reads conversations.
+        config: None of reward models, whose heads are read with their weights.
+    """
+
+    role: str
+    called: str
+    path: str
+    template: Template
+    config: ModelConfig | None = None
+
+
+@dataclass(frozen=True)
+class GuidePlan:
+    """A guide's two models, and whether it scores the policy's tokens on the device."""
+
+    tuned: ModelPlan
+    untuned: ModelPlan
+    on_device: bool
+
+    @property
+    def models(self) -> tuple[ModelPlan, ModelPlan]:
+        """Both, in the order in which searches read them."""
+        return (self.tuned, self.untuned)
 
 
 @dataclass(frozen=True)
 class SteeringPlan:
     """Sources whose tokenizers, templates and configs were looked at; no weight is loaded yet.
 
-    on_device: for each guide whether it scores the policy's tokens. templates and configs are under
-    the names of `Sources.checkpoints`. adapters: which checkpoints are, by path.
+    policy: None behind an API. adapters: which checkpoints are, by path.
     """
 
     sources: Sources
-    templates: Mapping[str, Template]
-    configs: Mapping[str, ModelConfig]
-    on_device: tuple[bool, ...]
+    policy: ModelPlan | None
+    guides: tuple[GuidePlan, ...]
+    rewards: tuple[ModelPlan, ...] = ()
     adapters: Mapping[str, Adapted] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[ModelPlan, ...]:
+        """All of them: policy, tuned 0, untuned 0, ..., reward models."""
+        guides = (model for guide in self.guides for model in guide.models)
+        return (*((self.policy,) if self.policy else ()), *guides, *self.rewards)
+
+    @property
+    def members(self) -> tuple[ModelPlan, ...]:
+        """The models that read the policy's tokens, in the order of their prompts."""
+        assert self.policy is not None
+        guides = (model for guide in self.guides if guide.on_device for model in guide.models)
+        return (self.policy, *guides)
+
+    @property
+    def templates(self) -> dict[str, Template]:
+        """The template of each model, under the names of `Sources.checkpoints`."""
+        return {model.role: model.template for model in self.models}
+
+    @property
+    def configs(self) -> dict[str, ModelConfig]:
+        """The configs of the policy and of the guides' models, under the same names."""
+        return {model.role: model.config for model in self.models if model.config is not None}
 
     @property
     def tokenizer(self) -> Any:
         """The policy's."""
-        return self.templates["policy"].tokenizer
+        return self.members[0].template.tokenizer
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """What ends a response: the policy's EOS ids and the end of a turn in its template."""
-        return ending_ids(self.configs["policy"], self.templates["policy"])
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The names of the models that read the policy's tokens, in the order of their prompts."""
-        roles = iter(role for role in self.templates if "tuned" in role)
-        pairs = list(zip(roles, roles, strict=True))
-        on_device = [pair for pair, here in zip(pairs, self.on_device, strict=True) if here]
-        return ("policy", *(role for pair in on_device for role in pair))
-
-    def called(self, role: str) -> str:
-        """What to call a model in messages: its role and where it is."""
-        kind = f"{role} model" if "tuned" in role else role
-        return f"{kind} {self.sources.checkpoints[role]}"
+        policy = self.members[0]
+        assert policy.config is not None
+        return ending_ids(policy.config, policy.template)
 
     def called_members(self) -> dict[str, str]:
-        """The same for the models that read the policy's tokens, under `guides.member_names`."""
-        names = member_names(sum(self.on_device))
-        return dict(zip(names, map(self.called, self.members), strict=True))
+        """What to call the members, under `models.member_names`."""
+        names = member_names(len(self.members) // 2)
+        return {name: model.called for name, model in zip(names, self.members, strict=True)}
 
     def notes(self) -> list[str]:
         """A line for each guide: where it scores, and why there; and for each adapter its base.
@@ -148,44 +200,44 @@ class SteeringPlan:
         And for each value that is given to chat templates and that none reads.
         """
         lines = []
-        for index, (guide, here) in enumerate(
-            zip(self.sources.guides, self.on_device, strict=True)
+        for source, guide, mark in zip(
+            self.sources.guides, self.guides, _marks(self.guides), strict=True
         ):
-            name = "the guide" if len(self.on_device) == 1 else f"guide {index}"
-            if here:
+            name = f"guide{mark}" if mark else "the guide"
+            if guide.on_device:
                 lines.append(f"{name} scores tokens on the device: its vocabulary is the policy's")
                 continue
             why = "as asked"
-            if self.sources.policy is None:
+            if self.policy is None:
                 why = "the policy gives text only"
             elif self.sources.score_on == "auto":
-                why = f"{guide.tuned} or {guide.untuned} does not have the policy's vocabulary"
+                why = f"{source.tuned} or {source.untuned} does not have the policy's vocabulary"
             lines.append(f"{name} scores texts, encoded anew behind its own template: {why}")
-        if self.sources.policy is not None:  # whose template is not here behind an API
+        if self.policy is not None:  # whose template is not here behind an API
             lines += [
                 f"no chat template here reads {name!r}, which is given to all of them"
                 for name in self.sources.template_args
-                if not any(template.reads(name) for template in self.templates.values())
+                if not any(model.template.reads(name) for model in self.models)
             ]
-        checkpoints = self.sources.checkpoints
         if self.sources.quantize is not None:
             lines.append(f"the policy's weights are read as {self.sources.quantize}")
-        for path, adapted in self.adapters.items():
-            role = next(role for role in checkpoints if checkpoints[role] == path)
-            rest = {checkpoints[other] for other in self.configs if role in self.configs} - {path}
-            if role == "policy" and self.sources.quantize is not None:
-                lines.append(f"policy {path} is an adapter beside {adapted.base}, quantised")
-                continue
-            on = [self.adapters[other].base if other in self.adapters else other for other in rest]
-            lines.append(adapted.note(role, path, on))
-        return lines
+        return lines + [self._adapter_note(path) for path in self.adapters]
+
+    def _adapter_note(self, path: str) -> str:
+        adapted = self.adapters[path]
+        model = next(model for model in self.models if model.path == path)
+        if model is self.policy and self.sources.quantize is not None:
+            return f"policy {path} is an adapter beside {adapted.base}, quantised"
+        rest = {one.path for one in self.models if one.config and model.config} - {path}
+        on = [self.adapters[other].base if other in self.adapters else other for other in rest]
+        return adapted.note(model.role, path, on)
 
     def prompts(self, conversation: Conversation) -> tuple[tuple[int, ...], ...]:
         """Token ids of a prompt: one sequence for all members that read tokens, or one each.
 
         Raises InputError where a template fails.
         """
-        read = [tuple(self.templates[role].encode(conversation)) for role in self.members]
+        read = [tuple(model.template.encode(conversation)) for model in self.members]
         return (read[0],) if all(one == read[0] for one in read) else tuple(read)
 
     def check_length(self, conversation: Conversation, max_new_tokens: int, where: str) -> None:
@@ -194,14 +246,14 @@ class SteeringPlan:
         For models that read texts the response's length in their own tokens is not known before;
         it is taken to be as long as the policy's.
         """
-        for role, template in self.templates.items():
-            if role not in self.configs:
+        for model in self.models:
+            if model.config is None:
                 continue
-            length, room = len(template.encode(conversation)), self.configs[role].max_positions
+            length, room = len(model.template.encode(conversation)), model.config.max_positions
             if length + max_new_tokens > room:
                 raise InputError(
                     f"{where}: a prompt of {length} tokens and {max_new_tokens} new ones exceed "
-                    f"the {room} positions of the {role} model"
+                    f"the {room} positions of the {model.role} model"
                 )
 
 
@@ -254,23 +306,39 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
     vocabulary where they must have the policy's.
     """
     checkpoints = sources.checkpoints
-    names = _template_names(sources)
-    adapters = find_adapters(checkpoints, sources.folders)
+    pairs = [(checkpoints[up], checkpoints[down]) for up, down in sources.guide_roles]
+    tuned_roles = {up for up, _ in sources.guide_roles}
+    alone = [path for role, path in checkpoints.items() if role not in tuned_roles]
+    adapters = find_adapters(alone, pairs, sources.folders)
     loaded: dict[str, Any] = {}
-    templates, configs = {}, {}
-    for role, path in checkpoints.items():
-        if not role.startswith("reward-model"):
-            configs[role] = _config(path, adapters)
+
+    def look(role: str, template: str, flag: str, title: str, is_decoder: bool = True) -> ModelPlan:
+        path = checkpoints[role]
+        config = _config(path, adapters) if is_decoder else None
         if path not in loaded:
             found = load_tokenizer(tokenizer_place(path, adapters))
             loaded[path] = _shared(found, loaded.values())
-            if loaded[path] is found and role in configs:
+            if loaded[path] is found and is_decoder:
                 tell_left_out(found, path)
-        flag = FLAGS[role.split()[0]]
         args = sources.template_args
-        templates[role] = load_template(loaded[path], names[role], where=flag, args=args)
-    on_device = _on_device(sources, templates, configs, needs_tokens)
-    return SteeringPlan(sources, templates, configs, on_device, adapters)
+        chosen = load_template(loaded[path], template, where=flag, args=args)
+        return ModelPlan(role, f"{title} {path}", path, chosen, config)
+
+    policy = None
+    if sources.policy is not None:
+        policy = look("policy", sources.policy_template, "--policy-template", "policy")
+    guides, flag = [], "--guide-template"
+    for source, (up, down) in zip(sources.guides, sources.guide_roles, strict=True):
+        tuned = look(up, source.tuned_template, flag, f"{up} model")
+        guides.append((tuned, look(down, source.untuned_template, flag, f"{down} model")))
+    rewards = [
+        look(role, reward.template, "--reward-template", role, is_decoder=False)
+        for reward, role in zip(sources.rewards, sources.reward_roles, strict=True)
+    ]
+    planned = tuple(
+        GuidePlan(*pair, _on_device(sources, policy, pair, needs_tokens)) for pair in guides
+    )
+    return SteeringPlan(sources, policy, planned, tuple(rewards), adapters)
 
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
@@ -283,14 +351,6 @@ def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
         return adapted_config(path, load_config(adapters[path].base))
     except InputError as error:
         raise InputError(f"{path} is an adapter; its base: {error}") from None
-
-
-def _template_names(sources: Sources) -> dict[str, str]:
-    names = [] if sources.policy is None else [sources.policy_template]
-    for guide in sources.guides:
-        names += [guide.tuned_template, guide.untuned_template]
-    names += [reward.template for reward in sources.rewards]
-    return dict(zip(sources.checkpoints, names, strict=True))
 
 
 def ending_ids(config: ModelConfig, template: Template) -> tuple[int, ...]:
@@ -318,40 +378,36 @@ def _backend(tokenizer: Any) -> str:
 
 def _on_device(
     sources: Sources,
-    templates: Mapping[str, Template],
-    configs: Mapping[str, ModelConfig],
+    policy: ModelPlan | None,
+    guide: tuple[ModelPlan, ModelPlan],
     needs_tokens: str,
-) -> tuple[bool, ...]:
-    eos_ids: tuple[int, ...] = ()
-    if sources.policy is not None:
-        eos_ids = ending_ids(configs["policy"], templates["policy"])
-    roles = iter([role for role in templates if "tuned" in role])
-    found = []
-    for tuned, untuned in zip(roles, roles, strict=True):
-        differs = None
-        for role in (tuned, untuned):
-            if sources.policy is None:
-                differs = f"the policy behind an API and --{role} share no token ids"
-                break
-            policy, other = templates["policy"].tokenizer, templates[role].tokenizer
-            checkpoints = sources.checkpoints
-            pair = f"--policy {checkpoints['policy']} and --{role} {checkpoints[role]}"
-            if not same_vocabulary(policy, other):
-                sizes = f"({len(policy)} and {len(other)} tokens)"
-                differs = f"{pair} have different vocabularies {sizes}"
-                break
-            # The policy could not draw a token that a guide has no logit for.
-            unknown = [id for id in eos_ids if id >= configs[role].vocab_size]
-            if unknown:
-                token = policy.convert_ids_to_tokens(unknown[0])
-                differs = f"{pair} do not both have {token!r}, which ends the policy's responses"
-                break
-        if differs and (needs_tokens or sources.score_on == "tokens"):
-            raise InputError(f"{differs}; {needs_tokens or '--score-on tokens'} needs one")
-        if needs_tokens and sources.score_on == "text":
-            raise InputError(f"{needs_tokens} needs guides on tokens; leave --score-on text out")
-        found.append(differs is None and sources.score_on != "text")
-    return tuple(found)
+) -> bool:
+    """Whether a guide scores the policy's tokens; InputError where it must and cannot."""
+    differs = next(filter(None, (_difference(policy, model) for model in guide)), None)
+    if differs and (needs_tokens or sources.score_on == "tokens"):
+        raise InputError(f"{differs}; {needs_tokens or '--score-on tokens'} needs one")
+    if needs_tokens and sources.score_on == "text":
+        raise InputError(f"{needs_tokens} needs guides on tokens; leave --score-on text out")
+    return differs is None and sources.score_on != "text"
+
+
+def _difference(policy: ModelPlan | None, model: ModelPlan) -> str | None:
+    """Why a guide's model cannot read the policy's tokens; None where it can."""
+    if policy is None:
+        return f"the policy behind an API and --{model.role} share no token ids"
+    assert policy.config is not None
+    assert model.config is not None
+    own, other = policy.template.tokenizer, model.template.tokenizer
+    pair = f"--policy {policy.path} and --{model.role} {model.path}"
+    if not same_vocabulary(own, other):
+        return f"{pair} have different vocabularies ({len(own)} and {len(other)} tokens)"
+    # The policy could not draw a token that a guide has no logit for.
+    ids = ending_ids(policy.config, policy.template)
+    unknown = [id for id in ids if id >= model.config.vocab_size]
+    if not unknown:
+        return None
+    token = own.convert_ids_to_tokens(unknown[0])
+    return f"{pair} do not both have {token!r}, which ends the policy's responses"
 
 
 def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
@@ -360,48 +416,40 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
     dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
     that does not divide them.
     """
-    from w2s_jax.models.reward import load_reward_model
+    from w2s_jax.models.load import load_reward_model
 
-    sources, checkpoints = plan.sources, plan.sources.checkpoints
+    quantize = plan.sources.quantize
     options: dict[str, Any] = {
         "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers
     }  # fmt: skip
     # A quantised policy is of its own even where a guide is the same checkpoint: guides are not
     # quantised. Else the policy comes first, and such a guide lies as the policy does.
-    roles = sorted(plan.configs, key=lambda role: role != "policy")
-    apart = [role for role in roles if role == "policy" and sources.quantize]
-    decoders: dict[str, Rules] = {}
-    for role in (role for role in roles if role not in apart):
-        rules = places.policy if role == "policy" else places.others
-        decoders.setdefault(checkpoints[role], rules)
+    own = {} if plan.policy is None else {plan.policy.path: places.policy}
+    decoders = {} if quantize else dict(own)
+    for guide in plan.guides:
+        for model in guide.models:
+            decoders.setdefault(model.path, places.others)
     models = load_decoders(decoders, plan.adapters, **options)
-    own = {checkpoints[role]: places.policy for role in apart}
-    alone = load_decoders(own, plan.adapters, quantize=sources.quantize, **options)
+    alone = load_decoders(own if quantize else {}, plan.adapters, quantize=quantize, **options)
     guides: list[Guide] = []
     scorers: list[TextScorer] = []
     names: tuple[list[str], list[str]] = ([], [])
-    guiding = iter([role for role in plan.templates if "tuned" in role])
-    pairs = zip(guiding, guiding, strict=True)
-    for guide, here, pair in zip(sources.guides, plan.on_device, pairs, strict=True):
-        tuned, untuned = (models[checkpoints[role]] for role in pair)
-        names[0 if here else 1].append(Path(guide.tuned).name)
-        if here:
-            guides.append(Guide(tuned, untuned, float(guide.weight)))
+    for source, guide in zip(plan.sources.guides, plan.guides, strict=True):
+        names[0 if guide.on_device else 1].append(Path(source.tuned).name)
+        if guide.on_device:
+            tuned, untuned = (models[one.path] for one in guide.models)
+            guides.append(Guide(tuned, untuned, float(source.weight)))
             continue
-        readers = [
-            TextModel(model, plan.templates[role], plan.called(role))
-            for model, role in zip((tuned, untuned), pair, strict=True)
-        ]
-        scorers.append(TextLogRatio(readers[0], readers[1], guide.weight))
-    judges = [role for role in plan.templates if role.startswith("reward-model")]
-    for reward, role in zip(sources.rewards, judges, strict=True):
+        up, down = (TextModel(models[one.path], one.template, one.called) for one in guide.models)
+        scorers.append(TextLogRatio(up, down, source.weight))
+    for reward, model in zip(plan.sources.rewards, plan.rewards, strict=True):
         names[1].append(Path(reward.path).name)
-        adapted = plan.adapters.get(checkpoints[role])
+        adapted = plan.adapters.get(model.path)
         base = None if adapted is None else adapted.base
-        judge = load_reward_model(checkpoints[role], base=base, rules=places.others, **options)
-        options_of = (plan.templates[role], reward.weight, reward.label, plan.called(role))
-        scorers.append(RewardScorer(judge, *options_of))
-    policy = None if sources.policy is None else (models | alone)[checkpoints["policy"]]
+        read = load_reward_model(model.path, base=base, rules=places.others, **options)
+        own_options = (model.template, reward.weight, reward.label, model.called)
+        scorers.append(RewardScorer(read, *own_options))
+    policy = None if plan.policy is None else (models | alone)[plan.policy.path]
     found = None if policy is None else search_models(policy, guides)
     return Steering(found, tuple(scorers), _distinct([*names[0], *names[1]]))
 

@@ -22,8 +22,8 @@ from w2s_jax.models.cache import (
     part_dtype,
     quantize_part,
 )
-from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward, logits
+from w2s_jax.models.decoder import logits, read_sequences
+from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
 from w2s_jax.ops.logprobs import blocked_token_logprobs
 from w2s_jax.ops.sampling import choose
@@ -78,16 +78,14 @@ def prefill(
     the prefix part; the slot's committed part is emptied, as a masked NaN would still be one in a
     sum over values.
     """
-    layout = Layout(False, 1, prompt.shape[0])
-    tokens, place = prompt[None, None], model.placement
-    read = forward(model.config, model.params, tokens, layout, placement=place).chunk
+    place = model.placement
+    _, read = read_sequences(model.config, model.params, prompt[None], placement=place)
     if part_dtype(cache.prefix) == jnp.int8:
         read = jax.tree.map(quantize_part, read, is_leaf=lambda part: isinstance(part, KV))
     stacked = model.scan_layers
 
     def put(prefix: Array, new: Array) -> Array:
-        row = new[:, 0] if stacked else new[0]
-        return jax.lax.dynamic_update_index_in_dim(prefix, row, slot, axis=int(stacked))
+        return jax.lax.dynamic_update_index_in_dim(prefix, new, slot, axis=int(stacked))
 
     def empty(committed: Array) -> Array:
         zeros = jnp.zeros_like(committed[:, 0] if stacked else committed[0])
@@ -107,7 +105,6 @@ def read_stems(
 ) -> tuple[Float[Array, "P W V"], KVCache]:
     """Read every hypothesis's last token: float32 logits of what follows, and the cache with it."""
     read = forward(model.config, model.params, last[:, :, None], Layout(True, 0, 0), cache=cache)
-    assert read.cache is not None
     return logits(model.config, model.params, read.hidden[:, :, 0]), read.cache
 
 
@@ -157,7 +154,6 @@ def read_chunk(
     branches = tokens[:, :, :-1].reshape(slots, hypotheses, -1)
     new = jnp.concatenate([last[:, :, None], branches], axis=2)
     read = forward(model.config, model.params, new, layout, cache=cache)
-    assert read.cache is not None
     # Slots lie on the devices of their group, and their logits should.
     groups = (model.placement.parts("slots", slots), -1)
     targets = _targets(tokens, hypotheses)

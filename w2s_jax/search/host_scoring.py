@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
+from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.results import ChunkTrace, Request
+from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
+from w2s_jax.search.selectors import Selection
 from w2s_jax.search.state import SearchState
-from w2s_jax.search.step import Proposal, Selection
-from w2s_jax.search.texts import Candidate, TextScorer, at_fault
+from w2s_jax.search.step import Proposal
 from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
@@ -25,7 +27,9 @@ Decode = Callable[[Sequence[int]], str]
 class TextRow:
     """A live row of a proposal as text: all its response so far, up to its end.
 
-    by_eos: it ended by EOS. at_limit: by its length. new: what this chunk adds to its hypothesis.
+    new: what this chunk adds to its hypothesis. length: its tokens; of a policy that gives only
+    text, those of this chunk. by_eos, by_stop, at_limit: what ended it, if anything did. trail:
+    what a proposer of texts wants back.
     """
 
     slot: int
@@ -37,11 +41,21 @@ class TextRow:
     by_eos: bool
     by_stop: bool
     at_limit: bool
+    trail: Any = None
 
     @property
     def ended(self) -> bool:
         """Whether nothing will be added to it."""
-        return self.by_eos or self.by_stop or self.at_limit
+        return self.finished or self.at_limit
+
+    @property
+    def finished(self) -> bool:
+        """Whether an EOS or a stop string ended it."""
+        return self.by_eos or self.by_stop
+
+    def scores_end(self, config: SearchConfig) -> bool:
+        """Whether an EOS is scored behind it."""
+        return self.by_eos or (config.reference_quirks and self.at_limit)
 
 
 def kept_tokens(tokens: Sequence[int], decode: Decode, stop: Sequence[str]) -> int | None:
@@ -119,7 +133,7 @@ def heed_stops(proposal: Proposal, rows: Sequence[TextRow]) -> tuple[np.ndarray,
     lengths, finished = (part.copy() for part in to_host((proposal.lengths, proposal.finished)))
     for row in rows:
         lengths[row.slot, row.row] = row.length
-        finished[row.slot, row.row] = row.by_eos or row.by_stop
+        finished[row.slot, row.row] = row.finished
     return lengths, finished
 
 
@@ -127,33 +141,34 @@ def score_rows(
     scorers: Sequence[TextScorer],
     memories: Sequence[Any],
     rows: Sequence[TextRow],
-    held: Mapping[int, Request],
-    state: SearchState,
+    requests: Mapping[int, Request],
+    config: SearchConfig,
+    slots: int,
 ) -> tuple[tuple[Any, ...], np.ndarray, dict[int, tuple[str, ...]]]:
     """The scorers' memories, weighted scores float32 [P, R, scorers], and who failed in a slot.
 
     Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
     """
-    config = state.config
     candidates = []
     for row in rows:
         if not (config.selector.reorders or row.ended):
             continue
-        conversation = held[row.slot].conversation
-        if conversation is None:
-            raise InputError(f"row {held[row.slot].row_id}: scorers of texts need its conversation")
-        end = row.by_eos or (config.reference_quirks and row.at_limit)
-        candidates.append(Candidate(row.slot, row.row, row.parent, conversation, row.text, end))
-    totals = np.zeros((*state.finished.shape[:1], config.rows, len(scorers)), np.float32)
+        request = requests[row.slot]
+        if request.conversation is None:
+            raise InputError(f"row {request.row_id}: scorers of texts need its conversation")
+        end = row.scores_end(config)
+        candidates.append(
+            Candidate(row.slot, row.row, row.parent, request.conversation, row.text, end)
+        )
+    totals = np.zeros((slots, config.rows, len(scorers)), np.float32)
     if not candidates:
         return tuple(memories), totals, {}
-    slots = np.array([candidate.slot for candidate in candidates])
-    places = np.array([candidate.row for candidate in candidates])
+    at = np.array([(candidate.slot, candidate.row) for candidate in candidates]).T
     kept: list[Any] = []
     failed: dict[int, tuple[str, ...]] = {}
     for index, (scorer, memory) in enumerate(zip(scorers, memories, strict=True)):
         memory, scores = scorer.score(memory, candidates)
-        totals[slots, places, index] = scorer.weight * scores
+        totals[*at, index] = scorer.weight * scores
         failed |= at_fault(scorer, memory, candidates, scores)
         kept.append(memory)
     return tuple(kept), totals, failed
@@ -163,9 +178,12 @@ def trace(
     rows: Sequence[TextRow],
     selection: Selection,
     finished: np.ndarray,
-    held: Mapping[int, Request],
+    requests: Mapping[int, Request],
 ) -> dict[int, ChunkTrace]:
-    """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it."""
+    """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it.
+
+    A finished hypothesis is listed once, also with reference_quirks.
+    """
     arrays = (selection.candidates.objectives, selection.chosen, selection.parents)
     objectives, chosen, parents = to_host(arrays)
     width = finished.shape[1]
@@ -174,11 +192,8 @@ def trace(
     for row in rows:
         by_slot.setdefault(row.slot, []).append(row)
     traces = {}
-    for slot, request in held.items():
-        offered = [
-            (row.row, row.parent, row.new, row.by_eos or row.by_stop)
-            for row in by_slot.get(slot, ())
-        ]
+    for slot, request in requests.items():
+        offered = [(row.row, row.parent, row.new, row.finished) for row in by_slot.get(slot, ())]
         offered += [(count + w, w, "", True) for w in range(width) if finished[slot, w]]
         if not offered:
             continue

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
-from w2s_jax.models.decoder import Layout
-from w2s_jax.models.forward import forward, logits
+from w2s_jax.models.decoder import logits
+from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.ops.logprobs import blocked_token_logprobs
@@ -131,5 +131,4 @@ def _last_states(
     behind = read.hidden[:, :, 1:].reshape(slots, rows, length, -1)
     at = jnp.maximum(counts - 1, 0)[..., None, None]
     ends = jnp.take_along_axis(behind, at, axis=2)[:, :, 0]
-    assert read.cache is not None
     return jnp.where((counts > 0)[..., None], ends, stems), read.cache, read.chunk

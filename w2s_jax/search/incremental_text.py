@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
 from w2s_jax.models.cache import KV, KVCache, LayersKV
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel

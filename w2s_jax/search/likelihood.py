@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.models.forward import logits as logits_of
+from w2s_jax.models.decoder import logits as logits_of
 from w2s_jax.models.model import Model, hidden_states
 from w2s_jax.ops.logprobs import normalised
 from w2s_jax.pytrees import pytree

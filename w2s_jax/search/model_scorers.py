@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import to_host
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel, contrast, label_names
@@ -28,7 +28,7 @@ from w2s_jax.search.incremental_text import (
     start_reading,
 )
 from w2s_jax.search.models import in_one_dtype
-from w2s_jax.search.texts import Candidate
+from w2s_jax.search.scorers import Candidate
 from w2s_jax.text.batches import pad_rows, power_of_two
 from w2s_jax.text.chat import Template
 from w2s_jax.text.conversations import Conversation, plain

@@ -1,11 +1,13 @@
-"""The models of a search: the policy and the guides that steer it, and where they lie.
+"""The models of a search: the policy and the guides that steer it, where they lie, how they load.
 
-One mesh, with rules for the policy and rules for what steers it.
+One mesh, with rules for the policy and rules for what steers it. Checkpoints may be adapters: what
+several of them stand on is in memory once.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +19,10 @@ from jaxtyping import Array
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
-from w2s_jax.models.quantize import is_quantized
+from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, parse_rules
 from w2s_jax.pytrees import pytree
+from w2s_jax.text.tokenizer import holds_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -179,3 +182,106 @@ def read_places(
     """The places on a mesh by rules as text (`parse_rules`); InputError for wrong ones."""
     rules = parse_rules(policy_rules), parse_rules(guide_rules)
     return Places(mesh, *rules, stacked)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an adapter is put on, a folder or hub id, and for which other base that stands."""
+
+    base: str
+    stands_for: str | None = None
+
+    def note(self, role: str, path: str, others: Iterable[str]) -> str:
+        """A line that says on what the adapter is, given the checkpoints or bases of the rest."""
+        told = f"{role} {path} is an adapter on {self.base}"
+        if self.stands_for is not None:
+            told += f" (it names {self.stands_for}, which is not here)"
+        if same_place(self.base) in {same_place(other) for other in others}:
+            return f"{told}, whose weights are held once"
+        return f"{told}, on which nothing else stands"
+
+
+def same_place(name: str) -> str:
+    """One text for all names of a folder; a hub id as it is."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+
+
+def find_adapters(
+    alone: Iterable[str], pairs: Iterable[tuple[str, str]], folders: Mapping[str, str]
+) -> dict[str, Adapted]:
+    """Those of the checkpoints that are adapters, by path.
+
+    Args:
+        alone: paths of all but tuned models.
+        pairs: of each guide the tuned and the untuned model. The base of a tuned model that names
+            one which is not here is its untuned model, where that is a folder.
+        folders: where the names of bases are.
+
+    Raises:
+        InputError: for a checkpoint that is not there and an adapter that names no base.
+    """
+    from w2s_jax.models.huggingface import is_adapter, locate
+    from w2s_jax.models.lora_huggingface import base_of
+
+    found: dict[str, Adapted] = {}
+    # Untuned models first: they may stand for the bases of tuned ones.
+    for path, beside in [*((path, "") for path in alone), *pairs]:
+        if path in found or not is_adapter(locate(path)):
+            continue
+        named = base_of(path)
+        place = folders.get(named, named)
+        beside = found[beside].base if beside in found else beside
+        here = Path(place).expanduser().is_dir()
+        if here or place == beside or not (beside and Path(beside).expanduser().is_dir()):
+            found[path] = Adapted(place)
+        else:
+            found[path] = Adapted(beside, stands_for=named)
+    return found
+
+
+def tokenizer_place(path: str, adapters: Mapping[str, Adapted]) -> str:
+    """Where a checkpoint's tokenizer is: with it, or with the base of an adapter without one."""
+    if path not in adapters or holds_tokenizer(path):
+        return path
+    return adapters[path].base
+
+
+def load_decoders(
+    paths: Mapping[str, Rules],
+    adapters: Mapping[str, Adapted],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+    quantize: QuantizeConfig | None = None,
+) -> dict[str, Model]:
+    """Every checkpoint's model, by path; what several stand on is held in memory once.
+
+    Each lies on the mesh by the rules that are given with its path; what several share, by those of
+    the first one. An adapter whose base is used by nothing else, and float32, is merged into it,
+    which computes faster; others keep their factors beside the arrays of the one base, as weights
+    of fewer bits would lose most of what is added to them.
+
+    Raises InputError for checkpoints that cannot be read and adapters for another base.
+    """
+    from w2s_jax.models.load import load_adapted, load_model
+
+    users: dict[str, list[str]] = {}
+    for path in paths:
+        place = adapters[path].base if path in adapters else path
+        users.setdefault(same_place(place), []).append(path)
+    models: dict[str, Model] = {}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": scan_layers}
+    options["quantize"] = quantize
+    for place, together in users.items():
+        try:
+            base = load_model(place, rules=paths[together[0]], **options)
+        except InputError as error:
+            raise (error if place in str(error) else error.at(place)) from None
+        merged = len(together) == 1 and base.dtype == "float32"
+        for path in together:
+            models[path] = base
+            if path in adapters:
+                rules = base.placement.rules
+                models[path] = load_adapted(path, base, merged=merged, mesh=mesh, rules=rules)
+    return models

@@ -55,6 +55,11 @@ class Hypothesis:
     token_scores: tuple[float, ...] = ()
     behind: tuple[int, ...] = ()
 
+    @property
+    def token_count(self) -> int:
+        """How many tokens it has."""
+        return len(self.tokens)
+
 
 def hypothesis_text(
     tokenizer: Any,

@@ -1,8 +1,8 @@
 """A search over many prompts: into slots as they come free, out as they finish."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,9 +13,8 @@ from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.results import ChunkTrace, Request, SearchResult
-from w2s_jax.search.scorers import LogRatio, NoScore
+from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
 from w2s_jax.search.session import (
-    Session,
     advance,
     done_slots,
     insert,
@@ -23,11 +22,11 @@ from w2s_jax.search.session import (
     release,
     start_session,
 )
-from w2s_jax.search.texts import TextScorer
 from w2s_jax.text.batches import SMALLEST_BUCKET, buckets
 from w2s_jax.text.conversations import Conversation
 
 DEFAULT_SLOTS = 8
+R = TypeVar("R")
 
 
 def search(
@@ -66,52 +65,85 @@ def search(
     check_kind("config", config, SearchConfig, "what search.config.cbs and others give")
     check_placing(mesh, rules)
     scorers = _listed("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
-    if conversations is not None:
-        taken = "a list of Conversation"
-        conversations = _listed("conversations", conversations, Conversation, taken)
-    prompts = _token_rows("prompts", prompts)
-    ids = range(len(prompts)) if row_ids is None else row_ids
-    ids = _listed("row_ids", ids, int, "a list of whole numbers")
-    if guide_prompts is not None:
-        guide_prompts = [_token_rows("guide_prompts", own) for own in guide_prompts]
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
-    _check_counts(len(prompts), ids, guide_prompts, conversations if scorers else None)
-    requests = [
-        Request(
-            row_id=row_id,
-            prompts=_of_members(prompt, None if guide_prompts is None else guide_prompts[index]),
-            conversation=None if conversations is None else conversations[index],
-            seed=config.seed,
-        )
-        for index, (row_id, prompt) in enumerate(zip(ids, prompts, strict=True))
-    ]
+    given = (prompts, guide_prompts, conversations, row_ids)
+    requests = _requests(config.seed, *given, scored=bool(scorers))
     for request in requests:
         check_request(models, config, request, f"row {request.row_id}")
-    slots = config.slots or max(1, min(DEFAULT_SLOTS, len(prompts)))
-    found: dict[int, SearchResult] = {}
-    failures: list[RowFailed] = []
-    outcomes_found = search_requests(
+    found = search_requests(
         models,
         config,
         requests,
-        slots=slots,
+        slots=slots_for(config, len(requests)),
         decode=decode,
         scorers=scorers,
         on_chunk=on_chunk,
         mesh=mesh,
         rules=rules,
     )
-    for index, result in outcomes_found:
-        if isinstance(result, RowFailed):
-            failures.append(result)
+    return collect(found, len(requests), on_result)
+
+
+def _requests(
+    seed: int,
+    prompts: Sequence[Sequence[int]],
+    guide_prompts: Sequence[Sequence[Sequence[int]]] | None,
+    conversations: Sequence[Conversation] | None,
+    row_ids: Sequence[int] | None,
+    *,
+    scored: bool,
+) -> list[Request]:
+    """The requests that `search` was given as lists; InputError for what is none, or too few."""
+    if conversations is not None:
+        taken = "a list of Conversation"
+        conversations = _listed("conversations", conversations, Conversation, taken)
+    own_prompts = _token_rows("prompts", prompts)
+    count = len(own_prompts)
+    ids = _listed(
+        "row_ids", range(count) if row_ids is None else row_ids, int, "a list of whole numbers"
+    )
+    others = None
+    if guide_prompts is not None:
+        others = [_token_rows("guide_prompts", own) for own in guide_prompts]
+    if not scored:
+        conversations = None
+    given = {"row ids": ids, "guide prompts": others, "conversations": conversations}
+    for name, values in given.items():
+        if values is not None and len(values) != count:
+            raise InputError(f"{len(values)} {name} for {count} prompts; give one each")
+    read = [(prompt, *own) for prompt, own in zip(own_prompts, others or [[]] * count, strict=True)]
+    talks: Sequence[Conversation | None] = conversations or [None] * count
+    rows = zip(ids, read, talks, strict=True)
+    return [Request(row_id, own, conversation, seed=seed) for row_id, own, conversation in rows]
+
+
+def slots_for(config: SearchConfig, prompts: int) -> int:
+    """Prompts that are searched side by side."""
+    return config.slots or max(1, min(DEFAULT_SLOTS, prompts))
+
+
+def collect(
+    outcomes: Iterable[tuple[int, R | RowFailed]],
+    count: int,
+    on_result: Callable[[R], None] | None = None,
+) -> list[R]:
+    """The results in the order of their requests; `on_result` hears each as it comes.
+
+    Raises RowsFailed, once all others are there, for requests that failed.
+    """
+    found: dict[int, R] = {}
+    failures: list[RowFailed] = []
+    for index, outcome in outcomes:
+        if isinstance(outcome, RowFailed):
+            failures.append(outcome)
             continue
-        found[index] = result
+        found[index] = outcome
         if on_result is not None:
-            on_result(result)
+            on_result(outcome)
     if failures:
-        raise RowsFailed(failures, [found.get(index) for index in range(len(prompts))])
-    return [found[index] for index in range(len(prompts))]
+        raise RowsFailed(failures, [found.get(index) for index in range(count)])
+    return [found[index] for index in range(count)]
 
 
 def search_requests(
@@ -148,7 +180,9 @@ def search_requests(
             mesh=mesh,
             rules=rules,
         )
-        yield from _run(session, [(index, requests[index]) for index in members], on_chunk)
+        slotted = Slots(insert, advance, done_slots, outcomes, release)
+        waiting = ((index, requests[index]) for index in members)
+        yield from run_slots(slotted, session, waiting, on_chunk)
         del session  # before the next one's caches are made
 
 
@@ -187,28 +221,6 @@ def _listed(name: str, items: Any, kind: Any, taken: str) -> list[Any]:
     return found
 
 
-def _of_members(
-    prompt: Sequence[int], others: Sequence[Sequence[int]] | None
-) -> tuple[tuple[int, ...], ...]:
-    return (tuple(prompt), *(tuple(other) for other in others or ()))
-
-
-def _check_counts(
-    count: int,
-    row_ids: Sequence[int],
-    guide_prompts: Sequence[Sequence[Sequence[int]]] | None,
-    conversations: Sequence[Conversation] | None,
-) -> None:
-    given = {
-        "row ids": row_ids,
-        "guide prompts": guide_prompts,
-        "conversations": conversations,
-    }
-    for name, values in given.items():
-        if values is not None and len(values) != count:
-            raise InputError(f"{len(values)} {name} for {count} prompts; give one each")
-
-
 def check_request(models: SearchModels, config: SearchConfig, request: Request, where: str) -> None:
     """Raise InputError, naming `where`, for a prompt that the models cannot be searched behind."""
     members, names = models.members, models.member_names
@@ -234,33 +246,53 @@ def check_request(models: SearchModels, config: SearchConfig, request: Request, 
             )
 
 
-def _run(
-    session: Session,
-    requests: Sequence[tuple[int, Request]],
-    on_chunk: Callable[[ChunkTrace], None] | None,
-) -> Iterator[tuple[int, SearchResult | RowFailed]]:
-    """Yield (index, outcome) as prompts finish; a slot is refilled as soon as it is free."""
+@dataclass(frozen=True)
+class Slots:
+    """What a session of any kind can do: of those on the device and of those over texts.
+
+    A session has `slots`, how many there are, `requests`, those in used slots, and `chunks`, what
+    its last step offered and kept in each.
+    """
+
+    insert: Callable[[Any, int, Request], Any]
+    advance: Callable[[Any], Any]
+    done: Callable[[Any], Sequence[int]]
+    outcomes: Callable[[Any, Sequence[int]], tuple[dict[int, Any], dict[int, RowFailed]]]
+    release: Callable[[Any, int], Any]
+
+
+def run_slots(
+    of: Slots,
+    session: Any,
+    requests: Iterable[tuple[int, Request]],
+    on_chunk: Callable[[ChunkTrace], None] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, result or RowFailed) of indexed requests as they finish.
+
+    A slot is refilled as soon as it is free, so that a long response does not keep the others
+    waiting.
+    """
     waiting = iter(requests)
     index_of: dict[int, int] = {}
 
-    def refill(session: Session, slot: int) -> Session:
+    def refill(session: Any, slot: int) -> Any:
         index, request = next(waiting, (None, None))
         if index is None or request is None:
-            return release(session, slot) if slot in session.requests else session
+            return of.release(session, slot) if slot in session.requests else session
         index_of[slot] = index
-        return insert(session, slot, request)
+        return of.insert(session, slot, request)
 
     for slot in range(session.slots):
         session = refill(session, slot)
     while session.requests:
-        session = advance(session)
+        session = of.advance(session)
         if on_chunk is not None:
             for chunk in session.chunks.values():
                 on_chunk(chunk)
-        done = done_slots(session)
+        done = of.done(session)
         if not done:
             continue
-        found, failed = outcomes(session, done)
+        found, failed = of.outcomes(session, done)
         for slot, outcome in (found | failed).items():
             yield index_of[slot], outcome
             session = refill(session, slot)

@@ -49,25 +49,70 @@ class Selector(Protocol):
     @property
     def reorders(self) -> bool:
         """Whether a hypothesis may descend from another one; if not, no cache is moved."""
+        return True
 
     def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         """Indices into the candidates, best first unless hypotheses stay in place."""
 
 
-@dataclass(frozen=True)
-class TopW:
-    """The W candidates of highest score; ties go to the lower index."""
+@pytree()
+class Selection:
+    """What was chosen of the candidates: int32 [P, W] each.
 
-    @property
-    def reorders(self) -> bool:
-        return True
+    chosen: indices into the candidates; parents: the old hypothesis of each new one; rows: the row
+    that a new hypothesis takes its chunk from (any row of its parent where the parent had ended).
+    """
+
+    candidates: Candidates
+    chosen: Array
+    parents: Array
+    rows: Array
+
+
+def select_among(
+    selector: Selector,
+    rows: Float[Array, "P R J"],
+    hypotheses: Float[Array, "P W J"],
+    finished: Bool[Array, "P W"],
+    *,
+    reference_quirks: bool = False,
+) -> Selection:
+    """Select W of the rows of a chunk and of the hypotheses that had finished before it.
+
+    A finished hypothesis is a candidate once, as itself; with reference_quirks it is one K times,
+    in the places of its rows.
+
+    Args:
+        selector: what keeps.
+        rows: objectives of the R = W·K rows; those of finished hypotheses are not read.
+        hypotheses: objectives of the hypotheses before the chunk.
+        finished: which of them had finished.
+        reference_quirks: as of `SearchConfig`.
+    """
+    width = finished.shape[1]
+    count = rows.shape[1] // width
+    over, stays = jnp.repeat(finished, count, axis=1), finished
+    if reference_quirks:
+        rows = jnp.where(over[..., None], jnp.repeat(hypotheses, count, axis=1), rows)
+        over, stays = jnp.zeros_like(over), jnp.zeros_like(stays)
+    objectives = jnp.concatenate([rows, hypotheses], axis=1)
+    candidates = Candidates(objectives, jnp.concatenate([~over, stays], axis=1))
+    chosen = selector.select(candidates, width, count)
+    is_row = chosen < width * count
+    parents = jnp.where(is_row, chosen // count, chosen - width * count)
+    return Selection(candidates, chosen, parents, jnp.where(is_row, chosen, parents * count))
+
+
+@dataclass(frozen=True)
+class TopW(Selector):
+    """The W candidates of highest score; ties go to the lower index."""
 
     def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
         return jax.lax.top_k(candidates.scores, hypotheses)[1].astype(jnp.int32)
 
 
 @dataclass(frozen=True)
-class Maximin:
+class Maximin(Selector):
     """The W candidates of highest Σ_j w_j·V_j under the worst-case weights w of the objectives.
 
     w minimises log mean over the candidates of exp(scale·Σ_j w_j·V_j) on the simplex, a convex
@@ -84,10 +129,6 @@ class Maximin:
             raise InputError(f"the maximin scale is {self.scale}; it must be above 0, and finite")
         if self.steps < 1:
             raise InputError(f"the maximin steps are {self.steps}; there must be at least 1")
-
-    @property
-    def reorders(self) -> bool:
-        return True
 
     def weights(self, candidates: Candidates) -> Float[Array, "P J"]:
         """The worst-case weights of each slot's objectives; they are positive and sum to 1."""
@@ -171,7 +212,7 @@ def _solve(matrix: Float[Array, "J J"], sides: Float[Array, "J n"]) -> Float[Arr
 
 
 @dataclass(frozen=True)
-class KeepAll:
+class KeepAll(Selector):
     """Every hypothesis goes on with its only successor, or stays as it is once finished.
 
     With W = N and K = 1 this is N independent samples: the best of them is best-of-N.

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from w2s_jax.distributed import everywhere, to_host
 from w2s_jax.errors import InputError, RowFailed
-from w2s_jax.exchange import everywhere, to_host
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
@@ -24,8 +24,8 @@ from w2s_jax.search.host_scoring import Decode, heed_stops, read_rows, score_row
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.results import ChunkTrace, Hypothesis, Number, Request, SearchResult
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.search.state import SearchState, start_search
-from w2s_jax.search.texts import TextScorer
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _check_numbers(request: Request) -> None:
 
 
 def draws_of(config: SearchConfig, request: Request) -> tuple:
-    """What `states.draws` takes of a request, as arrays, so that no number is compiled in."""
+    """What `state.make_draws` takes of a request, as arrays, so that no number is compiled in."""
     sampling = config.sampling
 
     def given(own: Number | None, usual: Number) -> Number:
@@ -190,7 +190,9 @@ def advance(session: Session) -> Session:
     proposal = _ended(proposal, lengths, finished, state.mesh)
     memories, totals, failed = session.memories, None, session.failed
     if session.scorers:
-        memories, totals, at_fault = score_rows(session.scorers, memories, rows, held, state)
+        memories, totals, at_fault = score_rows(
+            session.scorers, memories, rows, held, state.config, session.slots
+        )
         failed = {**at_fault, **failed}
     before = to_host(state.finished)
     state, selection = conclude_program(models, state, proposal, totals)
@@ -227,7 +229,7 @@ def compile_session(session: Session, request: Request) -> Session:
     _, proposal = jax.eval_shape(propose_program, models, state)
     if state.mesh is not None:
         proposal = with_shardings(proposal, proposing.output_shardings[1])
-    if state.mesh is not None:  # as `_ended` leaves it: what the host has found is on every device
+        # As `_ended` leaves it: what the host has found is on every device.
         ends = {
             id(end): everywhere(np.zeros(end.shape, end.dtype), state.mesh)
             for end in (proposal.lengths, proposal.finished)
@@ -345,19 +347,8 @@ def _result(
 def _insert_prompt(
     models: SearchModels, state: SearchState, slot: Any, own: tuple, prompts: Any, lengths: Any
 ) -> SearchState:
-    row_id, seed, position, lane, limit, temperature, top_p, beta = own
-    numbers = states.draws(
-        state.config,
-        row_id,
-        seed=seed,
-        position=position,
-        lane=lane,
-        limit=limit,
-        temperature=temperature,
-        top_p=top_p,
-        beta=beta,
-    )
-    return states.insert_prompt(models, state, slot, row_id, prompts, lengths, numbers)
+    made = states.make_draws(*own)
+    return states.insert_prompt(models, state, slot, own[0], prompts, lengths, made)
 
 
 insert_program = partial(jax.jit, donate_argnums=1)(_insert_prompt)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from w2s_jax.search.checkpoints import RewardSource, Sources
     from w2s_jax.search.config import SearchConfig
     from w2s_jax.search.models import Places
-    from w2s_jax.search.texts import TextScorer
+    from w2s_jax.search.scorers import TextScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ class TextScorersConfig:
 
     def functions(self) -> "list[TextScorer]":
         """The Python functions as scorers; InputError for one that is not there."""
-        from w2s_jax.search.texts import FunctionScorer
+        from w2s_jax.search.scorers import FunctionScorer
 
         weights = _weights("--scorer", "", self.scorer_weight, self.scorer)
         pairs = zip(self.scorer, weights, strict=True)
@@ -260,6 +261,77 @@ class MethodConfig:
             reference_quirks=self.reference_quirks,
             **chosen,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """A policy behind an OpenAI-compatible completions API, in place of --policy."""
+
+    endpoint: Annotated[str | None, arg(metavar="URL")] = None
+    """Address of the API; --top-k then acts with --share-draws only."""
+    endpoint_model: Annotated[str | None, arg(metavar="NAME")] = None
+    """The model's name there."""
+    api_key_env: Annotated[str, arg(metavar="NAME")] = "OPENAI_API_KEY"
+    """Environment variable that holds the key; it is written nowhere."""
+    concurrency: int = 8
+    """Requests at a time."""
+    timeout: float = 120.0
+    """Seconds that a request may take."""
+    attempts: int = 6
+    """Times that a request is made before the endpoint counts as not answering."""
+    prompts_per_request: Annotated[int | None, arg(metavar="INT")] = None
+    """Hypotheses of a prompt that share a request; by default all."""
+    share_draws: bool = False
+    """The endpoint is w2s serve: ask for the draws of a search in one process."""
+    price_prompt: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Price of a million prompt tokens, for the cost told at the end."""
+    price_completion: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Price of a million completion tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, GuidanceConfig):
+    """A file of prompts that is searched, and what with: `search.file.search_file` does it."""
+
+    prompts: Annotated[str, arg(metavar="FILE")]
+    """Rows with "prompt", "messages", "instruction" or ShareGPT's "conversations"; JSON lines or
+    array, also .gz and .xz."""
+    output: Annotated[str, arg(metavar="FILE")]
+    """Output rows: prompt, response, score, hypotheses, and the other input fields."""
+    prompt_field: Annotated[str | None, arg(metavar="NAME")] = None
+    """Field of the rows that is their prompt, such as question or text; written as "prompt" too."""
+    format: Literal["rows", "alpaca_eval"] = "rows"
+    """Output as JSON lines, or as the JSON array that alpaca_eval reads."""
+    generator: Annotated[str | None, arg(metavar="NAME")] = None
+    """The system's name in alpaca_eval's files; by default made from method and policy."""
+    report: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write a page (.html) that shows what every search looked at and kept."""
+
+    @property
+    def generator_name(self) -> str:
+        """The system's name for alpaca_eval."""
+        writer = self.endpoint_model or Path(str(self.policy)).name
+        return self.generator or f"{writer}-w2s-{self.method}"
+
+    def sources_of_all(self) -> "Sources":
+        """All checkpoints; InputError where the method lacks one or has too many."""
+        if (self.policy is None) == (self.endpoint is None):
+            raise InputError("name what writes: either --policy or --endpoint")
+        if self.endpoint and not self.endpoint_model:
+            raise InputError("--endpoint needs --endpoint-model, the model's name there")
+        sources = self.sources(guided=self.method != "sample")
+        if self.method == "sample":
+            if self.reward_model or self.scorer:
+                raise InputError(
+                    "--method sample scores nothing; leave --reward-model and --scorer out, or "
+                    "take --method bon"
+                )
+            return sources
+        rewards = self.rewards()
+        if not sources.guides and (self.mixes or not (rewards or self.scorer)):
+            others = "" if self.mixes else ", --reward-model or --scorer"
+            raise InputError(f"--method {self.method} needs --tuned and --untuned{others}")
+        return replace(sources, rewards=rewards)
 
 
 def import_function(name: str) -> Callable[..., Any]:

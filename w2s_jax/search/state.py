@@ -45,38 +45,40 @@ class Draws:
     beta: Array
 
 
-def draws(
-    config: SearchConfig,
+def make_draws(
     row_id: int | Array,
-    *,
-    seed: int | Array | None = None,
-    position: int | Array = 0,
-    lane: int | Array = 0,
-    limit: int | Array | None = None,
-    temperature: float | Array | None = None,
-    top_p: float | Array | None = None,
-    beta: float | Array | None = None,
+    seed: int | Array,
+    position: int | Array,
+    lane: int | Array,
+    limit: int | Array,
+    temperature: float | Array,
+    top_p: float | Array,
+    beta: float | Array,
 ) -> Draws:
-    """The draws of one prompt: the config's values where none are given."""
-    sampling = config.sampling
-    numbers = (
-        (config.max_new_tokens if limit is None else limit, jnp.int32),
-        (sampling.temperature if temperature is None else temperature, jnp.float32),
-        (sampling.top_p if top_p is None else top_p, jnp.float32),
-        (getattr(config.proposer, "beta", 0.0) if beta is None else beta, jnp.float32),
-    )
-    key = jax.random.key(config.seed if seed is None else seed)
-    return Draws(
-        jax.random.fold_in(key, row_id),
-        jnp.asarray(position, jnp.int32),
-        jnp.asarray(lane, jnp.int32),
-        *(jnp.asarray(number, dtype) for number, dtype in numbers),
-    )
+    """The draws of one prompt; the seed and the row id make its key."""
+    key = jax.random.fold_in(jax.random.key(seed), row_id)
+    numbers = (jnp.asarray(number, jnp.float32) for number in (temperature, top_p, beta))
+    return Draws(key, *(jnp.asarray(x, jnp.int32) for x in (position, lane, limit)), *numbers)
+
+
+def usual_draws(
+    config: SearchConfig, row_id: int | Array, seed: int | Array | None = None
+) -> Draws:
+    """The draws of one prompt that has no numbers of its own."""
+    seed = config.seed if seed is None else seed
+    sampling, beta = config.sampling, getattr(config.proposer, "beta", 0.0)
+    limits = (config.max_new_tokens, sampling.temperature, sampling.top_p, beta)
+    return make_draws(row_id, seed, 0, 0, *limits)
 
 
 @pytree(static=("config", "mesh", "rules"))
 class SearchState:
     """P slots under search, each with its own progress; donated from step to step.
+
+    All shapes are fixed when a search begins. An empty slot is computed like the others and its
+    numbers are dropped: were there as many slots as prompts left, each prompt that ends would
+    compile a program anew, and other shapes give float32 sums that differ in the last digits, so
+    that a response would depend on its neighbours.
 
     seed uint32 []: the run's, for prompts that are given no draws of their own. draws: [P] each.
     active bool [P]: the slot holds a prompt that is not done. base int32 [P]: tokens of the chunks
@@ -188,7 +190,7 @@ def _empty(
     on_tokens = config.scorer.objectives(models)
     state = SearchState(
         seed=seed,
-        draws=jax.tree.map(lambda x: jnp.broadcast_to(x, slots), draws(config, 0)),
+        draws=jax.tree.map(lambda x: jnp.broadcast_to(x, slots), usual_draws(config, 0)),
         active=jnp.zeros(slots, bool),
         base=jnp.zeros(slots, jnp.int32),
         last=jnp.zeros((slots, len(models.members), config.beam_width), jnp.int32),
@@ -226,9 +228,15 @@ def state_axes(state: SearchState) -> SearchState:
 
 
 def constrain(state: SearchState) -> SearchState:
-    """Inside a program: the state with every array held to its sharding."""
+    """Inside a program: the state with every array held to its sharding.
+
+    Every program ends with this. Left to itself XLA may give back another sharding than it was
+    given, and the next call, whose arguments then differ, would compile again and could not use the
+    donated buffers.
+    """
     if state.mesh is None:
         return state
+    # Caches say themselves where they lie: a guide's rules may be others than the state's.
     own = Placement(state.mesh, state.rules)
     rest, axes = (replace(one, proposer=(), scorer=()) for one in (state, state_axes(state)))
     return replace(
@@ -256,7 +264,7 @@ def insert_prompt(
     config, count = state.config, len(models.members)
     prompts = jnp.broadcast_to(prompt, (count, prompt.shape[-1]))
     lengths = jnp.broadcast_to(length, (count,))
-    own = draws(config, row_id, seed=state.seed) if own is None else own
+    own = usual_draws(config, row_id, state.seed) if own is None else own
 
     def fill(readers: tuple[int, ...], caches: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
         return tuple(
@@ -264,6 +272,8 @@ def insert_prompt(
             for reader, cache in zip(readers, caches, strict=True)
         )
 
+    # Read with the first chunk, for all hypotheses at once, as every chunk's last token is with the
+    # next one; so the prefix holds one token less than the prompt.
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     return constrain(
         replace(

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
@@ -17,7 +17,7 @@ from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import draw_keys, read_chunk, sample_chunk
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.selectors import Candidates
+from w2s_jax.search.selectors import Selection, select_among
 from w2s_jax.search.state import Draws, SearchState, constrain
 
 Buffers = tuple[LayersKV | None, ...]
@@ -58,20 +58,6 @@ class Scored:
     buffers: Buffers
 
 
-@pytree()
-class Selection:
-    """What was chosen of the candidates: int32 [P, W] each.
-
-    chosen: indices into the candidates; parents: the old hypothesis of each new one; rows: the row
-    that a new hypothesis takes its chunk from (any row of its parent where the parent had ended).
-    """
-
-    candidates: Candidates
-    chosen: Array
-    parents: Array
-    rows: Array
-
-
 def search_eos(models: SearchModels, config: SearchConfig) -> tuple[int, ...]:
     """The token ids that end a response: the config's, or else the policy's, that all models know.
 
@@ -91,6 +77,9 @@ def propose(models: SearchModels, state: SearchState) -> tuple[SearchState, Prop
     """Sample a chunk for every row of every slot; the proposer's caches gain the last tokens."""
     config, proposer, own = state.config, state.config.proposer, state.draws
     readers = proposer.readers(models)
+    # The token that each hypothesis ended with in the last chunk is read here, not when it was
+    # drawn: its logits are those of this chunk's first draw, the same for all K successors. Read at
+    # once, it would have been read in W·K rows, most of which were then dropped.
     lanes = own.lane[:, None] + jnp.arange(config.rows)
     value = partial(proposer.value, models) if config.scorer.needs_values else None
     chunk = sample_chunk(
@@ -145,6 +134,8 @@ def score(
     adds_end = config.reference_quirks and bool(eos_ids) and bool(readers)
     if adds_end:
         tokens = _with_end(tokens, state.base, eos_ids[0], state.draws.limit)
+    # One teacher-forced call a chunk instead of one a token: the weights of a guide, which is what
+    # a small batch spends its time on, are read once for L tokens.
     reads = [
         read_chunk(models.members[reader], cache, state.last[:, reader], tokens)
         for reader, cache in zip(readers, state.scorer, strict=True)
@@ -198,20 +189,26 @@ def select(
 
     totals float32 [P, R, n]: scores of whole responses, given from outside the program.
     """
-    config = state.config
-    width, count, length = config.beam_width, config.successors, config.length
-    candidates = _candidates(state, proposal, scored, totals)
-    chosen = config.selector.select(candidates, width, count)
-    is_row = chosen < config.rows
-    parents = jnp.where(is_row, chosen // count, chosen - config.rows)
-    rows = jnp.where(is_row, chosen, parents * count)
+    config, length = state.config, state.config.length
+    selection = select_among(
+        config.selector,
+        _row_objectives(state, proposal, scored, totals),
+        state.objectives,
+        state.finished,
+        reference_quirks=config.reference_quirks,
+    )
+    parents, rows = selection.parents, selection.rows
 
     def of_parent(values: Array) -> Array:
         if not config.selector.reorders:
             return values
         return _take(values, parents)
 
+    # Until here the keys of all R rows lie in chunk buffers beside the W hypotheses that they
+    # continue. Only what was kept is appended, and reordered: once a chunk, and never the prompt,
+    # which the hypotheses share. The buffers lack the chunk's last token (see `propose`).
     def commit(caches: tuple[KVCache, ...], buffers: Buffers) -> tuple[KVCache, ...]:
+        # To move a cache onto itself would copy it all the same.
         moved = parents if config.selector.reorders else None
         return tuple(
             commit_chunk(cache, buffer, parents=moved, rows=rows, count=length - 1)
@@ -219,23 +216,26 @@ def select(
         )
 
     tokens = _take(proposal.tokens, rows)
-    extends = is_row & ~of_parent(state.finished)
+    extends = (selection.chosen < config.rows) & ~of_parent(state.finished)
     token_scores = _take(scored.token_scores, rows)
+    # Members agree on it from the first chunk on; only the ends of their prompts differ.
     last = jnp.broadcast_to(tokens[:, None, :, -1], state.last.shape)
     kept = replace(
         state,
+        # By L for hypotheses that ended inside the chunk too, so that a slot writes at one place.
+        # What lies beyond their `lengths` is never counted, as they are not continued.
         base=state.base + jnp.where(state.active, length, 0),
         last=last,
         tokens=_write(of_parent(state.tokens), tokens, state.base),
         token_scores=_write(of_parent(state.token_scores), token_scores, state.base),
         lengths=jnp.where(extends, _take(proposal.lengths, rows), of_parent(state.lengths)),
-        objectives=_take(candidates.objectives, chosen),
+        objectives=_take(selection.candidates.objectives, selection.chosen),
         finished=jnp.where(extends, _take(proposal.finished, rows), of_parent(state.finished)),
         faults=state.faults | scored.faults | _faults(state, proposal.faults, proposal.lengths),
         proposer=commit(state.proposer, proposal.buffers),
         scorer=commit(state.scorer, scored.buffers),
     )
-    return constrain(kept), Selection(candidates, chosen, parents, rows)
+    return constrain(kept), selection
 
 
 def _take(values: Array, places: Int[Array, "P W"]) -> Array:
@@ -243,14 +243,10 @@ def _take(values: Array, places: Int[Array, "P W"]) -> Array:
     return jnp.take_along_axis(values, places.reshape(*places.shape, *(1,) * (values.ndim - 2)), 1)
 
 
-def _candidates(
+def _row_objectives(
     state: SearchState, proposal: Proposal, scored: Scored, totals: Array | None
-) -> Candidates:
-    """The rows and the finished hypotheses of each slot.
-
-    A finished hypothesis is a candidate once, as itself; with reference_quirks it is one K times,
-    in the places of its rows.
-    """
+) -> Float[Array, "P R J"]:
+    """What each row sums to: the counted tokens of earlier chunks and of this one, then totals."""
     config, count = state.config, state.config.successors
     earlier = jnp.arange(config.capacity)
     counted = (earlier < state.base[:, None, None]) & (earlier < proposal.lengths[..., None])
@@ -263,13 +259,7 @@ def _candidates(
         rows = rows + scored.end_scores
     if totals is not None:
         rows = jnp.concatenate([rows, totals], axis=-1)
-    over = jnp.repeat(state.finished, count, axis=1)
-    stays = state.finished
-    if config.reference_quirks:
-        rows = jnp.where(over[..., None], jnp.repeat(state.objectives, count, axis=1), rows)
-        over, stays = jnp.zeros_like(over), jnp.zeros_like(stays)
-    objectives = jnp.concatenate([rows, state.objectives], axis=1)
-    return Candidates(objectives, jnp.concatenate([~over, stays], axis=1))
+    return rows
 
 
 def _write(old: Array, new: Array, base: Array) -> Array:
@@ -288,6 +278,9 @@ def conclude(
     return select(state, proposal, scored, totals)
 
 
+# The state is donated so that caches are updated in place. They are most of the memory that a
+# search takes beside weights; kept, the old ones would lie beside the new during every chunk. The
+# caller's old state is gone with that, so a session is not used again once it was advanced.
 @partial(jax.jit, donate_argnums=1)
 def search_step(models: SearchModels, state: SearchState) -> SearchState:
     """One chunk for all slots in one program; the state is donated.

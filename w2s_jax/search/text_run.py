@@ -1,26 +1,26 @@
 """The same search over texts, for policies that only give text: chunks until all prompts are done.
 
 Hypotheses are strings, a proposer extends them (an API, say), scorers on text value them, the
-config's own selector keeps some. Knows no tokenizer and no network.
+config's own selector keeps some. Slots are filled and emptied by `run.run_slots`, as those on the
+device are. Knows no tokenizer and no network.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from w2s_jax.errors import InputError, RowFailed, RowsFailed
+from w2s_jax.errors import InputError, RowFailed
 from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.host_scoring import TextRow, score_rows, trace
 from w2s_jax.search.proposers import PolicyProposer
-from w2s_jax.search.results import ChunkTrace
-from w2s_jax.search.run import DEFAULT_SLOTS
-from w2s_jax.search.scorers import LogRatio, NoScore
-from w2s_jax.search.selectors import Candidates, Selector
-from w2s_jax.search.texts import Candidate, TextScorer, at_fault
+from w2s_jax.search.results import ChunkTrace, Request
+from w2s_jax.search.run import Slots, collect, run_slots, slots_for
+from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
+from w2s_jax.search.selectors import select_among
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
 
@@ -73,7 +73,7 @@ class TextHypothesis:
     """A response and its score, the sum of its weighted objectives (one a scorer).
 
     finished: an EOS or a stop string ended it; otherwise max_new_tokens did. by_eos: an EOS is
-    scored behind it. tokens: how many the proposer says its continuations took.
+    scored behind it. token_count: how many the proposer says its continuations took.
     """
 
     response: str = ""
@@ -82,7 +82,7 @@ class TextHypothesis:
     objectives: tuple[float, ...] = ()
     by_eos: bool = False
     trail: Any = field(default=None, repr=False, compare=False)
-    tokens: int = field(default=0, repr=False, compare=False)
+    token_count: int = field(default=0, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -100,35 +100,35 @@ class TextResult:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A prompt under search: its place in the input, its hypotheses, tokens asked and proposed."""
+class Beam:
+    """What a slot holds: its hypotheses, tokens asked for each, and tokens proposed for all."""
 
-    index: int
-    row_id: int
-    conversation: Conversation
     hypotheses: tuple[TextHypothesis, ...]
     base: int = 0
     tokens: int = 0
 
-    def is_done(self, config: SearchConfig) -> bool:
-        over = all(hypothesis.finished for hypothesis in self.hypotheses)
-        return over or self.base >= config.max_new_tokens
-
 
 @dataclass(frozen=True)
-class _Proposed:
-    """A proposed successor: what it adds and what it makes.
+class TextSession:
+    """Slots of a search over texts; `session.Session` is that of one on the device.
 
-    ended: nothing will be added to it. by_eos: an EOS is scored behind it. tokens: what it took.
+    Attributes:
+        requests: the request in each used slot.
+        beams: what is under search there.
+        memories: what each scorer remembers.
+        failed: slots whose texts a scorer could not value, and the models at fault.
+        chunks: what the last `advance` offered and kept, by slot.
     """
 
-    text: str
-    response: str
-    finished: bool
-    ended: bool
-    by_eos: bool
-    trail: Any = None
-    tokens: int = 0
+    proposer: TextProposer
+    scorers: tuple[TextScorer, ...]
+    config: SearchConfig
+    slots: int
+    memories: tuple[Any, ...]
+    requests: Mapping[int, Request] = field(default_factory=dict)
+    beams: Mapping[int, Beam] = field(default_factory=dict)
+    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
 
 
 def search_texts(
@@ -159,25 +159,21 @@ def search_texts(
     and what the proposer and the scorers raise.
     """
     _check(config, scorers)
-    ids = list(range(len(conversations))) if row_ids is None else list(row_ids)
-    if len(ids) != len(conversations):
-        raise InputError(f"{len(ids)} row ids for {len(conversations)} prompts; give one each")
-    results: dict[int, TextResult] = {}
-    failures: list[RowFailed] = []
-    rows = zip(ids, conversations, strict=True)
-    fresh = (TextHypothesis(),) * config.beam_width
-    waiting = (_Held(index, *row, fresh) for index, row in enumerate(rows))
-    slots = config.slots or max(1, min(DEFAULT_SLOTS, len(conversations)))
-    for index, result in _run(proposer, scorers, waiting, config, slots, on_chunk):
-        if isinstance(result, RowFailed):
-            failures.append(result)
-            continue
-        results[index] = result
-        if on_result is not None:
-            on_result(result)
-    if failures:
-        raise RowsFailed(failures, [results.get(index) for index in range(len(conversations))])
-    return [results[index] for index in range(len(conversations))]
+    count = len(conversations)
+    ids = list(range(count)) if row_ids is None else list(row_ids)
+    if len(ids) != count:
+        raise InputError(f"{len(ids)} row ids for {count} prompts; give one each")
+    slots = slots_for(config, count)
+    sizes = (slots, config.beam_width, config.successors, config.length)
+    memories = tuple(scorer.start(*sizes) for scorer in scorers)
+    session = TextSession(proposer, tuple(scorers), config, slots, memories)
+    requests = [
+        Request(row_id, (), conversation=conversation)
+        for row_id, conversation in zip(ids, conversations, strict=True)
+    ]
+    slotted = Slots(insert, advance, done_slots, outcomes, release)
+    found = run_slots(slotted, session, enumerate(requests), on_chunk)
+    return collect(found, count, on_result)
 
 
 def _check(config: SearchConfig, scorers: Sequence[TextScorer]) -> None:
@@ -195,240 +191,170 @@ def _check(config: SearchConfig, scorers: Sequence[TextScorer]) -> None:
         raise InputError("no scorer is given; give one, or set the config's scorer to NoScore")
 
 
-def _run(
-    proposer: TextProposer,
-    scorers: Sequence[TextScorer],
-    waiting: Iterator[_Held],
-    config: SearchConfig,
-    slots: int,
-    on_chunk: Callable[[ChunkTrace], None] | None,
-) -> Iterator[tuple[int, TextResult | RowFailed]]:
-    """Yield (index, outcome) as prompts finish; a slot is refilled as soon as it is free."""
-    width, count = config.beam_width, config.successors
-    states = [scorer.start(slots, width, count, config.length) for scorer in scorers]
-    held: dict[int, _Held] = {}
-
-    def refill(slot: int) -> None:
-        entry = next(waiting, None)
-        if entry is None:
-            held.pop(slot, None)
-            return
-        held[slot] = entry
-        for j, scorer in enumerate(scorers):
-            states[j] = scorer.insert(states[j], slot, entry.conversation)
-
-    for slot in range(slots):
-        refill(slot)
-    while held:
-        rows, spent = _propose(proposer, held, config)
-        states, objectives, failed = _score(scorers, states, held, rows, slots, config)
-        candidates = _candidates(held, rows, objectives, config)
-        chosen, sums = map(np.asarray, _select(config.selector, candidates, width, count))
-        states = _keep(scorers, states, chosen, list(held), config)
-        for slot, entry in list(held.items()):
-            picked = chosen[slot].tolist()
-            if slot in failed:
-                yield entry.index, RowFailed(entry.row_id, failed[slot])
-                refill(slot)
-                continue
-            options = _options(entry, rows[slot], objectives[slot], sums[slot], config)
-            if on_chunk is not None:
-                on_chunk(_trace(entry, rows[slot], options, picked, config))
-            kept = tuple(options[index] for index in picked)
-            base, tokens = entry.base + config.length, entry.tokens + spent[slot]
-            held[slot] = after = _Held(
-                entry.index, entry.row_id, entry.conversation, kept, base, tokens
-            )
-            if after.is_done(config):
-                yield entry.index, _outcome(after, config)
-                refill(slot)
-
-
-def _propose(
-    proposer: TextProposer, held: dict[int, _Held], config: SearchConfig
-) -> tuple[dict[int, dict[int, _Proposed]], dict[int, int]]:
-    """Each slot's rows by number, none where the parent is finished; and the tokens they took."""
-    count = config.successors
-    places, extensions = [], []
-    for slot, entry in held.items():
-        limit = min(config.length, config.max_new_tokens - entry.base)
-        for w, hypothesis in enumerate(entry.hypotheses):
-            if hypothesis.finished:
-                continue
-            prompt = (entry.row_id, entry.conversation, hypothesis.response)
-            place = (entry.base, w * count)
-            places.append((slot, w))
-            extensions.append(Extension(*prompt, count, limit, *place, hypothesis.trail))
-    answers = proposer.extend(extensions)
-    rows: dict[int, dict[int, _Proposed]] = {slot: {} for slot in held}
-    spent = dict.fromkeys(held, 0)
-    for (slot, w), extension, answer in zip(places, extensions, answers, strict=True):
-        if len(answer) != count:
-            raise ValueError(f"the proposer gave {len(answer)} continuations for {count}")
-        full = extension.position + config.length >= config.max_new_tokens
-        for k, continuation in enumerate(answer):
-            rows[slot][w * count + k] = _row(extension.response, continuation, full, config)
-            spent[slot] += continuation.tokens
-    return rows, spent
-
-
-def _row(before: str, continuation: Continuation, full: bool, config: SearchConfig) -> _Proposed:
-    """A continued response, cut at a stop string, which may have begun in an earlier chunk."""
-    response = before + continuation.text
-    kept = cut(response, config.stop)
-    if kept is not None:
-        took = continuation.tokens
-        return _Proposed(kept[len(before) :], kept, True, ended=True, by_eos=False, tokens=took)
-    finished = continuation.finished
-    by_eos = config.reference_quirks and full
-    if finished:
-        by_eos = not continuation.stopped
-    more = (continuation.trail, continuation.tokens)
-    return _Proposed(continuation.text, response, finished, finished or full, by_eos, *more)
-
-
-def _score(
-    scorers: Sequence[TextScorer],
-    states: list[Any],
-    held: dict[int, _Held],
-    rows: dict[int, dict[int, _Proposed]],
-    slots: int,
-    config: SearchConfig,
-) -> tuple[list[Any], np.ndarray, dict[int, tuple[str, ...]]]:
-    """The scorers' new states, weighted objectives of the rows, float32 [P, R, J], and who failed.
-
-    Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
-    """
-    count = config.successors
-    asked = [
-        Candidate(slot, r, r // count, held[slot].conversation, row.response, row.by_eos)
-        for slot, found in rows.items()
-        for r, row in found.items()
-        if row.ended or config.selector.reorders
-    ]
-    objectives = np.zeros((slots, config.rows, len(scorers)), np.float32)
-    if not asked:
-        return states, objectives, {}
-    after: list[Any] = []
-    failed: dict[int, tuple[str, ...]] = {}
-    for j, (scorer, state) in enumerate(zip(scorers, states, strict=True)):
-        state, values = scorer.score(state, asked)
-        after.append(state)
-        failed |= at_fault(scorer, state, asked, np.asarray(values))
-        for candidate, value in zip(asked, np.asarray(values).tolist(), strict=True):
-            objectives[candidate.slot, candidate.row, j] = scorer.weight * value
-    return after, objectives, failed
-
-
-def _candidates(
-    held: dict[int, _Held],
-    rows: dict[int, dict[int, _Proposed]],
-    objectives: np.ndarray,
-    config: SearchConfig,
-) -> Candidates:
-    """Rows, then finished hypotheses; with reference_quirks those K times, in place of rows."""
-    width, count, each = config.beam_width, config.successors, config.rows
-    objectives = objectives.copy()
-    alive = np.zeros((len(objectives), each + width), bool)
-    finished = np.zeros((len(objectives), width, objectives.shape[-1]), np.float32)
-    for slot, entry in held.items():
-        alive[slot, list(rows[slot])] = True
-        for w, hypothesis in enumerate(entry.hypotheses):
-            if not hypothesis.finished:
-                continue
-            finished[slot, w] = hypothesis.objectives
-            places = slice(w * count, (w + 1) * count)
-            if config.reference_quirks:
-                objectives[slot, places] = hypothesis.objectives
-                alive[slot, places] = True
-            else:
-                alive[slot, each + w] = True
-    both = np.concatenate([objectives, finished], axis=1)
-    return Candidates(*jax.device_put((both, alive)))
-
-
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _select(
-    selector: Selector, candidates: Candidates, width: int, count: int
-) -> tuple[Int[Array, "P W"], Float[Array, "P candidates"]]:
-    """What the selector keeps, and the sums of the candidates' objectives."""
-    return selector.select(candidates, width, count), candidates.objectives.sum(axis=-1)
-
-
-def _keep(
-    scorers: Sequence[TextScorer],
-    states: list[Any],
-    chosen: np.ndarray,
-    live: list[int],
-    config: SearchConfig,
-) -> list[Any]:
-    """The scorers' states after selection; slots that hold no prompt stay as they are."""
-    width, count = config.beam_width, config.successors
-    own = np.arange(width)
-    is_row = chosen < config.rows
-    parents = np.tile(own, (len(chosen), 1))
-    rows = parents * count
-    parents[live] = np.where(is_row, chosen // count, chosen - config.rows)[live]
-    rows[live] = np.where(is_row, chosen, parents * count)[live]
-    return [
-        scorer.keep(state, parents.astype(np.int32), rows.astype(np.int32))
-        for scorer, state in zip(scorers, states, strict=True)
-    ]
-
-
-def _options(
-    entry: _Held,
-    rows: dict[int, _Proposed],
-    objectives: np.ndarray,
-    sums: np.ndarray,
-    config: SearchConfig,
-) -> dict[int, TextHypothesis]:
-    """What the candidates of a slot would be as hypotheses, by their index."""
-    options = {}
-    for r in range(config.rows):
-        if r in rows:
-            row, values = rows[r], tuple(objectives[r].tolist())
-            tokens = entry.hypotheses[r // config.successors].tokens + row.tokens
-            options[r] = TextHypothesis(
-                row.response, float(sums[r]), row.finished, values, row.by_eos, row.trail, tokens
-            )
-        elif config.reference_quirks:
-            options[r] = entry.hypotheses[r // config.successors]
-    if not config.reference_quirks:
-        over = {w: h for w, h in enumerate(entry.hypotheses) if h.finished}
-        options |= {config.rows + w: hypothesis for w, hypothesis in over.items()}
-    return options
-
-
-def _trace(
-    entry: _Held,
-    rows: dict[int, _Proposed],
-    options: dict[int, TextHypothesis],
-    picked: list[int],
-    config: SearchConfig,
-) -> ChunkTrace:
-    """What the chunk offered; a finished hypothesis is listed once, also with reference_quirks."""
-    count = config.successors
-    offered = [(r // count, row.text, options[r], (r,)) for r, row in rows.items()]
-    for w, hypothesis in enumerate(entry.hypotheses):
-        if hypothesis.finished:
-            copies = (*range(w * count, (w + 1) * count), config.rows + w)
-            offered.append((w, "", hypothesis, copies))
-    kept = [[place for place, index in enumerate(picked) if index in at] for *_, at in offered]
-    return ChunkTrace(
-        row_id=entry.row_id,
-        parents=tuple(parent for parent, *_ in offered),
-        texts=tuple(text for _, text, *_ in offered),
-        objectives=np.array([option.objectives for *_, option, _ in offered], np.float32),
-        finished=tuple(option.finished for *_, option, _ in offered),
-        kept=tuple(places[0] if places else -1 for places in kept),
+def insert(session: TextSession, slot: int, request: Request) -> TextSession:
+    """Put a request into a slot, whatever it held."""
+    assert request.conversation is not None
+    memories = tuple(
+        scorer.insert(memory, slot, request.conversation)
+        for scorer, memory in zip(session.scorers, session.memories, strict=True)
+    )
+    beam = Beam((TextHypothesis(),) * session.config.beam_width)
+    return replace(
+        session,
+        memories=memories,
+        requests={**session.requests, slot: request},
+        beams={**session.beams, slot: beam},
+        failed={key: names for key, names in session.failed.items() if key != slot},
     )
 
 
-def _outcome(entry: _Held, config: SearchConfig) -> TextResult | RowFailed:
-    hypotheses = entry.hypotheses
-    if not all(np.isfinite(hypothesis.score) for hypothesis in hypotheses):
-        return RowFailed(entry.row_id, ())
-    if not config.selector.reorders:
-        hypotheses = tuple(sorted(hypotheses, key=lambda hypothesis: -hypothesis.score))
-    return TextResult(entry.row_id, hypotheses, entry.tokens)
+def release(session: TextSession, slot: int) -> TextSession:
+    """Empty a slot."""
+
+    def without(slots: Mapping[int, Any]) -> dict[int, Any]:
+        return {key: value for key, value in slots.items() if key != slot}
+
+    return replace(
+        session,
+        requests=without(session.requests),
+        beams=without(session.beams),
+        failed=without(session.failed),
+    )
+
+
+def advance(session: TextSession) -> TextSession:
+    """One chunk for all slots."""
+    config, scorers, beams = session.config, session.scorers, session.beams
+    rows = _propose(session)
+    memories, totals, failed = score_rows(
+        scorers, session.memories, rows, session.requests, config, session.slots
+    )
+    shape = (session.slots, config.beam_width)
+    objectives, finished = np.zeros((*shape, len(scorers)), np.float32), np.zeros(shape, bool)
+    for slot, beam in beams.items():
+        finished[slot] = [one.finished for one in beam.hypotheses]
+        for w in np.flatnonzero(finished[slot]).tolist():
+            objectives[slot, w] = beam.hypotheses[w].objectives
+    quirks = config.reference_quirks
+    selection = jax.device_get(
+        _select(totals, objectives, finished, selector=config.selector, reference_quirks=quirks)
+    )
+    memories = tuple(
+        scorer.keep(memory, selection.parents, selection.rows)
+        for scorer, memory in zip(scorers, memories, strict=True)
+    )
+    by_place = {(row.slot, row.row): row for row in rows}
+
+    def extended(slot: int, chosen: int, parent: int) -> TextHypothesis:
+        old = beams[slot].hypotheses[parent]
+        if old.finished:
+            return old
+        row, values = by_place[slot, chosen], selection.candidates.objectives[slot, chosen]
+        return TextHypothesis(
+            response=row.text,
+            score=float(values.sum()),
+            finished=row.finished,
+            objectives=tuple(values.tolist()),
+            by_eos=row.scores_end(config),
+            trail=row.trail,
+            token_count=old.token_count + row.length,
+        )
+
+    after = {}
+    for slot, beam in beams.items():
+        places = zip(selection.chosen[slot].tolist(), selection.parents[slot].tolist(), strict=True)
+        kept = tuple(extended(slot, chosen, parent) for chosen, parent in places)
+        spent = sum(row.length for row in rows if row.slot == slot)
+        after[slot] = Beam(kept, beam.base + config.length, beam.tokens + spent)
+    chunks = trace(rows, selection, finished, session.requests)
+    return replace(session, memories=memories, beams=after, failed=failed, chunks=chunks)
+
+
+def _propose(session: TextSession) -> list[TextRow]:
+    """Every row of the hypotheses that go on."""
+    config, count = session.config, session.config.successors
+    places, extensions = [], []
+    for slot, beam in session.beams.items():
+        request = session.requests[slot]
+        assert request.conversation is not None
+        limit = min(config.length, config.max_new_tokens - beam.base)
+        for w, hypothesis in enumerate(beam.hypotheses):
+            if hypothesis.finished:
+                continue
+            prompt = (request.row_id, request.conversation, hypothesis.response)
+            place = (beam.base, w * count)
+            places.append((slot, w))
+            extensions.append(Extension(*prompt, count, limit, *place, hypothesis.trail))
+    rows = []
+    answers = session.proposer.extend(extensions)
+    for (slot, w), extension, answer in zip(places, extensions, answers, strict=True):
+        if len(answer) != count:
+            raise ValueError(f"the proposer gave {len(answer)} continuations for {count}")
+        at = extension.lane
+        rows += [_row(slot, at + k, w, extension, one, config) for k, one in enumerate(answer)]
+    return rows
+
+
+def _row(
+    slot: int,
+    row: int,
+    parent: int,
+    extension: Extension,
+    continuation: Continuation,
+    config: SearchConfig,
+) -> TextRow:
+    """A continued response, cut at a stop string, which may have begun in an earlier chunk."""
+    written = extension.response + continuation.text
+    kept = cut(written, config.stop)
+    by_stop = kept is not None or (continuation.finished and continuation.stopped)
+    by_eos = continuation.finished and not by_stop
+    is_last = extension.position + config.length >= config.max_new_tokens
+    text = written if kept is None else kept
+    return TextRow(
+        slot=slot,
+        row=row,
+        parent=parent,
+        text=text,
+        new=text[len(extension.response) :],
+        length=continuation.tokens,
+        by_eos=by_eos,
+        by_stop=by_stop,
+        at_limit=is_last and not (by_eos or by_stop),
+        trail=continuation.trail,
+    )
+
+
+_select = partial(jax.jit, static_argnames=("selector", "reference_quirks"))(
+    lambda rows, hypotheses, finished, *, selector, reference_quirks: select_among(
+        selector, rows, hypotheses, finished, reference_quirks=reference_quirks
+    )
+)
+
+
+def done_slots(session: TextSession) -> list[int]:
+    """Slots whose search has ended, well or not."""
+    limit = session.config.max_new_tokens
+    return [
+        slot
+        for slot, beam in session.beams.items()
+        if slot in session.failed
+        or beam.base >= limit
+        or all(hypothesis.finished for hypothesis in beam.hypotheses)
+    ]
+
+
+def outcomes(
+    session: TextSession, slots: Iterable[int]
+) -> tuple[dict[int, TextResult], dict[int, RowFailed]]:
+    """The results of those slots that have one, best first, and why others failed."""
+    found, failed = {}, {}
+    for slot in slots:
+        row_id, beam = session.requests[slot].row_id, session.beams[slot]
+        hypotheses = beam.hypotheses
+        if slot in session.failed or not all(np.isfinite(one.score) for one in hypotheses):
+            failed[slot] = RowFailed(row_id, session.failed.get(slot, ()))
+            continue
+        if not session.config.selector.reorders:
+            hypotheses = tuple(sorted(hypotheses, key=lambda hypothesis: -hypothesis.score))
+        found[slot] = TextResult(row_id, hypotheses, beam.tokens)
+    return found, failed

@@ -2,82 +2,141 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
-from w2s_jax.search.likelihood import ScoredResponse
-from w2s_jax.serve.events import Choice, TokenTexts, token_bytes
+import numpy as np
+
+from w2s_jax.serve.events import Choice
 from w2s_jax.serve.jobs import Job
+from w2s_jax.text.prompts import INCOMPLETE, decode_tokens
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0
 """What stands for −inf, which JSON does not know, as in OpenAI's API."""
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
+_WINDOW = 8
 
 
-@dataclass(frozen=True)
+class TokenTexts:
+    """Token ids one by one as text: their strings, and where each begins in the whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.of = lru_cache(maxsize=1 << 16)(self._of)
+        self._alone: Callable[[Sequence[int]], str] = partial(
+            tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        encoded = tokenizer("a", add_special_tokens=False).input_ids
+        self._anchor = list(encoded[-1:])
+
+    def _of(self, token: int) -> str:
+        r"""A token's own text, its leading space included; "bytes:\xe2" for half a character."""
+        before, whole = self._alone(self._anchor), self._alone([*self._anchor, token])
+        text = whole.removeprefix(before) if whole.startswith(before) else self._alone([token])
+        if INCOMPLETE not in text:
+            return text
+        name = str(self.tokenizer.convert_ids_to_tokens(token))
+        if name.startswith("<0x"):
+            return f"bytes:\\x{name[3:5].lower()}"
+        known = _byte_values()
+        if all(character in known for character in name):
+            return "bytes:" + "".join(f"\\x{known[character]:02x}" for character in name)
+        return text
+
+    def offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Where each token's text begins in the text of all, in characters."""
+        decode = partial(decode_tokens, self.tokenizer)
+        offsets, length, start = [], 0, 0
+        for index in range(len(tokens)):
+            offsets.append(length)
+            before, now = decode(tokens[start:index]), decode(tokens[start : index + 1])
+            if now.endswith(INCOMPLETE):
+                continue
+            length += max(0, len(now) - len(before.rstrip(INCOMPLETE)))
+            start = max(start, index + 1 - _WINDOW)
+        return offsets
+
+
+@lru_cache(maxsize=1)
+def _byte_values() -> dict[str, int]:
+    """The bytes that the characters of byte-level BPE stand for; arXiv 1909 (GPT-2)'s alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
+
+
+def token_bytes(text: str) -> list[int]:
+    """The bytes of a token's text as `TokenTexts.of` writes it."""
+    if text.startswith("bytes:\\x"):
+        return [int(byte, 16) for byte in text.removeprefix("bytes:").split("\\x")[1:]]
+    return list(text.encode())
+
+
 class Writer:
     """Writes the answers to one request.
 
-    chat: which of the two endpoints. model: the served name.
+    Args:
+        chat: Which of the two endpoints.
+        model: The served name.
+        tokens: The texts of tokens, for log-probs.
     """
 
-    chat: bool
-    model: str
-    id: str
-    created: int
-    tokens: TokenTexts
+    def __init__(self, chat: bool, model: str, tokens: TokenTexts) -> None:
+        self.chat, self.tokens = chat, tokens
+        self._head: Json = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def whole(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
         """The answer to a request that does not stream: a choice for every prompt and response."""
-        choices = [
-            self._choice(place + index, job, choice)
-            for place, job, answer in _placed(jobs, answers)
-            for index, choice in enumerate(answer)
-        ]
-        return self._head(stream=False) | {"choices": choices, "usage": usage(jobs, answers)}
+        pairs = [
+            (job, choice)
+            for job, answer in zip(jobs, answers, strict=True)
+            for choice in answer
+        ]  # fmt: skip
+        choices = []
+        for index, (job, choice) in enumerate(pairs):
+            text = (job.echo or "") + choice.text
+            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            body = message if self.chat else {"text": text}
+            choices.append(
+                _choice(index, body, _FINISH[choice.ended_by]) | self._extra(job, choice)
+            )
+        return self._head | {"choices": choices, "usage": usage(jobs, answers)}
 
-    def opening(self, index: int) -> Json | None:
-        """What a stream says of a choice before its first text."""
-        if not self.chat:
-            return None
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+    def opening(self, index: int, job: Job) -> list[Json]:
+        """What a stream says of a choice before its first text: a role, an echo, or nothing."""
+        role = [{"delta": {"role": "assistant", "content": ""}}] if self.chat else []
+        echo = [self._delta(job.echo)] if job.echo else []
+        return [self._chunk(_choice(index, body)) for body in (*role, *echo)]
 
     def piece(self, index: int, text: str) -> Json:
         """More text of a choice."""
-        return self._chunk(index, self._text(text, "delta"), None)
+        return self._chunk(_choice(index, self._delta(text)))
 
     def end(self, index: int, job: Job, choice: Choice, text: str) -> Json:
         """The last of a choice: the rest of its text, why it ended, and its log-probs."""
-        body = self._text(text, "delta") if text or not self.chat else {"delta": {}}
-        return self._chunk(index, body | self._extra(job, choice), _FINISH[choice.ended_by])
+        body = self._delta(text) if text or not self.chat else {"delta": {}}
+        last = _choice(index, body, _FINISH[choice.ended_by])
+        return self._chunk(last | self._extra(job, choice))
 
     def closing(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
         """The numbers of tokens, after all choices of a stream."""
-        return self._head(stream=True) | {"choices": [], "usage": usage(jobs, answers)}
+        return self._chunk() | {"usage": usage(jobs, answers)}
 
-    def _head(self, *, stream: bool) -> Json:
-        kind = "text_completion"
-        if self.chat:
-            kind = "chat.completion.chunk" if stream else "chat.completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _chunk(self, *choices: Json) -> Json:
+        kind = {"object": "chat.completion.chunk"} if self.chat else {}
+        return self._head | kind | {"choices": list(choices)}
 
-    def _chunk(self, index: int, body: Json, finish: str | None) -> Json:
-        choice = {"index": index, "logprobs": None, **body, "finish_reason": finish}
-        return self._head(stream=True) | {"choices": [choice]}
-
-    def _text(self, text: str, field: str) -> Json:
-        if not self.chat:
-            return {"text": text}
-        if field == "delta":
-            return {"delta": {"content": text}}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def _choice(self, index: int, job: Job, choice: Choice) -> Json:
-        body = self._text((job.echo or "") + choice.text, "message")
-        ends = {"finish_reason": _FINISH[choice.ended_by]}
-        return {"index": index, "logprobs": None, **body, **ends, **self._extra(job, choice)}
+    def _delta(self, text: str) -> Json:
+        return {"delta": {"content": text}} if self.chat else {"text": text}
 
     def _extra(self, job: Job, choice: Choice) -> Json:
         """Log-probs, and what OpenAI's API does not have: score, stop_reason, token ids.
@@ -95,26 +154,22 @@ class Writer:
         return extra
 
     def _logprobs(self, job: Job, choice: Choice) -> Json:
-        ids, scored = choice.tokens, choice.scored
-        if job.echo is not None:
-            ids = (*job.prompt, *ids)
-        rows = list(_rows(ids, scored, first=job.echo is not None, top=job.logprobs or 0))
+        rows = _rows(job, choice)
         if self.chat:
-            return {"content": [self._chat_token(*row) for row in rows], "refusal": None}
-        start = 0 if job.echo is not None else None
-        texts = [self.tokens.of(token) for token in ids]
+            content = [
+                self._named(token, logprob or 0.0)
+                | {"top_logprobs": [self._named(*other) for other in top]}
+                for token, logprob, top in rows
+            ]
+            return {"content": content, "refusal": None}
+        first = 0 if job.echo is not None else len(job.prompt)
+        offsets = self.tokens.offsets((*job.prompt, *choice.tokens))[first:]
         return {
-            "tokens": texts,
+            "tokens": [self.tokens.of(token) for token, _, _ in rows],
             "token_logprobs": [logprob for _, logprob, _ in rows],
             "top_logprobs": [self._top(*row) for row in rows],
-            "text_offset": self._offsets(job, ids, start),
+            "text_offset": [offset - offsets[0] for offset in offsets],
         }
-
-    def _offsets(self, job: Job, ids: Sequence[int], start: int | None) -> list[int]:
-        if start is not None:
-            return self.tokens.offsets(ids)
-        whole = self.tokens.offsets((*job.prompt, *ids))[len(job.prompt) :]
-        return [offset - whole[0] for offset in whole] if whole else []
 
     def _top(self, token: int, logprob: float | None, top: list[tuple[int, float]]) -> Json | None:
         """Log-probs by text; of two tokens with one text, the likelier one's."""
@@ -126,20 +181,9 @@ class Writer:
             named[text] = max(value, named.get(text, value))
         return named
 
-    def _chat_token(self, token: int, logprob: float | None, top: list[tuple[int, float]]) -> Json:
-        return self._named(token, logprob or 0.0) | {
-            "top_logprobs": [self._named(other, value) for other, value in top]
-        }
-
     def _named(self, token: int, logprob: float) -> Json:
         text = self.tokens.of(token)
         return {"token": text, "logprob": logprob, "bytes": token_bytes(text)}
-
-
-def writer(chat: bool, model: str, tokens: TokenTexts) -> Writer:
-    """A writer for a new request."""
-    kind = "chatcmpl" if chat else "cmpl"
-    return Writer(chat, model, f"{kind}-{uuid.uuid4().hex}", int(time.time()), tokens)
 
 
 def usage(jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
@@ -149,29 +193,25 @@ def usage(jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _placed(
-    jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]
-) -> Iterable[tuple[int, Job, Sequence[Choice]]]:
-    """Jobs and answers with the index of their first choice: a prompt's choices are together."""
-    place = 0
-    for job, answer in zip(jobs, answers, strict=True):
-        yield place, job, answer
-        place += job.choices
+def _choice(index: int, body: Json, finish: str | None = None) -> Json:
+    return {"index": index, "logprobs": None, **body, "finish_reason": finish}
 
 
-def _rows(
-    ids: Sequence[int], scored: ScoredResponse | None, *, first: bool, top: int
-) -> Iterable[tuple[int, float | None, list[tuple[int, float]]]]:
+def _rows(job: Job, choice: Choice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
     """(token, log-prob, likeliest tokens) of each; None for the first of an echoed prompt."""
-    ids = list(ids)
-    if first and ids:
-        yield ids.pop(0), None, []
-    for place, token in enumerate(ids):
-        assert scored is not None
-        ids_and_values = zip(
-            scored.top_ids[place, :top].tolist(),
-            scored.top_logprobs[place, :top].tolist(),
-            strict=True,
-        )
-        best = [(other, max(value, LEAST_LOGPROB)) for other, value in ids_and_values]
-        yield token, max(float(scored.logprobs[place]), LEAST_LOGPROB), best
+    rows: list[tuple[int, float | None, list[tuple[int, float]]]] = []
+    tokens, scored = choice.tokens, choice.scored
+    if job.echo is not None:
+        rows.append((job.prompt[0], None, []))
+        tokens = (*job.prompt[1:], *tokens)
+    if not tokens:
+        return rows
+    assert scored is not None
+    logprobs, values = (
+        np.maximum(part, LEAST_LOGPROB).tolist() for part in (scored.logprobs, scored.top_logprobs)
+    )
+    for token, logprob, *best in zip(
+        tokens, logprobs, scored.top_ids.tolist(), values, strict=True
+    ):
+        rows.append((token, logprob, list(zip(*best, strict=True))[: job.logprobs]))
+    return rows

@@ -1,4 +1,4 @@
-"""The endpoints: bodies in, JSON or a stream of events out. What answers is behind `Answers`."""
+"""The endpoints: bodies in, JSON or a stream of events out. What answers is an engine."""
 
 import asyncio
 import hmac
@@ -6,30 +6,26 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from w2s_jax.serve.answers import Writer, writer
-from w2s_jax.serve.events import Answers, Choice, Done, Event, Failed, Progress, Ticket, TokenTexts
+from w2s_jax.serve.answers import TokenTexts, Writer
+from w2s_jax.serve.engine import Engine
+from w2s_jax.serve.events import Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
-from w2s_jax.serve.metrics import CONTENT_TYPE, Metrics
-from w2s_jax.serve.schema import (
-    ApiError,
-    Body,
-    Chat,
-    Completion,
-    body_too_large,
-    read_body,
-    shutting_down,
-)
+from w2s_jax.serve.schema import ApiError, Chat, Completion, read_body, shutting_down
 
 _POLL_SECONDS = 0.1
 _BODY_SECONDS = 60.0
@@ -39,35 +35,88 @@ _CLIENT_GONE = 499
 _JSON = "application/json"
 _ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 _OPEN = ("/health",)
+_TICKET = "w2s_jax.ticket"
+"""Where the scope of a request keeps its jobs, which end with it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints work with.
+    """What the endpoints work with, and the endpoints.
 
-    key: the bearer token that clients must send, if any. hosts: the names by which the server may
-    be called beside those of this machine for itself, such as localhost; None for any.
+    Attributes:
+        name: The served model's, in requests.
+        engine: What answers jobs, and counts.
+        reader: What makes them of bodies.
+        tokens: The texts of tokens, for log-probs.
+        key: The bearer token that clients must send, if any.
+        created: When, in seconds since 1970.
+        hosts: The names by which the server may be called beside those of this machine for itself,
+            such as localhost; None for any.
+        most_body: Bytes of a request's body.
     """
 
     name: str
-    engine: Answers
+    engine: Engine
     reader: Reader
     tokens: TokenTexts
-    metrics: Metrics
     key: str | None = None
     created: int = 0
     hosts: tuple[str, ...] | None = None
+    most_body: int = 1 << 22
+
+    async def answer(self, form: type[Completion] | type[Chat], request: Request) -> Response:
+        """POST /v1/completions or /v1/chat/completions."""
+        body = read_body(await _raw_body(request, self.most_body), form)
+        self._check_name(body.model)
+        read: Callable[[Any], list[Job]] = self.reader.chat
+        if form is Completion:
+            read = self.reader.completion
+        jobs = await asyncio.to_thread(read, body)
+        ticket = request.scope[_TICKET] = self.engine.submit(jobs)
+        write = Writer(form is Chat, self.name, self.tokens)
+        if not body.stream:
+            answers = await _gather(ticket, jobs, request)
+            return JSONResponse(await asyncio.to_thread(write.whole, jobs, answers))
+        first = await _next(ticket, request)
+        if isinstance(first, Failed):
+            raise first.error
+        lines = _stream(ticket, jobs, write, first, usage=body.counts_usage)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models, of all that are served or of one."""
+        told = {"id": self.name, "object": "model", "created": self.created, "owned_by": "w2s_jax"}
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [told]})
+        self._check_name(request.path_params["name"])
+        return JSONResponse(told)
+
+    async def health(self, request: Request) -> Response:
+        """GET /health."""
+        state = self.engine.state
+        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+
+    async def numbers(self, request: Request) -> Response:
+        """GET /metrics."""
+        numbers = generate_latest(self.engine.metrics.registry)
+        return Response(numbers, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            told = f"model {name!r} is not served here; {self.name!r} is"
+            raise ApiError(404, told, param="model", code="model_not_found")
 
 
 def create_app(service: Service) -> ASGIApp:
     """The ASGI application."""
     routes = [
-        Route("/v1/completions", _handler(service, Completion), methods=["POST"]),
-        Route("/v1/chat/completions", _handler(service, Chat), methods=["POST"]),
-        Route("/v1/models", _models(service), methods=["GET"]),
-        Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
-        Route("/health", _health(service), methods=["GET"]),
-        Route("/metrics", _metrics(service), methods=["GET"]),
+        Route("/v1/completions", partial(service.answer, Completion), methods=["POST"]),
+        Route("/v1/chat/completions", partial(service.answer, Chat), methods=["POST"]),
+        Route("/v1/models", service.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", service.models, methods=["GET"]),
+        Route("/health", service.health, methods=["GET"]),
+        Route("/metrics", service.numbers, methods=["GET"]),
     ]
     handlers: Mapping[Any, Any] = {
         ApiError: lambda request, error: _error(error),
@@ -79,7 +128,10 @@ def create_app(service: Service) -> ASGIApp:
 
 
 class _Guard:
-    """Counts requests and lets none pass without the key, or to a host that is not this one."""
+    """Counts requests and lets none pass without the key, or to a host that is not this one.
+
+    However a request ends, its jobs end with it.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -99,25 +151,26 @@ class _Guard:
 
         try:
             refusal = self._refusal(scope)
-            if refusal is None:
-                await self.app(scope, receive, counted)
-            else:
-                await _error(refusal)(scope, receive, counted)
+            app = self.app if refusal is None else _error(refusal)
+            await app(scope, receive, counted)
         except asyncio.CancelledError:
             # The server ends, and whatever this request waited for takes too long.
             if status == _CLIENT_GONE:
                 await _error(shutting_down())(scope, receive, counted)
         finally:
-            metrics = self.service.metrics
+            if _TICKET in scope:
+                scope[_TICKET].cancel()
+            metrics = self.service.engine.metrics
             metrics.requests.labels(endpoint, str(status)).inc()
             metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        host = _header(scope, b"host").decode("latin-1")
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
         if not _is_known(host, self.service.hosts):
             told = f"the host {host!r} is none of this server's; see --allowed-host"
             return ApiError(403, told, code="host_not_allowed")
-        if scope["path"] in _OPEN or _has_key(scope, self.service.key):
+        if scope["path"] in _OPEN or _has_key(headers, self.service.key):
             return None
         return ApiError(
             401,
@@ -125,10 +178,6 @@ class _Guard:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((value for own, value in scope["headers"] if own == name), b"")
 
 
 def _is_known(host: str, hosts: tuple[str, ...] | None) -> bool:
@@ -150,47 +199,13 @@ def _is_known(host: str, hosts: tuple[str, ...] | None) -> bool:
         return False
 
 
-def _has_key(scope: Scope, key: str | None) -> bool:
+def _has_key(headers: Headers, key: str | None) -> bool:
     if key is None:
         return True
-    sent = _header(scope, b"authorization")
-    scheme, _, token = sent.partition(b" ")
-    return hmac.compare_digest(token.strip(), key.encode()) and scheme.lower() == b"bearer"
-
-
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-def _handler(service: Service, form: type[Body]) -> Handler:
-    async def handle(request: Request) -> Response:
-        body = read_body(await _raw_body(request, service.reader.limits.body), form)
-        if body.model != service.name:
-            raise ApiError(
-                404,
-                f"model {body.model!r} is not served here; {service.name!r} is",
-                param="model",
-                code="model_not_found",
-            )
-        read: Callable[[Any], list[Job]] = (
-            service.reader.completion if form is Completion else service.reader.chat
-        )
-        jobs = await asyncio.to_thread(read, body)
-        ticket = service.engine.submit(jobs)
-        write = writer(form is Chat, service.name, service.tokens)
-        try:
-            if body.stream:
-                first = await _next(ticket, request)
-                if isinstance(first, Failed):
-                    raise first.error
-                lines = _stream(ticket, jobs, write, first, usage=body.counts_usage)
-                return _CancellingStream(lines, ticket)
-            answers = await _gather(ticket, jobs, request)
-        except BaseException:
-            ticket.cancel()
-            raise
-        return JSONResponse(await asyncio.to_thread(write.whole, jobs, answers))
-
-    return handle
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    # As bytes, since a text that is not ASCII cannot be compared so.
+    is_key = hmac.compare_digest(token.encode("latin-1").strip(), key.encode())
+    return is_key and scheme.lower() == "bearer"
 
 
 async def _raw_body(request: Request, most: int) -> bytes:
@@ -199,38 +214,36 @@ async def _raw_body(request: Request, most: int) -> bytes:
     if kind != _JSON:
         given = kind or "of no kind"
         raise ApiError(415, f"the body is {given}; send it with Content-Type: {_JSON}")
-    told = body_too_large(most)
+    told = f"the body is larger than {most} bytes, the most that this server reads"
+    too_large = ApiError(413, told, code="too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > _MOST_DISCARDED:
-        raise told
+        raise too_large
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size > _MOST_DISCARDED:
-                    raise told
+                    raise too_large
                 if size <= most:
                     parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
     if size > most:
-        raise told
+        raise too_large
     return b"".join(parts)
 
 
 async def _next(ticket: Ticket, request: Request) -> Event:
     """The next event; ClientDisconnect when the client goes away before it comes."""
-    waiting = asyncio.ensure_future(ticket.next())
-    try:
-        while True:
-            done, _ = await asyncio.wait({waiting}, timeout=_POLL_SECONDS)
-            if done:
-                return waiting.result()
+    while True:
+        try:
+            async with asyncio.timeout(_POLL_SECONDS):
+                return await ticket.next()
+        except TimeoutError:
             if await request.is_disconnected():
-                raise ClientDisconnect
-    finally:
-        waiting.cancel()
+                raise ClientDisconnect from None
 
 
 async def _gather(
@@ -247,51 +260,34 @@ async def _gather(
     return [found[job] for job in range(len(jobs))]
 
 
-class _CancellingStream(StreamingResponse):
-    """Server-sent events; however the stream ends, its jobs end with it."""
-
-    def __init__(self, lines: AsyncIterator[str], ticket: Ticket) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
-        self._ticket = ticket
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._ticket.cancel()
-
-
 async def _stream(
     ticket: Ticket, jobs: Sequence[Job], write: Writer, first: Event, *, usage: bool
 ) -> AsyncIterator[str]:
     """The lines of a stream: each choice's text as it settles, and no character twice."""
-    starts = [sum(job.choices for job in jobs[:index]) for index in range(len(jobs))]
-    sent = [""] * sum(job.choices for job in jobs)
+    line = partial(_line, usage=usage)
+    asked = [job for job in jobs for _ in range(job.choices)]
+    sent = [""] * len(asked)
+    for index, job in enumerate(asked):
+        for opening in write.opening(index, job):
+            yield line(opening)
     found: dict[int, tuple[Choice, ...]] = {}
-    for start, job in zip(starts, jobs, strict=True):
-        for index in range(start, start + job.choices):
-            opening = write.opening(index)
-            if opening is not None:
-                yield _line(opening, usage)
-            if job.echo:
-                yield _line(write.piece(index, job.echo), usage)
     event = first
     while True:
         if isinstance(event, Failed):
             yield _line(event.error.body)
             return
-        start, job = starts[event.job], jobs[event.job]
+        # All prompts of a request have as many choices.
+        job, start = jobs[event.job], event.job * jobs[event.job].choices
         if isinstance(event, Progress):
             for index, text in enumerate(event.texts, start):
                 if len(text) > len(sent[index]) and text.startswith(sent[index]):
-                    yield _line(write.piece(index, text[len(sent[index]) :]), usage)
+                    yield line(write.piece(index, text[len(sent[index]) :]))
                     sent[index] = text
         else:
             found[event.job] = event.choices
             for index, choice in enumerate(event.choices, start):
                 rest = choice.text[len(sent[index]) :]
-                yield _line(write.end(index, job, choice, rest), usage)
+                yield line(write.end(index, job, choice, rest))
         if len(found) == len(jobs):
             break
         event = await ticket.next()
@@ -306,42 +302,6 @@ def _line(event: Mapping[str, Any], usage: bool = False) -> str:
     return f"data: {json.dumps(event, allow_nan=False)}\n\n"
 
 
-def _models(service: Service) -> Handler:
-    async def models(request: Request) -> Response:
-        card = {
-            "id": service.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "w2s_jax",
-        }
-        name = request.path_params.get("name")
-        if name is None:
-            return JSONResponse({"object": "list", "data": [card]})
-        if name != service.name:
-            raise ApiError(
-                404, f"model {name!r} is not served here; {service.name!r} is",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-        return JSONResponse(card)
-
-    return models
-
-
-def _health(service: Service) -> Handler:
-    async def health(request: Request) -> Response:
-        state = service.engine.state
-        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
-
-    return health
-
-
-def _metrics(service: Service) -> Handler:
-    async def metrics(request: Request) -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
-
-    return metrics
-
-
 def _error(error: ApiError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
@@ -349,4 +309,4 @@ def _error(error: ApiError) -> Response:
 def _http_error(request: Request, error: HTTPException) -> Response:
     """Unknown paths and methods, in the same form."""
     told = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(ApiError(error.status_code, told, headers=error.headers))
+    return _error(ApiError(error.status_code, told, headers=error.headers or {}))

@@ -4,22 +4,26 @@ No endpoint is a default. The key comes from the environment and is in no field,
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
+
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.text_run import Continuation, Extension
-from w2s_jax.serve.retry import NO_KEY, Answer, Meter, Patience, Usage, ask_all
+from w2s_jax.serve.retry import Api, Meter, Patience, Usage, counts_of
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import INCOMPLETE
 
 Prompt = str | tuple[int, ...]
 
+FINISHES = ("stop", "length", "content_filter")
 MOST_CHOICES = 64
 """At most this many continuations of one prompt in a request; more of them take several."""
 
@@ -81,71 +85,63 @@ class CompletionsPolicy:
     Every request asks for n continuations of one or more texts, prefix + hypothesis. Its seed
     depends on (seed, row id, position, lane) alone, so draws do not depend on neighbours.
     finish_reason "stop" finishes a response and "length" continues it; "content_filter" ends it
-    without an EOS to score. meter counts requests and tokens.
+    without an EOS to score.
+
+    Attributes:
+        endpoint: Where it is.
+        render: From a conversation to the text that the response follows.
+        config: Its sampling, stop strings and seed are sent.
+        api: What asks, and counts requests and tokens.
     """
 
     endpoint: Endpoint
     render: Callable[[Conversation], str]
-    sampling: Sampling
-    stop: tuple[str, ...]
-    seed: int
-    patience: Patience
-    meter: Meter
-    client: Any = field(repr=False, compare=False)
+    config: SearchConfig
+    api: Api
 
     def extend(self, extensions: Sequence[Extension]) -> list[list[Continuation]]:
         """Continuations of every extension, in order; requests go out side by side.
 
         Raises EndpointError where the endpoint refuses a request or stops answering.
         """
-        prefixes = [self.render(extension.conversation) for extension in extensions]
-        texts = [p + e.response for p, e in zip(prefixes, extensions, strict=True)]
         wheres = [f"row {extension.row_id}" for extension in extensions]
-        for text, where in zip(texts, wheres, strict=True):
+        prompts: list[Prompt] = []
+        for extension, where in zip(extensions, wheres, strict=True):
+            text = self.render(extension.conversation) + extension.response
             _check_text(text, where)
-        prompts = [e.trail or text for e, text in zip(extensions, texts, strict=True)]
+            prompts.append(extension.trail or text)
         plans = list(_plan(extensions, prompts, self.endpoint))
-        answers = ask_all(
-            self.client,
-            [self._body(plan, extensions) for plan in plans],
-            self.patience,
-            self.meter,
-            wheres=[wheres[plan.members[0][0]] for plan in plans],
-            name=self.endpoint.base_url,
-        )
+        bodies = [self._body(plan, extensions) for plan in plans]
+        answers = self.api.ask_all(bodies, [wheres[plan.members[0]] for plan in plans], _read)
         found: list[list[Continuation]] = [[] for _ in extensions]
         for plan, answer in zip(plans, answers, strict=True):
-            continuations = iter(_continuations(answer, extensions[plan.members[0][0]].max_tokens))
-            for sharing in plan.members:
-                for index in sharing:
-                    count = extensions[index].count
-                    found[index] = [next(continuations) for _ in range(count)]
+            continuations = iter(answer)
+            for index in plan.members:
+                found[index] = list(islice(continuations, extensions[index].count))
         return found
 
     def _body(self, plan: "_Plan", extensions: Sequence[Extension]) -> dict[str, Any]:
-        first = extensions[plan.members[0][0]]
+        config, asked = self.config, [extensions[index] for index in plan.members]
+        first = asked[0]
         body: dict[str, Any] = {
             "model": self.endpoint.model,
             "prompt": list(plan.prompts),
             "n": plan.choices,
             "max_tokens": first.max_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
+            "temperature": config.sampling.temperature,
+            "top_p": config.sampling.top_p,
+            "seed": config.seed,
         }
-        if self.stop:
-            body["stop"] = list(self.stop)
-        extra: dict[str, Any] = {"return_token_ids": True} if self.endpoint.token_ids else {}
-        if self.endpoint.share_draws:
-            asked = [extensions[index] for sharing in plan.members for index in sharing]
-            places = {
-                name: [getattr(each, name) for each in asked]
-                for name in ("row_id", "position", "lane")
-            }
-            extra |= places | {"method": "sample", "top_k": self.sampling.top_k}
-            body["seed"] = self.seed
-        else:
-            body["seed"] = draw_seed(self.seed, first.row_id, first.position, first.lane)
-        return body | ({"extra_body": extra} if extra else {})
+        if config.stop:
+            body["stop"] = list(config.stop)
+        if self.endpoint.token_ids:
+            body["return_token_ids"] = True
+        if not self.endpoint.share_draws:
+            seed = draw_seed(config.seed, first.row_id, first.position, first.lane)
+            return body | {"seed": seed}
+        for name in ("row_id", "position", "lane"):
+            body[name] = [getattr(each, name) for each in asked]
+        return body | {"method": "sample", "top_k": config.sampling.top_k}
 
 
 def open_policy(
@@ -161,8 +157,6 @@ def open_policy(
     render writes a conversation as the text that the response follows. Raises InputError for a key
     that no header can carry, without showing it.
     """
-    from openai import OpenAI
-
     patience = patience or Patience()
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -170,15 +164,16 @@ def open_policy(
             f"the key in the environment variable {endpoint.api_key_env} holds characters that no "
             "header can carry"
         )
-    client = OpenAI(
+    http = httpx.Client(
         base_url=endpoint.base_url,
-        # Always given: left out, the client would take OPENAI_API_KEY, whatever the endpoint.
-        api_key=key or NO_KEY,
+        headers={"Authorization": f"Bearer {key or 'none'}", "Accept": "application/json"},
         timeout=float(patience.timeout),
-        max_retries=0,
+        follow_redirects=True,
+        # As many as there are threads; what was given up may still have one.
+        limits=httpx.Limits(max_connections=None),
     )
-    settings = (config.sampling, config.stop, config.seed)
-    return CompletionsPolicy(endpoint, render, *settings, patience, meter or Meter(), client)
+    api = Api(http, "completions", key, endpoint.base_url, patience, meter or Meter())
+    return CompletionsPolicy(endpoint, render, config, api)
 
 
 def _check_text(text: str, where: str) -> None:
@@ -196,11 +191,11 @@ def draw_seed(seed: int, row_id: int, position: int, lane: int) -> int:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request: `choices` of each prompt, shared out to the extensions at `members`."""
+    """A request: `choices` of each prompt, shared out in order to the extensions at `members`."""
 
     prompts: tuple[Prompt, ...]
     choices: int
-    members: tuple[tuple[int, ...], ...]
+    members: tuple[int, ...]
 
 
 def _plan(
@@ -223,7 +218,7 @@ def _plan(
             requests.setdefault((*kind, part, count * len(group)), []).append((prompt, group))
     for (*_, choices), entries in requests.items():
         for run in _runs(entries, endpoint.prompts_per_request or len(entries)):
-            members = tuple(tuple(group) for _, group in run)
+            members = tuple(index for _, group in run for index in group)
             yield _Plan(tuple(prompt for prompt, _ in run), choices, members)
 
 
@@ -232,25 +227,51 @@ def _runs(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _continuations(answer: Answer, max_tokens: int) -> list[Continuation]:
-    """The choices as continuations.
+def _read(data: Any, body: Mapping[str, Any]) -> list[Continuation]:
+    """The choices of an answer as continuations, those of the first prompt first.
 
     The server counts the tokens of all choices together: one cut by length has max_tokens of them,
-    what is left is shared evenly among the others.
+    what is left is shared evenly among the others. Raises as `retry.Read`.
     """
-    cut = sum(choice.finish == "length" for choice in answer.choices)
-    others = len(answer.choices) - cut
-    left = max(0, (answer.completion_tokens or 0) - cut * max_tokens)
+    expected, choices = len(body["prompt"]) * body["n"], data["choices"]
+    if len(choices) != expected:
+        raise ValueError(f"{len(choices)} choices where {expected} were asked for")
+    if {choice["index"] for choice in choices} != set(range(expected)):
+        raise ValueError(f"the choices' indices are not 0 .. {expected - 1}")
+    cut = sum(choice["finish_reason"] == "length" for choice in choices)
+    others = expected - cut
+    left = max(0, counts_of(data).get("completion_tokens", 0) - cut * body["max_tokens"])
     found = []
-    for choice in answer.choices:
-        if choice.finish == "length":
+    for choice in sorted(choices, key=lambda choice: choice["index"]):
+        text, finish = _text(choice), choice["finish_reason"]
+        ids = _ids(choice) if body.get("return_token_ids") else None
+        if finish == "length":
             # A chunk may end inside a character; its bytes cannot be sent back, so it is written
             # anew by the next chunk.
-            text = choice.text.rstrip(INCOMPLETE)
-            found.append(Continuation(text, False, max_tokens, trail=choice.ids))
+            text = text.rstrip(INCOMPLETE)
+            found.append(Continuation(text, False, body["max_tokens"], trail=ids))
             continue
         share = -(-left // others)
         left, others = left - share, others - 1
-        stopped = choice.by_string or choice.finish == "content_filter"
-        found.append(Continuation(choice.text, True, share, stopped))
+        # A stop_reason that is text, as vLLM and `w2s serve` give it, is a stop string; no EOS.
+        stopped = isinstance(choice.get("stop_reason"), str) or finish == "content_filter"
+        found.append(Continuation(text, True, share, stopped))
     return found
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    text, finish = choice["text"], choice["finish_reason"]
+    if not isinstance(text, str):
+        raise TypeError(f"a text is {type(text).__name__}")
+    if finish not in FINISHES:
+        raise ValueError(f'finish_reason is {json.dumps(finish)}, neither "stop" nor "length"')
+    # JSON can spell half a surrogate pair, which no later request could carry.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _ids(choice: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token ids of prompt and text."""
+    ids = (*choice["prompt_token_ids"], *choice["token_ids"])
+    if not all(type(token) is int for token in ids):
+        raise TypeError("a token id is not a whole number")
+    return ids

@@ -10,64 +10,81 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
+import jax
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
-from w2s_jax.search.likelihood import score_responses
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
-from w2s_jax.serve.events import Choice, Done, Failed, Progress, Ticket, choices_of, settled_texts
+from w2s_jax.serve.config import ServeConfig
+from w2s_jax.serve.events import (
+    Choice,
+    Done,
+    Failed,
+    Metrics,
+    Progress,
+    Ticket,
+    choices_of,
+    settled_texts,
+)
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
-from w2s_jax.serve.metrics import Metrics
-from w2s_jax.serve.schema import ApiError, Limits, queue_full, shutting_down
-from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Nobody, Score, Task
+from w2s_jax.serve.schema import ApiError, queue_full, shutting_down
+from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Task
 from w2s_jax.text.prompts import decode_tokens
 
+SEATS = 4
+"""Compiled searches that keep their memory on the device."""
 _PROGRAMS_BEFORE_CLEARING = 64
 
 
 class Engine:
     """Answers jobs on a thread of its own; `submit` is called from the event loop's.
 
-    warm_up: jobs to be answered before the engine is ready, so that their programs are compiled.
-    score: as `search.likelihood.score_responses`.
+    Attributes:
+        state: One of "starting", "ready", "draining", "stopped" and "failed".
+        metrics: What is counted.
+
+    Args:
+        served: What answers.
+        config: Its slots and queue are heeded here.
+        mesh: That of the models.
+        warm_up: Jobs to be answered before the engine is ready, so that their programs are
+            compiled.
     """
 
     def __init__(
         self,
         served: Served,
-        limits: Limits,
-        metrics: Metrics,
+        config: ServeConfig,
         *,
         mesh: Mesh | None = None,
         warm_up: Sequence[Job] = (),
-        score: Score = score_responses,
     ) -> None:
-        self.served, self.limits, self.metrics = served, limits, metrics
-        self._mesh, self._warm_up = mesh, tuple(warm_up)
+        self.served, self.config, self.metrics = served, config, Metrics()
+        self._mesh = mesh
+        self._warm_up = [Task(job, None, has_slot=True) for job in warm_up]
         # The thread decodes while others encode, which one tokenizer cannot do at once.
         self._tokenizer = copy.deepcopy(served.tokenizer)
         self._groups: OrderedDict[Program, Group] = OrderedDict()
         self._to_score: deque[Task] = deque()
         self._programs: set[Program] = set()
-        self._compiler = Compiler(self._note_compilation)
-        self._likelihoods = Likelihoods(served.models, limits.slots, self._compiler, score)
-        self._has_compiled = False
+        self._compiler = Compiler(self._wake_up)
+        self._likelihoods = Likelihoods(served.models, config.slots, self._compiler)
         self._wake = threading.Condition()
+        self._has_news = False
         self._arrived: deque[Task] = deque()
         self._open: set[Task] = set()
-        self._waiting = 0
-        self._state = "starting"
+        self.state = "starting"
         self._thread = threading.Thread(target=self._run, name="w2s-engine", daemon=True)
-
-    @property
-    def state(self) -> str:
-        """One of "starting", "ready", "draining", "stopped" and "failed"."""
-        return self._state
+        self.metrics.queue.set_function(self._count_waiting)
+        self.metrics.slots.set_function(lambda: sum(len(one.running) for one in self._all_groups()))
+        self.metrics.programs.set_function(
+            lambda: sum(one.session is not None for one in self._all_groups())
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -86,26 +103,25 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> Ticket:
         """Take on all jobs or none; ApiError 429 where the queue is full, 503 when ending."""
         with self._wake:
-            if self._state == "failed":
+            if self.state == "failed":
                 raise ApiError(503, "the engine has failed; see the server's log", code="failed")
-            if self._state in ("draining", "stopped"):
+            if self.state in ("draining", "stopped"):
                 raise shutting_down()
-            if self._waiting + len(jobs) > self.limits.queue:
-                raise queue_full(self._waiting, self.limits.queue)
+            waiting, queue = self._count_waiting(), self.config.queue
+            if waiting + len(jobs) > queue:
+                raise queue_full(f"{waiting} of {queue} places in the queue are taken; try again")
             ticket = Ticket()
             tasks = [Task(job, ticket, index) for index, job in enumerate(jobs)]
             self._arrived.extend(tasks)
             self._open.update(tasks)
-            self._waiting += len(jobs)
-            self.metrics.queue.set(self._waiting)
-            self._wake.notify()
+            self._wake_up()
         return ticket
 
     def drain(self) -> None:
         """Refuse new jobs from now on; those under way go on."""
         with self._wake:
-            if self._state in ("starting", "ready"):
-                self._state = "draining"
+            if self.state in ("starting", "ready"):
+                self.state = "draining"
 
     def stop(self, timeout: float = 5.0) -> None:
         """Fail all jobs that are not done with 503, then wait for the thread to end its chunk.
@@ -113,9 +129,9 @@ class Engine:
         The thread may be compiling, which nothing interrupts: see `is_running`.
         """
         with self._wake:
-            if self._state != "failed":
-                self._state = "stopped"
-            self._wake.notify()
+            if self.state != "failed":
+                self.state = "stopped"
+            self._wake_up()
         self._dismiss(shutting_down())
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -127,44 +143,43 @@ class Engine:
         for task in tasks:
             self.metrics.cancelled.inc()
             task.tell(Failed(task.index, error))
-        for task in tasks:
-            task.ticket.cancel()
+            task.cancel()
+
+    def _wake_up(self) -> None:
+        """Have the thread look for what has arrived, is compiled or has ended; from any thread."""
+        with self._wake:
+            self._has_news = True
+            self._wake.notify()
+
+    def _count_waiting(self) -> int:
+        with self._wake:
+            return sum(not task.has_slot for task in self._open)
+
+    def _all_groups(self) -> list[Group]:
+        """A copy, which other threads may go through."""
+        return list(self._groups.values())
 
     # The thread.
 
     def _run(self) -> None:
         try:
-            self._answer_warm_up()
-            with self._wake:
-                if self._state == "starting":
-                    self._state = "ready"
-            self._go_on_while(lambda: True)
-            self._forget_tasks()
+            for task in self._warm_up:
+                self._sort_in(task)
+            progress = True
+            while self._take_arrivals(progress):
+                progress = self._turn()
         except BaseException as error:  # nothing may end this thread unseen
             if isinstance(error, ApiError):
-                print(f"error: while warming up: {error.message}", file=sys.stderr)  # noqa: T201
+                sys.stderr.write(f"error: while warming up: {error.message}\n")
             else:
                 traceback.print_exc(file=sys.stderr)
             with self._wake:
-                self._state = "failed"
+                self.state = "failed"
             self._dismiss(ApiError(500, "the engine has failed; see the server's log"))
-            self._forget_tasks()
         finally:
+            for unfinished in (self._arrived, self._groups, self._to_score):
+                unfinished.clear()
             self._compiler.close()
-
-    def _go_on_while(self, is_wanted: Callable[[], bool]) -> None:
-        """Take turns as long as that holds and the engine is not stopped."""
-        progress = True
-        while is_wanted() and self._take_arrivals(progress):
-            progress = self._turn()
-
-    def _answer_warm_up(self) -> None:
-        for job in self._warm_up:
-            nobody = Nobody()
-            self._sort_in(Task(job, nobody, 0, has_slot=True))
-            self._go_on_while(lambda nobody=nobody: not nobody.is_over)  # type: ignore[misc]
-            if nobody.error is not None:
-                raise nobody.error
 
     def _take_arrivals(self, progress: bool) -> bool:
         """Sort in what has arrived; False to end.
@@ -172,19 +187,26 @@ class Engine:
         Where there is nothing to do, or the last turn got nothing done since all waits for
         compilations, wait for what arrives or is compiled.
         """
+        has_work = bool(self._to_score) or any(group.has_work for group in self._groups.values())
         with self._wake:
-            while not (self._arrived or self._has_compiled or self._state == "stopped"):
-                if progress and any(self._units()):
-                    break
-                self._wake.wait()
-            arrived, self._arrived = self._arrived, deque()
-            self._has_compiled = False
-            if self._state == "stopped":
-                self._arrived = arrived
+            self._note_warm_up()
+            self._wake.wait_for(lambda: self._has_news or (progress and has_work))
+            self._has_news = False
+            if self.state == "stopped":
                 return False
+            arrived, self._arrived = self._arrived, deque()
         for task in arrived:
             self._sort_in(task)
         return True
+
+    def _note_warm_up(self) -> None:
+        """Be ready once its jobs are over; raises what the first of them failed with."""
+        ends = [task.end for task in self._warm_up]
+        for end in ends:
+            if isinstance(end, Failed):
+                raise end.error
+        if self.state == "starting" and None not in ends:
+            self.state = "ready"
 
     def _sort_in(self, task: Task) -> None:
         self.metrics.prompt_tokens.inc(len(task.job.prompt))
@@ -195,85 +217,57 @@ class Engine:
             task.found = (Choice("", (), "length"),) * task.job.choices
             self._score_or_finish(task)
 
-    def _units(self) -> list[Group | deque[Task]]:
-        """What has work to do: groups, and the tasks to be scored."""
-        busy = [group for group in self._groups.values() if group.waiting or group.running]
-        return [*busy, *([self._to_score] if self._to_score else [])]
-
     def _turn(self) -> bool:
         """A chunk for every group with work, a batch of likelihoods between them.
 
         False where nothing can be done before something is compiled.
         """
         progress = False
-        for program in list(self._groups):
-            group = self._groups.get(program)
-            if group is None:
-                continue
+        for group in self._all_groups():
             progress |= self._drop_cancelled(group)
-            if group.waiting or group.running:
+            if group.has_work:
                 try:
                     progress |= self._serve(group)
                 except Exception as error:  # one group's fault is not the others'
                     self._give_up(group, error)
                     progress = True
             elif group.session is None and not group.is_compiling:
-                del self._groups[program]
+                del self._groups[group.program]
             progress |= self._score_some()
         return self._score_some() or progress or not self._compiler.is_busy
 
-    def _note_compilation(self) -> None:
-        with self._wake:
-            self._has_compiled = True
-            self._wake.notify()
-
     def _drop_cancelled(self, group: Group) -> bool:
         """Let go of what nobody waits for; False where there is no such thing."""
-        before = len(group.waiting) + len(group.running)
-        for task in [task for task in group.waiting if task.ticket.is_cancelled]:
+        gone = [task for task in group.waiting if task.is_cancelled]
+        for task in gone:
             group.waiting.remove(task)
-            self._leave(task)
-        for slot, task in list(group.running.items()):
-            if task.ticket.is_cancelled:
-                self._free(group, slot)
-                self._leave(task)
-        return len(group.waiting) + len(group.running) < before
-
-    def _leave(self, task: Task, *, was_answered: bool = False) -> None:
-        """A task is over."""
-        if not was_answered:
-            self.metrics.cancelled.inc()
-        self._take_from_queue(task)
-        with self._wake:
-            self._open.discard(task)
-
-    def _take_from_queue(self, task: Task) -> None:
-        if task.has_slot:
-            return
-        task.has_slot = True
-        self.metrics.waiting_seconds.observe(time.monotonic() - task.arrived)
-        with self._wake:
-            self._waiting -= 1
-            self.metrics.queue.set(self._waiting)
+        left = [slot for slot, task in group.running.items() if task.is_cancelled]
+        gone += [self._free(group, slot) for slot in left]
+        for task in gone:
+            self._end(task, None)
+        return bool(gone)
 
     def _serve(self, group: Group) -> bool:
         """Fill free slots, advance by a chunk, hand out what came of it; False where it waits."""
         if not self._seat(group):
             return False
         self._fill(group)
-        if group.session is None or not group.running:
+        if not group.running:
             return not group.is_leaving
         started = time.monotonic()
         session = group.session = sessions.advance(group.open_session)
-        done = [slot for slot in sessions.done_slots(session) if slot in group.running]
+        done = {slot for slot in sessions.done_slots(session) if slot in group.running}
         self.metrics.chunk_seconds.labels(group.program.method).observe(time.monotonic() - started)
-        shown = [slot for slot, task in group.running.items() if task.job.streams]
-        for slot, result in self._results(group, sorted({*done, *shown})).items():
-            task = group.running[slot]
+        slots = done | {slot for slot, task in group.running.items() if task.job.streams}
+        found, failed = sessions.outcomes(session, sorted(slots)) if slots else ({}, {})
+        for slot, failure in failed.items():
+            task = self._free(group, slot)
+            self._fail(task, ApiError(500, failure.fault, code="search_failed"))
+        for slot, result in found.items():
             if slot not in done:
-                self._show(task, result)
+                self._show(group.running[slot], result)
                 continue
-            self._free(group, slot)
+            task = self._free(group, slot)
             task.found = choices_of(self._tokenizer, task.job, result)
             self._score_or_finish(task)
         return True
@@ -284,30 +278,38 @@ class Engine:
         if group.session is not None:
             group.is_leaving &= any(other.waiting and not other.has_seat for other in others)
             return True
+        if group.is_compiling:
+            return False
         if group.future is not None:
-            if group.is_compiling:
-                return False
             future, group.future = group.future, None
             group.session = future.result()
-            self._count_programs()
             return True
-        seated = [other for other in others if other.has_seat]
-        if len(seated) >= self.limits.programs:
-            idle = [other for other in seated if not (other.running or other.is_compiling)]
-            leaving = [other for other in idle if other.is_leaving or not other.waiting]
-            if not leaving:
-                # Whoever is still to come must have had its turn.
-                here = [other for other in seated if other.session is not None]
-                if here and not any(other.is_leaving for other in here):
-                    min(here, key=lambda other: other.seated).is_leaving = True
-                return False
-            self._unseat(min(leaving, key=lambda other: other.seated))
+        if not self._make_room([other for other in others if other.has_seat]):
+            return False
         if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:
-            self._forget_programs()
+            # Clients choose settings, each set of which is compiled: do not keep them without end.
+            jax.clear_caches()
+            self._programs.clear()
+            self._likelihoods.forget()
         known, job = group.program in self._programs, group.waiting[0].job
         group.future = self._compiler.ask(self._session_of, group.program, job, known=known)
         self._programs.add(group.program)
         group.seated = time.monotonic()
+        return False
+
+    def _make_room(self, seated: Sequence[Group]) -> bool:
+        """Take the seat of a group that can go, where there is no other; False to wait for one."""
+        if len(seated) < SEATS:
+            return True
+        idle = [other for other in seated if not (other.running or other.is_compiling)]
+        leaving = [other for other in idle if other.is_leaving or not other.waiting]
+        if leaving:
+            self._unseat(min(leaving, key=lambda other: other.seated))
+            return True
+        # Whoever is still to come must have had its turn.
+        here = [other for other in seated if other.session is not None]
+        if here and not any(other.is_leaving for other in here):
+            min(here, key=lambda other: other.seated).is_leaving = True
         return False
 
     def _session_of(self, program: Program, job: Job) -> Session:
@@ -315,8 +317,8 @@ class Engine:
         served = self.served
         session = sessions.start_session(
             served.models,
-            program.config(served.models),
-            slots=self.limits.slots,
+            program.config,
+            slots=self.config.slots,
             prefix_capacity=program.prefix,
             decode=partial(decode_tokens, self._tokenizer),
             scorers=served.scorers if program.method in CHOOSING else (),
@@ -329,56 +331,24 @@ class Engine:
         group.is_leaving = False
         # Behind the others, so that whoever waited longer is seated first.
         self._groups.move_to_end(group.program)
-        self._count_programs()
-
-    def _forget_programs(self) -> None:
-        """Clients choose settings, each set of which is compiled: do not keep them without end."""
-        import jax
-
-        jax.clear_caches()
-        self._programs.clear()
-        self._likelihoods.forget()
-
-    def _count_programs(self) -> None:
-        seated = sum(group.session is not None for group in self._groups.values())
-        self.metrics.programs.set(seated)
 
     def _fill(self, group: Group) -> None:
-        if group.is_leaving:
-            return
-        free = [slot for slot in range(self.limits.slots) if slot not in group.running]
-        while free and group.waiting and group.may_add:
-            task = group.waiting.popleft()
+        free = group.open_session.free
+        while free and group.waiting and group.may_add and not group.is_leaving:
+            task, slot = group.waiting.popleft(), free[0]
             self._take_from_queue(task)
+            # Before the call, so that the task is not lost where that fails.
+            group.running[slot] = task
             try:
-                group.session = sessions.insert(group.open_session, free[0], task.job.request)
+                group.session = sessions.insert(group.open_session, slot, task.job.request)
             except InputError as error:
-                self._fail(task, ApiError(400, str(error)))
-                if group.is_lost:
-                    self._set_back(group)
-                    return
+                self._fail(group.running.pop(slot), ApiError(400, str(error)))
                 continue
-            group.running[free.pop(0)] = task
-        self._count_slots()
+            free.pop(0)
 
-    def _free(self, group: Group, slot: int) -> None:
+    def _free(self, group: Group, slot: int) -> Task:
         group.session = sessions.release(group.open_session, slot)
-        del group.running[slot]
-        self._count_slots()
-
-    def _count_slots(self) -> None:
-        self.metrics.slots.set(sum(len(group.running) for group in self._groups.values()))
-
-    def _results(self, group: Group, slots: list[int]) -> dict[int, SearchResult]:
-        """Results by slot; a slot whose scores are no numbers fails alone."""
-        if not slots:
-            return {}
-        found, failed = sessions.outcomes(group.open_session, slots)
-        for slot, failure in failed.items():
-            task = group.running[slot]
-            self._free(group, slot)
-            self._fail(task, ApiError(500, failure.fault, code="search_failed"))
-        return found
+        return group.running.pop(slot)
 
     def _show(self, task: Task, result: SearchResult) -> None:
         """Say what of a running job's text will not change any more."""
@@ -389,47 +359,52 @@ class Engine:
         task.tell(Progress(task.index, texts))
 
     def _score_or_finish(self, task: Task) -> None:
-        if task.job.logprobs is not None and any(task.rows):
+        if task.job.logprobs is not None and task.responses:
             self._to_score.append(task)
         else:
             self._finish(task)
 
     def _finish(self, task: Task) -> None:
         self.metrics.tokens.inc(sum(len(choice.tokens) for choice in task.found))
-        self._leave(task, was_answered=True)
-        task.tell(Done(task.index, task.found))
+        self._end(task, Done(task.index, task.found))
 
     def _fail(self, task: Task, error: ApiError) -> None:
-        self._leave(task, was_answered=True)
-        task.tell(Failed(task.index, error))
+        self._end(task, Failed(task.index, error))
+
+    def _end(self, task: Task, event: Done | Failed | None) -> None:
+        """A task is over; event: what is said of it, None where nobody waits any more."""
+        self._take_from_queue(task)
+        with self._wake:
+            self._open.discard(task)
+        if event is None:
+            self.metrics.cancelled.inc()
+        else:
+            task.tell(event)
+
+    def _take_from_queue(self, task: Task) -> None:
+        if not task.has_slot:
+            task.has_slot = True
+            self.metrics.waiting_seconds.observe(time.monotonic() - task.arrived)
 
     def _give_up(self, group: Group, error: Exception) -> None:
         """A group's session cannot go on; jobs that ran side by side are tried one by one.
 
         Whichever is at fault fails alone; the draws of the others are the same again.
         """
-        if not isinstance(error, InputError):
-            traceback.print_exception(error, file=sys.stderr)
+        told = _fault(error, "the search failed; see the server's log", "search_failed")
         running = list(group.running.values())
-        failed = running if running else list(group.waiting)
-        self._set_back(group)
+        failed = running or list(group.waiting)
+        # What ran waits again, before the others.
+        group.waiting.extendleft(reversed(running))
+        group.running.clear()
+        self._unseat(group)
         if len(running) > 1:
             for task in running:
                 task.is_suspect = True
             return
-        told = ApiError(500, "the search failed; see the server's log", code="search_failed")
-        if isinstance(error, InputError):
-            told = ApiError(400, str(error))
         for task in failed:
             group.waiting.remove(task)
             self._fail(task, told)
-
-    def _set_back(self, group: Group) -> None:
-        """Take a group's session away; what ran waits again, before the others."""
-        group.waiting.extendleft(reversed(group.running.values()))
-        group.running.clear()
-        self._unseat(group)
-        self._count_slots()
 
     def _score_some(self) -> bool:
         """Log-probs for a batch of tasks; False where there are none, or all must wait."""
@@ -437,32 +412,26 @@ class Engine:
         for task in batch:
             self._to_score.remove(task)
             self._take_from_queue(task)
-            if task.ticket.is_cancelled:
-                self._leave(task)
+            if task.is_cancelled:
+                self._end(task, None)
             else:
                 alive.append(task)
         try:
             found = self._likelihoods.score(alive) if alive else []
         except Exception as error:
-            if not isinstance(error, InputError):
-                traceback.print_exception(error, file=sys.stderr)
-            told = str(error) if isinstance(error, InputError) else "scoring failed"
-            for task in alive:
-                self._fail(task, ApiError(400 if isinstance(error, InputError) else 500, told))
-            return True
-        for task, choices in zip(alive, found, strict=True):
-            if isinstance(choices, ApiError):
-                self._fail(task, choices)
+            found = [_fault(error, "scoring failed")] * len(alive)
+        for task, outcome in zip(alive, found, strict=True):
+            if isinstance(outcome, ApiError):
+                self._fail(task, outcome)
                 continue
-            task.found = choices
+            task.found = outcome
             self._finish(task)
         return bool(batch)
 
-    def _forget_tasks(self) -> None:
-        with self._wake:
-            self._arrived.clear()
-            self._waiting = 0
-            self.metrics.queue.set(0)
-        self._groups.clear()
-        self._to_score.clear()
-        self._count_slots()
+
+def _fault(error: Exception, told: str, code: str | None = None) -> ApiError:
+    """What clients hear of an exception; that of the program itself goes to the log alone."""
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    traceback.print_exception(error, file=sys.stderr)
+    return ApiError(500, told, code=code)

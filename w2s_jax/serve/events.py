@@ -1,110 +1,38 @@
-"""What an engine says of its jobs, and the way it reaches the event loop.
+"""What an engine says: of its jobs, by a way that reaches the event loop, and of itself in numbers.
 
-Choices, the text of responses that still grow and of single tokens.
+Choices, and the text of responses that still grow; numbers are Prometheus'.
 """
 
 import asyncio
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from os.path import commonprefix
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.serve.jobs import Job
 from w2s_jax.serve.schema import ApiError
-from w2s_jax.text.prompts import INCOMPLETE, decode_tokens, response_end
+from w2s_jax.text.prompts import INCOMPLETE, response_end
 
-_WINDOW = 8
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """The head of a growing text that further tokens cannot change.
-
-    Left out are a character whose bytes are not all there, which decodes to U+FFFD until they are,
-    and an end that may be the beginning of a stop string.
-    """
-    text = text.rstrip(INCOMPLETE)
-    longest = max(map(len, stop), default=1) - 1
-    for start in range(max(0, len(text) - longest), len(text)):
-        if any(one.startswith(text[start:]) for one in stop):
-            return text[:start]
-    return text
-
-
-def shared(texts: Sequence[str]) -> str:
-    """What all texts begin with."""
-    shortest, longest = min(texts), max(texts)
-    for index, character in enumerate(shortest):
-        if longest[index] != character:
-            return shortest[:index]
-    return shortest
-
-
-class TokenTexts:
-    """Token ids one by one as text: their strings, and where each begins in the whole."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.of = lru_cache(maxsize=1 << 16)(self._of)
-        self._alone: Callable[[Sequence[int]], str] = partial(
-            tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        encoded = tokenizer("a", add_special_tokens=False).input_ids
-        self._anchor = list(encoded[-1:])
-
-    def _of(self, token: int) -> str:
-        r"""A token's own text, its leading space included; "bytes:\xe2" for half a character."""
-        before, whole = self._alone(self._anchor), self._alone([*self._anchor, token])
-        text = whole.removeprefix(before) if whole.startswith(before) else self._alone([token])
-        if INCOMPLETE not in text:
-            return text
-        name = str(self.tokenizer.convert_ids_to_tokens(token))
-        if name.startswith("<0x"):
-            return f"bytes:\\x{name[3:5].lower()}"
-        known = _byte_values()
-        if all(character in known for character in name):
-            return "bytes:" + "".join(f"\\x{known[character]:02x}" for character in name)
-        return text
-
-    def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Where each token's text begins in the text of all, in characters."""
-        decode = partial(decode_tokens, self.tokenizer)
-        offsets, length, start = [], 0, 0
-        for index in range(len(tokens)):
-            offsets.append(length)
-            before, now = decode(tokens[start:index]), decode(tokens[start : index + 1])
-            if now.endswith(INCOMPLETE):
-                continue
-            length += max(0, len(now) - len(before.rstrip(INCOMPLETE)))
-            start = max(start, index + 1 - _WINDOW)
-        return offsets
-
-
-@lru_cache(maxsize=1)
-def _byte_values() -> dict[str, int]:
-    """The bytes that the characters of byte-level BPE stand for; arXiv 1909 (GPT-2)'s alphabet."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(others)
-    }
-
-
-def token_bytes(text: str) -> list[int]:
-    """The bytes of a token's text as `TokenTexts.of` writes it."""
-    if text.startswith("bytes:\\x"):
-        return [int(byte, 16) for byte in text.removeprefix("bytes:").split("\\x")[1:]]
-    return list(text.encode())
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A response. ended_by: "eos", "stop" (the string `stop`) or "length".
+    """A response.
 
-    score: what the search chose by, None where it did not choose. scored: likelihoods of `tokens`,
-    behind those of the prompt's tokens but the first where the prompt is echoed.
+    Attributes:
+        text: What it says.
+        tokens: Its token ids, an EOS included.
+        ended_by: "eos", "stop" (the string `stop`) or "length".
+        score: What the search chose by, None where it did not choose.
+        scored: Likelihoods of `tokens`, behind those of the prompt's tokens but the first where the
+            prompt is echoed.
+        stop: The stop string that ended it.
     """
 
     text: str
@@ -145,18 +73,16 @@ Event = Progress | Done | Failed
 class Ticket:
     """The jobs of one request under way: events out, cancellation in.
 
-    Made on the event loop's thread; `put` may be called from any.
+    Made on the event loop's thread; `put` and `cancel` may be called from any.
+
+    Attributes:
+        is_cancelled: Whether nobody waits for events any more.
     """
 
     def __init__(self) -> None:
+        self.is_cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._cancelled = threading.Event()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for events any more."""
-        return self._cancelled.is_set()
 
     async def next(self) -> Event:
         """The next event of any of the jobs."""
@@ -167,34 +93,53 @@ class Ticket:
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
-            self._cancelled.set()
+            self.cancel()
 
     def cancel(self) -> None:
         """Give up all of the jobs that are not done; slots are freed after the current chunk."""
-        self._cancelled.set()
+        self.is_cancelled = True
 
 
-@runtime_checkable
-class Answers(Protocol):
-    """What the endpoints need of an engine."""
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own; for any thread."""
 
-    @property
-    def state(self) -> str:
-        """One of "starting", "ready", "draining", "stopped" and "failed"."""
-
-    def submit(self, jobs: Sequence[Job]) -> Ticket:
-        """Take on all jobs or none; ApiError 429 where the queue is full, 503 when ending."""
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter, gauge = (partial(kind, registry=self.registry) for kind in (Counter, Gauge))
+        seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.requests = counter(
+            "w2s_requests", "Requests by endpoint and HTTP status", ("endpoint", "status")
+        )
+        self.seconds = seconds(
+            "w2s_request_seconds", "Seconds from request to the end of its answer", ("endpoint",)
+        )
+        self.first_seconds = seconds(
+            "w2s_first_chunk_seconds", "Seconds from a prompt's arrival to its first chunk"
+        )
+        self.waiting_seconds = seconds(
+            "w2s_queue_seconds", "Seconds that a prompt waited for a slot"
+        )
+        self.chunk_seconds = seconds(
+            "w2s_chunk_seconds", "Seconds of one chunk for all slots of a program", ("method",)
+        )
+        self.queue = gauge("w2s_queue_depth", "Prompts that wait for a slot")
+        self.slots = gauge("w2s_slots_in_use", "Prompts in slots")
+        self.programs = gauge("w2s_programs", "Compiled searches with memory on the device")
+        self.prompt_tokens = counter("w2s_prompt_tokens", "Prompt tokens read")
+        self.tokens = counter("w2s_tokens_generated", "Tokens of the responses that were returned")
+        self.cancelled = counter(
+            "w2s_cancelled", "Prompts whose client went away, or that shutting down cut off"
+        )
 
 
 def choices_of(tokenizer: Any, job: Job, result: SearchResult) -> tuple[Choice, ...]:
     """The choices of a job whose search has ended."""
 
     def choice(hypothesis: Hypothesis) -> Choice:
+        text, stop = _text(tokenizer, job, hypothesis)
         ended_by = "length"
         if hypothesis.finished:
-            is_eos = bool(hypothesis.tokens) and hypothesis.tokens[-1] in job.ends
-            ended_by = "eos" if is_eos else "stop"
-        text, stop = _text(tokenizer, job, hypothesis)
+            ended_by = "eos" if {*hypothesis.tokens[-1:]} & {*job.ends} else "stop"
         score = hypothesis.score if job.chooses else None
         return Choice(text, hypothesis.tokens, ended_by, score, stop=stop)
 
@@ -207,7 +152,27 @@ def settled_texts(tokenizer: Any, job: Job, result: SearchResult) -> tuple[str, 
     for hypothesis in result.hypotheses:
         text, _ = _text(tokenizer, job, hypothesis)
         texts.append(text if hypothesis.finished else settled(text, job.request.stop))
+    # Of several samples any may be chosen in the end.
     return (shared(texts),) * job.choices if job.chooses else tuple(texts)
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The head of a growing text that further tokens cannot change.
+
+    Left out are a character whose bytes are not all there, which decodes to U+FFFD until they are,
+    and an end that may be the beginning of a stop string.
+    """
+    text = text.rstrip(INCOMPLETE)
+    longest = max(map(len, stop), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(one.startswith(text[start:]) for one in stop):
+            return text[:start]
+    return text
+
+
+def shared(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    return commonprefix(texts)  # noqa: RUF071
 
 
 def _text(tokenizer: Any, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:

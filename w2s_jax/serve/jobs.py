@@ -16,18 +16,15 @@ from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, ivg, sample
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import LogRatio, NoScore
-from w2s_jax.search.texts import TextScorer
+from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
+from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.schema import (
     ApiError,
     Chat,
     Completion,
-    Defaults,
     Generation,
-    Limits,
     malformed,
     too_large,
-    too_long,
     unsupported,
 )
 from w2s_jax.text.batches import power_of_two
@@ -54,60 +51,35 @@ _SOME_TEMPERATURE, _SOME_NUCLEUS = 1.0, 0.5
 
 @dataclass(frozen=True)
 class Program:
-    """The settings of one compiled search.
+    """One compiled search, whose slots any request that needs the same may share.
 
-    width, successors, length: W, K, L, with N or n as W where the method keeps every sample.
-    nucleus: whether top-p is heeded. stops: whether stop strings are looked for. capacity: new
-    tokens, prefix: prompt tokens at most. eos_ids: what ends a response.
-    policy_cache: as in SearchConfig.
+    Attributes:
+        method: Its name in requests.
+        config: The search. Its temperature and top-p stand for any; each request brings its own.
+        prefix: Room for all but a prompt's last token.
+        stops: Whether stop strings are looked for, which takes the host.
     """
 
     method: str
-    width: int
-    successors: int
-    length: int
-    top_k: int
-    nucleus: bool
-    stops: bool
-    capacity: int
+    config: SearchConfig
     prefix: int
-    eos_ids: tuple[int, ...]
-    policy_cache: str = "auto"
-
-    def config(self, models: SearchModels) -> SearchConfig:
-        """The search that it is."""
-        settings: dict[str, Any] = {
-            "max_new_tokens": self.capacity,
-            "sampling": Sampling(
-                _SOME_TEMPERATURE, self.top_k, _SOME_NUCLEUS if self.nucleus else 1.0
-            ),
-            "eos_ids": self.eos_ids,
-            "policy_cache": self.policy_cache,
-        }
-        streamed = {"chunk_length": min(_STREAM_CHUNK, self.capacity)}
-        if self.method == "sample":
-            return sample(self.width, **settings, **streamed)
-        if self.method == "eft":
-            # Samples stay in their places, so that a stream knows which is which.
-            found = eft(beam_width=self.width, **settings, **streamed)
-            return replace(found, scorer=NoScore())
-        beam = (self.width, self.successors, self.length)
-        if self.method == "ivg":
-            return ivg(*beam, **settings)
-        settings["scorer"] = LogRatio() if models.guides else NoScore()
-        if self.method == "bon":
-            return best_of_n(self.width, **settings)
-        return cbs(*beam, **settings)
+    stops: bool
 
 
 @dataclass(frozen=True)
 class Job:
     """One prompt to be answered by a method.
 
-    program: None where nothing is generated and only the prompt is scored. choices: responses to
-    return. logprobs: likeliest tokens to name at each token, None for no log-probs at all. echo:
-    the text that goes before every response; where it is not None, log-probs are given of the
-    prompt too. streams: the client wants text as it comes. tells_ids: and token ids.
+    Attributes:
+        method: Its name in requests.
+        program: None where nothing is generated and only the prompt is scored.
+        request: The prompt and its numbers, as a search takes them.
+        choices: Responses to return.
+        logprobs: Likeliest tokens to name at each token, None for no log-probs at all.
+        echo: The text that goes before every response; where it is not None, log-probs are given
+            of the prompt too.
+        streams: The client wants text as it comes.
+        tells_ids: The client wants token ids.
     """
 
     method: str
@@ -127,7 +99,7 @@ class Job:
     @property
     def ends(self) -> tuple[int, ...]:
         """The token ids that end a response."""
-        return () if self.program is None else self.program.eos_ids
+        return () if self.program is None else self.program.config.eos_ids or ()
 
     @property
     def chooses(self) -> bool:
@@ -139,9 +111,14 @@ class Job:
 class Served:
     """What a server answers with.
 
-    template: how the policy reads chats; texts it reads as they stand. guide_templates: the same
-    for each other member of the models, None for one that reads the policy's tokens. scorers: of
-    texts, with the log-ratio of the guides in cbs and bon.
+    Attributes:
+        models: The policy, and the guides that read its tokens.
+        tokenizer: The policy's.
+        template: How the policy reads chats; texts it reads as they stand.
+        guide_templates: The same for each other member of the models, None for one that reads the
+            policy's tokens.
+        scorers: Of texts, with the log-ratio of the guides in cbs and bon.
+        policy_cache: As in SearchConfig.
     """
 
     models: SearchModels
@@ -149,6 +126,7 @@ class Served:
     template: Template
     guide_templates: tuple[Template | None, ...] = ()
     scorers: tuple[TextScorer, ...] = ()
+    policy_cache: str = "auto"
 
     @property
     def is_guided(self) -> bool:
@@ -161,11 +139,15 @@ class Served:
         return ending_ids(self.models.policy.config, self.template)
 
 
+Prompt = tuple[tuple[tuple[int, ...], ...], Conversation]
+"""A prompt as each member reads it (once, where all read the policy's tokens), and as a text."""
+
+
 class Reader:
     """Turns bodies into jobs; safe to use from several threads."""
 
-    def __init__(self, served: Served, defaults: Defaults, limits: Limits) -> None:
-        self.served, self.defaults, self.limits = served, defaults, limits
+    def __init__(self, served: Served, config: ServeConfig) -> None:
+        self.served, self.config = served, config
         self._plain = replace(served.template, name="auto")
         # A tokenizer of transformers may not encode in two threads at once.
         self._lock = threading.Lock()
@@ -178,11 +160,13 @@ class Reader:
                 'for best-of-N send "method": "bon" and k = N',
                 "best_of",
             )
-        prompts = _prompts(body.prompt, self.limits.prompts)
-        read = [self._ids(p) if isinstance(p, list) else self._text(p) for p in prompts]
-        logprobs = body.logprobs
-        echoes = [prompt if body.echo else None for prompt in self._echoes(prompts)]
-        return self._jobs(body, body.max_tokens, read, logprobs, echoes)
+        read = [
+            self._ids(prompt)
+            if isinstance(prompt, list)
+            else self._encoded(self._plain, Conversation(text=prompt), "prompt")
+            for prompt in _prompts(body.prompt, self.config.prompts_at_once)
+        ]
+        return self._jobs(body, body.max_tokens, read, "prompt", body.logprobs, echo=body.echo)
 
     def chat(self, body: Chat) -> list[Job]:
         """The job of a chat. ApiError for what is wrong, too large or not supported."""
@@ -194,144 +178,128 @@ class Reader:
         limit = next((tokens for tokens in asked if tokens is not None), None)
         turns = tuple(Message(role_of(m.role), m.text) for m in body.messages)
         if turns[-1].role != "user":
-            raise malformed(f"the last message is the {turns[-1].role}'s; it must be the user's",
-                            "messages")  # fmt: skip
+            told = f"the last message is the {turns[-1].role}'s; it must be the user's"
+            raise malformed(told, "messages")
         conversation = Conversation(messages=turns, template_args=body.chat_template_kwargs)
-        with self._lock:
-            try:
-                tokens = self._members(self.served.template.encode(conversation), conversation)
-            except InputError as error:
-                raise ApiError(400, str(error), param="messages") from None
+        read = self._encoded(self.served.template, conversation, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._jobs(body, limit, [(tokens, conversation)], logprobs, [None])
+        return self._jobs(body, limit, [read], "messages", logprobs)
 
-    def _text(self, text: str) -> tuple[tuple[tuple[int, ...], ...], Conversation]:
-        conversation = Conversation(text=text)
+    def _encoded(self, template: Template, conversation: Conversation, param: str) -> Prompt:
         with self._lock:
             try:
-                return self._members(self._plain.encode(conversation), conversation), conversation
+                return self._members(template.encode(conversation), conversation)
             except InputError as error:
-                raise ApiError(400, str(error), param="prompt") from None
+                raise ApiError(400, str(error), param) from None
 
-    def _ids(self, ids: list[int]) -> tuple[tuple[tuple[int, ...], ...], Conversation]:
+    def _ids(self, ids: list[int]) -> Prompt:
         vocabulary = self.served.models.vocabulary
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise malformed(f"token id {token} lies outside 0 .. {vocabulary - 1}", "prompt")
         with self._lock:
-            conversation = Conversation(text=decode_tokens(self.served.tokenizer, ids))
-            return self._members(ids, conversation), conversation
+            return self._members(ids, Conversation(text=decode_tokens(self.served.tokenizer, ids)))
 
-    def _members(
-        self, ids: Sequence[int], conversation: Conversation
-    ) -> tuple[tuple[int, ...], ...]:
-        """The prompt as each member reads it; once, where all read the policy's tokens."""
-        others = self.served.guide_templates
-        if not any(others):
-            return (tuple(ids),)
-        return (
-            tuple(ids),
-            *(tuple(ids if one is None else one.encode(conversation)) for one in others),
-        )
-
-    def _echoes(self, prompts: Sequence[str | list[int]]) -> list[str]:
-        with self._lock:
-            tokenizer = self.served.tokenizer
-            return [p if isinstance(p, str) else decode_tokens(tokenizer, p) for p in prompts]
+    def _members(self, ids: Sequence[int], conversation: Conversation) -> Prompt:
+        others = self.served.guide_templates if any(self.served.guide_templates) else ()
+        read = (ids, *(ids if one is None else one.encode(conversation) for one in others))
+        return tuple(map(tuple, read)), conversation
 
     def _jobs(
         self,
         body: Generation,
         asked: int | None,
-        read: Sequence[tuple[tuple[tuple[int, ...], ...], Conversation]],
+        read: Sequence[Prompt],
+        kind: str,
         logprobs: int | None,
-        echoes: Sequence[str | None],
+        *,
+        echo: bool = False,
     ) -> list[Job]:
+        """A job for each prompt; asked: new tokens at most, kind: the field of the prompts."""
         if body.stream_options is not None and not body.stream:
             raise malformed('stream_options needs "stream": true', "stream_options")
-        method, width, successors, length = self._search(body)
-        self._check_method(body, method, width, logprobs, echoes)
-        stops, ends = self._stops(body)
+        method, width, successors, length = self._sizes(body)
+        self._check_method(body, method, width, logprobs, echo)
+        with self._lock:
+            stops, ends = special_stops(self.served.tokenizer, body.stops)
+        eos_ids = (*self.served.eos_ids, *sorted({*ends} - {*self.served.eos_ids}))
         places = {name: _each(body, name, len(read)) for name in ("row_id", "position", "lane")}
-        seed = secrets.randbits(_SEED_BITS) if body.seed is None else folded(body.seed)
-        defaults = self.defaults
-        top_p = defaults.top_p if body.top_p is None else body.top_p
-        top_k = defaults.top_k if body.top_k is None else body.top_k
+        numbers: dict[str, Any] = {
+            "stop": stops,
+            "seed": secrets.randbits(_SEED_BITS) if body.seed is None else folded(body.seed),
+            **{name: self._given(body, name) for name in ("temperature", "top_p", "beta")},
+        }
+        sampling = Sampling(
+            _SOME_TEMPERATURE,
+            min(self._given(body, "top_k"), self.served.models.vocabulary),
+            _SOME_NUCLEUS if numbers["top_p"] < 1 else 1.0,
+        )
         jobs = []
         for index, (tokens, conversation) in enumerate(read):
-            kind = "messages" if isinstance(body, Chat) else "prompt"
-            limit = self._limit(asked, max(map(len, tokens)), kind)
-            if limit == 0 and (echoes[index] is None or method in CHOOSING):
+            longest = max(map(len, tokens))
+            limit = self._limit(asked, longest, kind)
+            if limit == 0 and (not echo or method in CHOOSING):
                 raise malformed("max_tokens is 0, which only echo can do without", "max_tokens")
-            program = Program(
-                method=method,
-                width=width,
-                successors=successors,
-                length=length,
-                top_k=min(top_k, self.served.models.vocabulary),
-                nucleus=top_p < 1,
-                stops=bool(stops),
-                capacity=capacity_for(max(limit, 1), self.limits.tokens),
-                prefix=prefix_for(max(map(len, tokens))),
-                eos_ids=(*self.served.eos_ids, *ends),
-                policy_cache=defaults.policy_cache,
-            )
+            own = {name: each[index] for name, each in places.items()}
+            most = max(limit, 1)
             request = Request(
-                row_id=places["row_id"][index],
-                prompts=tokens,
-                conversation=conversation,
-                stop=stops,
-                seed=seed,
-                limit=max(limit, 1),
-                temperature=defaults.temperature if body.temperature is None else body.temperature,
-                top_p=top_p,
-                beta=defaults.beta if body.beta is None else body.beta,
-                position=places["position"][index],
-                lane=places["lane"][index],
+                prompts=tokens, conversation=conversation, limit=most, **numbers, **own
             )
+            config = self._search(
+                method,
+                (width, successors, length),
+                max_new_tokens=capacity_for(most, self.config.longest_response),
+                sampling=sampling,
+                eos_ids=eos_ids,
+                policy_cache=self.served.policy_cache,
+            )
+            program = Program(method, config, prefix_for(longest), bool(stops))
             jobs.append(
                 Job(
                     method,
                     program if limit else None,
                     request,
-                    body.n,
-                    logprobs,
-                    echoes[index],
-                    body.stream,
-                    body.return_token_ids,
+                    choices=body.n,
+                    logprobs=logprobs,
+                    echo=conversation.text if echo else None,
+                    streams=body.stream,
+                    tells_ids=body.return_token_ids,
                 )
             )
         return jobs
 
-    def _search(self, body: Generation) -> tuple[str, int, int, int]:
-        """Method, W, K and L of a request; ApiError where they are too many or do not fit."""
-        defaults, method = self.defaults, body.method or self.defaults.method
-        w, k, l = body.w or defaults.w, body.k or defaults.k, body.l or defaults.l  # noqa: E741
-        if method == "bon":
+    def _given(self, body: Generation, name: str) -> Any:
+        """A number that a request may leave out to the server."""
+        own = getattr(body, name)
+        return getattr(self.config, name) if own is None else own
+
+    def _sizes(self, body: Generation) -> tuple[str, int, int, int]:
+        """Method, W, K and L of a request; ApiError where they are too many or do not fit.
+
+        Where the method keeps every sample, W is their number.
+        """
+        config, method = self.config, body.method or self.config.usual_method
+        w, k = body.w or config.beam_width, body.k or config.successors
+        width, successors, length = body.n, 1, 1
+        told = f"n is {width}"
+        if method in _BEAMS:
+            length = min(body.l or config.chunk_length, config.longest_response)
+            width, successors, told = w, k, f"w·k is {w}·{k}"
+        elif method == "bon":
             if body.w not in (None, 1):
                 raise malformed("w must be 1 in bon; k is its N", "w")
-            usual = defaults.k if defaults.method == "bon" else defaults.w * defaults.k
-            width, successors, length = body.k or usual, 1, 1
-        elif method in _BEAMS:
-            width, successors, length = w, k, min(l, self.limits.tokens)
-        else:
-            width, successors, length = body.n, 1, 1
-        if width * successors > self.limits.rows:
-            words = dict.fromkeys(_BEAMS, f"w·k is {w}·{k}") | {"bon": f"k is {width}"}
+            if config.usual_method != "bon":
+                k = body.k or config.beam_width * config.successors
+            width, told = k, f"k is {k}"
+        if width * successors > config.most_rows:
             raise too_large(
-                f"{words.get(method, f'n is {width}')}; this server searches at most "
-                f"{self.limits.rows} side by side",
+                f"{told}; this server searches at most {config.most_rows} side by side",
                 "k" if method in CHOOSING else "n",
             )
         return method, width, successors, length
 
     def _check_method(
-        self,
-        body: Generation,
-        method: str,
-        width: int,
-        logprobs: int | None,
-        echoes: Sequence[str | None],
+        self, body: Generation, method: str, width: int, logprobs: int | None, echo: bool
     ) -> None:
         served = self.served
         if method != "sample" and not served.is_guided:
@@ -346,38 +314,52 @@ class Reader:
                 "method",
             )
         if method in CHOOSING:
-            asked = {"logprobs": logprobs is not None, "echo": echoes[0] is not None}
-            for field in (field for field in asked if asked[field]):
-                raise unsupported(
-                    f"{CHOOSING[method]} has no likelihood, so there is no {field}; "
-                    'send "method": "sample" (the policy) or "eft" for it',
-                    field,
-                )
+            for field, is_asked in (("logprobs", logprobs is not None), ("echo", echo)):
+                if is_asked:
+                    raise unsupported(
+                        f"{CHOOSING[method]} has no likelihood, so there is no {field}; "
+                        'send "method": "sample" (the policy) or "eft" for it',
+                        field,
+                    )
             if body.n > width:
                 best = "w" if method in _BEAMS else "k"
                 raise malformed(f"n is {body.n}; {method} keeps only {width} ({best})", "n")
-        scores_echo = logprobs is not None and echoes[0] is not None
-        if method == "eft" and scores_echo and any(served.guide_templates):
+        if method == "eft" and echo and logprobs is not None and any(served.guide_templates):
             raise unsupported("eft over several templates cannot echo log-probs", "echo")
 
-    def _stops(self, body: Generation) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Stop strings to look for in texts, and the ids of special tokens given as such."""
-        with self._lock:
-            texts, ids = special_stops(self.served.tokenizer, body.stops)
-        return texts, tuple(sorted(set(ids) - set(self.served.eos_ids)))
+    def _search(self, method: str, sizes: tuple[int, int, int], **settings: Any) -> SearchConfig:
+        """The search that a method is, with W, K and L."""
+        width, _, _ = sizes
+        streamed = {"chunk_length": min(_STREAM_CHUNK, settings["max_new_tokens"])}
+        if method == "sample":
+            return sample(width, **settings, **streamed)
+        if method == "eft":
+            # Samples stay in their places, so that a stream knows which is which.
+            return replace(eft(beam_width=width, **settings, **streamed), scorer=NoScore())
+        if method == "ivg":
+            return ivg(*sizes, **settings)
+        settings["scorer"] = LogRatio() if self.served.models.guides else NoScore()
+        return best_of_n(width, **settings) if method == "bon" else cbs(*sizes, **settings)
 
     def _limit(self, asked: int | None, prompt: int, kind: str) -> int:
         """New tokens at most; ApiError where prompt and response do not fit the models."""
-        if asked is not None and asked > self.limits.tokens:
-            raise too_large(
-                f"max_tokens is {asked}; this server gives at most {self.limits.tokens}",
-                "max_tokens",
-            )
-        limit = min(self.defaults.max_tokens, self.limits.tokens) if asked is None else asked
+        most = self.config.longest_response
+        if asked is not None and asked > most:
+            told = f"max_tokens is {asked}; this server gives at most {most}"
+            raise too_large(told, "max_tokens")
+        limit = self.config.max_new_tokens if asked is None else asked
         positions = min(model.config.max_positions for model in self.served.models.members)
-        least = limit if asked is not None else 1
+        least = 1 if asked is None else asked
         if prompt + least > positions:
-            raise too_long(prompt, least, positions, kind)
+            # In words that OpenAI's clients look for.
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {positions} tokens. However, you "
+                f"requested {prompt + least} tokens ({prompt} in the {kind}, {least} in the "
+                f"completion). Please reduce the length of the {kind} or completion.",
+                kind,
+                "context_length_exceeded",
+            )
         return min(limit, positions - prompt)
 
 
@@ -426,11 +408,11 @@ def _prompts(value: Any, most: int) -> list[str | list[int]]:
             f"{len(prompts)} prompts; this server takes at most {most} in a request", "prompt"
         )
     for prompt in prompts:
-        if isinstance(prompt, list) and not prompt:
+        if prompt == []:
             raise malformed("a prompt has no tokens; give at least one", "prompt")
         if not isinstance(prompt, str) and not _are_ids(prompt):
             raise wrong
-    return list(prompts)
+    return prompts
 
 
 def _are_ids(value: Any) -> bool:

@@ -101,8 +101,19 @@ class Server(uvicorn.Server):
     The third one leaves open requests without an answer.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp) -> None:
+        settings = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WORDS,
+            backlog=_BACKLOG,
+        )
+        super().__init__(settings)
         self.signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -110,21 +121,6 @@ class Server(uvicorn.Server):
         self.signals += 1
         if self.signals > 2:
             self.should_exit = self.force_exit = True
-
-
-def settings(app: ASGIApp) -> uvicorn.Config:
-    """What uvicorn is told."""
-    return uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=_LAST_WORDS,
-        backlog=_BACKLOG,
-    )
 
 
 def serve(
@@ -140,7 +136,7 @@ def serve(
     announce is called once the engine is ready. Returns False where the engine failed.
     """
     engine.start()
-    is_sound = asyncio.run(run(Server(settings(app)), engine, bound, grace, announce))
+    is_sound = asyncio.run(run(Server(app), engine, bound, grace, announce))
     if is_sound and engine.is_running:
         _end_at_once()
     return is_sound
@@ -157,11 +153,7 @@ def _end_at_once() -> None:
 
 
 async def run(
-    server: Server,
-    engine: Engine,
-    bound: socket.socket,
-    grace: float,
-    announce: Callable[[], None],
+    server: Server, engine: Engine, bound: socket.socket, grace: float, announce: Callable[[], None]
 ) -> bool:
     """Run a server and its engine, which has started, as `serve` does."""
     serving = asyncio.create_task(server.serve(sockets=[bound]))

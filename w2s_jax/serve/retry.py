@@ -1,6 +1,6 @@
-"""Requests to a completions API, side by side, asked again where that may help, and counted.
+"""Requests to an HTTP API, side by side, asked again where that may help, and counted.
 
-Knows what an answer must look like, nothing of search. Every failure is one line without the key.
+Knows nothing of search. Every failure is one line without the key.
 """
 
 import json
@@ -8,21 +8,26 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
+
+import httpx
 
 from w2s_jax.errors import InputError
-
-NO_KEY = "none"
-"""Stands for the key where there is none: the client insists on one."""
 
 LONGEST_MESSAGE = 300
 LARGEST_ANSWER = 64 * 2**20
 RETRIED = (408, 409, 425, 429)
-FINISHES = ("stop", "length", "content_filter")
+
+Body = Mapping[str, Any]
+Answer = TypeVar("Answer")
+Read = Callable[[Any, Body], Answer]
+"""From an answer's JSON and the body that was sent; raises ValueError, TypeError, KeyError or
+AttributeError where that is malformed."""
 
 
 class EndpointError(InputError):
@@ -69,12 +74,12 @@ class Usage:
     unmetered: answers without counts, which tokens and cost leave out. cost: None without prices.
     """
 
-    requests: int
-    retries: int
-    prompt_tokens: int
-    completion_tokens: int
-    unmetered: int
-    cost: float | None
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    unmetered: int = 0
+    cost: float | None = None
 
     def __str__(self) -> str:
         told = f"{self.requests:,} requests ({self.retries:,} failed attempts), "
@@ -84,57 +89,28 @@ class Usage:
         return told if self.cost is None else f"{told}, cost {self.cost:,.4f}"
 
 
-@dataclass
 class Meter:
     """The one mutable thing: counts of requests and tokens, safe to add to from several threads."""
 
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    unmetered: int = 0
-    lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+    def __init__(self) -> None:
+        self._usage, self._lock = Usage(), threading.Lock()
 
     def add(self, **counts: int) -> None:
         """Add to counters by name."""
-        with self.lock:
-            for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
+        with self._lock:
+            sums = {name: getattr(self._usage, name) + count for name, count in counts.items()}
+            self._usage = replace(self._usage, **sums)
 
     def usage(
         self, price_prompt: float | int | None = None, price_completion: float | int | None = None
     ) -> Usage:
         """The counts at this moment; prices are per million tokens."""
-        with self.lock:
-            counts = (self.requests, self.retries, self.prompt_tokens, self.completion_tokens)
-            unmetered = self.unmetered
-        cost = None
-        if price_prompt is not None or price_completion is not None:
-            cost = (counts[2] * (price_prompt or 0) + counts[3] * (price_completion or 0)) / 1e6
-        return Usage(*counts, unmetered, cost)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A completion; finish is "stop", "length" or "content_filter".
-
-    by_string: the server says that a stop string, not an EOS, made the "stop" (a `stop_reason`
-    that is text, as vLLM and `w2s serve` give it). ids: the token ids of prompt and text, where
-    the request asks for them.
-    """
-
-    text: str
-    finish: str
-    by_string: bool = False
-    ids: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The choices in order, those of the first text first, and their tokens (None: not told)."""
-
-    choices: tuple[Choice, ...]
-    completion_tokens: int | None
+        found = self._usage
+        if price_prompt is None and price_completion is None:
+            return found
+        prompt, completion = price_prompt or 0, price_completion or 0
+        cost = (found.prompt_tokens * prompt + found.completion_tokens * completion) / 1e6
+        return replace(found, cost=cost)
 
 
 @dataclass(frozen=True)
@@ -142,106 +118,137 @@ class _Failure:
     """Why an attempt gave no answer, whether another may, and the pause the server asks for."""
 
     message: str
-    again: bool
+    again: bool = True
     pause: float | None = None
 
 
-def ask_all(
-    client: Any,
-    bodies: Sequence[Mapping[str, Any]],
-    patience: Patience,
-    meter: Meter,
-    *,
-    wheres: Sequence[str],
-    name: str,
-) -> list[Answer]:
-    """Answers to all requests in order, at most `patience.concurrency` at a time.
+@dataclass(frozen=True)
+class Api:
+    """An API and how it is asked.
 
-    client: an `openai.OpenAI` that does not retry. bodies: arguments of `completions.create`.
-    wheres: what each is for, in messages. name: the endpoint's. 429, 5xx, time-outs, lost
-    connections and malformed answers are tried again; raises EndpointError at once for every other
-    refusal, and after the last attempt.
+    Attributes:
+        http: A client that has its base address, and sends the key.
+        path: What is asked, behind that address.
+        key: What no message may show.
+        name: What messages call it.
+        patience: How it is asked again.
+        meter: What counts requests and tokens.
     """
-    if not bodies:
-        return []
-    halt = threading.Event()
-    pool = ThreadPoolExecutor(max_workers=min(patience.concurrency, len(bodies)))
-    futures = [
-        pool.submit(_ask, client, body, patience, meter, f"{where}: endpoint {name}", halt)
-        for body, where in zip(bodies, wheres, strict=True)
-    ]
-    try:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        return [future.result() for future in futures]
-    finally:
-        # After a failure nothing more is asked; what is on its way is not waited for.
-        halt.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    http: httpx.Client = field(repr=False)
+    path: str
+    key: str | None = field(repr=False)
+    name: str
+    patience: Patience
+    meter: Meter = field(repr=False)
+
+    def ask_all(
+        self, bodies: Sequence[Body], wheres: Sequence[str], read: Read[Answer]
+    ) -> list[Answer]:
+        """Answers to all requests in order, at most `patience.concurrency` at a time.
+
+        429, 5xx, time-outs, lost connections and malformed answers are tried again.
+
+        Args:
+            bodies: What is sent.
+            wheres: What each is for, in messages.
+            read: What makes an answer of the JSON that comes.
+
+        Raises:
+            EndpointError: At once for every other refusal, and after the last attempt.
+        """
+        if not bodies:
+            return []
+        halt = threading.Event()
+        pool = ThreadPoolExecutor(max_workers=min(self.patience.concurrency, len(bodies)))
+        futures = [
+            pool.submit(self._ask, body, f"{where}: endpoint {self.name}", read, halt)
+            for body, where in zip(bodies, wheres, strict=True)
+        ]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            # After a failure nothing more is asked; what is on its way is not waited for.
+            halt.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, body: Body, where: str, read: Read[Answer], halt: threading.Event) -> Answer:
+        patience, message = self.patience, ""
+        for attempt in range(patience.max_attempts):
+            if attempt and halt.is_set():
+                break
+            found = self._attempt(body, read)
+            if not isinstance(found, _Failure):
+                return found
+            message = found.message
+            if not found.again:
+                raise EndpointError(f"{where} refused: {message}")
+            self.meter.add(retries=1)
+            if (found.pause or 0) > patience.longest_retry_after:
+                asked = f"it asks to wait {found.pause:.0f} s ({message})"
+                raise EndpointError(f"{where} stopped answering: {asked}")
+            if attempt + 1 < patience.max_attempts:
+                halt.wait(patience.pause(attempt, found.pause))
+        tried = f"{patience.max_attempts} attempts failed, the last one by: {message}"
+        raise EndpointError(f"{where} stopped answering: {tried}")
+
+    def _attempt(self, body: Body, read: Read[Answer]) -> Answer | _Failure:
+        """One request; failures are values, since exceptions carry the request, and so the key."""
+        where = "no connection"
+        try:
+            with self.http.stream("POST", self.path, json=body) as response:
+                where = "the connection broke"
+                content = _whole(response.iter_bytes(), time.monotonic() + self.patience.timeout)
+        except (httpx.TimeoutException, TimeoutError):
+            return _Failure("no answer in time")
+        except httpx.HTTPError as error:
+            return _Failure(self._one_line(f"{where} ({error})"))
+        if not response.is_success:
+            return self._refusal(response, content.decode(errors="replace").strip())
+        try:
+            data = json.loads(content)
+            counts = counts_of(data)
+            self.meter.add(requests=1, unmetered=int(len(counts) < 2), **counts)
+            return read(data, body)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            fault = self._one_line(f"{type(error).__name__}: {error}")
+            return _Failure(f"a malformed answer ({fault})")
+
+    def _refusal(self, response: httpx.Response, text: str) -> _Failure:
+        status, code = response.status_code, None
+        told: Any = text or f"Error code: {status}"
+        with suppress(ValueError, RecursionError):
+            told = json.loads(text)
+            told = told.get("error", told) if isinstance(told, dict) else told
+        if isinstance(told, dict):
+            code = told.get("code")
+            told = told.get("message") or told.get("detail") or told
+        again = (status in RETRIED or status >= 500) and code != "insufficient_quota"
+        return _Failure(self._one_line(f"{status} {told}"), again, _retry_after(response.headers))
+
+    def _one_line(self, message: str) -> str:
+        """A server's message in one line of bounded length, without the key should it repeat it."""
+        if self.key:
+            message = message.replace(self.key, "***")
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."
 
 
-def _ask(
-    client: Any,
-    body: Mapping[str, Any],
-    patience: Patience,
-    meter: Meter,
-    where: str,
-    halt: threading.Event,
-) -> Answer:
-    message = ""
-    for attempt in range(patience.max_attempts):
-        if attempt and halt.is_set():
-            break
-        found = _attempt(client, body, meter)
-        if isinstance(found, Answer):
-            return found
-        message = found.message
-        if not found.again:
-            raise EndpointError(f"{where} refused: {message}")
-        meter.add(retries=1)
-        if (found.pause or 0) > patience.longest_retry_after:
-            asked = f"it asks to wait {found.pause:.0f} s ({message})"
-            raise EndpointError(f"{where} stopped answering: {asked}")
-        if attempt + 1 < patience.max_attempts:
-            halt.wait(patience.pause(attempt, found.pause))
-    tried = f"{patience.max_attempts} attempts failed, the last one by: {message}"
-    raise EndpointError(f"{where} stopped answering: {tried}")
-
-
-def _attempt(client: Any, body: Mapping[str, Any], meter: Meter) -> Answer | _Failure:
-    """One request. A failure is a value: an exception would carry the request, and so the key."""
-    import httpx
-    import openai
-
-    try:
-        with client.completions.with_streaming_response.create(**body) as response:
-            content = _whole(response.iter_bytes(), time.monotonic() + client.timeout)
-    except (openai.APITimeoutError, httpx.TimeoutException, TimeoutError):
-        return _Failure("no answer in time", True)
-    except httpx.HTTPError as error:
-        return _Failure(_one_line(f"the connection broke ({error})", client.api_key), True)
-    except openai.APIStatusError as error:
-        return _refusal(error, client.api_key)
-    except openai.APIConnectionError as error:
-        cause = error.__cause__ or error
-        return _Failure(_one_line(f"no connection ({cause})", client.api_key), True)
-    except openai.OpenAIError as error:
-        return _Failure(_one_line(str(error), client.api_key), True)
-    try:
-        data = json.loads(content)
-        _count(data, meter)
-        wants_ids = bool(body.get("extra_body", {}).get("return_token_ids"))
-        return _answer(data, len(body["prompt"]) * body["n"], wants_ids)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fault = _one_line(f"{type(error).__name__}: {error}", client.api_key)
-        return _Failure(f"a malformed answer ({fault})", True)
+def counts_of(data: Any) -> dict[str, int]:
+    """The numbers of tokens that an answer tells, of prompt_tokens and completion_tokens."""
+    usage = data.get("usage") or {}
+    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: count for name, count in counts.items() if type(count) is int and count >= 0}
 
 
 def _whole(parts: Iterable[bytes], deadline: float) -> bytes:
-    """A body that may come drop by drop; TimeoutError past the deadline, ValueError beyond bounds.
+    """A body that may come drop by drop; TimeoutError past the deadline.
 
-    The client's own timeout bounds the time between two drops, not the whole.
+    The client's own timeout bounds the time between two drops, not the whole. A body beyond bounds
+    becomes one that is malformed.
     """
     body = bytearray()
     for part in parts:
@@ -251,15 +258,6 @@ def _whole(parts: Iterable[bytes], deadline: float) -> bytes:
         if len(body) > LARGEST_ANSWER:
             return b"larger than any answer"
     return bytes(body)
-
-
-def _refusal(error: Any, key: str) -> _Failure:
-    status, headers = error.status_code, error.response.headers
-    body = error.body if isinstance(error.body, dict) else {}
-    told = body.get("message") or body.get("detail") or error.body or error.message
-    message = _one_line(f"{status} {told}", key)
-    again = (status in RETRIED or status >= 500) and error.code != "insufficient_quota"
-    return _Failure(message, again, _retry_after(headers))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -277,47 +275,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except (KeyError, ValueError, TypeError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _count(data: Any, meter: Meter) -> None:
-    usage = data.get("usage") or {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    known = {name: count for name, count in counts.items() if type(count) is int and count >= 0}
-    meter.add(requests=1, unmetered=int(len(known) < len(counts)), **known)
-
-
-def _answer(data: Any, expected: int, wants_ids: bool) -> Answer:
-    """A checked answer; raises ValueError, TypeError, KeyError or AttributeError for a bad one."""
-    choices = data["choices"]
-    if len(choices) != expected:
-        raise ValueError(f"{len(choices)} choices where {expected} were asked for")
-    if {choice["index"] for choice in choices} != set(range(expected)):
-        raise ValueError(f"the choices' indices are not 0 .. {expected - 1}")
-    ordered = sorted(choices, key=lambda choice: choice["index"])
-    tokens = (data.get("usage") or {}).get("completion_tokens")
-    found = tuple(_choice(choice, wants_ids) for choice in ordered)
-    return Answer(found, tokens if type(tokens) is int and tokens >= 0 else None)
-
-
-def _choice(choice: Mapping[str, Any], wants_ids: bool) -> Choice:
-    text, finish = choice["text"], choice["finish_reason"]
-    if not isinstance(text, str):
-        raise TypeError(f"a text is {type(text).__name__}")
-    if finish not in FINISHES:
-        raise ValueError(f'finish_reason is {json.dumps(finish)}, neither "stop" nor "length"')
-    # JSON can spell half a surrogate pair, which no later request could carry.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    ids = None
-    if wants_ids:
-        ids = (*choice["prompt_token_ids"], *choice["token_ids"])
-        if not all(type(token) is int for token in ids):
-            raise TypeError("a token id is not a whole number")
-    return Choice(text, finish, isinstance(choice.get("stop_reason"), str), ids)
-
-
-def _one_line(message: str, key: str) -> str:
-    """A server's message in one line of bounded length, without the key should it repeat it."""
-    if key != NO_KEY:
-        message = message.replace(key, "***")
-    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."

@@ -3,41 +3,38 @@
 An error is a status and OpenAI's error body.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _OWN_FAULTS = 500
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """A refused or failed request.
 
-    status: HTTP status. message: one line, what is wrong and what would be right. param: the field
-    at fault. code: a word that programs can compare.
+    Attributes:
+        status: HTTP status.
+        message: One line, what is wrong and what would be right.
+        param: The field at fault.
+        code: A word that programs can compare.
+        headers: Of the response, beside the usual ones.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:
@@ -48,118 +45,18 @@ class ApiError(Exception):
         return {"error": told}
 
 
-def unsupported(message: str, param: str) -> ApiError:
-    """400: the request is well formed and asks for what this server cannot give."""
-    return ApiError(400, message, param=param, code="unsupported_parameter")
-
-
-def malformed(message: str, param: str | None = None) -> ApiError:
-    """400: the request is not of the form that the endpoint takes."""
-    return ApiError(400, message, param=param, code="invalid_request")
-
-
-def too_large(message: str, param: str) -> ApiError:
-    """400: the request asks for more than this server gives."""
-    return ApiError(400, message, param=param, code="too_large")
-
-
-def body_too_large(most: int) -> ApiError:
-    """413: the body is not read."""
-    told = f"the body is larger than {most} bytes, the most that this server reads"
-    return ApiError(413, told, code="too_large")
-
-
-def too_long(prompt: int, new: int, positions: int, param: str) -> ApiError:
-    """400: prompt and response do not fit the models; in words that OpenAI's clients look for."""
-    return ApiError(
-        400,
-        f"This model's maximum context length is {positions} tokens. However, you requested "
-        f"{prompt + new} tokens ({prompt} in the {param}, {new} in the completion). Please reduce "
-        f"the length of the {param} or completion.",
-        param=param,
-        code="context_length_exceeded",
-    )
-
-
-def not_finite() -> ApiError:
-    """500: what the models say of this request is no number."""
-    return ApiError(
-        500,
-        "a log-prob is not a number; a model's weights may be damaged, or overflow in this dtype",
-        code="not_finite",
-    )
-
-
-def queue_full(waiting: int, queue: int) -> ApiError:
-    """429: as many prompts wait as may."""
-    return ApiError(
-        429,
-        f"{waiting} of {queue} places in the queue are taken; try again",
-        code="queue_full",
-        headers={"Retry-After": "1"},
-    )
-
-
-def shutting_down() -> ApiError:
-    """503: the server takes no more requests."""
-    return ApiError(
-        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}
-    )
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """The values of fields that a request leaves out. w, k, l are W, K and L of the search.
-
-    policy_cache, as in SearchConfig, is the server's alone.
-
-    Raises InputError for a value that no request could ask for either.
-    """
-
-    method: str = "cbs"
-    w: int = 4
-    k: int = 4
-    l: int = 5  # noqa: E741
-    beta: float = 1.0
-    max_tokens: int = 50
-    temperature: float = 0.7
-    top_k: int = 50
-    top_p: float = 1.0
-    policy_cache: str = "auto"
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, ("w", "k", "l", "max_tokens"))
-        if not 0 <= self.beta < math.inf:
-            raise InputError(f"beta is {self.beta}; it must be 0 or above, and finite")
-        Sampling(self.temperature, self.top_k, self.top_p)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that is taken on, in all and of one request.
-
-    slots: prompts searched side by side, of each compiled program. queue: prompts that wait.
-    rows: W·K of cbs, N of bon, n of the others. tokens: new tokens of a response. prompts: prompts
-    of a request. body: bytes of a request. programs: compiled searches that keep their memory on
-    the device. Raises InputError for a number below 1.
-    """
-
-    slots: int = 8
-    queue: int = 256
-    rows: int = 64
-    tokens: int = 2048
-    prompts: int = 128
-    body: int = 1 << 22
-    programs: int = 4
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, tuple(field.name for field in dataclasses.fields(self)))
-
-
-def _at_least_one(settings: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+unsupported = partial(ApiError, 400, code="unsupported_parameter")
+"""400: the request is well formed and asks for what this server cannot give. (message, param)"""
+malformed = partial(ApiError, 400, code="invalid_request")
+"""400: the request is not of the form that the endpoint takes. (message, param)"""
+too_large = partial(ApiError, 400, code="too_large")
+"""400: the request asks for more than this server gives. (message, param)"""
+queue_full = partial(ApiError, 429, code="queue_full", headers={"Retry-After": "1"})
+"""429: as many prompts wait as may. (message)"""
+shutting_down = partial(
+    ApiError, 503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}
+)
+"""503: the server takes no more requests. ()"""
 
 
 # OpenAI's fields that this server cannot heed, and the values that ask for nothing.
@@ -238,10 +135,17 @@ class Generation(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nulls_are_absent(cls, fields: Any) -> Any:
-        if not isinstance(fields, Mapping):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
+    def _supported(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields that ask for something; ApiError for one that cannot be heeded."""
+        kept = {}
+        for name, value in fields.items():
+            if value is None or name in _WITHOUT_EFFECT:
+                continue
+            if name not in _NEUTRAL:
+                kept[name] = value
+            elif value not in _NEUTRAL[name]:
+                raise unsupported(f"{name} is not supported by this server; leave it out", name)
+        return kept
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -298,6 +202,33 @@ class Chat(Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _plain_messages(cls, messages: Any) -> Any:
+        """Without the empty fields that clients send back; ApiError for what is not supported."""
+        if not isinstance(messages, list):
+            return messages
+        plain = []
+        for index, message in enumerate(messages):
+            if not isinstance(message, dict):
+                return messages
+            where = f"messages.{index}"
+            kept = {name: value for name, value in message.items() if value not in (None, [])}
+            if message.get("content") == []:
+                raise malformed(f"{where}.content is empty; give a text", f"{where}.content")
+            if kept.get("role") in ("tool", "function"):
+                raise unsupported(f"{where}: tools are not supported by this server", where)
+            for name in ("tool_calls", "function_call", "audio", "refusal", "annotations"):
+                if name in kept:
+                    raise unsupported(f"{where}.{name} is not supported by this server", where)
+            content = kept.get("content")
+            for part in content if isinstance(content, list) else ():
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and kind != "text":
+                    raise unsupported(f"{where}: content of type {kind!r}; give text", where)
+            plain.append(kept)
+        return plain
+
 
 Body = TypeVar("Body", Completion, Chat)
 
@@ -310,52 +241,10 @@ def read_body(raw: bytes, form: type[Body]) -> Body:
         raise malformed(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise malformed(f"the body is a JSON {type(fields).__name__}; it must be an object")
-    fields = _supported(fields)
-    if form is Chat:
-        fields["messages"] = _plain_messages(fields.get("messages"))
     try:
         return form.model_validate(fields)
     except ValidationError as error:
         raise _told(error) from None
-
-
-def _supported(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without those that ask for nothing; ApiError for one that cannot be heeded."""
-    kept = {}
-    for name, value in fields.items():
-        if name in _WITHOUT_EFFECT:
-            continue
-        if name not in _NEUTRAL:
-            kept[name] = value
-        elif value is not None and value not in _NEUTRAL[name]:
-            raise unsupported(f"{name} is not supported by this server; leave it out", name)
-    return kept
-
-
-def _plain_messages(messages: Any) -> Any:
-    """Messages without the empty fields that clients send back; ApiError for unsupported ones."""
-    if not isinstance(messages, list):
-        return messages
-    plain = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            return messages
-        where = f"messages.{index}"
-        kept = {name: value for name, value in message.items() if value not in (None, [])}
-        if message.get("content") == []:
-            raise malformed(f"{where}.content is empty; give a text", f"{where}.content")
-        if kept.get("role") in ("tool", "function"):
-            raise unsupported(f"{where}: tools are not supported by this server", where)
-        for name in ("tool_calls", "function_call", "audio", "refusal", "annotations"):
-            if name in kept:
-                raise unsupported(f"{where}.{name} is not supported by this server", where)
-        content = kept.get("content")
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise unsupported(f"{where}: content of type {kind!r}; give text", where)
-        plain.append(kept)
-    return plain
 
 
 def _told(error: ValidationError) -> Exception:

@@ -4,12 +4,13 @@ Which tokens are scored, and which jobs together; what is not compiled yet is co
 of its own, one program after another, beside what the engine runs.
 """
 
-import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from w2s_jax.errors import RowsFailed
@@ -26,13 +27,16 @@ from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.session import Session
 from w2s_jax.serve.events import Choice, Done, Event, Failed, Ticket
 from w2s_jax.serve.jobs import Job, Program
-from w2s_jax.serve.schema import MOST_TOP_LOGPROBS, ApiError, not_finite
+from w2s_jax.serve.schema import MOST_TOP_LOGPROBS, ApiError
 
 
 class Compiler:
-    """Does on threads of its own what compiles; `on_end` is called, on any thread, after each.
+    """Does on threads of its own what compiles.
 
     What was compiled before takes no time to speak of, and never waits for what is new.
+
+    Args:
+        on_end: Called, on any thread, after each.
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -65,60 +69,66 @@ class Compiler:
         self._on_end()
 
 
-Kind = tuple[type, Shape]
-"""A proposer and the shape of what is scored."""
-
-
-def proposer_of(job: Job) -> Proposer:
-    """What a job's responses were sampled from; its beta comes with each response."""
-    return EFTProposer() if job.method == "eft" else PolicyProposer()
-
-
-def responses_of(job: Job, choices: Sequence[Choice]) -> list[Response | None]:
-    """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
-    request = job.request
-    beta = None if request.beta is None else float(request.beta)
-    rows: list[Response | None] = []
-    for choice in choices:
-        prompts, tokens = request.prompts, choice.tokens
-        if job.echo is not None:
-            tokens = (*prompts[0][1:], *tokens)
-            prompts = (prompts[0][:1],)
-        rows.append(Response(prompts, tokens, beta) if tokens else None)
-    return rows
-
-
-def kind_of(job: Job, choices: Sequence[Choice]) -> Kind:
-    """Jobs of one kind are scored by one program; some choice must have tokens."""
-    rows = [row for row in responses_of(job, choices) if row]
-    return type(proposer_of(job)), padded_shape(rows)
-
-
 @dataclass(eq=False)
 class Task:
     """A job on its way: what the engine's thread remembers of it.
 
-    is_suspect: it ran in a session that failed, and is tried alone. found: its choices, which wait
-    for likelihoods.
+    Attributes:
+        job: What is asked for.
+        ticket: Who waits for it; None for a job of the warm-up.
+        index: Its place in the request.
+        has_slot: Whether it waits in the queue no more.
+        has_text: Whether any of its text was shown.
+        is_suspect: It ran in a session that failed, and is tried alone.
+        found: Its choices, which wait for likelihoods.
+        end: What was said of it last, once it is over.
     """
 
     job: Job
-    ticket: Ticket
-    index: int
+    ticket: Ticket | None
+    index: int = 0
     arrived: float = field(default_factory=time.monotonic)
     has_slot: bool = False
     has_text: bool = False
     is_suspect: bool = False
     found: tuple[Choice, ...] = ()
+    end: Done | Failed | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ticket is not None and self.ticket.is_cancelled
+
+    @property
+    def proposer(self) -> Proposer:
+        """What its responses were sampled from; its beta comes with each response."""
+        return EFTProposer() if self.job.method == "eft" else PolicyProposer()
 
     @property
     def rows(self) -> list[Response | None]:
-        """What is to be scored of each choice."""
-        return responses_of(self.job, self.found)
+        """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
+        request, prompts, echoed = self.job.request, self.job.request.prompts, ()
+        beta = None if request.beta is None else float(request.beta)
+        if self.job.echo is not None:
+            prompts, echoed = (prompts[0][:1],), prompts[0][1:]
+        tokens = [(*echoed, *choice.tokens) for choice in self.found]
+        return [Response(prompts, own, beta) if own else None for own in tokens]
+
+    @property
+    def responses(self) -> list[Response]:
+        """The rows that have tokens."""
+        return [row for row in self.rows if row]
+
+    def cancel(self) -> None:
+        """Let nobody wait for it any more."""
+        if self.ticket is not None:
+            self.ticket.cancel()
 
     def tell(self, event: Event) -> None:
         """Say something to the client, if it is still there."""
-        if not self.ticket.is_cancelled:
+        if isinstance(event, Done | Failed):
+            self.end = event
+        if self.ticket is not None and not self.is_cancelled:
             self.ticket.put(event)
 
 
@@ -126,8 +136,14 @@ class Task:
 class Group:
     """The jobs of one program.
 
-    session: None while the group has no memory on the device. future: the session that is being
-    compiled, until it is taken.
+    Attributes:
+        program: What they share.
+        waiting: Those without a slot.
+        running: Those in slots of the session.
+        session: None while the group has no memory on the device.
+        future: The session that is being compiled, until it is taken.
+        seated: When it was asked for, by the monotonic clock.
+        is_leaving: It takes nothing more on, so that another group may have its memory.
     """
 
     program: Program
@@ -145,6 +161,11 @@ class Group:
         return self.session
 
     @property
+    def has_work(self) -> bool:
+        """Whether any of its jobs is not over."""
+        return bool(self.waiting or self.running)
+
+    @property
     def is_compiling(self) -> bool:
         """Whether its session is on the way."""
         return self.future is not None and not self.future.done()
@@ -155,44 +176,27 @@ class Group:
         return self.session is not None or self.future is not None
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the device's memory was given away to a call that then failed."""
-        return self.open_session.state.base.is_deleted()
-
-    @property
     def may_add(self) -> bool:
         """Whether the first that waits may run beside what runs: suspects run alone."""
-        together = [*self.running.values(), self.waiting[0]]
+        together = [*self.running.values(), *list(self.waiting)[:1]]
         return len(together) == 1 or not any(task.is_suspect for task in together)
 
 
-class Nobody(Ticket):
-    """Whom the job of a warm-up is for; keeps what it failed with."""
-
-    def __init__(self) -> None:
-        self._cancelled = threading.Event()
-        self.error: ApiError | None = None
-        self.is_over = False
-
-    def put(self, event: Event) -> None:
-        self.is_over |= isinstance(event, Done | Failed)
-        if isinstance(event, Failed):
-            self.error = event.error
-
-
-Score = Callable[..., list[ScoredResponse]]
+Kind = tuple[Proposer, Shape]
+"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
 
 
 class Likelihoods:
     """Scores tasks in batches of one kind, each of which has a program of its own.
 
-    rows: choices that are scored together. score: as `search.likelihood.score_responses`.
+    Args:
+        models: Those that the proposers read.
+        rows: Choices that are scored together.
+        compiler: What compiles the programs.
     """
 
-    def __init__(
-        self, models: SearchModels, rows: int, compiler: Compiler, score: Score = score_responses
-    ) -> None:
-        self._models, self._rows, self._compiler, self._score = models, rows, compiler, score
+    def __init__(self, models: SearchModels, rows: int, compiler: Compiler) -> None:
+        self._models, self._rows, self._compiler = models, rows, compiler
         self._top = min(MOST_TOP_LOGPROBS, models.vocabulary)
         self._programs: dict[Kind, Future[None]] = {}
 
@@ -203,7 +207,8 @@ class Likelihoods:
         """
         by_kind: dict[Kind, list[Task]] = {}
         for task in waiting:
-            by_kind.setdefault(kind_of(task.job, task.found), []).append(task)
+            kind = (task.proposer, padded_shape(task.responses))
+            by_kind.setdefault(kind, []).append(task)
         for kind, tasks in by_kind.items():
             if kind not in self._programs:
                 self._programs[kind] = self._compiler.ask(self._compile, tasks[0])
@@ -213,12 +218,12 @@ class Likelihoods:
 
     def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
         """The choices of tasks of one kind with log-probs; 500 for those that a model fails."""
-        responses = [response for task in tasks for response in task.rows if response]
+        responses = [response for task in tasks for response in task.responses]
         found: Sequence[ScoredResponse | None]
         try:
-            found = self._score(
+            found = score_responses(
                 self._models,
-                proposer_of(tasks[0].job),
+                tasks[0].proposer,
                 responses,
                 top=self._top,
                 batch_size=self._rows,
@@ -226,43 +231,27 @@ class Likelihoods:
             )
         except RowsFailed as error:
             found = error.results
-        scored = iter(found)
-        choices = [
-            tuple(
-                replace(choice, scored=next(scored) if row else None)
-                for choice, row in zip(task.found, task.rows, strict=True)
-            )
-            for task in tasks
-        ]
-        return [
-            each if _is_whole(task, each) else not_finite()
-            for task, each in zip(tasks, choices, strict=True)
-        ]
+        scores, outcomes = iter(found), []
+        for task in tasks:
+            rows = task.rows
+            scored = [next(scores) if row else None for row in rows]
+            if scored.count(None) > rows.count(None):
+                told = "a log-prob is not a number; a model's weights may be damaged, or overflow"
+                outcomes.append(ApiError(500, f"{told} in this dtype", code="not_finite"))
+                continue
+            pairs = zip(task.found, scored, strict=True)
+            outcomes.append(tuple(replace(choice, scored=own) for choice, own in pairs))
+        return outcomes
 
     def forget(self) -> None:
         """Programs are compiled anew."""
         self._programs.clear()
 
     def _first(self, tasks: Sequence[Task]) -> list[Task]:
-        batch: list[Task] = []
-        rows = 0
-        for task in tasks:
-            rows += sum(map(bool, task.rows))
-            if batch and rows > self._rows:
-                break
-            batch.append(task)
-        return batch
+        """The tasks that come first and fill one batch; one at least."""
+        rows = list(accumulate(len(task.responses) for task in tasks))
+        return list(tasks[: max(1, bisect_right(rows, self._rows))])
 
     def _compile(self, task: Task) -> None:
-        responses = [response for response in task.rows if response]
         settings = {"top": self._top, "batch_size": self._rows}
-        compile_scores(self._models, proposer_of(task.job), responses, **settings)
-
-
-def _is_whole(task: Task, choices: Sequence[Choice]) -> bool:
-    """Whether all that was to be scored has log-probs."""
-    return all(
-        choice.scored is not None
-        for choice, row in zip(choices, task.rows, strict=True)
-        if row is not None
-    )
+        compile_scores(self._models, task.proposer, task.responses, **settings)

@@ -1,14 +1,14 @@
 """Batches of token ids at fixed shapes: which rows are in which, held out, packed or padded.
 
-Pure functions of the step, the same on every host, so that data resumes exactly. Documents are
-integer arrays: no tokenizer, no model.
+What a step reads is a pure function of its number, the same on every host, so that data resumes
+exactly. Documents are integer arrays: no tokenizer, no model, no file.
 """
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, Int32, Int64
 
 from w2s_jax.errors import InputError
 
+Kind = Literal["sequences", "pairs", "labelled"]
 Batch = dict[str, np.ndarray]
 
 
@@ -98,6 +99,266 @@ class Crops:
         return np.concatenate([[self.first_id], crop]).astype(np.int32)
 
 
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
+
+    It holds all of the prompt but its last token.
+    """
+    return power_of_two(length - 1, SMALLEST_BUCKET)
+
+
+def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
+    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+
+    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    """
+    grouped: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        grouped.setdefault(bucket(length), []).append(index)
+    joined: dict[int, list[int]] = {}
+    few: list[int] = []
+    for capacity, members in sorted(grouped.items()):
+        few = sorted(few + members)
+        if len(few) >= slots or capacity == max(grouped):
+            joined[capacity], few = few, []
+    return joined
+
+
+@dataclass(frozen=True)
+class Side:
+    """A prompt with one response behind it.
+
+    `targets` is True on tokens whose log-probs count, never on the first one; the first `prompt`
+    tokens are the prompt's.
+    """
+
+    tokens: Int32[np.ndarray, " X"]
+    targets: Bool[np.ndarray, " X"]
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Documents by index; arrays are views of a mapped file.
+
+    Attributes:
+        tokens, targets: a part each, values and offsets of so many documents.
+        prompts, sources, rows, labels, weights: a number a document.
+        notes: what the writer had to say, such as counts.
+    """
+
+    tokens: list[tuple[np.ndarray, np.ndarray]]
+    targets: list[tuple[np.ndarray, np.ndarray]]
+    prompts: np.ndarray
+    sources: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    notes: dict[str, Any]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first document of each part, and their number at the end."""
+        return np.cumsum([0, *(len(offsets) - 1 for _, offsets in self.tokens)])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        parts = (np.diff(offsets) for _, offsets in self.tokens)
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def side(self, index: int) -> Side:
+        """The tokens and targets of one document."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        place = index - int(self.starts[part])
+        tokens, targets = (
+            values[offsets[place] : offsets[place + 1]]
+            for values, offsets in (self.tokens[part], self.targets[part])
+        )
+        return Side(tokens, targets.view(bool), int(self.prompts[index]))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of whole documents: row i holds `documents[starts[i] : starts[i + 1]]`."""
+
+    documents: Int64[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " m"]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, index: int) -> Int64[np.ndarray, " k"]:
+        """Indices of the documents in one row."""
+        return self.documents[self.starts[index] : self.starts[index + 1]]
+
+
+def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
+    """Pack documents into rows of `width` tokens, the longest first, each where it leaves least.
+
+    Every document is in exactly one row, whole. The result depends on the arguments alone: equal
+    lengths keep their order, and of rows with equal room the oldest is filled, as in TRL's "bfd"
+    (arXiv 2404.10830).
+
+    Raises:
+        ValueError: for a document that is empty or longer than a row.
+    """
+    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= width:
+        raise ValueError(f"documents must have 1 to {width} tokens")
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    rows: list[list[int]] = []
+    # The rows with so much room, the oldest first. Which rooms occur is a set of bits, so that the
+    # least one that suffices is found at once.
+    by_room: dict[int, list[int]] = {}
+    rooms = 0
+    for index in order.tolist():
+        length = int(lengths[index])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = heapq.heappop(by_room[room])
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = width, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        left = room - length
+        if left:
+            heapq.heappush(by_room.setdefault(left, []), row)
+            rooms |= 1 << left
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Packing(np.array([i for row in rows for i in row], np.int64), starts)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised rows; one of them is a document, several packed ones, or the two sides of a pair.
+
+    Attributes:
+        kind: sequences, pairs or labelled.
+        store: the documents; the sides of a pair follow each other.
+        places: how each source writes the place of a row, before its number.
+        identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
+        weighted: whether batches say how much each pair counts.
+        figures: rows read, examples kept, dropped and truncated, tokens, targets ...
+    """
+
+    kind: Kind
+    store: TokenStore
+    places: tuple[str, ...]
+    identity: str
+    figures: dict[str, int]
+    pad_id: int
+    max_length: int
+    multiple: int
+    packing: Packing | None = None
+    weighted: bool = False
+
+    def __len__(self) -> int:
+        if self.packing is not None:
+            return len(self.packing)
+        return len(self.store) // self._sides
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, without padding; of a pair, those of the longer side."""
+        if self.packing is not None:
+            return np.add.reduceat(
+                self.store.lengths[self.packing.documents], self.packing.starts[:-1]
+            )
+        return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+
+    def fitting(self, vocabulary: int) -> "Data":
+        """This data for a model of so many tokens: padding, which no token sees, is one of them.
+
+        Raises:
+            InputError: where a document holds a token that the model does not have.
+        """
+        largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {largest}, and the model has {vocabulary}, from 0 on; "
+                "it is the tokenizer of another model"
+            )
+        return self if self.pad_id < vocabulary else replace(self, pad_id=0)
+
+    def names(self, index: int) -> list[str]:
+        """Where the documents of a row stand, as "FILE line N"."""
+        documents = [index * self._sides] if self.packing is None else self.packing.row(index)
+        return [
+            f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
+        ]
+
+    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
+        """The rows at these indices, padded on the right; of them, those in `part`.
+
+        `tokens` int32, `targets` bool and `segments` int32 [B, X], or [B, 2, X] for pairs and
+        labelled rows, whose second side is the response of the row before in the batch (TRL's KTO
+        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these, and
+        `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
+        in `part`.
+        """
+        rows = [self._row(int(index)) for index in indices]
+        if self.kind == "labelled":
+            before = [rows[-1], *rows[:-1]]
+            rows = [
+                [own, [self._mismatched(own[0], other[0])]]
+                for (own,), (other,) in zip(rows, before, strict=True)
+            ]
+        longest = max(sum(map(len, segments)) for row in rows for segments in row)
+        width = min(-(-longest // self.multiple) * self.multiple, self.max_length)
+        batch = lay_out(rows[part], width, self.pad_id)
+        if self.kind == "sequences":
+            batch = {name: array[:, 0] for name, array in batch.items()}
+        if self.kind == "labelled":
+            batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
+        if self.weighted:
+            batch["weights"] = self.store.weights[:: self._sides][np.asarray(indices)][part]
+        return batch
+
+    def _row(self, index: int) -> list[list[Side]]:
+        """The sides of a row, each with its segments."""
+        if self.packing is not None:
+            return [[self.store.side(int(one)) for one in self.packing.row(index)]]
+        first = index * self._sides
+        return [[self.store.side(first + side)] for side in range(self._sides)]
+
+    def _mismatched(self, own: Side, other: Side) -> Side:
+        tokens = np.concatenate([own.tokens[: own.prompt], other.tokens[other.prompt :]])
+        targets = np.arange(len(tokens)) >= max(own.prompt, 1)
+        return Side(tokens[: self.max_length], targets[: self.max_length], own.prompt)
+
+    @property
+    def _sides(self) -> int:
+        return 2 if self.kind == "pairs" else 1
+
+
+def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -> Batch:
+    """Rows of sides of segments as `tokens`, `targets` and `segments` [B, sides, width]."""
+    shape = (len(rows), len(rows[0]), width)
+    tokens = np.full(shape, pad_id, np.int32)
+    targets, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
+    for i, row in enumerate(rows):
+        for j, side in enumerate(row):
+            start = 0
+            for number, segment in enumerate(side, start=1):
+                place = (i, j, slice(start, start + len(segment)))
+                tokens[place], targets[place] = segment.tokens, segment.targets
+                segments[place] = number
+                start += len(segment)
+    return {"tokens": tokens, "targets": targets, "segments": segments}
+
+
 @runtime_checkable
 class Rows(Protocol):
     """What batches are made of."""
@@ -116,7 +377,8 @@ class Batches:
     that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
     takes: as wide as the whole batch and made from all of it.
 
-    Raises ValueError where `part` has no rows, or "drop" leaves no batch.
+    Raises:
+        ValueError: where `part` has no rows, or "drop" leaves no batch.
     """
 
     data: Rows
@@ -164,13 +426,6 @@ class Batches:
         return [name for index in self.indices(step) for name in self.data.names(int(index))]
 
 
-def in_order(data: Rows, rows: int) -> Iterator[Batch]:
-    """Every row of the data once, in its order, `rows` at a time; the last batch may be smaller."""
-    for start in range(0, len(data), rows):
-        indices = np.arange(start, min(start + rows, len(data)))
-        yield data.at(indices, slice(0, len(indices)))
-
-
 @dataclass(frozen=True)
 class Part:
     """Some rows of data, in the order of `rows`; itself data for batches."""
@@ -204,7 +459,8 @@ class Part:
 def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
     """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
 
-    Raises InputError where no row would be left.
+    Raises:
+        InputError: where no row would be left.
     """
     if not 0 < count < len(data):
         raise InputError(
@@ -212,81 +468,3 @@ def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
         )
     drawn = np.random.default_rng((seed, 2)).permutation(len(data))
     return Part(data, np.sort(drawn[count:])), Part(data, np.sort(drawn[:count]))
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Rows of whole documents: row i holds `documents[starts[i] : starts[i + 1]]`."""
-
-    documents: Int64[np.ndarray, " n"]
-    starts: Int64[np.ndarray, " m"]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def row(self, index: int) -> Int64[np.ndarray, " k"]:
-        """Indices of the documents in one row."""
-        return self.documents[self.starts[index] : self.starts[index + 1]]
-
-
-def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
-    """Pack documents into rows of `width` tokens, the longest first, each where it leaves least.
-
-    Every document is in exactly one row, whole. The result depends on the arguments alone: equal
-    lengths keep their order, and of rows with equal room the oldest is filled, as in TRL's "bfd"
-    (arXiv 2404.10830). Raises ValueError for a document that is empty or longer than a row.
-    """
-    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= width:
-        raise ValueError(f"documents must have 1 to {width} tokens")
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    rows: list[list[int]] = []
-    # The rows with so much room, the oldest first. Which rooms occur is a set of bits, so that the
-    # least one that suffices is found at once.
-    by_room: dict[int, list[int]] = {}
-    rooms = 0
-    for index in order.tolist():
-        length = int(lengths[index])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = heapq.heappop(by_room[room])
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = width, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        left = room - length
-        if left:
-            heapq.heappush(by_room.setdefault(left, []), row)
-            rooms |= 1 << left
-    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Packing(np.array([i for row in rows for i in row], np.int64), starts)
-
-
-SMALLEST_BUCKET = 16
-
-
-def bucket(length: int) -> int:
-    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
-
-    It holds all of the prompt but its last token.
-    """
-    return power_of_two(length - 1, SMALLEST_BUCKET)
-
-
-def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
-    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
-
-    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
-    """
-    grouped: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        grouped.setdefault(bucket(length), []).append(index)
-    joined: dict[int, list[int]] = {}
-    few: list[int] = []
-    for capacity, members in sorted(grouped.items()):
-        few = sorted(few + members)
-        if len(few) >= slots or capacity == max(grouped):
-            joined[capacity], few = few, []
-    return joined

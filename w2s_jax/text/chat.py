@@ -129,7 +129,9 @@ class TimeUp(Exception):
 def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
     """The tokenizer's apply_chat_template within TEMPLATE_SECONDS.
 
-    Raises TimeUp, and whatever the template raises, which is a program and may raise anything.
+    Raises:
+        TimeUp: where it takes longer.
+        Exception: whatever the template raises, which is a program.
     """
     with within(TEMPLATE_SECONDS):
         return tokenizer.apply_chat_template(list(turns), **options)
@@ -170,7 +172,11 @@ _NAMES = ("auto", "none", "chat", *TEMPLATES)
 
 
 def read_template_args(text: str, where: str) -> dict[str, Any]:
-    """Values for chat templates from a JSON object. Raises InputError, beginning with `where`."""
+    """Values for chat templates from a JSON object.
+
+    Raises:
+        InputError: beginning with `where`, for anything else.
+    """
     try:
         args = json.loads(text)
     except ValueError as error:
@@ -195,6 +201,9 @@ class Template:
     does so by default, and the published code. Contents from people who are not trusted can
     therefore close a turn and open another one; filter them before.
 
+    What renders or encodes raises InputError for messages where the template takes none, and for a
+    template that fails.
+
     Attributes:
         tokenizer: any transformers tokenizer.
         name: auto, none, chat, a published name, or the path of a .jinja file.
@@ -210,39 +219,22 @@ class Template:
     args: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def render(self, conversation: Conversation) -> str:
-        """The text that the response follows.
-
-        Raises InputError for messages where this takes none, and for a template that fails.
-        """
+        """The text that the response follows."""
         check_kind("a template", conversation, Conversation, "a Conversation")
         if self.as_it_stands(conversation):
             assert conversation.text is not None
             return conversation.text
-        if self.name == "none":
-            raise InputError(
-                f"{self.where}: {self.name} takes text only, and the row holds messages or an "
-                "instruction; use chat or a published template"
-            )
-        if self.jinja is None:
-            raise InputError(
-                f"{self.where}: the tokenizer has no chat template, which messages and "
-                f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
-            )
-        messages = conversation.messages or (Message("user", conversation.text or ""),)
-        args = conversation.template_args
-        return self._apply(self.jinja, messages, conversation.tools, args)
+        turns = conversation.turns("user")
+        return self._apply(turns, conversation.tools, conversation.template_args)
 
     def render_whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """The text of a finished conversation, without the opening of another answer.
 
-        For chat templates and files only: published templates always open an answer. Raises
-        InputError as `render` does.
+        For chat templates and files only: published templates always open an answer.
         """
         if self.name in PUBLISHED:
             raise ValueError(f"the template {self.name} writes no finished conversations")
-        if self.jinja is None:
-            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, tools, {}, opened=False)
+        return self._apply(messages, tools, opened=False)
 
     def reads(self, name: str) -> bool:
         """Whether the template names a value so, wherever it takes it from."""
@@ -257,23 +249,19 @@ class Template:
         marks: dict[str, str] = {}
         marked = []
         for index, message in enumerate(messages):
-            own = {
-                f"thought-{index}-in-{name}": name for name, _ in message.more if name in THOUGHTS
-            }
-            more = dict(message.more) | {name: mark for mark, name in own.items()}
-            marked.append(replace(message, more=tuple(more.items())))
-            marks |= own
+            own = {name: f"thought-{index}-in-{name}" for name in THOUGHTS}
+            more = tuple((name, own.get(name, value)) for name, value in message.more)
+            marks |= {own[name]: name for name, _ in more if name in own}
+            marked.append(replace(message, more=more))
         text = self.render_whole(marked, tools) if marks else ""
         return frozenset(name for mark, name in marks.items() if mark not in text)
 
     def render_begun(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation whose last message goes on. Raises InputError as `render`."""
-        if self.jinja is None:
-            return self.render(Conversation(messages=tuple(messages)))  # says what is missing
-        return self._apply(self.jinja, messages, (), {}, opened=False, continued=True)
+        """The text of a conversation whose last message goes on."""
+        return self._apply(messages, opened=False, continued=True)
 
     def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids of the rendered prompt; never empty. Raises InputError as `render` does."""
+        """Token ids of the rendered prompt; never empty."""
         prompt = self.render(conversation)
         if self.adds_special_tokens(conversation, prompt):
             return encode_prompt(self.tokenizer, prompt)
@@ -287,7 +275,7 @@ class Template:
         The tokens that one has in common with `encode(conversation)` at its start are the prompt's,
         and all further ones the response's: where the border falls inside a token, that token is
         the response's, as in the published code. No EOS is at the end unless the response spells
-        it. Raises InputError as `render` does.
+        it.
         """
         if not responses:
             return []
@@ -330,15 +318,28 @@ class Template:
 
     def _apply(
         self,
-        jinja: str,
         messages: Sequence[Message],
-        tools: Sequence[Any],
-        args: Mapping[str, Any],
+        tools: Sequence[Any] = (),
+        args: Mapping[str, Any] | None = None,
         *,
         opened: bool = True,
         continued: bool = False,
     ) -> str:
-        args = {**self.args, **args}
+        """What the template writes.
+
+        opened: with the opening of another answer. continued: as if the last message goes on.
+        """
+        if self.name == "none":
+            raise InputError(
+                f"{self.where}: {self.name} takes text only, and the row holds messages or an "
+                "instruction; use chat or a published template"
+            )
+        if self.jinja is None:
+            raise InputError(
+                f"{self.where}: the tokenizer has no chat template, which messages and "
+                f"instructions need; name a .jinja file or one of {', '.join(TEMPLATES)}"
+            )
+        args = {**self.args, **(args or {})}
         named = signature(self.tokenizer.apply_chat_template).parameters
         taken = {"messages", *named}.intersection(args)
         if taken:
@@ -350,7 +351,7 @@ class Template:
                 self.tokenizer,
                 [message.turn for message in messages],
                 tools=list(tools) or None,
-                chat_template=jinja,
+                chat_template=self.jinja,
                 tokenize=False,
                 add_generation_prompt=opened,
                 continue_final_message=continued,
@@ -360,14 +361,12 @@ class Template:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{self.where}: the chat template fails: {reason}") from error
         calls = [call for one in messages for call in dict(one.more).get("tool_calls", ())]
-        unread = next(
-            (f for f in map(function_of, (*tools, *calls)) if f["name"] not in text), None
-        )
-        if unread is not None:
-            raise InputError(
-                f"{self.where}: the chat template does not write the tool {unread['name']!r}; take "
-                "one that writes tools and their calls"
-            )
+        for name in (function_of(tool)["name"] for tool in (*tools, *calls)):
+            if name not in text:
+                raise InputError(
+                    f"{self.where}: the chat template does not write the tool {name!r}; take one "
+                    "that writes tools and their calls"
+                )
         return text
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
@@ -389,16 +388,17 @@ def load_template(
     TEMPLATES or a path that ends in .jinja does the same with another template. args: values that
     the template may read.
 
-    Raises InputError, beginning with `where` (a flag, say), for an unknown name, a file that cannot
-    be read, a template that is not jinja, and for chat where the tokenizer has no template.
+    Raises:
+        InputError: beginning with `where` (a flag, say), for an unknown name, a file that
+            cannot be read, a template that is not jinja, and for chat where the tokenizer has
+            no template.
     """
     if name in PUBLISHED:
         return Template(tokenizer, name, PUBLISHED[name].jinja, where, args or {})
     if Path(name).suffix == ".jinja":
-        template = Template(tokenizer, name, _read(name, where), where, args or {})
+        jinja: str | None = _read(name, where)
     elif name in _NAMES:
         jinja = _chat_template(tokenizer, name, where)
-        template = Template(tokenizer, name, jinja, where, args or {})
     else:
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f", perhaps {near[0]}" if near else ""
@@ -406,7 +406,8 @@ def load_template(
             f"{where}: no template {name!r}{hint}; it takes a .jinja file or one of "
             f"{', '.join(_NAMES)}"
         )
-    _check_powers(template.jinja or "", where)
+    template = Template(tokenizer, name, jinja, where, args or {})
+    _check_powers(jinja or "", where)
     if name != "auto":  # whose rows may never need the tokenizer's template
         _check_syntax(template)
     return template
@@ -418,8 +419,10 @@ def renderer(
     """How conversations are written for a model whose tokenizer is not here, behind an API.
 
     auto and none take texts as they stand; the other names are those of `load_template`, without
-    chat. BOS is left out at the start: servers put it there. Raises InputError as `load_template`
-    does, and so does what is returned, as `Template.render`.
+    chat. BOS is left out at the start: servers put it there.
+
+    Raises:
+        InputError: as `load_template` does, and so does what is returned, as `Template.render`.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

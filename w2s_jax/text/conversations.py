@@ -58,6 +58,10 @@ class Conversation:
         if (self.text is None) == (not self.messages):
             raise ValueError("a conversation is either a text or messages")
 
+    def turns(self, role: str) -> tuple[Message, ...]:
+        """The messages; of a text, one of this role."""
+        return self.messages or (Message(role, self.text or ""),)
+
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
@@ -69,7 +73,8 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     turn of the assistant's is left out: like "output", it is what somebody else answered. Messages
     may call the row's "tools" (`tools_of`). A field that is null counts as absent.
 
-    Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
+    Raises:
+        InputError: beginning with `where`, unless exactly one of the four is there and sound.
     """
     fields = [field for field in _FIELDS if row.get(field) is not None]
     if not fields:
@@ -89,22 +94,47 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
         if tools:
             raise InputError(f'{where}: "tools" beside a text; they need messages')
         return Conversation(text=value)
-    if field == "conversations" and isinstance(value, list | tuple):
+    place = f'{where}: "{field}"'
+    if field == "conversations":
         turns = shared_turns(row, where)
-        asked = turns[:-1] if turns[-1].role == "assistant" and len(turns) > 1 else turns
-        return Conversation(messages=_ended(asked, f'{where}: "{field}"'), tools=tools)
-    if isinstance(value, list | tuple):
-        messages = messages_of(value, f'{where}: "{field}"')
-        return Conversation(messages=_ended(messages, f'{where}: "{field}"'), tools=tools)
-    takes = "text or a list of messages" if field == "prompt" else "a list of messages"
-    raise InputError(f'{where}: "{field}" is {type(value).__name__}; it takes {takes}')
+        turns = turns[:-1] if turns[-1].role == "assistant" and len(turns) > 1 else turns
+    else:
+        takes = "text or a list of messages" if field == "prompt" else "a list of messages"
+        turns = messages_of(value, place, takes)
+    if turns[-1].role not in ("user", "tool"):
+        raise InputError(
+            f"{place} ends with a message of role {turns[-1].role}; the last one must be the "
+            "user's, since the response answers it"
+        )
+    return Conversation(messages=turns, tools=tools)
 
 
-def messages_of(value: Sequence[Any], where: str) -> tuple[Message, ...]:
-    """The messages of a list, whoever speaks last. Raises InputError, beginning with `where`."""
+def messages_of(
+    value: Any, where: str, takes: str = "a list of messages"
+) -> tuple[Message, ...]:  # fmt: skip
+    """The messages of a list, whoever speaks last.
+
+    Raises:
+        InputError: beginning with `where`, for messages that are not sound, and for what is no
+            list, which says what it `takes`.
+    """
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where} is {type(value).__name__}; it takes {takes}")
     if not value:
         raise InputError(f"{where} is empty; it takes messages such as {_MESSAGE}")
     return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text of a row's column, empty where it is null or not there.
+
+    Raises:
+        InputError: beginning with `where`, for what is no text.
+    """
+    value = row.get(column)
+    if not isinstance(value, str | None):
+        raise InputError(f'{where}: "{column}" is {type(value).__name__}; it takes text')
+    return value or ""
 
 
 def unread_fields(value: Any) -> set[str]:
@@ -132,22 +162,21 @@ def tagged(item: Any) -> Any:
 def shared_turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
-    value, place = row["conversations"], f'{where}: "conversations"'
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{place} is {type(value).__name__}; it takes a list of messages")
-    turns = messages_of([tagged(item) for item in value], place)
-    system = row.get("system")
-    if not isinstance(system, str | None):
-        raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
+    value = row["conversations"]
+    items = [tagged(item) for item in value] if isinstance(value, list | tuple) else value
+    turns = messages_of(items, f'{where}: "conversations"')
+    system = text_in(row, "system", where)
     return (Message("system", system), *turns) if system and turns[0].role != "system" else turns
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
 
-    Raises InputError, beginning with `where`, for anything else.
+    Raises:
+        InputError: beginning with `where`, for anything else.
     """
     tools = _json(row.get("tools")) or ()
     if not isinstance(tools, list | tuple) or not all(function_of(one) for one in tools):
@@ -175,8 +204,9 @@ def _json(value: Any) -> Any:
 def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
     """The rows with the named field as their "prompt" too; as they are where none is named.
 
-    Raises InputError, naming the row as "SOURCE NUMBER", where the field is missing or the row has
-    another prompt beside it.
+    Raises:
+        InputError: naming the row as "SOURCE NUMBER", where the field is missing or the row has
+            another prompt beside it.
     """
     if field is None or field == "prompt":
         return list(rows)
@@ -217,11 +247,10 @@ def plain(conversation: Conversation) -> str:
 def turns_before(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """What goes before an Alpaca row's instruction: its "system", its "history" of pairs.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
-    system, history = row.get("system") or "", row.get("history") or ()
-    if not isinstance(system, str):
-        raise InputError(f'{where}: "system" is {type(system).__name__}; it takes text')
+    system, history = text_in(row, "system", where), row.get("history") or ()
     turns = [Message("system", system)] if system else []
     for turn in history if isinstance(history, list | tuple) else (None,):
         if not (isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str]):
@@ -245,21 +274,8 @@ def _check_beside(field: str, row: Mapping[str, Any], where: str) -> None:
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> str:
-    for name in ("instruction", "input"):
-        value = row.get(name)
-        if not isinstance(value, str | None):
-            raise InputError(f'{where}: "{name}" is {type(value).__name__}; it takes text')
-    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-
-
-def _ended(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """The messages, which the user must end."""
-    if messages[-1].role not in ("user", "tool"):
-        raise InputError(
-            f"{where} ends with a message of role {messages[-1].role}; the last one must be the "
-            "user's, since the response answers it"
-        )
-    return messages
+    asked, more = text_in(row, "instruction", where), text_in(row, "input", where)
+    return f"{asked}\n\n{more}" if more else asked
 
 
 def _message(item: Any, where: str) -> Message:

@@ -5,11 +5,12 @@ no file.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.batches import Kind
 from w2s_jax.text.conversations import (
     Conversation,
     Message,
@@ -17,12 +18,12 @@ from w2s_jax.text.conversations import (
     messages_of,
     shared_turns,
     tagged,
+    text_in,
     tools_of,
     turns_before,
     unread_fields,
 )
 
-Kind = Literal["sequences", "pairs", "labelled"]
 Format = Literal[
     "auto", "text", "messages", "prompt-completion", "labelled", "preference", "responses",
     "alpaca", "sharegpt",
@@ -55,7 +56,8 @@ class Example:
 class Reader:
     """What turns rows of one format into examples: (row, where it stands) → examples.
 
-    Raises InputError, beginning with that place, for a row that is not sound.
+    Raises:
+        InputError: beginning with that place, for a row that is not sound.
     """
 
     kind: Kind
@@ -100,8 +102,11 @@ def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Read
 
     auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
     response, and `labelled` both of its responses; a labelled row gives `sequences` nothing where
-    its response is not wanted. Raises InputError, beginning with `where`, which names the columns
-    that are missing and those found.
+    its response is not wanted.
+
+    Raises:
+        InputError: beginning with `where`, which names the columns that are missing and those
+            found.
     """
     known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
     if not known:
@@ -153,13 +158,12 @@ def _names(columns: Iterable[str]) -> str:
 
 
 def _parse_text(row: Row, where: str) -> Example:
-    text = Conversation(text=_text(row, "text", where))
+    text = Conversation(text=text_in(row, "text", where))
     return Example(None, (text,), "all")
 
 
 def _parse_messages(row: Row, where: str) -> Example:
-    place = f'{where}: "messages"'
-    messages = messages_of(_list(row["messages"], place), place)
+    messages = messages_of(row["messages"], f'{where}: "messages"')
     whole = Conversation(messages=messages, tools=tools_of(row, where))
     return Example(None, (whole,), "all")
 
@@ -183,7 +187,7 @@ def _parse_preference(row: Row, where: str) -> Example:
         return _pair(_prompt(row, where), *sides, where)
     if not both[0]:
         _check_beside(row, where)
-        texts = _text(row, "chosen", where), _text(row, "rejected", where)
+        texts = text_in(row, "chosen", where), text_in(row, "rejected", where)
         start, *ends = _split_texts(*texts)
         return _pair(Conversation(text=start), ends[0], ends[1], where)
     answers = [
@@ -191,7 +195,7 @@ def _parse_preference(row: Row, where: str) -> Example:
     ]
     if "prompt" in row and all(answer[0].role == "assistant" for answer in answers):
         return _pair(_prompt(row, where), *sides, where)
-    shared = min(_common(*answers), *(len(answer) - 1 for answer in answers))
+    shared = min(common_length(*answers), *(len(answer) - 1 for answer in answers))
     if not shared:
         raise InputError(f'{where}: no "prompt", and "chosen" and "rejected" begin differently')
     asked = _agreed(row, answers[0][:shared], where)
@@ -212,7 +216,7 @@ def _agreed(row: Row, shared: tuple[Message, ...], where: str) -> tuple[Message,
     elif value is None:
         return shared
     else:
-        own = messages_of(_list(value, f'{where}: "prompt"'), f'{where}: "prompt"')
+        own = messages_of(value, f'{where}: "prompt"')
         system = own[:1] if own[0].role == "system" != shared[0].role else ()
         if own[len(system) :] == shared[: len(own) - len(system)]:
             return (*system, *shared)
@@ -254,14 +258,14 @@ def _parse_responses(row: Row, where: str) -> Example:
 
 def _parse_alpaca(row: Row, where: str) -> Example:
     """LLaMA-Factory's: instruction, and on a line below it input; system; history."""
-    asked = [_text(row, column, where) for column in ("instruction", "input") if row.get(column)]
+    asked = [text_in(row, column, where) for column in ("instruction", "input") if row.get(column)]
     turns = (*turns_before(row, where), Message("user", "\n".join(asked)))
     return _answered(Conversation(messages=turns), row, where)
 
 
 def _parse_content(row: Row, where: str) -> Example:
     """The published sets of arXiv 2407.13647: a rendered prompt as content, and output."""
-    prompt = Conversation(text=_text(row, "content", where))
+    prompt = Conversation(text=text_in(row, "content", where))
     return _behind(prompt, {"output": row["output"]}, where)
 
 
@@ -274,11 +278,9 @@ def _parse_sharegpt(row: Row, where: str) -> Example:
     if turns[-1].role != "assistant" or len(turns) < 2:
         raise InputError(f"{place} must end with gpt's answer to what came before")
     if "kto_tag" in row:
-        prompt, answer = (
-            Conversation(messages=turns[:-1], tools=tools),
-            Conversation(messages=turns[-1:]),
-        )
-        return Example(prompt, (answer,), "completion", _label(row["kto_tag"], f"{where}: kto_tag"))
+        prompt = Conversation(messages=turns[:-1], tools=tools)
+        label = _label(row["kto_tag"], f"{where}: kto_tag")
+        return Example(prompt, (Conversation(messages=turns[-1:]),), "completion", label)
     return Example(None, (Conversation(messages=turns, tools=tools),), "assistant")
 
 
@@ -381,30 +383,17 @@ def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The common beginning and both ends; a space at the border goes to the ends, as in TRL."""
-    shared = _common(chosen, rejected)
+    shared = common_length(chosen, rejected)
     if 0 < shared < min(len(chosen), len(rejected)) and chosen[shared - 1] == " ":
         shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _common(one: Any, other: Any) -> int:
-    """How many items two sequences have in common at their start."""
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences share at their start; of tokens, TRL's common_prefix_length."""
     pairs = enumerate(zip(one, other, strict=False))
     differs = (index for index, (left, right) in pairs if left != right)
     return next(differs, min(len(one), len(other)))
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise InputError(f'{where}: "{column}" is {type(value).__name__}; it takes text')
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{where} is {type(value).__name__}; it takes a list of messages")
-    return list(value)
 
 
 def _label(value: Any, where: str) -> bool:

@@ -13,10 +13,13 @@ INCOMPLETE = "\ufffd"
 """How tokenizers write the bytes of a character that is not complete yet."""
 
 CONTEXT = 64
-"""A response is decoded behind at most this many of its prompt's last tokens."""
+"""Text is decoded behind at most this many of the tokens before it.
+
+The same number wherever a response is read, so that its text is the same in scores, traces and
+outputs.
+"""
 
 _logger = logging.getLogger(__name__)
-_TOKEN_CONTEXT = 16
 _ESCAPE = re.compile(r"\\[ntr](?![A-Za-z])")
 # Bytes of the longest character in UTF-8; each may be a token of its own.
 _LONGEST_CHARACTER = 4
@@ -109,23 +112,6 @@ def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
     )
 
 
-def response_text(
-    tokenizer: Any,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    finished: bool,
-    stop: Sequence[str] = (),
-    behind: Sequence[int] = (),
-    eos_ids: Sequence[int] = (),
-) -> str:
-    """The text of a response: the first that `response_end` gives for the same arguments."""
-    text, _ = response_end(
-        tokenizer, prompt, tokens, finished=finished, stop=stop, behind=behind, eos_ids=eos_ids
-    )
-    return text
-
-
 def response_end(
     tokenizer: Any,
     prompt: Sequence[int],
@@ -176,7 +162,7 @@ def token_texts(
     A character that several tokens write belongs to the last of them.
     """
     texts: list[str] = []
-    before = list(prompt[-_TOKEN_CONTEXT:])
+    before = list(prompt[-CONTEXT:])
     waiting: list[int] = []
     for token in tokens:
         waiting.append(token)
@@ -185,7 +171,7 @@ def token_texts(
             texts.append("")
             continue
         texts.append(text)
-        before, waiting = [*before, *waiting][-_TOKEN_CONTEXT:], []
+        before, waiting = [*before, *waiting][-CONTEXT:], []
     return texts
 
 

@@ -6,6 +6,8 @@ written appear whole or not at all.
 """
 
 import codecs
+import contextlib
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -16,7 +18,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +30,11 @@ from w2s_jax.errors import InputError, check_fetched
 def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
     """Write parts, one after the other, to a file that a kill at any moment leaves old or new.
 
-    Makes the file's folder. Raises InputError where it cannot be written; whatever else `parts`
-    raises leaves the file as it was.
+    Makes the file's folder.
+
+    Raises:
+        InputError: where it cannot be written; whatever else `parts` raises leaves the file as
+            it was.
     """
     path = Path(path)
     check_writable(path)
@@ -50,7 +55,8 @@ def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
 def check_writable(path: str | Path) -> None:
     """Make sure, before long work, that a file can be written at `path`; makes its folder.
 
-    Raises InputError where it cannot.
+    Raises:
+        InputError: where it cannot.
     """
     path = Path(path)
     try:
@@ -76,14 +82,55 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other runs off the output at `path` while the block runs.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        InputError: where another run holds it, and where no file can be made there.
+    """
+    path = Path(path)
+    check_writable(path)
+    # A file that is reached by a link is the same.
+    real = path.resolve()
+    lock = real.with_name(f".{real.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path}: another run is writing this output; wait for it, or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        InputError: where it cannot be read, or is a pointer of Git LFS.
+    """
+    check_fetched(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 Row = dict[str, Any]
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
     """All rows of a .jsonl, .jsonl.gz or .jsonl.xz file, in order.
 
-    Raises InputError for a missing, unreadable or empty file and, naming the line, for one that is
-    not a JSON object in UTF-8.
+    Raises:
+        InputError: for a missing, unreadable or empty file and, naming the line, for one that
+            is not a JSON object in UTF-8.
     """
     path = Path(path)
     return _parse_lines(path, _read(path))
@@ -92,8 +139,10 @@ def read_jsonl(path: str | Path) -> list[Row]:
 def read_rows(path: str | Path) -> tuple[list[Row], str]:
     """All rows of a file of JSON lines, or of one JSON array, and what its rows stand on.
 
-    The latter is "PATH line" or "PATH row", before a number from 1. Raises InputError as
-    `read_jsonl` does.
+    The latter is "PATH line" or "PATH row", before a number from 1.
+
+    Raises:
+        InputError: as `read_jsonl` does.
     """
     path = Path(path)
     data = _read(path)
@@ -114,7 +163,8 @@ def read_rows(path: str | Path) -> tuple[list[Row], str]:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows one a line, compressed as the suffix says; the file appears whole or not at all.
 
-    Raises InputError where the file cannot be written.
+    Raises:
+        InputError: where the file cannot be written.
     """
     path = Path(path)
     data = b"".join(json_line(row) for row in rows)
@@ -134,13 +184,18 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    check_fetched(path)
+    """What a file holds, without compression, as its suffix tells it, and a byte-order mark."""
+    data = read_bytes(path)
     try:
-        return _decompress(path, path.read_bytes()).removeprefix(codecs.BOM_UTF8)
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        elif path.suffix == ".xz":
+            data = lzma.decompress(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: not a sound {path.suffix} file ({error})") from None
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _parse_lines(path: Path, data: bytes) -> list[Row]:
@@ -148,12 +203,6 @@ def _parse_lines(path: Path, data: bytes) -> list[Row]:
     if lines == [b""]:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _decompress(path: Path, data: bytes) -> bytes:
-    if path.suffix == ".gz":
-        return gzip.decompress(data)
-    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def _parse(line: bytes, where: str) -> Row:
@@ -208,7 +257,11 @@ class Source:
     last: str = "100%"
 
     def rows(self) -> tuple[Table, range]:
-        """All rows, and the indices of those that count. Raises InputError where there is none."""
+        """All rows, and the indices of those that count.
+
+        Raises:
+            InputError: where there is none.
+        """
         rows = self.read()
         first, last = (_index(bound, len(rows)) for bound in (self.first, self.last))
         if first >= last:
@@ -225,8 +278,10 @@ def open_source(name: str, *, split: str = "train") -> Source:
     """The file, folder or data set of this name.
 
     A data set of the hub is ID or ID:CONFIG. `split` is its split, or a folder's, and may take a
-    part of the rows, of files too: train[:90%], train[500:]. Raises InputError for a name that is
-    nothing of this, and for a split that is not there.
+    part of the rows, of files too: train[:90%], train[500:].
+
+    Raises:
+        InputError: for a name that is nothing of this, and for a split that is not there.
     """
     path = Path(name).expanduser()
     asked = _SPLIT.fullmatch(split)

@@ -4,18 +4,19 @@ Text goes through text/chat.py's templates; rows, files and batches are elsewher
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.batches import Side
 from w2s_jax.text.chat import PUBLISHED, Template, apply_template
 from w2s_jax.text.conversations import Conversation, Message
-from w2s_jax.text.examples import Example
+from w2s_jax.text.examples import Example, common_length
 from w2s_jax.text.prompts import encode_prompt, tokens_behind
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
@@ -23,22 +24,6 @@ Spans = list[tuple[int, int]]
 
 _THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Side:
-    """A prompt with one response behind it.
-
-    `targets` is True on tokens whose log-probs count, never on the first one; the first `prompt`
-    tokens are the prompt's.
-    """
-
-    tokens: Int32[np.ndarray, " X"]
-    targets: Bool[np.ndarray, " X"]
-    prompt: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -88,22 +73,22 @@ def encode(
     the template's {% generation %} marks, or by how the beginnings of the conversation are written.
     append_eos puts EOS, or a published template's end token, behind what does not end so.
 
-    Raises InputError, beginning with the place, for what the template or the tokenizer refuses.
+    Raises:
+        InputError: beginning with the place, for what the template or the tokenizer refuses.
     """
+    losses = [example.loss if loss_on == "auto" else loss_on for example in examples]
     rendered = []
-    for example, place in zip(examples, places, strict=True):
-        loss = example.loss if loss_on == "auto" else loss_on
+    for example, loss, place in zip(examples, losses, places, strict=True):
         try:
             one = _render(template, example, loss)
-            rendered.append(one if append_eos else replace(one, end=None))
-            for text in rendered[-1].sides:
+            for text in one.sides:
                 text.encode()
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
         except UnicodeEncodeError as error:
             raise InputError(f"{place}: not text: {error.reason}") from None
+        rendered.append(one if append_eos else replace(one, end=None))
     found = _tokenize(template.tokenizer, rendered)
-    losses = (example.loss if loss_on == "auto" else loss_on for example in examples)
     return [
         _encoded(template.tokenizer, one, found, loss)
         for one, loss in zip(rendered, losses, strict=True)
@@ -127,7 +112,10 @@ def shorten(encoded: Encoded, max_length: int, policy: Truncation) -> list[Encod
         starts = range(0, len(side), max_length)
         parts = [Encoded((_part(side, start, max_length),), encoded.merged) for start in starts]
         return [part for part in parts if _counts(part)]
-    cut = _cut(encoded.sides, max_length) if policy == "keep_response" else 0
+    cut = 0
+    if policy == "keep_response":  # of the prompt one token stays, for the response to follow
+        over = (min(len(side) - max_length, side.prompt - 1) for side in encoded.sides)
+        cut = max(0, *over)
     sides = tuple(
         _part(side, len(side) - max_length if policy == "keep_end" else cut, max_length)
         if len(side) > max_length or cut
@@ -136,11 +124,6 @@ def shorten(encoded: Encoded, max_length: int, policy: Truncation) -> list[Encod
     )
     short = replace(encoded, sides=sides)
     return [short] if _counts(short) else []
-
-
-def _cut(sides: Iterable[Side], max_length: int) -> int:
-    """How many of the prompt's tokens to leave out; one stays, for the response to follow."""
-    return max(max(0, min(len(side) - max_length, side.prompt - 1)) for side in sides)
 
 
 def _part(side: Side, start: int, length: int) -> Side:
@@ -171,24 +154,28 @@ def _render(template: Template, example: Example, loss: str) -> _Rendered:
         sides = tuple(start + text for text in texts)
         special = not (bos and sides[0].startswith(bos))
         return _Rendered(None if prompt is None else start, sides, special, _end(template))
-    before = _messages(prompt, "user") if prompt else ()
+    before = prompt.turns("user") if prompt else ()
     tools = (prompt or responses[0]).tools
-    written = None
-    if prompt is not None:
-        written = template.render(Conversation(messages=before, tools=tools))
-    wholes = [(*before, *_messages(response, "assistant")) for response in responses]
-    marked = loss == "assistant"
+    written = template.render(Conversation(messages=before, tools=tools)) if prompt else None
+    wholes = [(*before, *response.turns("assistant")) for response in responses]
+    special, unwritten = False, frozenset[str]()
     if template.name in PUBLISHED:
-        return _render_published(template, written, wholes, tools, marked)
-    unwritten = frozenset[str]().union(*(template.unwritten(whole, tools) for whole in wholes))
-    if marked and template.jinja and _GENERATION.search(template.jinja):
-        ready = tuple(_by_generation(template, whole, tools) for whole in wholes)
-        empty = ("",) * len(wholes)
-        return _Rendered(written, empty, False, None, ready=ready, unwritten=unwritten)
-    sides = tuple(template.render_whole(whole, tools) for whole in wholes)
-    spans = zip(wholes, sides, strict=True)
-    marks = tuple(_answers(template, *one, tools) for one in spans) if marked else None
-    return _Rendered(written, sides, False, None, marks, unwritten=unwritten)
+        sides = tuple(_published(template, whole, tools) for whole in wholes)
+        asked = Conversation(messages=wholes[0][:1])
+        special = template.adds_special_tokens(asked, sides[0])
+    else:
+        unwritten = unwritten.union(*(template.unwritten(whole, tools) for whole in wholes))
+        if loss == "assistant" and template.jinja and _GENERATION.search(template.jinja):
+            ready = tuple(_by_generation(template, whole, tools) for whole in wholes)
+            empty = ("",) * len(wholes)
+            return _Rendered(written, empty, False, None, ready=ready, unwritten=unwritten)
+        sides = tuple(template.render_whole(whole, tools) for whole in wholes)
+    spans = None
+    if loss == "assistant":
+        both = zip(wholes, sides, strict=True)
+        spans = tuple(_answers(template, whole, text, tools) for whole, text in both)
+    end = _end(template) if template.name in PUBLISHED else None
+    return _Rendered(written, sides, special, end, spans, unwritten=unwritten)
 
 
 def _last_answer(example: Example) -> Example:
@@ -203,29 +190,17 @@ def _last_answer(example: Example) -> Example:
     return Example(before, (last,), "completion")
 
 
-def _render_published(
-    template: Template,
-    written: str | None,
-    wholes: Sequence[Sequence[Message]],
-    tools: Sequence[Any],
-    marked: bool,
-) -> _Rendered:
-    sides = []
-    for whole in wholes:
-        if whole[-1].role != "assistant":
-            raise InputError("a conversation must end with what the assistant says")
-        if tools or any(message.more for message in whole):
-            raise InputError(
-                f"the template {template.name} writes no tools and no more than contents of "
-                "messages; take the tokenizer's own, or a .jinja file"
-            )
-        opened = Conversation(messages=tuple(whole[:-1])) if whole[:-1] else None
-        sides.append((template.render(opened) if opened else "") + whole[-1].content)
-    asked = Conversation(messages=tuple(wholes[0][:1]))
-    special = template.adds_special_tokens(asked, sides[0])
-    spans = zip(wholes, sides, strict=True)
-    marks = tuple(_answers(template, *one, tools) for one in spans) if marked else None
-    return _Rendered(written, tuple(sides), special, _end(template), marks)
+def _published(template: Template, whole: Sequence[Message], tools: Sequence[Any]) -> str:
+    """A conversation up to its last answer, as a published template writes it."""
+    if whole[-1].role != "assistant":
+        raise InputError("a conversation must end with what the assistant says")
+    if tools or any(message.more for message in whole):
+        raise InputError(
+            f"the template {template.name} writes no tools and no more than contents of "
+            "messages; take the tokenizer's own, or a .jinja file"
+        )
+    opened = template.render(Conversation(messages=tuple(whole[:-1]))) if whole[:-1] else ""
+    return opened + whole[-1].content
 
 
 def _answers(
@@ -300,10 +275,6 @@ def _by_generation(
     return list(found["input_ids"]), list(found["assistant_masks"])
 
 
-def _messages(conversation: Conversation, role: str) -> tuple[Message, ...]:
-    return conversation.messages or (Message(role, conversation.text or ""),)
-
-
 def _end(template: Template) -> int:
     if template.eos_id is None:
         raise InputError("the tokenizer has no EOS token to end a response with")
@@ -358,7 +329,7 @@ def _encoded(tokenizer: Any, one: _Rendered, found: dict, loss: str) -> Encoded:
         prompt = encode_prompt(tokenizer, "")
         rows = [[*prompt, *row] for row in rows]
         marks = [np.concatenate([np.zeros(len(prompt), bool), mark]) for mark in marks]
-    border = 0 if prompt is None else min(_common(prompt, row) for row in rows)
+    border = 0 if prompt is None else min(common_length(prompt, row) for row in rows)
     sides = []
     for index, row in enumerate(rows):
         if one.end is not None and not (len(row) > border and row[-1] == one.end):
@@ -379,9 +350,3 @@ def _inside(tokens: Sequence[tuple[int, int]], spans: Spans) -> Bool[np.ndarray,
     for start, end in spans:
         inside |= (starts < end) & (ends > start) & (ends > starts)
     return inside
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """TRL's common_prefix_length."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, loaded so that they do what their own files say; BPE, trained.
+"""Tokenizers: of checkpoints, doing what their own files say; byte-level BPE, trained; made up.
 
 transformers is imported on the first load, not with this module. SentencePiece models
 (tokenizer.model) become fast tokenizers, exact in their ids, where there is no tokenizer.json:
@@ -8,8 +8,9 @@ drops the dummy prefix, so "a  b" gets other ids.
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,10 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
     """The tokenizer of a SentencePiece file, and its special tokens by role ("bos_token", ...).
 
     `options` are those of tokenizer_config.json: add_bos_token (default true, as in Llama) and
-    add_eos_token (default false). Raises InputError for a file that is no SentencePiece BPE model.
+    add_eos_token (default false).
+
+    Raises:
+        InputError: for a file that is no SentencePiece BPE model.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
@@ -97,12 +101,11 @@ def _set_spaces(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
 def _set_template(
     tokenizer: Tokenizer, roles: Mapping[str, str], options: Mapping[str, Any]
 ) -> None:
-    first = (
-        [roles["bos_token"]] if options.get("add_bos_token", True) and "bos_token" in roles else []
-    )
-    last = (
-        [roles["eos_token"]] if options.get("add_eos_token", False) and "eos_token" in roles else []
-    )
+    def asked(role: str, default: bool) -> list[str]:
+        there = f"{role}_token" in roles and options.get(f"add_{role}_token", default)
+        return [roles[f"{role}_token"]] if there else []
+
+    first, last = asked("bos", True), asked("eos", False)
     used = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
@@ -121,10 +124,12 @@ BYTES = 256
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
     """Learn a byte-level BPE in which END_OF_TEXT has id END_ID and PADDING id PAD_ID.
 
-    Every string can be encoded and decodes to itself. Encoding with special tokens puts
-    END_OF_TEXT in front, so the same ids open a document for a language model and give a
-    classifier its first token. Raises InputError when `vocab_size` leaves no room for the 256
-    bytes and the special tokens.
+    Every string can be encoded and decodes to itself. Encoding with special tokens puts END_OF_TEXT
+    in front, so the same ids open a document for a language model and give a classifier its first
+    token.
+
+    Raises:
+        InputError: when `vocab_size` leaves no room for the 256 bytes and the special tokens.
     """
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -178,16 +183,16 @@ _PATTERNS = [
     "merges.txt",
     "adapter_config.json",
 ]
-_KINDS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint directory, or of a Hugging Face id through its local cache.
 
-    Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model.
-    An adapter without one has that of the base it names. Runs no code from the checkpoint.
+    Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model. An
+    adapter without one has that of the base it names. Runs no code from the checkpoint.
 
-    Raises InputError when there is no directory, no tokenizer in it, or the files are damaged.
+    Raises:
+        InputError: when there is no directory, no tokenizer in it, or the files are damaged.
     """
     directory = _locate(path_or_hub_id)
     if not holds_tokenizer(directory) and (directory / "adapter_config.json").is_file():
@@ -210,7 +215,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
 
 def holds_tokenizer(path: str | Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
-    return any(all((Path(path).expanduser() / name).is_file() for name in kind) for kind in _KINDS)
+    return _loader(Path(path).expanduser()) is not None
 
 
 def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
@@ -257,24 +262,34 @@ def _base(directory: Path) -> str:
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerBase":
+    load = _loader(directory)
+    config = directory / "tokenizer_config.json"
+    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if load is None:
+        raise InputError(
+            f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
+            "tokenizer.model"
+        )
+    return load(directory, options)
+
+
+def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
+    """What loads a folder's tokenizer, by the first set of files that is whole; None for none."""
+    known = (
+        (("tokenizer.json",), _load_json),
+        (("vocab.json", "merges.txt"), _load_bpe),
+        (("tokenizer.model",), _load_spm),
+    )
+    found = (load for names, load in known if all((directory / n).is_file() for n in names))
+    return next(found, None)
+
+
+def _load_json(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
+    # encodes as "leading". This class keeps to the file, whatever class the config names.
     from transformers import PreTrainedTokenizerFast
 
-    holds = {path.name for path in directory.iterdir()}
-    options = {}
-    if "tokenizer_config.json" in holds:
-        options = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if "tokenizer.json" in holds:
-        # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
-        # encodes as "leading". This class keeps to the file, whatever class the config names.
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    if {"vocab.json", "merges.txt"} <= holds:
-        return _load_bpe(directory, options)
-    if "tokenizer.model" in holds:
-        return _load_spm(directory, options)
-    raise InputError(
-        f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
-        "tokenizer.model"
-    )
+    return PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 
 def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
@@ -289,7 +304,6 @@ def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
 
 
 def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     backend, special = read_spm(directory / "tokenizer.model", options)
@@ -308,3 +322,52 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     if template.is_file():  # which goes before the config's, as in transformers
         kept["chat_template"] = template.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
+
+
+# Made up
+
+
+_END, _UNKNOWN = "[end]", "[unknown]"
+_VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxz"
+_SPLIT = 4  # one word in so many is no token of the guide
+
+
+def vocabularies(size: int) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]":
+    """Two made-up vocabularies of one language, for measuring guides that read another one's texts.
+
+    Words are a prefix and a suffix. The policy has a token for each word; the guide has other ids,
+    and writes one word in four as two tokens, so that its texts are a quarter longer.
+
+    Args:
+        size: tokens of each, at most.
+
+    Returns:
+        The tokenizers of the policy and of the guide.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    rows = math.isqrt(size - 1) + 1
+    starts, ends = _syllables(rows, "{c}{v}"), _syllables(rows, "{c}{v}x")
+    words = [start + end for start in starts for end in ends][: size - 2]
+    policy = {word: index for index, word in enumerate([_END, _UNKNOWN, *words])}
+    whole = [word for index, word in enumerate(words) if index % _SPLIT]
+    pieces = [_UNKNOWN, _END, *starts, *(f"##{end}" for end in ends), *reversed(whole)]
+    guide = {piece: index for index, piece in enumerate(pieces[:size])}
+
+    def of(model: models.Model) -> "PreTrainedTokenizerBase":
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=_END, unk_token=_UNKNOWN)
+
+    return (
+        of(models.WordLevel(policy, unk_token=_UNKNOWN)),
+        of(models.WordPiece(guide, unk_token=_UNKNOWN)),
+    )
+
+
+def _syllables(count: int, form: str) -> list[str]:
+    """So many distinct syllables, all of one length."""
+    short = [form.format(c=c, v=v) for c in _CONSONANTS for v in _VOWELS]
+    if count <= len(short):
+        return short[:count]
+    return [one[:2] + other for one in short for other in short][:count]

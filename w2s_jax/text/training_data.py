@@ -1,30 +1,36 @@
 """Files of training rows: read, tokenised once, cached, packed.
 
 What a row means is in text/examples.py, its tokens in text/supervised.py, and the batches that are
-made of them in text/token_rows.py.
+made of them in text/batches.py. Token ids and targets of all documents lie in one memory-mapped
+Arrow file, written once, in the stream format that `datasets.Dataset.from_file` opens.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.text.batches import best_fit
+from w2s_jax.text.batches import Data, Kind, Side, TokenStore, best_fit
 from w2s_jax.text.chat import Template, load_template
-from w2s_jax.text.examples import Example, Format, Kind, parser
+from w2s_jax.text.examples import Example, Format, parser
 from w2s_jax.text.prompts import tell_left_out
-from w2s_jax.text.rows import Source, open_source
+from w2s_jax.text.rows import Source, open_source, sync_folder
 from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
-from w2s_jax.text.token_rows import NO_LABEL, Data, Document, TokenStore, read_store, write_store
 
 _logger = logging.getLogger(__name__)
 _VERSION = 4  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
+NO_LABEL = -1
 _FIGURES = (
     "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
     "targets",
@@ -75,107 +81,66 @@ class DataConfig:
 
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows to imitate: `text`, `messages`, `prompt` and `completion`, Alpaca's, ShareGPT's; of a
-    preference row its chosen response, of labelled rows those that are wanted.
+    """Rows to imitate, as single sequences.
 
-    Raises InputError for files and rows that cannot be read, columns that are missing, and data of
-    which nothing is left.
-    """  # noqa: D205
-    _unweighted(config, "single responses")
+    They hold `text`, `messages`, `prompt` and `completion`, Alpaca's or ShareGPT's columns; of a
+    preference row the chosen response is read, of labelled rows those that are wanted.
+
+    Args:
+        config: what to read, and how rows become tokens.
+        tokenizer: any transformers tokenizer.
+
+    Raises:
+        InputError: for files and rows that cannot be read, columns that are missing, and data of
+            which nothing is left.
+    """
     data = _load("sequences", config, tokenizer)
     if config.packing == "none":
         return data
     packing = best_fit(data.store.lengths, config.max_length)
     identity = hashlib.sha256(f"{data.identity} best-fit".encode()).hexdigest()
     figures = data.figures | {"packed_rows": len(packing)}
-    return Data(**(vars(data) | {"packing": packing, "identity": identity, "figures": figures}))
+    return replace(data, packing=packing, identity=identity, figures=figures)
 
 
 def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
     """Rows with a chosen and a rejected response; see text/examples.py for their columns.
 
-    Raises InputError as `load_sequences` does, for pairs whose responses are equal unless these are
-    dropped, and for options that are not for pairs.
+    Raises:
+        InputError: as `load_sequences` does, for pairs whose responses are equal unless these
+            are dropped, and for options that are not for pairs.
     """
-    _only_responses(config, "pairs")
     return _load("pairs", config, tokenizer)
 
 
 def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
     """Rows with one response that is wanted or not; a preference row gives two of them.
 
-    Raises InputError as `load_pairs` does.
+    Raises:
+        InputError: as `load_pairs` does.
     """
-    _only_responses(config, "labelled rows")
-    _unweighted(config, "labelled rows")
     return _load("labelled", config, tokenizer)
 
 
-def check_positions(config: DataConfig, positions: int) -> None:
-    """Raise InputError where sequences may be longer than the model has positions."""
-    if config.max_length > positions:
-        raise InputError(
-            f"--max-length {config.max_length}: the model has {positions} positions; take at most "
-            "so many"
-        )
-
-
-def _only_responses(config: DataConfig, what: str) -> None:
-    if config.loss_on not in ("auto", "completion"):
-        raise InputError(f"--loss-on {config.loss_on}: {what} count their responses; leave it out")
-    if config.packing != "none":
-        raise InputError(f"--packing {config.packing}: {what} are not packed; leave it out")
-    if config.truncation == "split":
-        raise InputError(f"--truncation split: {what} cannot be split; use keep_start or another")
-
-
-def _unweighted(config: DataConfig, what: str) -> None:
-    if config.weight_column is not None:
+def _check(kind: Kind, config: DataConfig) -> None:
+    """Raise InputError for options that cannot be, or not for rows of this kind."""
+    what = {"sequences": "single responses", "labelled": "labelled rows"}.get(kind, "pairs")
+    if kind != "sequences":
+        if config.loss_on not in ("auto", "completion"):
+            raise InputError(
+                f"--loss-on {config.loss_on}: {what} count their responses; leave it out"
+            )
+        if config.packing != "none":
+            raise InputError(f"--packing {config.packing}: {what} are not packed; leave it out")
+        if config.truncation == "split":
+            raise InputError(
+                f"--truncation split: {what} cannot be split; use keep_start or another"
+            )
+    if kind != "pairs" and config.weight_column is not None:
         raise InputError(
             f"--weight-column {config.weight_column}: {what} carry none, only pairs do; leave "
             "it out"
         )
-
-
-def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
-    _check(config)
-    tell_left_out(tokenizer, "--model")
-    template = load_template(tokenizer, config.template, where="--template")
-    sources = [open_source(name, split=config.split) for name in config.data]
-    identity = _identity(kind, config, sources, template)
-    path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
-    store = _read_whole(path)
-    if store is None:
-        figures: dict[str, int] = {}
-        write_store(path, _documents(kind, config, sources, template, figures), figures)
-        store = _read_whole(path)
-    if store is None:
-        raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
-    if not len(store):
-        raise InputError(
-            f"{_all(sources)}: no row is left ({_told(store.notes)}); within --max-length "
-            f"{config.max_length} a row needs a token to learn, behind its prompt"
-        )
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return Data(
-        kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
-        pad_id, config.max_length, config.pad_to_multiple_of,
-        weighted=config.weight_column is not None,
-    )  # fmt: skip
-
-
-def _read_whole(path: Path) -> TokenStore | None:
-    """What `read_store` reads, where its counts are there and are those of its documents.
-
-    A stream that was cut between two blocks reads as a shorter one.
-    """
-    store = read_store(path)
-    if store is None or not isinstance(store.notes, dict) or not store.notes.keys() >= {*_FIGURES}:
-        return None
-    return store if store.notes["tokens"] == int(store.lengths.sum()) else None
-
-
-def _check(config: DataConfig) -> None:
     if not config.data:
         raise InputError("--data: name a file or a data set")
     for name, value, least in (
@@ -187,6 +152,52 @@ def _check(config: DataConfig) -> None:
             raise InputError(f"--{name} {value}: it takes at least {least}")
 
 
+def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
+    _check(kind, config)
+    tell_left_out(tokenizer, "--model")
+    template = load_template(tokenizer, config.template, where="--template")
+    sources = [open_source(name, split=config.split) for name in config.data]
+    identity = _identity(kind, config, sources, template)
+    path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
+    store = read_store(path)
+    if store is None:
+        figures = dict.fromkeys(_FIGURES, 0)
+        write_store(path, _documents(kind, config, sources, template, figures), figures)
+        store = read_store(path)
+    if store is None:
+        raise InputError(f"{path}: cannot be read back; remove it or name another --cache")
+    if not len(store):
+        counts = ", ".join(f"{name} {count}" for name, count in store.notes.items() if count)
+        raise InputError(
+            f"{', '.join(source.name for source in sources)}: no row is left "
+            f"({counts or 'all empty'}); within --max-length {config.max_length} a row needs a "
+            "token to learn, behind its prompt"
+        )
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Data(
+        kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
+        pad_id, config.max_length, config.pad_to_multiple_of,
+        weighted=config.weight_column is not None,
+    )  # fmt: skip
+
+
+# Rows
+
+
+@dataclass(frozen=True)
+class Document:
+    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+
+    `weight` says how much the example counts beside others.
+    """
+
+    side: Side
+    source: int
+    row: int
+    label: int = NO_LABEL
+    weight: float = 1.0
+
+
 def _documents(
     kind: Kind,
     config: DataConfig,
@@ -195,7 +206,6 @@ def _documents(
     figures: dict[str, int],
 ) -> Iterator[list[Document]]:
     """Blocks of documents of all rows; counts in `figures` as they go."""
-    figures.update(dict.fromkeys(_FIGURES, 0))
     examples = _examples(kind, config, sources, figures)
     told: set[str] = set()
     while block := list(islice(examples, _BLOCK)):
@@ -225,11 +235,11 @@ def _examples(
     kind: Kind, config: DataConfig, sources: Sequence[Source], figures: dict[str, int]
 ) -> Iterator[tuple[Example, int, int]]:
     """Examples with the numbers of their source and row."""
+    pairs = [(name, old) for name, _, old in (one.partition("=") for one in config.columns)]
     for number, source in enumerate(sources):
         rows, wanted = source.rows()
-        named = _renaming(config.columns, rows[wanted[0]], source.name)
-        replaced = _replaced(config.columns)
-        first = named(rows[wanted[0]])
+        _check_columns(config.columns, rows[wanted[0]], source.name)
+        first = _named(rows[wanted[0]], pairs)
         columns = [column for column, value in first.items() if value is not None]
         parse = parser(kind, config.format, columns, source.name)
         told = {f'"{config.weight_column}"'}
@@ -237,8 +247,8 @@ def _examples(
             if figures["rows"] == config.limit:
                 return
             figures["rows"] += 1
-            row, place = named(rows[index]), source.place(index + 1)
-            if unread := (parse.unread(row) | replaced(rows[index])) - told:
+            row, place = _named(rows[index], pairs), source.place(index + 1)
+            if unread := (parse.unread(row) | _replaced(rows[index], pairs)) - told:
                 _tell_unread(place, sorted(unread))
                 told |= unread
             examples = parse(row, place)
@@ -262,38 +272,34 @@ def _tell_unread(place: str, names: Sequence[str]) -> None:
     _logger.warning("%s: no part of the training: %s", place, ", ".join(names))
 
 
-def _replaced(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], set[str]]:
-    """What gives the columns of a row in whose place `columns` (NAME=COLUMN) puts others."""
-    pairs = dict(column.partition("=")[::2] for column in columns)
-    own = {name: old for name, old in pairs.items() if name not in pairs.values()}
-
-    def replaced(row: Mapping[str, Any]) -> set[str]:
-        held = [name for name in own if row.get(name) is not None]
-        return {f'"{name}", for which --columns takes "{own[name]}"' for name in held}
-
-    return replaced
-
-
-def _renaming(
-    columns: Sequence[str], first: Mapping[str, Any], where: str
-) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """What gives rows the names of `columns` (NAME=COLUMN); InputError if the first lacks one."""
-    pairs = [column.partition("=")[::2] for column in columns]
-    for column, (name, old) in zip(columns, pairs, strict=True):
+def _check_columns(columns: Sequence[str], first: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a NAME=COLUMN that is none, or whose column the first row lacks."""
+    for column in columns:
+        name, _, old = column.partition("=")
         if not name or not old:
             raise InputError(f"--columns {column}: it takes NAME=COLUMN, such as prompt=question")
         if old not in first:
             found = ", ".join(f'"{one}"' for one in first)
             raise InputError(f'--columns {column}: {where} has no "{old}"; found {found}')
+
+
+def _named(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
+    """A row whose columns have the names of the format: pairs of name and column."""
     if not pairs:
-        return lambda row: row
+        return row
     taken = {old for _, old in pairs}
+    rest = {name: value for name, value in row.items() if name not in taken}
+    return rest | {name: row.get(old) for name, old in pairs}
 
-    def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
-        rest = {name: value for name, value in row.items() if name not in taken}
-        return rest | {name: row.get(old) for name, old in pairs}
 
-    return renamed
+def _replaced(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> set[str]:
+    """The columns of a row in whose place `pairs` put others, as they are told."""
+    used = {old for _, old in pairs}
+    return {
+        f'"{name}", for which --columns takes "{old}"'
+        for name, old in pairs
+        if name not in used and row.get(name) is not None
+    }
 
 
 def _weight(row: Mapping[str, Any], column: str, place: str) -> float:
@@ -322,6 +328,9 @@ def _shortened(
     figures["truncated"] += bool(kept) and longest > config.max_length
     figures["merged_borders"] += bool(kept) and whole.merged
     return kept
+
+
+# The cache
 
 
 def _identity(
@@ -357,10 +366,73 @@ def _cache_folder(config: DataConfig) -> Path:
     return Path(settings.HF_DATASETS_CACHE) / "w2s_jax"
 
 
-def _all(sources: Sequence[Source]) -> str:
-    return ", ".join(source.name for source in sources)
+def write_store(
+    path: Path, blocks: Iterable[list[Document]], notes: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
+
+    Raises:
+        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
+    """
+    import pyarrow as pa
+
+    lists = {"tokens": pa.list_(pa.int32()), "targets": pa.list_(pa.int8())}
+    numbers = dict.fromkeys(("prompt", "source", "row", "label"), pa.int64())
+    schema = pa.schema(lists | numbers | {"weight": pa.float32()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(path) as file, pa.ipc.new_stream(file, schema) as writer:
+            for block in blocks:
+                columns = {
+                    "tokens": [document.side.tokens for document in block],
+                    "targets": [document.side.targets.astype(np.int8) for document in block],
+                    "prompt": [document.side.prompt for document in block],
+                }
+                for name in ("source", "row", "label", "weight"):
+                    columns[name] = [getattr(document, name) for document in block]
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            with _appearing(_notes_of(path)) as told:
+                told.write(json.dumps(notes).encode())
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _told(figures: dict[str, int]) -> str:
-    """The counts that are not zero, in a line."""
-    return ", ".join(f"{name} {count}" for name, count in figures.items() if count) or "all empty"
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there when all is written; several processes may write the same one."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def read_store(path: Path) -> TokenStore | None:
+    """The documents of a file; None where it is not there or damaged.
+
+    A stream that was cut between two blocks reads as a shorter one: the notes beside it tell how
+    many tokens there are.
+    """
+    import pyarrow as pa
+
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+        notes = json.loads(_notes_of(path).read_text())
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        tokens, targets = (
+            [(part.values.to_numpy(), part.offsets.to_numpy()) for part in table[name].chunks]
+            for name in ("tokens", "targets")
+        )
+        numbers = ("prompt", "source", "row", "label", "weight")
+        store = TokenStore(tokens, targets, *(table[name].to_numpy() for name in numbers), notes)
+        whole = isinstance(notes, dict) and notes.keys() >= {*_FIGURES}
+        return store if whole and notes["tokens"] == int(store.lengths.sum()) else None
+    return None
+
+
+def _notes_of(path: Path) -> Path:
+    return path.with_suffix(".json")

@@ -12,23 +12,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from w2s_jax.errors import InputError, check_fetched
+from w2s_jax.errors import InputError
+from w2s_jax.text.rows import read_bytes
 
 
 def read_mapping(path: str | Path) -> dict[Any, Any]:
     """The mapping in a YAML or JSON file.
 
-    Raises InputError for a file that cannot be read, is neither, or holds something else.
+    Raises:
+        InputError: for a file that cannot be read, is neither, or holds something else.
     """
-    import yaml
-
-    check_fetched(Path(path))
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    values = _read(Path(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: not a mapping of names to values")
     return values
@@ -40,7 +34,8 @@ T = TypeVar("T")
 def read_typed(cls: type[T], path: str | Path) -> T:
     """Read a file; its `extends` names one, from its folder, whose fields hold where it has none.
 
-    Raises InputError naming a missing file, an unknown field or a wrong value.
+    Raises:
+        InputError: naming a missing file, an unknown field or a wrong value.
     """
     return from_mapping(cls, _load(Path(path)), str(path))
 
@@ -102,12 +97,10 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> Any:
 
 
 def _read(path: Path) -> Any:
-    check_fetched(path)
+    """What a YAML or JSON file holds. Raises InputError for a file that is neither."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        return yaml.safe_load(read_bytes(path).decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.forward import Remat
+from w2s_jax.models.decoder import Remat
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.models.quantize import QuantizeConfig

@@ -15,23 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from w2s_jax.distributed import agree, check_shared, is_first
 from w2s_jax.errors import InputError
-from w2s_jax.exchange import agree, check_shared
-from w2s_jax.hosts import is_first
-from w2s_jax.models.huggingface import locate, save_model
+from w2s_jax.models.huggingface import locate
 from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
 from w2s_jax.models.model import Model, init_model, shard_model
-from w2s_jax.ops.meshes import name_of
+from w2s_jax.models.save import save_model
+from w2s_jax.ops.meshes import check_batch, name_of
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Part, hold_out
-from w2s_jax.text.journal import locked
-from w2s_jax.text.rows import write_whole
-from w2s_jax.text.token_rows import Data
+from w2s_jax.text.batches import Data, Part, hold_out
+from w2s_jax.text.rows import locked, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
 from w2s_jax.train import watch
 from w2s_jax.train.checkpoint import FILES, FREE, best_step, read_checkpoint
@@ -43,7 +41,7 @@ from w2s_jax.train.objectives import BASE, REFERENCE, TUNED, UNTUNED
 from w2s_jax.train.reference import Referenced, cached_logprobs, file_digests, weights_identity
 from w2s_jax.train.run import Source, Task, evaluation, fine_tune, number_of_steps, trainable
 from w2s_jax.train.setup import MODEL, ChooseMesh, Setup, frozen_configs, own_reference, prepare
-from w2s_jax.train.step import TrainState, cast, check_batch, make_optimizer, narrow
+from w2s_jax.train.step import TrainState, cast, make_optimizer, narrow
 from w2s_jax.train.watch import MESH, METRICS
 
 Rows = Data | Part

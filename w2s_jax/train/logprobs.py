@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.forward import Remat
+from w2s_jax.models.decoder import Remat
 from w2s_jax.models.model import Model, hidden_states
 from w2s_jax.ops.logprobs import Head, Spread, head_logprobs, weighted_head_logprobs
 from w2s_jax.ops.sharding import Placement

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.text.journal import locked
+from w2s_jax.text.rows import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.config import LoopConfig
 from w2s_jax.train.step import Batch, TrainState

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.forward import Remat
+from w2s_jax.models.decoder import Remat
 from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement

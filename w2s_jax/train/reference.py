@@ -20,11 +20,11 @@ from tqdm import tqdm
 from w2s_jax.models.huggingface import is_adapter
 from w2s_jax.models.lora_huggingface import base_folder
 from w2s_jax.models.model import Model
-from w2s_jax.text.batches import Part
+from w2s_jax.ops.meshes import check_batch
+from w2s_jax.text.batches import Data, Part
 from w2s_jax.text.rows import check_writable, write_whole
-from w2s_jax.text.token_rows import Data
 from w2s_jax.train.objectives import REFERENCE, response_logprobs
-from w2s_jax.train.step import Batch, check_batch, host_rows, place
+from w2s_jax.train.step import Batch, host_rows, place
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError
 from w2s_jax.models.lora import init_adapter, shard_adapter
 from w2s_jax.models.model import Model, abstract_model
-from w2s_jax.text.batches import Batches, Part
-from w2s_jax.text.token_rows import Data
+from w2s_jax.ops.meshes import batch_parts, check_batch
+from w2s_jax.text.batches import Batches, Data, Part
 from w2s_jax.train.config import MOST_STEPS, LoopConfig, RunConfig
 from w2s_jax.train.loop import train
 from w2s_jax.train.losses import Mean
@@ -29,9 +29,7 @@ from w2s_jax.train.step import (
     Batch,
     LossFunction,
     TrainState,
-    batch_parts,
     cast,
-    check_batch,
     host_rows,
     init_state,
     make_optimizer,

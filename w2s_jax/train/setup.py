@@ -20,7 +20,7 @@ from w2s_jax.models.lora_huggingface import base_folder, base_of, load_factors
 from w2s_jax.ops.meshes import ChosenMesh, mesh_of
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.text import training_data
-from w2s_jax.text.token_rows import Data
+from w2s_jax.text.batches import Data
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train import watch
 from w2s_jax.train.config import ALONE, DPOConfig, SFTConfig, TrainConfig

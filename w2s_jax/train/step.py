@@ -17,7 +17,7 @@ from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sharding import DEFAULT_RULES, Placement
+from w2s_jax.ops.sharding import DEFAULT_RULES
 from w2s_jax.train.config import OptimizerConfig
 from w2s_jax.train.losses import Mean, Metrics
 
@@ -166,11 +166,6 @@ def _spread(x: Any, parts: int, mesh: Mesh | None) -> Array:
     return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, PartitionSpec(None, axes)))
 
 
-def batch_parts(mesh: Mesh | None) -> int:
-    """Into how many parts the mesh cuts the rows of a batch."""
-    return Placement(mesh).parts("batch", 0)
-
-
 def host_rows(mesh: Mesh | None, rows: int) -> slice:
     """The rows of a batch that this host's devices hold, and what lies between them.
 
@@ -233,17 +228,6 @@ def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     for i, leaf in zip(alone, placed, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
-
-
-def check_batch(rows: int, accumulate: int, mesh: Mesh | None, *, flag: str) -> None:
-    """Raises InputError where `rows` cannot be cut into micro-batches for all parts of the mesh."""
-    parts = batch_parts(mesh)
-    if accumulate < 1 or rows < 1 or rows % (accumulate * parts):
-        cuts = [f"{accumulate} micro-batches"] if accumulate != 1 or parts == 1 else []
-        over = " × ".join([*cuts, *([f"{parts} parts of the mesh"] if parts > 1 else [])])
-        needed = max(1, accumulate) * parts
-        nearest = max(needed, round(rows / needed) * needed)
-        raise InputError(f"{flag} {rows} is not divisible by {over}; try {nearest}")
 
 
 _EPSILON = 1e-8

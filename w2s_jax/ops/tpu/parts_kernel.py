@@ -4,6 +4,10 @@ The two cores of a v5p share no vector memory, so that a compiler keeps scores i
 other chips it brings keys of several heads into another order where it reads them block by block.
 The kernel holds scores and sums of one slot in a core's own, and reads every key and value once, as
 the caches lie. Which version runs is decided in `models/decoder.py`.
+
+A slot is gone through step by step: the blocks of its prefix, which all hypotheses read at once;
+then block by block each hypothesis' response; at last each one's own new tokens, after which
+nothing is left to see and the sums are divided.
 """
 
 import functools
@@ -15,13 +19,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.ops.attention import MASKED
-from w2s_jax.ops.parts_sizes import LANES, SUBLANES, Part, Sizes, by_heads, filled, room, sizes_of
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
+from w2s_jax.ops.tpu.parts_sizes import (
+    LANES,
+    SUBLANES,
+    Part,
+    Sizes,
+    by_heads,
+    filled,
+    room,
+    sizes_of,
+)
 from w2s_jax.pytrees import pytree
 
-TWO_CORES = ("TPU v5", "TPU v5p")
-"""Kinds of devices whose cores share no vector memory."""
-ONE_CORE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
 """Bytes of vector memory that the kernel is judged to take at most, and may take; a v5p has 64 MiB.
 
@@ -40,27 +50,8 @@ class Window:
     offsets: Array
 
 
-def has_kernel(dtype: Any, placement: Placement, in_blocks: bool = False) -> bool:
-    """Whether arrays of a dtype, so placed, are read on chips that need a kernel.
-
-    Chips of one core need it for keys of several heads that they would read block by block.
-
-    Without a mesh only where there is one device: arrays that lie on several all the same could not
-    be read, since no compiler splits a kernel.
-    """
-    devices = jax.devices() if placement.mesh is None else placement.mesh.devices.flat
-    if placement.mesh is None and len(devices) > 1:
-        return False
-    kinds = (*TWO_CORES, *ONE_CORE) if in_blocks else TWO_CORES
-    return devices[0].device_kind in kinds and dtype == jnp.bfloat16
-
-
 def takes(
-    query: Float[Array, "P W M H C"],
-    prefix: Part,
-    committed: Part,
-    own: int,
-    placement: Placement,
+    query: Float[Array, "P W M H C"], prefix: Part, committed: Part, own: int, placement: Placement
 ) -> bool:
     """Whether the kernel takes a case: what it holds fits, and no part has less than two keys.
 
@@ -147,10 +138,10 @@ def _attend(
     layer: Array,
     window: Window | None,
     *,
-    scale: float | int,
-    softcap: float | None,
     interpret: bool,
+    **options: Any,
 ) -> Array:
+    """As `attend`, of the slots and heads of one device."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -164,7 +155,9 @@ def _attend(
     offsets = jnp.zeros(count, jnp.int32) if window is None else window.offsets
     offsets = jnp.pad(jnp.repeat(offsets, each), [(0, more)])[:, None]
     reach = jnp.zeros((), jnp.int32) if window is None else window.size
-    # In one axis each, since another would be filled up to a tile.
+    # Known before the first block is fetched, so that they can say which blocks are. In one axis
+    # each, since another would be filled up to a tile: with thousands of slots the scalar memory
+    # would not hold that.
     known = jax.tree.leaves((layer, prefix.lengths, committed.lengths, reach))
     known = [x.astype(jnp.int32).reshape(-1) for x in known]
     fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)])  # noqa: E731
@@ -174,13 +167,15 @@ def _attend(
         _laid(committed, is_layered),
         _laid(jax.tree.map(fill, own), False),
     )
+    # Queries come, and results go, once a slot: their block is the same in all of its steps.
     ends = pl.BlockSpec((1, width, count, heads, size), lambda p, j, *n: (p, 0, 0, 0, 0))
     whole = [pl.BlockSpec(x.shape, lambda p, j, *n: (0, 0)) for x in (own_mask, offsets)]
+    # Queries as float32 rows of a key head, since they are cut by row, and rows of half as wide a
+    # dtype lie in pairs. Totals and maxima have a number a row, in every lane: a column would take
+    # whole tiles too.
     rows, kinds = width * sizes.rows, (size, size, LANES, LANES)
     call = pl.pallas_call(
-        functools.partial(
-            _kernel, sizes=sizes, scale=scale, softcap=softcap, windowed=window is not None
-        ),
+        functools.partial(_kernel, sizes=sizes, windowed=window is not None, **options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(slots, sizes.steps),
@@ -189,6 +184,7 @@ def _attend(
             scratch_shapes=[pltpu.VMEM((groups, rows, n), jnp.float32) for n in kinds],
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        # Slots know nothing of each other, so that two cores may share them; steps add to one sum.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=LIMIT
         ),
@@ -218,7 +214,12 @@ def _like(part: Part, held: Any, lengths: Any, scales: Any) -> Part:
 
 
 def _laid(part: Part, is_layered: bool) -> Part:
-    """Keys and values with layers in front, [.. G J C] if by heads, and scales [1 .. G J]."""
+    """Keys and values with layers in front, [.. G J C] if by heads, and scales [1 .. G J].
+
+    A kernel's operands lie in the order of their axes. So axes are swapped here where a compiler
+    lays heads first, which then copies nothing, and are not where it does not. Scales are few:
+    theirs are always brought into the order in which they multiply scores.
+    """
 
     def held(x: Array) -> Array:
         x = x.swapaxes(-3, -2) if by_heads(x.shape[-2], x.dtype) else x
@@ -234,7 +235,8 @@ def _laid(part: Part, is_layered: bool) -> Part:
 def _blocks(parts: tuple[Part, Part, Part], sizes: Sizes) -> tuple[Part, Part, Part]:
     """What a step has of prefix, response and own tokens: a BlockSpec in each array's place.
 
-    What lies behind the last token that is seen is not fetched.
+    What lies behind the last token that is seen is not fetched: a step that asks for the block of
+    the step before costs no traffic. So a part names its last block while others are read.
     """
     from jax.experimental import pallas as pl
 
@@ -308,38 +310,13 @@ def _kernel(
     here = slot * sizes.width
     first, blocks = sizes.prefix[2], sizes.committed[2]
     cut = functools.partial(_block, kv_heads=sizes.kv_heads, dtype=query.dtype)
+    seen = functools.partial(_seen, window=window if windowed else None)
     sums = (asked, weighted, total, maximum)
     read: Any = functools.partial(_read, *sums, scale=scale, softcap=softcap, dtype=query.dtype)
+    pl.when(step == 0)(functools.partial(_start, sizes, query, *sums))
 
-    def rows_of(hypothesis: Any) -> Any:
-        return pl.ds(pl.multiple_of(hypothesis * sizes.rows, SUBLANES // 2), sizes.rows)
-
-    def queries_of(hypothesis: Any) -> Any:
-        return pl.ds(pl.multiple_of(hypothesis * sizes.rows, SUBLANES // 2), sizes.queries)
-
-    def of_head(group: int) -> slice:
-        each = query.shape[3] // sizes.kv_heads
-        return slice(group * each, (group + 1) * each)
-
-    @pl.when(step == 0)
-    def _start() -> None:
-        for held in (asked, weighted, total):
-            held[...] = jnp.zeros_like(held)
-        maximum[...] = jnp.full_like(maximum, MASKED)
-
-        def one(row: Any, _: None) -> None:
-            for group in range(sizes.kv_heads):
-                own = query[0, row, :, of_head(group)].reshape(sizes.queries, -1)
-                asked[group, queries_of(row)] = own.astype(asked.dtype)
-
-        jax.lax.fori_loop(0, sizes.width, one, None)
-
-    def seen(block: Any, part: tuple[int, int, int], length: Any, nearest: Any) -> Array:
-        """[1 J], or [rows J] of a window: `nearest` is the place of the first new token."""
-        place = block * part[1] + jax.lax.broadcasted_iota(jnp.int32, (1, part[1]), 1)
-        near = place < jnp.minimum(length, part[0])
-        return near & (place > nearest - window[0]) if windowed else near
-
+    # Blocks of which nothing is seen are not fetched (`_blocks`), so they must not be read either:
+    # what lies there is the block before.
     @pl.when((step < first) & (step * sizes.prefix[1] < prefix_lengths[slot]))
     def _prefix() -> None:
         held = cut(prefix, (0, 0), step, sizes.prefix)
@@ -354,25 +331,69 @@ def _kernel(
     @pl.when(is_committed & (block * sizes.committed[1] < length))
     def _committed() -> None:
         held = cut(committed, (0, 0, 0), block, sizes.committed)
-        read(rows_of(row), held, seen(block, sizes.committed, length, length + offsets[...]))
+        at = _rows(row, sizes, sizes.rows)
+        read(at, held, seen(block, sizes.committed, length, length + offsets[...]))
 
     @pl.when(step == sizes.steps - 1)
     def _own() -> None:
         def one(row: Any, _: None) -> None:
             held = cut(own, (0, 0, row), 0, (sizes.own, sizes.own, 1))
-            read(rows_of(row), held, own_mask[...] > 0)
+            read(_rows(row, sizes, sizes.rows), held, own_mask[...] > 0)
             for group in range(sizes.kv_heads):
-                at = (group, queries_of(row))
+                at = (group, _rows(row, sizes, sizes.queries))
                 mixed = (weighted[at] / total[at][:, :1]).astype(out.dtype)
-                out[0, row, :, of_head(group)] = mixed.reshape(out.shape[2], -1, out.shape[-1])
+                mixed = mixed.reshape(out.shape[2], -1, out.shape[-1])
+                out[0, row, :, _of_head(group, query, sizes)] = mixed
 
         jax.lax.fori_loop(0, sizes.width, one, None)
+
+
+def _start(sizes: Sizes, query: Any, asked: Any, weighted: Any, total: Any, maximum: Any) -> None:
+    """Sums of nothing, and the queries of each key head together: its keys meet them in a product.
+
+    Rows that fill up a tile are zeros, since they are multiplied too.
+    """
+    for held in (asked, weighted, total):
+        held[...] = jnp.zeros_like(held)
+    maximum[...] = jnp.full_like(maximum, MASKED)
+
+    def one(row: Any, _: None) -> None:
+        for group in range(sizes.kv_heads):
+            own = query[0, row, :, _of_head(group, query, sizes)].reshape(sizes.queries, -1)
+            asked[group, _rows(row, sizes, sizes.queries)] = own.astype(asked.dtype)
+
+    jax.lax.fori_loop(0, sizes.width, one, None)
+
+
+def _rows(hypothesis: Any, sizes: Sizes, count: int) -> Any:
+    """The first rows of a hypothesis; they begin with a tile of float32, which is said."""
+    from jax.experimental import pallas as pl
+
+    return pl.ds(pl.multiple_of(hypothesis * sizes.rows, SUBLANES // 2), count)
+
+
+def _of_head(group: int, query: Any, sizes: Sizes) -> slice:
+    """The query heads of a key head."""
+    each = query.shape[3] // sizes.kv_heads
+    return slice(group * each, (group + 1) * each)
+
+
+def _seen(
+    block: Any, part: tuple[int, int, int], length: Any, nearest: Any, *, window: Any
+) -> Array:
+    """[1 J], or [rows J] of a window: `nearest` is the place of the first new token."""
+    place = block * part[1] + jax.lax.broadcasted_iota(jnp.int32, (1, part[1]), 1)
+    near = place < jnp.minimum(length, part[0])
+    return near if window is None else near & (place > nearest - window[0])
 
 
 def _block(
     part: Part, at: tuple, block: Any, blocks: tuple[int, int, int], *, kv_heads: int, dtype: Any
 ) -> Part:
-    """Keys and values [G J C] of a block and scales [G J]; zeros where the last passes the end."""
+    """Keys and values [G J C] of a block and scales [G J]; zeros where the last passes the end.
+
+    What lies behind the end is anything, NaN too, and a weight of zero would not hide that.
+    """
     length, size, _ = blocks
 
     def ended(x: Array) -> Array:

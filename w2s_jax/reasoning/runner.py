@@ -9,33 +9,59 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError
+from w2s_jax.models.huggingface import locate
 from w2s_jax.reasoning.answers import gold_answer, make_checker
+from w2s_jax.reasoning.config import ReasonConfig, StagesConfig
+from w2s_jax.reasoning.generation import check_prompts
 from w2s_jax.reasoning.pipeline import SAMPLES, Pipeline
 from w2s_jax.reasoning.questions import read_demonstrations, read_questions, read_responses
 from w2s_jax.reasoning.report import FIGURE, REPORT, TABLES, summarise, write_report
-from w2s_jax.reasoning.stages import DONE, Stage, run_stages
+from w2s_jax.reasoning.stages import DONE, Planned, Stage, plan_stages, run_stages
 from w2s_jax.text.prompts import escape_notes
 from w2s_jax.text.rows import Row
 
 
-def run_pipeline(
-    pipeline: Pipeline,
-    stages: Sequence[Stage],
-    *,
-    first: str | None = None,
-    last: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+def run(
+    config: ReasonConfig, where: StagesConfig, *, tell: Callable[[str], None] = lambda _: None
 ) -> str:
-    """Do the stages as `run_stages` does, and write the report; returns its tables.
+    """Do a run of weak-to-strong reasoning (arXiv 2407.13647), going on from what is done of it.
 
-    Raises what `run_stages` raises, and InputError for settings or data with which a stage fails.
+    Models are trained and answer in processes of their own, one after the other; this one starts no
+    device.
+
+    Args:
+        config: what decides the run.
+        where: the folders of its data and of its stages, and which of these to do.
+        tell: called with a line for what may not be meant, and as stages begin and end.
+
+    Returns:
+        The report's tables, as Markdown; report.json, report.md and report.png are beside the
+        stages.
+
+    Raises:
+        InputError: for settings or data with which a stage fails, and as `run_stages` does.
     """
-    for line in check_run(pipeline, stages):
-        tell(line)
-    figures = run_stages(stages, pipeline.root, first=first, last=last, tell=tell)
+    pipeline = Pipeline(config, Path(where.data), Path(where.output))
+    stages = [planned.stage for planned in _planned(pipeline, where, tell)]
+    figures = run_stages(stages, pipeline.root, first=where.first, last=where.last, tell=tell)
     drawn = [name for name in figures if name.endswith(SAMPLES)]
     samples = {name: pipeline.judged_samples(name) for name in drawn}
-    return write_report(summarise(figures, samples, pipeline.config.pass_at), pipeline.root)
+    return write_report(summarise(figures, samples, config.pass_at), pipeline.root)
+
+
+def plan(
+    config: ReasonConfig, where: StagesConfig, *, tell: Callable[[str], None] = lambda _: None
+) -> list[Planned]:
+    """What `run` would do with each stage, and what it costs; raises what it raises before any."""
+    return _planned(Pipeline(config, Path(where.data), Path(where.output)), where, tell)
+
+
+def _planned(pipeline: Pipeline, where: StagesConfig, tell: Callable[[str], None]) -> list[Planned]:
+    stages = pipeline.stages()
+    found = plan_stages(stages, pipeline.root, first=where.first, last=where.last)
+    for line in check_run(pipeline, stages):
+        tell(line)
+    return found
 
 
 def check_run(pipeline: Pipeline, stages: Sequence[Stage]) -> list[str]:
@@ -55,33 +81,37 @@ def check_run(pipeline: Pipeline, stages: Sequence[Stage]) -> list[str]:
         read_questions(files["questions"], ids=config.ids, answers_needed=True)
     if config.test is not None:
         _check_golds(pipeline.test, files["test"], config.kind)
-    solved = []
-    if "weak train" in files:
-        solved = read_questions(files["weak train"], answers_needed=True)
     if "weak responses" in files:
         read_responses(files["weak responses"], pipeline.questions)
     if "demonstrations" in files:
-        _check_demonstrations(files["demonstrations"], config.demonstrations.count)
+        path, count = files["demonstrations"], config.demonstrations.count
+        found = len(read_demonstrations(path))
+        if found < count:
+            raise InputError(
+                f"{path}: {found} demonstrations, of which the first {count} are asked for; add to "
+                "them, or lower demonstrations.count"
+            )
     if any(not (pipeline.root / stage.name / DONE).exists() for stage in stages):
         _check_prompts(pipeline)
-    told = escape_notes(config.decoding.stop)
-    told += _shared(pipeline.questions, files["questions"], solved, files.get("weak train"))
+    rows = {"questions": pipeline.questions, "weak train": pipeline.solved}
     if config.test is not None:
-        for rows, name in ((pipeline.questions, "questions"), (solved, "weak train")):
-            told += _shared(pipeline.test, files["test"], rows, files.get(name))
+        rows["test"] = pipeline.test
+    told = escape_notes(config.decoding.stop)
+    for asked, other in (
+        ("questions", "weak train"), ("test", "questions"), ("test", "weak train"),
+    ):  # fmt: skip
+        if asked in files and other in files:
+            told += _shared(rows[asked], files[asked], rows[other], files[other])
     return told
 
 
 def _check_places(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
-    from w2s_jax.models.huggingface import locate
-
-    root = pipeline.root.resolve()
-    written = [root / stage.name for stage in stages]
-    written += [root / name for name in (REPORT, TABLES, FIGURE)]
+    names = [*(stage.name for stage in stages), REPORT, TABLES, FIGURE]
+    written = [pipeline.root.resolve() / name for name in names]
     read = [*pipeline.files.values(), *(locate(pipeline.place(name)) for name in pipeline.weights)]
     for path in read:
         for place in written:
-            if place == path.resolve() or place in path.resolve().parents:
+            if place in (path.resolve(), *path.resolve().parents):
                 raise InputError(
                     f"{path} is read, and lies in what the run writes ({place}); name another "
                     "--output, or move the file"
@@ -94,16 +124,7 @@ def _check_golds(rows: Sequence[Row], path: Path, kind: str) -> None:
             try:
                 gold_answer(row["answer"], kind)
             except InputError as error:
-                raise InputError(f"{path} row {number} (id {row['id']!r}): {error}") from None
-
-
-def _check_demonstrations(path: Path, count: int) -> None:
-    found = len(read_demonstrations(path))
-    if found < count:
-        raise InputError(
-            f"{path}: {found} demonstrations, of which the first {count} are asked for; add to "
-            "them, or lower demonstrations.count"
-        )
+                raise error.at(f"{path} row {number} (id {row['id']!r})") from None
 
 
 def _check_prompts(pipeline: Pipeline) -> None:
@@ -111,32 +132,22 @@ def _check_prompts(pipeline: Pipeline) -> None:
 
     Drawn demonstrations are not known yet and are left out.
     """
-    from w2s_jax.reasoning.answering import Answering, check_prompts
-
     config, files = pipeline.config, pipeline.files
-    weak, guided = config.weak.model, config.guided
-    shown, count = files.get("demonstrations"), config.demonstrations.count
-    for name in ("questions", "test"):
-        if name not in files:
-            continue
-        asked = Answering(
-            model=pipeline.place(config.strong),
-            questions=str(files[name]),
-            output="",
-            generation=pipeline.generation(),
-            ids=config.ids if name == "questions" else "own",
-            demonstrations=None if shown is None else str(shown),
-            overflow=config.demonstrations.overflow,
+    weak = None if config.weak.model is None else pipeline.place(config.weak.model)
+    shown = str(files["demonstrations"]) if "demonstrations" in files else None
+    for is_test in (False, True) if "test" in files else (False,):
+        asked = pipeline.answering(
+            "strong", config.generation(), demonstrations=shown, is_test=is_test
         )
         # What is tuned later has the vocabulary of what it is tuned from.
-        guide = pipeline.place(weak) if weak is not None and guided else None
-        check_prompts(replace(asked, tuned=guide, untuned=guide), count)
-        if weak is not None and (name == "test" or config.weak.responses is None):
-            check_prompts(replace(asked, model=pipeline.place(weak), demonstrations=None))
+        guide = weak if config.guided else None
+        check_prompts(replace(asked, tuned=guide, untuned=guide), config.demonstrations.count)
+        if weak is not None and (is_test or config.weak.responses is None):
+            check_prompts(replace(asked, model=weak, demonstrations=None))
 
 
 def _shared(
-    rows: Sequence[Row], path: Path, others: Sequence[Mapping[str, Any]], elsewhere: Path | None
+    rows: Sequence[Row], path: Path, others: Sequence[Mapping[str, Any]], elsewhere: Path
 ) -> list[str]:
     """A line where questions of one file are in another one too."""
     asked = {row["question"].strip(): n for n, row in enumerate(others, start=1)}

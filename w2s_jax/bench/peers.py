@@ -1,12 +1,13 @@
-"""A program of its own: times TRL's trainer on a checkpoint and rows of token ids.
+"""Programs of their own: other packages' decoding and training, timed on rows of token ids.
 
-`python train_trl.py JOB_JSON` prints one JSON line. Needs trl, torch and transformers, and nothing
-of this package, so that any interpreter that has those can run it.
+`python peers.py JOB_JSON` prints one JSON line. Needs torch and transformers, trl too for a
+training, and nothing of this package, so that any interpreter that has those can run it.
 """
 
 import json
 import re
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -14,8 +15,57 @@ from pathlib import Path
 from typing import Any
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train for the job's steps; seconds, CPU seconds and losses by step, and peak memory."""
+def decode(job: dict[str, Any]) -> dict[str, float]:
+    """`generate` of transformers, on random weights: all rows repeatedly.
+
+    Returns:
+        Seconds of the first run, and the median of the further ones.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(job["config"])
+    torch.manual_seed(0)
+    with torch.device(job["device"]):
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"])).eval()
+        prompts = torch.tensor(job["prompts"])
+    # Random weights may draw an end, and every row is to have all its tokens.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    def once() -> float:
+        start = time.perf_counter()
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=job["temperature"],
+            top_k=job["top_k"],
+            num_return_sequences=job["samples"],
+            max_new_tokens=job["new_tokens"],
+        )
+        if job["device"] == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        wanted = (len(prompts) * job["samples"], prompts.shape[1] + job["new_tokens"])
+        assert tuple(out.shape) == wanted, f"{tuple(out.shape)} tokens, not {wanted}"
+        return seconds
+
+    with torch.inference_mode():
+        first = once()
+        return {
+            "first_seconds": first,
+            "seconds": statistics.median(once() for _ in range(job["repeats"])),
+        }
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """TRL's trainer on a checkpoint, for the job's steps.
+
+    Returns:
+        Seconds, CPU seconds and losses by step, and peak memory.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -42,6 +92,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             return dataset
 
     dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
+    on_gpu = torch.cuda.is_available()
     options = {"beta": 0.1} if dpo else {"dataset_kwargs": {"skip_prepare_dataset": True}}
     with tempfile.TemporaryDirectory() as folder:
         args: Any = (DPOConfig if dpo else SFTConfig)(
@@ -49,8 +100,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             per_device_train_batch_size=job["batch_size"] // (2 if dpo else 1),
             learning_rate=job["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0,
             max_grad_norm=1.0, optim="adamw_torch", bf16=narrow, gradient_checkpointing=False,
-            use_cpu=not torch.cuda.is_available(), logging_steps=1, report_to="none",
-            save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", **options,
+            use_cpu=not on_gpu, logging_steps=1, report_to="none", save_strategy="no",
+            disable_tqdm=True, train_sampling_strategy="sequential", **options,
         )  # fmt: skip
         clock = Clock()
         trainer = (Pairs if dpo else SFTTrainer)(
@@ -62,14 +113,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
-    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
-        "losses": logged,
-        "peak_bytes": peak,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
     }
 
 
@@ -84,6 +132,5 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        job = json.load(file)
-    sys.stdout.write(json.dumps(run(job)) + "\n")
+    job = json.loads(Path(sys.argv[1]).read_text())
+    sys.stdout.write(json.dumps((train if "objective" in job else decode)(job)) + "\n")

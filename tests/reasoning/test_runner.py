@@ -10,7 +10,7 @@ from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.pipeline import Pipeline
-from w2s_jax.reasoning.run import check_run
+from w2s_jax.reasoning.runner import check_run
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.ops import flash
-from w2s_jax.ops.attention import attend_sequence
-from w2s_jax.ops.flash import Reach, cudnn, splash
+from w2s_jax.ops import sequences
+from w2s_jax.ops.sequences import Reach, attend_sequence, cudnn, splash
+from w2s_jax.ops.tpu.splash import blocks_of
 
 LENGTH = 256
 SCALE = 0.3
@@ -173,9 +173,9 @@ def test_a_program_for_tpus_has_the_kernel_and_no_scores(case):
 
 
 def test_short_sequences_have_no_kernel():
-    given = arrays(length=flash.SHORTEST - 1)[:3]
-    assert not flash.kernels(*given, Reach(), SCALE)
-    assert set(flash.kernels(*arrays()[:3], Reach(), SCALE)) == {"tpu"}
+    given = arrays(length=sequences.SHORTEST - 1)[:3]
+    assert not sequences.kernels(*given, Reach(), SCALE)
+    assert set(sequences.kernels(*arrays()[:3], Reach(), SCALE)) == {"tpu"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_cudnn_takes_what_it_knows(taken, shapes, reach, softcap, monkeypatch):
     """Lowered as where there is a device, which jax asks for while it traces."""
     inner = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(inner, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(flash, "_has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(sequences, "_has_cudnn_attention", lambda: True)
 
     def attend(*given):
         return attend_sequence(*given, scale=SCALE, softcap=softcap)
@@ -206,16 +206,16 @@ def test_cudnn_takes_what_it_knows(taken, shapes, reach, softcap, monkeypatch):
 
 def test_blocks_fill_up_little():
     for length in (128, 129, 200, 256, 300, 512, 1000, 1024, 4096, 5000, 32768):
-        block, missing = flash._blocks(length)
+        block, missing = blocks_of(length)
         assert (length + missing) % block == 0
         assert missing < 128 or 8 * missing <= length
-    assert flash._blocks(4096) == (512, 0)
+    assert blocks_of(4096) == (512, 0)
 
 
 SHARED = """
 import jax, jax.numpy as jnp, numpy as np
-from tests.ops.test_flash import PACKED, SCALE, arrays, check
-from w2s_jax.ops.flash import Reach, splash, cudnn
+from tests.ops.test_sequences import PACKED, SCALE, arrays, check
+from w2s_jax.ops.sequences import Reach, splash, cudnn
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement
 

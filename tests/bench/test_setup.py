@@ -8,6 +8,7 @@ import pytest
 
 from tests.tiny import tiny_config
 from w2s_jax.bench import search, train
+from w2s_jax.bench.config import SearchBenchConfig, TrainBenchConfig
 from w2s_jax.bench.floor import layer_parameters
 from w2s_jax.bench.setup import _draw, named_shape, random_model
 from w2s_jax.errors import InputError
@@ -23,12 +24,14 @@ def test_shapes_are_of_their_published_sizes(name, billions):
 
 
 def test_a_shape_stands_in_place_of_sizes():
-    policy, guide = search.shapes_of(search.Options(shape="llama-8b"))
+    policy, guide = search.shapes_of(SearchBenchConfig(shape="llama-8b"))
     assert (policy, guide) == (named_shape("llama-8b"), named_shape("llama-1b"))
-    assert train.shape(train.Options(shape="llama-1b")) == guide
+    assert train.shape(TrainBenchConfig(shape="llama-1b")) == guide
 
 
-@pytest.mark.parametrize("room", [search, train])
+@pytest.mark.parametrize(
+    ("check", "config"), [(search.check, SearchBenchConfig), (train.check, TrainBenchConfig)]
+)
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
@@ -36,9 +39,9 @@ def test_a_shape_stands_in_place_of_sizes():
         ({"shape": "llama-1b", "vocab": 9}, "--vocab is set beside --shape, which decides it"),
     ],
 )
-def test_wrong_shapes_are_refused(room, fields, told):
+def test_wrong_shapes_are_refused(check, config, fields, told):
     with pytest.raises(InputError, match=told):
-        room.check(room.Options(**fields))
+        check(config(**fields))
 
 
 def test_weights_are_drawn_in_their_own_dtype():

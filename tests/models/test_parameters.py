@@ -3,12 +3,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import abstract_model
-from w2s_jax.models.tensors import stack_layers, unstack_layers
+from w2s_jax.models.parameters import decoder_parameters, stack_layers, unstack_layers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_table_names_every_tensor_of_a_checkpoint_and_its_shape(case):
+    files = (GOLDEN / case).glob("model*.safetensors")
+    held = {name: tensor.shape for file in files for name, tensor in load_file(file).items()}
+    table = decoder_parameters(load_config(GOLDEN / case))
+    assert {row.stored.name: row.stored.shape(row.shape) for row in table.values()} == held
 
 
 @pytest.fixture(scope="module")

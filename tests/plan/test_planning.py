@@ -8,11 +8,11 @@ from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.ops.sharding import mesh_shape, mesh_shapes
-from w2s_jax.plan.measure import Measured, Plan
+from w2s_jax.plan.compiled import Measured
 from w2s_jax.plan.meshes import candidates, judge, preset_mesh
+from w2s_jax.plan.planning import Plan, Trying, ranked, search_meshes, smallest_slice
 from w2s_jax.plan.programs import shape_of
 from w2s_jax.plan.topology import CHIPS, device_count, family_of
-from w2s_jax.plan.trials import Trying, ranked, search_meshes, smallest_slice
 from w2s_jax.train.estimate import TrainingShapes
 
 GIB = 2**30

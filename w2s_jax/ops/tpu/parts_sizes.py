@@ -13,6 +13,8 @@ KEYS, BLOCK, SCORES = 512, (2**19, 2**21), 2**21
 """Keys of a block: so many, but within these bytes of keys and values, and these of scores.
 
 With fewer bytes what a step takes besides, some 400 cycles, would be longer than they take to come.
+With more, two blocks (the one that is read and the one that is coming), and scores beside them,
+would leave the vector memory no room for the sums of all hypotheses.
 """
 
 
@@ -65,6 +67,7 @@ def sizes_of(query: Array, prefix: Part, committed: Part, own: int, parts: int =
     _, width, count, heads, size = query.shape
     kv_heads = prefix.keys.shape[-2]
     queries = count * filled(heads // kv_heads)
+    # Whole tiles of float32, so that every hypothesis' sums begin with one.
     rows = up(queries, SUBLANES // 2)
     kv_heads = kv_heads // parts
 
@@ -72,6 +75,8 @@ def sizes_of(query: Array, prefix: Part, committed: Part, own: int, parts: int =
         keys = part.keys.shape[-3]
         a_key = 2 * kv_heads * size * part.keys.dtype.itemsize
         longest = min(max(KEYS, BLOCK[0] // a_key), BLOCK[1] // a_key, SCORES // (4 * rows))
+        # Of whole tiles, since keys are lanes of scores; one block where there are fewer keys, as
+        # more than there is of an array cannot be fetched.
         block = min(max(LANES, longest // LANES * LANES), keys)
         return keys, block, -(-keys // block)
 

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.test_attention import plain
-from w2s_jax.ops import parts_sizes
-from w2s_jax.ops.parts_kernel import Part, Window, attend, has_kernel, takes
 from w2s_jax.ops.sharding import ON_ONE_DEVICE
+from w2s_jax.ops.tpu import parts_sizes
+from w2s_jax.ops.tpu.parts_kernel import Part, Window, attend, takes
 
 SIZE = 8
 
@@ -124,9 +124,9 @@ def test_half_precision_is_summed_in_float32():
 
 SHARES = """
 import jax, numpy as np
-from tests.ops.test_parts_kernel import case, expected
+from tests.ops.tpu.test_parts_kernel import case, expected
 from w2s_jax.ops.sharding import make_mesh
-from w2s_jax.ops.parts_kernel import Part, attend
+from w2s_jax.ops.tpu.parts_kernel import Part, attend
 from w2s_jax.ops.sharding import SEARCH_RULES, Placement
 placement = Placement(make_mesh("data=2,fsdp=2,tensor=2", jax.devices()), SEARCH_RULES)
 def run(*arrays):
@@ -179,7 +179,7 @@ def test_what_the_kernel_takes(given, taken):
 
 
 MESHES = """
-from tests.ops.test_parts_kernel import is_taken
+from tests.ops.tpu.test_parts_kernel import is_taken
 for spec, groups, taken in (("data=8", 1, True), ("tensor=8", 8, True), ("tensor=8", 2, False)):
     placement = Placement(make_mesh(spec, jax.devices()), SEARCH_RULES)
     assert is_taken(placement, groups=groups) == taken, spec
@@ -189,21 +189,3 @@ for spec, groups, taken in (("data=8", 1, True), ("tensor=8", 8, True), ("tensor
 def test_devices_attend_for_their_own_slots_and_heads(run_python):
     """Where the heads of a share have their keys."""
     run_python(SHARES + MESHES, devices=8)
-
-
-@pytest.mark.parametrize(
-    ("kind", "count", "dtype", "asked"),
-    [("TPU v5", 1, jnp.bfloat16, "always"), ("TPU v5p", 1, jnp.bfloat16, "always"),
-     ("cpu", 1, jnp.bfloat16, "never"), ("TPU v5 lite", 1, jnp.bfloat16, "in blocks"),
-     ("TPU v6 lite", 1, jnp.bfloat16, "in blocks"), ("TPU v6 lite", 1, jnp.float32, "never"),
-     ("TPU v5", 1, jnp.float32, "never"), ("TPU v5", 4, jnp.bfloat16, "never")],
-)  # fmt: skip
-def test_chips_of_two_cores_have_the_kernel(kind, count, dtype, asked, monkeypatch):
-    """Others where keys go in blocks; without a mesh one of several devices never has."""
-
-    class Device:
-        device_kind = kind
-
-    monkeypatch.setattr(jax, "devices", lambda: [Device()] * count)
-    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE) == (asked == "always")
-    assert has_kernel(jnp.dtype(dtype), ON_ONE_DEVICE, True) == (asked != "never")

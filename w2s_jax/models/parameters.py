@@ -1,0 +1,316 @@
+"""The table of a decoder's parameters: path → shape, logical axes, and where files keep it.
+
+Shape, axes and initialiser are declared in `decoder.py`, from which the table is read by tracing
+one layer; the names and arrangements of checkpoint files are here, one list per architecture. From
+this table derive abstract shapes, shardings, reading, writing and adapters.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.decoder import initial_params
+from w2s_jax.ops.sharding import Axes
+
+Index = tuple[slice, ...]
+STACKED = "layers"
+
+
+def layer_name(layer: int) -> str:
+    """The key of one layer's subtree in the per-layer layout."""
+    return f"{STACKED}_{layer}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How files hold one parameter: the tensor's name and how its axes lie there.
+
+    groups: how many of our axes, in order, make up each stored axis: (1, 2) stores [D, H, C] as
+        [D, H·C], (2,) stores [H, C] as [H·C].
+    transposed: the stored axes are in the opposite order, [out, in].
+    part: the parameter is this one of three equal parts of the last stored axis.
+    """
+
+    name: str
+    groups: tuple[int, ...] = (1,)
+    transposed: bool = False
+    part: int | None = None
+
+    def grouped(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape with its axes joined as stored, before any transposing."""
+        sizes, axis = [], 0
+        for group in self.groups:
+            sizes.append(math.prod(shape[axis : axis + group]))
+            axis += group
+        return tuple(sizes)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The whole stored tensor's shape, given the parameter's."""
+        *most, last = self.grouped(shape)
+        sizes = (*most, last if self.part is None else 3 * last)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def major_axis(self) -> int:
+        """The axis of the parameter that the tensor's first one begins with."""
+        return sum(self.groups[:-1]) if self.transposed else 0
+
+    def read(self, tensor: Any, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        """A rectangular part of a parameter, touching only the stored bytes that cover it."""
+        ranges, lengths, inner, axis = [], [], [], 0
+        for group in self.groups:
+            major, *minor = shape[axis : axis + group]
+            start, stop, _ = index[axis].indices(major)
+            step = math.prod(minor)
+            ranges.append((start * step, stop * step))
+            lengths += [stop - start, *minor]
+            inner += [slice(None), *index[axis + 1 : axis + group]]
+            axis += group
+        if self.part is not None:
+            offset = self.part * math.prod(shape[-self.groups[-1] :])
+            ranges[-1] = (ranges[-1][0] + offset, ranges[-1][1] + offset)
+        slices = tuple(slice(*bounds) for bounds in ranges)
+        array = tensor[slices[::-1]].T if self.transposed else tensor[slices]
+        return array.reshape(lengths)[tuple(inner)]
+
+    def arranged(self, array: np.ndarray) -> np.ndarray:
+        """A parameter as the files keep it (or its part of a stored tensor)."""
+        flat = array.reshape(self.grouped(array.shape))
+        return flat.T if self.transposed else flat
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """How files hold the head on a decoder.
+
+    name: of its tensors, `{name}.weight` [out, in] and perhaps `{name}.bias`.
+    classes: a pattern of the names in config.json's `architectures` that keep such a head.
+    wrapped: the decoder was saved by a module that holds a whole language model as `model` and the
+        decoder of it, a second time, as `transformer`; the language model's head is not used.
+    """
+
+    name: str
+    classes: str = ".*"
+    wrapped: bool = False
+
+    @property
+    def weight(self) -> str:
+        """The name of the head's matrix."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        """The name of the head's bias, which few have."""
+        return f"{self.name}.bias"
+
+
+LANGUAGE_HEAD = StoredHead("lm_head")
+REWARD_HEADS = (
+    StoredHead("score", ".*ForSequenceClassification"),
+    StoredHead("regression_head", "LlamaRewardModel"),  # UltraRM (arXiv 2310.01377)
+    # Starling-RM; its files come with a config.json of their own or with the language model's.
+    StoredHead(
+        "v_head", "GPTRewardModel|LLMForSequenceRegression|.*ForCausalLM|.*LMHeadModel", True
+    ),
+)
+
+
+QKV = ("query", "key", "value")
+ATTENTION, MLP = (*QKV, "out"), ("gate", "up", "down")
+PROJECTIONS = (*ATTENTION, *MLP)
+
+
+def kernel_axes(module: str) -> tuple[int, int]:
+    """How many of a kernel's axes are its input's, and how many its output's."""
+    return 2 if module == "out" else 1, 2 if module in QKV else 1
+
+
+def contracted(projection: str) -> int:
+    """How many of a kernel's axes are its input's."""
+    return kernel_axes(projection)[0]
+
+
+def module_of(projection: str) -> str:
+    """Where a projection is in its layer, as in "attention/query"."""
+    return f"{'attention' if projection in ATTENTION else 'mlp'}/{projection}"
+
+
+def stored_as(names: Mapping[str, str], path: str) -> Stored:
+    """Where files keep the parameter at a path such as "layers_3/attention/query/kernel".
+
+    How its axes lie follows from its kind alone: heads and their width are one axis, torch's Linear
+    is [out, in], and GPT-2's Conv1D, known by its name c_*, [in, out], query, key and value side by
+    side. `names` holds the modules' names, with {i} for a layer's number.
+    """
+    module, _, leaf = path.rpartition("/")
+    projection = module.rpartition("/")[2]
+    layer = re.match(rf"{STACKED}_(\d+)/", path)
+    name = names[re.sub(rf"^{STACKED}_\d+/", f"{STACKED}/", module)]
+    name = name.format(i=layer[1]) if layer else name
+    axes = kernel_axes(projection)
+    groups = {"kernel": axes, "embedding": (1, 1), "bias": axes[1:]}
+    convolution = name.rpartition(".")[2].startswith("c_")
+    return Stored(
+        f"{name}.{'bias' if leaf == 'bias' else 'weight'}",
+        groups.get(leaf, (1,)),
+        transposed=leaf == "kernel" and not convolution,
+        part=QKV.index(projection) if name.endswith(".c_attn") else None,
+    )
+
+
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "layers/attention_norm": "model.layers.{i}.input_layernorm",
+    "layers/attention/query": "model.layers.{i}.self_attn.q_proj",
+    "layers/attention/key": "model.layers.{i}.self_attn.k_proj",
+    "layers/attention/value": "model.layers.{i}.self_attn.v_proj",
+    "layers/attention/query_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers/attention/key_norm": "model.layers.{i}.self_attn.k_norm",
+    "layers/attention/out": "model.layers.{i}.self_attn.o_proj",
+    "layers/mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/mlp/gate": "model.layers.{i}.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.{i}.mlp.up_proj",
+    "layers/mlp/down": "model.layers.{i}.mlp.down_proj",
+    "final_norm": "model.norm",
+}
+# Gemma 2 gives the name post_attention_layernorm to a norm that others do not have.
+_GEMMA2 = _LLAMA | {
+    "layers/post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "layers/post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_GPT2 = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "layers/attention_norm": "transformer.h.{i}.ln_1",
+    "layers/attention/query": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/key": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/value": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/out": "transformer.h.{i}.attn.c_proj",
+    "layers/mlp_norm": "transformer.h.{i}.ln_2",
+    "layers/mlp/up": "transformer.h.{i}.mlp.c_fc",
+    "layers/mlp/down": "transformer.h.{i}.mlp.c_proj",
+    "final_norm": "transformer.ln_f",
+}
+_NAMES = {"gpt2": _GPT2, "gemma2": _GEMMA2}
+
+# Constants that older versions of transformers saved among the weights.
+_BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table; its initialiser stands beside its shape and axes in `decoder.py`."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    stored: Stored
+
+    def read(self, tensors: Mapping[str, Any], index: Index | None = None) -> np.ndarray:
+        """A rectangular part of it, or all of it, from the tensors of files."""
+        index = (slice(None),) * len(self.shape) if index is None else index
+        return self.stored.read(tensors[self.stored.name], self.shape, index)
+
+
+def decoder_parameters(
+    config: ModelConfig, head: StoredHead = LANGUAGE_HEAD
+) -> dict[str, Parameter]:
+    """The table by paths of the per-layer layout, as in "layers_3/mlp/up/kernel".
+
+    A language model's head is in it unless it is tied; a reward model's is `reward_head`'s.
+    """
+    names = _NAMES.get(config.architecture, _LLAMA) | {"head": head.name}
+    return {
+        path: Parameter(shape, axes, stored_as(names, path))
+        for path, (shape, axes) in declared(config).items()
+    }
+
+
+def reward_head(
+    config: ModelConfig, head: StoredHead, labels: int, *, bias: bool
+) -> dict[str, Parameter]:
+    """The rows of a reward model's head, which stands in the place of a language model's."""
+    names = {"head": head.name}
+    shapes = {"head/kernel": (config.width, labels)} | ({"head/bias": (labels,)} if bias else {})
+    axes: dict[str, Axes] = {"head/kernel": ("embed", None), "head/bias": (None,)}
+    return {
+        path: Parameter(shape, axes[path], stored_as(names, path)) for path, shape in shapes.items()
+    }
+
+
+@lru_cache(maxsize=16)
+def declared(
+    config: ModelConfig, scan_layers: bool = False
+) -> Mapping[str, tuple[tuple[int, ...], Axes]]:
+    """Shape and logical axes of every parameter, in either layout, by path."""
+    # One layer is traced, whatever their number; the key is made inside: no device is looked for.
+    boxed = jax.eval_shape(lambda: initial_params(config, jax.random.key(0), jnp.float32, True))
+    flat = flatten_dict(boxed, sep="/")
+    stacked = {path: (box.value.shape, tuple(box.names)) for path, box in flat.items()}
+    if scan_layers:
+        return stacked
+    rows: dict[str, tuple[tuple[int, ...], Axes]] = {}
+    for path, (shape, axes) in stacked.items():
+        kind, _, rest = path.partition("/")
+        if kind == STACKED:
+            names = (f"{layer_name(layer)}/{rest}" for layer in range(config.layers))
+            rows |= dict.fromkeys(names, (shape[1:], axes[1:]))
+        else:
+            rows[path] = shape, axes
+    return rows
+
+
+def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) -> str | None:
+    """A tensor's name with the prefix that base-model checkpoints leave out.
+
+    None for what no parameter is read from: a buffer, the unused head of a wrapped language model.
+    """
+    decoder = "transformer." if config.architecture == "gpt2" else "model."
+    if head.wrapped:
+        if name.removeprefix("model.") == LANGUAGE_HEAD.weight:
+            return None
+        for prefix in (f"model.{decoder}", "transformer."):
+            if name.startswith(prefix):
+                name = decoder + name.removeprefix(prefix)
+                break
+    if name not in (head.weight, head.bias) and not name.startswith(decoder):
+        name = decoder + name
+    return None if _BUFFERS.search(name) else name
+
+
+def stack_layers(params: dict, layers: int) -> dict:
+    """The same parameters with the `layers_{i}` subtrees stacked as `layers`, [N, ...] each leaf.
+
+    Stacked parameters are returned as they are.
+    """
+    if STACKED in params:
+        return params
+    names = [layer_name(layer) for layer in range(layers)]
+    rest = {name: subtree for name, subtree in params.items() if name not in names}
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    return rest | {STACKED: stacked}
+
+
+def unstack_layers(params: dict) -> dict:
+    """The same parameters with `layers` [N, ...] split into `layers_{i}` subtrees.
+
+    Per-layer parameters are returned as they are.
+    """
+    if STACKED not in params:
+        return params
+    rest = {name: subtree for name, subtree in params.items() if name != STACKED}
+    layers = jax.tree.leaves(params[STACKED])[0].shape[0]
+    split = {
+        layer_name(layer): jax.tree.map(lambda leaf, i=layer: leaf[i], params[STACKED])
+        for layer in range(layers)
+    }
+    return rest | split

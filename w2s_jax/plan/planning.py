@@ -1,0 +1,489 @@
+"""Plans: the programs of a search or a training compiled for a slice, with one mesh or several.
+
+Meshes of a slice are tried one after the other, and slices of a family from the smallest upward.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from w2s_jax.errors import InputError
+from w2s_jax.models.lora import LoraConfig
+from w2s_jax.models.quantize import read_quantize
+from w2s_jax.ops.meshes import AUTO, check_named
+from w2s_jax.ops.sharding import make_mesh, mesh_shape, parse_rules, slice_count
+from w2s_jax.plan.compiled import Measured, measure
+from w2s_jax.plan.config import MOST, PlanConfig, PlanSearchConfig, PlanTrainingConfig
+from w2s_jax.plan.meshes import Candidate, candidates, preset_mesh
+from w2s_jax.plan.programs import (
+    GuideShapes,
+    SearchShapes,
+    Shapes,
+    programs_on,
+    shape_of,
+)
+from w2s_jax.plan.topology import (
+    GPU_SHARE,
+    Slice,
+    check_compiler,
+    check_topology,
+    chip_of,
+    device_count,
+    family_of,
+    open_slice,
+    topologies,
+)
+from w2s_jax.search.config import cbs
+from w2s_jax.train.config import OptimizerConfig
+from w2s_jax.train.estimate import TrainingShapes
+from w2s_jax.train.setup import check_length
+
+GIB = 2**30
+TRIED = 4
+"""Meshes of a slice that are compiled unless told otherwise."""
+LISTED = 12
+"""Meshes that were not compiled and are listed; the others are counted."""
+
+Tell = Callable[[str], None]
+Compile = Callable[[Shapes, str, str, Tell], "Plan"]
+"""What makes the plan of shapes on a topology with a mesh."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search, or a training, on a slice.
+
+    resident_bytes: of each device between programs, by name. seconds: the estimate of a batch of
+    prompts, from prefill to the last chunk, or of a step. fits: every program compiles, and what is
+    resident fits beside the temporaries of each.
+    """
+
+    topology: str
+    mesh: str
+    devices: int
+    memory: float
+    resident_bytes: Mapping[str, int]
+    programs: tuple[Measured, ...]
+    fits: bool
+    seconds: float
+    tokens_per_second: float
+
+    @property
+    def best(self) -> "Plan | None":
+        """Itself, where it fits."""
+        return self if self.fits else None
+
+    @property
+    def held(self) -> int:
+        """Bytes of each device between programs."""
+        return sum(self.resident_bytes.values())
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that the neediest program takes beside what is held; 0 where all are refused."""
+        return max((one.temporary for one in self.programs), default=0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of each device, held and temporaries."""
+        return self.held + self.temporaries
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the compiler refuses a program, in its words; None where it compiles all."""
+        return next((one.refusal for one in self.programs if one.refusal), None)
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling took, refusals included."""
+        return sum((one.compile_seconds for one in self.programs), 0.0)
+
+    @property
+    def moved(self) -> float:
+        """Bytes that each device sends in one call of every program."""
+        return sum((x.moved for one in self.programs for x in one.exchanges), 0.0)
+
+    def as_row(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was tried of a slice.
+
+    plans: those compiled, the best first: what fits before what does not, then by tokens a second.
+    skipped: meshes that were not compiled, and why. choice: which of several shapes were tried.
+    """
+
+    topology: str
+    devices: int
+    plans: tuple[Plan, ...]
+    skipped: tuple[Candidate, ...]
+    choice: int = 0
+
+    @property
+    def best(self) -> Plan | None:
+        """The best plan that fits."""
+        return self.plans[0] if self.plans and self.plans[0].fits else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Slices in the order in which they were tried; the last is the one that was looked for."""
+
+    slices: tuple[Trials, ...]
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan that was looked for; None where nothing fits."""
+        return self.slices[-1].best
+
+    def as_row(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        best = self.best
+        return {
+            "fits": best is not None,
+            "topology": best and best.topology,
+            "mesh": best and best.mesh,
+            "slices": [asdict(one) for one in self.slices],
+        }
+
+
+def plan_as_set(config: PlanConfig, tell: Tell) -> Plan | Found:
+    """One plan, or all that was tried; see `w2s_jax.plan.plan`."""
+    _check(config)
+    shapes, family = shapes_of(config), family_of(config.topology)
+    check_compiler(family or config.topology)
+    mesh = None if config.mesh == AUTO else config.mesh
+    trying = Trying(config.tries or TRIED, mesh, not config.search_mesh, tell=tell)
+    if family is not None:
+        return smallest_slice(lambda _: (shapes,), family, trying)
+    if config.search_mesh:
+        return search_meshes(shapes, config.topology, trying)
+    return plan_on(shapes, config.topology, mesh or preset_mesh(shapes, config.topology), tell)
+
+
+def _check(config: PlanConfig) -> None:
+    """Raise InputError for a wrong topology, and for settings that do not go together."""
+    family = family_of(config.topology)
+    if family is None:
+        check_topology(config.topology)
+    check_named(config.mesh)
+    if config.search_mesh and config.mesh != AUTO:
+        raise InputError("--search-mesh looks for what --mesh names; give one of them")
+    if config.tries is not None and family is None and not config.search_mesh:
+        raise InputError("--try goes with --search-mesh or with a topology such as v5e:auto")
+    if config.tries is not None and config.tries < 1:
+        raise InputError(f"--try is {config.tries}; it must be at least 1")
+    if family is not None and config.mesh != AUTO and slice_count(config.mesh) > 1:
+        raise InputError(
+            f"--topology {config.topology} looks for one slice, and --mesh {config.mesh} is for "
+            "several; name the slice"
+        )
+
+
+def shapes_of(config: PlanConfig) -> Shapes:
+    """The models of a plan and their settings; InputError for what is wrong."""
+    config.check_counts()
+    if isinstance(config, PlanSearchConfig):
+        return _search_shapes(config)
+    assert isinstance(config, PlanTrainingConfig)
+    model = shape_of(config.model)
+    check_length(config.max_length, model, config.model)
+    return TrainingShapes(
+        model=model,
+        objective=config.work,
+        rows=config.batch_size,
+        length=config.max_length,
+        accumulate=config.accumulate,
+        lora=None if config.lora_rank is None else LoraConfig(rank=config.lora_rank),
+        dtype=config.dtype,
+        remat=config.remat,
+        optimizer=OptimizerConfig(optimizer=config.optimizer),
+    )
+
+
+def _search_shapes(config: PlanSearchConfig) -> SearchShapes:
+    rows = config.beam_width * config.successors * config.batch_size
+    if rows >= MOST:
+        raise InputError(
+            f"--w {config.beam_width} times --k {config.successors} times --batch-size "
+            f"{config.batch_size} are {rows} rows; there must be less than {MOST}"
+        )
+    tokens, new = config.prompt_tokens, config.max_new_tokens
+    names = {"policy": config.policy, "tuned": config.tuned}
+    names["untuned"] = config.untuned or config.tuned
+    models = {role: shape_of(name) for role, name in names.items()}
+    for role, model in models.items():
+        if tokens + new > model.max_positions:
+            raise InputError(
+                f"--prompt-tokens {tokens} and --max-new-tokens {new} exceed the "
+                f"{model.max_positions} positions of {role}, {names[role]}"
+            )
+    beam = (config.beam_width, config.successors, config.chunk_length)
+    return SearchShapes(
+        models["policy"],
+        (GuideShapes(models["tuned"], models["untuned"]),),
+        config=cbs(*beam, max_new_tokens=new, policy_cache=config.policy_cache),
+        prompt_tokens=tokens,
+        slots=config.batch_size,
+        dtype=config.dtype,
+        policy_rules=parse_rules(config.policy_rules),
+        guide_rules=parse_rules(config.guide_rules),
+        quantize=read_quantize(config.quantise_policy) if config.quantise_policy else None,
+    )
+
+
+def plan_on(shapes: Shapes, topology: str, mesh: str, tell: Tell) -> Plan:
+    """Compile a search or a training for a topology and a mesh spec; raises as its parts do."""
+    return plan_in(shapes, open_slice(topology, slice_count(mesh)), mesh, tell)
+
+
+def plan_in(shapes: Shapes, place: Slice, mesh: str, tell: Tell) -> Plan:
+    """Compile a search or a training for a slice; `tell` hears of each program before that.
+
+    Of twins one is compiled.
+    """
+    found = programs_on(shapes, make_mesh(mesh, place.devices))
+    measured: dict[str, Measured] = {}
+    for program in found.programs:
+        if program.twin is not None:
+            twin = replace(measured[program.twin], name=program.name, compile_seconds=0.0)
+            measured[program.name] = twin
+            continue
+        tell(f"compiling {program.name} for {place.name}")
+        measured[program.name] = measure(program, place, found.wholes)
+    seconds = sum(measured[one.name].seconds * one.times for one in found.programs)
+    refused = any(one.refusal for one in measured.values())
+    plan = Plan(
+        topology=place.name,
+        mesh=mesh,
+        devices=len(place.devices),
+        memory=float(place.chip.memory),
+        resident_bytes=dict(found.resident_bytes),
+        programs=tuple(measured.values()),
+        fits=not refused,
+        seconds=seconds,
+        tokens_per_second=0.0 if refused or not seconds else found.tokens / seconds,
+    )
+    return replace(plan, fits=plan.fits and plan.needed <= place.chip.memory)
+
+
+@dataclass(frozen=True)
+class Trying:
+    """How slices are tried.
+
+    Attributes:
+        tries: meshes of a slice that are compiled.
+        mesh: the only mesh to try, or None for all.
+        first: whether to stop at the first that fits.
+        guess: whether meshes that are guessed to take more than there is are left out as well as
+            those that certainly do.
+        compile_as: what compiles one.
+        tell: hears of every step.
+    """
+
+    tries: int = TRIED
+    mesh: str | None = None
+    first: bool = False
+    guess: bool = False
+    compile_as: Compile = plan_on
+    tell: Tell = lambda _: None
+
+
+def search_meshes(shapes: Shapes, topology: str, trying: Trying = Trying()) -> Found:
+    """The likeliest meshes of a slice compiled, and ranked by what the compiler says.
+
+    Meshes that are ruled out before (`candidates`) are not compiled. Raises InputError where no
+    mesh divides the arrays, as where the shapes are wrong in themselves.
+    """
+    return _checked([_try(shapes, topology, trying)])
+
+
+def smallest_slice(
+    shapes: Callable[[int], Sequence[Shapes]], family: str, trying: Trying = Trying()
+) -> Found:
+    """The slices of a family tried from the smallest upward, until a mesh of one fits.
+
+    `shapes` are those for so many devices, one or several in the order in which they are tried.
+    Slices of which every mesh holds more than there is are passed over without compiling. Raises
+    InputError where no mesh of any slice divides the arrays.
+    """
+    found: list[Trials] = []
+    for topology in topologies(family):
+        for choice, one in enumerate(shapes(device_count(topology))):
+            found.append(replace(_try(one, topology, trying), choice=choice))
+            if found[-1].best is not None:
+                return _checked(found)
+    return _checked(found)
+
+
+def _try(shapes: Shapes, topology: str, trying: Trying) -> Trials:
+    devices, tell = device_count(topology), trying.tell
+    tell(f"{topology}: judging its meshes")
+    judged = _judged(shapes, topology, devices, trying)
+    possible = [one for one in judged if one.why is None]
+    ruled_out = [one for one in judged if one.why is not None]
+    if not possible:
+        tell(f"{topology}: nothing to compile: {ruled_out[0].mesh} {ruled_out[0].why}")
+    plans: list[Plan] = []
+    for one in possible[: trying.tries]:
+        count = f"{len(plans) + 1} of {min(trying.tries, len(possible))}"
+        tell(f"{topology}: mesh {count}, {one.mesh}")
+        plans.append(trying.compile_as(shapes, topology, one.mesh, tell))
+        tell(f"{topology}: {one.mesh} {_verdict(plans[-1])}")
+        if trying.first and plans[-1].fits:
+            break
+    done = trying.first and any(plan.fits for plan in plans)
+    why = "not tried: another fits" if done else f"not tried: --try {trying.tries}"
+    rest = [replace(one, why=why) for one in possible[len(plans) :]]
+    return Trials(topology, devices, tuple(ranked(plans)), (*rest, *ruled_out))
+
+
+def _judged(shapes: Shapes, topology: str, devices: int, trying: Trying) -> list[Candidate]:
+    among, chip = None, chip_of(topology)
+    if trying.mesh is not None:
+        try:
+            among = [mesh_shape(trying.mesh, devices)]
+        except InputError as error:
+            return [Candidate(trying.mesh, why=str(error))]
+    found = candidates(shapes, chip, devices, among)
+    if not trying.guess:
+        return found
+    return [
+        replace(one, why=f"would take some {one.needed / GIB:.0f} GiB")
+        if one.why is None and one.needed > chip.memory
+        else one
+        for one in found
+    ]
+
+
+def _checked(slices: Sequence[Trials]) -> Found:
+    """All that was tried; InputError where nothing could be judged."""
+    held = [one.resident_bytes for trials in slices for one in trials.skipped]
+    if not any(trials.plans for trials in slices) and not any(size is not None for size in held):
+        last = slices[-1]
+        raise InputError(f"{last.topology}: no mesh: {last.skipped[0].why}")
+    return Found(tuple(slices))
+
+
+def ranked(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans with the best first: what fits, then tokens a second, then the least memory."""
+    return sorted(plans, key=lambda one: (not one.fits, -one.tokens_per_second, one.needed))
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits:
+        return f"fits, {plan.tokens_per_second:,.0f} tokens a second"
+    return f"does not fit{': ' + plan.refusal if plan.refusal else ''}"
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, as tables have them."""
+    return f"{size / GIB:.2f}"
+
+
+def show(console: Console, found: Plan | Found) -> None:
+    """Print a plan as tables; of several that were tried each in short, and the best in full."""
+    if isinstance(found, Plan):
+        _show_plan(console, found)
+        return
+    for trials in found.slices:
+        _show_trials(console, trials)
+    if found.best is not None:
+        _show_plan(console, found.best)
+    else:
+        tried = ", ".join(one.topology for one in found.slices)
+        console.print(f"nothing that was tried fits: {tried}")
+
+
+def _show_plan(console: Console, plan: Plan) -> None:
+    title = f"{plan.topology}, {plan.devices} devices, --mesh {plan.mesh}"
+    console.print(title, soft_wrap=True, highlight=False)
+    beside, needed = gib(plan.temporaries), gib(plan.needed)
+    if plan.refusal:
+        beside, needed = "refused", f"> {gib(plan.memory)}"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    rows = [(name, gib(size)) for name, size in plan.resident_bytes.items()]
+    held = _table(("held on each device", "GiB"), [*rows, ("temporaries, the largest", beside)])
+    held.add_section()
+    held.add_row(f"of {gib(plan.memory)} GiB: {verdict}", needed)
+    console.print(held)
+    calls = ("a call of", "GiB in", "GiB beside", "TFLOP", "GiB read", "MiB sent", "estimate")
+    console.print(_table(calls, map(_call_of, plan.programs)))
+    sent = [
+        (one.name, x.kind, f"{x.count:,}", f"{x.moved / 2**20:,.1f}")
+        for one in plan.programs
+        for x in one.exchanges
+    ]
+    exchanges = ("exchanges of a call of", "kind", "times", "MiB sent by each device")
+    console.print(_table(exchanges, sent))
+    console.print(f"compiled in {plan.compile_seconds:.0f} s")
+    if chip_of(plan.topology).platform == "cuda":
+        share = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+        console.print(
+            f"of the memory that {share} lets jax take; workspaces of libraries not counted"
+        )
+    for one in plan.programs:
+        if one.gathered:
+            console.print(f"{one.name}: a loop gathers whole: {', '.join(one.gathered)}")
+    if plan.tokens_per_second:
+        console.print(
+            f"estimate, from published rates of the chip: {plan.tokens_per_second:,.0f} tokens a "
+            f"second, {plan.seconds:,.1f} s for a batch"
+        )
+
+
+def _call_of(one: Measured) -> tuple[str, ...]:
+    """A program in cells: memory, operations, bytes and the time of a call."""
+    if one.refusal:
+        return (one.name, one.refusal)
+    return (
+        one.name,
+        gib(one.arguments),
+        gib(one.temporary),
+        f"{one.operations / 1e12:.2f}",
+        f"{one.reads / GIB:.1f}",
+        f"{sum(x.moved for x in one.exchanges) / 2**20:,.0f}",
+        f"{1e3 * one.seconds:,.0f} ms",
+    )
+
+
+def _show_trials(console: Console, trials: Trials) -> None:
+    about = f"{trials.topology}, {trials.devices} devices: meshes"
+    mesh = Column("--mesh", no_wrap=True)
+    head = ("", mesh, "GiB held", "beside", "both", "", "tokens/s", "compiled")
+    rows = [(str(rank), *_compiled(plan)) for rank, plan in enumerate(trials.plans, 1)]
+    if rows:
+        console.print(_table(head, rows, f"{about} compiled"))
+    if not trials.skipped:
+        return
+    held = ["" if x.resident_bytes is None else gib(x.resident_bytes) for x in trials.skipped]
+    skipped = [(x.mesh, size, x.why) for x, size in zip(trials.skipped, held, strict=True)]
+    short = (Column("--mesh", no_wrap=True), "GiB held", "why")
+    console.print(_table(short, skipped[:LISTED], f"{about} not compiled"))
+    if len(skipped) > LISTED:
+        console.print(f"and {len(skipped) - LISTED} more; --json holds all")
+
+
+def _compiled(plan: Plan) -> tuple[str, ...]:
+    """A plan in cells: mesh, held, temporaries, both, fits or why not, tokens a second, time."""
+    spent = f"{plan.compile_seconds:.0f} s"
+    if plan.refusal:
+        return plan.mesh, gib(plan.held), "", "", plan.refusal, "", spent
+    verdict, speed = "fits" if plan.fits else "does not fit", f"{plan.tokens_per_second:,.0f}"
+    sizes = map(gib, (plan.held, plan.temporaries, plan.needed))
+    return plan.mesh, *sizes, verdict, speed, spent
+
+
+def _table(
+    head: Sequence[str | Column], rows: Iterable[Sequence[str | None]], title: str | None = None
+) -> Table:
+    table = Table(*head, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
