@@ -53,14 +53,14 @@ def load_demo(*, dtype: Any = "float32") -> Demo:
 
     with _assets() as assets:
         gold = load_classifier(assets / "gold", dtype=dtype)
-    models, tokenizer = _decoders("policy", "untuned", "tuned", dtype=dtype)
-    return Demo(*models, gold, tokenizer)
+    (policy, untuned, tuned), tokenizer = _decoders("policy", "untuned", "tuned", dtype=dtype)
+    return Demo(policy, untuned, tuned, gold, tokenizer)
 
 
 def load_other_guide(*, dtype: Any = "float32") -> OtherGuide:
     """Load the second guide of the embedded default; the files hold bfloat16 as the others do."""
-    models, tokenizer = _decoders("mistral-tuned", "mistral-untuned", dtype=dtype)
-    return OtherGuide(*models, tokenizer)
+    (tuned, untuned), tokenizer = _decoders("mistral-tuned", "mistral-untuned", dtype=dtype)
+    return OtherGuide(tuned, untuned, tokenizer)
 
 
 def _decoders(*names: str, dtype: Any) -> "tuple[list[Model], Any]":

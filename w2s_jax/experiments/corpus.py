@@ -71,7 +71,7 @@ class Corpus:
         return _join([self.review(int(i)) for i in indices], self.labels[indices])
 
 
-def _join(parts: Sequence[UInt16[np.ndarray, " X"]], labels: Int64[np.ndarray, " n"]) -> Corpus:
+def _join(parts: Sequence[np.ndarray], labels: Int64[np.ndarray, " n"]) -> Corpus:
     starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     return Corpus(np.concatenate(parts), starts, labels)
 
