@@ -169,11 +169,11 @@ def test_a_search_takes_a_quantised_policy_and_cache(
 ):
     seen = []
 
-    def watched(policy, guides, asked, config, **options):
-        seen.append((policy, guides, config.policy_cache))
+    def watched(models, config, requests, **options):
+        seen.append((models.policy, models.guides, config.policy_cache))
         raise InputError("enough")
 
-    monkeypatch.setattr("w2s_jax.search.rows.search", watched)
+    monkeypatch.setattr("w2s_jax.search.rows.search_all", watched)
     flags = ["--quantise-policy", "int8:2+head", "--policy-cache", "int8"]
     assert search(models, prompts, tmp_path / "out.jsonl", *flags) == 2
     assert "enough" in capsys.readouterr().err

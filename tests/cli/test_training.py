@@ -114,12 +114,12 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
     files = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
     searched = []
 
-    def watched(policy, guides, prompts, config, **options):
-        searched.append((policy, guides[0].tuned, guides[0].untuned))
+    def watched(models, config, requests, **options):
+        searched.append(models.members)
         raise InputError("enough")
 
     # That searches are steered by such models is tested elsewhere: here, that these are taken.
-    monkeypatch.setattr("w2s_jax.search.rows.search", watched)
+    monkeypatch.setattr("w2s_jax.search.rows.search_all", watched)
     assert main([*steered, *files]) == 2
     assert "enough" in capsys.readouterr().err
     for found, folder in zip(searched[0], (model, tuned, untuned), strict=True):

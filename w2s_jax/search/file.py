@@ -124,8 +124,9 @@ def search_file(
                     advance(1)
 
                 how: dict[str, Any] = {"method": config.method, "traced": traced, "on_row": heed}
+                policy = job.load()
                 try:
-                    search_rows(job.load(), job.questions, journal, **how)
+                    search_rows(policy, job.questions, journal, **how)
                 except RowsFailed as failed:
                     raise InputError(f"{failed}{told_kept(journal.path)}") from None
                 finally:

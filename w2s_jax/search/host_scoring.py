@@ -6,7 +6,7 @@ Ends at token ids are found on the device; nothing here is needed where none of 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
 from w2s_jax.search.selectors import Selection
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal
+from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,27 @@ def score_rows(
         failed |= at_fault(scorer, memory, candidates, scores)
         kept.append(memory)
     return tuple(kept), totals, failed
+
+
+def insert_all(
+    scorers: Sequence[TextScorer], memories: Sequence[Any], slot: int, conversation: Conversation
+) -> tuple[Any, ...]:
+    """The scorers' memories once a slot holds a new prompt."""
+    pairs = zip(scorers, memories, strict=True)
+    return tuple(scorer.insert(memory, slot, conversation) for scorer, memory in pairs)
+
+
+def keep_all(
+    scorers: Sequence[TextScorer], memories: Sequence[Any], parents: np.ndarray, rows: np.ndarray
+) -> tuple[Any, ...]:
+    """The scorers' memories of the kept hypotheses: of which old one, and of which row."""
+    pairs = zip(scorers, memories, strict=True)
+    return tuple(scorer.keep(memory, parents, rows) for scorer, memory in pairs)
+
+
+def without(slots: Mapping[int, V], slot: int) -> dict[int, V]:
+    """What is known of all slots but one."""
+    return {key: value for key, value in slots.items() if key != slot}
 
 
 def trace(

@@ -20,11 +20,12 @@ from w2s_jax.search.results import (
     TRACE,
     ChunkTrace,
     Hypothesis,
+    Request,
     SearchResult,
     hypothesis_text,
     trace_row,
 )
-from w2s_jax.search.run import of_guides, search
+from w2s_jax.search.run import search_all
 from w2s_jax.search.scorers import TextScorer
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.text.conversations import Conversation, conversation_of, plain
@@ -107,18 +108,13 @@ class SteeredPolicy:
         self, questions: Questions, waiting: Sequence[int], on_result: OnResult, on_chunk: OnChunk
     ) -> object:
         """Search the rows of these indices, which are their ids."""
-        models = self.steering.models
-        assert models is not None
-        prompts = [questions.prompts[index] for index in waiting]
-        return search(
-            models.policy,
-            models.guides,
-            [own[0] for own in prompts],
+        assert self.steering.models is not None
+        prompts, talks, seed = questions.prompts, questions.conversations, self.config.seed
+        return search_all(
+            self.steering.models,
             self.config,
-            guide_prompts=of_guides(prompts, len(models.members)),
+            [Request(index, prompts[index], talks[index], seed=seed) for index in waiting],
             scorers=self.steering.scorers,
-            conversations=[questions.conversations[index] for index in waiting],
-            row_ids=waiting,
             decode=partial(decode_tokens, self.plan.tokenizer),
             on_result=on_result,
             on_chunk=on_chunk,

@@ -65,23 +65,32 @@ def search(
     check_kind("config", config, SearchConfig, "what search.config.cbs and others give")
     check_placing(mesh, rules)
     scorers = _listed("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
-    if scorers and not models.guides and isinstance(config.scorer, LogRatio):
-        config = replace(config, scorer=NoScore())
     given = (prompts, guide_prompts, conversations, row_ids)
     requests = _requests(config.seed, *given, scored=bool(scorers))
+    options: dict[str, Any] = {"decode": decode, "mesh": mesh, "rules": rules}
+    options |= {"on_result": on_result, "on_chunk": on_chunk}
+    return search_all(models, config, requests, scorers=scorers, **options)
+
+
+def search_all(
+    models: SearchModels,
+    config: SearchConfig,
+    requests: Sequence[Request],
+    *,
+    scorers: Sequence[TextScorer] = (),
+    on_result: Callable[[SearchResult], None] | None = None,
+    **options: Any,
+) -> list[SearchResult]:
+    """The results of requests in their order; `options` are those of `search_requests`.
+
+    Raises RowsFailed and InputError as `search` does.
+    """
+    if scorers and not models.guides and isinstance(config.scorer, LogRatio):
+        config = replace(config, scorer=NoScore())
     for request in requests:
         check_request(models, config, request, f"row {request.row_id}")
-    found = search_requests(
-        models,
-        config,
-        requests,
-        slots=slots_for(config, len(requests)),
-        decode=decode,
-        scorers=scorers,
-        on_chunk=on_chunk,
-        mesh=mesh,
-        rules=rules,
-    )
+    slots = slots_for(config, len(requests))
+    found = search_requests(models, config, requests, slots=slots, scorers=scorers, **options)
     return collect(found, len(requests), on_result)
 
 

@@ -20,7 +20,16 @@ from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.host_scoring import Decode, heed_stops, read_rows, score_rows, trace
+from w2s_jax.search.host_scoring import (
+    Decode,
+    heed_stops,
+    insert_all,
+    keep_all,
+    read_rows,
+    score_rows,
+    trace,
+    without,
+)
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import EFTProposer
 from w2s_jax.search.results import ChunkTrace, Hypothesis, Number, Request, SearchResult
@@ -131,18 +140,11 @@ def insert(session: Session, slot: int, request: Request) -> Session:
     if session.scorers:
         if request.conversation is None:
             raise InputError(f"row {request.row_id}: scorers of texts need its conversation")
-        memories = tuple(
-            scorer.insert(memory, slot, request.conversation)
-            for scorer, memory in zip(session.scorers, memories, strict=True)
-        )
+        memories = insert_all(session.scorers, memories, slot, request.conversation)
     # Last, since it donates the state: what is refused leaves the session as it was.
     state = insert_program(models, session.state, np.int32(slot), own, padded, lengths)
-    held, failed = {**session.requests, slot: request}, _without(session.failed, slot)
+    held, failed = {**session.requests, slot: request}, without(session.failed, slot)
     return replace(session, state=state, memories=memories, requests=held, failed=failed)
-
-
-def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
-    return {key: value for key, value in slots.items() if key != slot}
 
 
 def _check_numbers(request: Request) -> None:
@@ -198,10 +200,7 @@ def advance(session: Session) -> Session:
     state, selection = conclude_program(models, state, proposal, totals)
     if session.scorers:
         kept = to_host((selection.parents, selection.rows))
-        memories = tuple(
-            scorer.keep(memory, *kept)
-            for scorer, memory in zip(session.scorers, memories, strict=True)
-        )
+        memories = keep_all(session.scorers, memories, *kept)
     chunks = trace(rows, selection, before, held) if session.traced else {}
     return replace(session, state=state, memories=memories, failed=failed, chunks=chunks)
 
@@ -304,7 +303,7 @@ def outcomes(
 
 def release(session: Session, slot: int) -> Session:
     """Empty a slot, whether or not its search has ended."""
-    held, failed = (_without(slots, slot) for slots in (session.requests, session.failed))
+    held, failed = (without(slots, slot) for slots in (session.requests, session.failed))
     state = _release(session.state, np.int32(slot))
     return replace(session, state=state, requests=held, failed=failed)
 

@@ -7,7 +7,6 @@ device are. Knows no tokenizer and no network.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +14,14 @@ import numpy as np
 
 from w2s_jax.errors import InputError, RowFailed
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.host_scoring import TextRow, score_rows, trace
+from w2s_jax.search.host_scoring import (
+    TextRow,
+    insert_all,
+    keep_all,
+    score_rows,
+    trace,
+    without,
+)
 from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.run import Slots, collect, run_slots, slots_for
@@ -194,32 +200,22 @@ def _check(config: SearchConfig, scorers: Sequence[TextScorer]) -> None:
 def insert(session: TextSession, slot: int, request: Request) -> TextSession:
     """Put a request into a slot, whatever it held."""
     assert request.conversation is not None
-    memories = tuple(
-        scorer.insert(memory, slot, request.conversation)
-        for scorer, memory in zip(session.scorers, session.memories, strict=True)
-    )
+    memories = insert_all(session.scorers, session.memories, slot, request.conversation)
     beam = Beam((TextHypothesis(),) * session.config.beam_width)
     return replace(
         session,
         memories=memories,
         requests={**session.requests, slot: request},
         beams={**session.beams, slot: beam},
-        failed={key: names for key, names in session.failed.items() if key != slot},
+        failed=without(session.failed, slot),
     )
 
 
 def release(session: TextSession, slot: int) -> TextSession:
     """Empty a slot."""
-
-    def without(slots: Mapping[int, Any]) -> dict[int, Any]:
-        return {key: value for key, value in slots.items() if key != slot}
-
-    return replace(
-        session,
-        requests=without(session.requests),
-        beams=without(session.beams),
-        failed=without(session.failed),
-    )
+    requests, beams = without(session.requests, slot), without(session.beams, slot)
+    failed = without(session.failed, slot)
+    return replace(session, requests=requests, beams=beams, failed=failed)
 
 
 def advance(session: TextSession) -> TextSession:
@@ -236,13 +232,9 @@ def advance(session: TextSession) -> TextSession:
         for w in np.flatnonzero(finished[slot]).tolist():
             objectives[slot, w] = beam.hypotheses[w].objectives
     quirks = config.reference_quirks
-    selection = jax.device_get(
-        _select(totals, objectives, finished, selector=config.selector, reference_quirks=quirks)
-    )
-    memories = tuple(
-        scorer.keep(memory, selection.parents, selection.rows)
-        for scorer, memory in zip(scorers, memories, strict=True)
-    )
+    given = (config.selector, totals, objectives, finished)
+    selection = jax.device_get(_select(*given, reference_quirks=quirks))
+    memories = keep_all(scorers, memories, selection.parents, selection.rows)
     by_place = {(row.slot, row.row): row for row in rows}
 
     def extended(slot: int, chosen: int, parent: int) -> TextHypothesis:
@@ -324,11 +316,7 @@ def _row(
     )
 
 
-_select = partial(jax.jit, static_argnames=("selector", "reference_quirks"))(
-    lambda rows, hypotheses, finished, *, selector, reference_quirks: select_among(
-        selector, rows, hypotheses, finished, reference_quirks=reference_quirks
-    )
-)
+_select = jax.jit(select_among, static_argnames=("selector", "reference_quirks"))
 
 
 def done_slots(session: TextSession) -> list[int]:
