@@ -293,7 +293,8 @@ def to_host(tree: Any) -> Any:
         and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
     }
     if apart:
-        mesh = next(iter(apart.values())).sharding.mesh
+        sharding: Any = next(iter(apart.values())).sharding
+        mesh = sharding.mesh
         apart = jax.jit(_same, out_shardings=_on_all(mesh))(apart)
     whole = [np.asarray(apart.get(place, leaf)) for place, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, whole)

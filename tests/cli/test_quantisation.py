@@ -199,5 +199,5 @@ def test_quantising_needs_a_policy_here(models, prompts, tmp_path, capsys):  # n
 
 def test_a_server_keeps_its_policy_cache_as_asked():
     server = parse(["serve", "--policy", "P", "--policy-cache", "int8"])
-    assert server.defaults().policy_cache == "int8"
-    assert parse(["serve", "--policy", "P"]).defaults().policy_cache == "auto"
+    assert server.policy_cache == "int8"
+    assert parse(["serve", "--policy", "P"]).policy_cache == "auto"

@@ -160,7 +160,8 @@ def measure_across(
     own, other = vocabularies(options.vocab)
     template = load_template(other, "none", where="guide")
     scorer = TextLogRatio(TextModel(guide.tuned, template), TextModel(guide.untuned, template))
-    texts = [own.decode(prompt) for prompt in prompts]
+    decode: Any = own.decode
+    texts: list[str] = [decode(prompt) for prompt in prompts]
     whole = partial(
         search,
         policy,
@@ -169,7 +170,7 @@ def measure_across(
         config,
         scorers=[scorer],
         conversations=[Conversation(text=text) for text in texts],
-        decode=own.decode,
+        decode=decode,
     )
     first, across = timed_twice(whole, options.repeats)
     tokens = sum(len(encode_prompt(other, text)) for text in texts)

@@ -238,10 +238,11 @@ def _blocks(query: Array, keys: Array, *more: Any, largest: int, **options: Any)
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
         # Cut before use: compilers would read all keys ahead, for every block.
-        own = jax.lax.optimization_barrier((cut(keys), cut(values)))
-        own_scales = [None if x is None else cut(x) for x in scales]
+        own: Any = jax.lax.optimization_barrier((cut(keys), cut(values)))
+        own_scales: Any = [None if x is None else cut(x) for x in scales]
         new = cut(mask, 3) & (start + jnp.arange(size) >= at * size)
-        return join([seen, attend_part(query, *own, new, *own_scales, **options)])
+        part = (*own, new, *own_scales)
+        return join([seen, attend_part(query, *part, **options)])
 
     return jax.lax.fori_loop(0, blocks, block, unseen(query))
 

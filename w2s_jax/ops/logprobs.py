@@ -315,7 +315,8 @@ def _logprobs(
 ) -> tuple[Array, Array]:
     order = _order(counted, head)
     kernel = head.spread.kernel(kernel, head.vocab_axis)
-    logprobs, hits, _ = _scores(head, kernel, *order.sort(hidden, tokens), order)
+    hidden, tokens = order.sort(hidden, tokens)
+    logprobs, hits, _ = _scores(head, kernel, hidden, tokens, order)
     return _shown(order, counted, logprobs, hits)
 
 
@@ -326,7 +327,8 @@ def _logprobs_forward(
     kernel, hidden, tokens, counted = (x.value for x in (kernel, hidden, tokens, counted))
     kernel = head.spread.kernel(kernel, head.vocab_axis)
     order = _order(counted, head)
-    logprobs, hits, normaliser = _scores(head, kernel, *order.sort(hidden, tokens), order)
+    rows, ids = order.sort(hidden, tokens)
+    logprobs, hits, normaliser = _scores(head, kernel, rows, ids, order)
     # An empty tuple or None: whether the kernel is trained is part of the residuals' structure.
     residuals = (kernel, hidden, tokens, counted, normaliser, () if trained else None)
     return _shown(order, counted, logprobs, hits), residuals

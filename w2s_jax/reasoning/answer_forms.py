@@ -161,8 +161,8 @@ def form(answer: str, how: How = "told") -> str:
     labelled = _LABEL.fullmatch(answer)
     if labelled and "," not in labelled[2]:
         answer = labelled[2].strip()
-    for pattern, read in _NOTATIONS.items():
-        if (match := pattern.fullmatch(answer)) and (told := read(match, how)) is not None:
+    for pattern, notation in _NOTATIONS.items():
+        if (match := pattern.fullmatch(answer)) and (told := notation(match, how)) is not None:
             return told
     for read in _READERS:
         if (told := read(answer, how)) is not None:

@@ -323,7 +323,7 @@ class Pipeline:
             return self._grade(folder, read_jsonl(output), checker, rows)
 
         checkpoint = self._checkpoint(model)
-        made = (f"{model}-model",) if checkpoint is None else ()
+        made: tuple[str, ...] = (f"{model}-model",) if checkpoint is None else ()
         made += ("weak-model",) if is_guided else ()
         made += (WEAK,) if is_shown and shown.file is None else ()
         reads = self._reads("questions", *(["test"] if is_test else []))

@@ -303,7 +303,7 @@ def outcomes(
 
 def release(session: Session, slot: int) -> Session:
     """Empty a slot, whether or not its search has ended."""
-    held, failed = (without(slots, slot) for slots in (session.requests, session.failed))
+    held, failed = without(session.requests, slot), without(session.failed, slot)
     state = _release(session.state, np.int32(slot))
     return replace(session, state=state, requests=held, failed=failed)
 

@@ -105,7 +105,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        counter, gauge = (partial(kind, registry=self.registry) for kind in (Counter, Gauge))
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
         seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
         self.requests = counter(
             "w2s_requests", "Requests by endpoint and HTTP status", ("endpoint", "status")

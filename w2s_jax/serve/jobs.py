@@ -240,7 +240,7 @@ class Reader:
             limit = self._limit(asked, longest, kind)
             if limit == 0 and (not echo or method in CHOOSING):
                 raise malformed("max_tokens is 0, which only echo can do without", "max_tokens")
-            own = {name: each[index] for name, each in places.items()}
+            own: Any = {name: each[index] for name, each in places.items()}
             most = max(limit, 1)
             request = Request(
                 prompts=tokens, conversation=conversation, limit=most, **numbers, **own

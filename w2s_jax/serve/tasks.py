@@ -107,7 +107,8 @@ class Task:
     @property
     def rows(self) -> list[Response | None]:
         """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
-        request, prompts, echoed = self.job.request, self.job.request.prompts, ()
+        request, prompts = self.job.request, self.job.request.prompts
+        echoed: tuple[int, ...] = ()
         beta = None if request.beta is None else float(request.beta)
         if self.job.echo is not None:
             prompts, echoed = (prompts[0][:1],), prompts[0][1:]
@@ -231,7 +232,8 @@ class Likelihoods:
             )
         except RowsFailed as error:
             found = error.results
-        scores, outcomes = iter(found), []
+        scores = iter(found)
+        outcomes: list[tuple[Choice, ...] | ApiError] = []
         for task in tasks:
             rows = task.rows
             scored = [next(scores) if row else None for row in rows]
