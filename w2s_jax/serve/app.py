@@ -66,7 +66,8 @@ class Service:
 
     async def answer(self, form: type[Completion] | type[Chat], request: Request) -> Response:
         """POST /v1/completions or /v1/chat/completions."""
-        body = read_body(await _raw_body(request, self.most_body), form)
+        kind: Any = form
+        body: Completion | Chat = read_body(await _raw_body(request, self.most_body), kind)
         self._check_name(body.model)
         read: Callable[[Any], list[Job]] = self.reader.chat
         if form is Completion:

@@ -230,7 +230,7 @@ class Chat(Generation):
         return plain
 
 
-Body = TypeVar("Body", bound=Completion | Chat)
+Body = TypeVar("Body", Completion, Chat)
 
 
 def read_body(raw: bytes, form: type[Body]) -> Body:

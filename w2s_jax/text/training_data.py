@@ -428,8 +428,8 @@ def read_store(path: Path) -> TokenStore | None:
             for name in ("tokens", "targets")
         )
         numbers = ("prompt", "source", "row", "label", "weight")
-        columns: Any = [table[name].to_numpy() for name in numbers]
-        store = TokenStore(tokens, targets, *columns, notes=notes)
+        columns: Any = [*(table[name].to_numpy() for name in numbers), notes]
+        store = TokenStore(tokens, targets, *columns)
         whole = isinstance(notes, dict) and notes.keys() >= {*_FIGURES}
         return store if whole and notes["tokens"] == int(store.lengths.sum()) else None
     return None
