@@ -53,16 +53,15 @@ def found(monkeypatch):
 @pytest.fixture
 def chips(monkeypatch):
     """A machine with TPU chips, and with a metadata server that gives `attributes`."""
-    from jax._src.clusters import cloud_tpu_cluster
 
     def give(attributes):
         def get(name):
-            if attributes is None:
-                raise OSError("no metadata server")
-            return (attributes[name], 200) if name in attributes else ("not found", 404)
+            if attributes is None or name not in attributes:
+                raise OSError("no metadata server, or not found")
+            return attributes[name]
 
-        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get)
+        monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/vfio/0"])
+        monkeypatch.setattr(distributed, "_metadata", get)
 
     return give
 
@@ -106,6 +105,8 @@ def test_a_slurm_step_of_several_tasks(found):
     assert told.address == "gpu07:61441"
     assert told.one_device is None
     assert found("auto", SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    with pytest.raises(InputError, match="SLURM: host 9 of 4; hosts are numbered from 0"):
+        found("auto", SLURM | {"SLURM_PROCID": "9"})
 
 
 def test_slurm_tasks_that_share_a_node_take_one_of_its_gpus_each(found):
@@ -143,7 +144,7 @@ def test_open_mpi(found):
 def test_a_tpu_slice(found, chips):
     chips(ATTRIBUTES)
     assert found("auto", GKE | {"JAX_PLATFORMS": "cpu"}) is None
-    assert found("auto", GKE | {"JAX_PLATFORMS": "tpu,cpu"}).count == 4 * 2
+    assert found("auto", GKE | {"JAX_PLATFORMS": "tpu,cpu"}).count == 4
     assert found("auto", GKE, slices=False) is None
     chips({})
     assert found("auto", {"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"}) is None

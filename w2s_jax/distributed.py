@@ -4,6 +4,7 @@ Importing this imports no jax, and finding hosts touches no device. How a comman
 watched and ended on all hosts is in `cli/multihost_launch.py`.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ START_SECONDS = 300
 """How long hosts wait for one another at the start."""
 HEARTBEAT_SECONDS = 30
 """A host that was not heard of for so long is dead; others end within twice that time."""
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 BLOCK = 8 * 2**20
 """Bytes that a host gives in one exchange."""
 
@@ -58,6 +60,17 @@ class HostConfig:
     address: str | None
     source: str
     one_device: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.index < self.count:
+            raise InputError(
+                f"{self.source}: host {self.index} of {self.count}; hosts are numbered from 0 to "
+                "their number less one"
+            )
+        if self.address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.address):
+            raise InputError(f"{self.source}: address {self.address!r} is not HOST:PORT")
+        if self.address is not None and not 0 < int(self.address.rpartition(":")[2]) < 2**16:
+            raise InputError(f"{self.source}: address {self.address!r}: ports are 1 to 65535")
 
 
 def find_hosts(asked: str = "auto", *, slices: bool = True) -> HostConfig | None:
@@ -91,21 +104,8 @@ def _given(asked: str) -> HostConfig | None:
             f"--hosts {asked}: give HOST:PORT,N,I (the first host's address, the number of hosts, "
             "which one this is from 0), auto, jax or off"
         )
-    address, count, index, source = (
-        found[1].strip(),
-        int(found[2]),
-        int(found[3]),
-        f"--hosts {asked}",
-    )
-    if index >= count:
-        raise InputError(
-            f"{source}: host {index} of {count}; hosts are numbered from 0 to their number less one"
-        )
-    if not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise InputError(f"{source}: address {address!r} is not HOST:PORT")
-    if not 0 < int(address.rpartition(":")[2]) < 2**16:
-        raise InputError(f"{source}: address {address!r}: ports are 1 to 65535")
-    return None if count == 1 else HostConfig(count, index, address, source)
+    told = HostConfig(int(found[2]), int(found[3]), found[1].strip(), f"--hosts {asked}")
+    return None if told.count == 1 else told
 
 
 def _slurm() -> HostConfig | None:
@@ -147,23 +147,42 @@ def _open_mpi() -> HostConfig | None:
 
 
 def _tpu_slice() -> HostConfig | None:
-    """The workers of this machine's TPU slice, as jax is told of them by GKE or by Google Cloud.
+    """The workers of this machine's TPU slice: from the environment (GKE) or the metadata server.
 
-    Slices that work together over a data centre's network count as one.
+    Slices that work together over a data centre's network count as one. Not by jax, which asks the
+    metadata server, for a minute each, also for what GKE leaves out, and takes no answer for one.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
+    platforms, told = os.environ.get("JAX_PLATFORMS", ""), os.environ
     if platforms and "tpu" not in platforms:
         return None
-    from jax._src.clusters import GceTpuCluster, GkeTpuCluster
-
-    try:
-        for cluster in (GkeTpuCluster, GceTpuCluster):
-            if cluster.is_env_present():
-                count, index = cluster.get_process_count(), cluster.get_process_id()
-                return HostConfig(count, index, None, "TPU") if count > 1 else None
-    except (OSError, ValueError):  # no metadata server, or one that knows nothing of a slice
+    if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
+        return None  # no chips here
+    names = told.get("TPU_PROCESS_ADDRESSES") or told.get("TPU_WORKER_HOSTNAMES")
+    slices = int(told.get("MEGASCALE_NUM_SLICES") or 1)
+    number = int(told.get("MEGASCALE_SLICE_ID") or 0)
+    if names is not None:
+        workers, own = len(names.split(",")), int(told.get("TPU_WORKER_ID") or 0)
+    elif "TPU_SKIP_MDS_QUERY" in told:
         return None
-    return None
+    else:
+        try:
+            workers = len(_metadata("worker-network-endpoints").split(","))
+            own = int(_metadata("agent-worker-number"))
+            about = dict(re.findall(r"^(\w+): *'?([^'\n]*)", _metadata("tpu-env"), re.MULTILINE))
+        except (OSError, ValueError):
+            return None
+        slices = int(about.get("MEGASCALE_NUM_SLICES") or slices)
+        number = int(about.get("MEGASCALE_SLICE_ID") or number)
+    count = slices * workers
+    return HostConfig(count, number * workers + own, None, "TPU") if count > 1 else None
+
+
+def _metadata(name: str) -> str:
+    import urllib.request
+
+    request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
+    with urllib.request.urlopen(request, timeout=3) as answer:
+        return answer.read().decode()
 
 
 # Starting

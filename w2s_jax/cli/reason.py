@@ -62,6 +62,7 @@ def check_flags(config: ReasonConfig, source: str) -> None:
     """
     from w2s_jax.cli.train import DPO, SFT
     from w2s_jax.reasoning.selection import WEIGHT
+    from w2s_jax.train.setup import check_trackers
 
     two = {} if config.stage_two is None else config.stage_two.dpo
     if config.stage_two is not None and config.stage_two.contrasts.weighted:
@@ -79,7 +80,9 @@ def check_flags(config: ReasonConfig, source: str) -> None:
                 raise InputError(f"{where}: {key} is for the run to say; leave it out")
             _parsed(command, {key: value}, where, f"{where}: {key}")
         try:
-            _parsed(command, under | values, where, where).check()
+            together = _parsed(command, under | values, where, where)
+            together.check()
+            check_trackers(together)
         except InputError as error:
             raise error.at(where) from None
 

@@ -450,7 +450,8 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
 
 
 def _encoder_config(directory: Path) -> EncoderConfig:
+    value = read_json(directory / CONFIG)
     try:
-        return encoder_from_hf(read_json(directory / CONFIG))
+        return encoder_from_hf(value)
     except InputError as error:
         raise error.at(str(directory / CONFIG)) from None

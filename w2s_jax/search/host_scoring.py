@@ -169,7 +169,8 @@ def score_rows(
     kept: list[Any] = []
     failed: dict[int, tuple[str, ...]] = {}
     for index, (scorer, memory) in enumerate(zip(scorers, memories, strict=True)):
-        memory, scores = scorer.score(memory, candidates)
+        memory, told = scorer.score(memory, candidates)
+        scores = np.asarray(told)
         totals[*at, index] = scorer.weight * scores
         failed |= at_fault(scorer, memory, candidates, scores)
         kept.append(memory)

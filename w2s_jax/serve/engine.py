@@ -70,6 +70,7 @@ class Engine:
         # The thread decodes while others encode, which one tokenizer cannot do at once.
         self._tokenizer = copy.deepcopy(served.tokenizer)
         self._groups: OrderedDict[Program, Group] = OrderedDict()
+        self._shown: tuple[Group, ...] = ()
         self._to_score: deque[Task] = deque()
         self._programs: set[Program] = set()
         self._compiler = Compiler(self._wake_up)
@@ -81,9 +82,9 @@ class Engine:
         self.state = "starting"
         self._thread = threading.Thread(target=self._run, name="w2s-engine", daemon=True)
         self.metrics.queue.set_function(self._count_waiting)
-        self.metrics.slots.set_function(lambda: sum(len(one.running) for one in self._all_groups()))
+        self.metrics.slots.set_function(lambda: sum(len(one.running) for one in self._shown))
         self.metrics.programs.set_function(
-            lambda: sum(one.session is not None for one in self._all_groups())
+            lambda: sum(one.session is not None for one in self._shown)
         )
 
     @property
@@ -155,10 +156,6 @@ class Engine:
         with self._wake:
             return sum(not task.has_slot for task in self._open)
 
-    def _all_groups(self) -> list[Group]:
-        """A copy, which other threads may go through."""
-        return list(self._groups.values())
-
     # The thread.
 
     def _run(self) -> None:
@@ -179,6 +176,7 @@ class Engine:
         finally:
             for unfinished in (self._arrived, self._groups, self._to_score):
                 unfinished.clear()
+            self._shown = ()
             self._compiler.close()
 
     def _take_arrivals(self, progress: bool) -> bool:
@@ -223,7 +221,9 @@ class Engine:
         False where nothing can be done before something is compiled.
         """
         progress = False
-        for group in self._all_groups():
+        # For the gauges too, whose threads must not go through a dict that changes.
+        self._shown = tuple(self._groups.values())
+        for group in self._shown:
             progress |= self._drop_cancelled(group)
             if group.has_work:
                 try:

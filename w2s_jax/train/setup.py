@@ -178,13 +178,11 @@ def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup
         raise InputError("--model is missing: the checkpoint to train")
     if not config.data and not config.estimate:
         raise InputError("--data is missing: a file of examples, or an id on the hub")
-    for asked, needed in ((config.tensorboard, "tensorboardX"), (config.wandb, "wandb")):
-        if asked:
-            watch.check_installed(needed)
-    objective = objective_of(config)
+    check_trackers(config)
+    objective, new = objective_of(config), _new_adapters(config)
     checkpoint = locate(config.model)
     model = load_config(checkpoint)
-    lora = _lora(config, checkpoint, model)
+    lora = _adapters(config, new, checkpoint, model)
     length = config.max_length
     if length is None:
         length = min(DEFAULT_LENGTH, model.max_positions)
@@ -205,6 +203,13 @@ def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup
     choose = None if choose_mesh is None else lambda: choose_mesh(training_shapes(setup))
     mesh = mesh_of(config.mesh, choose, before=lambda: mesh_before(directory))
     return replace(setup, policy=replace(setup.policy, placement=Placement(mesh)), mesh=mesh)
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raises InputError where TensorBoard or W&B is asked for, and is not installed."""
+    for asked, needed in ((config.tensorboard, "tensorboardX"), (config.wandb, "wandb")):
+        if asked:
+            watch.check_installed(needed)
 
 
 def check_length(length: int, config: ModelConfig, model: str) -> None:
@@ -236,22 +241,10 @@ def training_shapes(setup: Setup) -> TrainingShapes:
     )
 
 
-def _lora(config: TrainConfig, checkpoint: Path, model: ModelConfig) -> LoraConfig | None:
-    """The adapters' config, None to train all weights; InputError where the model has none."""
-    if config.continue_adapter:
-        return replace(load_factors(checkpoint, model)[0], dropout=config.lora_dropout)
+def _new_adapters(config: TrainConfig) -> LoraConfig | None:
+    """The config of new adapters; None where there are none. InputError for one out of range."""
     if not config.lora_rank:
         return None
-    if is_adapter(checkpoint):
-        raise InputError(
-            f"--model {config.model} is an adapter itself; train it further with "
-            f"--continue-adapter, or merge it first: w2s convert {config.model} TARGET"
-        )
-    if config.lora_rank > model.width:
-        raise InputError(
-            f"--lora-rank {config.lora_rank} is more than the width {model.width} of "
-            f"{config.model}, and no projection's rank is higher than that"
-        )
     targets = {"targets": config.lora_targets} if config.lora_targets else {}
     alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     return LoraConfig(
@@ -261,6 +254,26 @@ def _lora(config: TrainConfig, checkpoint: Path, model: ModelConfig) -> LoraConf
         rslora=config.rslora,
         **targets,
     )
+
+
+def _adapters(
+    config: TrainConfig, new: LoraConfig | None, checkpoint: Path, model: ModelConfig
+) -> LoraConfig | None:
+    """The adapters' config, new or gone on with; InputError where the model can have none such."""
+    if new is not None and is_adapter(checkpoint):
+        raise InputError(
+            f"--model {config.model} is an adapter itself; train it further with "
+            f"--continue-adapter, or merge it first: w2s convert {config.model} TARGET"
+        )
+    lora = new
+    if config.continue_adapter:
+        lora = replace(load_factors(checkpoint, model)[0], dropout=config.lora_dropout)
+    if lora is not None and lora.rank > model.width:
+        raise InputError(
+            f"--lora-rank {lora.rank} is more than the width {model.width} of "
+            f"{config.model}, and no projection's rank is higher than that"
+        )
+    return lora
 
 
 def _check_output(setup: Setup) -> None:
