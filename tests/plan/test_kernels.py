@@ -52,7 +52,7 @@ def must_and_moved(name):
         view = View(config, layout, (masks,), lengths, prefixes, start)
         return attend_parts(query, kv, masks, view).astype(jnp.bfloat16)
 
-    def attend_by_kernel(query, kv, new, prefixes, lengths, start):
+    def attend_as_the_model(query, kv, new, prefixes, lengths, start):
         places = start + jnp.arange(layout.length)[:, None]
         masks = Masks(None, None, (jnp.arange(room) <= places)[None, None])
         place = Placement(mesh, SEARCH_RULES)
@@ -60,7 +60,7 @@ def must_and_moved(name):
         found = attend_by_kernel(query, kv, new, kv.chunk, masks, view)
         return attend(query, kv, prefixes, lengths, start) if found is None else found
 
-    found = compiled(attend_by_kernel, query, kv, kept(slots, width, 1), *lengths)
+    found = compiled(attend_as_the_model, query, kv, kept(slots, width, 1), *lengths)
     assert ("tpu_custom_call" in found.as_text()) == by_kernel
     must = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((query, kv, query)))
     return must, main_memory_bytes(found.as_text())
