@@ -22,7 +22,7 @@ ALLOWED = {
     "search": BELOW_SEARCH,
     "train": {*BELOW_SEARCH, "search"},
     "evaluate": BELOW_EVALUATE,
-    "serve": {*BELOW_EVALUATE, "plan"},  # a server chooses its mesh as a plan does
+    "serve": BELOW_EVALUATE,
     "bench": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE,
     "demo": {*BELOW_EVALUATE, "evaluate"},  # the demo shows gold rewards

@@ -108,16 +108,18 @@ def test_guides_on_text_a_reward_model_and_no_guide(folder, tmp_path, run_python
 
 SERVED = """
 import sys
+from w2s_jax.cli.serve import Serve
 from w2s_jax.errors import InputError
-from w2s_jax.serve import ServeConfig
 from w2s_jax.serve.run import load
 sys.stderr = sys.stdout
 policy, tuned, untuned = {!r}
 models = dict(policy=policy, tuned=(tuned,), untuned=(untuned,), mesh="auto")
-_, mesh, _ = load(ServeConfig(**models, slots=4))
+server = Serve(**models, slots=4)
+_, mesh, _ = load(server, server.choose_mesh)
 assert mesh.size == 8 and mesh.shape["data"] * mesh.shape["fsdp"] in (1, 2, 4), mesh
 try:
-    load(ServeConfig(**models | dict(policy={!r}), slots=3))
+    server = Serve(**models | dict(policy={!r}), slots=3)
+    load(server, server.choose_mesh)
 except InputError as error:
     print(error)
 """

@@ -276,7 +276,13 @@ def _match(
 
 
 def load_reward_model(
-    path_or_hub_id: str | Path, *, base: str | Path | None = None, **options: Any
+    path_or_hub_id: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    scan_layers: bool = False,
 ) -> RewardModel | Classifier:
     """Load a reward model from a directory or a hub id: a decoder's, or an encoder classifier.
 
@@ -288,7 +294,7 @@ def load_reward_model(
 
     Raises InputError as `load_model` does, and for a checkpoint with no head that is known here.
     """
-    directory, how = locate(path_or_hub_id), Loading(**options)
+    directory, how = locate(path_or_hub_id), Loading(dtype, mesh, rules, scan_layers)
     if is_adapter(directory):
         return _load_adapted_reward(directory, base_of(directory) if base is None else base, how)
     config = load_reward_config(directory)

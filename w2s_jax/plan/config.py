@@ -30,6 +30,7 @@ class PlanConfig:
     Attributes:
         work: the command that is planned.
         run_flags: fields that are flags of that command too, whose defaults there are others.
+        sizes: fields that hold sizes.
     """
 
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
@@ -45,14 +46,16 @@ class PlanConfig:
 
     work: ClassVar[Literal["search", "sft", "dpo"]]
     run_flags: ClassVar[tuple[str, ...]]
+    sizes: ClassVar[tuple[str, ...]]
 
+    @property
     def counts(self) -> tuple[str, ...]:
-        """The fields that hold sizes."""
-        raise NotImplementedError
+        """The fields that hold sizes, of those that are given."""
+        return self.sizes
 
     def check_counts(self) -> None:
         """Raise InputError for a size below 1, or too large to be one of an array."""
-        for flag, count in ((flag_of(name), getattr(self, name)) for name in self.counts()):
+        for flag, count in ((flag_of(name), getattr(self, name)) for name in self.counts):
             if count < 1:
                 raise InputError(f"--{flag} is {count}; it must be at least 1")
             if count >= MOST:
@@ -103,11 +106,9 @@ class PlanSearchConfig(PlanConfig):
         "batch_size", "beam_width", "successors", "chunk_length", "max_new_tokens", "dtype",
         "policy_rules", "guide_rules", "quantise_policy", "policy_cache",
     )  # fmt: skip
-
-    def counts(self) -> tuple[str, ...]:
-        """The fields that hold sizes."""
-        beam = ("beam_width", "successors", "chunk_length")
-        return (*beam, "prompt_tokens", "max_new_tokens", "batch_size")
+    sizes = (
+        "beam_width", "successors", "chunk_length", "prompt_tokens", "max_new_tokens", "batch_size",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +136,12 @@ class PlanTrainingConfig(PlanConfig):
     run_flags = (
         "batch_size", "accumulate", "max_length", "remat", "optimizer", "dtype", "lora_rank",
     )  # fmt: skip
+    sizes = ("batch_size", "accumulate")
 
+    @property
     def counts(self) -> tuple[str, ...]:
         """The fields that hold sizes; `LoraConfig` tells of a rank of 0."""
-        return ("batch_size", "accumulate", *(("lora_rank",) if self.lora_rank else ()))
+        return (*self.sizes, "lora_rank") if self.lora_rank else self.sizes
 
     def command(self, mesh: str) -> str:
         """The command that runs what was planned: the step is compiled of layers in a stack."""

@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
-from w2s_jax.plan.meshes import Chosen, choose_mesh, search_shapes
 from w2s_jax.search import checkpoints
-from w2s_jax.search.config import preset
+from w2s_jax.search.config import SearchConfig, preset
+from w2s_jax.search.file import ChooseMesh
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio
-from w2s_jax.search.models import Places
 from w2s_jax.serve import process
 from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
@@ -25,12 +24,14 @@ from w2s_jax.serve.schema import ApiError, Completion
 from w2s_jax.text.chat import Template
 
 
-def run(config: ServeConfig, on_ready: Callable[[str], None]) -> bool:
+def run(
+    config: ServeConfig, on_ready: Callable[[str], None], choose_mesh: ChooseMesh | None
+) -> bool:
     """Serve, as `w2s_jax.serve.serve` says."""
     config.check()
     key = config.key()
     with process.listen(config.host, config.port) as bound:
-        served, mesh, notes = load(config)
+        served, mesh, notes = load(config, choose_mesh)
         reader = Reader(served, config)
         warm_up = warm_up_jobs(reader)
         is_private = process.is_loopback(bound)
@@ -55,7 +56,9 @@ def run(config: ServeConfig, on_ready: Callable[[str], None]) -> bool:
         return process.serve(app, engine, bound, grace=config.grace, announce=lambda: on_ready(url))
 
 
-def load(config: ServeConfig) -> tuple[Served, Mesh | None, list[str]]:
+def load(
+    config: ServeConfig, choose_mesh: ChooseMesh | None = None
+) -> tuple[Served, Mesh | None, list[str]]:
     """Everything that answers, its mesh, and a line for each guide on where it scores.
 
     Raises InputError for wrong checkpoints, templates and meshes.
@@ -64,7 +67,11 @@ def load(config: ServeConfig) -> tuple[Served, Mesh | None, list[str]]:
     needs = f"--method {config.method}" if config.method in ("eft", "ivg") else ""
     plan = checkpoints.plan(sources, needs_tokens=needs)
     functions = config.functions()
-    places = config.places(lambda places: _choose_mesh(config, plan, places))
+    choose = None
+    if choose_mesh is not None:
+        usual, longest = _usual_search(config), max(1, config.warm_up)
+        choose = lambda places: choose_mesh(plan, usual, places, longest)  # noqa: E731
+    places = config.places(choose)
     steering = checkpoints.load(plan, dtype=config.weights_dtype, places=places)
     assert steering.models is not None
     # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
@@ -81,9 +88,9 @@ def load(config: ServeConfig) -> tuple[Served, Mesh | None, list[str]]:
     return served, places.mesh, notes
 
 
-def _choose_mesh(config: ServeConfig, plan: checkpoints.SteeringPlan, places: Places) -> Chosen:
-    """The mesh for what requests run that leave out all they may."""
-    search = preset(
+def _usual_search(config: ServeConfig) -> SearchConfig:
+    """What requests run that leave out all they may."""
+    return preset(
         config.usual_method,
         w=config.beam_width,
         k=config.successors,
@@ -92,16 +99,6 @@ def _choose_mesh(config: ServeConfig, plan: checkpoints.SteeringPlan, places: Pl
         max_new_tokens=config.max_new_tokens,
         policy_cache=config.policy_cache,
     )
-    shapes = search_shapes(
-        plan,
-        search,
-        places,
-        prompt_tokens=max(1, config.warm_up),
-        slots=config.slots,
-        dtype=config.weights_dtype,
-        slots_flag="--slots",
-    )
-    return choose_mesh(shapes)
 
 
 def chat_notes(served: Served, guides: Sequence[Template] = ()) -> list[str]:
