@@ -317,11 +317,12 @@ def _load_adapted_reward(directory: Path, base: str | Path, how: Loading) -> Rew
     head, labels, config = _adapted_head(directory, base)
     if isinstance(config, EncoderConfig):
         raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
-    found = (load_reward_model if is_reward_model(base) else load_model)(base, **vars(how))
+    place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": how.scan_layers}
+    read = load_reward_model if is_reward_model(base) else load_model
+    found = read(base, dtype=how.dtype, **place)
     assert isinstance(found, RewardModel | Model)
     old = dict(found.head) if isinstance(found, RewardModel) else {}
     params = {name: subtree for name, subtree in found.params.items() if name != "head"}
-    place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": how.scan_layers}
     lora, adapter = load_adapter(directory, config, head=head, dtype=found.dtype, **place)
     new = old | adapter.pop("head", {})
     params = take_vocabulary(params, adapter)
