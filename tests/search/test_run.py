@@ -18,9 +18,8 @@ from w2s_jax.ops.logprobs import token_logprobs
 from w2s_jax.ops.sampling import Sampling, choose, shortlist
 from w2s_jax.search import Guide, SearchConfig, search, search_models
 from w2s_jax.search.config import METHODS, cbs, preset, sample
-from w2s_jax.search.host_scoring import kept_tokens
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer
-from w2s_jax.search.scorers import ProposedLogRatio
+from w2s_jax.search.methods import EFTProposer, PolicyProposer, ProposedLogRatio
+from w2s_jax.search.results import kept_tokens
 from w2s_jax.text.batches import buckets
 from w2s_jax.text.prompts import cut
 

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from w2s_jax.search.run import search
     from w2s_jax.search.scorers import FunctionScorer, TextScorer
     from w2s_jax.search.settings import SearchFileConfig
-    from w2s_jax.search.state import SearchState, insert_prompt, start_search
-    from w2s_jax.search.step import search_step
+    from w2s_jax.search.step import SearchState, insert_prompt, search_step, start_search
 
 __all__ = [
     "FunctionScorer",
@@ -44,8 +43,7 @@ _HOMES = {
     "run": ("search",),
     "scorers": ("FunctionScorer", "TextScorer"),
     "settings": ("SearchFileConfig",),
-    "state": ("SearchState", "insert_prompt", "start_search"),
-    "step": ("search_step",),
+    "step": ("SearchState", "insert_prompt", "search_step", "start_search"),
 }
 
 

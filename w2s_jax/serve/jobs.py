@@ -14,9 +14,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, ivg, sample
+from w2s_jax.search.methods import LogRatio, NoScore
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.schema import (
     ApiError,

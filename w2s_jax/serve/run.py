@@ -13,7 +13,7 @@ from w2s_jax.models.encoder import Classifier
 from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh
-from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio
+from w2s_jax.search.scorers import RewardScorer, TextLogRatio
 from w2s_jax.serve import process
 from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app

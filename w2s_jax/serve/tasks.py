@@ -22,8 +22,8 @@ from w2s_jax.search.likelihood import (
     padded_shape,
     score_responses,
 )
+from w2s_jax.search.methods import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.session import Session
 from w2s_jax.serve.events import Choice, Done, Event, Failed, Ticket
 from w2s_jax.serve.jobs import Job, Program

@@ -20,8 +20,7 @@ from w2s_jax.models.reward import RewardModel
 from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.config import best_of_n, cbs
-from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
-from w2s_jax.search.scorers import Candidate
+from w2s_jax.search.scorers import Candidate, RewardScorer, TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import cut
