@@ -227,6 +227,18 @@ def show(
     _print(console, prompt, body, f"score {_signed(float(score))}, {len(tokens)} tokens", *legend)
 
 
+def show_row(row: Mapping[str, Any]) -> None:
+    """Print an answer that a search has traced, its tokens shaded where a guide values them."""
+    from tqdm import tqdm
+
+    trace = row["trace"]
+    with tqdm.external_write_mode():
+        if trace["tokens"]:
+            show(Console(), trace["prompt"], trace["tokens"], row["score"])
+        else:
+            show_plain(Console(), trace["prompt"], row["response"], row["score"])
+
+
 def show_plain(console: Console, prompt: str, response: str, score: float | int) -> None:
     """Print a prompt and a response whose tokens have no scores of their own, and its score."""
     total = f"score {_signed(float(score))}; its tokens have none of their own"

@@ -62,6 +62,14 @@ def alpaca_rows(
     return answered
 
 
+def check_alpaca(rows: Sequence[Mapping[str, Any]], *, source: str, generator: str) -> None:
+    """Raise InputError, before there are responses, for rows that `alpaca_rows` would refuse."""
+    try:
+        alpaca_rows([{**row, "response": ""} for row in rows], generator=generator)
+    except InputError as error:
+        raise InputError(f"{source} {error} (--format alpaca_eval)") from None
+
+
 def write_alpaca(
     path: str | Path,
     rows: Sequence[Mapping[str, Any]],

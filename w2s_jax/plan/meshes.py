@@ -257,17 +257,17 @@ def _check_slices(devices: Sequence[jax.Device]) -> None:
         )
 
 
-def search_shapes(
+def choose_search_mesh(
     plan: SteeringPlan,
     config: SearchConfig,
     places: Places,
-    *,
     prompt_tokens: int,
+    *,
     slots: int,
     dtype: str | None,
     slots_flag: str = "--batch-size",
-) -> SearchShapes:
-    """The shapes of a search with the models of a plan, by the rules of `places`.
+) -> Chosen:
+    """The mesh for --mesh auto of a search with the models of a plan, by the rules of `places`.
 
     A checkpoint that is named twice counts twice.
 
@@ -279,6 +279,9 @@ def search_shapes(
         slots: prompts side by side, as `slots_flag` says.
         dtype: of the weights, None is what loading takes.
         slots_flag: the flag that messages name.
+
+    Raises:
+        InputError: as `choose_mesh` does.
     """
     from w2s_jax.models.huggingface import locate
     from w2s_jax.models.load import load_reward_config
@@ -287,7 +290,7 @@ def search_shapes(
     bases = {path: adapted.base for path, adapted in plan.adapters.items()}
     judges = [load_reward_config(bases.get(one.path, one.path)) for one in plan.rewards]
     dtype = dtype or quickest_dtype()
-    return SearchShapes(
+    shapes = SearchShapes(
         policy=configs["policy"],
         guides=tuple(
             GuideShapes(
@@ -306,6 +309,7 @@ def search_shapes(
         # Encoders stay whole on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
     )
+    return choose_mesh(shapes)
 
 
 def _stored_dtype(checkpoint: Path) -> str:
