@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8
 
-from w2s_jax.pytrees import pytree
-
 MASKED = -1e30
 """Score of a masked key: finite, so that a fully masked part merges with weight zero, not NaN."""
 TPU_BLOCK_BYTES, BLOCK_BYTES = 16 * 2**20, 256 * 2**20
@@ -48,7 +46,8 @@ class Split:
 UNSPLIT = Split()
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Partial:
     """An unnormalised softmax over some of the keys, all float32.
 

@@ -6,6 +6,7 @@ each on its share of a mesh. Which version runs is chosen where a program is low
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -18,13 +19,13 @@ from w2s_jax.ops import tpu
 from w2s_jax.ops.attention import attend_part, merge
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.ops.tpu.splash import attend_rows, blocks_of, fill
-from w2s_jax.pytrees import pytree
 
 SHORTEST = 128
 """Sequences of fewer tokens have few scores, and a kernel's blocks would be mostly empty."""
 
 
-@pytree(static=("windows", "placement"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Reach:
     """What the tokens of whole sequences see: themselves and what stands before them.
 
@@ -34,11 +35,11 @@ class Reach:
     P, the rows of a batch, and heads are split.
     """
 
-    windows: tuple[int | None, ...] = (None,)
+    windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
     chosen: Array | None = None
     text: Array | None = None
     segments: Array | None = None
-    placement: Placement = ON_ONE_DEVICE
+    placement: Placement = field(default=ON_ONE_DEVICE, metadata={"static": True})
 
     def mask(self, length: int) -> Bool[Array, "#P #A X X"]:
         """True where a query (third axis) sees a key (fourth)."""
