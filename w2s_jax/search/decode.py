@@ -25,8 +25,7 @@ from w2s_jax.models.cache import (
 from w2s_jax.models.decoder import logits, read_sequences
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logprobs import blocked_token_logprobs
-from w2s_jax.ops.sampling import choose
+from w2s_jax.ops.logits import blocked_token_logprobs, choose
 
 LOGIT_BYTES = 256 * 2**20
 """Scoring keeps at most about this many bytes of float32 logits alive at a time."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.decoder import logits as logits_of
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import normalised
+from w2s_jax.ops.logits import normalised
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import Proposer
 from w2s_jax.text.batches import pad_rows, power_of_two

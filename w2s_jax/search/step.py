@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
-from w2s_jax.ops.sampling import Sampling, shortlist
+from w2s_jax.ops.logits import Sampling, shortlist
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import draw_keys, read_chunk, sample_chunk
 from w2s_jax.search.models import SearchModels
