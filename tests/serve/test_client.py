@@ -14,7 +14,7 @@ import pytest
 
 from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
 from w2s_jax.search.scorers import FunctionScorer

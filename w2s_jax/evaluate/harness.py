@@ -25,7 +25,7 @@ from w2s_jax.evaluate.steered import (
     Steered,
     prepare_steered,
 )
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.text.chat import read_template_args
 from w2s_jax.text.conversations import Conversation, Message

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.config import SteeredConfig
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses

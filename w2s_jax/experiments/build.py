@@ -63,7 +63,7 @@ from w2s_jax.experiments.sentiment import (
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
 from w2s_jax.models.save import save_classifier, save_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search

@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import compare, gold_rewards, mean_and_stderr
 from w2s_jax.experiments.language import journalled, opening_words
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses

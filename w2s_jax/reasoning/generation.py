@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.reasoning.config import GenerationConfig
 from w2s_jax.reasoning.questions import Overflow, fit_prompts, read_demonstrations, read_questions

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, ivg, sample
 from w2s_jax.search.models import SearchModels

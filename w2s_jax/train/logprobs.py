@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Remat
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import Head, Spread, head_logprobs, weighted_head_logprobs
+from w2s_jax.ops.logits import Head, Spread, head_logprobs, weighted_head_logprobs
 from w2s_jax.ops.sharding import Placement
 
 BLOCK_BYTES = 128 * 2**20
