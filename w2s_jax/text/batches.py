@@ -6,8 +6,8 @@ exactly. Documents are integer arrays: no tokenizer, no model, no file.
 
 import hashlib
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -251,6 +251,8 @@ class Data:
         identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
         weighted: whether batches say how much each pair counts.
         figures: rows read, examples kept, dropped and truncated, tokens, targets ...
+        rows: the numbers of these rows among all of the store; None where they are all.
+        columns: further arrays of a batch by name, with a value for each row.
     """
 
     kind: Kind
@@ -263,20 +265,39 @@ class Data:
     multiple: int
     packing: Packing | None = None
     weighted: bool = False
+    rows: Int64[np.ndarray, " n"] | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        if self.packing is not None:
-            return len(self.packing)
-        return len(self.store) // self._sides
+        return len(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        if self.rows is not None:
+            return self.rows
+        packed = self.packing is not None
+        return np.arange(len(self.packing) if packed else len(self.store) // self._sides)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every row, without padding; of a pair, those of the longer side."""
+        lengths = self.store.lengths
         if self.packing is not None:
-            return np.add.reduceat(
-                self.store.lengths[self.packing.documents], self.packing.starts[:-1]
-            )
-        return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+            lengths = np.add.reduceat(lengths[self.packing.documents], self.packing.starts[:-1])
+        else:
+            lengths = lengths.reshape(-1, self._sides).max(axis=1)
+        return lengths[self._numbers]
+
+    def chosen(self, rows: np.ndarray) -> "Data":
+        """Some of the rows, in the order of `rows`."""
+        digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16]
+        return replace(self, rows=self._numbers[rows], identity=f"{self.identity}:{digest}")
+
+    def beside(self, name: str, column: np.ndarray) -> "Data":
+        """The same rows, whose batches hold a further array, a value for each row, under a name."""
+        digest = hashlib.sha256(column.tobytes()).hexdigest()[:16]
+        columns = {**self.columns, name: column}
+        return replace(self, columns=columns, identity=f"{self.identity}+{digest}")
 
     def fitting(self, vocabulary: int) -> "Data":
         """This data for a model of so many tokens: padding, which no token sees, is one of them.
@@ -294,7 +315,8 @@ class Data:
 
     def names(self, index: int) -> list[str]:
         """Where the documents of a row stand, as "FILE line N"."""
-        documents = [index * self._sides] if self.packing is None else self.packing.row(index)
+        row = int(self._numbers[index])
+        documents = [row * self._sides] if self.packing is None else self.packing.row(row)
         return [
             f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
         ]
@@ -308,7 +330,8 @@ class Data:
         `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
         in `part`.
         """
-        rows = [self._row(int(index)) for index in indices]
+        numbers = self._numbers[np.asarray(indices)]
+        rows = [self._row(int(number)) for number in numbers]
         if self.kind == "labelled":
             before = [rows[-1], *rows[:-1]]
             rows = [
@@ -321,10 +344,11 @@ class Data:
         if self.kind == "sequences":
             batch = {name: array[:, 0] for name, array in batch.items()}
         if self.kind == "labelled":
-            batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
+            batch["labels"] = self.store.labels[numbers][part] == 1
         if self.weighted:
-            batch["weights"] = self.store.weights[:: self._sides][np.asarray(indices)][part]
-        return batch
+            batch["weights"] = self.store.weights[:: self._sides][numbers][part]
+        more = {name: column[np.asarray(indices)] for name, column in self.columns.items()}
+        return batch | {name: array[part] for name, array in more.items()}
 
     def _row(self, index: int) -> list[list[Side]]:
         """The sides of a row, each with its segments."""
@@ -373,12 +397,12 @@ class Batches:
     """Batches of `rows` rows of the data, by step number from 0.
 
     Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
-    off. The rows that an epoch's last batch lacks come from the next epoch's order ("fill"), or
-    that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
-    takes: as wide as the whole batch and made from all of it.
+    off. The rows that an epoch's last batch lacks come from the next epoch's order. `part` =
+    (first, end) are the rows of a batch that a host takes: as wide as the whole batch and made from
+    all of it.
 
     Raises:
-        ValueError: where `part` has no rows, or "drop" leaves no batch.
+        ValueError: where `part` or the data has no rows.
     """
 
     data: Rows
@@ -386,20 +410,13 @@ class Batches:
     seed: int = 0
     shuffle: bool = True
     part: tuple[int, int] | None = None
-    last: Literal["fill", "drop"] = "fill"
 
     def __post_init__(self) -> None:
         if not range(self.rows)[self._slice]:
             raise ValueError(f"no rows of {self.rows} lie in {self.part}")
-        if not len(self.data) or (self.last == "drop" and len(self.data) < self.rows):
-            raise ValueError(f"no batch of {self.rows} rows in {len(self.data)}")
+        if not len(self.data):
+            raise ValueError(f"no batch of {self.rows} rows in 0")
         object.__setattr__(self, "_order", shuffled(len(self.data), self.seed))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every row is read once; the last may reach into the next epoch."""
-        whole, more = divmod(len(self.data), self.rows)
-        return whole + (1 if more and self.last == "fill" else 0)
 
     def __call__(self, step: int) -> Batch:
         """This host's rows of a step's batch."""
@@ -411,52 +428,17 @@ class Batches:
 
     def indices(self, step: int) -> np.ndarray:
         """Rows of the data in the whole batch of a step, of all hosts."""
-        first = step * self.rows
-        if self.last == "drop":
-            epoch, place = divmod(step, self.steps_per_epoch)
-            first = epoch * len(self.data) + place * self.rows
-        positions = range(first, first + self.rows)
+        positions = np.arange(step * self.rows, (step + 1) * self.rows)
         if not self.shuffle:
-            return np.array([position % len(self.data) for position in positions])
-        order = self._order  # type: ignore[attr-defined]
-        return np.array([order(position) for position in positions])
+            return positions % len(self.data)
+        return np.array([self._order(int(position)) for position in positions])  # type: ignore[attr-defined]
 
     def names(self, step: int) -> list[str]:
         """Where the rows of a step's batch, of all hosts, stand in their files."""
         return [name for index in self.indices(step) for name in self.data.names(int(index))]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows of data, in the order of `rows`; itself data for batches."""
-
-    data: Any
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every row."""
-        return self.data.lengths[self.rows]
-
-    @property
-    def identity(self) -> str:
-        """Equal for equal rows of equal data."""
-        digest = hashlib.sha256(self.rows.astype(np.int64).tobytes())
-        return f"{self.data.identity}:{digest.hexdigest()[:16]}"
-
-    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
-        """The batch of these rows, or the `part` of it that a host takes."""
-        return self.data.at(self.rows[np.asarray(indices)], part)
-
-    def names(self, index: int) -> list[str]:
-        """Where a row stands in its file."""
-        return self.data.names(int(self.rows[index]))
-
-
-def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
+def hold_out(data: Data, count: int, *, seed: int = 0) -> tuple[Data, Data]:
     """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
 
     Raises:
@@ -467,4 +449,4 @@ def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
             f"--held-out {count}: the data has {len(data)} rows; keep some to train on"
         )
     drawn = np.random.default_rng((seed, 2)).permutation(len(data))
-    return Part(data, np.sort(drawn[count:])), Part(data, np.sort(drawn[:count]))
+    return data.chosen(np.sort(drawn[count:])), data.chosen(np.sort(drawn[:count]))

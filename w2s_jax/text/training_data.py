@@ -67,10 +67,6 @@ class DataConfig:
     """Whether several short sequences share a row of max_length tokens."""
     pad_to_multiple_of: int = 64
     """Rows are padded to a multiple of so many tokens, so that few programs are compiled."""
-    shuffle: bool = True
-    """Whether every epoch has an order of its own."""
-    seed: int = 0
-    """Seed of that order."""
     limit: int | None = None
     """Rows to read, all by default."""
     cache: str | None = None
@@ -80,46 +76,31 @@ class DataConfig:
         check_fields(self)
 
 
-def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows to imitate, as single sequences.
+def load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
+    """The rows of files and data sets, as token ids.
 
-    They hold `text`, `messages`, `prompt` and `completion`, Alpaca's or ShareGPT's columns; of a
-    preference row the chosen response is read, of labelled rows those that are wanted.
+    Sequences, to imitate, are of rows with `text`, `messages`, `prompt` and `completion`, Alpaca's
+    or ShareGPT's columns; of a preference row the chosen response is read, of labelled rows those
+    that are wanted. Pairs have a chosen and a rejected response (text/examples.py has their
+    columns). Labelled rows have one response that is wanted or not; a preference row gives two.
 
     Args:
+        kind: what is made of the rows.
         config: what to read, and how rows become tokens.
         tokenizer: any transformers tokenizer.
 
     Raises:
-        InputError: for files and rows that cannot be read, columns that are missing, and data of
-            which nothing is left.
+        InputError: for files and rows that cannot be read, columns that are missing, options that
+            are not for this kind, pairs whose responses are equal unless these are dropped, and
+            data of which nothing is left.
     """
-    data = _load("sequences", config, tokenizer)
+    data = _load(kind, config, tokenizer)
     if config.packing == "none":
         return data
     packing = best_fit(data.store.lengths, config.max_length)
     identity = hashlib.sha256(f"{data.identity} best-fit".encode()).hexdigest()
     figures = data.figures | {"packed_rows": len(packing)}
     return replace(data, packing=packing, identity=identity, figures=figures)
-
-
-def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows with a chosen and a rejected response; see text/examples.py for their columns.
-
-    Raises:
-        InputError: as `load_sequences` does, for pairs whose responses are equal unless these
-            are dropped, and for options that are not for pairs.
-    """
-    return _load("pairs", config, tokenizer)
-
-
-def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows with one response that is wanted or not; a preference row gives two of them.
-
-    Raises:
-        InputError: as `load_pairs` does.
-    """
-    return _load("labelled", config, tokenizer)
 
 
 def _check(kind: Kind, config: DataConfig) -> None:

@@ -5,12 +5,15 @@ it is started again, to the bits of one that was not.
 """
 
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -18,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from w2s_jax.errors import InputError, RowsFailed
+from w2s_jax.errors import Diverged, InputError, Preempted, RowsFailed
 from w2s_jax.text.rows import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.config import LoopConfig
 from w2s_jax.train.step import Batch, TrainState
-from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
 from w2s_jax.train.watch import (
     METRICS,
     SAMPLES,
@@ -39,6 +41,53 @@ from w2s_jax.train.watch import read_metrics as read_metrics
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's own."""
+
+
+class Interrupted(BaseException):
+    """Raised by a signal inside `Stop.interruptible`, past any `except Exception` of the block."""
+
+
+class Stop:
+    """While it is entered, SIGTERM and SIGINT set `asked`; a second SIGINT interrupts at once.
+
+    Outside the main thread, where no handler can be set, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._interruptible = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that changes nothing: a signal, before or in it, ends it with Interrupted."""
+        self._interruptible = True
+        try:
+            if self.asked:
+                raise Interrupted
+            yield
+        finally:
+            self._interruptible = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.asked
+        self.asked = True
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+
 
 StepFunction = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
 """(state, frozen, batch) -> (state, metrics); the state is donated."""
