@@ -16,15 +16,14 @@ from tests.text.data_cases import CHATML, MARKED
 from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Batches, Side, best_fit
-from w2s_jax.text.rows import open_source, write_jsonl
+from w2s_jax.text.batches import Batches, Document, Side, best_fit, write_store
+from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.supervised import Encoded, shorten
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
-    Document,
     load,
-    write_store,
+    open_source,
 )
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "training_data"

@@ -1,20 +1,29 @@
 """Batches of token ids at fixed shapes: which rows are in which, held out, packed or padded.
 
 What a step reads is a pure function of its number, the same on every host, so that data resumes
-exactly. Documents are integer arrays: no tokenizer, no model, no file.
+exactly. Documents are integer arrays: no tokenizer, no model. Token ids and targets of all of them
+lie in one memory-mapped Arrow file, written once, in the stream format that
+`datasets.Dataset.from_file` opens.
 """
 
+import contextlib
 import hashlib
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.rows import sync_folder
+from w2s_jax.text.tokenizer import pad_rows
 
 Kind = Literal["sequences", "pairs", "labelled"]
 Batch = dict[str, np.ndarray]
@@ -36,27 +45,6 @@ def shuffled(size: int, seed: int) -> Callable[[int], int]:
         return np.random.default_rng((seed, number)).permutation(size)
 
     return lambda position: int(epoch(position // size)[position % size])
-
-
-def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
-
-    What is padded to such sizes takes few shapes, and so few programs.
-    """
-    return max(least, 1 << (max(count, 1) - 1).bit_length())
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
-) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:
-    """Right-pad rows to `width` (longer ones are cut); the mask is True on real tokens."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        row = row[:width]
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    return tokens, mask
 
 
 @dataclass(frozen=True)
@@ -97,34 +85,6 @@ class Crops:
         crop = document[start : start + width - 1].copy()
         crop[rng.random(len(crop)) < self.token_dropout] = self.pad_id
         return np.concatenate([[self.first_id], crop]).astype(np.int32)
-
-
-SMALLEST_BUCKET = 16
-
-
-def bucket(length: int) -> int:
-    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
-
-    It holds all of the prompt but its last token.
-    """
-    return power_of_two(length - 1, SMALLEST_BUCKET)
-
-
-def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
-    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
-
-    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
-    """
-    grouped: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        grouped.setdefault(bucket(length), []).append(index)
-    joined: dict[int, list[int]] = {}
-    few: list[int] = []
-    for capacity, members in sorted(grouped.items()):
-        few = sorted(few + members)
-        if len(few) >= slots or capacity == max(grouped):
-            joined[capacity], few = few, []
-    return joined
 
 
 @dataclass(frozen=True)
@@ -185,6 +145,93 @@ class TokenStore:
             for values, offsets in (self.tokens[part], self.targets[part])
         )
         return Side(tokens, targets.view(bool), int(self.prompts[index]))
+
+
+NO_LABEL = -1
+FIGURES = (
+    "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
+    "targets",
+)  # fmt: skip
+"""What is counted of rows, examples and documents."""
+_NUMBERS = ("prompt", "source", "row", "label", "weight")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+
+    `weight` says how much the example counts beside others.
+    """
+
+    side: Side
+    source: int
+    row: int
+    label: int = NO_LABEL
+    weight: float = 1.0
+
+
+def write_store(path: Path, blocks: Iterable[list[Document]], notes: Mapping[str, Any]) -> None:
+    """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
+
+    Raises:
+        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
+    """
+    import pyarrow as pa
+
+    numbers = dict.fromkeys(_NUMBERS, pa.int64()) | {"weight": pa.float32()}
+    lists = {"tokens": pa.list_(pa.int32()), "targets": pa.list_(pa.int8())}
+    schema = pa.schema(lists | numbers)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(path) as file, pa.ipc.new_stream(file, schema) as writer:
+            for block in blocks:
+                rows = [
+                    vars(one.side) | vars(one) | {"targets": one.side.targets.astype(np.int8)}
+                    for one in block
+                ]
+                columns = {name: [row[name] for row in rows] for name in schema.names}
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            with _appearing(path.with_suffix(".json")) as told:
+                told.write(json.dumps(notes).encode())
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there when all is written; several processes may write the same one."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def read_store(path: Path) -> TokenStore | None:
+    """The documents of a file; None where it is not there or damaged.
+
+    A stream that was cut between two blocks reads as a shorter one: the notes beside it tell how
+    many tokens there are.
+    """
+    import pyarrow as pa
+
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+        notes = json.loads(path.with_suffix(".json").read_text())
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        tokens, targets = (
+            [(part.values.to_numpy(), part.offsets.to_numpy()) for part in table[name].chunks]
+            for name in ("tokens", "targets")
+        )
+        columns: Any = [*(table[name].to_numpy() for name in _NUMBERS), notes]
+        store = TokenStore(tokens, targets, *columns)
+        whole = isinstance(notes, dict) and notes.keys() >= {*FIGURES}
+        return store if whole and notes["tokens"] == int(store.lengths.sum()) else None
+    return None
 
 
 @dataclass(frozen=True)

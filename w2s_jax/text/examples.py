@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.batches import Kind
-from w2s_jax.text.conversations import (
+from w2s_jax.text.prompts import (
+    MORE,
     Conversation,
     Message,
     conversation_of,
@@ -21,7 +22,6 @@ from w2s_jax.text.conversations import (
     text_in,
     tools_of,
     turns_before,
-    unread_fields,
 )
 
 Format = Literal[
@@ -90,11 +90,20 @@ class Reader:
         known = {*self.format.columns, *self.format.may}
         held = {name for name, value in row.items() if isinstance(value, str | list | dict)}
         fields = {
-            name for column in known - {"tools"} for name in unread_fields(row.get(column))
+            name for column in known - {"tools"} for name in _unread_fields(row.get(column))
         }  # fmt: skip
         return {f'"{name}"' for name in held - known - {*_NAMING}} | {
             f'"{name}" of a message' for name in fields
         }
+
+
+def _unread_fields(value: Any) -> set[str]:
+    """Fields that messages, in lists of any depth, hold something in and that are not read."""
+    if isinstance(value, Mapping):
+        empty: tuple[Any, ...] = (None, "", [], {})
+        return {name for name, held in value.items() if name not in _READ and held not in empty}
+    items = value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_unread_fields, items))
 
 
 def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Reader:
@@ -323,6 +332,7 @@ _NAMING = ("id", "_id", "uid", "uuid", "prompt_id")
 _ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
 _SINGLE: tuple[Kind, ...] = ("sequences", "labelled")
 _TOOLS = ("tools",)
+_READ = ("role", "content", "from", "value", "weight", "function_call", *MORE)
 _ALPACA, _SHARED = ("input", "system", "history"), ("system", "tools")
 # The order is that in which `auto` tries them: a row may hold more columns than its format needs.
 _PARSERS = (

@@ -8,12 +8,16 @@ drops the dummy prefix, so "a  b" gets other ids.
 
 import contextlib
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Bool, Int32
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -30,6 +34,7 @@ from w2s_jax.errors import InputError, check_fetched, check_kind
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_logger = logging.getLogger(__name__)
 _SPACE = "▁"
 _BPE = 2  # TrainerSpec.ModelType
 _CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
@@ -324,6 +329,48 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
 
 
+def tokens_behind(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
+    whole, text = _probed(tokenizer)
+    starts = range(len(whole) - len(text) + 1 if text else 0)
+    found = (start for start in starts if whole[start : start + len(text)] == text)
+    return next((len(whole) - start - len(text) for start in found), 0)
+
+
+def tell_left_out(tokenizer: Any, where: str) -> None:
+    """Log a warning that names the special tokens which prompts go without; `where` begins it."""
+    behind = tokens_behind(tokenizer)
+    if behind:
+        whole, _ = _probed(tokenizer)
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(whole[-behind:])))
+        _logger.warning(
+            "%s: the tokenizer puts %s behind every text; prompts are read without", where, names
+        )
+
+
+def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A text's token ids with the tokenizer's special tokens, and without them.
+
+    The text is a letter or, as none is in every vocabulary, that of the first token to come back as
+    tokens other than those. Both are empty where no special tokens are put around a text.
+    """
+    added = {*tokenizer([""], add_special_tokens=True).input_ids[0]}
+    if not added:
+        return [], []
+    own = (
+        tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for token in range(len(tokenizer))
+    )
+    for text in chain("a", own):
+        try:
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception:  # what tokenizers raise for what they cannot write
+            continue
+        if ids and not added.intersection(ids):
+            return list(tokenizer(text, add_special_tokens=True).input_ids), ids
+    return [], []
+
+
 # Made up
 
 
@@ -371,3 +418,55 @@ def _syllables(count: int, form: str) -> list[str]:
     if count <= len(short):
         return short[:count]
     return [one[:2] + other for one in short for other in short][:count]
+
+
+# Rows of few shapes
+
+
+def power_of_two(count: int, least: int) -> int:
+    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
+
+    What is padded to such sizes takes few shapes, and so few programs.
+    """
+    return max(least, 1 << (max(count, 1) - 1).bit_length())
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
+) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:
+    """Right-pad rows to `width` (longer ones are cut); the mask is True on real tokens."""
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        row = row[:width]
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return tokens, mask
+
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
+
+    It holds all of the prompt but its last token.
+    """
+    return power_of_two(length - 1, SMALLEST_BUCKET)
+
+
+def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
+    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+
+    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    """
+    grouped: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        grouped.setdefault(bucket(length), []).append(index)
+    joined: dict[int, list[int]] = {}
+    few: list[int] = []
+    for capacity, members in sorted(grouped.items()):
+        few = sorted(few + members)
+        if len(few) >= slots or capacity == max(grouped):
+            joined[capacity], few = few, []
+    return joined
