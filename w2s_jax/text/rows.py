@@ -332,9 +332,11 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
     if path.exists():
         found, rows, end = _read_journal(path)
         if rows and found != wanted:
+            changed = differences(found or {}, wanted).items()
+            told = ", ".join(f"{name}: {a!r} there, {b!r} here" for name, (a, b) in changed)
             raise InputError(
                 f"{path}: holds {len(rows)} finished rows of a run with other settings "
-                f"({_differences(found, wanted)}); go on with those, or delete it to start anew"
+                f"({told}); go on with those, or delete it to start anew"
             )
         if not rows:
             start = f'{{"{HEADER}"'.encode()
@@ -379,14 +381,10 @@ def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], in
     return fingerprint, rows, end
 
 
-def _differences(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
-    found = found or {}
-    names = sorted({*found, *wanted})
-    return ", ".join(
-        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    )
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two mappings do not have alike, by name: (there, here), None for what one has not."""
+    names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
+    return {name: (found.get(name), wanted.get(name)) for name in names}
 
 
 def host_journal_path(output: str | Path, host: int) -> Path:
