@@ -16,10 +16,12 @@ import gzip
 import json
 import lzma
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +61,20 @@ def check_writable(path: str | Path) -> None:
         InputError: where it cannot.
     """
     path = Path(path)
+    fault = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        taken = path.exists() and not path.is_file()
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            fault = f"(it is {kind}); name a file"
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path}: cannot be written ({path.parent} is not a folder)") from None
+        fault = f"({path.parent} is not a folder)"
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    if taken:
-        kind = "a folder" if path.is_dir() else "not a regular file"
-        raise InputError(f"{path}: cannot be written (it is {kind}); name a file")
+        fault = f"({error.strerror or error})"
+    if fault is not None:
+        raise InputError(f"{path}: cannot be written {fault}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -167,12 +171,10 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         InputError: where the file cannot be written.
     """
     path = Path(path)
-    data = b"".join(json_line(row) for row in rows)
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    elif path.suffix == ".xz":
-        data = lzma.compress(data)
-    write_whole(path, [data])
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": partial(gzip.compress, mtime=0), ".xz": lzma.compress
+    }  # fmt: skip
+    write_whole(path, [compress.get(path.suffix, bytes)(b"".join(map(json_line, rows)))])
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -186,11 +188,9 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 def _read(path: Path) -> bytes:
     """What a file holds, without compression, as its suffix tells it, and a byte-order mark."""
     data = read_bytes(path)
+    decompress = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     try:
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        elif path.suffix == ".xz":
-            data = lzma.decompress(data)
+        data = decompress(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (EOFError, lzma.LZMAError, zlib.error) as error:
@@ -340,9 +340,8 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
             )
         if not rows:
             start = f'{{"{HEADER}"'.encode()
-            with path.open("rb") as file:
-                begins = start.startswith(file.read(len(start)))
-            if not begins:  # neither empty nor cut off within its first line
+            if not start.startswith(read_bytes(path)[: len(start)]):
+                # Neither empty nor cut off within its first line.
                 raise InputError(f"{path}: not a journal; move the file away to start anew")
             path.unlink()
         elif end < path.stat().st_size:
@@ -415,7 +414,6 @@ def job_journal(output: str | Path, fingerprint: Mapping[str, Any]) -> Iterator[
 def _left_behind(output: str | Path) -> list[int]:
     """Numbers of the hosts, but the first, whose journals lie beside an output."""
     output = Path(output)
-    start, end = f"{output.name}.host", ".journal"
-    names = (path.name for path in output.parent.glob("*.journal"))
-    numbers = [name[len(start) : -len(end)] for name in names if name.startswith(start)]
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    named = re.compile(re.escape(f"{output.name}.host") + r"(\d+)\.journal", re.ASCII)
+    found = (named.fullmatch(path.name) for path in output.parent.glob("*.journal"))
+    return sorted(int(each[1]) for each in found if each)

@@ -68,13 +68,17 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
             byte_fallback=trainer.byte_fallback,
         )
     )
-    _set_spaces(tokenizer, model.normalizer_spec.add_dummy_prefix)
+    # Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding.
+    dummy = model.normalizer_spec.add_dummy_prefix
+    prepend = [normalizers.Prepend(_SPACE)] if dummy else []
+    strip = [decoders.Strip(" ", 1, 0)] if dummy else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    added = [piece for piece in pieces if piece.type in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-            for piece in pieces
-            if piece.type in (_CONTROL, _USER_DEFINED)
-        ]
+        [AddedToken(a.piece, normalized=False, special=a.type == _CONTROL) for a in added]
     )
     ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     roles = {f"{role}_token": pieces[index].piece for role, index in ids.items() if index >= 0}
@@ -84,38 +88,27 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the third's score descending."""
-    merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in scores and piece[cut:] in scores:
-                merges.append((score, piece[:cut], piece[cut:]))
-    merges.sort(key=lambda merge: -merge[0])
-    return [(left, right) for _, left, right in merges]
-
-
-def _set_spaces(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
-    """Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding."""
-    prepend = [normalizers.Prepend(_SPACE)] if dummy_prefix else []
-    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    merges = [
+        (score, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for _, left, right in sorted(merges, key=lambda merge: -merge[0])]
 
 
 def _set_template(
     tokenizer: Tokenizer, roles: Mapping[str, str], options: Mapping[str, Any]
 ) -> None:
-    def asked(role: str, default: bool) -> list[str]:
-        there = f"{role}_token" in roles and options.get(f"add_{role}_token", default)
-        return [roles[f"{role}_token"]] if there else []
-
-    first, last = asked("bos", True), asked("eos", False)
-    used = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
+    asked = {"bos": options.get("add_bos_token", True), "eos": options.get("add_eos_token", False)}
+    first, last = (
+        [roles[f"{role}_token"]] if asked[role] and f"{role}_token" in roles else []
+        for role in ("bos", "eos")
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *last],
-        special_tokens=used,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*first, *last}],
     )
 
 
@@ -180,14 +173,9 @@ def save_bpe(tokenizer: Tokenizer, directory: str | Path, *, max_length: int) ->
 # More tokens than this on one side make another vocabulary, not an extended one.
 _ADDED_TOKENS = 256
 _PATTERNS = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-    "adapter_config.json",
-]
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json",
+    "merges.txt", "adapter_config.json",
+]  # fmt: skip
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
@@ -205,7 +193,15 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     for path in directory.glob("chat_template*"):  # which are read as they are
         check_fetched(path)
     try:
-        tokenizer = _load(directory)
+        load = _loader(directory)
+        config = directory / "tokenizer_config.json"
+        options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if load is None:
+            raise InputError(
+                f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, "
+                "or tokenizer.model"
+            )
+        tokenizer = load(directory, options)
     except Exception as error:  # the parsers of tokenizers raise bare Exception
         for path in sorted(file for pattern in _PATTERNS for file in directory.glob(pattern)):
             check_fetched(path)
@@ -266,18 +262,6 @@ def _base(directory: Path) -> str:
     return str(directory / name) if (directory / name).is_dir() else name
 
 
-def _load(directory: Path) -> "PreTrainedTokenizerBase":
-    load = _loader(directory)
-    config = directory / "tokenizer_config.json"
-    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if load is None:
-        raise InputError(
-            f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
-            "tokenizer.model"
-        )
-    return load(directory, options)
-
-
 def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
     """What loads a folder's tokenizer, by the first set of files that is whole; None for none."""
     known = (
@@ -316,8 +300,7 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     if added.is_file():
         ids = json.loads(added.read_text(encoding="utf-8"))
         # Not normalised: they are found inside words too, not only behind a space.
-        added_tokens = [AddedToken(token, normalized=False) for token in sorted(ids, key=ids.get)]
-        backend.add_tokens(added_tokens)
+        backend.add_tokens([AddedToken(one, normalized=False) for one in sorted(ids, key=ids.get)])
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = options.get(role)
         if token is not None:
@@ -357,10 +340,8 @@ def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
     added = {*tokenizer([""], add_special_tokens=True).input_ids[0]}
     if not added:
         return [], []
-    own = (
-        tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for token in range(len(tokenizer))
-    )
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    own = (tokenizer.decode([token], **plain) for token in range(len(tokenizer)))
     for text in chain("a", own):
         try:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -460,13 +441,11 @@ def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
 
     Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
     """
-    grouped: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        grouped.setdefault(bucket(length), []).append(index)
+    capacities = [bucket(length) for length in lengths]
     joined: dict[int, list[int]] = {}
     few: list[int] = []
-    for capacity, members in sorted(grouped.items()):
-        few = sorted(few + members)
-        if len(few) >= slots or capacity == max(grouped):
+    for capacity in sorted({*capacities}):
+        few = sorted([*few, *(i for i, one in enumerate(capacities) if one == capacity)])
+        if len(few) >= slots or capacity == max(capacities):
             joined[capacity], few = few, []
     return joined
