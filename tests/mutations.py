@@ -120,7 +120,7 @@ FAULTS = (
     ),
     Fault(
         "text-lost-row",
-        "w2s_jax/text/journal.py",
+        "w2s_jax/text/rows.py",
         "                file.truncate(end)\n",
         "                pass\n",
         "a half-written last line stays, and takes the next finished row with it",

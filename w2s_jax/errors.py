@@ -1,6 +1,7 @@
 """The exception for wrong input, and checks of what callers in Python hand over.
 
-Internal faults are not raised through it.
+Internal faults are not raised through it. How a training ends early is here too, as a command line
+tells these ends apart without loading the trainer.
 """
 
 import dataclasses
@@ -119,6 +120,30 @@ def _fault(models: Sequence[str]) -> str:
     if names:
         told.append(f"logits of the {' and the '.join(names)} are NaN or infinite; {advice}")
     return ", and ".join(told)
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; `step` steps are done and saved, and a rerun goes on."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, which is saved; run again to go on")
+        self.step = step
+
+
+class Diverged(Exception):
+    """The loss or a gradient is not finite; nothing was saved after it.
+
+    `step` is the number of the failing step (the first is 1), `rows` the names of the rows of its
+    batch, `good` the step of the last sound checkpoint (None without one).
+    """
+
+    def __init__(self, step: int, what: str, rows: tuple[str, ...], good: int | None, where: str):
+        named = f"; its batch: {', '.join(rows)}" if rows else ""
+        kept = "there is no checkpoint yet" if good is None else f"the last good one is step {good}"
+        super().__init__(f"{what} at step {step}{named}; of the checkpoints in {where} {kept}")
+        self.step = step
+        self.rows = rows
+        self.good = good
 
 
 def check_fetched(path: Path) -> None:

@@ -21,8 +21,8 @@ from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.search.text_run import Extension, search_texts
 from w2s_jax.serve.client import Endpoint, draw_seed, open_policy
 from w2s_jax.serve.retry import EndpointError, Meter, Patience, Usage
-from w2s_jax.text.conversations import Conversation, Message, plain
-from w2s_jax.text.journal import open_journal
+from w2s_jax.text.prompts import Conversation, Message, plain
+from w2s_jax.text.rows import open_journal
 
 KEY = "sk-w2s-0-never-shown"
 FAST = Patience(max_attempts=4, backoff=0.01, longest_pause=0.02, timeout=5.0)

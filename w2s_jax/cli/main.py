@@ -21,8 +21,7 @@ from tyro.conf import UseAppendAction
 import w2s_jax
 from w2s_jax import distributed
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
-from w2s_jax.errors import InputError, Undivided
-from w2s_jax.train.stopping import Diverged, Preempted
+from w2s_jax.errors import Diverged, InputError, Preempted, Undivided
 
 FLAG = "--config"
 

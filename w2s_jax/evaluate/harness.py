@@ -28,8 +28,7 @@ from w2s_jax.evaluate.steered import (
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.text.chat import read_template_args
-from w2s_jax.text.conversations import Conversation, Message
-from w2s_jax.text.prompts import encode_texts
+from w2s_jax.text.prompts import Conversation, Message, encode_texts
 from w2s_jax.text.rows import check_writable, write_whole
 
 NAME = "w2s"

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import encode_texts
 from w2s_jax.text.chat import Template
-from w2s_jax.text.conversations import Conversation, conversation_of, plain
+from w2s_jax.text.prompts import Conversation, conversation_of, plain
 from w2s_jax.text.rows import Row, read_rows, write_whole
 
 DATASET, SPLIT = "alpaca_eval", "eval"
@@ -151,7 +151,7 @@ class Results:
 def read_results(path: str | Path) -> Results:
     """Read JSON lines (plain, .gz or .xz) or a JSON array of rows.
 
-    A row holds a prompt (see text/conversations.py) and a "response", or an "output" as in
+    A row holds a prompt (see text/prompts.py) and a "response", or an "output" as in
     AlpacaEval's files.
 
     Raises:

@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
 from w2s_jax.ops.meshes import batch_parts
-from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 from w2s_jax.train.step import place, place_whole
 
 BLOCK = 2**22

@@ -19,8 +19,7 @@ from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.search.run import of_guides, search
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, special_stops
+from w2s_jax.text.prompts import Conversation, decode_tokens, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")
 CHOOSING = ("cbs", "bon", "ivg")

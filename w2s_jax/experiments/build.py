@@ -71,7 +71,7 @@ from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 from w2s_jax.text.typed_yaml import read_typed
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 from w2s_jax.train.watch import read_metrics
 
 ASSETS = Path(__file__).parent.parent / "demo" / "assets"

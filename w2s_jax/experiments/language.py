@@ -27,11 +27,9 @@ from w2s_jax.ops.logits import Sampling
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
-from w2s_jax.text.batches import pad_rows
-from w2s_jax.text.journal import Journal, journal_path, open_journal
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
-from w2s_jax.text.tokenizer import END_ID, PAD_ID, load_tokenizer
+from w2s_jax.text.rows import Journal, Row, journal_path, open_journal, read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import END_ID, PAD_ID, load_tokenizer, pad_rows
 from w2s_jax.train.logprobs import sequence_scores
 from w2s_jax.train.watch import read_metrics
 

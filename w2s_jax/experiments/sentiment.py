@@ -26,9 +26,8 @@ from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
-from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row
+from w2s_jax.text.rows import Journal, Row
 from w2s_jax.train.curves import as_png, new_figure
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import Continuation, Extension
 from w2s_jax.serve.retry import Api, Meter, Patience, Usage, counts_of
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import INCOMPLETE
+from w2s_jax.text.prompts import INCOMPLETE, Conversation
 
 Prompt = str | tuple[int, ...]
 
