@@ -3,7 +3,7 @@
     python -m w2s_jax.reasoning.generation FOLDER/answering.json
 
 answers one file of questions, in a process that holds a device of its own; the file holds the
-fields of `Answering`. What is in the responses is for `grading.py`.
+fields of `Answering`. What is in the responses is for `answers.py`.
 """
 
 import hashlib
