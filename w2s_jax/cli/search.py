@@ -56,8 +56,7 @@ class Search(SearchFileConfig, Hosts):
         self, config: "SearchConfig", render: Callable[..., str]
     ) -> "tuple[CompletionsPolicy, Callable[[], str]]":
         """The policy behind --endpoint, and what says how much it was asked."""
-        from w2s_jax.serve.client import Endpoint, open_policy
-        from w2s_jax.serve.retry import Meter, Patience
+        from w2s_jax.serve.client import Endpoint, Patience, open_policy
 
         endpoint = Endpoint(
             str(self.endpoint),
@@ -70,9 +69,9 @@ class Search(SearchFileConfig, Hosts):
             price_prompt=self.price_prompt,
             price_completion=self.price_completion,
         )
-        patience, meter = Patience(self.concurrency, self.timeout, self.attempts), Meter()
-        policy = open_policy(endpoint, config, render, patience=patience, meter=meter)
-        return policy, lambda: str(endpoint.usage(meter))
+        patience = Patience(self.concurrency, self.timeout, self.attempts)
+        policy = open_policy(endpoint, config, render, patience=patience)
+        return policy, lambda: str(policy.usage)
 
     def choose_mesh(
         self, plan: "SteeringPlan", config: "SearchConfig", places: "Places", longest: int
