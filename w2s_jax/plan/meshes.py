@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from w2s_jax.distributed import agree, gather_values
 from w2s_jax.errors import InputError, Undivided
@@ -51,17 +50,6 @@ class Candidate:
     why: str | None = None
 
 
-@dataclass(frozen=True)
-class _NoDevice:
-    """Stands for a device where only the shape of a mesh counts."""
-
-    id: int
-    platform: str = "none"
-    device_kind: str = "none"
-    process_index: int = 0
-    client: None = None
-
-
 def candidates(
     shapes: Shapes, chip: Chip, devices: int, among: Iterable[Shape] | None = None
 ) -> list[Candidate]:
@@ -83,7 +71,7 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     """What can be said of a mesh of these sizes (data, fsdp, tensor) without compiling."""
     spec = spec_of(shape)
     try:
-        found = programs_on(shapes, _mesh_of_none(shape))
+        found = programs_on(shapes, AbstractMesh(shape, MESH_AXES))
     except InputError as error:
         return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
     held = sum(found.resident_bytes.values())
@@ -95,14 +83,6 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     if held > chip.memory:
         why = f"holds {held / 2**30:.1f} GiB, and a device has {chip.memory / 2**30:.2f}"
     return Candidate(spec, held, held + beside, seconds, why)
-
-
-def _mesh_of_none(shape: Shape) -> Mesh:
-    """A mesh of these sizes without devices: enough for shapes and shardings."""
-    devices = np.empty(shape, object)
-    for number, place in enumerate(np.ndindex(*shape)):
-        devices[place] = _NoDevice(number)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _guess_search(

@@ -20,20 +20,21 @@ from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
+from w2s_jax.serve.answers import Choice, choices_of, settled_texts
 from w2s_jax.serve.config import ServeConfig
-from w2s_jax.serve.events import (
-    Choice,
-    Done,
-    Failed,
-    Metrics,
-    Progress,
-    Ticket,
-    choices_of,
-    settled_texts,
-)
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
 from w2s_jax.serve.schema import ApiError, queue_full, shutting_down
-from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Task
+from w2s_jax.serve.tasks import (
+    Compiler,
+    Done,
+    Failed,
+    Group,
+    Likelihoods,
+    Metrics,
+    Progress,
+    Task,
+    Ticket,
+)
 from w2s_jax.text.prompts import decode_tokens
 
 SEATS = 4
@@ -209,7 +210,7 @@ class Engine:
     def _sort_in(self, task: Task) -> None:
         self.metrics.prompt_tokens.inc(len(task.job.prompt))
         program = task.job.program
-        if program is not None:
+        if task.job.generates:
             self._groups.setdefault(program, Group(program)).waiting.append(task)
         else:
             task.found = (Choice("", (), "length"),) * task.job.choices

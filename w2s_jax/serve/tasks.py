@@ -1,17 +1,21 @@
-"""What an engine's thread keeps of the jobs it has taken on, and the log-probs of their choices.
+"""What an engine keeps of its jobs, what it says of them, and the log-probs of their choices.
 
-Which tokens are scored, and which jobs together; what is not compiled yet is compiled on a thread
-of its own, one program after another, beside what the engine runs.
+News reach the event loop by tickets; numbers are Prometheus'. What is not compiled yet is compiled
+on a thread of its own, one program after another, beside what the engine runs.
 """
 
+import asyncio
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from w2s_jax.errors import RowsFailed
 from w2s_jax.search.likelihood import (
@@ -25,9 +29,101 @@ from w2s_jax.search.likelihood import (
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.session import Session
-from w2s_jax.serve.events import Choice, Done, Event, Failed, Ticket
+from w2s_jax.serve.answers import Choice
 from w2s_jax.serve.jobs import Job, Program
 from w2s_jax.serve.schema import MOST_TOP_LOGPROBS, ApiError
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The settled text of each choice of a job so far; never retracted."""
+
+    job: int
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """All choices of a job, best first where the search chose."""
+
+    job: int
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that will not be answered."""
+
+    job: int
+    error: ApiError
+
+
+Event = Progress | Done | Failed
+
+
+class Ticket:
+    """The jobs of one request under way: events out, cancellation in.
+
+    Made on the event loop's thread; `put` and `cancel` may be called from any.
+
+    Attributes:
+        is_cancelled: Whether nobody waits for events any more.
+    """
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def next(self) -> Event:
+        """The next event of any of the jobs."""
+        return await self._events.get()
+
+    def put(self, event: Event) -> None:
+        """Hand an event to whoever waits; without effect once the event loop has closed."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Give up all of the jobs that are not done; slots are freed after the current chunk."""
+        self.is_cancelled = True
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own; for any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.requests = counter(
+            "w2s_requests", "Requests by endpoint and HTTP status", ("endpoint", "status")
+        )
+        self.seconds = seconds(
+            "w2s_request_seconds", "Seconds from request to the end of its answer", ("endpoint",)
+        )
+        self.first_seconds = seconds(
+            "w2s_first_chunk_seconds", "Seconds from a prompt's arrival to its first chunk"
+        )
+        self.waiting_seconds = seconds(
+            "w2s_queue_seconds", "Seconds that a prompt waited for a slot"
+        )
+        self.chunk_seconds = seconds(
+            "w2s_chunk_seconds", "Seconds of one chunk for all slots of a program", ("method",)
+        )
+        self.queue = gauge("w2s_queue_depth", "Prompts that wait for a slot")
+        self.slots = gauge("w2s_slots_in_use", "Prompts in slots")
+        self.programs = gauge("w2s_programs", "Compiled searches with memory on the device")
+        self.prompt_tokens = counter("w2s_prompt_tokens", "Prompt tokens read")
+        self.tokens = counter("w2s_tokens_generated", "Tokens of the responses that were returned")
+        self.cancelled = counter(
+            "w2s_cancelled", "Prompts whose client went away, or that shutting down cut off"
+        )
 
 
 class Compiler:
