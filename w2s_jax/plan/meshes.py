@@ -6,7 +6,6 @@ A mesh for the devices that are here is chosen as a plan chooses that of a slice
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -17,13 +16,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import STORED, quickest_dtype
 from w2s_jax.ops.meshes import mesh_name
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
-from w2s_jax.plan.programs import (
-    GuideShapes,
-    Programs,
-    SearchShapes,
-    Shapes,
-    programs_on,
-)
+from w2s_jax.plan.programs import GuideShapes, Programs, SearchShapes, Shapes, programs_on
 from w2s_jax.plan.topology import Chip, chip_of, chip_of_devices, device_count
 from w2s_jax.search.checkpoints import SteeringPlan
 from w2s_jax.search.config import SearchConfig
@@ -260,13 +253,17 @@ def search_shapes(
         dtype: of the weights, None is what loading takes.
         slots_flag: the flag that messages name.
     """
-    from w2s_jax.models.huggingface import locate
+    from w2s_jax.models.huggingface import CONFIG, locate, read_json
     from w2s_jax.models.load import load_reward_config
 
     configs = plan.configs
-    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
-    judges = [load_reward_config(bases.get(one.path, one.path)) for one in plan.rewards]
+    bases = {model.path: model.path for model in plan.models}
+    bases |= {path: adapted.base for path, adapted in plan.adapters.items()}
+    judges = [load_reward_config(bases[one.path]) for one in plan.rewards]
     dtype = dtype or quickest_dtype()
+    if dtype == STORED:
+        told = read_json(locate(bases[plan.members[0].path]) / CONFIG)
+        dtype = str(told.get("dtype") or told.get("torch_dtype") or "float32")
     return SearchShapes(
         policy=configs["policy"],
         guides=tuple(
@@ -279,21 +276,10 @@ def search_shapes(
         prompt_tokens=prompt_tokens,
         slots=slots,
         slots_flag=slots_flag,
-        dtype=_stored_dtype(locate(plan.members[0].path)) if dtype == STORED else dtype,
+        dtype=dtype,
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,
         # Encoders stay whole on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
     )
-
-
-def _stored_dtype(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
-    from w2s_jax.models.lora_huggingface import base_folder
-
-    if is_adapter(checkpoint):
-        return _stored_dtype(base_folder(checkpoint))
-    config = read_json(checkpoint / CONFIG)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

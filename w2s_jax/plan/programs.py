@@ -24,13 +24,7 @@ from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.meshes import check_batch
-from w2s_jax.ops.sharding import (
-    SEARCH_RULES,
-    Placement,
-    Rules,
-    resolve_tree,
-    with_shardings,
-)
+from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree, with_shardings
 from w2s_jax.search import incremental_programs, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
@@ -148,7 +142,8 @@ class Program:
     calls: how often it runs in a chunk of a search, 0 where once a prompt; times: how often for a
     batch of prompts, or in a step of training. reads: bytes that each device reads and writes in
     one call, of weights and caches. loops: how often a loop runs at most whose length depends on
-    what is read. twin: the name of a program that is the same but for the weights.
+    what is read. twin: the name of a program that is the same but for the weights. role: the model
+    that alone it reads.
     """
 
     name: str
@@ -158,6 +153,7 @@ class Program:
     reads: float
     loops: int = 1
     twin: str | None = None
+    role: str | None = None
 
 
 @dataclass(frozen=True)
@@ -290,9 +286,9 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
     prefill = partial(incremental_programs.prefill_slot.trace, model, cache, *prompt)
     score = partial(incremental_programs.read_rows.trace, *given, first=width)
     own, size = nbytes(model), nbytes(cache)
-    chunk = partial(Program, calls=1, times=config.chunks)
+    chunk = partial(Program, calls=1, times=config.chunks, role=role)
     return [
-        Program(f"{role} reads a prompt", prefill, 0, shapes.slots, own),
+        Program(f"{role} reads a prompt", prefill, 0, shapes.slots, own, role=role),
         chunk(f"{role} scores", score, reads=own + size),
         chunk(f"{role} keeps", keep, reads=2 * size),
     ]

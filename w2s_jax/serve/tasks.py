@@ -216,11 +216,6 @@ class Task:
         """The rows that have tokens."""
         return [row for row in self.rows if row]
 
-    def cancel(self) -> None:
-        """Let nobody wait for it any more."""
-        if self.ticket is not None:
-            self.ticket.cancel()
-
     def tell(self, event: Event) -> None:
         """Say something to the client, if it is still there."""
         if isinstance(event, Done | Failed):
