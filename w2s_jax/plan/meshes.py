@@ -6,6 +6,7 @@ A mesh for the devices that are here is chosen as a plan chooses that of a slice
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -63,8 +64,10 @@ def candidates(
 def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     """What can be said of a mesh of these sizes (data, fsdp, tensor) without compiling."""
     spec = spec_of(shape)
+    # Without devices, which is enough for shapes and shardings.
+    mesh: Any = AbstractMesh(shape, MESH_AXES)
     try:
-        found = programs_on(shapes, AbstractMesh(shape, MESH_AXES))
+        found = programs_on(shapes, mesh)
     except InputError as error:
         return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
     held = sum(found.resident_bytes.values())
@@ -109,7 +112,8 @@ def _guess_training(
     """
     data, fsdp, tensor = shape
     model, again = shapes.model, shapes.remat != "none"
-    trained, parameters = found.resident_bytes["trained parameters"], _parameters(model)
+    trained = found.resident_bytes["trained parameters"]
+    parameters = model.matmul_parameters + model.width * model.vocab_size
     # Those of a micro-batch that one device reads.
     tokens = shapes.tokens / shapes.accumulate / (data * fsdp)
     kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
@@ -131,13 +135,6 @@ def _guess_training(
 def _ring(parts: int) -> float:
     """Bytes that each of so many devices sends to sum one byte over all of them."""
     return 2 * (parts - 1) / parts
-
-
-def _parameters(model: ModelConfig) -> int:
-    """Parameters in the matmuls of all layers and of the vocabulary."""
-    attention = 2 * model.width * model.head_width * (model.heads + model.kv_heads)
-    mlp = model.width * model.mlp_width * (3 if model.gated_mlp else 2)
-    return model.layers * (attention + mlp) + model.width * model.vocab_size
 
 
 def preset_mesh(shapes: Shapes, topology: str) -> str:

@@ -308,9 +308,10 @@ def try_slices(
             found.append(replace(_try(one, topology, trying), choice=choice))
             if found[-1].best is not None:
                 return Found(tuple(found))
+    skipped = [one for trials in found for one in trials.skipped]
     # Not one mesh could be judged: what is wrong is no matter of memory.
-    judged = (one for trials in found for one in (*trials.plans, *trials.skipped))
-    if all(one.resident_bytes is None for one in judged):
+    judged = any(one.resident_bytes is not None for one in skipped)
+    if not judged and not any(trials.plans for trials in found):
         last = found[-1]
         raise InputError(f"{last.topology}: no mesh: {last.skipped[0].why}")
     return Found(tuple(found))

@@ -4,7 +4,6 @@ They are those that `search`, `w2s sft` and `w2s dpo` run, ready to compile, for
 models, of a folder or of a config.json.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +34,13 @@ from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
 from w2s_jax.text.batches import bucket
 from w2s_jax.train.config import PreferenceConfig
-from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.estimate import (
+    TrainingShapes,
+    abstract_batch,
+    abstract_on_mesh,
+    abstract_state,
+    nbytes,
+)
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
 from w2s_jax.train.step import make_optimizer, make_train_step
@@ -360,17 +365,6 @@ def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes that the fullest device holds of arrays with shardings."""
-
-    def shard(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
-        return math.prod(shape) * bits // 8
-
-    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:

@@ -177,19 +177,14 @@ class Writer:
 
     def whole(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
         """The answer to a request that does not stream: a choice for every prompt and response."""
-        pairs = [
-            (job, choice)
-            for job, answer in zip(jobs, answers, strict=True)
-            for choice in answer
-        ]  # fmt: skip
-        choices = []
-        for index, (job, choice) in enumerate(pairs):
-            text = (job.echo or "") + choice.text
-            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            body = message if self.chat else {"text": text}
-            choices.append(
-                _choice(index, body, _FINISH[choice.ended_by]) | self._extra(job, choice)
-            )
+        choices: list[Json] = []
+        for job, answer in zip(jobs, answers, strict=True):
+            for choice in answer:
+                text = (job.echo or "") + choice.text
+                message = {"role": "assistant", "content": text, "refusal": None}
+                body: Json = {"message": message} if self.chat else {"text": text}
+                told = _choice(len(choices), body, _FINISH[choice.ended_by])
+                choices.append(told | self._extra(job, choice))
         return self._head | {"choices": choices, "usage": usage(jobs, answers)}
 
     def opening(self, index: int, job: Job) -> list[Json]:

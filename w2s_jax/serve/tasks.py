@@ -27,7 +27,7 @@ from w2s_jax.search.likelihood import (
     score_responses,
 )
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
+from w2s_jax.search.proposers import Proposer
 from w2s_jax.search.session import Session
 from w2s_jax.serve.answers import Choice
 from w2s_jax.serve.jobs import Job, Program
@@ -165,6 +165,10 @@ class Compiler:
         self._on_end()
 
 
+Kind = tuple[Proposer, Shape]
+"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
+
+
 @dataclass(eq=False)
 class Task:
     """A job on its way: what the engine's thread remembers of it.
@@ -196,11 +200,6 @@ class Task:
         return self.ticket is not None and self.ticket.is_cancelled
 
     @property
-    def proposer(self) -> Proposer:
-        """What its responses were sampled from; its beta comes with each response."""
-        return EFTProposer() if self.job.method == "eft" else PolicyProposer()
-
-    @property
     def rows(self) -> list[Response | None]:
         """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
         request, prompts = self.job.request, self.job.request.prompts
@@ -215,6 +214,11 @@ class Task:
     def responses(self) -> list[Response]:
         """The rows that have tokens."""
         return [row for row in self.rows if row]
+
+    @property
+    def kind(self) -> Kind:
+        """What the responses were sampled from, and their shape; a beta comes with each of them."""
+        return self.job.program.config.proposer, padded_shape(self.responses)
 
     def tell(self, event: Event) -> None:
         """Say something to the client, if it is still there."""
@@ -274,10 +278,6 @@ class Group:
         return len(together) == 1 or not any(task.is_suspect for task in together)
 
 
-Kind = tuple[Proposer, Shape]
-"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
-
-
 class Likelihoods:
     """Scores tasks in batches of one kind, each of which has a program of its own.
 
@@ -299,28 +299,26 @@ class Likelihoods:
         """
         by_kind: dict[Kind, list[Task]] = {}
         for task in waiting:
-            kind = (task.proposer, padded_shape(task.responses))
-            by_kind.setdefault(kind, []).append(task)
+            by_kind.setdefault(task.kind, []).append(task)
         for kind, tasks in by_kind.items():
             if kind not in self._programs:
-                self._programs[kind] = self._compiler.ask(self._compile, tasks[0])
+                given = (self._models, kind[0], tasks[0].responses)
+                work = partial(compile_scores, *given, top=self._top, batch_size=self._rows)
+                self._programs[kind] = self._compiler.ask(work)
             elif self._programs[kind].done():
-                return self._first(tasks)
+                # Those that come first and fill one batch; one at least.
+                rows = list(accumulate(len(task.responses) for task in tasks))
+                return tasks[: max(1, bisect_right(rows, self._rows))]
         return []
 
     def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
         """The choices of tasks of one kind with log-probs; 500 for those that a model fails."""
-        responses = [response for task in tasks for response in task.responses]
+        proposer, shape = tasks[0].kind
+        given = (self._models, proposer, [one for task in tasks for one in task.responses])
+        settings: dict[str, Any] = {"top": self._top, "batch_size": self._rows, "shape": shape}
         found: Sequence[ScoredResponse | None]
         try:
-            found = score_responses(
-                self._models,
-                tasks[0].proposer,
-                responses,
-                top=self._top,
-                batch_size=self._rows,
-                shape=padded_shape(responses),
-            )
+            found = score_responses(*given, **settings)
         except RowsFailed as error:
             found = error.results
         scores = iter(found)
@@ -339,12 +337,3 @@ class Likelihoods:
     def forget(self) -> None:
         """Programs are compiled anew."""
         self._programs.clear()
-
-    def _first(self, tasks: Sequence[Task]) -> list[Task]:
-        """The tasks that come first and fill one batch; one at least."""
-        rows = list(accumulate(len(task.responses) for task in tasks))
-        return list(tasks[: max(1, bisect_right(rows, self._rows))])
-
-    def _compile(self, task: Task) -> None:
-        settings = {"top": self._top, "batch_size": self._rows}
-        compile_scores(self._models, task.proposer, task.responses, **settings)
