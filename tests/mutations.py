@@ -176,11 +176,11 @@ FAULTS = (
     ),
     Fault(
         "serve-leaked-stop",
-        "w2s_jax/serve/events.py",
+        "w2s_jax/serve/answers.py",
         "longest = max(map(len, stop), default=1) - 1",
         "longest = max(map(len, stop), default=1) - 2",
         "a stream shows a stop string but for its last character",
-        ("tests/serve/test_pieces.py",),
+        ("tests/serve/test_answers.py",),
     ),
     Fault(
         "serve-shared-lanes",

@@ -42,7 +42,7 @@ HOMES = {
     "flax": ("models/",),
     "torch": PEERS,
     "lm_eval": ("evaluate/harness.py", "cli/lm_eval.py"),
-    "httpx": ("serve/client.py", "serve/retry.py"),
+    "httpx": ("serve/client.py",),
 }
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from w2s_jax.plan.meshes import Chosen
     from w2s_jax.search import SearchConfig
     from w2s_jax.serve.client import CompletionsPolicy
-    from w2s_jax.text.conversations import Conversation
+    from w2s_jax.text.prompts import Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
