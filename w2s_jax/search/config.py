@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import methods
 
 POLICY_CACHES = ("auto", "int8")

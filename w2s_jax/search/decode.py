@@ -5,7 +5,7 @@ successors of L tokens for every hypothesis, with one or several models reading;
 proposer mixes their logits, and nothing is selected or scored here.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,9 +26,7 @@ from w2s_jax.models.cache import (
 from w2s_jax.models.decoder import logits, read_sequences
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logprobs import blocked_token_logprobs
-from w2s_jax.ops.sampling import Sampling, choose, shortlist
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.logits import Sampling, blocked_token_logprobs, choose, shortlist
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.methods import Logits
 from w2s_jax.search.models import SearchModels
@@ -244,7 +242,8 @@ def read_ends(
     return jnp.where((counts > 0)[..., None], ends, stems), read.cache, read.chunk
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Draws:
     """What decides a prompt's draws and its length beside the program itself.
 
@@ -308,7 +307,8 @@ def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:
     return Draws(key, *map(jnp.asarray, numbers))
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Chunk:
     """A sampled chunk.
 

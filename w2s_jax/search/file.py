@@ -24,25 +24,35 @@ from w2s_jax.ops.meshes import ChosenMesh, batch_parts, check_batch
 from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan, weights_stamp
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import ONE_DEVICE, Places
-from w2s_jax.search.results import (
-    TRACE,
-    ChunkTrace,
-    Request,
-    SearchResult,
-    chunk_row,
-    hypothesis_text,
-)
+from w2s_jax.search.results import ChunkTrace, Request, SearchResult, chunk_row, hypothesis_text
 from w2s_jax.search.run import search_all
 from w2s_jax.search.scorers import TextScorer, guide_tokens
 from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.text.chat import renderer
-from w2s_jax.text.conversations import Conversation, conversation_of, plain, prompts_from
-from w2s_jax.text.journal import Journal, job_journal, told_kept
-from w2s_jax.text.prompts import decode_tokens, escape_notes, special_stops, token_texts
-from w2s_jax.text.rows import Row, check_writable, read_rows, write_jsonl
+from w2s_jax.text.prompts import (
+    Conversation,
+    conversation_of,
+    decode_tokens,
+    escape_notes,
+    plain,
+    prompts_from,
+    special_stops,
+    token_texts,
+)
+from w2s_jax.text.rows import (
+    Journal,
+    Row,
+    check_writable,
+    job_journal,
+    read_rows,
+    told_kept,
+    write_jsonl,
+)
 
-Prompts = tuple[tuple[int, ...], ...]
+TRACE = "trace"
+"""The field of a journal's row that holds its trace."""
+
 Shaded = list[tuple[str, float]]
 """The tokens of a text, and what a guide adds for each."""
 
@@ -59,7 +69,7 @@ class Questions:
 
     rows: Sequence[Row]
     conversations: Sequence[Conversation]
-    prompts: Sequence[Prompts] = ()
+    prompts: Sequence[tuple[tuple[int, ...], ...]] = ()
     source: str = "row"
 
 
@@ -209,8 +219,7 @@ def search_rows(
     fails. Raises RowsFailed, once all others are in the journal, for rows that a model fails,
     naming it, and InputError as `search` and `search_texts` do.
     """
-    finished = journal.read()
-    waiting = [index for index in range(len(questions.rows)) if index not in finished]
+    waiting = sorted(set(range(len(questions.rows))) - set(journal.read()))
     chunks: dict[int, list[ChunkTrace]] = {}
 
     def note(chunk: ChunkTrace) -> None:

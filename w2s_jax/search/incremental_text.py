@@ -26,7 +26,7 @@ from w2s_jax.search.decode import prefill, read_chunk, read_ends, read_longer, s
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
 from w2s_jax.search.methods import PolicyProposer
 from w2s_jax.search.models import SearchModels
-from w2s_jax.text.batches import bucket, pad_rows, power_of_two
+from w2s_jax.text.tokenizer import bucket, pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
 

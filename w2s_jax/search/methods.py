@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.logprobs import token_logprobs
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.logits import token_logprobs
 from w2s_jax.search.models import SearchModels
 
 Logits = tuple[Array, ...]
@@ -224,7 +223,8 @@ class NoScore(Scorer):
         return jnp.zeros((*like.shape, 0), jnp.float32)
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Candidates:
     """What may be kept: the rows of a chunk, then the finished hypotheses.
 
@@ -266,7 +266,8 @@ class Selector(Protocol):
         """Indices into the candidates, best first unless hypotheses stay in place."""
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Selection:
     """What was chosen of the candidates: int32 [P, W] each.
 

@@ -20,8 +20,7 @@ from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.methods import Selection
 from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
 from w2s_jax.search.step import Proposal, SearchState
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, response_end, text_behind
+from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, response_end, text_behind
 
 Number = float | int
 Decode = Callable[[Sequence[int]], str]
@@ -114,10 +113,6 @@ class ChunkTrace:
     objectives: np.ndarray
     finished: tuple[bool, ...]
     kept: tuple[int, ...]
-
-
-TRACE = "trace"
-"""The field of a journal's row that holds its trace."""
 
 
 def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:

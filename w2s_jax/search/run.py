@@ -16,8 +16,8 @@ from w2s_jax.search.models import Guide, SearchModels, check_ids, search_models
 from w2s_jax.search.results import ChunkTrace, Decode, Request, SearchResult
 from w2s_jax.search.scorers import TextScorer
 from w2s_jax.search.session import start_session
-from w2s_jax.text.batches import SMALLEST_BUCKET, buckets
-from w2s_jax.text.conversations import Conversation
+from w2s_jax.text.prompts import Conversation
+from w2s_jax.text.tokenizer import SMALLEST_BUCKET, buckets
 
 DEFAULT_SLOTS = 8
 R = TypeVar("R")

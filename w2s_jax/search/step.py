@@ -4,7 +4,7 @@ The state holds what every slot's hypotheses are and every reader's cache. What 
 in `session.py`, the loop over chunks in `run.py`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KVCache, LayersKV, cache_axes, commit_chunk
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
-from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import (
     Draws,
@@ -39,7 +38,8 @@ order of its axes, and each chunk begins with a copy of it in this one.
 """
 
 
-@pytree(static=("config", "mesh", "rules"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SearchState:
     """P slots under search, each with its own progress; donated from step to step.
 
@@ -73,9 +73,9 @@ class SearchState:
     faults: Array
     proposer: tuple[KVCache, ...]
     scorer: tuple[KVCache, ...]
-    config: SearchConfig
-    mesh: Mesh | None = None
-    rules: Rules = DEFAULT_RULES
+    config: SearchConfig = field(metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+    rules: Rules = field(default=DEFAULT_RULES, metadata={"static": True})
 
     @property
     def scores(self) -> Array:
@@ -269,7 +269,8 @@ def release(state: SearchState, slot: Array) -> SearchState:
 Buffers = tuple[LayersKV | None, ...]
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Proposal:
     """R rows of a slot that may continue its hypotheses; row r continues hypothesis r // K.
 
@@ -288,7 +289,8 @@ class Proposal:
     buffers: Buffers
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Scored:
     """What the scorer says of a proposal.
 

@@ -18,8 +18,7 @@ from w2s_jax.search.methods import LogRatio, NoScore, PolicyProposer, select_amo
 from w2s_jax.search.results import ChunkTrace, End, Request, Slotted, TextRow
 from w2s_jax.search.run import collect, run_slots, slots_for
 from w2s_jax.search.scorers import TextScorer
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import cut
+from w2s_jax.text.prompts import Conversation, cut
 
 
 @dataclass(frozen=True)
