@@ -288,17 +288,16 @@ def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
     there is nothing, the config's stand.
     """
     usual: dict[str, Any] = {
-        "position": 0,
-        "lane": 0,
-        "limit": config.max_new_tokens,
-        "temperature": config.sampling.temperature,
-        "top_p": config.sampling.top_p,
-        "beta": getattr(config.proposer, "beta", 0.0),
+        "position": np.int32(0),
+        "lane": np.int32(0),
+        "limit": np.int32(config.max_new_tokens),
+        "temperature": np.float32(config.sampling.temperature),
+        "top_p": np.float32(config.sampling.top_p),
+        "beta": np.float32(getattr(config.proposer, "beta", 0.0)),
     }
-    given = {name: getattr(own, name, None) for name in usual}
-    numbers = [usual[name] if given[name] is None else given[name] for name in usual]
-    kinds = (np.int32, np.int32, np.int32, np.float32, np.float32, np.float32)
-    return tuple(kind(number) for kind, number in zip(kinds, numbers, strict=True))
+    given: dict[str, Any] = {name: getattr(own, name, None) for name in usual}
+    own_numbers = {name: type(usual[name])(one) for name, one in given.items() if one is not None}
+    return tuple((usual | own_numbers).values())
 
 
 def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:

@@ -167,7 +167,7 @@ class TextSession(Slotted):
     def _propose(self) -> list[TextRow]:
         """Every row of the hypotheses that go on."""
         config, count = self.config, self.config.successors
-        asked: list[tuple[int, int, Extension]] = []
+        asked: list[tuple[int, Extension]] = []
         for slot, beam in self.beams.items():
             request = self.requests[slot]
             assert request.conversation is not None
@@ -176,22 +176,17 @@ class TextSession(Slotted):
                 prompt = (request.row_id, request.conversation, one.response)
                 place = (beam.base, w * count)
                 if not one.finished:
-                    asked.append((slot, w, Extension(*prompt, count, limit, *place, one.trail)))
+                    asked.append((slot, Extension(*prompt, count, limit, *place, one.trail)))
         rows = []
-        answers = self.proposer.extend([extension for _, _, extension in asked])
-        for (slot, w, extension), answer in zip(asked, answers, strict=True):
+        answers = self.proposer.extend([extension for _, extension in asked])
+        for (slot, extension), answer in zip(asked, answers, strict=True):
             if len(answer) != count:
                 raise ValueError(f"the proposer gave {len(answer)} continuations for {count}")
-            rows += [self._row((slot, w, k), extension, one) for k, one in enumerate(answer)]
+            rows += [self._row(slot, extension, k, one) for k, one in enumerate(answer)]
         return rows
 
-    def _row(
-        self, place: tuple[int, int, int], extension: Extension, continuation: Continuation
-    ) -> TextRow:
-        """A continued response, cut at a stop string, which may have begun in an earlier chunk.
-
-        place: the slot, the hypothesis, and which of its successors it is.
-        """
+    def _row(self, slot: int, extension: Extension, k: int, continuation: Continuation) -> TextRow:
+        """A successor, cut at a stop string, which may have begun in an earlier chunk."""
         written, config = extension.response + continuation.text, self.config
         kept = cut(written, config.stop)
         end: End = ""
@@ -203,9 +198,9 @@ class TextSession(Slotted):
             end = "limit"
         text = written if kept is None else kept
         return TextRow(
-            slot=place[0],
-            row=extension.lane + place[2],
-            parent=place[1],
+            slot=slot,
+            row=extension.lane + k,
+            parent=extension.lane // config.successors,
             text=text,
             new=text[len(extension.response) :],
             length=continuation.tokens,
