@@ -60,8 +60,8 @@ from w2s_jax.experiments.sentiment import (
     result_table,
     summarise_experiment,
 )
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
+from w2s_jax.models.reward import Classifier
 from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample

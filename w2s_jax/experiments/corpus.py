@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import rewards
-from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
+from w2s_jax.models.reward import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.text.batches import Crops
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import END_ID, PAD_ID, save_bpe, train_bpe

@@ -311,7 +311,7 @@ def search_shapes(
 def _stored_dtype(checkpoint: Path) -> str:
     """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
     from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
-    from w2s_jax.models.lora_huggingface import base_folder
+    from w2s_jax.models.peft import base_folder
 
     if is_adapter(checkpoint):
         return _stored_dtype(base_folder(checkpoint))

@@ -13,9 +13,8 @@ import numpy as np
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
-from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.models.reward import Classifier, RewardModel, contrast, label_names
 from w2s_jax.search.incremental_text import (
     Place,
     Reading,

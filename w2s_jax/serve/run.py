@@ -9,7 +9,7 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.reward import Classifier
 from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh

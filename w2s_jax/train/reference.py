@@ -18,8 +18,8 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from w2s_jax.models.huggingface import is_adapter
-from w2s_jax.models.lora_huggingface import base_folder
 from w2s_jax.models.model import Model
+from w2s_jax.models.peft import base_folder
 from w2s_jax.ops.meshes import check_batch
 from w2s_jax.text.batches import Data, Part
 from w2s_jax.text.rows import check_writable, write_whole
