@@ -13,8 +13,7 @@ from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation, Message
-from w2s_jax.text.prompts import decode_tokens, encode_prompt
+from w2s_jax.text.prompts import Conversation, Message, decode_tokens, encode_prompt
 
 PROMPTS = ("The film", "Émigré naïve – 日本", "A line\n  then", "", " x", "don", "🎬🎬 wow")
 PADDED = 128

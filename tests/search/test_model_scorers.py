@@ -22,8 +22,7 @@ from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.scorers import Candidate
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import cut
+from w2s_jax.text.prompts import Conversation, cut
 from w2s_jax.text.tokenizer import load_tokenizer
 
 PADDED = 256

@@ -20,8 +20,8 @@ from w2s_jax.search.config import METHODS, cbs, preset, sample
 from w2s_jax.search.host_scoring import kept_tokens
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.search.scorers import ProposedLogRatio
-from w2s_jax.text.batches import buckets
 from w2s_jax.text.prompts import cut
+from w2s_jax.text.tokenizer import buckets
 
 PLAIN = Sampling(1.0)
 LETTERS = "<>|$abcdefghijklmnopqrs"

@@ -17,8 +17,7 @@ from w2s_jax.search import session as sessions
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import cut
+from w2s_jax.text.prompts import Conversation, cut
 
 RNG = np.random.default_rng(2)
 PROMPTS = tuple(tuple(RNG.integers(4, VOCAB, size).tolist()) for size in (3, 1, 8, 5))

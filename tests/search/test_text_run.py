@@ -20,8 +20,8 @@ from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
 from w2s_jax.search.scorers import Candidate, FunctionScorer, NoScore
 from w2s_jax.search.selectors import Maximin, TopW
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.journal import open_journal
+from w2s_jax.text.prompts import Conversation
+from w2s_jax.text.rows import open_journal
 
 PROMPTS = ("", "the sea", "{x} \n", "ein Ω", "a b", "one more", "the sea")
 LETTERS = "abcdeS|"

@@ -20,7 +20,7 @@ from w2s_jax.models.model import Model, hidden_states
 from w2s_jax.ops.logits import normalised
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import Proposer
-from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
 Shape = tuple[int, int, int]
 """Tokens to be read, tokens to be scored, and prompts of a row: 1, or one for each model."""
