@@ -326,7 +326,7 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
     from w2s_jax.models.load import load_config
-    from w2s_jax.models.lora_huggingface import adapted_config
+    from w2s_jax.models.peft import adapted_config
 
     if path not in adapters:
         return load_config(path)
@@ -443,7 +443,7 @@ def weights_stamp(folder: Path) -> str:
     Raises InputError for an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
     files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))

@@ -247,7 +247,7 @@ def find_adapters(
         InputError: for a checkpoint that is not there and an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter, locate
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     found: dict[str, Adapted] = {}
     for path, beside in paths:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.reward import Classifier
 from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.models.load import (
     is_reward_model,
@@ -29,9 +28,9 @@ from w2s_jax.models.load import (
     load_reward_model,
 )
 from w2s_jax.models.lora import LoraConfig, merge
-from w2s_jax.models.lora_huggingface import base_folder, base_of
 from w2s_jax.models.model import STORED, Model
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.peft import base_folder, base_of
+from w2s_jax.models.reward import Classifier, RewardModel
 from w2s_jax.models.save import save_classifier, save_model, save_reward_model
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer

@@ -16,7 +16,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.models.load import load_config
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.models.lora_huggingface import base_folder, base_of, load_factors
+from w2s_jax.models.peft import base_folder, base_of, load_factors
 from w2s_jax.ops.meshes import ChosenMesh, mesh_of
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.text.batches import Kind
