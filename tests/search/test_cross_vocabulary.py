@@ -8,7 +8,7 @@ from tests.search.recorded import Recorded
 from tests.tiny import tiny_model
 from tests.vocabularies import real_tokenizer
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel

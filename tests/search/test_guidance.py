@@ -8,7 +8,7 @@ import pytest
 
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.config import cbs, ivg
 from w2s_jax.search.selectors import Maximin, TopW

@@ -17,7 +17,7 @@ from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel

@@ -11,7 +11,7 @@ from tests.compiled import compilations
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
 from w2s_jax.search import session as sessions
 from w2s_jax.search.config import cbs, sample

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.search.oracle import Oracle
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.rows import TextPolicy, read_questions, search_rows

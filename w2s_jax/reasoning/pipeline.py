@@ -15,10 +15,9 @@ import yaml
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import is_adapter, locate
-from w2s_jax.reasoning.answers import gold_answer
+from w2s_jax.reasoning.answers import gold_answer, judged, votes
 from w2s_jax.reasoning.config import GenerationConfig, ReasonConfig, SetName, StageTwoConfig
 from w2s_jax.reasoning.generation import Answering
-from w2s_jax.reasoning.grading import judged, votes
 from w2s_jax.reasoning.measures import accuracy
 from w2s_jax.reasoning.questions import (
     Answers,

@@ -24,8 +24,8 @@ from w2s_jax.models.lora import abstract_adapter, init_adapter, shard_adapter
 from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
 from w2s_jax.models.model import Model, abstract_model, init_model, shard_model
 from w2s_jax.models.save import save_model
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.meshes import check_batch, name_of
-from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text import training_data

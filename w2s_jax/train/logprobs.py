@@ -24,7 +24,7 @@ from w2s_jax.distributed import gather_values, is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Remat
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import Head, Spread, head_logprobs, weighted_head_logprobs
+from w2s_jax.ops.logits import Head, Spread, head_logprobs, weighted_head_logprobs
 from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.text.batches import Data
