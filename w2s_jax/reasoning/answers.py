@@ -25,7 +25,7 @@ from w2s_jax.reasoning.answer_text import (
     final_answer,
     last_box,
 )
-from w2s_jax.reasoning.quantities import MONEY, NO_UNIT, Quantity
+from w2s_jax.reasoning.quantities import CURRENCIES, NO_UNIT, Quantity
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
@@ -216,7 +216,7 @@ def _as_typed(one: str, other: str) -> bool:
 def _same_amount(left: Quantity, right: Quantity) -> bool:
     """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
     few, more = sorted((left.unit.powers, right.unit.powers), key=len)
-    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in MONEY
+    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in CURRENCIES
     return rate and left.value == right.value
 
 
