@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tiny import tiny_config, tiny_model
-from w2s_jax.bench.floor import Rates, Work, layer_parameters, read_work, search_work
+from w2s_jax.bench.floor import Rates, Work, read_work, search_work
 from w2s_jax.search.config import cbs
 
 
@@ -24,7 +24,7 @@ def test_layer_parameters_are_the_kernels(fields):
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
         if "layers_" in str(path) and path[-1].key == "kernel"
     ]
-    assert layer_parameters(model.config) == sum(kernels)
+    assert model.config.matmul_parameters == sum(kernels)
 
 
 def test_operations_of_a_forward_pass_agree_with_the_compiler():
@@ -39,7 +39,7 @@ def test_a_search_by_hand():
     config = tiny_config(layers=1)
     beam = cbs(2, 3, 2, max_new_tokens=4)
     work = search_work(config, (config,), beam, prompt_tokens=3, slots=1, size=4)
-    weights, head, attention = layer_parameters(config), 16 * 23, 4 * 4 * 4
+    weights, head, attention = config.matmul_parameters, 16 * 23, 4 * 4 * 4
     assert work["prefill"].operations == 2 * (2 * weights * 2 + attention * 2 * 1)
     # Two chunks: each reads 2 last tokens, then one token of 6 rows, with logits for all.
     proposing = sum(

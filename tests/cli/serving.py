@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from w2s_jax.cli.main import main
-from w2s_jax.serve import process
+from w2s_jax.serve import run as room
 
 SECONDS = 120
 
@@ -16,12 +16,12 @@ SECONDS = 120
 def served(*flags: str) -> Iterator[str]:
     """The address of a server that is ready; it has ended in good order behind this."""
     found, statuses, is_ready = [], [], threading.Event()
-    run = process.run
+    run = room.run_server
 
     async def watched(server, engine, bound, grace, announce):
         def ready():
             announce()
-            found.append((server, process.url_of(bound)))
+            found.append((server, room.url_of(bound)))
             is_ready.set()
 
         return await run(server, engine, bound, grace, ready)
@@ -34,7 +34,7 @@ def served(*flags: str) -> Iterator[str]:
 
     # uvicorn's logging would close handlers that others hold, absl's with pytest's own streams.
     logging = mock.patch("logging.config.dictConfig")
-    with mock.patch.object(process, "run", watched), logging:
+    with mock.patch.object(room, "run_server", watched), logging:
         thread = threading.Thread(target=command, daemon=True)
         thread.start()
         assert is_ready.wait(SECONDS)

@@ -63,7 +63,7 @@ def test_small_slices_are_passed_over_and_said_so():
 
 
 def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
-    monkeypatch.setattr("w2s_jax.plan.planning.topologies", lambda family: ["v6e:2x4"])
+    monkeypatch.setattr("w2s_jax.plan.matrix.topologies", lambda family: ["v6e:2x4"])
     cell = Cell("v6e", "70B", "sft", "full")
     row = plan_cell(cell, trying(Compiler()))
     # 12 bytes of 70.6e9 parameters over eight chips; split over the four of tensor=4, twice that.
@@ -75,7 +75,7 @@ def test_a_slice_is_refused_by_the_mesh_that_needs_least(monkeypatch):
 
 
 def test_a_cell_that_fits_no_slice(monkeypatch):
-    monkeypatch.setattr("w2s_jax.plan.planning.topologies", lambda family: ["v6e:1x1", "v6e:2x4"])
+    monkeypatch.setattr("w2s_jax.plan.matrix.topologies", lambda family: ["v6e:1x1", "v6e:2x4"])
     row = plan_cell(Cell("v6e", "8B", "dpo", "full"), trying(Compiler(beside=1000)))
     assert row.plan is None
     assert len(row.refused) == 1 + 2

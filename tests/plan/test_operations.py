@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tiny import tiny_model
-from w2s_jax.bench.floor import layer_parameters
 from w2s_jax.plan.compiled import matmul_operations
 
 
@@ -48,6 +47,6 @@ def test_a_model_costs_two_operations_a_parameter_and_token(scan):
     tokens = jnp.ones((2, 5), jnp.int32)
     config = model.config
     found = matmul_operations(jax.make_jaxpr(lambda m, t: m(t))(model, tokens))
-    weights = 2 * (layer_parameters(config) + config.width * config.vocab_size)
+    weights = 2 * (config.matmul_parameters + config.width * config.vocab_size)
     attention = 4 * config.layers * config.heads * config.head_width * 5
     assert found == 10 * (weights + attention)

@@ -10,9 +10,9 @@ from w2s_jax.models.lora import LoraConfig
 from w2s_jax.ops.sharding import mesh_shape, mesh_shapes
 from w2s_jax.plan.compiled import Measured
 from w2s_jax.plan.meshes import candidates, judge, preset_mesh
-from w2s_jax.plan.planning import Plan, Trying, ranked, search_meshes, smallest_slice
+from w2s_jax.plan.planning import Plan, Trying, ranked, try_slices
 from w2s_jax.plan.programs import shape_of
-from w2s_jax.plan.topology import CHIPS, device_count, family_of
+from w2s_jax.plan.topology import CHIPS, device_count, family_of, topologies
 from w2s_jax.train.estimate import TrainingShapes
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def test_more_is_exchanged_where_widths_are_split_over_more_devices():
 def test_the_likeliest_meshes_are_compiled_and_ranked():
     compiler, lines = Compiler(speed=lambda tensor: 1000.0 - tensor), []
     trying = Trying(3, compile_as=compiler, tell=lines.append)
-    (trials,) = search_meshes(training(), "v5e:2x4", trying).slices
+    (trials,) = try_slices(lambda _: (training(),), ["v5e:2x4"], trying).slices
     judged = candidates(training(), CHIPS["v5e"], 8)
     assert [mesh for _, mesh in compiler.seen] == [one.mesh for one in judged[:3]]
     speeds = [plan.tokens_per_second for plan in trials.plans]
@@ -115,8 +115,8 @@ def test_what_fits_goes_before_what_is_quicker():
 
 def test_the_smallest_slice_that_fits():
     compiler = Compiler(beside=1)
-    found = smallest_slice(
-        lambda _: (training(),), "v5e", Trying(2, first=True, compile_as=compiler)
+    found = try_slices(
+        lambda _: (training(),), topologies("v5e"), Trying(2, first=True, compile_as=compiler)
     )
     # Parameters and moments are 90 GiB, and four chips have 63.
     assert [one.topology for one in found.slices] == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
@@ -130,8 +130,8 @@ def test_the_smallest_slice_that_fits():
 
 def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
     compiler = Compiler(beside=8)
-    found = smallest_slice(
-        lambda _: (training(),), "v5e", Trying(1, first=True, compile_as=compiler)
+    found = try_slices(
+        lambda _: (training(),), topologies("v5e"), Trying(1, first=True, compile_as=compiler)
     )
     assert [name for name, _ in compiler.seen] == ["v5e:2x4", "v5e:4x4"]
     assert not found.slices[2].plans[0].fits
@@ -141,22 +141,24 @@ def test_slices_too_small_beside_what_is_held_are_refused_by_the_compiler():
 def test_one_mesh_on_the_slices_that_it_divides():
     compiler = Compiler()
     trying = Trying(1, "fsdp=8,tensor=2", first=True, compile_as=compiler)
-    found = smallest_slice(lambda _: (training(),), "v5e", trying)
+    found = try_slices(lambda _: (training(),), topologies("v5e"), trying)
     assert compiler.seen == [("v5e:4x4", "fsdp=8,tensor=2")]
     assert "must equal the 8 devices" in found.slices[2].skipped[0].why
 
 
 def test_nothing_fits_or_nothing_divides():
     shapes, compiler = training("70B", rows=256), Compiler(beside=1000)
-    assert (
-        smallest_slice(lambda _: (shapes,), "v5e", Trying(1, "fsdp=-1", compile_as=compiler)).best
-        is None
-    )
+    trying = Trying(1, "fsdp=-1", compile_as=compiler)
+    assert try_slices(lambda _: (shapes,), topologies("v5e"), trying).best is None
     assert [name for name, _ in compiler.seen] == ["v5e:8x8", "v5e:8x16", "v5e:16x16"]
     with pytest.raises(InputError, match="v5e:2x2: no mesh: --batch-size 3 is not divisible"):
-        search_meshes(training(rows=3), "v5e:2x2", Trying(mesh="fsdp=4", compile_as=compiler))
+        try_slices(
+            lambda _: (training(rows=3),), ["v5e:2x2"], Trying(mesh="fsdp=4", compile_as=compiler)
+        )
     with pytest.raises(InputError, match="v5e:16x16: no mesh"):
-        smallest_slice(lambda _: (shapes,), "v5e", Trying(mesh="tensor=3", compile_as=compiler))
+        try_slices(
+            lambda _: (shapes,), topologies("v5e"), Trying(mesh="tensor=3", compile_as=compiler)
+        )
 
 
 def test_meshes_by_default_hold_little_enough():

@@ -24,7 +24,9 @@ def test_no_device_is_looked_for(run_python):
 
 UNEVEN = """
 from w2s_jax.errors import InputError
-from w2s_jax.plan.meshes import _mesh_of_none, judge
+from jax.sharding import AbstractMesh
+from w2s_jax.ops.sharding import MESH_AXES
+from w2s_jax.plan.meshes import judge
 from w2s_jax.plan.topology import CHIPS
 from w2s_jax.plan.matrix import Cell
 from w2s_jax.plan.meshes import preset_mesh
@@ -32,7 +34,7 @@ from dataclasses import replace
 from w2s_jax.plan.programs import search_programs
 shapes = replace(Cell("v5e", "8B", "search").shapes(8)[0], slots=3)
 try:
-    search_programs(shapes, _mesh_of_none((8, 1, 1)))
+    search_programs(shapes, AbstractMesh((8, 1, 1), MESH_AXES))
 except InputError as error:
     print(error)
 print(judge(shapes, CHIPS["v5e"], (8, 1, 1)).why)

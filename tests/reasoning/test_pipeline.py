@@ -20,8 +20,7 @@ from w2s_jax.reasoning import ReasonConfig, StagesConfig, answers, generation, p
 from w2s_jax.reasoning.pipeline import Pipeline
 from w2s_jax.reasoning.stages import BEGUN, plan_stages
 from w2s_jax.reasoning.workers import Workers
-from w2s_jax.text.journal import Journal
-from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.rows import Journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 
 SUMS = [(a, b) for a in range(5) for b in range(4)]

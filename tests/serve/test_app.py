@@ -11,13 +11,13 @@ import pytest
 
 from tests.serve.tiny_server import served_at
 from w2s_jax.search.likelihood import ScoredResponse
-from w2s_jax.serve.answers import TokenTexts
+from w2s_jax.serve.answers import Choice, TokenTexts
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.events import Choice, Done, Failed, Metrics, Progress, Ticket
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.schema import ApiError, queue_full
+from w2s_jax.serve.tasks import Done, Failed, Metrics, Progress, Ticket
 
 BODY = {"model": "tiny", "prompt": "The sea", "method": "sample"}
 JSON = "application/json"

@@ -14,15 +14,22 @@ import pytest
 
 from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
 from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.search.text_run import Extension, search_texts
-from w2s_jax.serve.client import Endpoint, draw_seed, open_policy
-from w2s_jax.serve.retry import EndpointError, Meter, Patience, Usage
-from w2s_jax.text.conversations import Conversation, Message, plain
-from w2s_jax.text.journal import open_journal
+from w2s_jax.serve.client import (
+    Endpoint,
+    EndpointError,
+    Meter,
+    Patience,
+    Usage,
+    draw_seed,
+    open_policy,
+)
+from w2s_jax.text.prompts import Conversation, Message, plain
+from w2s_jax.text.rows import open_journal
 
 KEY = "sk-w2s-0-never-shown"
 FAST = Patience(max_attempts=4, backoff=0.01, longest_pause=0.02, timeout=5.0)
@@ -215,7 +222,7 @@ def test_what_may_pass_is_tried_again(bad):
     assert first.text == words("a", api.bodies[0]["seed"], 0, 3)[0]
     assert len(api.bodies) == 4
     assert all(body == api.bodies[0] for body in api.bodies)
-    assert policy.api.meter.usage().retries == 3
+    assert policy.meter.usage.retries == 3
     assert second.text == words("a", api.bodies[0]["seed"], 1, 3)[0]
 
 
@@ -249,7 +256,7 @@ def test_answers_that_stay_malformed_are_named(said):
     assert "a malformed answer" in line
     assert said.replace("2 choices were", "3 choices where 2 were") in line
     # What was answered was paid for, malformed or not.
-    assert policy.api.meter.usage().completion_tokens == 4 * 6
+    assert policy.meter.usage.completion_tokens == 4 * 6
 
 
 def test_choices_may_come_in_any_order():
@@ -360,12 +367,12 @@ def test_tokens_and_cost_are_counted():
     with FakeAPI() as api:
         policy = policy_of(api, price_prompt=1.5, price_completion=2)
         [one, two] = policy.extend([extension("abcd"), extension("ef", row_id=1)])
-        assert policy.endpoint.usage(policy.api.meter) == Usage(
+        assert policy.usage == Usage(
             requests=2, retries=0, prompt_tokens=6, completion_tokens=12, unmetered=0,
             cost=(6 * 1.5 + 12 * 2) / 1e6,
         )  # fmt: skip
-    assert policy.api.meter.usage().cost is None
-    assert str(policy.endpoint.usage(policy.api.meter)) == (
+    assert policy.meter.usage.cost is None
+    assert str(policy.usage) == (
         "2 requests (0 failed attempts), 6 prompt tokens and 12 new ones, cost 0.0000"
     )
     for found in (one, two):
@@ -380,8 +387,8 @@ def test_answers_without_counts_are_noted():
     with FakeAPI(script) as api:
         policy = policy_of(api)
         [found] = policy.extend([extension()])
-    assert policy.api.meter.usage() == Usage(1, 0, 0, 0, 1, None)
-    assert str(policy.api.meter.usage()).endswith(" new ones, 1 answers without counts")
+    assert policy.meter.usage == Usage(1, 0, 0, 0, 1, None)
+    assert str(policy.meter.usage).endswith(" new ones, 1 answers without counts")
     assert [c.tokens for c in found] == [0 if c.finished else 3 for c in found]
 
 
@@ -391,7 +398,7 @@ def test_meters_count_from_many_threads():
     meter = Meter()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: meter.add(requests=1, prompt_tokens=3), range(5000)))
-    assert meter.usage().prompt_tokens == 15000
+    assert meter.usage.prompt_tokens == 15000
 
 
 def finishing(*ends):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.serve.tiny_server import served_at
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.likelihood import score_responses, token_likelihoods
@@ -19,9 +19,9 @@ from w2s_jax.serve import engine as room
 from w2s_jax.serve import tasks
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.events import Done, Failed, Progress
 from w2s_jax.serve.jobs import Reader
 from w2s_jax.serve.schema import ApiError, Completion
+from w2s_jax.serve.tasks import Done, Failed, Progress
 from w2s_jax.text.prompts import decode_tokens, response_end
 
 CONFIG = ServeConfig(

@@ -159,7 +159,7 @@ def test_lengths_are_limited_by_server_and_models(reader):
 
 def test_scoring_alone_needs_no_program(reader):
     (job,) = ask(reader, max_tokens=0, method="sample", echo=True, logprobs=1)
-    assert (job.program, job.echo, job.logprobs) == (None, "The sea", 1)
+    assert (job.generates, job.echo, job.logprobs) == (False, "The sea", 1)
     (job,) = ask(reader, prompt=[5, 6], max_tokens=1, method="eft", echo=True, logprobs=1)
     assert job.program.config.max_new_tokens == 1
 

@@ -43,13 +43,6 @@ class Rates:
         return max(work.operations / self.operations, work.bytes / self.bytes)
 
 
-def layer_parameters(config: ModelConfig) -> int:
-    """Parameters in the matmuls of all layers; each costs a token two operations."""
-    attention = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
-    mlp = config.width * config.mlp_width * (3 if config.gated_mlp else 2)
-    return config.layers * (attention + mlp)
-
-
 def read_work(
     config: ModelConfig, size: int, *, rows: int, context: float, cached: int, scored: int
 ) -> Work:
@@ -58,7 +51,7 @@ def read_work(
     `cached` counts the cached tokens that must be read (those shared by rows once), `scored` the
     tokens whose logits are needed.
     """
-    weights = layer_parameters(config)
+    weights = config.matmul_parameters
     head = config.width * config.vocab_size if scored else 0
     attention = 4 * config.layers * config.heads * config.head_width * rows * context
     entry = 2 * config.layers * config.kv_heads * config.head_width

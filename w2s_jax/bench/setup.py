@@ -67,9 +67,7 @@ def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
-        done = subprocess.run(
-            [*command, str(path)], capture_output=True, text=True, check=False, timeout=seconds
-        )
+        done = _run(*command, str(path), seconds=seconds)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -78,15 +76,17 @@ def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) ->
 def missing(python: str, modules: str, advice: str) -> str | None:
     """Why modules ("torch, trl") cannot be imported by this interpreter, or None."""
     try:
-        done = subprocess.run(
-            [python, "-c", f"import {modules}"], capture_output=True, text=True, check=False
-        )
+        done = _run(python, "-c", f"import {modules}")
     except OSError as error:
         return f"{python}: {error.strerror}"
     if done.returncode == 0:
         return None
     last = (done.stderr.strip().splitlines() or ["it failed"])[-1]
     return f"{python}: {last}; {advice}"
+
+
+def _run(*command: str, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
 
 
 SHAPES = {"llama-1b": "meta-llama/Llama-3.2-1B", "llama-8b": "meta-llama/Meta-Llama-3-8B"}

@@ -41,7 +41,7 @@ from w2s_jax.experiments.sentiment import EvaluationConfig
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
 from w2s_jax.models.save import save_classifier, save_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
@@ -49,7 +49,7 @@ from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 from w2s_jax.text.typed_yaml import read_typed
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 from w2s_jax.train.watch import read_metrics
 
 ASSETS = Path(__file__).parent.parent / "demo" / "assets"

@@ -27,15 +27,14 @@ from w2s_jax.models.config_json import config_to_hf
 from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
-from w2s_jax.text.batches import Crops, pad_rows
-from w2s_jax.text.journal import Journal, journal_path, open_journal
+from w2s_jax.text.batches import Crops
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
-from w2s_jax.text.tokenizer import END_ID, PAD_ID, load_tokenizer, save_bpe, train_bpe
+from w2s_jax.text.rows import Journal, Row, journal_path, open_journal, read_jsonl, write_jsonl
+from w2s_jax.text.tokenizer import END_ID, PAD_ID, load_tokenizer, pad_rows, save_bpe, train_bpe
 from w2s_jax.train.config import LoopConfig, OptimizerConfig
 from w2s_jax.train.logprobs import sequence_scores
 from w2s_jax.train.loop import train

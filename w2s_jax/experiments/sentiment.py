@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import compare, gold_rewards, mean_and_stderr
 from w2s_jax.experiments.demo_models import journalled, opening_words
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
@@ -26,9 +26,8 @@ from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
-from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row
+from w2s_jax.text.rows import Journal, Row
 from w2s_jax.train.curves import as_png, new_figure
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.rotary import Rope
+from w2s_jax.ops.attention import Rope
 
 _SIZES = (
     "vocab_size",
@@ -90,6 +90,13 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_width % 2:
             raise InputError(f"rotary heads need an even width, not {self.head_width}")
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters in the matmuls of all layers; each costs a token two operations."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
+        mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+        return self.layers * (attention + mlp)
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **other: Any) -> dict:

@@ -339,7 +339,11 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     moved = sum(one.moved for one in exchanged if one.kind != BETWEEN_SLICES)
     abroad = sum(one.moved for one in exchanged if one.kind == BETWEEN_SLICES)
     beside = max(0, used.output_size_in_bytes - used.alias_size_in_bytes)
-    gathered = gathers_of(exchanged, _own(program.name, wholes))
+    own = {
+        name: shape
+        for name, shape in wholes.items()
+        if program.role in (None, name.partition("/")[0].removesuffix("'s cache"))
+    }
     computing = max(operations / chip.operations, program.reads / chip.bandwidth)
     return replace(
         found,
@@ -352,17 +356,8 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
         seconds=computing + moved / (2 * chip.link) + abroad / chip.network,
         compile_seconds=spent,
         exchanges=_by_kind(exchanged),
-        gathered=tuple(sorted({name for name, _ in gathered})),
+        gathered=tuple(sorted({name for name, _ in gathers_of(exchanged, own)})),
     )
-
-
-def _own(program: str, wholes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
-    """The arrays of the one model that a program is of ("tuned scores"), or of all."""
-    roles = (name.partition("/")[0].removesuffix("'s cache") for name in wholes)
-    role = next((role for role in roles if program.startswith(f"{role} ")), None)
-    if role is None:
-        return wholes
-    return {name: shape for name, shape in wholes.items() if re.match(rf"{role}('s cache)?/", name)}
 
 
 def _refusal(message: str) -> str:

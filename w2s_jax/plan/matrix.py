@@ -18,9 +18,9 @@ from typing import Any, Literal
 from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.plan.config import PlanMatrixConfig
-from w2s_jax.plan.planning import GIB, Plan, Tell, Trials, Trying, gib, smallest_slice
+from w2s_jax.plan.planning import GIB, Plan, Tell, Trials, Trying, gib, try_slices
 from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, shape_of
-from w2s_jax.plan.topology import check_compiler
+from w2s_jax.plan.topology import check_compiler, topologies
 from w2s_jax.search.config import cbs
 from w2s_jax.text.rows import check_writable, locked, write_whole
 from w2s_jax.train.estimate import TrainingShapes
@@ -146,7 +146,8 @@ def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
 
     Slices that are too small by what is guessed before compiling are passed over, and said so.
     """
-    found = smallest_slice(cell.shapes, cell.family, replace(trying, first=True, guess=True))
+    trying = replace(trying, first=True, guess=True)
+    found = try_slices(cell.shapes, topologies(cell.family), trying)
     refused = [(one.topology, _why_not(one)) for one in found.slices if one.best is None]
     last = found.slices[-1]
     tried = cell.shapes(last.devices)[last.choice]

@@ -6,11 +6,10 @@ A mesh for the devices that are here is chosen as a plan chooses that of a slice
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from w2s_jax.distributed import agree, gather_values
 from w2s_jax.errors import InputError, Undivided
@@ -18,13 +17,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import STORED, quickest_dtype
 from w2s_jax.ops.meshes import mesh_name
 from w2s_jax.ops.sharding import MESH_AXES, Shape, make_mesh, mesh_shapes, spec_of
-from w2s_jax.plan.programs import (
-    GuideShapes,
-    Programs,
-    SearchShapes,
-    Shapes,
-    programs_on,
-)
+from w2s_jax.plan.programs import GuideShapes, Programs, SearchShapes, Shapes, programs_on
 from w2s_jax.plan.topology import Chip, chip_of, chip_of_devices, device_count
 from w2s_jax.search.checkpoints import SteeringPlan
 from w2s_jax.search.config import SearchConfig
@@ -51,17 +44,6 @@ class Candidate:
     why: str | None = None
 
 
-@dataclass(frozen=True)
-class _NoDevice:
-    """Stands for a device where only the shape of a mesh counts."""
-
-    id: int
-    platform: str = "none"
-    device_kind: str = "none"
-    process_index: int = 0
-    client: None = None
-
-
 def candidates(
     shapes: Shapes, chip: Chip, devices: int, among: Iterable[Shape] | None = None
 ) -> list[Candidate]:
@@ -82,8 +64,10 @@ def candidates(
 def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     """What can be said of a mesh of these sizes (data, fsdp, tensor) without compiling."""
     spec = spec_of(shape)
+    # Without devices, which is enough for shapes and shardings.
+    mesh: Any = AbstractMesh(shape, MESH_AXES)
     try:
-        found = programs_on(shapes, _mesh_of_none(shape))
+        found = programs_on(shapes, mesh)
     except InputError as error:
         return Candidate(spec, why=error.told if isinstance(error, Undivided) else str(error))
     held = sum(found.resident_bytes.values())
@@ -95,14 +79,6 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
     if held > chip.memory:
         why = f"holds {held / 2**30:.1f} GiB, and a device has {chip.memory / 2**30:.2f}"
     return Candidate(spec, held, held + beside, seconds, why)
-
-
-def _mesh_of_none(shape: Shape) -> Mesh:
-    """A mesh of these sizes without devices: enough for shapes and shardings."""
-    devices = np.empty(shape, object)
-    for number, place in enumerate(np.ndindex(*shape)):
-        devices[place] = _NoDevice(number)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _guess_search(
@@ -136,7 +112,8 @@ def _guess_training(
     """
     data, fsdp, tensor = shape
     model, again = shapes.model, shapes.remat != "none"
-    trained, parameters = found.resident_bytes["trained parameters"], _parameters(model)
+    trained = found.resident_bytes["trained parameters"]
+    parameters = model.matmul_parameters + model.width * model.vocab_size
     # Those of a micro-batch that one device reads.
     tokens = shapes.tokens / shapes.accumulate / (data * fsdp)
     kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
@@ -158,13 +135,6 @@ def _guess_training(
 def _ring(parts: int) -> float:
     """Bytes that each of so many devices sends to sum one byte over all of them."""
     return 2 * (parts - 1) / parts
-
-
-def _parameters(model: ModelConfig) -> int:
-    """Parameters in the matmuls of all layers and of the vocabulary."""
-    attention = 2 * model.width * model.head_width * (model.heads + model.kv_heads)
-    mlp = model.width * model.mlp_width * (3 if model.gated_mlp else 2)
-    return model.layers * (attention + mlp) + model.width * model.vocab_size
 
 
 def preset_mesh(shapes: Shapes, topology: str) -> str:
@@ -257,17 +227,17 @@ def _check_slices(devices: Sequence[jax.Device]) -> None:
         )
 
 
-def search_shapes(
+def choose_search_mesh(
     plan: SteeringPlan,
     config: SearchConfig,
     places: Places,
-    *,
     prompt_tokens: int,
+    *,
     slots: int,
     dtype: str | None,
     slots_flag: str = "--batch-size",
-) -> SearchShapes:
-    """The shapes of a search with the models of a plan, by the rules of `places`.
+) -> Chosen:
+    """The mesh for --mesh auto of a search with the models of a plan, by the rules of `places`.
 
     A checkpoint that is named twice counts twice.
 
@@ -279,15 +249,22 @@ def search_shapes(
         slots: prompts side by side, as `slots_flag` says.
         dtype: of the weights, None is what loading takes.
         slots_flag: the flag that messages name.
+
+    Raises:
+        InputError: as `choose_mesh` does.
     """
-    from w2s_jax.models.huggingface import locate
+    from w2s_jax.models.huggingface import CONFIG, locate, read_json
     from w2s_jax.models.load import load_reward_config
 
     configs = plan.configs
-    bases = {path: adapted.base for path, adapted in plan.adapters.items()}
-    judges = [load_reward_config(bases.get(one.path, one.path)) for one in plan.rewards]
+    bases = {model.path: model.path for model in plan.models}
+    bases |= {path: adapted.base for path, adapted in plan.adapters.items()}
+    judges = [load_reward_config(bases[one.path]) for one in plan.rewards]
     dtype = dtype or quickest_dtype()
-    return SearchShapes(
+    if dtype == STORED:
+        told = read_json(locate(bases[plan.members[0].path]) / CONFIG)
+        dtype = str(told.get("dtype") or told.get("torch_dtype") or "float32")
+    shapes = SearchShapes(
         policy=configs["policy"],
         guides=tuple(
             GuideShapes(
@@ -299,21 +276,11 @@ def search_shapes(
         prompt_tokens=prompt_tokens,
         slots=slots,
         slots_flag=slots_flag,
-        dtype=_stored_dtype(locate(plan.members[0].path)) if dtype == STORED else dtype,
+        dtype=dtype,
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,
         # Encoders stay whole on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
     )
-
-
-def _stored_dtype(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's config.json, or its base's, says its weights have."""
-    from w2s_jax.models.huggingface import CONFIG, is_adapter, read_json
-    from w2s_jax.models.lora_huggingface import base_folder
-
-    if is_adapter(checkpoint):
-        return _stored_dtype(base_folder(checkpoint))
-    config = read_json(checkpoint / CONFIG)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return choose_mesh(shapes)

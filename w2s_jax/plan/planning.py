@@ -18,16 +18,9 @@ from w2s_jax.ops.sharding import make_mesh, mesh_shape, parse_rules, slice_count
 from w2s_jax.plan.compiled import Measured, measure
 from w2s_jax.plan.config import MOST, PlanConfig, PlanSearchConfig, PlanTrainingConfig
 from w2s_jax.plan.meshes import Candidate, candidates, preset_mesh
-from w2s_jax.plan.programs import (
-    GuideShapes,
-    SearchShapes,
-    Shapes,
-    programs_on,
-    shape_of,
-)
+from w2s_jax.plan.programs import GuideShapes, SearchShapes, Shapes, programs_on, shape_of
 from w2s_jax.plan.topology import (
     GPU_SHARE,
-    Slice,
     check_compiler,
     check_topology,
     chip_of,
@@ -160,10 +153,9 @@ def plan_as_set(config: PlanConfig, tell: Tell) -> Plan | Found:
     check_compiler(family or config.topology)
     mesh = None if config.mesh == AUTO else config.mesh
     trying = Trying(config.tries or TRIED, mesh, not config.search_mesh, tell=tell)
-    if family is not None:
-        return smallest_slice(lambda _: (shapes,), family, trying)
-    if config.search_mesh:
-        return search_meshes(shapes, config.topology, trying)
+    if family is not None or config.search_mesh:
+        slices = [config.topology] if family is None else topologies(family)
+        return try_slices(lambda _: (shapes,), slices, trying)
     return plan_on(shapes, config.topology, mesh or preset_mesh(shapes, config.topology), tell)
 
 
@@ -239,15 +231,11 @@ def _search_shapes(config: PlanSearchConfig) -> SearchShapes:
 
 
 def plan_on(shapes: Shapes, topology: str, mesh: str, tell: Tell) -> Plan:
-    """Compile a search or a training for a topology and a mesh spec; raises as its parts do."""
-    return plan_in(shapes, open_slice(topology, slice_count(mesh)), mesh, tell)
+    """Compile a search or a training for a topology and a mesh spec; raises as its parts do.
 
-
-def plan_in(shapes: Shapes, place: Slice, mesh: str, tell: Tell) -> Plan:
-    """Compile a search or a training for a slice; `tell` hears of each program before that.
-
-    Of twins one is compiled.
+    `tell` hears of each program before that. Of twins one is compiled.
     """
+    place = open_slice(topology, slice_count(mesh))
     found = programs_on(shapes, make_mesh(mesh, place.devices))
     measured: dict[str, Measured] = {}
     for program in found.programs:
@@ -258,7 +246,6 @@ def plan_in(shapes: Shapes, place: Slice, mesh: str, tell: Tell) -> Plan:
         tell(f"compiling {program.name} for {place.name}")
         measured[program.name] = measure(program, place, found.wholes)
     seconds = sum(measured[one.name].seconds * one.times for one in found.programs)
-    refused = any(one.refusal for one in measured.values())
     plan = Plan(
         topology=place.name,
         mesh=mesh,
@@ -266,11 +253,14 @@ def plan_in(shapes: Shapes, place: Slice, mesh: str, tell: Tell) -> Plan:
         memory=float(place.chip.memory),
         resident_bytes=dict(found.resident_bytes),
         programs=tuple(measured.values()),
-        fits=not refused,
+        fits=False,
         seconds=seconds,
-        tokens_per_second=0.0 if refused or not seconds else found.tokens / seconds,
+        tokens_per_second=0.0,
     )
-    return replace(plan, fits=plan.fits and plan.needed <= place.chip.memory)
+    if plan.refusal is not None:
+        return plan
+    speed = found.tokens / seconds if seconds else 0.0
+    return replace(plan, fits=plan.needed <= place.chip.memory, tokens_per_second=speed)
 
 
 @dataclass(frozen=True)
@@ -295,31 +285,36 @@ class Trying:
     tell: Tell = lambda _: None
 
 
-def search_meshes(shapes: Shapes, topology: str, trying: Trying = Trying()) -> Found:
-    """The likeliest meshes of a slice compiled, and ranked by what the compiler says.
-
-    Meshes that are ruled out before (`candidates`) are not compiled. Raises InputError where no
-    mesh divides the arrays, as where the shapes are wrong in themselves.
-    """
-    return _checked([_try(shapes, topology, trying)])
-
-
-def smallest_slice(
-    shapes: Callable[[int], Sequence[Shapes]], family: str, trying: Trying = Trying()
+def try_slices(
+    shapes: Callable[[int], Sequence[Shapes]], slices: Sequence[str], trying: Trying = Trying()
 ) -> Found:
-    """The slices of a family tried from the smallest upward, until a mesh of one fits.
+    """Slices, the smallest first, each tried by its likeliest meshes, until a mesh of one fits.
 
-    `shapes` are those for so many devices, one or several in the order in which they are tried.
-    Slices of which every mesh holds more than there is are passed over without compiling. Raises
-    InputError where no mesh of any slice divides the arrays.
+    Meshes are ranked by what the compiler says of them. Those that are ruled out before
+    (`candidates`) are not compiled, and slices of which that are all are passed over.
+
+    Args:
+        shapes: Those for so many devices, one or several in the order in which they are tried.
+        slices: Topologies.
+        trying: How many meshes of each are compiled, and which.
+
+    Raises:
+        InputError: Where no mesh of any slice divides the arrays, as where the shapes are wrong in
+            themselves.
     """
     found: list[Trials] = []
-    for topology in topologies(family):
+    for topology in slices:
         for choice, one in enumerate(shapes(device_count(topology))):
             found.append(replace(_try(one, topology, trying), choice=choice))
             if found[-1].best is not None:
-                return _checked(found)
-    return _checked(found)
+                return Found(tuple(found))
+    skipped = [one for trials in found for one in trials.skipped]
+    # Not one mesh could be judged: what is wrong is no matter of memory.
+    judged = any(one.resident_bytes is not None for one in skipped)
+    if not judged and not any(trials.plans for trials in found):
+        last = found[-1]
+        raise InputError(f"{last.topology}: no mesh: {last.skipped[0].why}")
+    return Found(tuple(found))
 
 
 def _try(shapes: Shapes, topology: str, trying: Trying) -> Trials:
@@ -360,15 +355,6 @@ def _judged(shapes: Shapes, topology: str, devices: int, trying: Trying) -> list
         else one
         for one in found
     ]
-
-
-def _checked(slices: Sequence[Trials]) -> Found:
-    """All that was tried; InputError where nothing could be judged."""
-    held = [one.resident_bytes for trials in slices for one in trials.skipped]
-    if not any(trials.plans for trials in slices) and not any(size is not None for size in held):
-        last = slices[-1]
-        raise InputError(f"{last.topology}: no mesh: {last.skipped[0].why}")
-    return Found(tuple(slices))
 
 
 def ranked(plans: Sequence[Plan]) -> list[Plan]:

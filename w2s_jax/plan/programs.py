@@ -4,7 +4,6 @@ They are those that `search`, `w2s sft` and `w2s dpo` run, ready to compile, for
 models, of a folder or of a config.json.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,13 +23,7 @@ from w2s_jax.models.lora import abstract_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.meshes import check_batch
-from w2s_jax.ops.sharding import (
-    SEARCH_RULES,
-    Placement,
-    Rules,
-    resolve_tree,
-    with_shardings,
-)
+from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree, with_shardings
 from w2s_jax.search import incremental_programs, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
@@ -39,9 +32,15 @@ from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_m
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
-from w2s_jax.text.batches import bucket
+from w2s_jax.text.tokenizer import bucket
 from w2s_jax.train.config import PreferenceConfig
-from w2s_jax.train.estimate import TrainingShapes, abstract_batch, abstract_on_mesh, abstract_state
+from w2s_jax.train.estimate import (
+    TrainingShapes,
+    abstract_batch,
+    abstract_on_mesh,
+    abstract_state,
+    nbytes,
+)
 from w2s_jax.train.logprobs import head_of, row_groups
 from w2s_jax.train.objectives import BASE, Policy, preference_objective, sft_loss
 from w2s_jax.train.step import make_optimizer, make_train_step
@@ -148,7 +147,8 @@ class Program:
     calls: how often it runs in a chunk of a search, 0 where once a prompt; times: how often for a
     batch of prompts, or in a step of training. reads: bytes that each device reads and writes in
     one call, of weights and caches. loops: how often a loop runs at most whose length depends on
-    what is read. twin: the name of a program that is the same but for the weights.
+    what is read. twin: the name of a program that is the same but for the weights. role: the model
+    that alone it reads.
     """
 
     name: str
@@ -158,6 +158,7 @@ class Program:
     reads: float
     loops: int = 1
     twin: str | None = None
+    role: str | None = None
 
 
 @dataclass(frozen=True)
@@ -290,9 +291,9 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
     prefill = partial(incremental_programs.prefill_slot.trace, model, cache, *prompt)
     score = partial(incremental_programs.read_rows.trace, *given, first=width)
     own, size = nbytes(model), nbytes(cache)
-    chunk = partial(Program, calls=1, times=config.chunks)
+    chunk = partial(Program, calls=1, times=config.chunks, role=role)
     return [
-        Program(f"{role} reads a prompt", prefill, 0, shapes.slots, own),
+        Program(f"{role} reads a prompt", prefill, 0, shapes.slots, own, role=role),
         chunk(f"{role} scores", score, reads=own + size),
         chunk(f"{role} keeps", keep, reads=2 * size),
     ]
@@ -364,17 +365,6 @@ def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes that the fullest device holds of arrays with shardings."""
-
-    def shard(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
-        return math.prod(shape) * bits // 8
-
-    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:

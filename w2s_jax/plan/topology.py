@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError
@@ -53,30 +54,14 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
+_HOST = ("1", "2", "4", "8")
 GPU_SHARE = 0.95
 """Of a GPU's memory, what XLA_PYTHON_CLIENT_MEM_FRACTION may let jax take; 0.75 is the default."""
-
-
-def _gpu(
-    name: str,
-    memory: int,
-    operations: float,
-    bandwidth: float,
-    nvlink: float,
-    network: float,
-    kind: str,
-) -> Chip:
-    """A GPU; NVLink sends to all others of a host at once: half of it is a link of a ring."""
-    return Chip(
-        name, GPU_SHARE * memory, operations, bandwidth, nvlink / 2, 8, network,
-        ("1", "2", "4", "8"), platform="cuda", kinds=(kind,),
-    )  # fmt: skip
-
-
 LARGEST = 2**14
 """More chips than a slice, or all slices that are planned together, have."""
 # Half of a chip of tpu7x is a device. Of v4 the compiler makes two devices of a chip and a machine
-# one, so that what is compiled here would not be what runs there: it is left out.
+# one, so that what is compiled here would not be what runs there: it is left out. NVLink sends to
+# all others of a host at once: half of it is a link of a ring.
 DEFAULT_FAMILY = "v5e"
 # fmt: off
 CHIPS = {
@@ -90,9 +75,12 @@ CHIPS = {
              kinds=("TPU v6 lite", "TPU v6e")),
         Chip("tpu7x", 94.75 * _GIB, 1153.5e12, 3690e9, 45e9, 4, 6.25e9, _CUBES, cores=2,
              kinds=("TPU7x",)),
-        _gpu("a100", 85100068864, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
-        _gpu("h100", 84942979072, 989e12, 3352e9, 450e9, 50e9, "NVIDIA H100 80GB HBM3"),
-        _gpu("h200", 151397597184, 989e12, 4800e9, 450e9, 50e9, "NVIDIA H200"),
+        Chip("a100", GPU_SHARE * 85100068864, 312e12, 2039e9, 300e9 / 2, 8, 25e9, _HOST,
+             platform="cuda", kinds=("NVIDIA A100-SXM4-80GB",)),
+        Chip("h100", GPU_SHARE * 84942979072, 989e12, 3352e9, 450e9 / 2, 8, 50e9, _HOST,
+             platform="cuda", kinds=("NVIDIA H100 80GB HBM3",)),
+        Chip("h200", GPU_SHARE * 151397597184, 989e12, 4800e9, 450e9 / 2, 8, 50e9, _HOST,
+             platform="cuda", kinds=("NVIDIA H200",)),
     )
 }
 # fmt: on
@@ -312,9 +300,5 @@ def _options(name: str, chip: Chip, slices: int) -> dict[str, Any]:
 
 
 def _is_there(module: str) -> bool:
-    import importlib.util
-
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    # Of a part, the whole is looked for first: its absence would raise.
+    return all(find_spec(name) for name in dict.fromkeys((module.partition(".")[0], module)))

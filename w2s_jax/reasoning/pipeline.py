@@ -32,7 +32,7 @@ from w2s_jax.reasoning.selection import WEIGHT, contrastive_pairs, curate, sft_s
 from w2s_jax.reasoning.stages import Figures, Stage
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 
 RAW, GRADED, TRAINING, DEMONSTRATIONS = (
     "responses.jsonl", "graded.jsonl", "training.jsonl", "demonstrations.jsonl",

@@ -1,22 +1,103 @@
-"""Choices as the JSON objects of OpenAI's API, whole and in the pieces of a stream."""
+"""Answers: the choices that a search has found, and OpenAI's JSON of them, whole or streamed."""
 
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
-from w2s_jax.serve.events import Choice
+from w2s_jax.search.likelihood import ScoredResponse
+from w2s_jax.search.results import Hypothesis, SearchResult
 from w2s_jax.serve.jobs import Job
-from w2s_jax.text.prompts import INCOMPLETE, decode_tokens
+from w2s_jax.text.prompts import INCOMPLETE, decode_tokens, response_end
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0
 """What stands for −inf, which JSON does not know, as in OpenAI's API."""
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 _WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A response.
+
+    Attributes:
+        text: What it says.
+        tokens: Its token ids, an EOS included.
+        ended_by: "eos", "stop" (the string `stop`) or "length".
+        score: What the search chose by, None where it did not choose.
+        scored: Likelihoods of `tokens`, behind those of the prompt's tokens but the first where the
+            prompt is echoed.
+        stop: The stop string that ended it.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended_by: str
+    score: float | None = None
+    scored: ScoredResponse | None = None
+    stop: str | None = None
+
+
+def choices_of(tokenizer: Any, job: Job, result: SearchResult) -> tuple[Choice, ...]:
+    """The choices of a job whose search has ended."""
+
+    def choice(hypothesis: Hypothesis) -> Choice:
+        text, stop = _text(tokenizer, job, hypothesis)
+        ended_by = "length"
+        if hypothesis.finished:
+            ended_by = "eos" if {*hypothesis.tokens[-1:]} & {*job.ends} else "stop"
+        score = hypothesis.score if job.chooses else None
+        return Choice(text, hypothesis.tokens, ended_by, score, stop=stop)
+
+    return tuple(choice(hypothesis) for hypothesis in result.hypotheses[: job.choices])
+
+
+def settled_texts(tokenizer: Any, job: Job, result: SearchResult) -> tuple[str, ...]:
+    """Of each choice of a job that runs, the text that will not change any more."""
+    texts = []
+    for hypothesis in result.hypotheses:
+        text, _ = _text(tokenizer, job, hypothesis)
+        texts.append(text if hypothesis.finished else settled(text, job.request.stop))
+    # Of several samples any may be chosen in the end.
+    return (shared(texts),) * job.choices if job.chooses else tuple(texts)
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The head of a growing text that further tokens cannot change.
+
+    Left out are a character whose bytes are not all there, which decodes to U+FFFD until they are,
+    and an end that may be the beginning of a stop string.
+    """
+    text = text.rstrip(INCOMPLETE)
+    longest = max(map(len, stop), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(one.startswith(text[start:]) for one in stop):
+            return text[:start]
+    return text
+
+
+def shared(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    return commonprefix(texts)  # noqa: RUF071
+
+
+def _text(tokenizer: Any, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:
+    """A hypothesis' text and the stop string that ended it."""
+    return response_end(
+        tokenizer,
+        job.prompt,
+        hypothesis.tokens,
+        finished=hypothesis.finished,
+        stop=job.request.stop,
+        behind=hypothesis.behind,
+        eos_ids=job.ends,
+    )
 
 
 class TokenTexts:
@@ -96,19 +177,14 @@ class Writer:
 
     def whole(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
         """The answer to a request that does not stream: a choice for every prompt and response."""
-        pairs = [
-            (job, choice)
-            for job, answer in zip(jobs, answers, strict=True)
-            for choice in answer
-        ]  # fmt: skip
-        choices = []
-        for index, (job, choice) in enumerate(pairs):
-            text = (job.echo or "") + choice.text
-            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            body = message if self.chat else {"text": text}
-            choices.append(
-                _choice(index, body, _FINISH[choice.ended_by]) | self._extra(job, choice)
-            )
+        choices: list[Json] = []
+        for job, answer in zip(jobs, answers, strict=True):
+            for choice in answer:
+                text = (job.echo or "") + choice.text
+                message = {"role": "assistant", "content": text, "refusal": None}
+                body: Json = {"message": message} if self.chat else {"text": text}
+                told = _choice(len(choices), body, _FINISH[choice.ended_by])
+                choices.append(told | self._extra(job, choice))
         return self._head | {"choices": choices, "usage": usage(jobs, answers)}
 
     def opening(self, index: int, job: Job) -> list[Json]:

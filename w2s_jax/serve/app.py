@@ -21,11 +21,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from w2s_jax.serve.answers import TokenTexts, Writer
+from w2s_jax.serve.answers import Choice, TokenTexts, Writer
 from w2s_jax.serve.engine import Engine
-from w2s_jax.serve.events import Choice, Done, Event, Failed, Progress, Ticket
 from w2s_jax.serve.jobs import Job, Reader
 from w2s_jax.serve.schema import ApiError, Chat, Completion, read_body, shutting_down
+from w2s_jax.serve.tasks import Done, Event, Failed, Progress, Ticket
 
 _POLL_SECONDS = 0.1
 _BODY_SECONDS = 60.0

@@ -1,13 +1,21 @@
 """A policy behind an OpenAI-compatible completions API: texts out, continuations in.
 
-No endpoint is a default. The key comes from the environment and is in no field, message or file.
+Requests go out side by side, are asked again where that may help, and are counted. No endpoint is a
+default. The key comes from the environment, and no message, file or shown field holds it.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,16 +24,94 @@ import httpx
 
 from w2s_jax.errors import InputError
 from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import Continuation, Extension
-from w2s_jax.serve.retry import Api, Meter, Patience, Usage, counts_of
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import INCOMPLETE
+from w2s_jax.text.prompts import INCOMPLETE, Conversation
 
 Prompt = str | tuple[int, ...]
 
 FINISHES = ("stop", "length", "content_filter")
 MOST_CHOICES = 64
 """At most this many continuations of one prompt in a request; more of them take several."""
+LONGEST_MESSAGE = 300
+LARGEST_ANSWER = 64 * 2**20
+RETRIED = (408, 409, 425, 429)
+
+
+class EndpointError(InputError):
+    """An endpoint that refuses, stops answering or answers nonsense; told in one line."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How an endpoint is asked: requests at a time, seconds for each, attempts and pauses.
+
+    The pause after attempt i is backoff·2^i seconds, at most longest_pause, less a random part of
+    up to half of it; a longer one that the server asks for (Retry-After) is honoured up to
+    longest_retry_after, beyond which the endpoint counts as not answering. Raises InputError for
+    values out of range.
+    """
+
+    concurrency: int = 8
+    timeout: float | int = 120.0
+    max_attempts: int = 6
+    backoff: float | int = 1.0
+    longest_pause: float | int = 60.0
+    longest_retry_after: float | int = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("timeout", "backoff", "longest_pause", "longest_retry_after"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "timeout" and not value):
+                raise InputError(f"{name} is {value}; it must be a number of seconds above 0")
+
+    def pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds to wait after attempt 0, 1, ...; `asked`: what the server asks for."""
+        # Above 2**30 the power would only meet the bound, or overflow.
+        own = min(self.backoff * 2.0 ** min(attempt, 30), self.longest_pause)
+        return max(asked or 0.0, own * random.SystemRandom().uniform(0.5, 1.0))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Requests answered, attempts that failed, tokens as the server counts them, and their cost.
+
+    unmetered: answers without counts, which tokens and cost leave out. cost: None without prices.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    unmetered: int = 0
+    cost: float | None = None
+
+    def __str__(self) -> str:
+        told = f"{self.requests:,} requests ({self.retries:,} failed attempts), "
+        told += f"{self.prompt_tokens:,} prompt tokens and {self.completion_tokens:,} new ones"
+        if self.unmetered:
+            told += f", {self.unmetered:,} answers without counts"
+        return told if self.cost is None else f"{told}, cost {self.cost:,.4f}"
+
+
+class Meter:
+    """The one mutable thing: counts of requests and tokens, safe to add to from several threads.
+
+    Attributes:
+        usage: The counts at this moment, without a cost.
+    """
+
+    def __init__(self) -> None:
+        self.usage, self._lock = Usage(), threading.Lock()
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            sums = {name: getattr(self.usage, name) + count for name, count in counts.items()}
+            self.usage = replace(self.usage, **sums)
 
 
 @dataclass(frozen=True)
@@ -65,17 +151,24 @@ class Endpoint:
             raise InputError(
                 f"endpoint {self.base_url!r} is no address such as http://127.0.0.1:8000/v1"
             )
-        if self.prompts_per_request is not None and self.prompts_per_request < 1:
-            raise InputError(
-                f"prompts_per_request is {self.prompts_per_request}; it must be at least 1"
-            )
-        for name in ("price_prompt", "price_completion"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        lowest = {"prompts_per_request": 1, "price_prompt": 0, "price_completion": 0}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                told = "at least 1" if least else "0 or above"
+                raise InputError(f"{name} is {value}; it must be {told}")
 
-    def usage(self, meter: Meter) -> Usage:
-        """What was asked and answered so far, with its cost where prices are given."""
-        return meter.usage(self.price_prompt, self.price_completion)
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why an attempt gave no answer, whether another may, and the pause the server asks for.
+
+    A value, since exceptions carry the request, and so the key.
+    """
+
+    message: str
+    again: bool = True
+    pause: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,41 +184,59 @@ class CompletionsPolicy:
         endpoint: Where it is.
         render: From a conversation to the text that the response follows.
         config: Its sampling, stop strings and seed are sent.
-        api: What asks, and counts requests and tokens.
+        patience: How it is asked again.
+        http: A client that has its base address, and sends the key.
+        key: What no message may show.
+        meter: What counts requests and tokens.
     """
 
     endpoint: Endpoint
     render: Callable[[Conversation], str]
     config: SearchConfig
-    api: Api
+    patience: Patience
+    http: httpx.Client = field(repr=False)
+    key: str = field(repr=False)
+    meter: Meter = field(default_factory=Meter, repr=False)
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked and answered so far, with its cost where prices are given."""
+        found, endpoint = self.meter.usage, self.endpoint
+        if endpoint.price_prompt is None and endpoint.price_completion is None:
+            return found
+        cost = found.prompt_tokens * (endpoint.price_prompt or 0)
+        cost += found.completion_tokens * (endpoint.price_completion or 0)
+        return replace(found, cost=cost / 1e6)
 
     def extend(self, extensions: Sequence[Extension]) -> list[list[Continuation]]:
         """Continuations of every extension, in order; requests go out side by side.
 
-        Raises EndpointError where the endpoint refuses a request or stops answering.
+        At most `patience.concurrency` at a time; 429, 5xx, time-outs, lost connections and
+        malformed answers are tried again. Raises EndpointError at once where the endpoint refuses a
+        request otherwise, and after the last attempt.
         """
-        wheres = [f"row {extension.row_id}" for extension in extensions]
         prompts: list[Prompt] = []
-        for extension, where in zip(extensions, wheres, strict=True):
+        for extension in extensions:
             text = self.render(extension.conversation) + extension.response
-            _check_text(text, where)
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                told = f"row {extension.row_id}: the prompt is not text: {error.reason}"
+                raise InputError(told) from None
             prompts.append(extension.trail or text)
         plans = list(_plan(extensions, prompts, self.endpoint))
-        bodies = [self._body(plan, extensions) for plan in plans]
-        answers = self.api.ask_all(bodies, [wheres[plan.members[0]] for plan in plans], _read)
         found: list[list[Continuation]] = [[] for _ in extensions]
-        for plan, answer in zip(plans, answers, strict=True):
+        for plan, answer in zip(plans, self._ask_all(plans, extensions), strict=True):
             continuations = iter(answer)
             for index in plan.members:
                 found[index] = list(islice(continuations, extensions[index].count))
         return found
 
-    def _body(self, plan: "_Plan", extensions: Sequence[Extension]) -> dict[str, Any]:
-        config, asked = self.config, [extensions[index] for index in plan.members]
-        first = asked[0]
+    def _body(self, plan: "_Plan", asked: Sequence[Extension]) -> dict[str, Any]:
+        config, first = self.config, asked[0]
         body: dict[str, Any] = {
             "model": self.endpoint.model,
-            "prompt": list(plan.prompts),
+            "prompt": plan.prompts,
             "n": plan.choices,
             "max_tokens": first.max_tokens,
             "temperature": config.sampling.temperature,
@@ -143,6 +254,84 @@ class CompletionsPolicy:
             body[name] = [getattr(each, name) for each in asked]
         return body | {"method": "sample", "top_k": config.sampling.top_k}
 
+    def _ask_all(
+        self, plans: Sequence["_Plan"], extensions: Sequence[Extension]
+    ) -> list[list[Continuation]]:
+        halt = threading.Event()
+        pool = ThreadPoolExecutor(max(1, min(self.patience.concurrency, len(plans))))
+        futures = []
+        for plan in plans:
+            asked = [extensions[index] for index in plan.members]
+            where = f"row {asked[0].row_id}: endpoint {self.endpoint.base_url}"
+            futures.append(pool.submit(self._ask, self._body(plan, asked), where, halt))
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            # After a failure nothing more is asked; what is on its way is not waited for.
+            halt.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, body: dict[str, Any], where: str, halt: threading.Event) -> list[Continuation]:
+        patience, failed = self.patience, _Failure("")
+        for attempt in range(patience.max_attempts):
+            if attempt and halt.wait(patience.pause(attempt - 1, failed.pause)):
+                break
+            found = self._attempt(body)
+            if not isinstance(found, _Failure):
+                return found
+            failed = found
+            if not failed.again:
+                raise EndpointError(f"{where} refused: {failed.message}")
+            self.meter.add(retries=1)
+            if (failed.pause or 0) > patience.longest_retry_after:
+                asked = f"it asks to wait {failed.pause:.0f} s ({failed.message})"
+                raise EndpointError(f"{where} stopped answering: {asked}")
+        tried = f"{patience.max_attempts} attempts failed, the last one by: {failed.message}"
+        raise EndpointError(f"{where} stopped answering: {tried}")
+
+    def _attempt(self, body: dict[str, Any]) -> list[Continuation] | _Failure:
+        where = "no connection"
+        try:
+            with self.http.stream("POST", "completions", json=body) as response:
+                where = "the connection broke"
+                content = _whole(response.iter_bytes(), time.monotonic() + self.patience.timeout)
+        except (httpx.TimeoutException, TimeoutError):
+            return _Failure("no answer in time")
+        except httpx.HTTPError as error:
+            return _Failure(self._one_line(f"{where} ({error})"))
+        if not response.is_success:
+            return self._refusal(response, content.decode(errors="replace").strip())
+        try:
+            data = json.loads(content)
+            counts = _counts(data)
+            self.meter.add(requests=1, unmetered=int(len(counts) < 2), **counts)
+            return _read(data, counts, body)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            fault = self._one_line(f"{type(error).__name__}: {error}")
+            return _Failure(f"a malformed answer ({fault})")
+
+    def _refusal(self, response: httpx.Response, text: str) -> _Failure:
+        status, code = response.status_code, None
+        told: Any = text or f"Error code: {status}"
+        with suppress(ValueError, RecursionError):
+            told = json.loads(text)
+            told = told.get("error", told) if isinstance(told, dict) else told
+        if isinstance(told, dict):
+            code = told.get("code")
+            told = told.get("message") or told.get("detail") or told
+        again = (status in RETRIED or status >= 500) and code != "insufficient_quota"
+        return _Failure(self._one_line(f"{status} {told}"), again, _retry_after(response.headers))
+
+    def _one_line(self, message: str) -> str:
+        """A server's message in one line of bounded length, without the key should it repeat it."""
+        if self.key:
+            message = message.replace(self.key, "***")
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."
+
 
 def open_policy(
     endpoint: Endpoint,
@@ -150,7 +339,6 @@ def open_policy(
     render: Callable[[Conversation], str],
     *,
     patience: Patience | None = None,
-    meter: Meter | None = None,
 ) -> CompletionsPolicy:
     """A policy behind an endpoint that samples as the config says (top_k only with share_draws).
 
@@ -172,15 +360,7 @@ def open_policy(
         # As many as there are threads; what was given up may still have one.
         limits=httpx.Limits(max_connections=None),
     )
-    api = Api(http, "completions", key, endpoint.base_url, patience, meter or Meter())
-    return CompletionsPolicy(endpoint, render, config, api)
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the prompt is not text: {error.reason}") from None
+    return CompletionsPolicy(endpoint, render, config, patience, http, key)
 
 
 def draw_seed(seed: int, row_id: int, position: int, lane: int) -> int:
@@ -189,11 +369,43 @@ def draw_seed(seed: int, row_id: int, position: int, lane: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def _whole(parts: Iterable[bytes], deadline: float) -> bytes:
+    """A body that may come drop by drop; TimeoutError past the deadline.
+
+    The client's own timeout bounds the time between two drops, not the whole. A body beyond bounds
+    becomes one that is malformed.
+    """
+    body = bytearray()
+    for part in parts:
+        body += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if len(body) > LARGEST_ANSWER:
+            return b"larger than any answer"
+    return bytes(body)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait, told in milliseconds, in seconds, or as a date."""
+    told = headers.get("retry-after", "")
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        else:
+            seconds = float(told)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A request: `choices` of each prompt, shared out in order to the extensions at `members`."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     choices: int
     members: tuple[int, ...]
 
@@ -219,7 +431,7 @@ def _plan(
     for (*_, choices), entries in requests.items():
         for run in _runs(entries, endpoint.prompts_per_request or len(entries)):
             members = tuple(index for _, group in run for index in group)
-            yield _Plan(tuple(prompt for prompt, _ in run), choices, members)
+            yield _Plan([prompt for prompt, _ in run], choices, members)
 
 
 def _runs(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -227,11 +439,19 @@ def _runs(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _read(data: Any, body: Mapping[str, Any]) -> list[Continuation]:
+def _counts(data: Any) -> dict[str, int]:
+    """The numbers of tokens that an answer tells, of prompt_tokens and completion_tokens."""
+    usage = data.get("usage") or {}
+    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: count for name, count in counts.items() if type(count) is int and count >= 0}
+
+
+def _read(data: Any, counts: Mapping[str, int], body: Mapping[str, Any]) -> list[Continuation]:
     """The choices of an answer as continuations, those of the first prompt first.
 
     The server counts the tokens of all choices together: one cut by length has max_tokens of them,
-    what is left is shared evenly among the others. Raises as `retry.Read`.
+    what is left is shared evenly among the others. Raises ValueError, TypeError, KeyError or
+    AttributeError where the answer is malformed.
     """
     expected, choices = len(body["prompt"]) * body["n"], data["choices"]
     if len(choices) != expected:
@@ -240,7 +460,7 @@ def _read(data: Any, body: Mapping[str, Any]) -> list[Continuation]:
         raise ValueError(f"the choices' indices are not 0 .. {expected - 1}")
     cut = sum(choice["finish_reason"] == "length" for choice in choices)
     others = expected - cut
-    left = max(0, counts_of(data).get("completion_tokens", 0) - cut * body["max_tokens"])
+    left = max(0, counts.get("completion_tokens", 0) - cut * body["max_tokens"])
     found = []
     for choice in sorted(choices, key=lambda choice: choice["index"]):
         text, finish = _text(choice), choice["finish_reason"]
@@ -275,3 +495,32 @@ def _ids(choice: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(type(token) is int for token in ids):
         raise TypeError("a token id is not a whole number")
     return ids
+
+
+def connect(
+    settings: SearchFileConfig, config: SearchConfig, render: Callable[[Conversation], str]
+) -> tuple[CompletionsPolicy, Callable[[], str]]:
+    """The policy behind `settings.endpoint`, and what says how much it was asked.
+
+    Args:
+        settings: the endpoint's address, model, limits and prices.
+        config: the search that asks it.
+        render: from a conversation to the text that the response follows.
+
+    Raises:
+        InputError: as `Endpoint` and `open_policy` do.
+    """
+    endpoint = Endpoint(
+        str(settings.endpoint),
+        str(settings.endpoint_model),
+        api_key_env=settings.api_key_env,
+        prompts_per_request=settings.prompts_per_request,
+        share_draws=settings.share_draws,
+        # Tokens that were drawn need not be those that their text encodes to.
+        token_ids=settings.share_draws,
+        price_prompt=settings.price_prompt,
+        price_completion=settings.price_completion,
+    )
+    patience = Patience(settings.concurrency, settings.timeout, settings.attempts)
+    policy = open_policy(endpoint, config, render, patience=patience)
+    return policy, lambda: str(policy.usage)

@@ -12,6 +12,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import partial
+from queue import SimpleQueue
 
 import jax
 from jax.sharding import Mesh
@@ -20,20 +21,21 @@ from w2s_jax.errors import InputError
 from w2s_jax.search import session as sessions
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
+from w2s_jax.serve.answers import Choice, choices_of, settled_texts
 from w2s_jax.serve.config import ServeConfig
-from w2s_jax.serve.events import (
-    Choice,
-    Done,
-    Failed,
-    Metrics,
-    Progress,
-    Ticket,
-    choices_of,
-    settled_texts,
-)
 from w2s_jax.serve.jobs import CHOOSING, Job, Program, Served
 from w2s_jax.serve.schema import ApiError, queue_full, shutting_down
-from w2s_jax.serve.tasks import Compiler, Group, Likelihoods, Task
+from w2s_jax.serve.tasks import (
+    Compiler,
+    Done,
+    Failed,
+    Group,
+    Likelihoods,
+    Metrics,
+    Progress,
+    Task,
+    Ticket,
+)
 from w2s_jax.text.prompts import decode_tokens
 
 SEATS = 4
@@ -75,9 +77,9 @@ class Engine:
         self._programs: set[Program] = set()
         self._compiler = Compiler(self._wake_up)
         self._likelihoods = Likelihoods(served.models, config.slots, self._compiler)
-        self._wake = threading.Condition()
-        self._has_news = False
-        self._arrived: deque[Task] = deque()
+        # Of the state and what is open; the thread waits for news: a task, or None for any other.
+        self._lock = threading.RLock()
+        self._news: SimpleQueue[Task | None] = SimpleQueue()
         self._open: set[Task] = set()
         self.state = "starting"
         self._thread = threading.Thread(target=self._run, name="w2s-engine", daemon=True)
@@ -103,7 +105,7 @@ class Engine:
 
     def submit(self, jobs: Sequence[Job]) -> Ticket:
         """Take on all jobs or none; ApiError 429 where the queue is full, 503 when ending."""
-        with self._wake:
+        with self._lock:
             if self.state == "failed":
                 raise ApiError(503, "the engine has failed; see the server's log", code="failed")
             if self.state in ("draining", "stopped"):
@@ -112,15 +114,15 @@ class Engine:
             if waiting + len(jobs) > queue:
                 raise queue_full(f"{waiting} of {queue} places in the queue are taken; try again")
             ticket = Ticket()
-            tasks = [Task(job, ticket, index) for index, job in enumerate(jobs)]
-            self._arrived.extend(tasks)
-            self._open.update(tasks)
-            self._wake_up()
+            for index, job in enumerate(jobs):
+                task = Task(job, ticket, index)
+                self._open.add(task)
+                self._news.put(task)
         return ticket
 
     def drain(self) -> None:
         """Refuse new jobs from now on; those under way go on."""
-        with self._wake:
+        with self._lock:
             if self.state in ("starting", "ready"):
                 self.state = "draining"
 
@@ -129,7 +131,7 @@ class Engine:
 
         The thread may be compiling, which nothing interrupts: see `is_running`.
         """
-        with self._wake:
+        with self._lock:
             if self.state != "failed":
                 self.state = "stopped"
             self._wake_up()
@@ -139,21 +141,20 @@ class Engine:
 
     def _dismiss(self, error: ApiError) -> None:
         """Fail all open jobs, from any thread; what is still found for them goes to nobody."""
-        with self._wake:
+        with self._lock:
             tasks, self._open = self._open, set()
         for task in tasks:
             self.metrics.cancelled.inc()
             task.tell(Failed(task.index, error))
-            task.cancel()
+            if task.ticket is not None:
+                task.ticket.cancel()
 
     def _wake_up(self) -> None:
-        """Have the thread look for what has arrived, is compiled or has ended; from any thread."""
-        with self._wake:
-            self._has_news = True
-            self._wake.notify()
+        """Have the thread look for what is compiled or has ended; from any thread."""
+        self._news.put(None)
 
     def _count_waiting(self) -> int:
-        with self._wake:
+        with self._lock:
             return sum(not task.has_slot for task in self._open)
 
     # The thread.
@@ -170,12 +171,12 @@ class Engine:
                 sys.stderr.write(f"error: while warming up: {error.message}\n")
             else:
                 traceback.print_exc(file=sys.stderr)
-            with self._wake:
+            with self._lock:
                 self.state = "failed"
             self._dismiss(ApiError(500, "the engine has failed; see the server's log"))
         finally:
-            for unfinished in (self._arrived, self._groups, self._to_score):
-                unfinished.clear()
+            self._groups.clear()
+            self._to_score.clear()
             self._shown = ()
             self._compiler.close()
 
@@ -185,16 +186,16 @@ class Engine:
         Where there is nothing to do, or the last turn got nothing done since all waits for
         compilations, wait for what arrives or is compiled.
         """
+        self._note_warm_up()
         has_work = bool(self._to_score) or any(group.has_work for group in self._groups.values())
-        with self._wake:
-            self._note_warm_up()
-            self._wake.wait_for(lambda: self._has_news or (progress and has_work))
-            self._has_news = False
-            if self.state == "stopped":
-                return False
-            arrived, self._arrived = self._arrived, deque()
-        for task in arrived:
-            self._sort_in(task)
+        news = [] if progress and has_work else [self._news.get()]
+        while not self._news.empty():
+            news.append(self._news.get())
+        if self.state == "stopped":
+            return False
+        for task in news:
+            if task is not None:
+                self._sort_in(task)
         return True
 
     def _note_warm_up(self) -> None:
@@ -203,13 +204,14 @@ class Engine:
         for end in ends:
             if isinstance(end, Failed):
                 raise end.error
-        if self.state == "starting" and None not in ends:
-            self.state = "ready"
+        with self._lock:
+            if self.state == "starting" and None not in ends:
+                self.state = "ready"
 
     def _sort_in(self, task: Task) -> None:
         self.metrics.prompt_tokens.inc(len(task.job.prompt))
         program = task.job.program
-        if program is not None:
+        if task.job.generates:
             self._groups.setdefault(program, Group(program)).waiting.append(task)
         else:
             task.found = (Choice("", (), "length"),) * task.job.choices
@@ -374,7 +376,7 @@ class Engine:
     def _end(self, task: Task, event: Done | Failed | None) -> None:
         """A task is over; event: what is said of it, None where nobody waits any more."""
         self._take_from_queue(task)
-        with self._wake:
+        with self._lock:
             self._open.discard(task)
         if event is None:
             self.metrics.cancelled.inc()

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import ending_ids
-from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, ivg, sample
+from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
+from w2s_jax.search.scorers import NoScore, TextScorer
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.schema import (
     ApiError,
@@ -27,10 +27,9 @@ from w2s_jax.serve.schema import (
     too_large,
     unsupported,
 )
-from w2s_jax.text.batches import power_of_two
 from w2s_jax.text.chat import Template
-from w2s_jax.text.conversations import Conversation, Message, role_of
-from w2s_jax.text.prompts import decode_tokens, special_stops
+from w2s_jax.text.prompts import Conversation, Message, decode_tokens, role_of, special_stops
+from w2s_jax.text.tokenizer import power_of_two
 
 CHOOSING = {
     "cbs": "chunk-level beam search",
@@ -71,8 +70,7 @@ class Job:
     """One prompt to be answered by a method.
 
     Attributes:
-        method: Its name in requests.
-        program: None where nothing is generated and only the prompt is scored.
+        program: What answers it.
         request: The prompt and its numbers, as a search takes them.
         choices: Responses to return.
         logprobs: Likeliest tokens to name at each token, None for no log-probs at all.
@@ -80,16 +78,22 @@ class Job:
             of the prompt too.
         streams: The client wants text as it comes.
         tells_ids: The client wants token ids.
+        generates: False where only the prompt is scored.
     """
 
-    method: str
-    program: Program | None
+    program: Program
     request: Request
     choices: int = 1
     logprobs: int | None = None
     echo: str | None = None
     streams: bool = False
     tells_ids: bool = False
+    generates: bool = True
+
+    @property
+    def method(self) -> str:
+        """Its method's name in requests."""
+        return self.program.method
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -99,7 +103,7 @@ class Job:
     @property
     def ends(self) -> tuple[int, ...]:
         """The token ids that end a response."""
-        return () if self.program is None else self.program.config.eos_ids or ()
+        return self.program.config.eos_ids or ()
 
     @property
     def chooses(self) -> bool:
@@ -253,19 +257,17 @@ class Reader:
                 eos_ids=eos_ids,
                 policy_cache=self.served.policy_cache,
             )
-            program = Program(method, config, prefix_for(longest), bool(stops))
-            jobs.append(
-                Job(
-                    method,
-                    program if limit else None,
-                    request,
-                    choices=body.n,
-                    logprobs=logprobs,
-                    echo=conversation.text if echo else None,
-                    streams=body.stream,
-                    tells_ids=body.return_token_ids,
-                )
+            job = Job(
+                Program(method, config, prefix_for(longest), bool(stops)),
+                request,
+                choices=body.n,
+                logprobs=logprobs,
+                echo=conversation.text if echo else None,
+                streams=body.stream,
+                tells_ids=body.return_token_ids,
+                generates=limit > 0,
             )
+            jobs.append(job)
         return jobs
 
     def _given(self, body: Generation, name: str) -> Any:
@@ -329,17 +331,14 @@ class Reader:
 
     def _search(self, method: str, sizes: tuple[int, int, int], **settings: Any) -> SearchConfig:
         """The search that a method is, with W, K and L."""
-        width, _, _ = sizes
-        streamed = {"chunk_length": min(_STREAM_CHUNK, settings["max_new_tokens"])}
-        if method == "sample":
-            return sample(width, **settings, **streamed)
-        if method == "eft":
-            # Samples stay in their places, so that a stream knows which is which.
-            return replace(eft(beam_width=width, **settings, **streamed), scorer=NoScore())
-        if method == "ivg":
-            return ivg(*sizes, **settings)
-        settings["scorer"] = LogRatio() if self.served.models.guides else NoScore()
-        return best_of_n(width, **settings) if method == "bon" else cbs(*sizes, **settings)
+        width, successors, length = sizes
+        if method not in CHOOSING:
+            settings["chunk_length"] = min(_STREAM_CHUNK, settings["max_new_tokens"])
+        found = preset(method, w=width, k=successors, l=length, n=width, **settings)
+        if method == "ivg" or (method in CHOOSING and self.served.models.guides):
+            return found
+        # Samples stay in their places, so that a stream knows which is which.
+        return replace(found, beam_width=width, scorer=NoScore())
 
     def _limit(self, asked: int | None, prompt: int, kind: str) -> int:
         """New tokens at most; ApiError where prompt and response do not fit the models."""

@@ -1,12 +1,23 @@
-"""From settings to a server: what answers is loaded, and put behind the endpoints."""
+"""A server from its settings to its end: what answers is loaded, and served on a socket.
 
+Signals begin the end; what is under way then is let run for a while.
+"""
+
+import asyncio
 import copy
+import ipaddress
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import FrameType
 
+import uvicorn
 from jax.sharding import Mesh
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
@@ -14,7 +25,6 @@ from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh
 from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio
-from w2s_jax.serve import process
 from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.config import ServeConfig
@@ -23,6 +33,12 @@ from w2s_jax.serve.jobs import Job, Reader, Served
 from w2s_jax.serve.schema import ApiError, Completion
 from w2s_jax.text.chat import Template
 
+_TICK = 0.05
+_LAST_WORDS = 5
+_LAST_CHUNK = 1.0
+_BACKLOG = 1024
+_HEADER_SECONDS = 10.0
+
 
 def run(
     config: ServeConfig, on_ready: Callable[[str], None], choose_mesh: ChooseMesh | None
@@ -30,11 +46,11 @@ def run(
     """Serve, as `w2s_jax.serve.serve` says."""
     config.check()
     key = config.key()
-    with process.listen(config.host, config.port) as bound:
+    with listen(config.host, config.port) as bound:
         served, mesh, notes = load(config, choose_mesh)
         reader = Reader(served, config)
         warm_up = warm_up_jobs(reader)
-        is_private = process.is_loopback(bound)
+        is_private = is_loopback(bound)
         if key is None and not is_private:
             notes.append(
                 f"warning: {config.host} lets other machines in and no key is asked for; set "
@@ -52,8 +68,8 @@ def run(
             created=int(time.time()),
             hosts=config.allowed_host if config.allowed_host or is_private else None,
         )
-        app, url = create_app(service), process.url_of(bound)
-        return process.serve(app, engine, bound, grace=config.grace, announce=lambda: on_ready(url))
+        app, url = create_app(service), url_of(bound)
+        return serve_app(app, engine, bound, grace=config.grace, announce=lambda: on_ready(url))
 
 
 def load(
@@ -136,3 +152,158 @@ def warm_up_jobs(reader: Reader) -> list[Job]:
         raise InputError(f"warming up: {error.message}; see also --warm-up") from None
     # One chunk compiles all that a longer response needs.
     return [replace(job, request=replace(job.request, limit=1)) for job in jobs]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one. Raises InputError where that cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"--host {host} --port {port}: {reason}; choose others (port 0: any)"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where a bound socket is reached."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine reaches a bound socket."""
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+
+
+class Connection(H11Protocol):
+    """HTTP/1.1 that is closed where a request's headers are not there within `_HEADER_SECONDS`.
+
+    Counted from the connection, and from the answer to the request before.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As asyncio's protocols."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio's protocols."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio's protocols."""
+        self._rest()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Set a deadline unless a request has all its headers and is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._rest()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def _rest(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn whose first signal begins an orderly end, whose second one hastens it.
+
+    The third one leaves open requests without an answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        settings = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WORDS,
+            backlog=_BACKLOG,
+        )
+        super().__init__(settings)
+        self.signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Heed a signal; it is not raised again when all is over, so the exit status is 0."""
+        self.signals += 1
+        if self.signals > 2:
+            self.should_exit = self.force_exit = True
+
+
+def serve_app(
+    app: ASGIApp,
+    engine: Engine,
+    bound: socket.socket,
+    *,
+    grace: float,
+    announce: Callable[[], None],
+) -> bool:
+    """Serve until SIGTERM or SIGINT; then refuse, let run for `grace` seconds, and answer 503.
+
+    announce is called once the engine is ready. Returns False where the engine failed.
+    """
+    engine.start()
+    is_sound = asyncio.run(run_server(Server(app), engine, bound, grace, announce))
+    if is_sound and engine.is_running:
+        _end_at_once()
+    return is_sound
+
+
+def _end_at_once() -> None:
+    """End the process with status 0 beside a thread that compiles, which nothing interrupts.
+
+    An ordinary end would take the compiler's objects away from under it, and abort.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+async def run_server(
+    server: Server, engine: Engine, bound: socket.socket, grace: float, announce: Callable[[], None]
+) -> bool:
+    """Run a server and its engine, which has started, as `serve_app` does."""
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    is_announced = False
+    while not (serving.done() or server.signals or engine.state == "failed"):
+        if not is_announced and server.started and engine.state == "ready":
+            is_announced = True
+            announce()
+        await asyncio.sleep(_TICK)
+    engine.drain()
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + grace
+    while not engine.is_idle and clock() < deadline and server.signals < 2:
+        await asyncio.sleep(_TICK)
+    # All that is open is answered at once; the thread may have a chunk or a compilation to end.
+    await asyncio.to_thread(engine.stop, _LAST_CHUNK)
+    server.should_exit = True
+    await serving
+    if cut_off := set(server.server_state.tasks):
+        await asyncio.wait(cut_off, timeout=_LAST_WORDS)
+    return engine.state != "failed"

@@ -61,24 +61,19 @@ shutting_down = partial(
 
 # OpenAI's fields that this server cannot heed, and the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
+    **dict.fromkeys(
+        ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()
+    ),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none",)),
+    **dict.fromkeys(("functions", "tools"), ([],)),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
 }
 # Fields that change no answer: they name the client or its purpose.
 _WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "user")

@@ -1,17 +1,21 @@
-"""What an engine's thread keeps of the jobs it has taken on, and the log-probs of their choices.
+"""What an engine keeps of its jobs, what it says of them, and the log-probs of their choices.
 
-Which tokens are scored, and which jobs together; what is not compiled yet is compiled on a thread
-of its own, one program after another, beside what the engine runs.
+News reach the event loop by tickets; numbers are Prometheus'. What is not compiled yet is compiled
+on a thread of its own, one program after another, beside what the engine runs.
 """
 
+import asyncio
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from w2s_jax.errors import RowsFailed
 from w2s_jax.search.likelihood import (
@@ -23,11 +27,103 @@ from w2s_jax.search.likelihood import (
     score_responses,
 )
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
+from w2s_jax.search.proposers import Proposer
 from w2s_jax.search.session import Session
-from w2s_jax.serve.events import Choice, Done, Event, Failed, Ticket
+from w2s_jax.serve.answers import Choice
 from w2s_jax.serve.jobs import Job, Program
 from w2s_jax.serve.schema import MOST_TOP_LOGPROBS, ApiError
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The settled text of each choice of a job so far; never retracted."""
+
+    job: int
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """All choices of a job, best first where the search chose."""
+
+    job: int
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that will not be answered."""
+
+    job: int
+    error: ApiError
+
+
+Event = Progress | Done | Failed
+
+
+class Ticket:
+    """The jobs of one request under way: events out, cancellation in.
+
+    Made on the event loop's thread; `put` and `cancel` may be called from any.
+
+    Attributes:
+        is_cancelled: Whether nobody waits for events any more.
+    """
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def next(self) -> Event:
+        """The next event of any of the jobs."""
+        return await self._events.get()
+
+    def put(self, event: Event) -> None:
+        """Hand an event to whoever waits; without effect once the event loop has closed."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Give up all of the jobs that are not done; slots are freed after the current chunk."""
+        self.is_cancelled = True
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own; for any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.requests = counter(
+            "w2s_requests", "Requests by endpoint and HTTP status", ("endpoint", "status")
+        )
+        self.seconds = seconds(
+            "w2s_request_seconds", "Seconds from request to the end of its answer", ("endpoint",)
+        )
+        self.first_seconds = seconds(
+            "w2s_first_chunk_seconds", "Seconds from a prompt's arrival to its first chunk"
+        )
+        self.waiting_seconds = seconds(
+            "w2s_queue_seconds", "Seconds that a prompt waited for a slot"
+        )
+        self.chunk_seconds = seconds(
+            "w2s_chunk_seconds", "Seconds of one chunk for all slots of a program", ("method",)
+        )
+        self.queue = gauge("w2s_queue_depth", "Prompts that wait for a slot")
+        self.slots = gauge("w2s_slots_in_use", "Prompts in slots")
+        self.programs = gauge("w2s_programs", "Compiled searches with memory on the device")
+        self.prompt_tokens = counter("w2s_prompt_tokens", "Prompt tokens read")
+        self.tokens = counter("w2s_tokens_generated", "Tokens of the responses that were returned")
+        self.cancelled = counter(
+            "w2s_cancelled", "Prompts whose client went away, or that shutting down cut off"
+        )
 
 
 class Compiler:
@@ -69,6 +165,10 @@ class Compiler:
         self._on_end()
 
 
+Kind = tuple[Proposer, Shape]
+"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
+
+
 @dataclass(eq=False)
 class Task:
     """A job on its way: what the engine's thread remembers of it.
@@ -100,11 +200,6 @@ class Task:
         return self.ticket is not None and self.ticket.is_cancelled
 
     @property
-    def proposer(self) -> Proposer:
-        """What its responses were sampled from; its beta comes with each response."""
-        return EFTProposer() if self.job.method == "eft" else PolicyProposer()
-
-    @property
     def rows(self) -> list[Response | None]:
         """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
         request, prompts = self.job.request, self.job.request.prompts
@@ -120,10 +215,10 @@ class Task:
         """The rows that have tokens."""
         return [row for row in self.rows if row]
 
-    def cancel(self) -> None:
-        """Let nobody wait for it any more."""
-        if self.ticket is not None:
-            self.ticket.cancel()
+    @property
+    def kind(self) -> Kind:
+        """What the responses were sampled from, and their shape; a beta comes with each of them."""
+        return self.job.program.config.proposer, padded_shape(self.responses)
 
     def tell(self, event: Event) -> None:
         """Say something to the client, if it is still there."""
@@ -183,10 +278,6 @@ class Group:
         return len(together) == 1 or not any(task.is_suspect for task in together)
 
 
-Kind = tuple[Proposer, Shape]
-"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
-
-
 class Likelihoods:
     """Scores tasks in batches of one kind, each of which has a program of its own.
 
@@ -208,28 +299,26 @@ class Likelihoods:
         """
         by_kind: dict[Kind, list[Task]] = {}
         for task in waiting:
-            kind = (task.proposer, padded_shape(task.responses))
-            by_kind.setdefault(kind, []).append(task)
+            by_kind.setdefault(task.kind, []).append(task)
         for kind, tasks in by_kind.items():
             if kind not in self._programs:
-                self._programs[kind] = self._compiler.ask(self._compile, tasks[0])
+                given = (self._models, kind[0], tasks[0].responses)
+                work = partial(compile_scores, *given, top=self._top, batch_size=self._rows)
+                self._programs[kind] = self._compiler.ask(work)
             elif self._programs[kind].done():
-                return self._first(tasks)
+                # Those that come first and fill one batch; one at least.
+                rows = list(accumulate(len(task.responses) for task in tasks))
+                return tasks[: max(1, bisect_right(rows, self._rows))]
         return []
 
     def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
         """The choices of tasks of one kind with log-probs; 500 for those that a model fails."""
-        responses = [response for task in tasks for response in task.responses]
+        proposer, shape = tasks[0].kind
+        given = (self._models, proposer, [one for task in tasks for one in task.responses])
+        settings: dict[str, Any] = {"top": self._top, "batch_size": self._rows, "shape": shape}
         found: Sequence[ScoredResponse | None]
         try:
-            found = score_responses(
-                self._models,
-                tasks[0].proposer,
-                responses,
-                top=self._top,
-                batch_size=self._rows,
-                shape=padded_shape(responses),
-            )
+            found = score_responses(*given, **settings)
         except RowsFailed as error:
             found = error.results
         scores = iter(found)
@@ -248,12 +337,3 @@ class Likelihoods:
     def forget(self) -> None:
         """Programs are compiled anew."""
         self._programs.clear()
-
-    def _first(self, tasks: Sequence[Task]) -> list[Task]:
-        """The tasks that come first and fill one batch; one at least."""
-        rows = list(accumulate(len(task.responses) for task in tasks))
-        return list(tasks[: max(1, bisect_right(rows, self._rows))])
-
-    def _compile(self, task: Task) -> None:
-        settings = {"top": self._top, "batch_size": self._rows}
-        compile_scores(self._models, task.proposer, task.responses, **settings)

@@ -114,10 +114,10 @@ def estimate_step(
     used = step.lower(state, frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return Estimate(
-        parameters=_bytes(state.params),
-        optimizer=_bytes(state.optimizer),
-        frozen=_bytes(frozen),
-        batch=_bytes(batch),
+        parameters=nbytes(state.params),
+        optimizer=nbytes(state.optimizer),
+        frozen=nbytes(frozen),
+        batch=nbytes(batch),
         # Donated arguments are counted among the outputs that take their place.
         working=used.temp_size_in_bytes
         + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
@@ -233,11 +233,13 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _bytes(tree: Any) -> int:
-    """The bytes of a tree's shards on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
+def nbytes(tree: Any) -> int:
+    """Bytes that the fullest device holds of arrays, by their shards where they have shardings."""
+
+    def shard(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
-    return total
+        bits = {"int4": 4, "uint4": 4}.get(str(leaf.dtype), 8 * leaf.dtype.itemsize)
+        return math.prod(shape) * bits // 8
+
+    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))

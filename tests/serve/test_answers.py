@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serve.tiny_server import tokenizer_at
-from w2s_jax.serve.answers import TokenTexts, token_bytes
-from w2s_jax.serve.events import settled, shared
+from w2s_jax.serve.answers import TokenTexts, settled, shared, token_bytes
 from w2s_jax.text.prompts import decode_tokens, response_end
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.serve.tiny_server import served_at
 from w2s_jax.serve import engine as room
-from w2s_jax.serve import process
+from w2s_jax.serve import run as process
 from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.config import ServeConfig
@@ -42,7 +42,7 @@ async def running(served, engine, *, grace=0.2):
     with process.listen("127.0.0.1", 0) as bound:
         server = process.Server(create_app(service))
         is_ready = asyncio.Event()
-        end = asyncio.ensure_future(process.run(server, engine, bound, grace, is_ready.set))
+        end = asyncio.ensure_future(process.run_server(server, engine, bound, grace, is_ready.set))
         await asyncio.wait_for(is_ready.wait(), 30)
         yield server, process.url_of(bound), end
         server.handle_exit(signal.SIGTERM, None)
@@ -152,10 +152,10 @@ def test_the_process_does_not_wait_for_a_compiler(engine, monkeypatch, is_runnin
     ends = []
     monkeypatch.setattr(Engine, "start", lambda engine: None)
     monkeypatch.setattr(Engine, "is_running", is_running)
-    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(process, "run_server", run)
     monkeypatch.setattr(process.os, "_exit", ends.append)
     with process.listen("127.0.0.1", 0) as bound:
-        assert process.serve(app, engine, bound, grace=0.0, announce=lambda: None)
+        assert process.serve_app(app, engine, bound, grace=0.0, announce=lambda: None)
     assert ends == ([0] if is_running else [])
 
 
