@@ -96,8 +96,8 @@ def published_form(answer: str) -> str:
     for pattern, kept in _UNWRAPPED:
         answer = pattern.sub(kept, answer)
     answer = answer.replace("$", "")
-    if answer.replace(",", "").isdigit():
-        answer = answer.replace(",", "")
+    whole = answer.replace(",", "")
+    answer = whole if whole.isdigit() else answer
     for ending in (".0", ".00", "%"):
         if answer.endswith(ending) and answer[: -len(ending)].isdigit():
             answer = answer[: -len(ending)]
@@ -186,8 +186,7 @@ class MathChecker:
         choices; an expression is known by its values at fixed points.
         """  # noqa: D205
         answer = clean(answer)
-        letters = self._letters(answer)
-        if letters is not None:
+        if (letters := self._letters(answer)) is not None:
             return ",".join(sorted(letters))
         return form(answer, "voted") if answer else ""
 
@@ -366,11 +365,7 @@ def grade(
 
 
 def judged(
-    rows: Sequence[Mapping[str, Any]],
-    golds: Mapping[Any, str],
-    voter: str,
-    judge: str,
-    kind: str,
+    rows: Sequence[Mapping[str, Any]], golds: Mapping[Any, str], voter: str, judge: str, kind: str
 ) -> list[Row]:
     """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
     also with "gold" and "result" by the checker `judge`.

@@ -306,9 +306,7 @@ def _write(path: str | Path, entries: Iterable[Row]) -> None:
 
 
 def _fingerprint(
-    rows: Sequence[Mapping[str, Any]],
-    config: GenerationConfig,
-    identity: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]], config: GenerationConfig, identity: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What the journal's rows depend on."""
     settings = asdict(config)

@@ -83,10 +83,7 @@ def draw_key(seed: int, *parts: Id) -> str:
 
 
 def read_questions(
-    path: str | Path,
-    *,
-    ids: Literal["own", "index"] = "own",
-    answers_needed: bool = False,
+    path: str | Path, *, ids: Literal["own", "index"] = "own", answers_needed: bool = False
 ) -> list[Row]:
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
