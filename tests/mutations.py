@@ -56,11 +56,11 @@ FAULTS = (
     ),
     Fault(
         "ops-wide-nucleus",
-        "w2s_jax/ops/sampling.py",
+        "w2s_jax/ops/logits.py",
         "keep = (before < top_p).at[..., 0].set(True)",
         "keep = (probabilities + before < top_p).at[..., 0].set(True)",
         "top-p leaves out the token with which the mass is reached",
-        ("tests/ops/test_sampling.py",),
+        ("tests/ops/test_logits.py",),
     ),
     Fault(
         "ops-wrong-shard-axis",
@@ -120,7 +120,7 @@ FAULTS = (
     ),
     Fault(
         "text-lost-row",
-        "w2s_jax/text/journal.py",
+        "w2s_jax/text/rows.py",
         "                file.truncate(end)\n",
         "                pass\n",
         "a half-written last line stays, and takes the next finished row with it",

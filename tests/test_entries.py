@@ -14,7 +14,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.lora import LoraConfig
 from w2s_jax.models.model import check_tokens, floating_dtype, init_model, parameter_dtype
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, SearchConfig, search
 from w2s_jax.search.config import cbs
 from w2s_jax.text.chat import Template

@@ -6,9 +6,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.plan.matrix import open_records
 from w2s_jax.reasoning.config import ReasonConfig
 from w2s_jax.reasoning.stages import _read
-from w2s_jax.text.journal import open_journal
-from w2s_jax.text.rows import open_source, read_rows
+from w2s_jax.text.rows import open_journal, read_rows
 from w2s_jax.text.tokenizer import load_tokenizer
+from w2s_jax.text.training_data import open_source
 from w2s_jax.text.typed_yaml import read_mapping, read_typed
 from w2s_jax.train.export import read_record
 from w2s_jax.train.watch import read_records

@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
@@ -26,3 +27,10 @@ def test_functions_by_an_alias_are_checked_and_those_without_arrays_are_as_they_
     assert aliased
     assert all(hasattr(made, "__wrapped__") for made in aliased)
     assert not hasattr(main, "__wrapped__")
+
+
+def test_dataclasses_are_checked_where_code_makes_them_and_not_where_jax_rebuilds_them():
+    pair = losses.PairLogprobs(*[jnp.zeros(2)] * 4)
+    with pytest.raises(TypeCheckError):
+        losses.PairLogprobs(*[jnp.zeros((2, 2))] * 4)
+    assert jax.tree.map(lambda x: x.shape, pair).policy_chosen == (2,)

@@ -200,6 +200,11 @@ def start_hosts(
     over, and so it does where a host dies later: `cli/multihost_launch.py` turns that into a line
     and a status.
 
+    Args:
+        config: the hosts, and which of them this is.
+        start_seconds: how long they wait for one another.
+        heartbeat_seconds: a host that was not heard of for so long is dead.
+
     Raises:
         HostsParted: where the coordinator does not answer in time.
         InputError: on the first host, where the address given for it is none.

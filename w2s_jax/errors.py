@@ -1,6 +1,7 @@
 """The exception for wrong input, and checks of what callers in Python hand over.
 
-Internal faults are not raised through it.
+Internal faults are not raised through it. How a training ends early is here too, as a command line
+tells these ends apart without loading the trainer.
 """
 
 import dataclasses
@@ -121,6 +122,30 @@ def _fault(models: Sequence[str]) -> str:
     return ", and ".join(told)
 
 
+class Preempted(Exception):
+    """A signal asked the run to stop; `step` steps are done and saved, and a rerun goes on."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, which is saved; run again to go on")
+        self.step = step
+
+
+class Diverged(Exception):
+    """The loss or a gradient is not finite; nothing was saved after it.
+
+    `step` is the number of the failing step (the first is 1), `rows` the names of the rows of its
+    batch, `good` the step of the last sound checkpoint (None without one).
+    """
+
+    def __init__(self, step: int, what: str, rows: tuple[str, ...], good: int | None, where: str):
+        named = f"; its batch: {', '.join(rows)}" if rows else ""
+        kept = "there is no checkpoint yet" if good is None else f"the last good one is step {good}"
+        super().__init__(f"{what} at step {step}{named}; of the checkpoints in {where} {kept}")
+        self.step = step
+        self.rows = rows
+        self.good = good
+
+
 def check_fetched(path: Path) -> None:
     """Raise InputError where a file is a pointer of Git LFS, which stands for the file itself."""
     try:
@@ -140,7 +165,11 @@ _NUMBERS: Mapping[type, type] = {int: Integral, float: Real}
 def check_kind(name: str, value: Any, kind: Any, taken: str) -> None:
     """Raise InputError, "NAME takes TAKEN, not ..", unless a value is of this kind.
 
-    kind: an annotation; int and float stand for all whole and all real numbers, without bool.
+    Args:
+        name: what the value is called.
+        value: anything.
+        kind: an annotation; int and float stand for all whole and all real numbers, without bool.
+        taken: what the kind is called.
     """
     if not _fits(kind, value):
         raise InputError(f"{name} takes {taken}, not {shown(value)}")

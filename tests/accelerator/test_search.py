@@ -12,7 +12,7 @@ from tests.models.test_quantize import plain
 from tests.tiny import EOS, VOCAB
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.plan.meshes import choose_mesh
 from w2s_jax.plan.programs import GuideShapes, SearchShapes
 from w2s_jax.search import Guide, search

@@ -16,9 +16,8 @@ from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.load import load_classifier, load_reward_model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.models.save import save_classifier, save_reward_model
-from w2s_jax.text.conversations import plain
-from w2s_jax.text.journal import Journal, journal_path
-from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.prompts import plain
+from w2s_jax.text.rows import Journal, journal_path, read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 POSITIONS, VOCABULARY = 96, 300

@@ -11,12 +11,11 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.models.save import save_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import Sources, plan
 from w2s_jax.search.config import best_of_n, cbs, eft, ivg, sample
 from w2s_jax.search.file import fingerprint as fingerprint_of
-from w2s_jax.text.journal import Journal, journal_path, open_journal
-from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.rows import Journal, journal_path, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 POSITIONS = 96

@@ -13,7 +13,7 @@ from w2s_jax.search.checkpoints import plan
 from w2s_jax.search.incremental_text import logprobs_alone
 from w2s_jax.search.rows import encode_questions
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import conversation_of
+from w2s_jax.text.prompts import conversation_of
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
 

@@ -22,9 +22,9 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.save import save_model
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
-from w2s_jax.text.training_data import DataConfig, load_pairs
+from w2s_jax.text.training_data import DataConfig, load
+from w2s_jax.train.logprobs import reference_logprobs
 from w2s_jax.train.loop import read_metrics
-from w2s_jax.train.reference import reference_logprobs
 
 PAIRS = [
     {
@@ -66,7 +66,7 @@ def run(command, model, data, output, *flags):
 def margins(folder, base, file, rows=4):
     """The mean implicit-reward margin of the pairs of a file, from what the folders hold."""
     config = DataConfig(data=(str(file),), max_length=96)
-    pairs = load_pairs(config, load_tokenizer(base))
+    pairs = load("pairs", config, load_tokenizer(base))
     models = load_model(folder), load_model(base, dtype="float32")
     found, before = (reference_logprobs(model, pairs, rows=rows) for model in models)
     chosen, rejected = (0.1 * (found - before)).mean(0)

@@ -10,7 +10,7 @@ from tests.cli.test_search import tiny
 from tests.cli.test_training import PAIRS, one_error, run
 from tests.search.test_adapters import adapter
 from w2s_jax.text.rows import locked, write_jsonl
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from w2s_jax.demo.run import read_openings, text_scorer
 from w2s_jax.evaluate.rewards import gold_rewards
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs, sample
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, encode_prompt
+from w2s_jax.text.prompts import Conversation, decode_tokens, encode_prompt
 from w2s_jax.text.tokenizer import same_vocabulary
 
 OPENINGS = 16

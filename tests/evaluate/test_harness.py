@@ -26,7 +26,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate import steered
 from w2s_jax.evaluate.harness import HarnessModel, decoding_of, register, rows_of
 from w2s_jax.models.load import load_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.harness

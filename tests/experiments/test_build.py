@@ -18,8 +18,14 @@ from w2s_jax.experiments.build import (
     read_recipe,
     stage_settings,
 )
-from w2s_jax.experiments.corpus import build_corpus, clean, read_reviews
-from w2s_jax.experiments.language import opening_words, preference, write_training_pairs
+from w2s_jax.experiments.demo_models import (
+    build_corpus,
+    clean,
+    opening_words,
+    preference,
+    read_reviews,
+    write_training_pairs,
+)
 from w2s_jax.text.rows import read_jsonl, write_jsonl
 from w2s_jax.text.tokenizer import END_ID
 from w2s_jax.text.typed_yaml import from_mapping

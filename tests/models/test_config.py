@@ -8,7 +8,7 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import config_from_hf, config_to_hf
 from w2s_jax.models.load import load_config
-from w2s_jax.ops.rotary import Rope
+from w2s_jax.ops.attention import Rope
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

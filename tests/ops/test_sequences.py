@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from w2s_jax.ops import sequences
-from w2s_jax.ops.sequences import Reach, attend_sequence, cudnn, splash
-from w2s_jax.ops.tpu.splash import blocks_of
+from w2s_jax.ops.sequences import Reach, attend_sequence, blocks_of, cudnn, splash
 
 LENGTH = 256
 SCALE = 0.3

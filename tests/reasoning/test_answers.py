@@ -8,8 +8,7 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning import answers
 from w2s_jax.reasoning.answer_text import clean, last_box
-from w2s_jax.reasoning.answers import gold_answer, make_checker
-from w2s_jax.reasoning.grading import grade, methods
+from w2s_jax.reasoning.answers import gold_answer, grade, make_checker, methods
 from w2s_jax.reasoning.quantities import read_number_words
 from w2s_jax.reasoning.workers import Workers
 from w2s_jax.text.rows import read_jsonl
@@ -95,7 +94,7 @@ DIFFERENT = [
 @pytest.fixture(scope="module")
 def pool():
     """One worker with the checker `math`: sympy takes long to import."""
-    factory = "w2s_jax.reasoning.grading:methods"
+    factory = "w2s_jax.reasoning.answers:methods"
     with Workers(factory, ("math", "math"), workers=1, seconds=20) as pool:
         yield pool
 

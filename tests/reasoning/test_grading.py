@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning import workers
-from w2s_jax.reasoning.grading import canonical_answers, grade, judged, votes
+from w2s_jax.reasoning.answers import canonical_answers, grade, judged, votes
 from w2s_jax.reasoning.workers import Failure, Workers
 
 BAD = "tests.reasoning.bad_checkers:Bad"
@@ -213,7 +213,7 @@ def test_a_few_hostile_answers():
 GRADING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
-from w2s_jax.reasoning.grading import grade
+from w2s_jax.reasoning.answers import grade
 rows = [{"id": i, "response": f"FOLDER {i} WORKERS"} for i in range(2)]
 factory = "tests.reasoning.bad_checkers:ending_the_parent"
 grade(rows, None, factory, "SIGNAL", workers=WORKERS, seconds=SECONDS)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from w2s_jax.reasoning.answers import make_checker
-from w2s_jax.reasoning.grading import methods
+from w2s_jax.reasoning.answers import make_checker, methods
 from w2s_jax.text.rows import read_jsonl
 
 TABLE = read_jsonl(Path(__file__).parent.parent / "golden" / "reasoning" / "chat_answers.jsonl")

@@ -16,12 +16,11 @@ import yaml
 from tests.cli.test_search import tiny
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning import ReasonConfig, StagesConfig, generation, grading, pipeline, run
+from w2s_jax.reasoning import ReasonConfig, StagesConfig, answers, generation, pipeline, run
 from w2s_jax.reasoning.pipeline import Pipeline
 from w2s_jax.reasoning.stages import BEGUN, plan_stages
 from w2s_jax.reasoning.workers import Workers
-from w2s_jax.text.journal import Journal
-from w2s_jax.text.rows import read_jsonl, write_jsonl
+from w2s_jax.text.rows import Journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 
 SUMS = [(a, b) for a in range(5) for b in range(4)]
@@ -104,11 +103,11 @@ def in_process(monkeypatch):
 
     class NoWorkers(Workers):
         def run(self, tasks):
-            check = grading.methods(*self._setup[1])
+            check = answers.methods(*self._setup[1])
             return [check(task) for task in tasks]
 
     monkeypatch.setattr(pipeline, "run_module", run_module)
-    monkeypatch.setattr(grading, "Workers", NoWorkers)
+    monkeypatch.setattr(answers, "Workers", NoWorkers)
     return calls
 
 

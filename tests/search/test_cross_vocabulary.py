@@ -8,13 +8,12 @@ from tests.search.recorded import Recorded
 from tests.tiny import tiny_model
 from tests.vocabularies import real_tokenizer
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation, Message
-from w2s_jax.text.prompts import decode_tokens, encode_prompt
+from w2s_jax.text.prompts import Conversation, Message, decode_tokens, encode_prompt
 
 PROMPTS = ("The film", "Émigré naïve – 日本", "A line\n  then", "", " x", "don", "🎬🎬 wow")
 PADDED = 128

@@ -6,7 +6,7 @@ from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model, shard_model
 from w2s_jax.models.quantize import quantize, read_quantize
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step
 from w2s_jax.search.config import cbs

@@ -8,11 +8,11 @@ import pytest
 
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.config import cbs, ivg
 from w2s_jax.search.selectors import Maximin, TopW
-from w2s_jax.text.conversations import Conversation
+from w2s_jax.text.prompts import Conversation
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(0)

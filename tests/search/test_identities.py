@@ -7,7 +7,7 @@ import pytest
 
 from tests.search.oracle import Oracle, assert_found, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide, Request, search, search_models
 from w2s_jax.search.config import best_of_n, cbs, eft, sample
 from w2s_jax.search.proposers import EFTProposer

@@ -5,7 +5,7 @@ import pytest
 
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide, search
 from w2s_jax.search.config import cbs
 

@@ -14,7 +14,7 @@ from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import is_quantized, quantize, read_quantize
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide, SearchConfig, search, search_models, search_step, start_search
 from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
 from w2s_jax.search.config import cbs, eft

@@ -5,8 +5,8 @@ from w2s_jax.search import FunctionScorer
 from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
 from w2s_jax.search.config import cbs
 from w2s_jax.search.rows import SteeredPolicy, encode_questions, search_rows
-from w2s_jax.text.journal import open_journal
 from w2s_jax.text.prompts import INCOMPLETE
+from w2s_jax.text.rows import open_journal
 
 ROWS = [{"prompt": "A film of Ω"}, {"prompt": "the sea é"}, {"prompt": "We"}]
 

@@ -14,15 +14,14 @@ from tests.search.oracle import Oracle, next_logprobs
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logprobs import token_logprobs
-from w2s_jax.ops.sampling import Sampling, choose, shortlist
+from w2s_jax.ops.logits import Sampling, choose, shortlist, token_logprobs
 from w2s_jax.search import Guide, SearchConfig, search, search_models
 from w2s_jax.search.config import METHODS, cbs, preset, sample
 from w2s_jax.search.host_scoring import kept_tokens
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.search.scorers import ProposedLogRatio
-from w2s_jax.text.batches import buckets
 from w2s_jax.text.prompts import cut
+from w2s_jax.text.tokenizer import buckets
 
 PLAIN = Sampling(1.0)
 LETTERS = "<>|$abcdefghijklmnopqrs"

@@ -11,14 +11,13 @@ from tests.compiled import compilations
 from tests.search.oracle import Oracle, assert_found
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
 from w2s_jax.search import session as sessions
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.scorers import NoScore
 from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import cut
+from w2s_jax.text.prompts import Conversation, cut
 
 RNG = np.random.default_rng(2)
 PROMPTS = tuple(tuple(RNG.integers(4, VOCAB, size).tolist()) for size in (3, 1, 8, 5))

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from tests.search.oracle import Oracle
 from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
 from w2s_jax.search.scorers import Candidate, FunctionScorer, NoScore
 from w2s_jax.search.selectors import Maximin, TopW
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.journal import open_journal
+from w2s_jax.text.prompts import Conversation
+from w2s_jax.text.rows import open_journal
 
 PROMPTS = ("", "the sea", "{x} \n", "ein Ω", "a b", "one more", "the sea")
 LETTERS = "abcdeS|"

@@ -14,7 +14,7 @@ import pytest
 
 from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import best_of_n, cbs
 from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
 from w2s_jax.search.scorers import FunctionScorer
@@ -28,8 +28,8 @@ from w2s_jax.serve.client import (
     draw_seed,
     open_policy,
 )
-from w2s_jax.text.conversations import Conversation, Message, plain
-from w2s_jax.text.journal import open_journal
+from w2s_jax.text.prompts import Conversation, Message, plain
+from w2s_jax.text.rows import open_journal
 
 KEY = "sk-w2s-0-never-shown"
 FAST = Patience(max_attempts=4, backoff=0.01, longest_pause=0.02, timeout=5.0)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.serve.tiny_server import served_at
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.likelihood import score_responses, token_likelihoods

@@ -1,7 +1,7 @@
 """Conversations and templates in short, for tests."""
 
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation, Message
+from w2s_jax.text.prompts import Conversation, Message
 
 TURNS = (("system", "Be kind."), ("user", "one"), ("assistant", "two"), ("user", "three"))
 

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2s_jax.text.batches import Crops, pad_rows, shuffled
+from w2s_jax.text.batches import Crops, shuffled
+from w2s_jax.text.tokenizer import pad_rows
 
 END, PAD = 0, 1
 

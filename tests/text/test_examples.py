@@ -4,8 +4,8 @@ import pytest
 
 from tests.text.chats import chat, text
 from w2s_jax.errors import InputError
-from w2s_jax.text.conversations import Message
 from w2s_jax.text.examples import Example, parser
+from w2s_jax.text.prompts import Message
 
 ASK, YES, NO = (
     {"role": "user", "content": "ask"},

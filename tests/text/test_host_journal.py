@@ -1,8 +1,7 @@
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.journal import Journal, host_journal_path, job_journal, open_journal
-from w2s_jax.text.rows import read_jsonl
+from w2s_jax.text.rows import Journal, host_journal_path, job_journal, open_journal, read_jsonl
 
 MARK = {"seed": 1}
 

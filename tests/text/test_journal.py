@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax.errors import InputError
-from w2s_jax.text.journal import journal_path, open_journal
-from w2s_jax.text.rows import read_jsonl
+from w2s_jax.text.rows import journal_path, open_journal, read_jsonl
 
 JOB = {"seed": 0, "prompts": "abc", "stop": ("a", "b")}
 
@@ -140,7 +139,7 @@ def test_an_unwritable_place_is_an_error(tmp_path):
 
 WRITER = """
 import sys
-from w2s_jax.text.journal import open_journal
+from w2s_jax.text.rows import open_journal
 journal = open_journal(sys.argv[1], {"seed": 0})
 for row_id in range(10**6):
     journal.append(row_id, {"text": "x" * 1000})

@@ -31,22 +31,9 @@ def read(batches, steps):
 @given(size=st.integers(1, 20), rows=st.integers(1, 8), seed=st.integers(0, 3))
 def test_filled_batches_read_every_row_once_an_epoch(size, rows, seed):
     batches = Batches(Numbers(size), rows, seed)
-    flat = [row for batch in read(batches, 3 * batches.steps_per_epoch) for row in batch]
+    flat = [row for batch in read(batches, 3 * -(-size // rows)) for row in batch]
     for epoch in range(3):
         assert sorted(flat[epoch * size : (epoch + 1) * size]) == list(range(size))
-    assert batches.steps_per_epoch == -(-size // rows)
-
-
-@given(size=st.integers(1, 20), rows=st.integers(1, 8), seed=st.integers(0, 3))
-def test_dropped_batches_never_cross_epochs(size, rows, seed):
-    if rows > size:
-        return
-    batches = Batches(Numbers(size), rows, seed, last="drop")
-    steps = batches.steps_per_epoch
-    assert steps == size // rows
-    for epoch in range(3):
-        once = [batches(epoch * steps + step)["tokens"] for step in range(steps)]
-        assert len(set(np.concatenate(once).tolist())) == steps * rows
 
 
 def test_a_batch_depends_on_its_step_alone():
@@ -79,16 +66,9 @@ def test_names_are_those_of_the_batch():
     assert batches.names(3) == [f"row {index}" for index in batches(3)["tokens"]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rows": 4, "part": (4, 8)},
-        {"rows": 24, "last": "drop"},
-    ],
-)
-def test_batches_that_cannot_be(options):
+def test_a_part_has_rows():
     with pytest.raises(ValueError, match="rows"):
-        Batches(Numbers(23), **options)
+        Batches(Numbers(23), rows=4, part=(4, 8))
 
 
 def test_no_rows_make_no_batches():

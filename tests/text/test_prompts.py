@@ -10,17 +10,22 @@ from transformers import PreTrainedTokenizerFast
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation
 from w2s_jax.text.prompts import (
+    Conversation,
     decode_tokens,
     encode_prompt,
     escape_notes,
     response_end,
     special_stops,
+)
+from w2s_jax.text.tokenizer import (
+    END_OF_TEXT,
+    load_tokenizer,
+    save_bpe,
     tell_left_out,
     tokens_behind,
+    train_bpe,
 )
-from w2s_jax.text.tokenizer import END_OF_TEXT, load_tokenizer, save_bpe, train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,14 @@ from tests.text.data_cases import CHATML, MARKED
 from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Batches, Side, best_fit
-from w2s_jax.text.rows import open_source, write_jsonl
+from w2s_jax.text.batches import Batches, Document, Side, best_fit, write_store
+from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.supervised import Encoded, shorten
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
-    Document,
-    load_labelled,
-    load_pairs,
-    load_sequences,
-    write_store,
+    load,
+    open_source,
 )
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "training_data"
@@ -63,7 +60,7 @@ def texts(tokenizer, batch, row, *, side=None):
 
 
 def test_a_batch_is_padded_on_the_right_to_a_multiple(tokenizer, config):
-    data = load_sequences(config(ROWS, pad_to_multiple_of=16), tokenizer)
+    data = load("sequences", config(ROWS, pad_to_multiple_of=16), tokenizer)
     for indices in ([0], [1], [0, 1, 2]):
         batch = data.at(indices)
         width = -(-data.lengths[indices].max() // 16) * 16
@@ -77,12 +74,12 @@ def test_a_batch_is_padded_on_the_right_to_a_multiple(tokenizer, config):
 
 
 def test_no_row_is_wider_than_max_length(tokenizer, config):
-    data = load_sequences(config(ROWS, max_length=30), tokenizer)
+    data = load("sequences", config(ROWS, max_length=30), tokenizer)
     assert data.at([1])["tokens"].shape == (1, 30)
 
 
 def test_a_part_of_a_batch_is_as_wide_as_the_whole(tokenizer, config):
-    data = load_sequences(config(ROWS, pad_to_multiple_of=8), tokenizer)
+    data = load("sequences", config(ROWS, pad_to_multiple_of=8), tokenizer)
     whole, part = data.at([0, 2, 1]), data.at([0, 2, 1], slice(0, 2))
     for name in whole:
         np.testing.assert_array_equal(part[name], whole[name][:2])
@@ -90,7 +87,7 @@ def test_a_part_of_a_batch_is_as_wide_as_the_whole(tokenizer, config):
 
 def test_the_chosen_side_is_first(tokenizer, config):
     rows = [{"prompt": "the", "responses": [" sea", " film"], "chosen": 1}]
-    batch = load_pairs(config(rows), tokenizer).at([0])
+    batch = load("pairs", config(rows), tokenizer).at([0])
     assert texts(tokenizer, batch, 0, side=0) == (
         "<|endoftext|>the film<|endoftext|>", " film<|endoftext|>",
     )  # fmt: skip
@@ -102,7 +99,7 @@ def test_a_labelled_row_has_the_response_before_it_behind_its_own_prompt(tokeniz
         {"prompt": f"the {a}", "completion": f" {b}", "label": a < "b"}
         for a, b in (("a", "x"), ("b", "y"), ("c", "z"))
     ]
-    data = load_labelled(config(rows), tokenizer)
+    data = load("labelled", config(rows), tokenizer)
     batch = data.at([0, 2, 1])
     read = [texts(tokenizer, batch, row, side=1) for row in range(3)]
     assert [text for _, text in read] == [
@@ -135,7 +132,7 @@ DIALOGUE = [
 def test_answers_in_a_chat_template_without_marks(tokenizer, config, loss_on, counted):
     chatty = load_tokenizer(TOKENIZER)
     chatty.chat_template = CHATML
-    batch = load_sequences(config([{"messages": DIALOGUE}], loss_on=loss_on), chatty).at([0])
+    batch = load("sequences", config([{"messages": DIALOGUE}], loss_on=loss_on), chatty).at([0])
     assert texts(chatty, batch, 0)[1] == counted
 
 
@@ -150,7 +147,7 @@ def test_answers_in_a_chat_template_without_marks(tokenizer, config, loss_on, co
 def test_answers_in_a_template_with_marks(config, row, loss_on, counted):
     chatty = load_tokenizer(TOKENIZER)
     chatty.chat_template = MARKED
-    batch = load_sequences(config([row], loss_on=loss_on), chatty).at([0])
+    batch = load("sequences", config([row], loss_on=loss_on), chatty).at([0])
     assert texts(chatty, batch, 0)[1] == counted
 
 
@@ -160,7 +157,7 @@ def test_a_conversation_that_the_assistant_opens(config):
         "{% if messages[0]['role'] != 'system' %}<|system|>Be kind.\n{% endif %}" + CHATML
     )
     rows = [{"messages": [{"role": "assistant", "content": "hi"}, *DIALOGUE]}]
-    batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
+    batch = load("sequences", config(rows, loss_on="assistant"), chatty).at([0])
     end = "<|endoftext|>\n"
     assert texts(chatty, batch, 0)[1] == f"hi{end}two{end}four{end}"
 
@@ -185,7 +182,7 @@ def test_what_the_assistant_opens_with_is_trained_however_it_is_written(
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     rows = [{"messages": [{"role": "assistant", **first}, {"role": "user", "content": "q"}]}]
-    batch = load_sequences(config(rows, loss_on="assistant"), chatty).at([0])
+    batch = load("sequences", config(rows, loss_on="assistant"), chatty).at([0])
     assert texts(chatty, batch, 0)[1] == f"{found}<|endoftext|>\n"
 
 
@@ -197,7 +194,7 @@ def test_thoughts_that_a_template_forgets_when_the_conversation_goes_on(config):
         "{{ m['content'] }}<|endoftext|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    batch = load_sequences(config([{"messages": DIALOGUE}], loss_on="assistant"), chatty).at([0])
+    batch = load("sequences", config([{"messages": DIALOGUE}], loss_on="assistant"), chatty).at([0])
     end = "<|endoftext|>\n"
     assert texts(chatty, batch, 0)[1] == f"two{end}<think>\n\n</think>\n\nfour{end}"
 
@@ -210,7 +207,7 @@ def test_thoughts_that_a_template_does_not_write_are_told(config, caplog, kept, 
     chatty.chat_template = CHATML.replace("{{ m['content'] }}", written + "{{ m['content'] }}")
     thoughts = {"thinking": "it is", "reasoning_content": "was it"}
     rows = [{"messages": [*DIALOGUE[:3], DIALOGUE[3] | thoughts]}] * 2
-    batch = load_sequences(config(rows, loss_on=loss_on), chatty).at([0])
+    batch = load("sequences", config(rows, loss_on=loss_on), chatty).at([0])
     assert thoughts.get(kept, "") + "four" in texts(chatty, batch, 0)[1]
     left = [f'"{name}" of a message' for name in sorted(thoughts) if name != kept]
     assert [message.partition("rows.jsonl ")[2] for message in caplog.messages] == [
@@ -222,10 +219,10 @@ def test_thoughts_that_a_template_does_not_write_are_told(config, caplog, kept, 
 def test_columns_are_read_by_the_names_of_the_format(tokenizer, config, caplog):
     rows = [{"question": row["prompt"], "answer": row["completion"], "prompt": 3} for row in ROWS]
     columns = ("prompt=question", "completion=answer")
-    named = load_sequences(config(rows, columns=columns), tokenizer)
+    named = load("sequences", config(rows, columns=columns), tokenizer)
     assert (
         named.at([1])["tokens"].tolist()
-        == load_sequences(config(ROWS), tokenizer).at([1])["tokens"].tolist()
+        == load("sequences", config(ROWS), tokenizer).at([1])["tokens"].tolist()
     )
     (told,) = caplog.messages
     assert told.endswith(
@@ -233,7 +230,7 @@ def test_columns_are_read_by_the_names_of_the_format(tokenizer, config, caplog):
     )
     for wrong, told in (("prompt", "takes NAME=COLUMN"), ("prompt=q", 'no "q"; found "question"')):
         with pytest.raises(InputError, match=f"^--columns {wrong}: .*{told}"):
-            load_sequences(config(rows, columns=(wrong,)), tokenizer)
+            load("sequences", config(rows, columns=(wrong,)), tokenizer)
 
 
 def test_brackets_in_a_path_are_no_pattern(tokenizer, tmp_path):
@@ -243,7 +240,7 @@ def test_brackets_in_a_path_are_no_pattern(tokenizer, tmp_path):
     table = pyarrow.table({"text": ["the sea", "a film"]})
     pyarrow.parquet.write_table(table, folder / "rows[3].parquet")
     rows = {
-        name: len(load_sequences(DataConfig(data=(str(name),), cache=str(tmp_path)), tokenizer))
+        name: len(load("sequences", DataConfig(data=(str(name),), cache=str(tmp_path)), tokenizer))
         for name in (folder / "train[2].jsonl", folder / "rows[3].parquet")
     }
     assert list(rows.values()) == [len(ROWS), 2]
@@ -271,35 +268,35 @@ CALLING = (
 def test_calls_of_tools_are_trained_on_as_the_template_writes_them(config):
     chatty = load_tokenizer(TOKENIZER)
     chatty.chat_template = CALLING
-    batch = load_sequences(config([TOOL_ROW], loss_on="assistant"), chatty).at([0])
+    batch = load("sequences", config([TOOL_ROW], loss_on="assistant"), chatty).at([0])
     whole = "[look]<|user|>one<|assistant|>look({})<|tool|>a film<|assistant|>two"
     assert texts(chatty, batch, 0) == (whole, "look({})two")
     chatty.chat_template = CHATML
     with pytest.raises(InputError, match="line 1: .*template does not write the tool 'look'"):
-        load_sequences(config([TOOL_ROW]), chatty)
+        load("sequences", config([TOOL_ROW]), chatty)
     with pytest.raises(InputError, match="line 1: the template zephyr writes no tools"):
-        load_sequences(config([TOOL_ROW], template="zephyr"), chatty)
+        load("sequences", config([TOOL_ROW], template="zephyr"), chatty)
 
 
 def test_what_is_no_part_of_the_training_is_told_once(tokenizer, config, caplog):
     rows = [row | {"system": "s", "score": 1} for row in ROWS]
-    load_sequences(config(rows), tokenizer)
+    load("sequences", config(rows), tokenizer)
     (told,) = caplog.messages
     assert told.endswith('rows.jsonl line 1: no part of the training: "system"')
 
 
 def test_the_last_answer_behind_a_plain_text_of_turns(tokenizer, config):
     options = {"template": "plain", "loss_on": "completion"}
-    data = load_sequences(config([{"messages": DIALOGUE}], **options), tokenizer)
+    data = load("sequences", config([{"messages": DIALOGUE}], **options), tokenizer)
     whole = "<|endoftext|>user: one\nassistant: two\nuser: three\nassistant: four<|endoftext|>"
     assert texts(tokenizer, data.at([0]), 0) == (whole, "four<|endoftext|>")
 
 
 def test_a_row_of_one_turn_reads_as_a_plain_text(tokenizer, config):
     rows = [{"instruction": "the sea", "input": "", "output": " and a film"}]
-    data = load_sequences(config(rows, template="plain"), tokenizer)
+    data = load("sequences", config(rows, template="plain"), tokenizer)
     like = [{"prompt": "the sea", "completion": " and a film"}]
-    for name, array in load_sequences(config(like), tokenizer).at([0]).items():
+    for name, array in load("sequences", config(like), tokenizer).at([0]).items():
         np.testing.assert_array_equal(data.at([0])[name], array)
 
 
@@ -319,7 +316,7 @@ def test_a_row_of_one_turn_reads_as_a_plain_text(tokenizer, config):
 def test_answers_in_published_templates(tokenizer, config, template, whole, counted):
     """The vocabulary here has no </s>: what ends the last answer is the tokenizer's EOS."""
     options = {"template": template, "loss_on": "assistant"}
-    data = load_sequences(config([{"messages": DIALOGUE}], **options), tokenizer)
+    data = load("sequences", config([{"messages": DIALOGUE}], **options), tokenizer)
     assert texts(tokenizer, data.at([0]), 0) == (whole, counted)
 
 
@@ -327,18 +324,18 @@ def test_a_template_that_forgets_earlier_turns_cannot_tell_answers(config):
     chatty = load_tokenizer(TOKENIZER)
     chatty.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(InputError, match=r"line 1: the chat template writes .* generation"):
-        load_sequences(config([{"messages": DIALOGUE}], loss_on="assistant"), chatty)
+        load("sequences", config([{"messages": DIALOGUE}], loss_on="assistant"), chatty)
 
 
 def test_an_empty_prompt_begins_as_a_search_does(tokenizer, config):
-    batch = load_sequences(config([{"prompt": "", "completion": "sea"}]), tokenizer).at([0])
+    batch = load("sequences", config([{"prompt": "", "completion": "sea"}]), tokenizer).at([0])
     assert texts(tokenizer, batch, 0) == ("<|endoftext|>sea<|endoftext|>", "sea<|endoftext|>")
 
 
 def test_a_bos_in_the_text_is_not_doubled(tokenizer, config):
     prompts = ("the sea", f"{tokenizer.bos_token}the sea")
     rows = [{"prompt": prompt, "completion": " and a film"} for prompt in prompts]
-    plain, begun = load_sequences(config(rows), tokenizer).at([0, 1])["tokens"]
+    plain, begun = load("sequences", config(rows), tokenizer).at([0, 1])["tokens"]
     assert begun.tolist() == plain.tolist()
 
 
@@ -382,7 +379,7 @@ def test_truncation(policy, whole, kept):
 
 
 def test_what_truncation_did_is_counted(tokenizer, config):
-    data = load_sequences(config(ROWS, max_length=14), tokenizer)
+    data = load("sequences", config(ROWS, max_length=14), tokenizer)
     kept = [row for row in ROWS if len(tokenizer(row["prompt"]).input_ids) < 14]
     assert 0 < len(kept) < len(ROWS)
     assert (data.figures["rows"], data.figures["kept"]) == (len(ROWS), len(kept))
@@ -392,7 +389,7 @@ def test_what_truncation_did_is_counted(tokenizer, config):
 
 def test_a_long_row_is_an_error_where_asked(tokenizer, config):
     with pytest.raises(InputError, match=r"rows.jsonl line 2: \d+ tokens, and --max-length is 20"):
-        load_sequences(config(ROWS, max_length=20, truncation="error"), tokenizer)
+        load("sequences", config(ROWS, max_length=20, truncation="error"), tokenizer)
 
 
 # Packing
@@ -410,9 +407,9 @@ def test_packed_rows_hold_every_document_once(tmp_path_factory, tokenizer, seed,
     write_jsonl(folder / "rows.jsonl", rows)
     options = {"data": (str(folder / "rows.jsonl"),), "cache": str(folder)}
     options |= {"max_length": 24, "truncation": truncation}
-    plain = load_sequences(DataConfig(**options), tokenizer)
-    packed = load_sequences(DataConfig(**options, packing="best-fit"), tokenizer)
-    again = load_sequences(DataConfig(**options, packing="best-fit"), tokenizer)
+    plain = load("sequences", DataConfig(**options), tokenizer)
+    packed = load("sequences", DataConfig(**options, packing="best-fit"), tokenizer)
+    again = load("sequences", DataConfig(**options, packing="best-fit"), tokenizer)
     found, names = [], []
     for index in range(len(packed)):
         batch = packed.at([index])
@@ -443,7 +440,7 @@ def test_packed_rows_hold_every_document_once(tmp_path_factory, tokenizer, seed,
 
 
 def test_batches_of_packed_rows(tokenizer, config):
-    data = load_sequences(config(ROWS * 5, packing="best-fit", max_length=64), tokenizer)
+    data = load("sequences", config(ROWS * 5, packing="best-fit", max_length=64), tokenizer)
     batches = Batches(data, 2, part=(1, 2))
     batch = batches(0)
     assert batch["tokens"].shape == (1, 64)
@@ -456,13 +453,13 @@ def test_batches_of_packed_rows(tokenizer, config):
 
 def test_a_second_run_reads_what_the_first_one_wrote(tokenizer, config, monkeypatch):
     made = config(ROWS)
-    first = load_sequences(made, tokenizer)
+    first = load("sequences", made, tokenizer)
 
     def refuse(*_):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(training_data, "encode", refuse)
-    second = load_sequences(made, load_tokenizer(TOKENIZER))
+    second = load("sequences", made, load_tokenizer(TOKENIZER))
     assert (second.identity, second.figures) == (first.identity, first.figures)
     for name, array in first.at(range(6)).items():
         np.testing.assert_array_equal(second.at(range(6))[name], array)
@@ -471,7 +468,7 @@ def test_a_second_run_reads_what_the_first_one_wrote(tokenizer, config, monkeypa
 def test_datasets_opens_the_cache(tokenizer, config, tmp_path):
     from datasets import Dataset
 
-    data = load_sequences(config(ROWS), tokenizer)
+    data = load("sequences", config(ROWS), tokenizer)
     (path,) = tmp_path.glob("*.arrow")
     opened = Dataset.from_file(str(path))
     assert len(opened) == len(data)
@@ -481,7 +478,7 @@ def test_datasets_opens_the_cache(tokenizer, config, tmp_path):
 @pytest.mark.parametrize("how", ["cut", "notes", "other notes", "cut between blocks", "empty"])
 def test_a_damaged_cache_is_made_again(tokenizer, config, tmp_path, how):
     made = config(ROWS)
-    first = load_sequences(made, tokenizer).at([0, 1])
+    first = load("sequences", made, tokenizer).at([0, 1])
     (path,) = tmp_path.glob("*.arrow")
     if how == "notes":
         path.with_suffix(".json").unlink()
@@ -493,37 +490,37 @@ def test_a_damaged_cache_is_made_again(tokenizer, config, tmp_path, how):
         write_store(path, [[Document(side, 0, 1)]] * 2, notes)
     else:
         path.write_bytes(path.read_bytes()[: -200 if how == "cut" else 0])
-    again = load_sequences(made, tokenizer).at([0, 1])
+    again = load("sequences", made, tokenizer).at([0, 1])
     for name in first:
         np.testing.assert_array_equal(again[name], first[name])
 
 
 def test_what_decides_on_tokens_decides_on_the_identity(tokenizer, config, tmp_path):
     made = [
-        load_sequences(config(ROWS, **options), tokenizer).identity
+        load("sequences", config(ROWS, **options), tokenizer).identity
         for options in ({}, {"max_length": 64}, {"loss_on": "all"}, {"limit": 3})
     ]
-    made.append(load_sequences(config(ROWS, split="train[1:]"), tokenizer).identity)
-    made.append(load_sequences(config(ROWS[::-1]), tokenizer).identity)
+    made.append(load("sequences", config(ROWS, split="train[1:]"), tokenizer).identity)
+    made.append(load("sequences", config(ROWS[::-1]), tokenizer).identity)
     other = load_tokenizer(TOKENIZER)
     other.add_tokens(["film"])
-    made.append(load_sequences(config(ROWS), other).identity)
+    made.append(load("sequences", config(ROWS), other).identity)
     assert len(set(made)) == len(made)
-    same = config(ROWS, seed=3, shuffle=False, pad_to_multiple_of=8)
-    assert load_sequences(same, tokenizer).identity == made[0]
+    same = config(ROWS, pad_to_multiple_of=8)
+    assert load("sequences", same, tokenizer).identity == made[0]
     (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
     moved = DataConfig(data=(str(tmp_path / "moved.jsonl"),), cache=str(tmp_path))
-    data = load_sequences(moved, tokenizer)
+    data = load("sequences", moved, tokenizer)
     assert data.identity == made[0]
     assert data.names(1) == [f"{tmp_path / 'moved.jsonl'} line 2"]
 
 
 def test_padding_set_on_the_tokenizer_changes_nothing(config):
     tokenizer = load_tokenizer(TOKENIZER)
-    before = load_sequences(config(ROWS), tokenizer).identity
+    before = load("sequences", config(ROWS), tokenizer).identity
     tokenizer(["the", "the sea"], padding=True, truncation=True, max_length=8)
-    data = load_sequences(config(ROWS, limit=5), tokenizer)
-    assert load_sequences(config(ROWS), tokenizer).identity == before
+    data = load("sequences", config(ROWS, limit=5), tokenizer)
+    assert load("sequences", config(ROWS), tokenizer).identity == before
     assert data.lengths.max() > 8
 
 
@@ -531,7 +528,7 @@ def test_padding_set_on_the_tokenizer_changes_nothing(config):
 def test_a_cache_that_cannot_be_written_is_told(tokenizer, config):
     made = config(ROWS)
     with pytest.raises(InputError, match=r"^/proc/nowhere/.*cannot be written"):
-        load_sequences(DataConfig(data=made.data, cache="/proc/nowhere"), tokenizer)
+        load("sequences", DataConfig(data=made.data, cache="/proc/nowhere"), tokenizer)
 
 
 # Files
@@ -548,10 +545,10 @@ def test_files_of_several_kinds_are_read_one_after_the_other(tokenizer, tmp_path
     Dataset.from_list(ROWS[4:]).to_parquet(tmp_path / "c.parquet")
     names = ("a.jsonl.xz", "b.json.gz", "c.parquet")
     files = tuple(str(tmp_path / name) for name in names)
-    data = load_sequences(DataConfig(data=files, cache=str(tmp_path)), tokenizer)
+    data = load("sequences", DataConfig(data=files, cache=str(tmp_path)), tokenizer)
     write_jsonl(tmp_path / "all.jsonl", ROWS)
     alone = DataConfig(data=(str(tmp_path / "all.jsonl"),), cache=str(tmp_path))
-    for name, array in load_sequences(alone, tokenizer).at(range(6)).items():
+    for name, array in load("sequences", alone, tokenizer).at(range(6)).items():
         np.testing.assert_array_equal(data.at(range(6))[name], array)
     assert [data.names(index) for index in (1, 2, 5)] == [
         [f"{files[0]} line 2"], [f"{files[1]} row 1"], [f"{files[2]} row 2"],
@@ -565,7 +562,7 @@ def test_messages_of_a_parquet_file(tmp_path):
     chatty.chat_template = CHATML
     Dataset.from_list([{"messages": DIALOGUE}] * 2).to_parquet(tmp_path / "rows.parquet")
     made = DataConfig(data=(str(tmp_path / "rows.parquet"),), cache=str(tmp_path))
-    assert len(load_sequences(made, chatty)) == 2
+    assert len(load("sequences", made, chatty)) == 2
 
 
 def test_a_folder_is_read_by_its_splits(tokenizer, tmp_path):
@@ -574,19 +571,19 @@ def test_a_folder_is_read_by_its_splits(tokenizer, tmp_path):
     for split, rows in (("train", ROWS[:4]), ("test", ROWS[4:])):
         write_jsonl(folder / f"{split}.jsonl", rows)
     made = DataConfig(data=(str(folder),), split="test", cache=str(tmp_path))
-    data = load_sequences(made, tokenizer)
+    data = load("sequences", made, tokenizer)
     assert (len(data), data.names(1)) == (2, [f"{folder} row 2"])
 
 
 def test_a_part_of_a_file(tokenizer, config):
-    whole = load_sequences(config(ROWS), tokenizer)
+    whole = load("sequences", config(ROWS), tokenizer)
     first, rest = (
-        load_sequences(config(ROWS, split=split), tokenizer)
+        load("sequences", config(ROWS, split=split), tokenizer)
         for split in ("train[:50%]", "train[50%:]")
     )
     assert (len(first), len(rest)) == (3, 3)
     assert [rest.names(index) for index in range(3)] == [whole.names(index) for index in (3, 4, 5)]
-    assert len(load_sequences(config(ROWS, limit=4), tokenizer)) == 4
+    assert len(load("sequences", config(ROWS, limit=4), tokenizer)) == 4
 
 
 def test_a_data_set_of_the_hub(tokenizer, tmp_path, monkeypatch):
@@ -600,7 +597,7 @@ def test_a_data_set_of_the_hub(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     made = DataConfig(data=("some/set:main",), split="train[2:4]", cache=str(tmp_path))
-    data = load_sequences(made, tokenizer)
+    data = load("sequences", made, tokenizer)
     assert asked == [("some/set", "main", "train")]
     assert [data.names(index) for index in range(2)] == [
         ["some/set:main row 3"],
@@ -627,7 +624,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, told):
     (tmp_path / name).write_text(content)
     made = DataConfig(data=(str(tmp_path / name),), cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=told) as error:
-        load_sequences(made, tokenizer)
+        load("sequences", made, tokenizer)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("cache/*"))
 
@@ -650,7 +647,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, told):
 )
 def test_options_that_cannot_be(tokenizer, config, options, told):
     with pytest.raises(InputError, match=told) as error:
-        load_sequences(config(ROWS, **options), tokenizer)
+        load("sequences", config(ROWS, **options), tokenizer)
     assert "\n" not in str(error.value)
 
 
@@ -664,7 +661,7 @@ def test_options_that_cannot_be(tokenizer, config, options, told):
 )
 def test_options_that_are_not_for_pairs(tokenizer, config, options, told):
     with pytest.raises(InputError, match=told):
-        load_pairs(config(PAIRS, **options), tokenizer)
+        load("pairs", config(PAIRS, **options), tokenizer)
 
 
 PAIRS = [
@@ -675,38 +672,38 @@ PAIRS = [
 
 def test_equal_responses_are_refused_or_left_out(tokenizer, config):
     with pytest.raises(InputError, match=r"line 2: chosen and rejected are equal; .*--equal-pairs"):
-        load_pairs(config(PAIRS), tokenizer)
-    data = load_pairs(config(PAIRS, equal_pairs="drop"), tokenizer)
+        load("pairs", config(PAIRS), tokenizer)
+    data = load("pairs", config(PAIRS, equal_pairs="drop"), tokenizer)
     assert (len(data), data.figures["equal"]) == (1, 1)
     with pytest.raises(InputError, match=r"no row is left \(rows 1, equal 1\)"):
-        load_pairs(config(PAIRS[1:], equal_pairs="drop"), tokenizer)
+        load("pairs", config(PAIRS[1:], equal_pairs="drop"), tokenizer)
 
 
 def test_pairs_carry_the_weights_of_their_column(tokenizer, config):
     weighted = [{**PAIRS[0], "weight": weight} for weight in (0.7, 2, 0.25)]
-    data = load_pairs(config(weighted, weight_column="weight"), tokenizer)
+    data = load("pairs", config(weighted, weight_column="weight"), tokenizer)
     np.testing.assert_array_equal(data.at([2, 0])["weights"], np.float32([0.25, 0.7]))
     np.testing.assert_array_equal(data.at([2, 1], slice(1, 2))["weights"], np.float32([2]))
-    assert "weights" not in load_pairs(config(weighted), tokenizer).at([0])
+    assert "weights" not in load("pairs", config(weighted), tokenizer).at([0])
 
 
 @pytest.mark.parametrize("weight", [None, 0, -1.0, float("nan"), float("inf"), "1", True])
 def test_a_weight_is_a_number_above_zero(tokenizer, config, weight):
     rows = [{**PAIRS[0], "weight": 1.0}, {**PAIRS[0], "weight": weight}]
     with pytest.raises(InputError, match=r'line 2: "weight" is .* takes a number above 0'):
-        load_pairs(config(rows, weight_column="weight"), tokenizer)
+        load("pairs", config(rows, weight_column="weight"), tokenizer)
 
 
 def test_only_pairs_are_weighted(tokenizer, config):
     with pytest.raises(InputError, match="--weight-column weight: single responses carry none"):
-        load_sequences(config(PAIRS[:1], weight_column="weight"), tokenizer)
+        load("sequences", config(PAIRS[:1], weight_column="weight"), tokenizer)
     with pytest.raises(InputError, match="--weight-column weight: labelled rows carry none"):
-        load_labelled(config(PAIRS[:1], weight_column="weight"), tokenizer)
+        load("labelled", config(PAIRS[:1], weight_column="weight"), tokenizer)
 
 
 def test_messages_need_a_template(tokenizer, config):
     with pytest.raises(InputError, match="line 1: --template: the tokenizer has no chat template"):
-        load_sequences(config([{"messages": DIALOGUE}]), tokenizer)
+        load("sequences", config([{"messages": DIALOGUE}]), tokenizer)
 
 
 # Real data
@@ -720,7 +717,7 @@ def llama2(shared_data, tmp_path_factory):
 def test_the_published_reasoning_pairs(shared_data, llama2, tmp_path):
     name = shared_data / "w2s_reasoning" / "train_gsm8k_llama2_7b_iter2_hybrid_paired.json.gz"
     made = DataConfig(data=(str(name),), template="plain", cache=str(tmp_path), limit=100)
-    data = load_pairs(made, llama2)
+    data = load("pairs", made, llama2)
     assert (len(data), data.figures["dropped"]) == (100, 0)
     read, counted = texts(llama2, data.at([0]), 0, side=0)
     assert read.endswith("How much did she earn?\nAnswer:" + counted)
@@ -729,8 +726,10 @@ def test_the_published_reasoning_pairs(shared_data, llama2, tmp_path):
 
 def test_the_published_reasoning_sets(shared_data, llama2, tmp_path):
     name = shared_data / "w2s_reasoning" / "train_gsm8k_llama2_7b_iter1_weak.json.gz"
-    data = load_sequences(
-        DataConfig(data=(str(name),), cache=str(tmp_path), packing="best-fit", limit=900), llama2
+    data = load(
+        "sequences",
+        DataConfig(data=(str(name),), cache=str(tmp_path), packing="best-fit", limit=900),
+        llama2,
     )
     assert data.figures["kept"] == 900
     assert data.figures["tokens"] / (len(data) * 1024) > 0.97
@@ -744,7 +743,7 @@ def test_eos_may_be_left_to_the_rows(tokenizer, tmp_path):
         config = DataConfig(
             data=(str(tmp_path / "pairs.jsonl"),), cache=str(tmp_path), append_eos=append
         )
-        batch = load_pairs(config, tokenizer).at([0])
+        batch = load("pairs", config, tokenizer).at([0])
         last = (batch["segments"][0] > 0).sum(-1) - 1
         found = batch["tokens"][0, [0, 1], last]
         ends.append((found == tokenizer.eos_token_id).tolist())

@@ -10,11 +10,10 @@ import pytest
 from tests.text.data_cases import CASES
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
-from w2s_jax.text.training_data import DataConfig, load_labelled, load_pairs, load_sequences
+from w2s_jax.text.training_data import DataConfig, load
 
 FOLDER = Path(__file__).parents[1] / "golden" / "training_data"
 GOLDEN = json.loads((FOLDER / "trl.json").read_text())
-LOADERS = {"sequences": load_sequences, "pairs": load_pairs, "labelled": load_labelled}
 
 
 def ours(name, folder):
@@ -24,7 +23,7 @@ def ours(name, folder):
     tokenizer.chat_template = chat_template
     write_jsonl(folder / "rows.jsonl", rows)
     config = DataConfig(data=(str(folder / "rows.jsonl"),), cache=str(folder), **options)
-    data = LOADERS[kind](config, tokenizer)
+    data = load(kind, config, tokenizer)
     batch = data.at(range(len(data)))
     shape = (len(data), 1 if kind == "sequences" else 2, -1)
     arrays = [batch[part].reshape(shape) for part in ("tokens", "targets", "segments")]

@@ -11,12 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import Diverged, InputError, Preempted
 from w2s_jax.train.checkpoint import best_step, read_checkpoint, steps_on_disk
 from w2s_jax.train.config import LoopConfig
 from w2s_jax.train.loop import read_metrics, train
 from w2s_jax.train.step import init_state, make_train_step
-from w2s_jax.train.stopping import Diverged, Preempted
 
 STEPS = 12
 

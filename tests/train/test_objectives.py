@@ -9,17 +9,16 @@ from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.lora import LoraConfig, init_adapter
 from w2s_jax.train import losses
 from w2s_jax.train.config import PreferenceConfig
+from w2s_jax.train.logprobs import REFERENCE, response_logprobs
 from w2s_jax.train.losses import PairLogprobs, preference_loss
 from w2s_jax.train.objectives import (
     BASE,
-    REFERENCE,
     TUNED,
     UNTUNED,
     Policy,
     kto_loss,
     pair_loss,
     preference_objective,
-    response_logprobs,
     sft_loss,
     wspo_loss,
 )

@@ -14,13 +14,11 @@ from w2s_jax.models.lora import LoraConfig, init_adapter, shard_adapter
 from w2s_jax.models.model import shard_model
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.ops.sharding import Placement
-from w2s_jax.train.config import OptimizerConfig, PreferenceConfig, RunConfig
+from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
 from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
 from w2s_jax.train.step import make_optimizer
 from w2s_jax.train.step import place, place_state
-from w2s_jax.text.batches import Part
-from w2s_jax.train.run import Task, evaluation
-from w2s_jax.train.step import init_state, make_train_step
+from w2s_jax.train.step import Evaluation, init_state, make_train_step
 
 def batch(pairs):
     rng = np.random.default_rng(0)
@@ -66,9 +64,7 @@ def run(spec, tied, adapted, pairs, accumulate):
         assert same, f"{spec} {jax.tree_util.keystr(path)}: {was} became {leaf.sharding}"
     if adapted:
         # Eight rows by the mesh and two that its four parts do not divide.
-        rows = Part(Rows(pairs), np.arange(10))
-        config = RunConfig(**settings, eval_batch_size=10 if mesh is None else 8)
-        evaluate = evaluation(Task(policy, loss, rows, rows, frozen), config, mesh)
+        evaluate = Evaluation(loss, Rows(pairs), frozen, 10 if mesh is None else 8, mesh=mesh)
         losses.append(evaluate(state)["loss"])
     return losses, jax.device_get(state.params)
 
@@ -79,6 +75,12 @@ class Rows:
 
     def at(self, indices, part=slice(None)):
         return {name: array[indices][part] for name, array in self.rows.items()}
+
+    def __len__(self):
+        return 10
+
+    def names(self, index):
+        return [f"row {index}"]
 
 CASES = [
     ("all of tied parameters, DPO, in micro-batches", (True, False, True, 2), "fsdp=4,tensor=2"),

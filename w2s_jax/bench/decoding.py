@@ -19,7 +19,7 @@ from w2s_jax.bench.floor import measure_rates, search_work, timed_twice
 from w2s_jax.bench.setup import PEERS, call, missing, random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import SearchConfig, sample
 

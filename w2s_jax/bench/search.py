@@ -30,11 +30,9 @@ from w2s_jax.models.model import Model
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig, cbs
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
-from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.tokenizer import vocabularies
+from w2s_jax.text.prompts import Conversation, encode_prompt
+from w2s_jax.text.tokenizer import buckets, vocabularies
 
 LEAST = {
     "policy_layers": 1, "guide_layers": 1, "vocab": 2, "prompt_tokens": 1, "batch_size": 1,

@@ -43,7 +43,8 @@ from w2s_jax.models.save import save_model
 from w2s_jax.text.tokenizer import vocabularies
 from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
 from w2s_jax.train.estimate import peak_memory
-from w2s_jax.train.objectives import REFERENCE, Policy, pair_loss, sft_loss
+from w2s_jax.train.logprobs import REFERENCE
+from w2s_jax.train.objectives import Policy, pair_loss, sft_loss
 from w2s_jax.train.step import Batch, init_state, make_optimizer, make_train_step
 
 OBJECTIVES = ("sft", "dpo")

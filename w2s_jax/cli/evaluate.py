@@ -26,7 +26,8 @@ class Evaluate(JudgeConfig, QuantisationConfig, Hosts):
     def run(self) -> None:
         """Reward all rows, or measure the policy, and print the table.
 
-        Raises InputError, before any weight is read, for what is wrong.
+        Raises:
+            InputError: before any weight is read, for what is wrong.
         """
         if self.quantisation_report is not None:
             return self._report_quantisation()

@@ -21,8 +21,7 @@ from tyro.conf import UseAppendAction
 import w2s_jax
 from w2s_jax import distributed
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
-from w2s_jax.errors import InputError, Undivided
-from w2s_jax.train.stopping import Diverged, Preempted
+from w2s_jax.errors import Diverged, InputError, Preempted, Undivided
 
 FLAG = "--config"
 
@@ -34,7 +33,10 @@ def find_config(flags: Sequence[str], *, folder: str) -> Path | None:
     """The file that `--config FILE` or `--config NAME` names in these flags; None without the flag.
 
     A name stands for `NAME.yaml` among the package's configs, in `folder` or, as FOLDER/NAME, in
-    another. Raises InputError for a file or a name that is not there.
+    another.
+
+    Raises:
+        InputError: for a file or a name that is not there.
     """
     asked = None
     for place, flag in enumerate(flags):
@@ -75,8 +77,10 @@ def configs_folder() -> Path:
 def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list[str]:
     """The flags a config file stands for, without those that `flags` gives itself.
 
-    Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`). Raises InputError for
-    a file that is not YAML, is not a mapping or holds an unknown key.
+    Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`).
+
+    Raises:
+        InputError: for a file that is not YAML, is not a mapping or holds an unknown key.
     """
     from w2s_jax.text.typed_yaml import read_mapping
 
@@ -304,8 +308,9 @@ def _out_of_resources(error: Exception) -> str | None:
 def parse(args: Sequence[str]) -> Command:
     """The command that a command line asks for, its config file under its flags.
 
-    Raises InputError for an unknown command and a wrong config file; exits with status 2, after a
-    message, where flags are wrong, and with 0 after --help.
+    Raises:
+        InputError: for an unknown command and a wrong config file.
+        SystemExit: with status 2, after a message, where flags are wrong; with 0 after --help.
     """
     words = _words(args)
     module, name, _ = COMMANDS[words]

@@ -84,8 +84,15 @@ def run_together(
 ) -> int:
     """Start jax over the hosts in a child process, attempt the command there, return its status.
 
-    75 means that a host has died or did not come: a rerun on all hosts goes on. heeds_stop: on
-    SIGTERM the command saves and ends; others are ended by it.
+    Args:
+        config: the hosts, and which of them this is.
+        attempt: does the command's work.
+        heeds_stop: whether the command saves and ends on SIGTERM; others are ended by it.
+        heartbeat_seconds: a host that was not heard of for so long is dead.
+
+    Returns:
+        The exit status. 75 means that a host has died or did not come; a rerun on all hosts goes
+        on.
     """
     work = partial(_start_and_run, config, attempt, heeds_stop, heartbeat_seconds)
     if threading.active_count() > 1:  # a process with threads is not to be forked

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from w2s_jax.train.runs_config import PlotConfig
+from w2s_jax.train.config import PlotConfig
 
 
 @dataclass(frozen=True)

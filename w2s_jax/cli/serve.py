@@ -10,9 +10,6 @@ from w2s_jax.serve import ServeConfig, serve
 
 if TYPE_CHECKING:
     from w2s_jax.plan.meshes import Chosen
-    from w2s_jax.search import SearchConfig
-    from w2s_jax.search.checkpoints import SteeringPlan
-    from w2s_jax.search.models import Places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +30,13 @@ class Serve(ServeConfig):
             print("error: the engine has failed, as told above", file=sys.stderr)
             raise SystemExit(1)
 
-    def choose_mesh(
-        self, plan: "SteeringPlan", config: "SearchConfig", places: "Places", longest: int
-    ) -> "Chosen":
+    def choose_mesh(self, *looked_at: Any) -> "Chosen":
         """The mesh for --mesh auto."""
-        from w2s_jax.plan.meshes import choose_mesh, search_shapes
+        # Not above: jax is not imported before the libraries of a server were looked for.
+        from w2s_jax.plan.meshes import choose_search_mesh
 
-        sizes: dict[str, Any] = {"prompt_tokens": longest, "slots": self.slots}
-        sizes |= {"slots_flag": "--slots", "dtype": self.weights_dtype}
-        return choose_mesh(search_shapes(plan, config, places, **sizes))
+        sizes: dict[str, Any] = {"slots": self.slots, "slots_flag": "--slots"}
+        return choose_search_mesh(*looked_at, dtype=self.weights_dtype, **sizes)
 
 
 def _announce(url: str) -> None:

@@ -25,11 +25,10 @@ from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
 from w2s_jax.search.model_scorers import TextLogRatio, TextModel
 from w2s_jax.search.results import SearchResult, hypothesis_text
-from w2s_jax.text.batches import buckets
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, encode_prompt
+from w2s_jax.text.prompts import Conversation, decode_tokens, encode_prompt
 from w2s_jax.text.rows import check_writable, write_jsonl
+from w2s_jax.text.tokenizer import buckets
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ from w2s_jax.evaluate.steered import (
     Steered,
     prepare_steered,
 )
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.likelihood import ScoredResponse
 from w2s_jax.text.chat import read_template_args
-from w2s_jax.text.conversations import Conversation, Message
-from w2s_jax.text.prompts import encode_texts
+from w2s_jax.text.prompts import Conversation, Message, encode_texts
 from w2s_jax.text.rows import check_writable, write_whole
 
 NAME = "w2s"
@@ -63,8 +62,10 @@ _logger = logging.getLogger(__name__)
 def register() -> type:
     """The model class, registered as `w2s`; the same one at every call.
 
-    lm-eval makes it from the arguments that `steered_config` reads. Raises InputError where lm_eval
-    is not installed.
+    lm-eval makes it from the arguments that `steered_config` reads.
+
+    Raises:
+        InputError: where lm_eval is not installed.
     """
     try:
         from lm_eval.api import registry
@@ -154,8 +155,10 @@ def steered_config(arguments: Mapping[str, Any]) -> SteeredConfig:
     """The settings that lm-eval's --model_args name, by the names of w2s's flags.
 
     temperature, top_k, top_p and max_gen_toks hold where a task does not say otherwise. lm-eval's
-    device is left to JAX, and "auto" for a batch size is 8 rows. Raises InputError for an argument
-    that is not known, and for a missing policy.
+    device is left to JAX, and "auto" for a batch size is 8 rows.
+
+    Raises:
+        InputError: for an argument that is not known, and for a missing policy.
     """
     given = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
     for name in given:
@@ -187,7 +190,10 @@ def decoding_of(steered: Steered, arguments: Mapping[str, Any]) -> Decoding:
     sample and eft are greedy unless the task samples, as lm-eval's models are. cbs, bon and ivg
     choose among samples, which greedy decoding would make equal: there a greedy task leaves the
     config its temperature. What the task says of top_k, top_p and the length goes before the
-    config; its stop strings come after the config's own. Raises InputError for values out of range.
+    config; its stop strings come after the config's own.
+
+    Raises:
+        InputError: for values out of range.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 

@@ -35,8 +35,7 @@ from w2s_jax.models.reward import contrast
 from w2s_jax.ops.meshes import mesh_of
 from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.journal import Journal, job_journal, told_kept
-from w2s_jax.text.rows import check_writable, write_whole
+from w2s_jax.text.rows import Journal, check_writable, job_journal, told_kept, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.

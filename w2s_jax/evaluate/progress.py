@@ -15,10 +15,19 @@ SECONDS = 30.0
 def progress(
     total: int, unit: str, *, done: int = 0, name: str = ""
 ) -> Iterator[Callable[[int], None]]:
-    """Gives a function that takes how many more of `total` are done; nothing for no total.
+    """Show how much of some work is done, while the block runs.
 
     On a terminal tqdm's bar. Elsewhere the first host writes lines to standard error: one at the
     start, as minutes of loading and compiling may follow, then one every SECONDS, and the last.
+
+    Args:
+        total: how many there are; of none nothing is shown.
+        unit: what they are, in the singular.
+        done: how many are done at the start.
+        name: what they are done for.
+
+    Yields:
+        A function that takes how many more are done.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

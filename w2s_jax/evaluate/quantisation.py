@@ -17,8 +17,8 @@ from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import mean_and_stderr
 from w2s_jax.models.model import abstract_model
 from w2s_jax.models.quantize import QuantizeConfig, read_quantize, weight_bytes
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.meshes import named_mesh
-from w2s_jax.ops.sampling import Sampling
 from w2s_jax.ops.sharding import resolve_tree
 from w2s_jax.search.checkpoints import GuideSource, Sources, SteeringPlan, load, plan
 from w2s_jax.search.config import cbs, sample

@@ -36,19 +36,26 @@ def write_report(
     title: str,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write the page that shows `rows`, a trace; the file appears whole or not at all.
+    """Write the page that shows a trace; the file appears whole or not at all.
 
-    A row is {"row_id": int, "prompt": str, "response": str, "score": float, "method": str,
-    "chunks": [{"candidates": [candidate, ...]}, ...], "tokens": [[text, log-ratio], ...]}, where a
-    candidate is {"parent": int, "text": str, "score": float, "objectives": [float, ...],
-    "kept": int or null, "finished": bool}: `parent` is the place, among those that the chunk
-    before kept, of the hypothesis it continues (all continue the prompt in the first chunk),
-    `kept` its own place, null where it was dropped. The tokens are as a guide reads them;
-    "policy_tokens" is how many the policy wrote, by default as many. method, chunks, tokens and
-    objectives may be left out. `settings` are shown as they are: values by name, nothing secret.
+    Rows are read once and packed one at a time. A row is {"row_id": int, "prompt": str, "response":
+    str, "score": float, "method": str, "chunks": [{"candidates": [candidate, ...]}, ...], "tokens":
+    [[text, log-ratio], ...]}, where a candidate is {"parent": int, "text": str, "score": float,
+    "objectives": [float, ...], "kept": int or null, "finished": bool}: `parent` is the place, among
+    those that the chunk before kept, of the hypothesis it continues (all continue the prompt in the
+    first chunk), `kept` its own place, null where it was dropped. The tokens are as a guide reads
+    them; "policy_tokens" is how many the policy wrote, by default as many. method, chunks, tokens
+    and objectives may be left out.
 
-    Rows are read once and packed one at a time. Raises InputError where the file cannot be
-    written, and for a row that is not of this form or whose row_id came before.
+    Args:
+        path: the HTML file.
+        rows: the trace, a row for each prompt.
+        title: of the page.
+        settings: shown as they are: values by name, nothing secret.
+
+    Raises:
+        InputError: where the file cannot be written, and for a row that is not of this form or
+            whose row_id came before.
     """
     write_whole(path, _page(rows, title, settings))
 
@@ -56,9 +63,12 @@ def write_report(
 def shading_scale(log_ratios: np.ndarray) -> float:
     """The log-ratio at which the shading of tokens is strongest, a round number.
 
-    log_ratios: any shape, in nats. It is the first round number (1, 1.5, 2, 3, ... times a power
-    of ten) that 98 % of the finite ones do not exceed in size, so that a few outliers do not pale
-    the rest; 1 where all are zero.
+    Args:
+        log_ratios: any shape, in nats.
+
+    Returns:
+        The first round number (1, 1.5, 2, 3, ... times a power of ten) that 98 % of the finite ones
+        do not exceed in size, so that a few outliers do not pale the rest; 1 where all are zero.
     """
     sizes = np.abs(log_ratios[np.isfinite(log_ratios)])
     wanted = float(np.quantile(sizes, 0.98)) if sizes.size else 0.0
@@ -196,10 +206,12 @@ _TAMED |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000), *map(ord, _
 def shade(tokens: Sequence[tuple[str, float | int]], *, scale: float | None = None) -> Text:
     """The tokens as one text, each with the background that its log-ratio gives it.
 
-    tokens: (text, log p_tuned − log p_untuned) each, in nats. scale: where the shading is
-    strongest; by default `shading_scale` of these tokens. Blue is above zero, orange below and
-    underlined too; below a tenth of the scale nothing is shaded. Control characters, which could
-    command the terminal, are shown as pictures.
+    Blue is above zero, orange below and underlined too; below a tenth of the scale nothing is
+    shaded. Control characters, which could command the terminal, are shown as pictures.
+
+    Args:
+        tokens: (text, log p_tuned − log p_untuned) each, in nats.
+        scale: where the shading is strongest; by default `shading_scale` of these tokens.
     """
     scale = _scale(tokens) if scale is None else scale
     text = Text()
@@ -218,6 +230,12 @@ def show(
 
     On a console without colours each token is followed by its log-ratio in brackets instead.
     Characters that the console's encoding lacks become question marks.
+
+    Args:
+        console: where it is printed.
+        prompt: what the response answers.
+        tokens: those of the response, as `shade` takes them.
+        score: of the response, in nats.
     """
     scale, coloured = _scale(tokens), _is_coloured(console)
     body = shade(tokens, scale=scale) if coloured else _numbered(tokens)
@@ -225,6 +243,18 @@ def show(
     if tokens and not coloured:
         legend = [Text("[log p_tuned - log p_untuned] behind each token")]
     _print(console, prompt, body, f"score {_signed(float(score))}, {len(tokens)} tokens", *legend)
+
+
+def show_row(row: Mapping[str, Any]) -> None:
+    """Print an answer that a search has traced, its tokens shaded where a guide values them."""
+    from tqdm import tqdm
+
+    trace = row["trace"]
+    with tqdm.external_write_mode():
+        if trace["tokens"]:
+            show(Console(), trace["prompt"], trace["tokens"], row["score"])
+        else:
+            show_plain(Console(), trace["prompt"], row["response"], row["score"])
 
 
 def show_plain(console: Console, prompt: str, response: str, score: float | int) -> None:

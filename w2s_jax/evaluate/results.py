@@ -15,7 +15,7 @@ from jaxtyping import Int
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import encode_texts
 from w2s_jax.text.chat import Template
-from w2s_jax.text.conversations import Conversation, conversation_of, plain
+from w2s_jax.text.prompts import Conversation, conversation_of, plain
 from w2s_jax.text.rows import Row, read_rows, write_whole
 
 DATASET, SPLIT = "alpaca_eval", "eval"
@@ -30,13 +30,17 @@ def alpaca_rows(
 ) -> list[dict[str, str]]:
     """The rows that `alpaca_eval --model_outputs` reads, in the order of `rows`.
 
-    rows are search's output: an "instruction" (kept from the input) and its "response" each.
-    generator names the system on the leaderboard. dataset and datasplit are the row's own where it
-    has them, "alpaca_eval" and "eval" where not. With `reference` (rows of instructions, such as
-    AlpacaEval's 805) every one of its instructions must be answered exactly once, and no other.
+    dataset and datasplit are the row's own where it has them, "alpaca_eval" and "eval" where not.
 
-    Raises InputError, naming the row, for a field that is missing or not text, an instruction that
-    is there twice, and one that is missing from or foreign to the reference.
+    Args:
+        rows: search's output: an "instruction" (kept from the input) and its "response" each.
+        generator: names the system on the leaderboard.
+        reference: rows of instructions, such as AlpacaEval's 805, of which every one must be
+            answered exactly once, and no other.
+
+    Raises:
+        InputError: naming the row, for a field that is missing or not text, an instruction that is
+            there twice, and one that is missing from or foreign to the reference.
     """
     if not generator:
         raise InputError("the generator has no name; give the one it has on the leaderboard")
@@ -62,6 +66,14 @@ def alpaca_rows(
     return answered
 
 
+def check_alpaca(rows: Sequence[Mapping[str, Any]], *, source: str, generator: str) -> None:
+    """Raise InputError, before there are responses, for rows that `alpaca_rows` would refuse."""
+    try:
+        alpaca_rows([{**row, "response": ""} for row in rows], generator=generator)
+    except InputError as error:
+        raise InputError(f"{source} {error} (--format alpaca_eval)") from None
+
+
 def write_alpaca(
     path: str | Path,
     rows: Sequence[Mapping[str, Any]],
@@ -69,9 +81,10 @@ def write_alpaca(
     generator: str,
     reference: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write `alpaca_rows` as a JSON array; the file appears whole or not at all.
+    """Write `alpaca_rows` of these arguments as a JSON array; the file appears whole or not at all.
 
-    Raises InputError as `alpaca_rows` does, and where the file cannot be written.
+    Raises:
+        InputError: as `alpaca_rows` does, and where the file cannot be written.
     """
     answered = alpaca_rows(rows, generator=generator, reference=reference)
     # Escaped beyond ASCII: a response may hold text that has no UTF-8 form.
@@ -138,8 +151,11 @@ class Results:
 def read_results(path: str | Path) -> Results:
     """Read JSON lines (plain, .gz or .xz) or a JSON array of rows.
 
-    A row holds a prompt (see text/conversations.py) and a "response", or an "output" as in
-    AlpacaEval's files. Raises InputError, naming the line, for one that does not.
+    A row holds a prompt (see text/prompts.py) and a "response", or an "output" as in
+    AlpacaEval's files.
+
+    Raises:
+        InputError: naming the line, for one that does not.
     """
     rows, unit = read_rows(path)
     conversations, responses = [], []
@@ -161,11 +177,16 @@ def encode_behind(
 ) -> list[list[int]]:
     """Token ids of every prompt, written by the template, with its response behind it.
 
-    end: put the template's end token behind the response. cut: which side of more than `limit`
-    tokens is dropped.
+    Args:
+        results: the rows.
+        template: how the reward model reads a prompt.
+        limit: the most tokens of a row.
+        end: whether the template's end token is put behind the response.
+        cut: which side of more than `limit` tokens is dropped.
 
-    Raises InputError, naming the line, where the template fails and for too many tokens if nothing
-    may be cut.
+    Raises:
+        InputError: naming the line, where the template fails and for too many tokens if nothing may
+            be cut.
     """
     eos = [template.eos_id] if end and template.eos_id is not None else []
     if end and not eos:
@@ -189,7 +210,8 @@ def encode_behind(
 def encode_plain(results: Results, tokenizer: Any, limit: int) -> list[list[int]]:
     """Token ids of every prompt and response as one plain text, the end cut off at `limit`.
 
-    Raises InputError, naming the line, for a text without tokens.
+    Raises:
+        InputError: naming the line, for a text without tokens.
     """
     pairs = zip(results.conversations, results.responses, strict=True)
     encoded = encode_texts(tokenizer, [plain(asked) + said for asked, said in pairs], limit)

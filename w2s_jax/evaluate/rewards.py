@@ -18,7 +18,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.reward import RewardModel, contrast, label_names
 from w2s_jax.ops.meshes import batch_parts
-from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 from w2s_jax.train.step import place, place_whole
 
 BLOCK = 2**22
@@ -127,7 +127,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile interval of the mean under resampling with replacement (Efron 1979).
 
-    The same seed gives the same interval.
+    Args:
+        values: what the mean is of.
+        samples: how many means are drawn.
+        level: the share of them that lie in the interval.
+        seed: the same one gives the same interval.
     """
     rng, count = np.random.default_rng(seed), len(values)
     block = max(1, BLOCK // count)
@@ -191,11 +195,18 @@ def rewards(
     """One number for each row of token ids: of which logits, `models.reward.contrast` says.
 
     Rows are taken shortest first and padded to `batch_size` and to powers of two of tokens, so few
-    programs are compiled, each once. Equal rows are read once, and so tie exactly. `on_batch(rows,
-    values)` is called with the indices and the rewards of every batch when it is done. On a mesh
-    (the model's) a batch is split over its devices, where they divide it.
+    programs are compiled, each once. Equal rows are read once, and so tie exactly.
 
-    Raises InputError for a row that is empty or exceeds the model's positions, and as `contrast`.
+    Args:
+        model: what rewards.
+        encoded: token ids of each row.
+        batch_size: rows that are read side by side.
+        label: the label whose logit is the reward, by name or number.
+        on_batch: called with the indices and the rewards of every batch when it is done.
+        mesh: the model's; a batch is split over its devices, where they divide it.
+
+    Raises:
+        InputError: for a row that is empty or exceeds the model's positions, and as `contrast`.
     """
     weights, limit = contrast(label_names(model), label), model.config.max_positions
     for number, row in enumerate(encoded, start=1):

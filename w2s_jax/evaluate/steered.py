@@ -12,15 +12,14 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.config import SteeredConfig
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.search.run import of_guides, search
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import decode_tokens, special_stops
+from w2s_jax.text.prompts import Conversation, decode_tokens, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")
 CHOOSING = ("cbs", "bon", "ivg")
@@ -90,8 +89,12 @@ class Steered:
     ) -> list[ScoredResponse]:
         """Likelihoods of (prompts, response) token ids under the policy or the EFT mixture.
 
-        on_scored hears each one, with its index, as soon as it is there. Raises InputError as
-        `check_likelihood` and `score_responses` do.
+        Args:
+            pairs: the prompts of all models on the policy's tokens, and the response, each.
+            on_scored: hears each one, with its index, as soon as it is there.
+
+        Raises:
+            InputError: as `check_likelihood` and `score_responses` do.
         """
         self.check_likelihood()
         rows = [Response(prompts, tuple(response)) for prompts, response in pairs]
@@ -106,7 +109,13 @@ class Steered:
     ) -> list[str]:
         """The best response to each question, up to its end; row ids must differ.
 
-        on_text hears each one, with its row id, as it is done. Raises InputError as `search` does.
+        Args:
+            questions: what is answered.
+            decoding: how all of them are decoded.
+            on_text: hears each one, with its row id, as it is done.
+
+        Raises:
+            InputError: as `search` does.
         """
         tokenizer = self.plan.tokenizer
         texts, ids = special_stops(tokenizer, decoding.stop)

@@ -27,43 +27,21 @@ import numpy as np
 from w2s_jax.demo import Demo
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards
-from w2s_jax.experiments.corpus import (
+from w2s_jax.experiments import demo_models, sentiment
+from w2s_jax.experiments.demo_models import (
     Corpus,
     GoldConfig,
-    build_corpus,
-    load_corpus,
-    opening_accuracy,
-    read_reviews,
-    review_accuracy,
-    train_gold,
-)
-from w2s_jax.experiments.language import (
-    PAIRS,
-    TRAINING_PAIRS,
     LanguageConfig,
     PreferenceConfig,
     TuneConfig,
-    held_out_loss,
-    pretrain,
-    sample_pairs,
-    tune,
-    write_training_pairs,
+    load_corpus,
+    opening_accuracy,
 )
-from w2s_jax.experiments.sentiment import (
-    EvaluationConfig,
-    decode_all,
-    draw_experiment,
-    draw_prompts,
-    experiment_methods,
-    need_matplotlib,
-    responses_path,
-    result_table,
-    summarise_experiment,
-)
+from w2s_jax.experiments.sentiment import EvaluationConfig
 from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
 from w2s_jax.models.save import save_classifier, save_model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
@@ -71,7 +49,7 @@ from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer
 from w2s_jax.text.typed_yaml import read_typed
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 from w2s_jax.train.watch import read_metrics
 
 ASSETS = Path(__file__).parent.parent / "demo" / "assets"
@@ -147,93 +125,93 @@ class Build:
         pairs of the first one in its own tokens, its tuned model.
         """
         recipe, work, assets = self.recipe, self.work, self.assets
-        vocabulary, pairs = recipe.vocab_size, work / "preferences"
-        tokenise = partial(build_corpus, self.data / "imdb")
-        length = recipe.policy.max_positions
+        tokenise = partial(demo_models.build_corpus, self.data / "imdb")
+        pretrain, tune = demo_models.pretrain, partial(demo_models.tune, work)
+        size, length = recipe.vocab_size, recipe.policy.max_positions
         found: dict[str, Stage] = {
-            "corpus": partial(tokenise, work, vocabulary, max_length=length),
+            "corpus": partial(tokenise, work, size, max_length=length),
             "gold": self.gold,
-            "policy": partial(pretrain, recipe.policy, vocabulary, work, "policy"),
-            "untuned": partial(pretrain, recipe.untuned, vocabulary, work, "untuned"),
+            "policy": partial(pretrain, recipe.policy, size, work, "policy"),
+            "untuned": partial(pretrain, recipe.untuned, size, work, "untuned"),
             "preferences": self.preferences,
-            "tuned": partial(tune, recipe.tuned, work / "untuned", pairs, work / "tuned"),
+            "tuned": partial(tune, recipe.tuned, "untuned", "tuned"),
         }
         if recipe.direct is not None:
-            folder = work / "tuned_policy"
-            found["tuned_policy"] = partial(tune, recipe.direct, work / "policy", pairs, folder)
+            found["tuned_policy"] = partial(tune, recipe.direct, "policy", "tuned_policy")
         if recipe.evaluation is not None:
-            found["evaluation"] = self.evaluation
+            found["evaluation"] = partial(self.evaluation, recipe.evaluation)
         if recipe.export:
             found["export"] = partial(export, work, assets)
         for guide in recipe.other_guides:
-            folder, untuned = work / guide.name, guide.untuned
+            name, size, untuned = guide.name, guide.vocab_size, guide.untuned
             limits: dict[str, Any] = {"max_length": untuned.max_positions, "reviews": guide.reviews}
-            own: dict[str, Stage] = {
-                "corpus": partial(
-                    tokenise, folder, guide.vocab_size, sets=("language", "test"), **limits
-                ),
-                "untuned": partial(pretrain, untuned, guide.vocab_size, folder, "untuned"),
-                "tuned": partial(tune, guide.tuned, folder / "untuned", pairs, folder / "tuned"),
+            sets, folder = ("language", "test"), work / name
+            found |= {
+                f"{name}/corpus": partial(tokenise, folder, size, sets=sets, **limits),
+                f"{name}/untuned": partial(pretrain, untuned, size, folder, "untuned"),
+                f"{name}/tuned": partial(tune, guide.tuned, f"{name}/untuned", f"{name}/tuned"),
             }
             if recipe.export:
-                own["export"] = partial(export_guide, guide.name, work, assets)
-            found |= {f"{guide.name}/{name}": stage for name, stage in own.items()}
+                found[f"{name}/export"] = partial(export_guide, name, work, assets)
         return found
 
     def gold(self) -> dict[str, Any]:
         """The gold classifier and its accuracy on the openings of the test reviews."""
         train, test = (load_corpus(self.work / "corpus" / name) for name in ("train", "test"))
-        folder = self.work / "gold"
-        classifier = train_gold(self.recipe.gold, train, self.recipe.vocab_size, folder)
+        recipe, folder = self.recipe, self.work / "gold"
+        classifier = demo_models.train_gold(recipe.gold, train, recipe.vocab_size, folder)
         save_classifier(classifier, folder / "model")
         return {"test_accuracy_openings": opening_accuracy(classifier, test)}
 
     def preferences(self) -> dict[str, Any]:
         """Pairs sampled from the untuned guide and labelled by the gold reward."""
         folder, tokenizer = self.work / "preferences", load_tokenizer(self.work / "tokenizer")
-        output = folder / PAIRS
+        output = folder / demo_models.PAIRS
         if not output.is_file():
             texts = list(self._reviews("train"))
             untuned = load_model(self.work / "untuned" / "model")
-            sample_pairs(self.recipe.preferences, untuned, self._gold(), tokenizer, texts, output)
-        kept = write_training_pairs(output, tokenizer.eos_token, folder / TRAINING_PAIRS)
+            demo_models.sample_pairs(
+                self.recipe.preferences, untuned, self._gold(), tokenizer, texts, output
+            )
+        training = folder / demo_models.TRAINING_PAIRS
+        kept = demo_models.write_training_pairs(output, tokenizer.eos_token, training)
         rewards = np.array([row["rewards"] for row in read_jsonl(output)])
+        gaps = rewards[:, 0] - rewards[:, 1]
         return {
             "pairs": kept,
             "mean_reward": float(rewards.mean()),
-            "mean_gap": float(np.abs(rewards[:, 0] - rewards[:, 1]).mean()),
-            "chosen_has_higher_reward": float((rewards[:, 0] > rewards[:, 1]).mean()),
+            "mean_gap": float(np.abs(gaps).mean()),
+            "chosen_has_higher_reward": float((gaps > 0).mean()),
         }
 
-    def evaluation(self) -> dict[str, Any]:
+    def evaluation(self, config: EvaluationConfig) -> dict[str, Any]:
         """Responses of every method to openings of test reviews, their figures, table, picture."""
-        config, folder = self.recipe.evaluation, self.work / "evaluation"
-        assert config is not None
+        folder = self.work / "evaluation"
         names = [*LANGUAGE_MODELS, *(["tuned_policy"] if self.recipe.direct is not None else [])]
         weights = {name: weights_identity(self.work / name / "model") for name in ("gold", *names)}
         policy, untuned, tuned, *direct = (load_model(self.work / name / "model") for name in names)
         tokenizer = load_tokenizer(self.work / "tokenizer")
         models = Demo(policy, untuned, tuned, self._gold(), tokenizer)
-        methods = experiment_methods(config, models, *direct)
+        methods = sentiment.experiment_methods(config, models, *direct)
         seen = self._reviews("train")
         texts = [text for text in self._reviews("test") if text not in seen]
-        prompts = draw_prompts(config, texts)
-        found = decode_all(config, models, methods, prompts, folder, {"weights": weights})
+        prompts = sentiment.draw_prompts(config, texts)
+        found = sentiment.decode_all(config, models, methods, prompts, folder, {"weights": weights})
         headings = {name: method.heading for name, method in methods.items()}
         rows = {name: rows for name, (_, rows) in found.items()}
-        summary = summarise_experiment(rows, headings, samples=config.samples)
-        table = result_table(summary)
+        summary = sentiment.summarise_experiment(rows, headings, samples=config.samples)
+        table = sentiment.result_table(summary)
         write_whole(folder / "results.json", [json.dumps(summary, indent=2).encode(), b"\n"])
         write_whole(folder / "table.md", [table.encode()])
-        write_whole(folder / "figure.png", [draw_experiment(summary)])
+        write_whole(folder / "figure.png", [sentiment.draw_experiment(summary)])
         # Last, as it removes the journals: until here a kill loses nothing.
         for name, (journal, _) in found.items():
-            journal.merge(responses_path(folder, name), len(prompts))
+            journal.merge(sentiment.responses_path(folder, name), len(prompts))
         log.info("evaluation: %s\n%s", folder, table)
         return {name: row["gold_reward"] for name, row in summary["methods"].items()}
 
     def _reviews(self, name: str) -> dict[str, int]:
-        return read_reviews(self.data / "imdb" / f"{name}.jsonl.xz")
+        return demo_models.read_reviews(self.data / "imdb" / f"{name}.jsonl.xz")
 
     def _gold(self) -> Classifier:
         return load_classifier(self.work / "gold" / "model")
@@ -253,7 +231,7 @@ def export(work: Path, assets: Path) -> dict[str, Any]:
         "gold": {
             "parameters": _size(gold),
             "test_accuracy_openings": opening_accuracy(gold, test),
-            "test_accuracy_reviews": review_accuracy(gold, test),
+            "test_accuracy_reviews": demo_models.review_accuracy(gold, test),
         }
     }
     figures |= _export_models(work, {name: name for name in LANGUAGE_MODELS}, assets)
@@ -290,7 +268,7 @@ def _figures(folder: Path, test: Corpus, gold: Path) -> dict[str, Any]:
     rewards = gold_rewards(judge, load_tokenizer(gold), texts)
     return {
         "parameters": _size(model),
-        "test_loss": held_out_loss(model, test, reviews=1024),
+        "test_loss": demo_models.held_out_loss(model, test, reviews=1024),
         "gold_reward": float(rewards.mean()),
         "gold_reward_stderr": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
     }
@@ -386,7 +364,7 @@ def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None
     check_done(work, {stage: settings[stage] for stage in stages})
     chosen = tuple(stages) if only is None else (only,)
     if "evaluation" in chosen:
-        need_matplotlib()
+        sentiment.need_matplotlib()
     for stage in chosen:
         done = work / stage / "done.json"
         if done.is_file():

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import Literal
+from typing import Any, Literal
 
 from w2s_jax.errors import InputError
 from w2s_jax.reasoning.questions import prompt_of
@@ -310,42 +310,37 @@ def _try(rng: random.Random, config: ProblemConfig) -> Problem | None:
     return Problem(" ".join(told.told), tuple(told.lines), tuple(told.wordings))
 
 
+# Kinds of steps, as often as they are drawn.
+_DRAWN: tuple[Operation, ...] = (
+    "add", "add", "subtract", "subtract", "multiply", "share", "packs",
+)  # fmt: skip
+
+
 def _step(told: _Telling, room: int) -> bool:
     """Tell one operation more, of at most `room` lines."""
     rng, largest, value = told.rng, told.config.largest, told.value
-    kinds: list[Operation] = []
-    if value + 2 <= largest:
-        kinds += ["add", "add"]
-    if value > 3:
-        kinds += ["subtract", "subtract"]
-    factors = [n for n in range(2, 6) if value * n <= largest]
-    parts = [n for n in range(2, 7) if value % n == 0 and value > n]
     sizes = [(m, n) for m in range(2, 7) for n in range(2, 10) if value + m * n <= largest]
-    if factors:
-        kinds.append("multiply")
-    if parts:
-        kinds.append("share")
-    if sizes and room >= 2:
-        kinds.append("packs")
+    fit: dict[Operation, tuple[str, Sequence[Any]]] = {
+        "add": ("+", range(2, min(30, largest - value) + 1)),
+        "subtract": ("-", range(2, value - 1)),
+        "multiply": ("*", [n for n in range(2, 6) if value * n <= largest]),
+        "share": ("/", [n for n in range(2, 7) if value % n == 0 and value > n]),
+        "packs": ("*", sizes if room >= 2 else []),
+    }
+    kinds = [kind for kind in _DRAWN if fit[kind][1]]
     if not kinds:
         return False
     kind = rng.choice(kinds)
-    wording = told.pick(kind)
-    if kind == "packs":
-        m, n = rng.choice(sizes)
-        told.say(wording, m=m, n=n)
-        product = told.work("The {packs} hold ", m, "*", n)
-        told.change("+", product, len(told.lines) - 1)
-        return True
-    sign, numbers = {
-        "add": ("+", range(2, min(30, largest - value) + 1)),
-        "subtract": ("-", range(2, value - 1)),
-        "multiply": ("*", factors),
-        "share": ("/", parts),
-    }[kind]
+    wording, (sign, numbers) = told.pick(kind), fit[kind]
     n = rng.choice(numbers)
-    told.say(wording, n=n)
-    told.change(sign, n)
+    if kind == "packs":
+        m, n = n
+        told.say(wording, m=m, n=n)
+        product = told.work("The {packs} hold ", m, sign, n)
+        told.change("+", product, len(told.lines) - 1)
+    else:
+        told.say(wording, n=n)
+        told.change(sign, n)
     return True
 
 
@@ -375,11 +370,8 @@ def _compare(told: _Telling) -> bool:
 
 
 def _solution(lines: Sequence[Line]) -> str:
-    worked = [
-        f"{line.before}{line.left} {line.sign} {line.right} = {line.value}{line.after}"
-        for line in lines
-    ]
-    return "\n".join([*worked, f"#### {lines[-1].value}"])
+    told = (f"{at.before}{at.left} {at.sign} {at.right} = {at.value}{at.after}\n" for at in lines)
+    return f"{''.join(told)}#### {lines[-1].value}"
 
 
 def _slipped(lines: Sequence[Line], chance: float, rng: random.Random) -> list[Line]:

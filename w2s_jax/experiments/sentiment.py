@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from w2s_jax.demo import Demo
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import compare, gold_rewards, mean_and_stderr
-from w2s_jax.experiments.language import journalled, opening_words
+from w2s_jax.experiments.demo_models import journalled, opening_words
 from w2s_jax.models.model import Model
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
@@ -26,9 +26,8 @@ from w2s_jax.search.models import Guide, SearchModels, search_models
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
-from w2s_jax.text.journal import Journal
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row
+from w2s_jax.text.rows import Journal, Row
 from w2s_jax.train.curves import as_png, new_figure
 
 if TYPE_CHECKING:
@@ -86,37 +85,21 @@ class Method:
 
 @dataclass(frozen=True)
 class Tempered:
-    """What a proposer samples from at a temperature, top-k left aside."""
+    """What a proposer samples from at a temperature, top-k left aside.
+
+    All else is the proposer's own.
+    """
 
     proposer: Proposer
     temperature: float | int
 
-    @property
-    def beta(self) -> float | int:
-        """That of EFT; 0 where the policy is alone."""
-        return getattr(self.proposer, "beta", 0.0)
-
-    @property
-    def values_tokens(self) -> bool:
-        return False
-
-    def readers(self, models: SearchModels) -> tuple[int, ...]:
-        return self.proposer.readers(models)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.proposer, name)
 
     def mix(
         self, models: SearchModels, logits: Logits, beta: Float[Array, " P"]
     ) -> Float[Array, "P *rows V"]:
         return self.proposer.mix(models, logits, beta) / self.temperature
-
-    def value(
-        self, models: SearchModels, logits: Logits, tokens: Int[Array, "P *rows"]
-    ) -> Float[Array, "P *rows J"]:
-        return self.proposer.value(models, logits, tokens)
-
-    def faults(
-        self, models: SearchModels, logits: Logits, mark: Float[Array, "P *rows"]
-    ) -> Bool[Array, "P *rows F"]:
-        return self.proposer.faults(models, logits, mark)
 
 
 def experiment_methods(
@@ -242,9 +225,8 @@ def summed_logprobs(
     temperature: float | int,
 ) -> Float[np.ndarray, " n"]:
     """log p(response | prompt), in nats, of what a proposer samples from at a temperature."""
-    scored = score_responses(
-        search_models(model, guide), Tempered(proposer, temperature), responses, batch_size=32
-    )
+    tempered = cast(Proposer, Tempered(proposer, temperature))
+    scored = score_responses(search_models(model, guide), tempered, responses, batch_size=32)
     return np.array([row.logprobs.astype(np.float64).sum() for row in scored])
 
 
@@ -327,7 +309,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _shown(figure: Mapping[str, float | int], *, sign: str = "+", digits: int = 2) -> str:
@@ -362,24 +344,17 @@ def draw_experiment(summary: Mapping[str, Any]) -> bytes:
     """
     figure = new_figure(9.6, 0.55 * len(summary["methods"]) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw_bars(left, summary["methods"], "gold_reward", "gold reward (log-odds of “positive”)")
-    _draw_bars(
-        right, summary["methods"], "logprob_per_token", "log-prob per token under the policy (nats)"
-    )
+    methods, told = summary["methods"], "log-prob per token under the policy (nats)"
+    _draw_bars(left, methods, "gold_reward", "gold reward (log-odds of “positive”)")
+    _draw_bars(right, methods, "logprob_per_token", told)
     figure.suptitle(f"{summary['prompts']} openings of IMDb test reviews", fontsize=10)
     return as_png(figure)
 
 
 def _draw_bars(axis: "Axes", methods: Mapping[str, Any], name: str, title: str) -> None:
-    figures = [method[name] for method in methods.values()]
-    axis.barh(
-        [method["heading"] for method in methods.values()],
-        [figure["mean"] for figure in figures],
-        xerr=[figure["stderr"] for figure in figures],
-        color=BAR,
-        height=0.6,
-        capsize=3,
-    )
+    headings = [method["heading"] for method in methods.values()]
+    means, errors = ([one[name][end] for one in methods.values()] for end in ("mean", "stderr"))
+    axis.barh(headings, means, xerr=errors, color=BAR, height=0.6, capsize=3)
     if DIRECT in methods:
         axis.axvline(methods[DIRECT][name]["mean"], color=LINE, linestyle="--", linewidth=1)
     axis.axvline(0.0, color="black", linewidth=0.6)

@@ -23,10 +23,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.experiments.language import LanguageConfig, run_command, write_start
+from w2s_jax.experiments.demo_models import LanguageConfig, run_command, write_start
 from w2s_jax.experiments.problems import ProblemConfig, general_text, make_problems, question_rows
 from w2s_jax.reasoning.measures import gap_over_seeds, over_seeds
 from w2s_jax.reasoning.stages import Stage, run_stages
@@ -94,11 +95,6 @@ class SizeConfig:
     pretraining: dict[str, Any]
     reason: dict[str, Any]
     positions: int = 512
-
-    @property
-    def held_out(self) -> ProblemConfig:
-        """The problems of the test."""
-        return replace(self.problems, wordings="held out")
 
 
 PRETRAINING = {
@@ -180,7 +176,7 @@ class SmallRun:
         outputs = (TEST, GENERAL, TOKENIZER, *(f"{name}-start" for name in MODELS))
         outputs += tuple(part for seed in range(SEEDS) for part in _parts(seed))
         settings = {name: size[name] for name in made} | shapes
-        found = [Stage("data", self._data, outputs, _json(settings))]
+        found = [Stage("data", self._data, outputs, settings)]
         for name in MODELS:
             flags = size["pretraining"] | {"max_steps": size[name]["steps"]}
             found.append(self._pretraining(name, flags))
@@ -193,7 +189,7 @@ class SmallRun:
     def _data(self, folder: Path) -> Mapping[str, Any]:
         """Questions of every seed, the test, the general text, tokenizer, empty checkpoints."""
         size = self.size
-        test = make_problems(size.test, 0, size.held_out)
+        test = make_problems(size.test, 0, replace(size.problems, wordings="held out"))
         write_jsonl(folder / TEST, question_rows(test, "test-"))
         asked = {problem.question for problem in test}
         for seed in range(SEEDS):
@@ -300,22 +296,17 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _sets(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Rows and accuracy of the responses and sets of each stage, means over the runs."""
-    sizes: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for report in reports:
         for stage, row in report["data"].items():
-            if row.get("accuracy") and "answered" in row:
-                told = (row["rows"], row["accuracy"]["value"])
-                sizes.setdefault(stage, []).append(told)
-            for part in row.get("sets", ()):
-                if part["accuracy"] is not None:
-                    told = (part["size"], part["accuracy"]["value"])
-                    sizes.setdefault(f"{stage}: {part['name']}", []).append(told)
+            sets = [(f"{stage}: {one['name']}", one["size"], one) for one in row.get("sets", ())]
+            answered = [(stage, row["rows"], row)] if "answered" in row else []
+            for name, size, judged in (*answered, *sets):
+                if judged.get("accuracy"):
+                    found.setdefault(name, []).append((size, judged["accuracy"]["value"]))
     return {
-        name: {
-            "size": over_seeds([float(size) for size, _ in each]).mean,
-            "accuracy": over_seeds([float(share) for _, share in each]).mean,
-        }
-        for name, each in sizes.items()
+        name: {"size": fmean(size for size, _ in each), "accuracy": fmean(one for _, one in each)}
+        for name, each in found.items()
     }
 
 
@@ -334,10 +325,6 @@ def _run_name(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
     parser = argparse.ArgumentParser(description="A small weak-to-strong run, from data to table.")
@@ -352,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"--seeds {given}: whole numbers with commas are needed")
         seeds = tuple(int(part) for part in given.split(","))
         run = SmallRun(SIZES[flags.size], seeds, flags.work.resolve())
-        run_stages(run.stages(), run.work, last=flags.until, tell=lambda line: _tell(line))
+        run_stages(run.stages(), run.work, last=flags.until, tell=_tell)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

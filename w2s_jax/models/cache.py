@@ -23,7 +23,7 @@ reading one token of each hypothesis, in one program.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -34,10 +34,10 @@ from jaxtyping import Array, Int, Shaped
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.quantized import quantize_array
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
-from w2s_jax.pytrees import pytree
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KV:
     """Keys and values of one part, one array each or, for stacked layers, with a leading N axis.
 
@@ -60,7 +60,8 @@ LayersKV = tuple[KV, ...] | KV
 """One part for every layer: a tuple in the per-layer layout, one stacked KV in the other."""
 
 
-@pytree(static=("placement",))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KVCache:
     """What one model remembers of the slots under search, between chunks.
 
@@ -75,7 +76,7 @@ class KVCache:
     committed: LayersKV
     prefix_length: Array
     committed_length: Array
-    placement: Placement = ON_ONE_DEVICE
+    placement: Placement = field(default=ON_ONE_DEVICE, metadata={"static": True})
 
     def constrain(self) -> "KVCache":
         """Inside jit, the cache with its arrays held to their shardings."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.rotary import Rope
+from w2s_jax.ops.attention import Rope
 
 _SIZES = (
     "vocab_size",

@@ -14,7 +14,7 @@ from typing import Any
 
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops.rotary import ROPE_KINDS, Rope
+from w2s_jax.ops.attention import ROPE_KINDS, Rope
 
 Json = Mapping[str, Any]
 

@@ -3,10 +3,11 @@
 Their layout is that of transformers' DistilBertForSequenceClassification; `load.py` reads them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -14,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import Json, mapping, number, refused, size
 from w2s_jax.models.parameters import Stored, stored_as
-from w2s_jax.pytrees import pytree
 
 Params = dict[str, Any]
 
@@ -102,11 +102,12 @@ class Encoder(nn.Module):
         return logits.astype(jnp.float32)
 
 
-@pytree(static=("config",))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Classifier:
     """An encoder's config and parameters; calling it maps right-padded tokens to label logits."""
 
-    config: EncoderConfig
+    config: EncoderConfig = field(metadata={"static": True})
     params: Params
 
     def __call__(

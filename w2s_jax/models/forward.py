@@ -34,7 +34,6 @@ from w2s_jax.models.decoder import (
 from w2s_jax.ops import attention, tpu
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.ops.tpu import parts_kernel
-from w2s_jax.pytrees import pytree
 
 _FAR = 2**30
 """The window of layers without one, where others have one; more than any model's positions."""
@@ -92,7 +91,8 @@ class View:
     placement: Placement = ON_ONE_DEVICE
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Stacked:
     """Two parts of all layers before new tokens are written, and the number of the layer that runs.
 
@@ -104,7 +104,8 @@ class Stacked:
     layer: Array
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerKV:
     """One layer's keys and values of the three parts; the chunk is None where nothing branches.
 
@@ -117,7 +118,8 @@ class LayerKV:
     stacked: Stacked | None = None
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Forward:
     """The result of one pass.
 

@@ -1,6 +1,7 @@
 """The model value: a config and its parameters, callable on tokens. No files, no tokenizer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,7 +27,6 @@ from w2s_jax.ops.sharding import (
     check_placing,
     resolve_tree,
 )
-from w2s_jax.pytrees import pytree
 
 STORED = "stored"
 
@@ -67,7 +67,8 @@ def floating_dtype(dtype: Any) -> jnp.dtype:
     return found
 
 
-@pytree(static=("config", "placement"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Model:
     """A decoder: a static config and a plain nested dict of parameters, as one pytree.
 
@@ -75,9 +76,9 @@ class Model:
     placement says where they lie, and so where the model's caches will.
     """
 
-    config: ModelConfig
+    config: ModelConfig = field(metadata={"static": True})
     params: dict
-    placement: Placement = ON_ONE_DEVICE
+    placement: Placement = field(default=ON_ONE_DEVICE, metadata={"static": True})
 
     @property
     def scan_layers(self) -> bool:

@@ -4,6 +4,7 @@ Their labels, and which logits make the reward. `load.load_reward_model` reads t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,13 @@ from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model, check_positions, hidden_states
 from w2s_jax.models.parameters import REWARD_HEADS
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
-from w2s_jax.pytrees import pytree
 
 SCORE = REWARD_HEADS[0]
 """The head as transformers' sequence classifiers keep it."""
 
 
-@pytree(static=("config", "labels", "placement"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RewardModel:
     """A decoder without a language model's head, and a head with one logit for each label.
 
@@ -30,11 +31,11 @@ class RewardModel:
     "bias" [labels]. labels: the logits' names; a reward model proper has one.
     """
 
-    config: ModelConfig
+    config: ModelConfig = field(metadata={"static": True})
     params: dict
     head: dict
-    labels: tuple[str, ...]
-    placement: Placement = ON_ONE_DEVICE
+    labels: tuple[str, ...] = field(metadata={"static": True})
+    placement: Placement = field(default=ON_ONE_DEVICE, metadata={"static": True})
 
     @property
     def decoder(self) -> Model:

@@ -10,43 +10,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rms_norm(
-    x: Float[Array, "*batch D"], scale: Float[Array, " D"], *, epsilon: float, offset: float = 0.0
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float, offset: float = 0.0
 ) -> Float[Array, "*batch D"]:
     """Root-mean-square norm `x / rms(x) * (offset + scale)`, in float32, returned in x's dtype.
 
     `offset` is 1 for Gemma, whose checkpoints store the scale less one. Source: arXiv 1910.07467.
     """
-    return _rms(epsilon, offset, x, scale)
-
-
-def layer_norm(
-    x: Float[Array, "*batch D"],
-    scale: Float[Array, " D"],
-    bias: Float[Array, " D"],
-    *,
-    epsilon: float,
-) -> Float[Array, "*batch D"]:
-    """Layer norm with scale and bias, in float32, returned in x's dtype; arXiv 1607.06450."""
-    return _layer(epsilon, x, scale, bias)
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse(wide, epsilon) * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def _inverse(centred: Array, epsilon: float) -> Array:
     return jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
 
 
-def _rows(x: Array) -> tuple[int, ...]:
-    return tuple(range(x.ndim - 1))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rms(epsilon: float, offset: float, x: Array, scale: Array) -> Array:
-    wide = x.astype(jnp.float32)
-    return (wide * _inverse(wide, epsilon) * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-
-
-def _rms_forward(epsilon: float, offset: float, x: Array, scale: Array) -> tuple[Array, tuple]:
-    return _rms(epsilon, offset, x, scale), (x, scale)
+def _rms_forward(x: Array, scale: Array, epsilon: float, offset: float) -> tuple[Array, tuple]:
+    return rms_norm(x, scale, epsilon, offset), (x, scale)
 
 
 def _rms_backward(
@@ -58,24 +39,29 @@ def _rms_backward(
     normed = wide * inverse
     inner = slope * (offset + scale.astype(jnp.float32))
     by_x = inverse * (inner - normed * jnp.mean(inner * normed, axis=-1, keepdims=True))
-    return by_x.astype(x.dtype), (slope * normed).sum(_rows(x)).astype(scale.dtype)
+    by_scale = (slope * normed).sum(range(x.ndim - 1))
+    return by_x.astype(x.dtype), by_scale.astype(scale.dtype)
 
 
-_rms.defvjp(_rms_forward, _rms_backward)
+rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer(epsilon: float, x: Array, scale: Array, bias: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*batch D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    epsilon: float,
+) -> Float[Array, "*batch D"]:
+    """Layer norm with scale and bias, in float32, returned in x's dtype; arXiv 1607.06450."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = centred * _inverse(centred, epsilon) * scale.astype(jnp.float32)
     return (normed + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def _layer_forward(
-    epsilon: float, x: Array, scale: Array, bias: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _layer(epsilon, x, scale, bias), (x, scale)
+def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple]:
+    return layer_norm(x, scale, bias, epsilon), (x, scale)
 
 
 def _layer_backward(
@@ -89,8 +75,8 @@ def _layer_backward(
     inner = slope * scale.astype(jnp.float32)
     along = normed * jnp.mean(inner * normed, axis=-1, keepdims=True)
     by_x = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - along)
-    by_scale, by_bias = (slope * normed).sum(_rows(x)), slope.sum(_rows(x))
+    by_scale, by_bias = (row.sum(range(x.ndim - 1)) for row in (slope * normed, slope))
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(scale.dtype)
 
 
-_layer.defvjp(_layer_forward, _layer_backward)
+layer_norm.defvjp(_layer_forward, _layer_backward)

@@ -4,6 +4,7 @@ Symmetric rounding, values times scales. Which parameters are quantised is in `m
 """
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,13 +14,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from w2s_jax.pytrees import pytree
-
 DEPTHS = (4, 8)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
-@pytree(static=("axis", "group", "dtype"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class QTensor:
     """A weight as integers and the factors that they are multiplied by, in place of the array.
 
@@ -32,9 +32,9 @@ class QTensor:
 
     values: Any
     scales: Any
-    axis: int
-    group: int | None
-    dtype: str
+    axis: int = field(metadata={"static": True})
+    group: int | None = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

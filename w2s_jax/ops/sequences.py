@@ -6,6 +6,7 @@ each on its share of a mesh. Which version runs is chosen where a program is low
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,14 +18,18 @@ from jaxtyping import Array, Bool, Float
 from w2s_jax.ops import tpu
 from w2s_jax.ops.attention import attend_part, merge
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
-from w2s_jax.ops.tpu.splash import attend_rows, blocks_of, fill
-from w2s_jax.pytrees import pytree
 
 SHORTEST = 128
 """Sequences of fewer tokens have few scores, and a kernel's blocks would be mostly empty."""
+BLOCKS = (512, 256, 128)
+"""Sides of a kernel's blocks of queries and of keys, in tokens; all multiples of a TPU's 128 lanes.
+
+Not tuned on a device: larger ones read keys less often, and fit the vector memory at C = 256 too.
+"""
 
 
-@pytree(static=("windows", "placement"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Reach:
     """What the tokens of whole sequences see: themselves and what stands before them.
 
@@ -34,11 +39,11 @@ class Reach:
     P, the rows of a batch, and heads are split.
     """
 
-    windows: tuple[int | None, ...] = (None,)
+    windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
     chosen: Array | None = None
     text: Array | None = None
     segments: Array | None = None
-    placement: Placement = ON_ONE_DEVICE
+    placement: Placement = field(default=ON_ONE_DEVICE, metadata={"static": True})
 
     def mask(self, length: int) -> Bool[Array, "#P #A X X"]:
         """True where a query (third axis) sees a key (fourth)."""
@@ -57,12 +62,14 @@ class Reach:
         return seen
 
 
+# The rule of the gradient is ours, and not that of the choice between platforms: what that would
+# save for the backward pass is what the version of any platform saves, all scores among it.
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_sequence(
     query: Float[Array, "P A X H C"],
     keys: Float[Array, "P A X G C"],
     values: Float[Array, "P A X G C"],
     reach: Reach,
-    *,
     scale: float | int,
     softcap: float | None = None,
 ) -> Float[Array, "P A X H C"]:
@@ -73,28 +80,20 @@ def attend_sequence(
     runs is chosen where the program is lowered: TPUs and CUDA devices have kernels that hold no
     scores and no mask; elsewhere, and for short sequences, scores of all keys at once.
     """
-    return _attend((scale, softcap), query, keys, values, reach)
+    return _forward(query, keys, values, reach, scale, softcap, differentiated=False)[0]
 
 
-Options = tuple[float | int, float | None]
-"""Scale and soft-cap."""
 Kernel = Callable[..., Array]
 """(query [P A X H C], keys and values [P A X G C], reach) -> what they attend to, as query."""
 
 
-# The rule of the gradient is ours, and not that of the choice between platforms: what that would
-# save for the backward pass is what the version of any platform saves, all scores among it.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, query: Array, keys: Array, values: Array, reach: Reach) -> Array:
-    return _forward(options, query, keys, values, reach, differentiated=False)[0]
-
-
 def _forward(
-    options: Options,
     query: Array,
     keys: Array,
     values: Array,
     reach: Reach,
+    scale: float | int,
+    softcap: float | None,
     *,
     differentiated: bool = True,
 ) -> tuple[Array, tuple]:
@@ -105,16 +104,18 @@ def _forward(
         return out.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32)
 
     def by_scores(query: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        scale, softcap = options
         mask = reach.mask(query.shape[2])
         part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
         return merge([part]), part.maximum + jnp.log(part.total)
 
-    out, normaliser = _dispatch(options, by_kernel, by_scores, reach, query, keys, values)
+    run = _dispatch(by_kernel, by_scores, kernels(query, keys, values, reach, scale, softcap))
+    out, normaliser = run(query, keys, values)
     return out, (query, keys, values, reach, out, normaliser)
 
 
-def _backward(options: Options, residuals: tuple, slope: Array) -> tuple[Array, Array, Array, None]:
+def _backward(
+    scale: float | int, softcap: float | None, residuals: tuple, slope: Array
+) -> tuple[Array, Array, Array, None]:
     *arrays, reach, out, normaliser = residuals
 
     # What a kernel saves is its own affair, so it runs again. Beside a rematerialised pass the two
@@ -126,34 +127,33 @@ def _backward(options: Options, residuals: tuple, slope: Array) -> tuple[Array, 
 
     def by_scores(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
         mask = reach.mask(query.shape[2])
-        return _pull_scores(options, (query, keys, values, mask, out, normaliser), slope)
+        return _pull_scores(
+            (query, keys, values, mask, out, normaliser), slope, scale=scale, softcap=softcap
+        )
 
-    by_query, by_keys, by_values = _dispatch(options, by_kernel, by_scores, reach, *arrays, slope)
-    return by_query, by_keys, by_values, None
+    run = _dispatch(by_kernel, by_scores, kernels(*arrays, reach, scale, softcap))
+    return (*run(*arrays, slope), None)
 
 
-_attend.defvjp(_forward, _backward)
+attend_sequence.defvjp(_forward, _backward)
 
 
 def _dispatch(
-    options: Options,
     by_kernel: Callable[..., tuple[Array, ...]],
     by_scores: Callable[..., tuple[Array, ...]],
-    reach: Reach,
-    *arrays: Array,
-) -> tuple[Array, ...]:
+    found: Mapping[str, Kernel],
+) -> Callable[..., tuple[Array, ...]]:
     """By the kernel of the platform that the program is lowered for, where it takes the case."""
-    query, keys, values, *_ = arrays
-    found = kernels(query, keys, values, reach, *options)
     if not found:
-        return by_scores(*arrays)
+        return by_scores
     branches = {platform: partial(by_kernel, kernel) for platform, kernel in found.items()}
-    return jax.lax.platform_dependent(*arrays, default=by_scores, **branches)
+    return partial(jax.lax.platform_dependent, default=by_scores, **branches)
 
 
-def _pull_scores(options: Options, residuals: tuple, slope: Array) -> tuple[Array, Array, Array]:
+def _pull_scores(
+    residuals: tuple, slope: Array, *, scale: float | int, softcap: float | None
+) -> tuple[Array, Array, Array]:
     """The gradients by query, keys and values, from scores that are computed again."""
-    scale, softcap = options
     query, keys, values, mask, out, normaliser = residuals
     slots, groups, count, heads, width = query.shape
     shape = (slots, groups, count, keys.shape[3], heads // keys.shape[3])
@@ -235,6 +235,72 @@ def splash(
         return choose(run, *rows, ids).swapaxes(1, 2)[:, :length]
 
     return _on_shares(attend, query, keys, values, segments, reach)
+
+
+def attend_rows(
+    query: Array,
+    keys: Array,
+    values: Array,
+    segments: Array | None,
+    *,
+    window: int | None,
+    block: int,
+    softcap: float | None,
+    interpret: bool,
+) -> Array:
+    """Causal attention of rows over themselves.
+
+    Args:
+        query: [B H X C], multiplied by the scale already: the kernel has no scale of its own.
+        keys: [B G X C]. X is a multiple of `block`: the kernel cuts no last block short.
+        values: [B G X C].
+        segments: [B X], of which each sees itself alone; None where there is one.
+        window: the last how many tokens are seen; None for all.
+        block: of `BLOCKS`.
+        softcap: of the scores.
+        interpret: runs on any device, slowly.
+
+    Returns:
+        What they attend to, as `query`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, heads, length, _ = query.shape
+    shape = (length, length)
+    # Masks by their rule, never as numbers: blocks of which nothing is seen are left out.
+    one: Any = masks.CausalMask(shape)
+    if window is not None and window < length:
+        one = masks.LocalMask(shape, (window - 1, 0), 0)
+    # One side for the forward pass and both of the gradient's, since none was tuned on a device.
+    sides = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    blocks: Any = {f"block_{side}": block for side in sides}
+    kernel = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([one] * heads),
+        block_sizes=kernels.BlockSizes(**blocks),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    if segments is None:
+        return jax.vmap(kernel)(query, keys, values)
+    return jax.vmap(kernel)(query, keys, values, kernels.SegmentIds(segments, segments))
+
+
+def blocks_of(length: int) -> tuple[int, int]:
+    """The side of a block, and how many tokens are missing to a multiple of it.
+
+    The largest that at most an eighth of the length is filled up for: what is filled in is computed
+    with, so that a short sequence in long blocks would cost more than the blocks save.
+    """
+    short = [-length % block for block in BLOCKS]
+    fitting = [at for at, missing in enumerate(short) if 8 * missing <= length]
+    at = fitting[0] if fitting else len(BLOCKS) - 1
+    return BLOCKS[at], short[at]
+
+
+def fill(x: Array, missing: int) -> Array:
+    """Rows [B X ...] with so many more tokens of zeros, in segment 0 as padding is."""
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
 def cudnn(

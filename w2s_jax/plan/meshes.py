@@ -227,17 +227,17 @@ def _check_slices(devices: Sequence[jax.Device]) -> None:
         )
 
 
-def search_shapes(
+def choose_search_mesh(
     plan: SteeringPlan,
     config: SearchConfig,
     places: Places,
-    *,
     prompt_tokens: int,
+    *,
     slots: int,
     dtype: str | None,
     slots_flag: str = "--batch-size",
-) -> SearchShapes:
-    """The shapes of a search with the models of a plan, by the rules of `places`.
+) -> Chosen:
+    """The mesh for --mesh auto of a search with the models of a plan, by the rules of `places`.
 
     A checkpoint that is named twice counts twice.
 
@@ -249,6 +249,9 @@ def search_shapes(
         slots: prompts side by side, as `slots_flag` says.
         dtype: of the weights, None is what loading takes.
         slots_flag: the flag that messages name.
+
+    Raises:
+        InputError: as `choose_mesh` does.
     """
     from w2s_jax.models.huggingface import CONFIG, locate, read_json
     from w2s_jax.models.load import load_reward_config
@@ -261,7 +264,7 @@ def search_shapes(
     if dtype == STORED:
         told = read_json(locate(bases[plan.members[0].path]) / CONFIG)
         dtype = str(told.get("dtype") or told.get("torch_dtype") or "float32")
-    return SearchShapes(
+    shapes = SearchShapes(
         policy=configs["policy"],
         guides=tuple(
             GuideShapes(
@@ -280,3 +283,4 @@ def search_shapes(
         # Encoders stay whole on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
     )
+    return choose_mesh(shapes)

@@ -32,7 +32,7 @@ from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_m
 from w2s_jax.search.results import Request
 from w2s_jax.search.scorers import LogRatio, NoScore
 from w2s_jax.search.state import SearchState, start_search, state_axes
-from w2s_jax.text.batches import bucket
+from w2s_jax.text.tokenizer import bucket
 from w2s_jax.train.config import PreferenceConfig
 from w2s_jax.train.estimate import (
     TrainingShapes,

@@ -1,25 +1,9 @@
 """Weak-to-strong reasoning (arXiv 2407.13647): a run in stages, from questions to a report.
 
-Public names load on first use, so that the config can be read without jax.
+Public names, listed in `__init__.pyi`, load on first use, so that `config.py` can be read without
+jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from w2s_jax.reasoning.config import ReasonConfig, StagesConfig
-    from w2s_jax.reasoning.runner import plan, run
-
-__all__ = ["ReasonConfig", "StagesConfig", "plan", "run"]
-
-_HOMES = {"ReasonConfig": "config", "StagesConfig": "config", "plan": "runner", "run": "runner"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,17 +3,22 @@
 Texts are those that `answer_text.clean` returns; sets of real numbers are brought into one notation
 first. Of a unit, "%", a base, "mod 7" and "p.m.", a form says all ("told"), all but what a bare
 number mostly is, dollars and degrees ("voted"), or nothing, since a question may have said it
-("bare").
+("bare"). Expressions are read by math-verify's parser and worked out in numbers; one in variables
+is known by its values at fixed points, so that two ways to write it have one form. That may take
+for ever, or all memory: `answers.grade` gives it a process.
 """
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
+from hashlib import sha256
 from itertools import pairwise, permutations
 from math import gcd
-from typing import Literal
+from typing import Any, Literal
 
-from w2s_jax.reasoning.expressions import constant, equation_form, expression_form, write
+from w2s_jax.reasoning.answer_text import split_top
 from w2s_jax.reasoning.quantities import (
     NO_UNIT,
     Quantity,
@@ -46,7 +51,13 @@ def _plain_range(answer: str) -> str:
     if built := _BUILT.fullmatch(answer):
         answer = built["told"].strip()
     if told := _TUPLE.fullmatch(answer):
-        return _in_order(told[1].split(","), split_top(told[2][1:-1])) or answer
+        names, values = [name.strip() for name in told[1].split(",")], split_top(told[2][1:-1])
+        if values is None or len(values) != len(names):
+            return answer
+        pairs = list(zip(names, values, strict=True))
+        # Names that are no coordinates stand in an order of their own.
+        ordered = sorted(pairs) if set(names) <= set("xyz") else pairs
+        return f"({','.join(value for _, value in ordered)})"
     if but := _EXCEPT.fullmatch(answer):
         again = rf"(?:{re.escape(but['name'])}\s*\\ne(?![a-zA-Z]))?" if but["name"] else ""
         places = (but["set"] or but["told"] or but["unequal"]).strip()
@@ -57,23 +68,13 @@ def _plain_range(answer: str) -> str:
             # x > 1 and 3 > x is 1 < x < 3.
             case [low, below, name], [same, above, high] if name == same:
                 if _VARIABLE.fullmatch(name):
-                    return f"{low} {below} {name} {above} {high}"
+                    return " ".join((low, below, name, above, high))
     return _FOREIGN.sub(_round, answer)
 
 
 def _round(interval: re.Match[str]) -> str:
     """]a,b[ as (a,b)."""
     return interval[1].replace("]", "(") + interval[2] + interval[3].replace("[", ")")
-
-
-def _in_order(names: list[str], values: list[str] | None) -> str | None:
-    """The values of (y,x) = (2,1) as (1,2); of names that are no coordinates as they stand."""
-    if values is None or len(values) != len(names):
-        return None
-    told = [name.strip() for name in names]
-    if set(told) <= set("xyz"):
-        values = [value for _, value in sorted(zip(told, values, strict=True))]
-    return f"({','.join(values)})"
 
 
 def _without(places: list[str]) -> str | None:
@@ -93,20 +94,6 @@ def _chain(answer: str) -> list[str] | None:
     if len(falling) != 1 or len(parts) > 5 or not all(parts):
         return None
     return [_FALLING.get(part, part) for part in reversed(parts)] if True in falling else parts
-
-
-def split_top(text: str) -> list[str] | None:
-    """Parts of a list between commas outside all brackets; None where brackets do not match."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return None
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return None if depth else [part.strip() for part in parts]
 
 
 How = Literal["told", "voted", "bare"]
@@ -266,9 +253,8 @@ def _number(found: Quantity | None, how: How) -> str | None:
         return None
     if how == "bare":
         return write(found.value)
-    if found.unit == NO_UNIT or (how == "voted" and found.unit.powers in _IMPLIED):
-        return write(found.told)
-    return f"{write(found.told)} {found.unit}"
+    is_implied = found.unit == NO_UNIT or (how == "voted" and found.unit.powers in _IMPLIED)
+    return write(found.told) + ("" if is_implied else f" {found.unit}")
 
 
 def _union(answer: str, how: How) -> str | None:
@@ -332,10 +318,8 @@ def _both_signs(part: str) -> list[str]:
 
 
 def _equation(answer: str, how: How) -> str | None:
-    sides = re.split(r"(?<![<>!])=", answer)
-    if len(sides) < 2 or not all(side.strip() for side in sides):
-        return None
-    return equation_form(sides[-2].strip(), sides[-1].strip())
+    sides = [side.strip() for side in re.split(r"(?<![<>!])=", answer)]
+    return equation_form(sides[-2], sides[-1]) if len(sides) > 1 and all(sides) else None
 
 
 _READERS: tuple[Callable[[str, How], str | None], ...] = (
@@ -345,3 +329,173 @@ _READERS: tuple[Callable[[str, How], str | None], ...] = (
     lambda answer, how: _number(quantity(answer), how),
     lambda answer, how: expression_form(answer),
 )
+
+
+# --- Expressions ----------------------------------------------------------------------------------
+_LONGEST = 2_000  # characters; what is longer is compared as text
+_DIGITS = 30  # worked out; SHOWN of them are told, the others are for rounding
+_SHOWN = 12
+_MOST_DIGITS = 400
+_POINTS = 3
+_SIMPLEST = 10**6  # the largest denominator that a value is read as
+_FUNCTIONS = (
+    "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi "
+    "alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi omega infty"
+)
+_NOTATION = (
+    (re.compile(rf"(?<![A-Za-z\\])({_FUNCTIONS.replace(' ', '|')})(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"\\sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)"), r"\\sqrt{\1\2}"),
+    (re.compile(r"√\s*(\d+|[A-Za-z]|\\[A-Za-z]+)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\log_\{?e\}?(?![A-Za-z])"), r"\\ln "),
+    (re.compile(r"(\d+(?:\.\d+)?|\\pi)\s*degrees"), r"(\1 \\cdot \\frac{\\pi}{180})"),
+)
+_PRIME = re.compile(r"'|\\prime(?![a-zA-Z])")
+_PRIMES = re.compile(
+    rf"(?<=[A-Za-z0-9}}])(?:(?:{_PRIME.pattern})+|\^\s*\{{?\s*(?:(?:{_PRIME.pattern})\s*)+\}}?)"
+)
+_CAPITAL_I = re.compile(r"\\[A-Za-z]+|_\{[^{}]*\}|_\w|I")
+_APART = re.compile(r"(?<![\d_.])[\d.]+\s+\d")
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Any:
+    """The sympy expression that a cleaned text is; None where it is none."""
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig
+
+    for pattern, plain in _NOTATION:
+        text = pattern.sub(plain, text)
+    # The parser drops primes; behind another subscript it then reads nothing.
+    text = _PRIMES.sub(lambda found: f"_{{p{len(_PRIME.findall(found[0]))}}}", text)
+    # A current or an identity; the parser takes it for the imaginary unit, as i.
+    text = _CAPITAL_I.sub(lambda found: r"\iota " if found[0] == "I" else found[0], text)
+    # Two numbers side by side would be added.
+    if not text or len(text) > _LONGEST or _APART.search(text):
+        return None
+    import sympy
+
+    try:
+        found = latex2sympy(
+            text,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+            normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
+        )
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # what the parser itself raises
+        return None
+    if not isinstance(found, sympy.Expr):
+        return None
+    unit = sympy.Symbol("i")
+    return found.subs(unit, sympy.I) if unit in found.free_symbols else found
+
+
+def constant(text: str) -> Fraction | None:
+    """The real number that a cleaned text is, to 30 digits where it is irrational."""
+    expression = parse(text)
+    is_known = expression is not None and not expression.free_symbols
+    value = _worked_out(expression) if is_known else None
+    return _fraction(value) if value is not None and value.is_real is True else None
+
+
+def expression_form(text: str) -> str | None:
+    """One form for all ways to write an expression; None where it is none or has no values."""
+    return _form(parse(text))
+
+
+def equation_form(left: str, right: str) -> str | None:
+    """One form for an equation: its one variable or its y where it is linear in it, its curve else.
+
+    An equation of two equal numbers is that number.
+    """
+    import sympy
+
+    sides = parse(left), parse(right)
+    if sides[0] is None or sides[1] is None:
+        return None
+    difference = sides[0] - sides[1]
+    symbols = difference.free_symbols
+    if not symbols:
+        forms = _form(sides[0]), _form(sides[1])
+        return forms[0] if forms[0] == forms[1] else None
+    alone = next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("y")
+    if alone in symbols:
+        slope = difference.diff(alone)
+        # Linear where the slope has no y at any point.
+        if alone not in slope.free_symbols and slope != 0:
+            return _form(-difference.subs(alone, 0) / slope)
+    values = _values(difference)
+    if not values or values[0] == 0:
+        return None
+    scaled = [_written(value / values[0]) for value in values[1:]]
+    return None if None in scaled else f"0 = {_names(difference)}: {scaled}"
+
+
+def _form(expression: Any) -> str | None:
+    written = [] if expression is None else list(map(_written, _values(expression)))
+    if None in written or len(set(written)) < 2:
+        return written[0] if written and None not in written else None
+    return f"{_names(expression)}: {' '.join(map(str, written))}"
+
+
+def _names(expression: Any) -> str:
+    return " ".join(sorted(map(str, expression.free_symbols)))
+
+
+def _values(expression: Any) -> list[Any]:
+    """Its value, or its values at the points; none where one of them is not a number."""
+    import sympy
+
+    def coordinate(symbol: Any, point: int) -> Any:
+        # Positive and irregular, so that roots and logarithms have values and no two forms meet.
+        drawn = int.from_bytes(sha256(f"{symbol} {point}".encode()).digest()[:4], "big")
+        return sympy.Rational(300 + drawn % 2003, 997)
+
+    symbols = expression.free_symbols
+    points = range(_POINTS if symbols else 1)
+    values = [_worked_out(expression, {s: coordinate(s, n) for s in symbols}) for n in points]
+    return [] if None in values else values
+
+
+def _worked_out(expression: Any, point: Any = None) -> Any:
+    try:
+        # Substituting works out powers, which 10^{10^{10}} does not outlive.
+        placed = expression.subs(point) if point else expression
+        value = placed.evalf(_DIGITS, chop=True)
+        if value.is_comparable and abs(value) > 10**15:
+            # As many digits as tell integers apart, or none.
+            if abs(value) > 10**_MOST_DIGITS:
+                return None
+            value = placed.evalf(_DIGITS + len(str(int(value))))
+        if value.is_number is not True or value.is_finite is False or not value.is_comparable:
+            parts = value.as_real_imag()
+            if any(part.is_comparable is not True for part in parts):
+                return None
+        return value
+    except (TypeError, ValueError, AttributeError, NotImplementedError, ArithmeticError):
+        return None
+
+
+def _written(value: Any) -> str | None:
+    real, imaginary = (_fraction(part) for part in value.as_real_imag())
+    if real is None or imaginary is None:
+        return None
+    return f"{write(real)} + {write(imaginary)} i" if imaginary else write(real)
+
+
+def _fraction(value: Any) -> Fraction | None:
+    """The simple fraction that a real value of 30 digits is, or the value as told."""
+    try:
+        told = Fraction(str(value))
+    except ValueError:
+        return None
+    simple = told.limit_denominator(_SIMPLEST)
+    scale = abs(told) if abs(told) > 1 else Fraction(1)
+    return simple if abs(simple - told) <= scale / 10 ** (_DIGITS - 5) else told
+
+
+def write(value: Fraction) -> str:
+    """One form for a value: "1000", "-3/4", "1.41421356237"."""
+    if value.denominator <= _SIMPLEST:
+        return str(value)
+    return f"{Decimal(value.numerator) / Decimal(value.denominator):.{_SHOWN}g}"

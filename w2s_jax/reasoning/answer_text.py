@@ -1,6 +1,6 @@
 """Where a final answer stands in a text, and its LaTeX without what means nothing.
 
-Knows no values: numbers are read in quantities.py, expressions in expressions.py.
+Knows no values: numbers are read in quantities.py, expressions in answer_forms.py.
 """
 
 import re
@@ -321,3 +321,17 @@ def clean(answer: str) -> str:
     # Behind a number alone it is a mark of inches.
     quoted = answer.startswith('"') or not re.search(r'\d"$', answer)
     return answer.strip('"') if quoted else answer
+
+
+def split_top(text: str) -> list[str] | None:
+    """Parts of a list between commas outside all brackets; None where brackets do not match."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return None
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return None if depth else [part.strip() for part in parts]

@@ -1,21 +1,23 @@
-"""Final answers: their checkers by name, and the final answer of a gold solution.
+"""Final answers: checkers by name, gold answers, and rows graded in workers that can be killed.
 
 published: the rules of the code published with arXiv 2407.13647, their oddities included ("ft" goes
 from any text). harness: lm-evaluation-harness's task `gsm8k`, version 3.0, without importing it.
 math: by value, numbers and units exactly, expressions by their values at points; what may hang
-(sympy) has no time limit here, grading gives it a process.
+(sympy) has no time limit in a checker, so that grading calls it in workers.
 """
 
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol, runtime_checkable
+from itertools import combinations
+from typing import Any, Protocol, runtime_checkable
 
 from w2s_jax.errors import InputError
-from w2s_jax.reasoning.answer_forms import form, quantity
+from w2s_jax.reasoning.answer_forms import expression_form, form, quantity
 from w2s_jax.reasoning.answer_text import (
     after_answer_is,
     after_hashes,
@@ -23,24 +25,16 @@ from w2s_jax.reasoning.answer_text import (
     final_answer,
     last_box,
 )
-from w2s_jax.reasoning.expressions import expression_form
 from w2s_jax.reasoning.quantities import MONEY, NO_UNIT, Quantity
+from w2s_jax.reasoning.workers import Failure, Workers
+from w2s_jax.text.rows import Row
 
 # What stands before the final answer of a response.
 MARKERS = {"gsm8k": "####", "math": "The answer is:", "olympicarena": "The answer is:"}
 
 _REPLACED = (
-    ("an ", ""),
-    ("a ", ""),
-    (".$", "$"),
-    ("\\$", ""),
-    ("\\ ", ""),
-    ("\\%", "%"),
-    (" ", ""),
-    ("mbox", "text"),
-    (",\\text{and}", ","),
-    ("\\text{and}", ","),
-    ("\\text{m}", "\\text{}"),
+    *(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), ("\\%", "%"), (" ", "")),
+    *(("mbox", "text"), (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}")),
 )
 # Taken out one after another, in this order: an earlier one may uncover a later one.
 _REMOVED = (
@@ -319,3 +313,158 @@ def gold_answer(solution: str, kind: str) -> str:
         where = "#### " if kind == "gsm8k" else "\\boxed{"
         raise InputError(f'a solution without a final answer (no "{where}..."): {bare[:60]!r}')
     return bare
+
+
+# --- Grading --------------------------------------------------------------------------------------
+
+Task = tuple[str, ...]
+_NUMBER = re.compile(r"-?\d")
+_BARE = re.compile(r"[-+\d.,/ ]+")
+
+
+def grade(
+    rows: Sequence[Mapping[str, Any]],
+    golds: Mapping[Any, str] | None,
+    checker_name: str,
+    kind: str,
+    *,
+    complete: bool = True,
+    **limits: Any,
+) -> list[Row]:
+    """The rows with "pred", and where there are golds with "gold" and "result", in their order.
+
+    rows: each with "response", and with "id" where there are golds; golds: a row's id -> its gold
+    final answer. checker_name: a name of `make_checker`, or "module:attribute" of a checker of
+    one's own, called with the kind. complete: whether every row must have a gold answer. limits:
+    those of `Workers`. An answer that hangs, crashes or takes too much memory has the result False
+    (or the empty pred, if it was being extracted) and says why in "error".
+    Raises InputError for a row without a response or a gold answer, and as `make_checker` does.
+    """
+    known = {} if golds is None else golds
+    for index, row in enumerate(rows):
+        name = f"row {index + 1}" + (f" (id {row['id']!r})" if "id" in row else "")
+        if not isinstance(row.get("response"), str):
+            raise InputError(f'{name}: no text "response" to grade')
+        if golds is not None and complete and row.get("id") not in golds:
+            raise InputError(f"{name}: no gold answer has its id")
+    wanted = [known.get(row.get("id")) for row in rows]
+    with _checking(checker_name, kind, **limits) as pool:
+        preds = _run(pool, [("extract", row["response"]) for row in rows])
+        texts = ["" if isinstance(pred, Failure) else pred for pred in preds]
+        pairs = zip(texts, wanted, strict=True)
+        verdicts = iter(_run(pool, [("equal", *pair) for pair in pairs if pair[1] is not None]))
+    graded = []
+    for row, pred, text, gold in zip(rows, preds, texts, wanted, strict=True):
+        found = {name: value for name, value in row.items() if name != "error"} | {"pred": text}
+        failures = [pred]
+        if gold is not None:
+            failures.append(verdict := next(verdicts))
+            found |= {"gold": gold, "result": not isinstance(verdict, Failure) and verdict}
+        reasons = [failure.reason for failure in failures if isinstance(failure, Failure)]
+        graded.append(found | ({"error": reasons[0]} if reasons else {}))
+    return graded
+
+
+def judged(
+    rows: Sequence[Mapping[str, Any]],
+    golds: Mapping[Any, str],
+    voter: str,
+    judge: str,
+    kind: str,
+) -> list[Row]:
+    """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
+    also with "gold" and "result" by the checker `judge`.
+
+    Raises InputError as `grade` does.
+    """  # noqa: D205
+    if voter == judge:
+        return grade(rows, golds, voter, kind, complete=False)
+    graded = grade(rows, None, voter, kind)
+    known = [index for index, row in enumerate(rows) if row["id"] in golds]
+    verdicts = grade([rows[index] for index in known], golds, judge, kind)
+    for index, verdict in zip(known, verdicts, strict=True):
+        graded[index] |= {"gold": verdict["gold"], "result": verdict["result"]}
+    return graded
+
+
+def canonical_answers(
+    preds: Sequence[str], checker_name: str, kind: str, **limits: Any
+) -> list[str]:
+    """Each final answer in the checker's one form per value; as it is where that cannot be found.
+
+    limits: those of `Workers`. Raises InputError as `make_checker` does.
+    """
+    with _checking(checker_name, kind, **limits) as pool:
+        forms = _run(pool, [("canonical", pred) for pred in preds])
+    pairs = zip(preds, forms, strict=True)
+    return [pred if isinstance(form, Failure) else form for pred, form in pairs]
+
+
+def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> list[Row]:
+    """The rows with "pred" in the one form that it votes for, in their order.
+
+    rows: each with "id" and "pred". Of one question, numbers of which any two are equal are one
+    vote, that of the first in the order of characters: "5 cm" and "5", where nobody says "5 m".
+    Raises InputError as `make_checker` does.
+    """
+    preds = sorted({row["pred"] for row in rows if row["pred"]})
+    forms = dict(zip(preds, canonical_answers(preds, checker_name, kind), strict=True))
+    asked: dict[Any, dict[str, str]] = {}
+    for pred, row_id in sorted({(row["pred"], row["id"]) for row in rows if row["pred"]}, key=str):
+        asked.setdefault(row_id, {}).setdefault(forms[pred], pred)
+    alike = _equal_numbers(asked, checker_name, kind)
+    return [
+        {**row, "pred": _shared_form(forms[row["pred"]], alike[row["id"]]) if row["pred"] else ""}
+        for row in rows
+    ]
+
+
+def _equal_numbers(
+    asked: Mapping[Any, Mapping[str, str]], checker_name: str, kind: str
+) -> dict[Any, dict[str, set[str]]]:
+    """For each question and form of a number there, the forms that are equal to it."""
+    alike = {row_id: {form: {form} for form in found} for row_id, found in asked.items()}
+    pairs = [
+        (row_id, one, other)
+        for row_id, found in asked.items()
+        for one, other in combinations(filter(_NUMBER.match, found), 2)
+        if not (_BARE.fullmatch(found[one]) and _BARE.fullmatch(found[other]))
+    ]
+    with _checking(checker_name, kind) as pool:
+        verdicts = _run(pool, [("equal", asked[at][one], asked[at][two]) for at, one, two in pairs])
+    for (row_id, one, other), verdict in zip(pairs, verdicts, strict=True):
+        if verdict is True:
+            alike[row_id][one].add(other)
+            alike[row_id][other].add(one)
+    return alike
+
+
+def _shared_form(form: str, alike: Mapping[str, set[str]]) -> str:
+    same = alike[form]
+    return min(same) if all(alike[one] == same for one in same) else form
+
+
+def methods(checker_name: str, kind: str) -> Callable[[Task], Any]:
+    """In a worker: the function that calls a method of a checker, told as (method, *arguments)."""
+    module, _, attribute = checker_name.partition(":")
+    if attribute:
+        try:
+            checker = getattr(importlib.import_module(module), attribute)(kind)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"checker {checker_name}: cannot be loaded ({error})") from None
+    else:
+        checker = make_checker(checker_name, kind)
+    return lambda task: getattr(checker, task[0])(*task[1:])
+
+
+def _checking(checker_name: str, kind: str, **limits: Any) -> Workers:
+    if ":" not in checker_name:
+        make_checker(checker_name, kind)
+    return Workers(f"{__name__}:methods", (checker_name, kind), **limits)
+
+
+def _run(pool: Workers, tasks: Sequence[Hashable]) -> list[Any]:
+    """Results in order; what is asked more than once, as common answers are, is worked out once."""
+    different = list(dict.fromkeys(tasks))
+    results = dict(zip(different, pool.run(different), strict=True))
+    return [results[task] for task in tasks]

@@ -3,7 +3,7 @@
     python -m w2s_jax.reasoning.generation FOLDER/answering.json
 
 answers one file of questions, in a process that holds a device of its own; the file holds the
-fields of `Answering`. What is in the responses is for `grading.py`.
+fields of `Answering`. What is in the responses is for `answers.py`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.reasoning.config import GenerationConfig
 from w2s_jax.reasoning.questions import Overflow, fit_prompts, read_demonstrations, read_questions
@@ -31,9 +31,8 @@ from w2s_jax.search.models import ONE_DEVICE, Places
 from w2s_jax.search.results import Hypothesis, SearchResult, hypothesis_text
 from w2s_jax.search.run import check_request, search_requests
 from w2s_jax.search.step import search_eos
-from w2s_jax.text.journal import journal_path, open_journal
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, special_stops
-from w2s_jax.text.rows import Row, locked, read_jsonl, write_jsonl
+from w2s_jax.text.rows import Row, journal_path, locked, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
 
 

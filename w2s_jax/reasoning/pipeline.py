@@ -15,10 +15,9 @@ import yaml
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import is_adapter, locate
-from w2s_jax.reasoning.answers import gold_answer
+from w2s_jax.reasoning.answers import gold_answer, judged, votes
 from w2s_jax.reasoning.config import GenerationConfig, ReasonConfig, SetName, StageTwoConfig
 from w2s_jax.reasoning.generation import Answering
-from w2s_jax.reasoning.grading import judged, votes
 from w2s_jax.reasoning.measures import accuracy
 from w2s_jax.reasoning.questions import (
     Answers,
@@ -33,7 +32,7 @@ from w2s_jax.reasoning.selection import WEIGHT, contrastive_pairs, curate, sft_s
 from w2s_jax.reasoning.stages import Figures, Stage
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.text.rows import Row, read_jsonl, write_jsonl
-from w2s_jax.train.reference import weights_identity
+from w2s_jax.train.export import weights_identity
 
 RAW, GRADED, TRAINING, DEMONSTRATIONS = (
     "responses.jsonl", "graded.jsonl", "training.jsonl", "demonstrations.jsonl",

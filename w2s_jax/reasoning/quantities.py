@@ -3,7 +3,7 @@
 A unit is a factor to base units and their powers. Its symbols are read with their case (mg is no
 Mg), words without. Money is a dimension for each currency, and so is each coin; degrees of an angle
 and of the two scales of temperature are three. Constants beyond plain numbers (roots, pi) are the
-matter of expressions.py.
+matter of answer_forms.py.
 """
 
 import re

@@ -1,24 +1,38 @@
 """A reasoning run: what would end it after hours, looked at first; its stages; its report.
 
-The looking reads files, configs and tokenizers, no weight, and starts no device.
+The looking reads files, configs and tokenizers, no weight, and starts no device. The report, one
+table of the models on the test and one of the data at each stage, is of the figures that stages
+leave.
 """
 
+import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import locate
 from w2s_jax.reasoning.answers import gold_answer, make_checker
 from w2s_jax.reasoning.config import ReasonConfig, StagesConfig
 from w2s_jax.reasoning.generation import check_prompts
+from w2s_jax.reasoning.measures import gap_recovered, majority_at_k, pass_at_k
 from w2s_jax.reasoning.pipeline import SAMPLES, Pipeline
 from w2s_jax.reasoning.questions import read_demonstrations, read_questions, read_responses
-from w2s_jax.reasoning.report import FIGURE, REPORT, TABLES, summarise, write_report
 from w2s_jax.reasoning.stages import DONE, Planned, Stage, plan_stages, run_stages
 from w2s_jax.text.prompts import escape_notes
-from w2s_jax.text.rows import Row
+from w2s_jax.text.rows import Row, write_whole
+from w2s_jax.train.curves import new_figure
+
+FLOOR, CEILING = "weak", "ceiling"
+REPORT, TABLES, FIGURE = "report.json", "report.md", "report.png"
+_PREFIX = "test-"
+# Two of Okabe and Ito's palette: told apart by colour-blind readers too.
+_BAR, _LINE = "#0072B2", "#D55E00"
 
 
 def run(
@@ -110,12 +124,12 @@ def _check_places(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
     written = [pipeline.root.resolve() / name for name in names]
     read = [*pipeline.files.values(), *(locate(pipeline.place(name)) for name in pipeline.weights)]
     for path in read:
-        for place in written:
-            if place in (path.resolve(), *path.resolve().parents):
-                raise InputError(
-                    f"{path} is read, and lies in what the run writes ({place}); name another "
-                    "--output, or move the file"
-                )
+        within = {path.resolve(), *path.resolve().parents}.intersection(written)
+        if within:
+            raise InputError(
+                f"{path} is read, and lies in what the run writes ({min(within)}); name another "
+                "--output, or move the file"
+            )
 
 
 def _check_golds(rows: Sequence[Row], path: Path, kind: str) -> None:
@@ -160,3 +174,146 @@ def _shared(
         f"note: {len(both):,} of the {len(rows):,} questions of {path} are in {elsewhere} too, "
         f"first row {number}, there row {asked[text]}; figures on them flatter"
     ]
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def summarise(
+    figures: Mapping[str, Mapping[str, Any]],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    pass_at: Sequence[int],
+) -> dict[str, Any]:
+    """The run in one JSON value: "models", "data", "samples".
+
+    figures: of the stages, by name. samples: graded rows with `answer`, the pred in canonical form,
+    of each stage that drew several responses a question; those without gold are left out.
+    """
+    tested = {
+        name.removeprefix(_PREFIX): found["accuracy"]
+        for name, found in figures.items()
+        if name.startswith(_PREFIX) and found.get("accuracy")
+    }
+    floor, ceiling = (tested.get(name, {}).get("value") for name in (FLOOR, CEILING))
+    models = {}
+    for name, found in tested.items():
+        gap = None
+        if floor is not None and ceiling is not None and name not in (FLOOR, CEILING):
+            gap = gap_recovered(floor, found["value"], ceiling)
+        models[name] = {**found, "gap_recovered": gap}
+    data = {name: found for name, found in figures.items() if not name.startswith(_PREFIX)}
+    drawn = {name: sample_measures(rows, pass_at) for name, rows in samples.items()}
+    return {"models": models, "data": data, "samples": {k: v for k, v in drawn.items() if v}}
+
+
+def sample_measures(
+    rows: Sequence[Mapping[str, Any]], pass_at: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """pass@k and majority@k, means over the questions, for each k that the samples allow.
+
+    rows: graded, with "answer". Empty where no row has a verdict.
+    """
+    grouped: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if isinstance(row.get("result"), bool):
+            grouped.setdefault(row["id"], []).append(row)
+    asked = list(grouped.values())
+    rights = [{row["answer"] for row in each if row["result"]} for each in asked]
+    return {
+        str(k): {
+            "pass": fmean(
+                pass_at_k(len(each), sum(row["result"] for row in each), k) for each in asked
+            ),
+            "majority": fmean(
+                majority_at_k([row["answer"] for row in each], right.__contains__, k)
+                for each, right in zip(asked, rights, strict=True)
+            ),
+        }
+        for k in pass_at
+        if k <= min(map(len, asked), default=0)
+    }
+
+
+def tables(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown."""
+    models = []
+    for name, found in summary["models"].items():
+        gap, ends = found["gap_recovered"], (100 * found["low"], 100 * found["high"])
+        interval, told = f"{ends[0]:.1f} – {ends[1]:.1f}", "" if gap is None else f"{gap:.2f}"
+        models.append([name, _percent(found), interval, told])
+    sets = [
+        [stage, str(part["name"]), f"{part['size']:,}", _percent(part["accuracy"])]
+        for stage, found in summary["data"].items()
+        for part in found.get("sets", ())
+    ]
+    answered = [
+        [stage, f"{found['rows']:,}", f"{found['answered']:,}", _percent(found.get("accuracy"))]
+        for stage, found in summary["data"].items()
+        if "answered" in found
+    ]
+    sections = [
+        ("", ["model", "accuracy", "95 % interval", "gap recovered"], models),
+        ("## Sets\n\n", ["stage", "set", "rows", "accuracy"], sets),
+        ("## Responses\n\n", ["stage", "rows", "with an answer", "accuracy"], answered),
+    ]
+    for stage, found in summary["samples"].items():
+        shares = [
+            [k, *(f"{100 * share[name]:.1f} %" for name in ("pass", "majority"))]
+            for k, share in found.items()
+        ]
+        sections.append((f"## {stage}\n\n", ["k", "pass@k", "majority@k"], shares))
+    parts = [title + _table(headings, rows) for title, headings, rows in sections if rows]
+    return "\n".join(["# Weak-to-strong reasoning\n", *parts])
+
+
+def draw(summary: Mapping[str, Any]) -> bytes:
+    """A PNG of the models' accuracies with their intervals; lines at the floor and the ceiling.
+
+    Raises InputError without matplotlib.
+    """
+    models = summary["models"]
+    try:
+        figure = new_figure(7, 0.9 + 0.36 * len(models))
+    except InputError:
+        told = "the report's figure needs matplotlib: pip install 'w2s-jax[plot]'"
+        raise InputError(told) from None
+    axes = figure.add_subplot()
+    names = list(models)[::-1]
+    value, low, high = (
+        np.array([100 * models[name][end] for name in names]) for end in ("value", "low", "high")
+    )
+    errors = [value - low, high - value]
+    axes.barh(names, value, xerr=errors, color=_BAR, ecolor="black", capsize=2)
+    for name in (FLOOR, CEILING):
+        if name in models:
+            axes.axvline(100 * models[name]["value"], color=_LINE, linewidth=1, linestyle="--")
+    axes.set_xlabel("accuracy on the test (%), 95 % intervals; dashed: weak floor, strong ceiling")
+    axes.set_xlim(left=0)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def write_report(summary: Mapping[str, Any], root: Path) -> str:
+    """Write report.json, report.md and, with matplotlib and tested models, report.png.
+
+    Returns the tables.
+    """
+    text = tables(summary)
+    write_whole(root / REPORT, [json.dumps(summary, indent=2).encode(), b"\n"])
+    write_whole(root / TABLES, [text.encode()])
+    if summary["models"]:
+        try:
+            write_whole(root / FIGURE, [draw(summary)])
+        except InputError as error:
+            text += f"\n{error}\n"
+    return text
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _percent(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"{100 * found['value']:.1f} %"

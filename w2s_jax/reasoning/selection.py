@@ -1,7 +1,7 @@
 """Which rows the strong model learns from: in stage I by agreement, in stage II by its confidence.
 
 Weak-to-strong reasoning (arXiv 2407.13647). Pure functions of graded rows, whose `pred` is in
-the one form of its value (`grading.votes`); generates, grades and trains nothing.
+the one form of its value (`answers.votes`); generates, grades and trains nothing.
 """
 
 from collections import Counter

@@ -38,7 +38,7 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     was stopped, and InputError, which ends with `hint`, where it fails.
     """
     # Here, as each worker of grading imports this file and should start quickly.
-    from w2s_jax.train.stopping import Stop
+    from w2s_jax.train.loop import Stop
 
     words = [sys.executable, "-m", "w2s_jax.reasoning.workers", str(os.getpid()), module]
     with Stop() as stop, subprocess.Popen([*words, *arguments], stdout=2) as child:

@@ -28,9 +28,8 @@ from w2s_jax.search.models import (
 )
 from w2s_jax.search.scorers import TextScorer
 from w2s_jax.text.chat import Template, load_template
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import tell_left_out
-from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
+from w2s_jax.text.prompts import Conversation
+from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary, tell_left_out
 from w2s_jax.text.typed_yaml import read_mapping
 
 Number = float | int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.scorers import LogRatio, NoScore, ProposedLogRatio, Scorer
 from w2s_jax.search.selectors import KeepAll, Selector, TopW

@@ -6,7 +6,7 @@ logits is passed in, and nothing is selected or scored here.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,7 @@ from w2s_jax.models.cache import (
 from w2s_jax.models.decoder import logits, read_sequences
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logprobs import blocked_token_logprobs
-from w2s_jax.ops.sampling import choose
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.logits import blocked_token_logprobs, choose
 
 LOGIT_BYTES = 256 * 2**20
 """Scoring keeps at most about this many bytes of float32 logits alive at a time."""
@@ -182,7 +180,8 @@ Logits = tuple[Array, ...]
 """Float32 logits of the same rows, one array for each model that reads."""
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Chunk:
     """A sampled chunk.
 

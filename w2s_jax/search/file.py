@@ -31,10 +31,16 @@ from w2s_jax.search.rows import (
 from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import TextProposer
 from w2s_jax.text.chat import renderer
-from w2s_jax.text.conversations import Conversation, prompts_from
-from w2s_jax.text.journal import Journal, job_journal, told_kept
-from w2s_jax.text.prompts import escape_notes, special_stops
-from w2s_jax.text.rows import Row, check_writable, read_rows, write_jsonl
+from w2s_jax.text.prompts import Conversation, escape_notes, prompts_from, special_stops
+from w2s_jax.text.rows import (
+    Journal,
+    Row,
+    check_writable,
+    job_journal,
+    read_rows,
+    told_kept,
+    write_jsonl,
+)
 
 # How a run is carried out, not what it computes: these may change when a journal is taken up again.
 NOT_IN_FINGERPRINT = (

@@ -18,8 +18,7 @@ from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
 from w2s_jax.search.selectors import Selection
 from w2s_jax.search.state import SearchState
 from w2s_jax.search.step import Proposal
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, cut, text_behind
+from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, text_behind
 
 Decode = Callable[[Sequence[int]], str]
 V = TypeVar("V")

@@ -16,7 +16,7 @@ from w2s_jax.models.decoder import logits
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
-from w2s_jax.ops.logprobs import blocked_token_logprobs
+from w2s_jax.ops.logits import blocked_token_logprobs
 from w2s_jax.search.decode import LOGIT_BYTES, prefill, read_chunk
 
 

@@ -24,7 +24,7 @@ from w2s_jax.search.incremental_programs import keep, prefill_slot, read_last, r
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import PolicyProposer
-from w2s_jax.text.batches import bucket, pad_rows, power_of_two
+from w2s_jax.text.tokenizer import bucket, pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
 

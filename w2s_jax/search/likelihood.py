@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.decoder import logits as logits_of
 from w2s_jax.models.model import Model, hidden_states
-from w2s_jax.ops.logprobs import normalised
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.logits import normalised
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import Proposer
-from w2s_jax.text.batches import pad_rows, power_of_two
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
 Shape = tuple[int, int, int]
 """Tokens to be read, tokens to be scored, and prompts of a row: 1, or one for each model."""
@@ -31,7 +30,8 @@ BLOCK_BYTES = 1 << 27
 _PADDING = 0
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Likelihoods:
     """What a proposer says of given tokens.
 

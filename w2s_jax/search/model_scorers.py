@@ -29,10 +29,9 @@ from w2s_jax.search.incremental_text import (
 )
 from w2s_jax.search.models import in_one_dtype
 from w2s_jax.search.scorers import Candidate
-from w2s_jax.text.batches import pad_rows, power_of_two
 from w2s_jax.text.chat import Template
-from w2s_jax.text.conversations import Conversation, plain
-from w2s_jax.text.prompts import decode_tokens, token_texts
+from w2s_jax.text.prompts import Conversation, decode_tokens, plain, token_texts
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
 
 @dataclass(frozen=True)

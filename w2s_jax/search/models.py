@@ -21,13 +21,13 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
 from w2s_jax.ops.sharding import SEARCH_RULES, Rules, parse_rules
-from w2s_jax.pytrees import pytree
 from w2s_jax.text.tokenizer import holds_tokenizer
 
 log = logging.getLogger(__name__)
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Guide:
     """A tuned and an untuned model whose log-ratio is the implicit reward, and its weight.
 
@@ -39,7 +39,8 @@ class Guide:
     weight: float | Array = 1.0
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SearchModels:
     """A policy and any number of guides over one vocabulary."""
 

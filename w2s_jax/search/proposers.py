@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, check_fields
-from w2s_jax.ops.logprobs import token_logprobs
+from w2s_jax.ops.logits import token_logprobs
 from w2s_jax.search.decode import Logits
 from w2s_jax.search.models import SearchModels
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import response_end
+from w2s_jax.text.prompts import Conversation, response_end
 
 Number = float | int
 

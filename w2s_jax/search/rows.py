@@ -28,10 +28,8 @@ from w2s_jax.search.results import (
 from w2s_jax.search.run import search_all
 from w2s_jax.search.scorers import TextScorer
 from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
-from w2s_jax.text.conversations import Conversation, conversation_of, plain
-from w2s_jax.text.journal import Journal
-from w2s_jax.text.prompts import decode_tokens, token_texts
-from w2s_jax.text.rows import Row
+from w2s_jax.text.prompts import Conversation, conversation_of, decode_tokens, plain, token_texts
+from w2s_jax.text.rows import Journal, Row
 
 Prompts = tuple[tuple[int, ...], ...]
 OnChunk = Callable[[ChunkTrace], None] | None

@@ -22,8 +22,8 @@ from w2s_jax.search.session import (
     release,
     start_session,
 )
-from w2s_jax.text.batches import SMALLEST_BUCKET, buckets
-from w2s_jax.text.conversations import Conversation
+from w2s_jax.text.prompts import Conversation
+from w2s_jax.text.tokenizer import SMALLEST_BUCKET, buckets
 
 DEFAULT_SLOTS = 8
 R = TypeVar("R")

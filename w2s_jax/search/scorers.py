@@ -17,7 +17,7 @@ from w2s_jax.distributed import from_first, gather_values
 from w2s_jax.errors import SCORER, InputError, check_fields, shown
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.proposers import implicit_rewards
-from w2s_jax.text.conversations import Conversation, plain
+from w2s_jax.text.prompts import Conversation, plain
 
 Values = Float[Array, "P R n J"]
 _NOT_FINITE = "gave a score that is not a finite number"

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError
-from w2s_jax.pytrees import pytree
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Candidates:
     """What may be kept: the rows of a chunk, then the finished hypotheses.
 
@@ -55,7 +55,8 @@ class Selector(Protocol):
         """Indices into the candidates, best first unless hypotheses stay in place."""
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Selection:
     """What was chosen of the candidates: int32 [P, W] each.
 

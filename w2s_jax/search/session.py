@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from w2s_jax.distributed import everywhere, to_host
 from w2s_jax.errors import InputError, RowFailed
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
 from w2s_jax.search import state as states
 from w2s_jax.search import step

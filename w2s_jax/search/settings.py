@@ -223,7 +223,7 @@ class MethodConfig:
 
     def search_config(self) -> "SearchConfig":
         """The search these flags describe; InputError for a value out of range."""
-        from w2s_jax.ops.sampling import Sampling
+        from w2s_jax.ops.logits import Sampling
         from w2s_jax.search.config import preset
         from w2s_jax.search.selectors import Maximin
 

@@ -1,6 +1,6 @@
 """The state of a search: what every slot's hypotheses are, and every reader's cache."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from jaxtyping import Array
 from w2s_jax.models.cache import KVCache, cache_axes
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules
-from w2s_jax.pytrees import pytree
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import prefill, start_cache
 from w2s_jax.search.models import SearchModels
@@ -26,7 +25,8 @@ order of its axes, and each chunk begins with a copy of it in this one.
 """
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Draws:
     """What decides a prompt's draws and its length beside the program itself.
 
@@ -71,7 +71,8 @@ def usual_draws(
     return make_draws(row_id, seed, 0, 0, *limits)
 
 
-@pytree(static=("config", "mesh", "rules"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SearchState:
     """P slots under search, each with its own progress; donated from step to step.
 
@@ -105,9 +106,9 @@ class SearchState:
     faults: Array
     proposer: tuple[KVCache, ...]
     scorer: tuple[KVCache, ...]
-    config: SearchConfig
-    mesh: Mesh | None = None
-    rules: Rules = DEFAULT_RULES
+    config: SearchConfig = field(metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+    rules: Rules = field(default=DEFAULT_RULES, metadata={"static": True})
 
     @property
     def scores(self) -> Array:

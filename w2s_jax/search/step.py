@@ -3,7 +3,7 @@
 What reaches the host is in `session.py`, the loop over chunks in `run.py`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KVCache, LayersKV, commit_chunk
-from w2s_jax.ops.sampling import Sampling, shortlist
-from w2s_jax.pytrees import pytree
+from w2s_jax.ops.logits import Sampling, shortlist
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import draw_keys, read_chunk, sample_chunk
 from w2s_jax.search.models import SearchModels
@@ -23,7 +22,8 @@ from w2s_jax.search.state import Draws, SearchState, constrain
 Buffers = tuple[LayersKV | None, ...]
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Proposal:
     """R rows of a slot that may continue its hypotheses; row r continues hypothesis r // K.
 
@@ -42,7 +42,8 @@ class Proposal:
     buffers: Buffers
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Scored:
     """What the scorer says of a proposal.
 

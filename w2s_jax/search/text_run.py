@@ -27,8 +27,7 @@ from w2s_jax.search.results import ChunkTrace, Request
 from w2s_jax.search.run import Slots, collect, run_slots, slots_for
 from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
 from w2s_jax.search.selectors import select_among
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import cut
+from w2s_jax.text.prompts import Conversation, cut
 
 
 @dataclass(frozen=True)

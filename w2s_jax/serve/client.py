@@ -24,9 +24,9 @@ import httpx
 
 from w2s_jax.errors import InputError
 from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import Continuation, Extension
-from w2s_jax.text.conversations import Conversation
-from w2s_jax.text.prompts import INCOMPLETE
+from w2s_jax.text.prompts import INCOMPLETE, Conversation
 
 Prompt = str | tuple[int, ...]
 
@@ -495,3 +495,32 @@ def _ids(choice: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(type(token) is int for token in ids):
         raise TypeError("a token id is not a whole number")
     return ids
+
+
+def connect(
+    settings: SearchFileConfig, config: SearchConfig, render: Callable[[Conversation], str]
+) -> tuple[CompletionsPolicy, Callable[[], str]]:
+    """The policy behind `settings.endpoint`, and what says how much it was asked.
+
+    Args:
+        settings: the endpoint's address, model, limits and prices.
+        config: the search that asks it.
+        render: from a conversation to the text that the response follows.
+
+    Raises:
+        InputError: as `Endpoint` and `open_policy` do.
+    """
+    endpoint = Endpoint(
+        str(settings.endpoint),
+        str(settings.endpoint_model),
+        api_key_env=settings.api_key_env,
+        prompts_per_request=settings.prompts_per_request,
+        share_draws=settings.share_draws,
+        # Tokens that were drawn need not be those that their text encodes to.
+        token_ids=settings.share_draws,
+        price_prompt=settings.price_prompt,
+        price_completion=settings.price_completion,
+    )
+    patience = Patience(settings.concurrency, settings.timeout, settings.attempts)
+    policy = open_policy(endpoint, config, render, patience=patience)
+    return policy, lambda: str(policy.usage)

@@ -103,7 +103,7 @@ class ServeConfig(TextScorersConfig, GuidanceConfig):
 
     def check(self) -> None:
         """Raise InputError for a value out of range, or that no request could ask for either."""
-        from w2s_jax.ops.sampling import Sampling
+        from w2s_jax.ops.logits import Sampling
 
         sizes = {
             "w": self.beam_width,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.ops.sampling import Sampling
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.models import SearchModels
@@ -27,10 +27,9 @@ from w2s_jax.serve.schema import (
     too_large,
     unsupported,
 )
-from w2s_jax.text.batches import power_of_two
 from w2s_jax.text.chat import Template
-from w2s_jax.text.conversations import Conversation, Message, role_of
-from w2s_jax.text.prompts import decode_tokens, special_stops
+from w2s_jax.text.prompts import Conversation, Message, decode_tokens, role_of, special_stops
+from w2s_jax.text.tokenizer import power_of_two
 
 CHOOSING = {
     "cbs": "chunk-level beam search",

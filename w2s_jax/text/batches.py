@@ -1,20 +1,29 @@
 """Batches of token ids at fixed shapes: which rows are in which, held out, packed or padded.
 
 What a step reads is a pure function of its number, the same on every host, so that data resumes
-exactly. Documents are integer arrays: no tokenizer, no model, no file.
+exactly. Documents are integer arrays: no tokenizer, no model. Token ids and targets of all of them
+lie in one memory-mapped Arrow file, written once, in the stream format that
+`datasets.Dataset.from_file` opens.
 """
 
+import contextlib
 import hashlib
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64
 
 from w2s_jax.errors import InputError
+from w2s_jax.text.rows import sync_folder
+from w2s_jax.text.tokenizer import pad_rows
 
 Kind = Literal["sequences", "pairs", "labelled"]
 Batch = dict[str, np.ndarray]
@@ -36,27 +45,6 @@ def shuffled(size: int, seed: int) -> Callable[[int], int]:
         return np.random.default_rng((seed, number)).permutation(size)
 
     return lambda position: int(epoch(position // size)[position % size])
-
-
-def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
-
-    What is padded to such sizes takes few shapes, and so few programs.
-    """
-    return max(least, 1 << (max(count, 1) - 1).bit_length())
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
-) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:
-    """Right-pad rows to `width` (longer ones are cut); the mask is True on real tokens."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        row = row[:width]
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    return tokens, mask
 
 
 @dataclass(frozen=True)
@@ -97,34 +85,6 @@ class Crops:
         crop = document[start : start + width - 1].copy()
         crop[rng.random(len(crop)) < self.token_dropout] = self.pad_id
         return np.concatenate([[self.first_id], crop]).astype(np.int32)
-
-
-SMALLEST_BUCKET = 16
-
-
-def bucket(length: int) -> int:
-    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
-
-    It holds all of the prompt but its last token.
-    """
-    return power_of_two(length - 1, SMALLEST_BUCKET)
-
-
-def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
-    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
-
-    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
-    """
-    grouped: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        grouped.setdefault(bucket(length), []).append(index)
-    joined: dict[int, list[int]] = {}
-    few: list[int] = []
-    for capacity, members in sorted(grouped.items()):
-        few = sorted(few + members)
-        if len(few) >= slots or capacity == max(grouped):
-            joined[capacity], few = few, []
-    return joined
 
 
 @dataclass(frozen=True)
@@ -185,6 +145,93 @@ class TokenStore:
             for values, offsets in (self.tokens[part], self.targets[part])
         )
         return Side(tokens, targets.view(bool), int(self.prompts[index]))
+
+
+NO_LABEL = -1
+FIGURES = (
+    "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
+    "targets",
+)  # fmt: skip
+"""What is counted of rows, examples and documents."""
+_NUMBERS = ("prompt", "source", "row", "label", "weight")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+
+    `weight` says how much the example counts beside others.
+    """
+
+    side: Side
+    source: int
+    row: int
+    label: int = NO_LABEL
+    weight: float = 1.0
+
+
+def write_store(path: Path, blocks: Iterable[list[Document]], notes: Mapping[str, Any]) -> None:
+    """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
+
+    Raises:
+        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
+    """
+    import pyarrow as pa
+
+    numbers = dict.fromkeys(_NUMBERS, pa.int64()) | {"weight": pa.float32()}
+    lists = {"tokens": pa.list_(pa.int32()), "targets": pa.list_(pa.int8())}
+    schema = pa.schema(lists | numbers)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(path) as file, pa.ipc.new_stream(file, schema) as writer:
+            for block in blocks:
+                rows = [
+                    vars(one.side) | vars(one) | {"targets": one.side.targets.astype(np.int8)}
+                    for one in block
+                ]
+                columns = {name: [row[name] for row in rows] for name in schema.names}
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            with _appearing(path.with_suffix(".json")) as told:
+                told.write(json.dumps(notes).encode())
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there when all is written; several processes may write the same one."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def read_store(path: Path) -> TokenStore | None:
+    """The documents of a file; None where it is not there or damaged.
+
+    A stream that was cut between two blocks reads as a shorter one: the notes beside it tell how
+    many tokens there are.
+    """
+    import pyarrow as pa
+
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+        notes = json.loads(path.with_suffix(".json").read_text())
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        tokens, targets = (
+            [(part.values.to_numpy(), part.offsets.to_numpy()) for part in table[name].chunks]
+            for name in ("tokens", "targets")
+        )
+        columns: Any = [*(table[name].to_numpy() for name in _NUMBERS), notes]
+        store = TokenStore(tokens, targets, *columns)
+        whole = isinstance(notes, dict) and notes.keys() >= {*FIGURES}
+        return store if whole and notes["tokens"] == int(store.lengths.sum()) else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -251,6 +298,8 @@ class Data:
         identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
         weighted: whether batches say how much each pair counts.
         figures: rows read, examples kept, dropped and truncated, tokens, targets ...
+        rows: the numbers of these rows among all of the store; None where they are all.
+        columns: further arrays of a batch by name, with a value for each row.
     """
 
     kind: Kind
@@ -263,20 +312,39 @@ class Data:
     multiple: int
     packing: Packing | None = None
     weighted: bool = False
+    rows: Int64[np.ndarray, " n"] | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        if self.packing is not None:
-            return len(self.packing)
-        return len(self.store) // self._sides
+        return len(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        if self.rows is not None:
+            return self.rows
+        packed = self.packing is not None
+        return np.arange(len(self.packing) if packed else len(self.store) // self._sides)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every row, without padding; of a pair, those of the longer side."""
+        lengths = self.store.lengths
         if self.packing is not None:
-            return np.add.reduceat(
-                self.store.lengths[self.packing.documents], self.packing.starts[:-1]
-            )
-        return self.store.lengths.reshape(-1, self._sides).max(axis=1)
+            lengths = np.add.reduceat(lengths[self.packing.documents], self.packing.starts[:-1])
+        else:
+            lengths = lengths.reshape(-1, self._sides).max(axis=1)
+        return lengths[self._numbers]
+
+    def chosen(self, rows: np.ndarray) -> "Data":
+        """Some of the rows, in the order of `rows`."""
+        digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16]
+        return replace(self, rows=self._numbers[rows], identity=f"{self.identity}:{digest}")
+
+    def beside(self, name: str, column: np.ndarray) -> "Data":
+        """The same rows, whose batches hold a further array, a value for each row, under a name."""
+        digest = hashlib.sha256(column.tobytes()).hexdigest()[:16]
+        columns = {**self.columns, name: column}
+        return replace(self, columns=columns, identity=f"{self.identity}+{digest}")
 
     def fitting(self, vocabulary: int) -> "Data":
         """This data for a model of so many tokens: padding, which no token sees, is one of them.
@@ -294,7 +362,8 @@ class Data:
 
     def names(self, index: int) -> list[str]:
         """Where the documents of a row stand, as "FILE line N"."""
-        documents = [index * self._sides] if self.packing is None else self.packing.row(index)
+        row = int(self._numbers[index])
+        documents = [row * self._sides] if self.packing is None else self.packing.row(row)
         return [
             f"{self.places[self.store.sources[one]]} {self.store.rows[one]}" for one in documents
         ]
@@ -308,7 +377,8 @@ class Data:
         `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
         in `part`.
         """
-        rows = [self._row(int(index)) for index in indices]
+        numbers = self._numbers[np.asarray(indices)]
+        rows = [self._row(int(number)) for number in numbers]
         if self.kind == "labelled":
             before = [rows[-1], *rows[:-1]]
             rows = [
@@ -321,10 +391,11 @@ class Data:
         if self.kind == "sequences":
             batch = {name: array[:, 0] for name, array in batch.items()}
         if self.kind == "labelled":
-            batch["labels"] = self.store.labels[np.asarray(indices)][part] == 1
+            batch["labels"] = self.store.labels[numbers][part] == 1
         if self.weighted:
-            batch["weights"] = self.store.weights[:: self._sides][np.asarray(indices)][part]
-        return batch
+            batch["weights"] = self.store.weights[:: self._sides][numbers][part]
+        more = {name: column[np.asarray(indices)] for name, column in self.columns.items()}
+        return batch | {name: array[part] for name, array in more.items()}
 
     def _row(self, index: int) -> list[list[Side]]:
         """The sides of a row, each with its segments."""
@@ -373,12 +444,12 @@ class Batches:
     """Batches of `rows` rows of the data, by step number from 0.
 
     Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
-    off. The rows that an epoch's last batch lacks come from the next epoch's order ("fill"), or
-    that batch is left out ("drop"). `part` = (first, end) are the rows of a batch that a host
-    takes: as wide as the whole batch and made from all of it.
+    off. The rows that an epoch's last batch lacks come from the next epoch's order. `part` =
+    (first, end) are the rows of a batch that a host takes: as wide as the whole batch and made from
+    all of it.
 
     Raises:
-        ValueError: where `part` has no rows, or "drop" leaves no batch.
+        ValueError: where `part` or the data has no rows.
     """
 
     data: Rows
@@ -386,20 +457,13 @@ class Batches:
     seed: int = 0
     shuffle: bool = True
     part: tuple[int, int] | None = None
-    last: Literal["fill", "drop"] = "fill"
 
     def __post_init__(self) -> None:
         if not range(self.rows)[self._slice]:
             raise ValueError(f"no rows of {self.rows} lie in {self.part}")
-        if not len(self.data) or (self.last == "drop" and len(self.data) < self.rows):
-            raise ValueError(f"no batch of {self.rows} rows in {len(self.data)}")
+        if not len(self.data):
+            raise ValueError(f"no batch of {self.rows} rows in 0")
         object.__setattr__(self, "_order", shuffled(len(self.data), self.seed))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every row is read once; the last may reach into the next epoch."""
-        whole, more = divmod(len(self.data), self.rows)
-        return whole + (1 if more and self.last == "fill" else 0)
 
     def __call__(self, step: int) -> Batch:
         """This host's rows of a step's batch."""
@@ -411,52 +475,17 @@ class Batches:
 
     def indices(self, step: int) -> np.ndarray:
         """Rows of the data in the whole batch of a step, of all hosts."""
-        first = step * self.rows
-        if self.last == "drop":
-            epoch, place = divmod(step, self.steps_per_epoch)
-            first = epoch * len(self.data) + place * self.rows
-        positions = range(first, first + self.rows)
+        positions = np.arange(step * self.rows, (step + 1) * self.rows)
         if not self.shuffle:
-            return np.array([position % len(self.data) for position in positions])
-        order = self._order  # type: ignore[attr-defined]
-        return np.array([order(position) for position in positions])
+            return positions % len(self.data)
+        return np.array([self._order(int(position)) for position in positions])  # type: ignore[attr-defined]
 
     def names(self, step: int) -> list[str]:
         """Where the rows of a step's batch, of all hosts, stand in their files."""
         return [name for index in self.indices(step) for name in self.data.names(int(index))]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows of data, in the order of `rows`; itself data for batches."""
-
-    data: Any
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every row."""
-        return self.data.lengths[self.rows]
-
-    @property
-    def identity(self) -> str:
-        """Equal for equal rows of equal data."""
-        digest = hashlib.sha256(self.rows.astype(np.int64).tobytes())
-        return f"{self.data.identity}:{digest.hexdigest()[:16]}"
-
-    def at(self, indices: np.ndarray | Sequence[int], part: slice = slice(None)) -> Batch:
-        """The batch of these rows, or the `part` of it that a host takes."""
-        return self.data.at(self.rows[np.asarray(indices)], part)
-
-    def names(self, index: int) -> list[str]:
-        """Where a row stands in its file."""
-        return self.data.names(int(self.rows[index]))
-
-
-def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
+def hold_out(data: Data, count: int, *, seed: int = 0) -> tuple[Data, Data]:
     """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
 
     Raises:
@@ -467,4 +496,4 @@ def hold_out(data: Any, count: int, *, seed: int = 0) -> tuple[Part, Part]:
             f"--held-out {count}: the data has {len(data)} rows; keep some to train on"
         )
     drawn = np.random.default_rng((seed, 2)).permutation(len(data))
-    return Part(data, np.sort(drawn[count:])), Part(data, np.sort(drawn[:count]))
+    return data.chosen(np.sort(drawn[count:])), data.chosen(np.sort(drawn[:count]))

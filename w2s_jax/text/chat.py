@@ -19,8 +19,15 @@ from types import FrameType
 from typing import Any, no_type_check
 
 from w2s_jax.errors import InputError, check_fetched, check_kind
-from w2s_jax.text.conversations import THOUGHTS, Conversation, Message, function_of
-from w2s_jax.text.prompts import encode_prompt, encode_texts
+from w2s_jax.text.prompts import (
+    THOUGHTS,
+    Conversation,
+    Message,
+    check_encodable,
+    encode_prompt,
+    encode_texts,
+    function_of,
+)
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,8 @@ def read_template_args(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where}: {text!r} is not JSON ({error})") from None
     if not isinstance(args, dict):
-        raise InputError(
-            f'{where}: {text!r} is no JSON object such as {{"enable_thinking": false}}'
-        )
+        example = '{"enable_thinking": false}'
+        raise InputError(f"{where}: {text!r} is no JSON object such as {example}")
     return args
 
 
@@ -370,11 +376,7 @@ class Template:
         return text
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        try:
-            for text in texts:
-                text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the prompt or a response is not text: {error.reason}") from None
+        check_encodable("the prompt or a response is not text", *texts)
         return encode_texts(self.tokenizer, texts, special=special)
 
 
@@ -393,6 +395,8 @@ def load_template(
             cannot be read, a template that is not jinja, and for chat where the tokenizer has
             no template.
     """
+    from jinja2 import TemplateSyntaxError
+
     if name in PUBLISHED:
         return Template(tokenizer, name, PUBLISHED[name].jinja, where, args or {})
     if Path(name).suffix == ".jinja":
@@ -409,7 +413,12 @@ def load_template(
     template = Template(tokenizer, name, jinja, where, args or {})
     _check_powers(jinja or "", where)
     if name != "auto":  # whose rows may never need the tokenizer's template
-        _check_syntax(template)
+        try:
+            template.render(Conversation(messages=(Message("user", "text"),)))
+        except InputError as error:
+            # What it refuses beyond that may be this message's fault, not its own.
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise
     return template
 
 
@@ -484,15 +493,3 @@ def _check_powers(jinja: str, where: str) -> None:
             raise InputError(
                 f"{where}: the chat template takes a power (**) in line {line}, which may not end"
             )
-
-
-def _check_syntax(template: Template) -> None:
-    """Raise InputError for a template that is not jinja, before a row needs it."""
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        template.render(Conversation(messages=(Message("user", "text"),)))
-    except InputError as error:
-        # What it refuses beyond that may be this message's fault, not its own.
-        if isinstance(error.__cause__, TemplateSyntaxError):
-            raise

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.batches import Kind
-from w2s_jax.text.conversations import (
+from w2s_jax.text.prompts import (
+    MORE,
     Conversation,
     Message,
     conversation_of,
@@ -21,7 +22,6 @@ from w2s_jax.text.conversations import (
     text_in,
     tools_of,
     turns_before,
-    unread_fields,
 )
 
 Format = Literal[
@@ -54,47 +54,61 @@ class Example:
 
 @dataclass(frozen=True)
 class Reader:
-    """What turns rows of one format into examples: (row, where it stands) → examples.
+    """What turns rows of one format into examples of a kind: (row, where it stands) → examples.
+
+    Attributes:
+        form: the format's name.
+        kinds: what can be made of its rows.
+        columns: those that a row must hold.
+        parse: what a row without nulls, whose columns are there, says.
+        may: further columns that are read.
+        kind: what is made of rows.
 
     Raises:
         InputError: beginning with that place, for a row that is not sound.
     """
 
-    kind: Kind
-    format: "_Parser"
+    form: Format
+    kinds: tuple[Kind, ...]
+    columns: tuple[str, ...]
+    parse: Callable[[Row, str], Example]
+    may: tuple[str, ...] = ()
+    kind: Kind = "sequences"
 
     def __call__(self, row: Row, where: str) -> tuple[Example, ...]:
         present = {column: value for column, value in row.items() if value is not None}
-        missing = [column for column in self.format.columns if column not in present]
+        missing = [column for column in self.columns if column not in present]
         if missing:
             raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
-        self._check_labels(present, where)
-        return _as_kind(self.kind, self.format.parse(present, where), where)
-
-    def _check_labels(self, row: Row, where: str) -> None:
-        """A response that is not wanted is no sequence to learn, whatever the first row held."""
-        if self.kind != "sequences":
-            return
-        for name in sorted({"label", "kto_tag"} & row.keys() - {*self.format.columns}):
-            if row[name] is False:
+        # A response that is not wanted is no sequence to learn, whatever the first row held.
+        labels = {"label", "kto_tag"} & present.keys() - {*self.columns}
+        for name in sorted(labels) if self.kind == "sequences" else ():
+            if present[name] is False:
                 raise InputError(
-                    f'{where}: "{name}" is false, which rows of the format {self.format.form} do '
+                    f'{where}: "{name}" is false, which rows of the format {self.form} do '
                     "not have; give every row one, also the first, or leave such rows out"
                 )
+        return _as_kind(self.kind, self.parse(present, where), where)
 
     def unread(self, row: Row) -> set[str]:
         """What is no part of examples: columns with text, messages or the like; messages' fields.
 
         As they are told, in quotes.
         """
-        known = {*self.format.columns, *self.format.may}
+        known = {*self.columns, *self.may}
         held = {name for name, value in row.items() if isinstance(value, str | list | dict)}
-        fields = {
-            name for column in known - {"tools"} for name in unread_fields(row.get(column))
-        }  # fmt: skip
-        return {f'"{name}"' for name in held - known - {*_NAMING}} | {
-            f'"{name}" of a message' for name in fields
-        }
+        fields = [_unread_fields(row.get(column)) for column in known - {"tools"}]
+        told = {f'"{name}" of a message' for name in set[str]().union(*fields)}
+        return told | {f'"{name}"' for name in held - known - {*_NAMING}}
+
+
+def _unread_fields(value: Any) -> set[str]:
+    """Fields that messages, in lists of any depth, hold something in and that are not read."""
+    if isinstance(value, Mapping):
+        empty: tuple[Any, ...] = (None, "", [], {})
+        return {name for name, held in value.items() if name not in _READ and held not in empty}
+    items = value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_unread_fields, items))
 
 
 def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Reader:
@@ -116,25 +130,23 @@ def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Read
     fits = next((one for one in known if set(one.columns) <= found), None)
     if fits is None:
         raise InputError(f"{where}: {_missing(known, found)}; found {_names(columns)}")
-    return Reader(kind, fits)
+    return replace(fits, kind=kind)
 
 
 def _as_kind(kind: Kind, example: Example, where: str) -> tuple[Example, ...]:
-    if kind == "pairs":
-        if len(example.responses) != 2:
-            raise InputError(f"{where}: one response; a pair takes a chosen and a rejected one")
-        return (example,)
+    pair = len(example.responses) == 2
+    if kind == "pairs" and not pair:
+        raise InputError(f"{where}: one response; a pair takes a chosen and a rejected one")
     if kind == "sequences":
-        if example.label is False:
-            return ()
-        return (replace(example, responses=example.responses[:1]),)
-    if len(example.responses) == 2:  # as TRL's unpair_preference_dataset
+        wanted = replace(example, responses=example.responses[:1])
+        return () if example.label is False else (wanted,)
+    if kind == "labelled" and pair:  # as TRL's unpair_preference_dataset
         sides = zip(example.responses, (True, False), strict=True)
         return tuple(replace(example, responses=(one,), label=label) for one, label in sides)
     return (example,)
 
 
-def _missing(known: list["_Parser"], found: set[str]) -> str:
+def _missing(known: list[Reader], found: set[str]) -> str:
     """Which columns the nearest formats lack; where none is near, what each format needs."""
     near = [one for one in known if found & {*one.columns, *one.may}]
     least = min((len(set(one.columns) - found) for one in near), default=0)
@@ -302,15 +314,6 @@ def _answered(prompt: Conversation, row: Row, where: str) -> Example:
     return Example(None, (whole,), "assistant")
 
 
-@dataclass(frozen=True)
-class _Parser:
-    form: Format
-    kinds: tuple[Kind, ...]
-    columns: tuple[str, ...]
-    parse: Callable[[Row, str], Example]
-    may: tuple[str, ...] = ()
-
-
 _SIDES = ("chosen", "rejected")
 # The likeliest to be the prompt first.
 _ASKING = (
@@ -323,25 +326,26 @@ _NAMING = ("id", "_id", "uid", "uuid", "prompt_id")
 _ALL: tuple[Kind, ...] = ("sequences", "pairs", "labelled")
 _SINGLE: tuple[Kind, ...] = ("sequences", "labelled")
 _TOOLS = ("tools",)
+_READ = ("role", "content", "from", "value", "weight", "function_call", *MORE)
 _ALPACA, _SHARED = ("input", "system", "history"), ("system", "tools")
 # The order is that in which `auto` tries them: a row may hold more columns than its format needs.
 _PARSERS = (
-    _Parser("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt, _SHARED),
-    _Parser("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt, _SHARED),
-    _Parser("alpaca", _SINGLE, ("instruction", "output", "kto_tag"), _parse_alpaca, _ALPACA),
-    _Parser("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca, _ALPACA),
-    _Parser("alpaca", _ALL, ("instruction", "output"), _parse_alpaca, _ALPACA),
-    _Parser("labelled", _SINGLE, ("prompt", "completion", "label"), _parse_labelled, _TOOLS),
-    _Parser("messages", ("sequences",), ("messages",), _parse_messages, _TOOLS),
-    _Parser("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt, _SHARED),
-    _Parser("preference", _ALL, _SIDES, _parse_preference, ("prompt", "tools")),
-    _Parser("responses", _ALL, ("prompt", "responses", "chosen"), _parse_responses, _TOOLS),
-    _Parser(
+    Reader("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt, _SHARED),
+    Reader("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt, _SHARED),
+    Reader("alpaca", _SINGLE, ("instruction", "output", "kto_tag"), _parse_alpaca, _ALPACA),
+    Reader("alpaca", _ALL, ("instruction", *_SIDES), _parse_alpaca, _ALPACA),
+    Reader("alpaca", _ALL, ("instruction", "output"), _parse_alpaca, _ALPACA),
+    Reader("labelled", _SINGLE, ("prompt", "completion", "label"), _parse_labelled, _TOOLS),
+    Reader("messages", ("sequences",), ("messages",), _parse_messages, _TOOLS),
+    Reader("sharegpt", ("sequences",), ("conversations",), _parse_sharegpt, _SHARED),
+    Reader("preference", _ALL, _SIDES, _parse_preference, ("prompt", "tools")),
+    Reader("responses", _ALL, ("prompt", "responses", "chosen"), _parse_responses, _TOOLS),
+    Reader(
         "prompt-completion", ("sequences",), ("prompt", "completion"), _parse_completion, _TOOLS
     ),
-    _Parser("prompt-completion", ("sequences",), ("prompt", "response"), _parse_completion, _TOOLS),
-    _Parser("alpaca", ("sequences",), ("content", "output"), _parse_content),
-    _Parser("text", ("sequences",), ("text",), _parse_text),
+    Reader("prompt-completion", ("sequences",), ("prompt", "response"), _parse_completion, _TOOLS),
+    Reader("alpaca", ("sequences",), ("content", "output"), _parse_content),
+    Reader("text", ("sequences",), ("text",), _parse_text),
 )
 
 

@@ -1,29 +1,31 @@
-"""Files of rows, JSON lines, an array or Parquet, and data sets of the hub; errors name the row.
+"""Files of rows, and the journal of a long job: finished rows on disk at once.
 
-One line is one row and blank lines are not allowed, so the row at index i stands on line i + 1. A
-byte-order mark in front is left out. What a row must hold is for its reader to say. Files that are
-written appear whole or not at all.
+In a file of rows one line is one JSON object and blank lines are not allowed, so the row at index i
+stands on line i + 1. A byte-order mark in front is left out. What a row must hold is for its reader
+to say. Files that are written appear whole or not at all.
+
+The journal is JSON lines. The first holds the job's fingerprint (its inputs and settings),
+each other one a row under its id. Of several hosts each writes its share of the rows, and one the
+output; no file system need be shared.
 """
 
 import codecs
 import contextlib
 import fcntl
-import glob
 import gzip
-import hashlib
 import json
 import lzma
 import os
 import re
-import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from w2s_jax.distributed import gather_values, own_number
 from w2s_jax.errors import InputError, check_fetched
 
 
@@ -59,18 +61,20 @@ def check_writable(path: str | Path) -> None:
         InputError: where it cannot.
     """
     path = Path(path)
+    fault = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        taken = path.exists() and not path.is_file()
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            fault = f"(it is {kind}); name a file"
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path}: cannot be written ({path.parent} is not a folder)") from None
+        fault = f"({path.parent} is not a folder)"
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    if taken:
-        kind = "a folder" if path.is_dir() else "not a regular file"
-        raise InputError(f"{path}: cannot be written (it is {kind}); name a file")
+        fault = f"({error.strerror or error})"
+    if fault is not None:
+        raise InputError(f"{path}: cannot be written {fault}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -167,12 +171,10 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         InputError: where the file cannot be written.
     """
     path = Path(path)
-    data = b"".join(json_line(row) for row in rows)
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    elif path.suffix == ".xz":
-        data = lzma.compress(data)
-    write_whole(path, [data])
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": partial(gzip.compress, mtime=0), ".xz": lzma.compress
+    }  # fmt: skip
+    write_whole(path, [compress.get(path.suffix, bytes)(b"".join(map(json_line, rows)))])
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -186,11 +188,9 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 def _read(path: Path) -> bytes:
     """What a file holds, without compression, as its suffix tells it, and a byte-order mark."""
     data = read_bytes(path)
+    decompress = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     try:
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        elif path.suffix == ".xz":
-            data = lzma.decompress(data)
+        data = decompress(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (EOFError, lzma.LZMAError, zlib.error) as error:
@@ -222,143 +222,198 @@ def _parse(line: bytes, where: str) -> Row:
     return row
 
 
-_JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".json.xz")
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_TAKES = ".jsonl, .json (also .gz and .xz) or .parquet"
-_SPLIT = re.compile(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?")
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+# The journal of a long job
 
 
-@runtime_checkable
-class Table(Protocol):
-    """Rows by index: a list of them, or a data set of `datasets`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+HEADER = "w2s_journal"
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file or data set.
+class Journal:
+    """A journal in a sound state; made by `open_journal` and `job_journal`.
+
+    One process writes it at a time. Row i is the share of host i modulo their number. On several
+    hosts, all call each method together, but for `append`.
 
     Attributes:
-        name: as the user wrote it.
-        unit: what a number behind the name counts: "FILE line", "ID row".
-        digest: changes with the content.
-        read: reads all rows, in order; raises InputError.
-        first, last: where the rows that count begin and end, as numbers or in percent.
+        path: where this host's rows go.
+        fingerprint: what tells jobs apart, JSON values by name.
+        others: journals that an earlier run on another number of hosts left to this one.
+        host: the number of this host.
+        count: how many hosts there are.
     """
 
-    name: str
-    unit: str
-    digest: str
-    read: Callable[[], Table]
-    first: str = "0"
-    last: str = "100%"
+    path: Path
+    fingerprint: dict[str, Any]
+    others: tuple[Path, ...] = ()
+    host: int = 0
+    count: int = 1
 
-    def rows(self) -> tuple[Table, range]:
-        """All rows, and the indices of those that count.
+    def append(self, row_id: int, row: Mapping[str, Any]) -> None:
+        """Add a finished row; it is on the disk when this returns. The first one makes the file."""
+        with self.path.open("ab") as file:
+            new = file.tell() == 0
+            header = json_line({HEADER: 1, "fingerprint": self.fingerprint}) if new else b""
+            file.write(header + json_line({"row_id": row_id, "row": row}))
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(self.path.parent)
+
+    def read(self) -> dict[int, Row]:
+        """The finished rows of all hosts by id, without a half-written last line.
 
         Raises:
-            InputError: where there is none.
+            InputError: for a line that is damaged anywhere else.
+        """
+        rows: dict[int, Row] = {}
+        for path in (*self.others, self.path):
+            rows |= _read_journal(path)[1] if path.exists() else {}
+        if self.count > 1:
+            parts = gather_values(list(rows.items()))
+            rows = {int(row_id): row for part in parts for row_id, row in part}
+        return dict(sorted(rows.items()))
+
+    def is_own(self, row_id: int) -> bool:
+        """Whether a row is this host's to write: every one, on one host."""
+        return row_id % self.count == self.host
+
+    def merge(
+        self,
+        output: str | Path,
+        count: int,
+        write: Callable[[str | Path, Iterable[Row]], None] = write_jsonl,
+    ) -> None:
+        """Write the rows 0 to count − 1 to `output`, in this order, then remove the journal.
+
+        The first host writes, then every host removes its journals. A kill in between leaves them,
+        and merging again gives the same file.
+
+        Raises:
+            InputError: where rows are missing; nothing is written then.
         """
         rows = self.read()
-        first, last = (_index(bound, len(rows)) for bound in (self.first, self.last))
-        if first >= last:
-            part = f" from {self.first} to {self.last}" if len(rows) else ""
-            raise InputError(f"{self.name}: no rows{part}")
-        return rows, range(first, last)
+        missing = [row_id for row_id in range(count) if row_id not in rows]
+        if missing:
+            raise InputError(
+                f"{self.path}: {len(missing)} of {count} rows are missing, first {missing[0]}; run "
+                "again, one process at a time"
+            )
+        if self.host == 0:
+            write(output, (rows[row_id] for row_id in range(count)))
+        if self.count > 1:
+            gather_values(None)  # the output is there before a journal goes
+        for path in (*self.others, self.path):
+            path.unlink(missing_ok=True)
 
-    def place(self, number: int) -> str:
-        """Where a row stands; numbers are from 1."""
-        return f"{self.unit} {number}"
+
+def told_kept(path: Path) -> str:
+    """Where the rows of a job are that could not be ended, to be put behind the reason."""
+    return f"; what was found for the others is kept in {path}" if path.exists() else ""
 
 
-def open_source(name: str, *, split: str = "train") -> Source:
-    """The file, folder or data set of this name.
+def journal_path(output: str | Path) -> Path:
+    """Where the journal of a job lies: beside its output, as OUTPUT.journal."""
+    return Path(f"{output}.journal")
 
-    A data set of the hub is ID or ID:CONFIG. `split` is its split, or a folder's, and may take a
-    part of the rows, of files too: train[:90%], train[500:].
+
+def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
+    """The journal of a job, with the rows of an earlier run if there are any.
+
+    A half-written last line is cut away. `fingerprint` tells jobs apart: JSON values by name.
 
     Raises:
-        InputError: for a name that is nothing of this, and for a split that is not there.
+        InputError: where the journal holds rows of a job with another fingerprint (saying what
+            differs), is damaged or cannot be written.
     """
-    path = Path(name).expanduser()
-    asked = _SPLIT.fullmatch(split)
-    if asked is None:
-        raise InputError(f"--split {split}: it takes a name such as train, or train[:90%]")
-    part = {"first": asked[2] or "0", "last": asked[3] or "100%"}
-    unit, read = f"{name} row", partial(_load, name, asked[1])
-    if path.is_file():
-        return _file(name, path, part)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        for file in files:
-            if file.name.endswith((*_JSON, *_BUILDERS)):
-                check_fetched(file)
-        digest = f"{asked[1]} {_digest(files)}"
-        return Source(name, unit, digest, partial(read, **_folder(path, files)), **part)
-    if path.name.endswith((*_JSON, ".parquet")) or not _HUB.fullmatch(name):
-        raise InputError(f"{name}: no such file; it takes {_TAKES}, or an id on the hub")
-    identity, _, config = name.partition(":")
-    found = read(identity, name=config or None)
-    return Source(name, unit, f"{asked[1]} {found._fingerprint}", lambda: found, **part)
+    path = Path(path)
+    check_writable(path)
+    wanted = json.loads(json.dumps(fingerprint))
+    if path.exists():
+        found, rows, end = _read_journal(path)
+        if rows and found != wanted:
+            changed = differences(found or {}, wanted).items()
+            told = ", ".join(f"{name}: {a!r} there, {b!r} here" for name, (a, b) in changed)
+            raise InputError(
+                f"{path}: holds {len(rows)} finished rows of a run with other settings "
+                f"({told}); go on with those, or delete it to start anew"
+            )
+        if not rows:
+            start = f'{{"{HEADER}"'.encode()
+            if not start.startswith(read_bytes(path)[: len(start)]):
+                # Neither empty nor cut off within its first line.
+                raise InputError(f"{path}: not a journal; move the file away to start anew")
+            path.unlink()
+        elif end < path.stat().st_size:
+            with path.open("r+b") as file:
+                file.truncate(end)
+                file.flush()
+                os.fsync(file.fileno())
+    return Journal(path, wanted)
 
 
-def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
-    """What `datasets` takes for a folder.
-
-    It reads names as patterns; where one holds [, * or ?, the kind of the files must be said.
-    """
-    if glob.escape(str(path)) == str(path):
-        return {"kind": str(path)}
-    endings = [ending for file in files for ending in file.suffixes]
-    found = next((_BUILDERS[ending] for ending in endings if ending in _BUILDERS), "json")
-    return {"kind": found, "data_dir": glob.escape(str(path))}
-
-
-def _file(name: str, path: Path, part: dict[str, str]) -> Source:
-    check_fetched(path)
-    digest = _digest([path])
-    if path.name.endswith(_JSON):
-        unit = "row" if path.name.endswith((".json", ".json.gz", ".json.xz")) else "line"
-        return Source(name, f"{name} {unit}", digest, lambda: read_rows(path)[0], **part)
-    if path.suffix == ".parquet":
-        read = partial(_load, name, "train", "parquet", data_files=glob.escape(str(path)))
-        return Source(name, f"{name} row", digest, read, **part)
-    raise InputError(f"{name}: not one of the files that can be read: {_TAKES}")
-
-
-def _index(bound: str, rows: int) -> int:
-    """Rounded as `datasets` rounds percents."""
-    share = bound.endswith("%")
-    return min(round(int(bound[:-1]) * rows / 100) if share else int(bound), rows)
-
-
-def _load(shown: str, split: str, kind: str, **options: Any) -> Any:
-    """A split that `datasets` reads; messages of errors show it as `shown`."""
-    import datasets
-
-    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    try:
-        if quiet:
-            datasets.disable_progress_bars()
-        return datasets.load_dataset(kind, split=split, **options)
-    except Exception as error:  # whatever its many readers raise
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
-        raise InputError(f"{shown}: cannot be read ({type(cause).__name__}: {reason})") from None
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
+def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], int]:
+    """(fingerprint, None without a whole header; rows by id; bytes to the end of the last row)."""
+    lines = read_bytes(path).splitlines(keepends=True)
+    fingerprint: dict[str, Any] | None = None
+    rows: dict[int, Row] = {}
+    end = 0
+    for number, line in enumerate(lines, start=1):
         try:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return total.hexdigest()
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
+            entry = json.loads(line)
+            if number == 1:
+                if entry[HEADER] != 1:
+                    raise ValueError(f"version {entry[HEADER]}")
+                fingerprint = dict(entry["fingerprint"])
+            else:
+                rows[int(entry["row_id"])] = dict(entry["row"])
+        except (ValueError, TypeError, KeyError):
+            last = number == len(lines)
+            if last and (number > 1 or not line.endswith(b"\n")):
+                break
+            raise InputError(
+                f"{path} line {number}: not a line of a journal; move the file away to start anew"
+            ) from None
+        end += len(line)
+    return fingerprint, rows, end
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two mappings do not have alike, by name: (there, here), None for what one has not."""
+    names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
+    return {name: (found.get(name), wanted.get(name)) for name in names}
+
+
+def host_journal_path(output: str | Path, host: int) -> Path:
+    """Where a host's journal lies: OUTPUT.journal for the first, OUTPUT.host1.journal and so on."""
+    return journal_path(output) if host == 0 else journal_path(f"{output}.host{host}")
+
+
+@contextlib.contextmanager
+def job_journal(output: str | Path, fingerprint: Mapping[str, Any]) -> Iterator[Journal]:
+    """The journal beside `output` that this process is to write, locked while the block runs.
+
+    On several hosts each has one of its own. Those that an earlier run left here with another
+    number of hosts are taken up too.
+
+    Raises:
+        InputError: as `locked` and `open_journal` do.
+    """
+    host, count = own_number()
+    left = [at for at in _left_behind(output) if at >= count and at % count == host]
+    own, *others = (host_journal_path(output, at) for at in (host, *left))
+    with contextlib.ExitStack() as stack:
+        for path in (own, *others):
+            stack.enter_context(locked(path))
+            journal = open_journal(path, fingerprint)
+        yield Journal(own, journal.fingerprint, tuple(others), host, count)
+
+
+def _left_behind(output: str | Path) -> list[int]:
+    """Numbers of the hosts, but the first, whose journals lie beside an output."""
+    output = Path(output)
+    named = re.compile(re.escape(f"{output.name}.host") + r"(\d+)\.journal", re.ASCII)
+    found = (named.fullmatch(path.name) for path in output.parent.glob("*.journal"))
+    return sorted(int(each[1]) for each in found if each)

@@ -15,9 +15,8 @@ from jaxtyping import Bool
 from w2s_jax.errors import InputError
 from w2s_jax.text.batches import Side
 from w2s_jax.text.chat import PUBLISHED, Template, apply_template
-from w2s_jax.text.conversations import Conversation, Message
 from w2s_jax.text.examples import Example, common_length
-from w2s_jax.text.prompts import encode_prompt, encode_spans
+from w2s_jax.text.prompts import Conversation, Message, check_encodable, encode_prompt, encode_spans
 
 Truncation = Literal["keep_start", "keep_end", "keep_response", "drop", "error", "split"]
 Spans = list[tuple[int, int]]
@@ -82,12 +81,9 @@ def encode(
     for example, loss, place in zip(examples, losses, places, strict=True):
         try:
             one = _render(template, example, loss)
-            for text in one.sides:
-                text.encode()
+            check_encodable("not text", *one.sides)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-        except UnicodeEncodeError as error:
-            raise InputError(f"{place}: not text: {error.reason}") from None
         rendered.append(one if append_eos else replace(one, end=None))
     found = _tokenize(template.tokenizer, rendered)
     return [

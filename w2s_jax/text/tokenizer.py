@@ -8,12 +8,16 @@ drops the dummy prefix, so "a  b" gets other ids.
 
 import contextlib
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Bool, Int32
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -30,6 +34,7 @@ from w2s_jax.errors import InputError, check_fetched, check_kind
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_logger = logging.getLogger(__name__)
 _SPACE = "▁"
 _BPE = 2  # TrainerSpec.ModelType
 _CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
@@ -63,13 +68,17 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
             byte_fallback=trainer.byte_fallback,
         )
     )
-    _set_spaces(tokenizer, model.normalizer_spec.add_dummy_prefix)
+    # Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding.
+    dummy = model.normalizer_spec.add_dummy_prefix
+    prepend = [normalizers.Prepend(_SPACE)] if dummy else []
+    strip = [decoders.Strip(" ", 1, 0)] if dummy else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    added = [piece for piece in pieces if piece.type in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-            for piece in pieces
-            if piece.type in (_CONTROL, _USER_DEFINED)
-        ]
+        [AddedToken(a.piece, normalized=False, special=a.type == _CONTROL) for a in added]
     )
     ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     roles = {f"{role}_token": pieces[index].piece for role, index in ids.items() if index >= 0}
@@ -79,38 +88,27 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the third's score descending."""
-    merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in scores and piece[cut:] in scores:
-                merges.append((score, piece[:cut], piece[cut:]))
-    merges.sort(key=lambda merge: -merge[0])
-    return [(left, right) for _, left, right in merges]
-
-
-def _set_spaces(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
-    """Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding."""
-    prepend = [normalizers.Prepend(_SPACE)] if dummy_prefix else []
-    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    merges = [
+        (score, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for _, left, right in sorted(merges, key=lambda merge: -merge[0])]
 
 
 def _set_template(
     tokenizer: Tokenizer, roles: Mapping[str, str], options: Mapping[str, Any]
 ) -> None:
-    def asked(role: str, default: bool) -> list[str]:
-        there = f"{role}_token" in roles and options.get(f"add_{role}_token", default)
-        return [roles[f"{role}_token"]] if there else []
-
-    first, last = asked("bos", True), asked("eos", False)
-    used = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
+    asked = {"bos": options.get("add_bos_token", True), "eos": options.get("add_eos_token", False)}
+    first, last = (
+        [roles[f"{role}_token"]] if asked[role] and f"{role}_token" in roles else []
+        for role in ("bos", "eos")
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *last],
-        special_tokens=used,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*first, *last}],
     )
 
 
@@ -175,14 +173,9 @@ def save_bpe(tokenizer: Tokenizer, directory: str | Path, *, max_length: int) ->
 # More tokens than this on one side make another vocabulary, not an extended one.
 _ADDED_TOKENS = 256
 _PATTERNS = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-    "adapter_config.json",
-]
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json",
+    "merges.txt", "adapter_config.json",
+]  # fmt: skip
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
@@ -200,7 +193,15 @@ def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
     for path in directory.glob("chat_template*"):  # which are read as they are
         check_fetched(path)
     try:
-        tokenizer = _load(directory)
+        load = _loader(directory)
+        config = directory / "tokenizer_config.json"
+        options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if load is None:
+            raise InputError(
+                f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, "
+                "or tokenizer.model"
+            )
+        tokenizer = load(directory, options)
     except Exception as error:  # the parsers of tokenizers raise bare Exception
         for path in sorted(file for pattern in _PATTERNS for file in directory.glob(pattern)):
             check_fetched(path)
@@ -261,18 +262,6 @@ def _base(directory: Path) -> str:
     return str(directory / name) if (directory / name).is_dir() else name
 
 
-def _load(directory: Path) -> "PreTrainedTokenizerBase":
-    load = _loader(directory)
-    config = directory / "tokenizer_config.json"
-    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if load is None:
-        raise InputError(
-            f"{directory}: no tokenizer; it takes tokenizer.json, vocab.json with merges.txt, or "
-            "tokenizer.model"
-        )
-    return load(directory, options)
-
-
 def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
     """What loads a folder's tokenizer, by the first set of files that is whole; None for none."""
     known = (
@@ -311,8 +300,7 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     if added.is_file():
         ids = json.loads(added.read_text(encoding="utf-8"))
         # Not normalised: they are found inside words too, not only behind a space.
-        added_tokens = [AddedToken(token, normalized=False) for token in sorted(ids, key=ids.get)]
-        backend.add_tokens(added_tokens)
+        backend.add_tokens([AddedToken(one, normalized=False) for one in sorted(ids, key=ids.get)])
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = options.get(role)
         if token is not None:
@@ -322,6 +310,46 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     if template.is_file():  # which goes before the config's, as in transformers
         kept["chat_template"] = template.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
+
+
+def tokens_behind(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
+    whole, text = _probed(tokenizer)
+    starts = range(len(whole) - len(text) + 1 if text else 0)
+    found = (start for start in starts if whole[start : start + len(text)] == text)
+    return next((len(whole) - start - len(text) for start in found), 0)
+
+
+def tell_left_out(tokenizer: Any, where: str) -> None:
+    """Log a warning that names the special tokens which prompts go without; `where` begins it."""
+    behind = tokens_behind(tokenizer)
+    if behind:
+        whole, _ = _probed(tokenizer)
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(whole[-behind:])))
+        _logger.warning(
+            "%s: the tokenizer puts %s behind every text; prompts are read without", where, names
+        )
+
+
+def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A text's token ids with the tokenizer's special tokens, and without them.
+
+    The text is a letter or, as none is in every vocabulary, that of the first token to come back as
+    tokens other than those. Both are empty where no special tokens are put around a text.
+    """
+    added = {*tokenizer([""], add_special_tokens=True).input_ids[0]}
+    if not added:
+        return [], []
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    own = (tokenizer.decode([token], **plain) for token in range(len(tokenizer)))
+    for text in chain("a", own):
+        try:
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception:  # what tokenizers raise for what they cannot write
+            continue
+        if ids and not added.intersection(ids):
+            return list(tokenizer(text, add_special_tokens=True).input_ids), ids
+    return [], []
 
 
 # Made up
@@ -371,3 +399,53 @@ def _syllables(count: int, form: str) -> list[str]:
     if count <= len(short):
         return short[:count]
     return [one[:2] + other for one in short for other in short][:count]
+
+
+# Rows of few shapes
+
+
+def power_of_two(count: int, least: int) -> int:
+    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
+
+    What is padded to such sizes takes few shapes, and so few programs.
+    """
+    return max(least, 1 << (max(count, 1) - 1).bit_length())
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
+) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:
+    """Right-pad rows to `width` (longer ones are cut); the mask is True on real tokens."""
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        row = row[:width]
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return tokens, mask
+
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
+
+    It holds all of the prompt but its last token.
+    """
+    return power_of_two(length - 1, SMALLEST_BUCKET)
+
+
+def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
+    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+
+    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    """
+    capacities = [bucket(length) for length in lengths]
+    joined: dict[int, list[int]] = {}
+    few: list[int] = []
+    for capacity in sorted({*capacities}):
+        few = sorted([*few, *(i for i, one in enumerate(capacities) if one == capacity)])
+        if len(few) >= slots or capacity == max(capacities):
+            joined[capacity], few = few, []
+    return joined

@@ -1,40 +1,42 @@
 """Files of training rows: read, tokenised once, cached, packed.
 
-What a row means is in text/examples.py, its tokens in text/supervised.py, and the batches that are
-made of them in text/batches.py. Token ids and targets of all documents lie in one memory-mapped
-Arrow file, written once, in the stream format that `datasets.Dataset.from_file` opens.
+What a row means is in text/examples.py, its tokens in text/supervised.py, and the file of tokens,
+with the batches that are made of it, in text/batches.py.
 """
 
-import contextlib
+import glob
 import hashlib
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-import numpy as np
-
-from w2s_jax.errors import InputError, check_fields
-from w2s_jax.text.batches import Data, Kind, Side, TokenStore, best_fit
+from w2s_jax.errors import InputError, check_fetched, check_fields
+from w2s_jax.text.batches import (
+    FIGURES,
+    NO_LABEL,
+    Data,
+    Document,
+    Kind,
+    best_fit,
+    read_store,
+    write_store,
+)
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.examples import Example, Format, parser
-from w2s_jax.text.prompts import tell_left_out
-from w2s_jax.text.rows import Source, open_source, sync_folder
+from w2s_jax.text.rows import read_rows
 from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
+from w2s_jax.text.tokenizer import tell_left_out
 
 _logger = logging.getLogger(__name__)
 _VERSION = 4  # of what is cached: raise it when the same rows would give other tokens
 _BLOCK = 1000
-NO_LABEL = -1
-_FIGURES = (
-    "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
-    "targets",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,6 @@ class DataConfig:
     """Whether several short sequences share a row of max_length tokens."""
     pad_to_multiple_of: int = 64
     """Rows are padded to a multiple of so many tokens, so that few programs are compiled."""
-    shuffle: bool = True
-    """Whether every epoch has an order of its own."""
-    seed: int = 0
-    """Seed of that order."""
     limit: int | None = None
     """Rows to read, all by default."""
     cache: str | None = None
@@ -80,46 +78,31 @@ class DataConfig:
         check_fields(self)
 
 
-def load_sequences(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows to imitate, as single sequences.
+def load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
+    """The rows of files and data sets, as token ids.
 
-    They hold `text`, `messages`, `prompt` and `completion`, Alpaca's or ShareGPT's columns; of a
-    preference row the chosen response is read, of labelled rows those that are wanted.
+    Sequences, to imitate, are of rows with `text`, `messages`, `prompt` and `completion`, Alpaca's
+    or ShareGPT's columns; of a preference row the chosen response is read, of labelled rows those
+    that are wanted. Pairs have a chosen and a rejected response (text/examples.py has their
+    columns). Labelled rows have one response that is wanted or not; a preference row gives two.
 
     Args:
+        kind: what is made of the rows.
         config: what to read, and how rows become tokens.
         tokenizer: any transformers tokenizer.
 
     Raises:
-        InputError: for files and rows that cannot be read, columns that are missing, and data of
-            which nothing is left.
+        InputError: for files and rows that cannot be read, columns that are missing, options that
+            are not for this kind, pairs whose responses are equal unless these are dropped, and
+            data of which nothing is left.
     """
-    data = _load("sequences", config, tokenizer)
+    data = _tokenised(kind, config, tokenizer)
     if config.packing == "none":
         return data
     packing = best_fit(data.store.lengths, config.max_length)
     identity = hashlib.sha256(f"{data.identity} best-fit".encode()).hexdigest()
     figures = data.figures | {"packed_rows": len(packing)}
     return replace(data, packing=packing, identity=identity, figures=figures)
-
-
-def load_pairs(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows with a chosen and a rejected response; see text/examples.py for their columns.
-
-    Raises:
-        InputError: as `load_sequences` does, for pairs whose responses are equal unless these
-            are dropped, and for options that are not for pairs.
-    """
-    return _load("pairs", config, tokenizer)
-
-
-def load_labelled(config: DataConfig, tokenizer: Any) -> Data:
-    """Rows with one response that is wanted or not; a preference row gives two of them.
-
-    Raises:
-        InputError: as `load_pairs` does.
-    """
-    return _load("labelled", config, tokenizer)
 
 
 def _check(kind: Kind, config: DataConfig) -> None:
@@ -152,7 +135,7 @@ def _check(kind: Kind, config: DataConfig) -> None:
             raise InputError(f"--{name} {value}: it takes at least {least}")
 
 
-def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
+def _tokenised(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     _check(kind, config)
     tell_left_out(tokenizer, "--model")
     template = load_template(tokenizer, config.template, where="--template")
@@ -161,7 +144,7 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
     path = _cache_folder(config) / f"{kind}-{identity[:32]}.arrow"
     store = read_store(path)
     if store is None:
-        figures = dict.fromkeys(_FIGURES, 0)
+        figures = dict.fromkeys(FIGURES, 0)
         write_store(path, _documents(kind, config, sources, template, figures), figures)
         store = read_store(path)
     if store is None:
@@ -174,28 +157,146 @@ def _load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
             "token to learn, behind its prompt"
         )
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    places = tuple(f"{source.name} {source.unit}" for source in sources)
     return Data(
-        kind, store, tuple(source.unit for source in sources), identity, dict(store.notes),
-        pad_id, config.max_length, config.pad_to_multiple_of,
-        weighted=config.weight_column is not None,
+        kind, store, places, identity, dict(store.notes), pad_id, config.max_length,
+        config.pad_to_multiple_of, weighted=config.weight_column is not None,
     )  # fmt: skip
 
 
-# Rows
+# Files, folders and data sets of the hub
+
+
+_JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".json.xz")
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TAKES = ".jsonl, .json (also .gz and .xz) or .parquet"
+_SPLIT = re.compile(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Document:
-    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+class Source:
+    """One file or data set.
 
-    `weight` says how much the example counts beside others.
+    Attributes:
+        name: as the user wrote it.
+        unit: what a number behind the name counts: "line", "row".
+        digest: changes with the content.
+        read: reads all rows, in order, as a sequence of mappings; raises InputError.
+        first, last: where the rows that count begin and end, as numbers or in percent.
     """
 
-    side: Side
-    source: int
-    row: int
-    label: int = NO_LABEL
-    weight: float = 1.0
+    name: str
+    unit: str
+    digest: str
+    read: Callable[[], Any]
+    first: str = "0"
+    last: str = "100%"
+
+    def rows(self) -> tuple[Any, range]:
+        """All rows, and the indices of those that count.
+
+        Raises:
+            InputError: where there is none.
+        """
+        rows = self.read()
+        first, last = (_index(bound, len(rows)) for bound in (self.first, self.last))
+        if first >= last:
+            part = f" from {self.first} to {self.last}" if len(rows) else ""
+            raise InputError(f"{self.name}: no rows{part}")
+        return rows, range(first, last)
+
+    def place(self, number: int) -> str:
+        """Where a row stands; numbers are from 1."""
+        return f"{self.name} {self.unit} {number}"
+
+
+def open_source(name: str, *, split: str = "train") -> Source:
+    """The file, folder or data set of this name.
+
+    A data set of the hub is ID or ID:CONFIG. `split` is its split, or a folder's, and may take a
+    part of the rows, of files too: train[:90%], train[500:].
+
+    Raises:
+        InputError: for a name that is nothing of this, and for a split that is not there.
+    """
+    path = Path(name).expanduser()
+    asked = _SPLIT.fullmatch(split)
+    if asked is None:
+        raise InputError(f"--split {split}: it takes a name such as train, or train[:90%]")
+    bounds = (asked[2] or "0", asked[3] or "100%")
+    read = partial(_load, name, asked[1])
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            if file.name.endswith((*_JSON, *_BUILDERS)):
+                check_fetched(file)
+        rows = partial(read, **_folder(path, files))
+        return Source(name, "row", f"{asked[1]} {_digest(files)}", rows, *bounds)
+    if not path.is_file():
+        if path.name.endswith((*_JSON, ".parquet")) or not _HUB.fullmatch(name):
+            raise InputError(f"{name}: no such file; it takes {_TAKES}, or an id on the hub")
+        identity, _, config = name.partition(":")
+        found = read(identity, name=config or None)
+        return Source(name, "row", f"{asked[1]} {found._fingerprint}", lambda: found, *bounds)
+    check_fetched(path)
+    digest = _digest([path])
+    if path.name.endswith(_JSON):
+        unit = "row" if path.name.endswith((".json", ".json.gz", ".json.xz")) else "line"
+        return Source(name, unit, digest, lambda: read_rows(path)[0], *bounds)
+    if path.suffix != ".parquet":
+        raise InputError(f"{name}: not one of the files that can be read: {_TAKES}")
+    rows = partial(_load, name, "train", "parquet", data_files=glob.escape(str(path)))
+    return Source(name, "row", digest, rows, *bounds)
+
+
+def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
+    """What `datasets` takes for a folder.
+
+    It reads names as patterns; where one holds [, * or ?, the kind of the files must be said.
+    """
+    if glob.escape(str(path)) == str(path):
+        return {"kind": str(path)}
+    endings = (ending for file in files for ending in file.suffixes if ending in _BUILDERS)
+    return {"kind": _BUILDERS[next(endings, ".json")], "data_dir": glob.escape(str(path))}
+
+
+def _index(bound: str, rows: int) -> int:
+    """Rounded as `datasets` rounds percents."""
+    share = bound.endswith("%")
+    return min(round(int(bound[:-1]) * rows / 100) if share else int(bound), rows)
+
+
+def _load(shown: str, split: str, kind: str, **options: Any) -> Any:
+    """A split that `datasets` reads; messages of errors show it as `shown`."""
+    import datasets
+
+    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(kind, split=split, **options)
+    except Exception as error:  # whatever its many readers raise
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
+        raise InputError(f"{shown}: cannot be read ({type(cause).__name__}: {reason})") from None
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return total.hexdigest()
+
+
+# Rows
 
 
 def _documents(
@@ -209,14 +310,9 @@ def _documents(
     examples = _examples(kind, config, sources, figures)
     told: set[str] = set()
     while block := list(islice(examples, _BLOCK)):
-        places = [sources[source].place(row) for _, source, row in block]
-        encoded = encode(
-            template,
-            [one for one, _, _ in block],
-            places,
-            config.loss_on,
-            append_eos=config.append_eos,
-        )
+        of, numbers, rows = zip(*block, strict=True)
+        places = [sources[number].place(row) for number, row in zip(numbers, rows, strict=True)]
+        encoded = encode(template, of, places, config.loss_on, append_eos=config.append_eos)
         found = []
         for (example, source, row), whole, place in zip(block, encoded, places, strict=True):
             for name in sorted(whole.unwritten - told):
@@ -364,76 +460,3 @@ def _cache_folder(config: DataConfig) -> Path:
     from datasets import config as settings
 
     return Path(settings.HF_DATASETS_CACHE) / "w2s_jax"
-
-
-def write_store(
-    path: Path, blocks: Iterable[list[Document]], notes: Mapping[str, Any]
-) -> None:  # fmt: skip
-    """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
-
-    Raises:
-        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
-    """
-    import pyarrow as pa
-
-    lists = {"tokens": pa.list_(pa.int32()), "targets": pa.list_(pa.int8())}
-    numbers = dict.fromkeys(("prompt", "source", "row", "label"), pa.int64())
-    schema = pa.schema(lists | numbers | {"weight": pa.float32()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _appearing(path) as file, pa.ipc.new_stream(file, schema) as writer:
-            for block in blocks:
-                columns = {
-                    "tokens": [document.side.tokens for document in block],
-                    "targets": [document.side.targets.astype(np.int8) for document in block],
-                    "prompt": [document.side.prompt for document in block],
-                }
-                for name in ("source", "row", "label", "weight"):
-                    columns[name] = [getattr(document, name) for document in block]
-                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            with _appearing(_notes_of(path)) as told:
-                told.write(json.dumps(notes).encode())
-        sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there when all is written; several processes may write the same one."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def read_store(path: Path) -> TokenStore | None:
-    """The documents of a file; None where it is not there or damaged.
-
-    A stream that was cut between two blocks reads as a shorter one: the notes beside it tell how
-    many tokens there are.
-    """
-    import pyarrow as pa
-
-    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
-        notes = json.loads(_notes_of(path).read_text())
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        tokens, targets = (
-            [(part.values.to_numpy(), part.offsets.to_numpy()) for part in table[name].chunks]
-            for name in ("tokens", "targets")
-        )
-        numbers = ("prompt", "source", "row", "label", "weight")
-        columns: Any = [*(table[name].to_numpy() for name in numbers), notes]
-        store = TokenStore(tokens, targets, *columns)
-        whole = isinstance(notes, dict) and notes.keys() >= {*_FIGURES}
-        return store if whole and notes["tokens"] == int(store.lengths.sum()) else None
-    return None
-
-
-def _notes_of(path: Path) -> Path:
-    return path.with_suffix(".json")

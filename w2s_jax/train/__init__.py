@@ -1,19 +1,9 @@
-"""Training: `sft` and `dpo` on typed settings, and what they are made of."""
+"""Training: `sft` and `dpo` on typed settings, and what they are made of.
 
-from typing import TYPE_CHECKING, Any
+Public names, listed in `__init__.pyi`, load on first use, so that `config.py` can be read without
+jax.
+"""
 
-from w2s_jax.train.config import DPOConfig, SFTConfig
+import lazy_loader
 
-if TYPE_CHECKING:
-    from w2s_jax.train.fine_tuning import Trained, dpo, estimate_memory, sft
-
-__all__ = ["DPOConfig", "SFTConfig", "Trained", "dpo", "estimate_memory", "sft"]
-
-
-def __getattr__(name: str) -> Any:
-    """What needs jax is imported when it is asked for, as the settings are also read without it."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from w2s_jax.train import fine_tuning
-
-    return getattr(fine_tuning, name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

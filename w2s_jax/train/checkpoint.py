@@ -11,17 +11,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from w2s_jax.distributed import gather_values, is_first
 from w2s_jax.errors import InputError
-from w2s_jax.text.rows import sync_folder, write_whole
+from w2s_jax.text.rows import differences, sync_folder, write_whole
 from w2s_jax.train.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Checkpoints:
         self._keep_best = keep_best
         self._scores: dict[int, float | None] = {}
         self._manager: Any = None
+        self._quiet = _Quiet()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: tuple[int, Future[None]] | None = None
 
@@ -95,7 +96,7 @@ class Checkpoints:
         if step in self._scores:
             return
         if self._manager is None:
-            logging.getLogger("absl").addFilter(_not_by_orbax)
+            self._quiet.__enter__()
             options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None)
             # Weights and moments in float32 compress by less than a tenth, for which compression
             # takes three times the seconds and a second copy of them in memory.
@@ -126,14 +127,14 @@ class Checkpoints:
         """Give a step that is saved already the score of an evaluation that came after it."""
         self.wait()
         kept = read_manifest(self.folder, step)
-        if kept is not None and jax.process_index() == 0:
+        if kept is not None and is_first():
             write_manifest(self.folder, Manifest(step, kept.files, score))
         self._scores[step] = score
 
     def best_score(self) -> float | None:
         """The highest score among the steps kept, those still being written included."""
-        scores = [score for score in self._scores.values() if score is not None]
-        return max(scores, default=None)
+        best = _best(self._scores)
+        return None if best is None else self._scores[best]
 
     def check(self) -> None:
         """Raise what went wrong in a save that has ended; returns at once."""
@@ -163,67 +164,54 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # the save's failure again: wait() has told it
                     self._manager.close()
                 self._manager = None
-                logging.getLogger("absl").removeFilter(_not_by_orbax)
+                self._quiet.__exit__()
 
     def _newest_sound(self) -> tuple[int | None, dict[int, str]]:
         """(newest step whose files are as its manifest says, faults of the later ones)."""
         found, faults = None, {}
-        steps = reversed(steps_on_disk(self.folder)) if jax.process_index() == 0 else ()
-        for step in steps:
+        for step in reversed(steps_on_disk(self.folder)) if is_first() else ():
             fault = fault_of(self.folder, step)
             if fault is None:
                 found = step
                 break
             faults[step] = fault
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            told = multihost_utils.broadcast_one_to_all(
-                np.array([-1 if found is None else found, len(faults)])
-            )
-            found = None if told[0] < 0 else int(told[0])
-            if jax.process_index() and told[1] and found is None:
-                faults = {-1: "see the first host's message"}
+        found, count = gather_values((found, len(faults)))[0]
+        if not is_first() and count and found is None:
+            faults = {-1: "see the first host's message"}
         return found, faults
 
     def _clear(self, faults: dict[int, str]) -> None:
         """Remove the steps with faults, and what saves that were cut off left behind."""
-        if jax.process_index() == 0:
+        if is_first():
             for step in faults:
                 remove_step(self.folder, step)
             for path in unfinished(self.folder):
                 log.warning("%s was cut off while being written; removed", path.name)
                 shutil.rmtree(path, ignore_errors=True)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("w2s checkpoints cleared")
+        gather_values(None)  # all hosts find it cleared
 
     def _finish(self, step: int, score: float | None) -> None:
         """In the background: when a step is committed, write its manifest, then prune."""
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if is_first():
             write_manifest(self.folder, make_manifest(self.folder, step, score))
         self._scores[step] = score
         self.latest = step
         for old in self._surplus():
             del self._scores[old]
-            if jax.process_index() == 0:
+            if is_first():
                 remove_step(self.folder, old)
 
     def _surplus(self) -> list[int]:
         steps = sorted(self._scores)
-        kept = set(steps[-self._keep_last :])
-        scored = {step: score for step, score in self._scores.items() if score is not None}
-        if self._keep_best and scored:
-            kept.add(max(scored, key=lambda step: (scored[step], step)))
+        kept = {*steps[-self._keep_last :], *([_best(self._scores)] if self._keep_best else [])}
         return [step for step in steps if step not in kept]
 
     def _failure(self, step: int, error: Exception) -> OSError:
         """One line for a save that failed; what it left is removed to give the space back."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()  # nothing writes any more when it is cleared away
-        if jax.process_index() == 0:
+        if is_first():
             if read_manifest(self.folder, step) is None:
                 remove_step(self.folder, step)
             for path in unfinished(self.folder):
@@ -258,7 +246,7 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[
     step = _sound_step(folder, step)
     place = folder / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _Quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         held = {"params": reader.metadata(place).item_metadata.tree["params"]}
         wanted = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), held
@@ -272,8 +260,13 @@ def best_step(folder: str | Path) -> int | None:
     """The step with the highest score of those kept; None where no evaluation gave one."""
     folder = Path(folder)
     kept = [read_manifest(folder, at) for at in steps_on_disk(folder)]
-    scores = {each.step: each.score for each in kept if each and each.score is not None}
-    return max(scores, key=lambda at: (scores[at], at), default=None)
+    return _best({each.step: each.score for each in kept if each})
+
+
+def _best(scores: Mapping[int, float | None]) -> int | None:
+    """The step with the highest score, the last of equal ones."""
+    scored = {step: score for step, score in scores.items() if score is not None}
+    return max(scored, key=lambda step: (scored[step], step), default=None)
 
 
 def _sound_step(folder: Path, step: int | None, *, best: bool = False) -> int:
@@ -289,16 +282,6 @@ def _sound_step(folder: Path, step: int | None, *, best: bool = False) -> int:
     if fault is not None:
         raise InputError(f"{folder}: step {step}: {fault}; there are {steps}")
     return step
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    logger = logging.getLogger("absl")
-    logger.addFilter(_not_by_orbax)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_not_by_orbax)
 
 
 def _restore(
@@ -338,36 +321,25 @@ def _check_identity(
     folder: Path, step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     """Raise InputError where an identity differs but in what is FREE, which a warning tells."""
-    wanted = json.loads(json.dumps(wanted))
-    (there, free_there, files_there), (here, free_here, files_here) = (
-        ({k: v for k, v in held.items() if k not in (FREE, FILES)}, held.get(FREE), held.get(FILES))
-        for held in (found, wanted)
-    )
-    files = _differences(files_there, files_here)
-    different = [
-        f"{name}: {', '.join(own)} changed"
-        if (own := [path.removeprefix(f"{name}.") for path in files if path.startswith(f"{name}.")])
-        else f"{name}: {one!r} there, {other!r} here"
-        for name, (one, other) in _differences(there, here).items()
-    ]
-    if different:
+    changed = differences(_flat(found), _flat(json.loads(json.dumps(wanted))))
+    parts: dict[str, dict[str, Any]] = {"": {}, FREE: {}, FILES: {}}
+    for name, both in changed.items():
+        part = next((one for one in (FREE, FILES) if name.startswith(f"{one}.")), "")
+        parts[part][name.removeprefix(f"{part}.")] = both
+    told = []
+    for name, (one, other) in parts[""].items():
+        files = [at.removeprefix(f"{name}.") for at in parts[FILES] if at.startswith(f"{name}.")]
+        there = f"{', '.join(files)} changed" if files else f"{one!r} there, {other!r} here"
+        told.append(f"{name}: {there}")
+    if told:
         raise InputError(
-            f"{folder}: step {step} is of a run with other settings ({', '.join(different)}); "
+            f"{folder}: step {step} is of a run with other settings ({', '.join(told)}); "
             "go on with those, or name another directory to start anew"
         )
-    for name, (one, other) in _differences(free_there, free_here).items():
+    for name, (one, other) in parts[FREE].items():
         schedule = "learning rates follow the schedule of these"
-        told = schedule if name == "steps" else "not to the bit"
-        log.warning("%s: %s until step %d, %s from there on; %s", name, one, step, other, told)
-
-
-def _differences(
-    one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
-) -> dict[str, tuple[Any, Any]]:
-    """What two nested mappings do not have alike, by dotted name."""
-    there, here = _flat(one or {}), _flat(other or {})
-    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    return {name: (there.get(name), here.get(name)) for name in names}
+        what = schedule if name == "steps" else "not to the bit"
+        log.warning("%s: %s until step %d, %s from there on; %s", name, one, step, other, what)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -379,9 +351,18 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _not_by_orbax(record: logging.LogRecord) -> bool:
-    """False for what orbax logs: pages of traces for a failure that is told here in one line."""
-    return "orbax" not in record.pathname
+class _Quiet(logging.Filter):
+    """Leaves out what orbax logs: pages of traces for a failure that is told here in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for what orbax logs."""
+        return "orbax" not in record.pathname
+
+    def __enter__(self) -> None:
+        logging.getLogger("absl").addFilter(self)
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("absl").removeFilter(self)
 
 
 def _check_space(folder: Path, state: TrainState) -> None:
@@ -463,13 +444,11 @@ def fault_of(folder: Path, step: int) -> str | None:
     Reads every byte of the step.
     """
     manifest = read_manifest(folder, step)
-    if manifest is None and manifest_path(folder, step).exists():
-        return "its manifest is damaged"
     if manifest is None:
-        return "it was cut off while being written"
-    root = folder / str(step)
+        damaged = manifest_path(folder, step).exists()
+        return "its manifest is damaged" if damaged else "it was cut off while being written"
     for name, (size, checksum) in manifest.files.items():
-        path = root / name
+        path = folder / str(step) / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:

@@ -11,12 +11,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from w2s_jax.errors import InputError, check_fields
 
 MOST_STEPS = 2**31 - 1
 """What the state counts steps in holds no more."""
+
+Ranges = tuple[tuple[str, Callable[[Any], bool], str], ...]
+"""Names of fields, what their values must be unless they are None, and how that is told."""
+
+RANGES: Ranges = (
+    ("learning_rate muon_learning_rate", lambda x: 0 < x < math.inf, "be above 0, and finite"),
+    ("max_grad_norm", lambda x: 0 <= x < math.inf, "be above 0, and finite"),
+    ("warmup final weight_decay", lambda x: 0 <= x < math.inf, "be 0 or above, and finite"),
+    ("b1 b2", lambda x: 0 <= x < 1, "be 0 or above, and below 1"),
+    ("decay", lambda x: 0 < x <= 1, "be a share of the steps, above 0 and up to 1"),
+    ("max_steps", lambda x: 0 < x <= MOST_STEPS, f"be 1 or more, {MOST_STEPS} at most"),
+    ("batch_size accumulate eval_batch_size log_every keep_last", lambda x: x >= 1, "be 1 or more"),
+    ("seed", lambda x: 0 <= x < 2**63, "not be negative, nor 2**63 or more"),
+    ("eval_every save_every sample_every save_seconds", lambda x: x >= 0, "not be negative"),
+)
+
+
+def check_ranges(config: Any, ranges: Ranges, told: str) -> None:
+    """Raise InputError for a field that is out of its range, `told` of {name}, {value}, {right}."""
+    for names, within, right in ranges:
+        for name in names.split():
+            value = getattr(config, name, None)
+            if value is not None and not within(value):
+                raise InputError(told.format(name=name, value=value, right=right))
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,7 @@ class Settings:
     def check(self) -> None:
         """Raises InputError for a value of another kind, and for one out of range."""
         check_fields(self)
+        check_ranges(self, RANGES, "{name} {value} must {right}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,26 +128,6 @@ class OptimizerConfig(Settings):
     muon_learning_rate: float = 0.02
     """Peak for the matrices of the layers under muon."""
 
-    def check(self) -> None:
-        """Raises InputError for a value of another kind, and for one out of range."""
-        super().check()
-        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            off = value is None or (name == "max_grad_norm" and value == 0)
-            if not off and not 0 < value < math.inf:
-                raise InputError(f"{name} {value} must be above 0, and finite")
-        for name in ("warmup", "final", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} {getattr(self, name)} must be 0 or above, and finite")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise InputError(f"{name} {value} must be 0 or above, and below 1")
-        if not 0 < self.decay <= 1:
-            raise InputError(
-                f"decay {self.decay} must be a share of the steps, above 0 and up to 1"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(OptimizerConfig):
@@ -159,14 +164,6 @@ class RunConfig(OptimizerConfig):
         super().check()
         if self.max_steps is None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs {self.epochs} must be above 0, and finite")
-        if self.max_steps is not None and not 0 < self.max_steps <= MOST_STEPS:
-            raise InputError(f"max_steps {self.max_steps} must be 1 or more, {MOST_STEPS} at most")
-        for name in ("batch_size", "accumulate", "eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value} must be 1 or more")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed {self.seed} must not be negative, nor 2**63 or more")
 
     @property
     def eval_batch(self) -> int:
@@ -199,15 +196,10 @@ class LoraOptions(Settings):
             raise InputError(
                 "--continue-adapter takes the adapter's own rank; leave out --lora-rank"
             )
-        used = {
-            "--lora-alpha": self.lora_alpha,
-            "--lora-dropout": self.lora_dropout and not self.continue_adapter,
-            "--lora-targets": self.lora_targets,
-            "--rslora": self.rslora,
-        }
-        for flag, value in used.items():
-            if value and not self.lora_rank:
-                raise InputError(f"{flag} has no effect without --lora-rank")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "rslora"):
+            kept = self.lora_rank or (name == "lora_dropout" and self.continue_adapter)
+            if getattr(self, name) and not kept:
+                raise InputError(f"--{name.replace('_', '-')} has no effect without --lora-rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,18 +221,6 @@ class LoopConfig(Settings):
     eval/rewards/accuracies."""
     sample_every: int = 0
     """Steps between samples of the model's responses, into samples.jsonl; 0 samples none."""
-
-    def check(self) -> None:
-        """Raises InputError for a value of another kind, and for one out of range."""
-        super().check()
-        for name in ("log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
-        for name in ("eval_every", "save_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative")
-        if self.save_seconds is not None and not self.save_seconds >= 0:
-            raise InputError(f"save_seconds {self.save_seconds} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +341,14 @@ RENAMED = {
 """Names in older releases of TRL and in the papers: hints, and never accepted."""
 
 
+OPTION_RANGES: Ranges = (
+    ("beta discopop_tau", lambda x: 0 < x < math.inf, "above 0"),
+    ("simpo_gamma cpo_alpha", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("desirable_weight undesirable_weight", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("label_smoothing", lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+)
+
+
 @dataclass(frozen=True)
 class PreferenceConfig(Settings):
     """The preference losses of a run and their options, under TRL's names; defaults are TRL's."""
@@ -403,7 +391,15 @@ class PreferenceConfig(Settings):
     def check(self) -> None:
         """Raises InputError for an unknown loss, and options out of range or without effect."""
         super().check()
-        self._check_names()
+        for name in self.losses:
+            if name not in LOSSES:
+                near = difflib.get_close_matches(name, LOSSES, n=1)
+                hint = RENAMED.get(name.lower()) or (near[0] if near else None)
+                right = f"did you mean {hint!r}?" if hint else f"one of {', '.join(LOSSES)}"
+                raise InputError(f"unknown loss type {name!r}; {right}")
+        alone = next((name for name in self.losses if name in ALONE), None)
+        if alone and len(self.losses) > 1:
+            raise InputError(f"loss type {alone!r} takes no pairs and cannot be mixed with others")
         if self.loss_weights and len(self.loss_weights) != len(self.losses):
             raise InputError(
                 f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} loss "
@@ -411,33 +407,7 @@ class PreferenceConfig(Settings):
             )
         if not all(map(math.isfinite, self.loss_weights)):
             raise InputError(f"loss_weights must be finite, not {self.loss_weights}")
-        self._check_options()
-
-    def _check_names(self) -> None:
-        for name in self.losses:
-            if name in LOSSES:
-                continue
-            near = difflib.get_close_matches(name, LOSSES, n=1)
-            hint = RENAMED.get(name.lower()) or (near[0] if near else None)
-            right = f"did you mean {hint!r}?" if hint else f"one of {', '.join(LOSSES)}"
-            raise InputError(f"unknown loss type {name!r}; {right}")
-        alone = [name for name in self.losses if name in ALONE]
-        if alone and len(self.losses) > 1:
-            raise InputError(
-                f"loss type {alone[0]!r} takes no pairs and cannot be mixed with others"
-            )
-
-    def _check_options(self) -> None:
-        def check(name: str, right: str, within: Callable[[float], bool]) -> None:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and within(value)):
-                raise InputError(f"{name} must be {right}, not {value}")
-
-        check("beta", "above 0", lambda x: x > 0)
-        check("discopop_tau", "above 0", lambda x: x > 0)
-        for name in ("simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight"):
-            check(name, "0 or more", lambda x: x >= 0)
-        check("label_smoothing", "in [0, 0.5)", lambda x: 0 <= x < 0.5)
+        check_ranges(self, OPTION_RANGES, "{name} must be {right}, not {value}")
         if "exo_pair" in self.losses and self.label_smoothing == 0:
             raise InputError(
                 "loss type 'exo_pair' needs label_smoothing above 0; its paper uses 1e-3"
@@ -446,8 +416,8 @@ class PreferenceConfig(Settings):
         for field in fields(PreferenceConfig):
             changed: Any = getattr(self, field.name) != field.default
             if changed and field.name not in {*used, "loss_type", "loss_weights", "beta"}:
-                names = " + ".join(self.losses)
-                raise InputError(f"{field.name} has no effect on loss type {names}; leave it out")
+                told = " + ".join(self.losses)
+                raise InputError(f"{field.name} has no effect on loss type {told}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,3 +467,32 @@ class DPOConfig(TrainConfig, PreferenceConfig):
         if self.reference is not None and not self.needs_reference:
             names = " + ".join(self.losses)
             raise InputError(f"--reference has no effect: {names} reads no reference")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """A checkpoint, and what is changed of it."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """Checkpoint: a folder or a Hugging Face id; an adapter brings the base that it names. Or the
+    folder of a training run, of which a checkpoint is written, its adapters merged."""
+    target: Annotated[Positional[str], arg(metavar="TARGET")]
+    """Folder to write; what it holds of an earlier checkpoint is replaced."""
+    merge_lora: Annotated[str | None, arg(metavar="DIR|ID")] = None
+    """Adapter in PEFT's format that is merged into SOURCE."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; auto is as stored, and float32 for what was trained: adapters, runs."""
+    step: int | None = None
+    """Step of a run's checkpoints, by default the newest."""
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """The runs and what is drawn of them."""
+
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN_DIR")]]
+    """Folders of runs, each with a metrics.jsonl."""
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Where the picture goes; by default curves.png in the first run's folder."""
+    metrics: tuple[str, ...] = ()
+    """Metrics to draw, each in a panel of its own; by default all of the usual ones."""

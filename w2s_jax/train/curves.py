@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.text.rows import check_writable, write_whole
-from w2s_jax.train.runs_config import PlotConfig
+from w2s_jax.train.config import PlotConfig
 from w2s_jax.train.watch import METRICS, read_metrics
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ kept in float32 unless another dtype is asked for, and then what rounding loses 
 """
 
 import functools
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,8 @@ from w2s_jax.models.save import save_classifier, save_model, save_reward_model
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
 from w2s_jax.train.checkpoint import read_params
+from w2s_jax.train.config import ConvertConfig
 from w2s_jax.train.loop import CHECKPOINTS
-from w2s_jax.train.reference import weights_identity
-from w2s_jax.train.runs_config import ConvertConfig
 
 RECORD = "run.json"
 """The file of a run's folder that says what is trained there."""
@@ -81,6 +81,31 @@ def read_record(directory: Path) -> Record:
 def is_run(directory: Path) -> bool:
     """Whether a folder is that of a training run."""
     return (directory / RECORD).is_file() or (directory / CHECKPOINTS).is_dir()
+
+
+def weights_identity(directory: Path) -> str:
+    """A hash of the weights and the config in a checkpoint's directory, by their content.
+
+    That of an adapter is of its base's too.
+    """
+    digest = hashlib.sha256()
+    if is_adapter(directory):
+        digest.update(weights_identity(base_folder(directory)).encode())
+    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def file_digests(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files that are here, by the last part of their names: folders may be moved."""
+    found = {}
+    for path in (Path(name).expanduser() for name in names):
+        if path.is_file():
+            with path.open("rb") as opened:
+                found[path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model | None]:

@@ -5,9 +5,10 @@ configs, then data, then weights, agree with the other hosts, train, write the m
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +20,60 @@ from w2s_jax.distributed import agree, check_shared, is_first
 from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import locate
 from w2s_jax.models.load import load_adapted, load_model
-from w2s_jax.models.lora import abstract_adapter
+from w2s_jax.models.lora import abstract_adapter, init_adapter, shard_adapter
 from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
-from w2s_jax.models.model import Model, init_model, shard_model
+from w2s_jax.models.model import Model, abstract_model, init_model, shard_model
 from w2s_jax.models.save import save_model
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.meshes import check_batch, name_of
-from w2s_jax.ops.sampling import Sampling
 from w2s_jax.search.config import sample
 from w2s_jax.search.run import search
 from w2s_jax.text import training_data
-from w2s_jax.text.batches import Data, Part, hold_out
+from w2s_jax.text.batches import Batches, Data, hold_out
 from w2s_jax.text.rows import locked, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary
 from w2s_jax.train import watch
 from w2s_jax.train.checkpoint import FILES, FREE, best_step, read_checkpoint
 from w2s_jax.train.config import DPOConfig, LoopConfig, SFTConfig, TrainConfig
 from w2s_jax.train.estimate import Estimate, abstract_batch, abstract_on_mesh, estimate_step
-from w2s_jax.train.export import Record, Rounding, measure_rounding, rounded, write_record
-from w2s_jax.train.loop import CHECKPOINTS
-from w2s_jax.train.objectives import BASE, REFERENCE, TUNED, UNTUNED
-from w2s_jax.train.reference import Referenced, cached_logprobs, file_digests, weights_identity
-from w2s_jax.train.run import Source, Task, evaluation, fine_tune, number_of_steps, trainable
+from w2s_jax.train.export import (
+    Record,
+    Rounding,
+    file_digests,
+    measure_rounding,
+    rounded,
+    weights_identity,
+    write_record,
+)
+from w2s_jax.train.logprobs import REFERENCE, with_reference
+from w2s_jax.train.loop import CHECKPOINTS, train
+from w2s_jax.train.objectives import BASE, TUNED, UNTUNED, Policy
 from w2s_jax.train.setup import MODEL, ChooseMesh, Setup, frozen_configs, own_reference, prepare
-from w2s_jax.train.step import TrainState, cast, make_optimizer, narrow
+from w2s_jax.train.step import (
+    Evaluation,
+    TrainState,
+    cast,
+    host_rows,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    narrow,
+    number_of_steps,
+    place,
+    place_state,
+)
 from w2s_jax.train.watch import MESH, METRICS
 
-Rows = Data | Part
+Examples = tuple[Data, Data | None]
+"""Those to train on, and those held out."""
 
 # What an identity holds by content, what changes no number, and what a run may go on without.
 _NOT_IN_IDENTITY = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
     "untuned", "accumulate", "remat", "epochs", "max_steps", "hosts", "output", "save_dtype",
     "eval_batch_size", "sample_prompts", "tensorboard", "wandb", "estimate", "config",
-} | {item.name for item in dataclasses.fields(LoopConfig)}  # fmt: skip
+} | {item.name for item in fields(LoopConfig)}  # fmt: skip
 # Where a host finds or puts things.
 _OWN_TO_A_HOST = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
@@ -137,57 +159,82 @@ def estimate_memory(config: TrainConfig, *, choose_mesh: ChooseMesh | None = Non
 
 def _train(config: TrainConfig, choose_mesh: ChooseMesh | None) -> Trained:
     setup = prepare(config, choose_mesh)
-    resolved = setup.config
-    check_batch(resolved.batch_size, resolved.accumulate, setup.mesh, flag="--batch-size")
-    check_batch(resolved.eval_batch, 1, setup.mesh, flag="--eval-batch-size")
+    resolved, mesh = setup.config, setup.mesh
+    check_batch(resolved.batch_size, resolved.accumulate, mesh, flag="--batch-size")
+    check_batch(resolved.eval_batch, 1, mesh, flag="--eval-batch-size")
     data, held_out = _read(setup)
-    number_of_steps(resolved, data)
+    steps = number_of_steps(resolved, len(data))
     check_shared(setup.directory)
     if is_first():
         with locked(setup.directory / METRICS):
             pass  # no other run's now; the loop holds it from its first step on
     agree("run", _alike(config, data, held_out))
     model = _load(setup)
-    sources = _referenced(setup, model, data, held_out)
+    if setup.objective.reference == "precomputed":
+        data, held_out = _with_reference(setup, model, data, held_out)
     frozen = _frozen(setup, model)
-    task = Task(setup.policy, setup.objective.loss(setup.policy), *sources, frozen)
     params = _start(setup, model)
-    identity = _identity(config, setup, task)
+    identity = _identity(config, setup, (data, held_out), steps)
     agree("run", identity)
     if is_first():
         _write_begin(setup, str(identity["model"]))
+    del model
+    loss, dtype = setup.objective.loss(setup.policy), narrow(resolved.dtype)
+    evaluate = None
+    if held_out is not None:
+        evaluate = Evaluation(loss, held_out, frozen, resolved.eval_batch, dtype, mesh)
+        _check_best(resolved.keep_best, evaluate.metrics(params))
     sampler = None
     if config.sample_every:
-        shown = task.data if task.held_out is None else task.held_out
-        sampler = Sampler(task, setup.tokenizer, shown, config.sample_prompts, setup.dtype)
+        sampler = _sampler(setup, frozen, data if held_out is None else held_out)
     sinks: list[watch.Sink] = [watch.tensorboard] if config.tensorboard else []
     if config.wandb:
         sinks.append(watch.wandb(config.wandb, config=dataclasses.asdict(config)))
-    del model
-    state = fine_tune(
-        task,
-        params,
-        resolved,
-        resolved,
-        setup.directory,
-        mesh=setup.mesh,
-        identity=identity,
-        sinks=sinks,
-        sample=sampler,
+    rows = host_rows(mesh, resolved.batch_size)
+    batches = Batches(
+        data, resolved.batch_size, resolved.seed, resolved.shuffle, part=(rows.start, rows.stop)
     )
-    return _save(setup, task, state)
+    optimizer = make_optimizer(resolved, steps)
+    state = init_state(params, optimizer, jax.random.key(resolved.seed), copy=False)
+    state = place_state(state, mesh)
+    step = make_train_step(
+        loss,
+        optimizer,
+        accumulate=resolved.accumulate,
+        compute_dtype=dtype,
+        mesh=mesh,
+        like=None if mesh is None else state,
+    )
+    state = train(
+        state,
+        step,
+        batches,
+        steps,
+        config=resolved,
+        directory=setup.directory,
+        frozen=frozen,
+        identity=identity,
+        evaluate=evaluate,
+        sample=sampler,
+        names=batches.names,
+        schedule=make_schedule(resolved, steps),
+        sinks=sinks,
+        put=lambda batch: place(batch, mesh, resolved.batch_size),
+        flops_per_token=_flops_per_token(setup.policy, params),
+    )
+    return _save(setup, state, evaluate)
 
 
-def _read(setup: Setup) -> tuple[Rows, Rows | None]:
+def _read(setup: Setup) -> Examples:
     """The examples to train on, and those held out; a line about each on stderr."""
     config = setup.config
-    data: Rows = _read_files(setup, "data", config.data, config.split, config.limit)
-    held_out: Rows | None = None
+    data = _read_files(setup, "data", config.data, config.split, config.limit)
+    held_out = None
     if config.held_out:
         data, held_out = hold_out(data, config.held_out, seed=config.seed)
     elif config.eval_data:
         held_out = _read_files(setup, "held out", config.eval_data, config.eval_split, None)
-    if "labels" in setup.objective.columns and held_out is not None and len(held_out) == 1:
+    if setup.objective.kind == "labelled" and held_out is not None and len(held_out) == 1:
         raise InputError("--loss-type kto pairs responses, and only one is held out; take more")
     return data, held_out
 
@@ -195,21 +242,12 @@ def _read(setup: Setup) -> tuple[Rows, Rows | None]:
 def _read_files(
     setup: Setup, what: str, files: tuple[str, ...], split: str, limit: int | None
 ) -> Data:
-    config = setup.config
-    names = (
-        "format", "columns", "template", "max_length", "truncation", "append_eos", "equal_pairs",
-        "shuffle", "seed",
-    )  # fmt: skip
-    shared = {name: getattr(config, name) for name in names}
-    settings = training_data.DataConfig(
-        data=files,
-        split=split,
-        limit=limit,
-        cache=str(setup.cache),
-        **shared,
-        **setup.objective.options,
-    )
-    data = setup.objective.load(settings, setup.tokenizer).fitting(setup.model.vocab_size)
+    names = {item.name for item in fields(training_data.DataConfig)}
+    shared = {name: value for name, value in vars(setup.config).items() if name in names}
+    own = {"data": files, "split": split, "limit": limit, "cache": str(setup.cache)}
+    settings = training_data.DataConfig(**shared | own)
+    data = training_data.load(setup.objective.kind, settings, setup.tokenizer)
+    data = data.fitting(setup.model.vocab_size)
     figures = data.figures
     told = [f"{what}: {len(data):,} rows", f"{figures['tokens']:,} tokens"]
     told.append(f"{figures['targets']:,} of them count in the loss")
@@ -220,34 +258,26 @@ def _read_files(
     return data
 
 
-def _alike(config: TrainConfig, data: Rows, held_out: Rows | None) -> dict[str, Any]:
+def _alike(config: TrainConfig, data: Data, held_out: Data | None) -> dict[str, Any]:
     """What hosts must have alike before they do anything together: examples, and most flags."""
-    names = {item.name for item in dataclasses.fields(config)} - _OWN_TO_A_HOST
+    names = {item.name for item in fields(config)} - _OWN_TO_A_HOST
     examples = {"examples": data.identity, "held out": held_out and held_out.identity}
     return {name: getattr(config, name) for name in names} | examples
 
 
-def _identity(config: TrainConfig, setup: Setup, task: Task) -> dict[str, Any]:
+def _identity(config: TrainConfig, setup: Setup, examples: Examples, steps: int) -> dict[str, Any]:
     """What a run depends on: a folder that holds another run is not gone on with."""
-    options = {
-        item.name: getattr(config, item.name)
-        for item in dataclasses.fields(config)
-        if item.name not in _NOT_IN_IDENTITY
-    }
+    names = [item.name for item in fields(config) if item.name not in _NOT_IN_IDENTITY]
     weights = None if config.from_scratch else weights_identity(setup.checkpoint)
-    frozen = {name: weights_identity(folder) for name, folder in setup.frozen_folders.items()}
+    data, held_out = examples
     return {
-        "command": setup.objective.name,
-        **options,
+        "command": config.name,
+        **{name: getattr(config, name) for name in names},
         "model": weights or dataclasses.asdict(setup.model),
-        "data": task.data.identity,
-        "eval_data": task.held_out and task.held_out.identity,
-        "frozen": frozen,
-        FREE: {
-            "accumulate": config.accumulate,
-            "remat": config.remat,
-            "steps": number_of_steps(config, task.data),
-        },
+        "data": data.identity,
+        "eval_data": held_out and held_out.identity,
+        "frozen": {role: weights_identity(at) for role, at in setup.frozen_folders.items()},
+        FREE: {"accumulate": config.accumulate, "remat": config.remat, "steps": steps},
         FILES: {"data": file_digests(config.data), "eval_data": file_digests(config.eval_data)},
     }
 
@@ -275,11 +305,19 @@ def _load(setup: Setup) -> Model:
 
 
 def _start(setup: Setup, model: Model) -> Any:
-    """What is trained as it is before the first step."""
-    config, mesh = setup.config, setup.mesh
-    if not config.continue_adapter:
-        return trainable(setup.policy, model, seed=config.seed, mesh=mesh)
-    return load_factors(setup.checkpoint, setup.model, mesh=mesh, scan_layers=config.scan_layers)[1]
+    """What is trained, before the first step: all weights in float32, or adapters.
+
+    Parameters that are float32 already are the model's own arrays. On a mesh, new adapters are
+    placed by the rules of what they are beside.
+    """
+    config, mesh, lora = setup.config, setup.mesh, setup.policy.lora
+    shape: dict[str, Any] = {"scan_layers": config.scan_layers}
+    if lora is None:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
+    if config.continue_adapter:
+        return load_factors(setup.checkpoint, setup.model, mesh=mesh, **shape)[1]
+    adapter = init_adapter(setup.model, lora, jax.random.key(config.seed), **shape)
+    return adapter if mesh is None else shard_adapter(setup.model, adapter, mesh)
 
 
 def _frozen(setup: Setup, model: Model) -> dict[str, Model]:
@@ -324,73 +362,83 @@ def _other_model(setup: Setup, role: str) -> Model:
     return model
 
 
-def _referenced(
-    setup: Setup, model: Model, data: Rows, held_out: Rows | None
-) -> tuple[Source, Source | None]:
-    """The examples with the reference's log-probs, where those are computed before training."""
-    if setup.objective.reference != "precomputed":
-        return data, held_out
+def _with_reference(setup: Setup, model: Model, data: Data, held_out: Data | None) -> Examples:
+    """The examples with the reference's log-probs, which are computed before training."""
     config = setup.config
     reference = _reference(setup, model)
     named = setup.objective.frozen.get(REFERENCE)
     identity = weights_identity(setup.checkpoint if named is None else locate(named))
     if config.from_scratch:
         identity = f"{setup.model!r} {config.seed}"
-
-    def with_logprobs(source: Rows) -> Source:
-        found = cached_logprobs(
-            reference,
-            source,
-            rows=config.eval_batch,
-            cache=setup.cache,
-            identity=f"{identity} {setup.dtype}",
-            mesh=setup.mesh,
-        )
-        return Referenced(source, found)
-
-    return with_logprobs(data), None if held_out is None else with_logprobs(held_out)
+    found = functools.partial(
+        with_reference,
+        reference,
+        rows=config.eval_batch,
+        cache=setup.cache,
+        identity=f"{identity} {setup.dtype}",
+        mesh=setup.mesh,
+    )
+    return found(data), None if held_out is None else found(held_out)
 
 
-def _save(setup: Setup, task: Task, state: TrainState) -> Trained:
+def _check_best(wanted: str | None, measured: list[str]) -> None:
+    """Raises InputError, before the first step, where an evaluation would not measure `wanted`."""
+    known = [f"eval/{name}" for name in measured]
+    if wanted is not None and wanted.removeprefix("-") not in known:
+        raise InputError(f"--keep-best {wanted}: the evaluation measures {', '.join(known)}")
+
+
+def _flops_per_token(policy: Policy, params: Any) -> float:
+    """Operations of one token, forward and backward, without those of attention over its context.
+
+    Six for every matmul weight, arXiv 2001.08361 section 2.1; four for a frozen one, of which only
+    the gradient towards its input is computed. The embedding counts where it is the head.
+    """
+    everything = abstract_model(policy.config)[0].params
+    weights = sum(leaf.size for leaf in jax.tree.leaves(everything) if leaf.ndim > 1)
+    lookups = ["positions"] if policy.config.tied_embeddings else ["positions", "embed"]
+    weights -= sum(everything[name]["embedding"].size for name in lookups if name in everything)
+    if policy.lora is None:
+        return 6.0 * weights
+    return 4.0 * weights + 6.0 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _save(setup: Setup, state: TrainState, evaluate: Evaluation | None) -> Trained:
     """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""
-    best = setup.config.keep_best
+    best, dtype = setup.config.keep_best, setup.config.save_dtype
     checkpoints = setup.directory / CHECKPOINTS
     if best is not None and best_step(checkpoints) is None:
         sys.stderr.write(f"no evaluation gave a number for {best}: the last step is written\n")
     elif best is not None:
         state = read_checkpoint(checkpoints, state, best=True)
     trained = Trained(setup.directory, int(state.step))
-    params, policy, tokenizer = state.params, task.policy, setup.tokenizer
-    if policy.lora is not None:
-        base = setup.base_name
-        lora = policy.lora
-        save_adapter(trained.model, policy.config, lora, params, base=base, tokenizer=tokenizer)
+    params, lora, beside = state.params, setup.policy.lora, {"tokenizer": setup.tokenizer}
+    if lora is not None:
+        save_adapter(trained.model, setup.model, lora, params, base=setup.base_name, **beside)
         return trained
-    if setup.config.save_dtype != "float32":
-        params, trained = _rounded(setup, task, state, trained)
-    save_model(Model(policy.config, params), trained.model, tokenizer=tokenizer)
+    if dtype != "float32":
+        try:
+            params = rounded(state.params, dtype)
+        except InputError as error:
+            sys.stderr.write(f"--save-dtype: {error}; float32 is written\n")
+        else:
+            trained = _measured(setup, state, params, trained, evaluate)
+    save_model(Model(setup.model, params), trained.model, **beside)
     return trained
 
 
-def _rounded(setup: Setup, task: Task, state: TrainState, trained: Trained) -> tuple[Any, Trained]:
-    """The parameters in another dtype, and with what that loses of the training.
-
-    As they are, with a line, where that dtype does not reach far enough.
-    """
+def _measured(
+    setup: Setup, state: TrainState, params: Any, trained: Trained, evaluate: Evaluation | None
+) -> Trained:
+    """What the dtype of `params` loses of the training, in weights and on held-out examples."""
     dtype = setup.config.save_dtype
-    try:
-        params = rounded(state.params, dtype)
-    except InputError as error:
-        sys.stderr.write(f"--save-dtype: {error}; float32 is written\n")
-        return state.params, trained
     rounding = measure_rounding(_load(setup).params, state.params, dtype)
     measured = None
-    if task.held_out is not None:
-        evaluate = evaluation(task, setup.config, setup.mesh)
-        before = evaluate(state)
+    if evaluate is not None:
         # As float32 again, which the program for it is compiled for.
-        measured = before, evaluate(state._replace(params=cast(params, "float32")))
-    return params, replace(trained, rounding=rounding, measured=measured)
+        kept = state._replace(params=cast(params, "float32"))
+        measured = evaluate(state), evaluate(kept)
+    return replace(trained, rounding=rounding, measured=measured)
 
 
 NEW_TOKENS = 64
@@ -398,29 +446,21 @@ OPENING = 8
 """Where a row has no prompt, so many of its first tokens stand for one."""
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Answers the first `prompts` prompts of `data` with the model of a state, at temperature 0.7.
+def _sampler(
+    setup: Setup, frozen: Mapping[str, Model], data: Data
+) -> Callable[[TrainState], list[dict[str, Any]]]:
+    """What answers the first prompts of `data` with the model of a state, at temperature 0.7.
 
-    The draws are the same for every state, so that what changes is the model.
+    Gives rows of `prompt` and `response`. The draws are the same for every state, so that what
+    changes is the model.
     """
+    decode = setup.tokenizer.decode
 
-    task: Task
-    tokenizer: Any
-    data: Source
-    prompts: int
-    dtype: str
-
-    def __call__(self, state: TrainState) -> list[dict[str, Any]]:
-        """Rows of `prompt` and `response`."""
-        ids = prompts_of(self.data, self.prompts)
-        room = self.task.policy.config.max_positions - max(map(len, ids))
-        settings = sample(
-            1, sampling=Sampling(0.7), max_new_tokens=min(NEW_TOKENS, room), slots=len(ids)
-        )
-        params, frozen = cast((state.params, dict(self.task.frozen)), self.dtype)
-        model = self.task.policy.model(params, frozen)
-        decode = self.tokenizer.decode
+    def answer(state: TrainState) -> list[dict[str, Any]]:
+        ids = [_prompt_of(data, i) for i in range(min(setup.config.sample_prompts, len(data)))]
+        room = min(NEW_TOKENS, setup.model.max_positions - max(map(len, ids)))
+        settings = sample(1, sampling=Sampling(0.7), max_new_tokens=room, slots=len(ids))
+        model = setup.policy.model(*cast((state.params, dict(frozen)), setup.dtype))
         return [
             {
                 "prompt": decode(prompt),
@@ -429,14 +469,14 @@ class Sampler:
             for prompt, result in zip(ids, search(model, None, ids, settings), strict=True)
         ]
 
+    return answer
 
-def prompts_of(data: Source, count: int) -> list[list[int]]:
-    """What stands before the first target of each of the first rows, as token ids."""
-    found = []
-    for index in range(min(count, len(data))):
-        batch = data.at([index])
-        shape = (-1, batch["tokens"].shape[-1])
-        tokens, targets = (batch[name].reshape(shape)[0] for name in ("tokens", "targets"))
-        first = int(np.argmax(targets)) if targets.any() else 0
-        found.append([int(token) for token in tokens[: first if first > 1 else OPENING]])
-    return jax.tree.map(int, found)
+
+def _prompt_of(data: Data, index: int) -> list[int]:
+    """What stands before the first target of a row, as token ids."""
+    batch = data.at([index])
+    tokens, targets = (
+        batch[name].reshape(-1, batch[name].shape[-1])[0] for name in ("tokens", "targets")
+    )
+    first = int(np.argmax(targets)) if targets.any() else 0
+    return [int(token) for token in tokens[: first if first > 1 else OPENING]]

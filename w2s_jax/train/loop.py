@@ -5,12 +5,15 @@ it is started again, to the bits of one that was not.
 """
 
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -18,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from w2s_jax.errors import InputError, RowsFailed
+from w2s_jax.distributed import gather_values, is_first, started
+from w2s_jax.errors import Diverged, InputError, Preempted, RowsFailed
 from w2s_jax.text.rows import locked
 from w2s_jax.train.checkpoint import Checkpoints
 from w2s_jax.train.config import LoopConfig
 from w2s_jax.train.step import Batch, TrainState
-from w2s_jax.train.stopping import Diverged, Interrupted, Preempted, Stop
 from w2s_jax.train.watch import (
     METRICS,
     SAMPLES,
@@ -39,6 +42,53 @@ from w2s_jax.train.watch import read_metrics as read_metrics
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's own."""
+
+
+class Interrupted(BaseException):
+    """Raised by a signal inside `Stop.interruptible`, past any `except Exception` of the block."""
+
+
+class Stop:
+    """While it is entered, SIGTERM and SIGINT set `asked`; a second SIGINT interrupts at once.
+
+    Outside the main thread, where no handler can be set, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._interruptible = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that changes nothing: a signal, before or in it, ends it with Interrupted."""
+        self._interruptible = True
+        try:
+            if self.asked:
+                raise Interrupted
+            yield
+        finally:
+            self._interruptible = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.asked
+        self.asked = True
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+
 
 StepFunction = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
 """(state, frozen, batch) -> (state, metrics); the state is donated."""
@@ -82,9 +132,9 @@ def train(
     """
     directory = Path(directory)
     with ExitStack() as stack:
-        if jax.process_index() == 0:
+        if is_first():
             stack.enter_context(locked(directory / METRICS))
-        stop = Stop() if jax.process_count() > 1 else stack.enter_context(Stop())
+        stop = Stop() if started() else stack.enter_context(Stop())
         checkpoints = Checkpoints(
             directory / CHECKPOINTS,
             keep_last=config.keep_last,
@@ -140,12 +190,11 @@ class _Run:
         )
         self.saved_at = time.monotonic()
         self.pending: tuple[int, dict[str, Any]] | None = None
+        self.files: dict[str, RowFile] = {}
         self.writers: list[Writer] = []
-        self.rows: RowFile | None = None
-        self.samples: RowFile | None = None
-        if jax.process_index() == 0:
+        if is_first():
             self._open()
-        quiet = jax.process_index() != 0 or not sys.stderr.isatty()
+        quiet = not is_first() or not sys.stderr.isatty()
         name = self.directory.name
         self.bar = tqdm(total=self.steps, initial=self.first, desc=name, disable=quiet)
 
@@ -157,13 +206,12 @@ class _Run:
                 return not any(name.startswith("eval/") for name in row)
             return row["step"] <= self.first
 
-        cut_back(self.directory / METRICS, keep)
-        self.rows = RowFile(self.directory / METRICS)
+        kept: dict[str, Callable[[Values], bool]] = {METRICS: keep}
         if self.sample is not None:
-            cut_back(
-                self.directory / SAMPLES, lambda row: row["step"] < self.first + (not self.due)
-            )
-            self.samples = RowFile(self.directory / SAMPLES)
+            kept[SAMPLES] = lambda row: row["step"] < self.first + (not self.due)
+        for name, test in kept.items():
+            cut_back(self.directory / name, test)
+            self.files[name] = RowFile(self.directory / name)
         self.writers = [sink(self.directory, self.first) for sink in self.sinks]
 
     def go(
@@ -185,9 +233,8 @@ class _Run:
             self.pending = (i, metrics)
             self.checkpoints.check()
             done = i + 1
-            stopping = self._asked(done)
-            looking = self._looks(done)
-            saving = self._saves(done)
+            looking = self._evaluates(done) or self._samples(done)
+            stopping, saving = self._asked(done), self._saves(done)
             if not (stopping or looking or saving):
                 continue
             self._settle()
@@ -222,14 +269,11 @@ class _Run:
     def _tell(self, done: int, values: Values) -> None:
         """Write a row; JSON has no number for a mean over nothing, which is null there."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        if self.rows is not None:
+        if METRICS in self.files:
             nulls = dict.fromkeys(values.keys() - finite.keys())
-            self.rows.write({"step": done, **values, **nulls})
+            self.files[METRICS].write({"step": done, **values, **nulls})
         for writer in self.writers:
             writer.write(done, finite)
-
-    def _looks(self, done: int) -> bool:
-        return self._evaluates(done) or self._samples(done)
 
     def _evaluates(self, done: int) -> bool:
         return self.evaluate is not None and self._falls(done, self.config.eval_every)
@@ -243,9 +287,9 @@ class _Run:
             return True
         if self.config.save_seconds is None:
             return False
-        if jax.process_count() > 1 and done % self.config.log_every:
+        if started() and done % self.config.log_every:
             return False  # hosts must agree, and asking each other takes time
-        return _agreed(time.monotonic() - self.saved_at > self.config.save_seconds)
+        return gather_values(time.monotonic() - self.saved_at > self.config.save_seconds)[0]
 
     def _falls(self, done: int, every: int) -> bool:
         """Whether a thing done every so many steps, and at the end, is due."""
@@ -259,35 +303,23 @@ class _Run:
             with self.meter.paused():
                 if self.evaluate is not None and self._evaluates(done):
                     with self.stop.interruptible():
-                        values = {
-                            f"eval/{k}": float(v) for k, v in self._measured(done, state).items()
-                        }
+                        measured = self.evaluate(state)
+                    values = {f"eval/{name}": float(value) for name, value in measured.items()}
                     self._tell(done, {"seconds": round(self.meter.seconds(), 2), **values})
                     score = self._score(values)
                 if self.sample is not None and self._samples(done):
                     with self.stop.interruptible():
-                        drawn = [{"step": done, **row} for row in self._drawn(done, state)]
-                    if self.samples is not None:
-                        for row in drawn:
-                            self.samples.write(row)
+                        drawn = self.sample(state)
+                    for row in drawn if SAMPLES in self.files else ():
+                        self.files[SAMPLES].write({"step": done, **row})
         except Interrupted:
             self._stop(done, state, due=True)
-        self.due = False
-        return score
-
-    def _drawn(self, done: int, state: TrainState) -> Sequence[Mapping[str, Any]]:
-        assert self.sample is not None
-        try:
-            return self.sample(state)
+        except FloatingPointError as error:  # of an evaluation
+            raise self._diverged(done - 1, str(error), by_batch=False) from None
         except RowsFailed as failed:
             raise self._diverged(done - 1, f"samples: {failed}") from None
-
-    def _measured(self, done: int, state: TrainState) -> Mapping[str, float]:
-        assert self.evaluate is not None
-        try:
-            return self.evaluate(state)
-        except FloatingPointError as error:
-            raise self._diverged(done - 1, str(error), by_batch=False) from None
+        self.due = False
+        return score
 
     def _score(self, values: Values) -> float | None:
         if self.config.keep_best is None:
@@ -313,9 +345,8 @@ class _Run:
     def _save(self, done: int, state: TrainState, score: float | None) -> None:
         if not bool(_is_finite(state)):
             raise self._diverged(done - 1, "a parameter is not finite after the update")
-        for file in (self.rows, self.samples):
-            if file is not None:
-                file.sync()
+        for file in self.files.values():
+            file.sync()
         values = {"identity": self.identity, "meter": self.meter.saved(), "due": self.due}
         self.checkpoints.save(state, values, score)
         self.saved_at = time.monotonic()
@@ -326,7 +357,7 @@ class _Run:
         return Diverged(i + 1, what, rows, self.checkpoints.latest, str(self.where))
 
     def _asked(self, done: int) -> bool:
-        if jax.process_count() > 1:
+        if started():
             from jax.experimental import multihost_utils
 
             return multihost_utils.reached_preemption_sync_point(done)
@@ -335,32 +366,20 @@ class _Run:
     def close(self) -> None:
         """Let go of files, bar and sinks."""
         self.bar.close()
-        for writer in self.writers:
-            writer.close()
-        for file in (self.rows, self.samples):
-            if file is not None:
-                file.close()
+        for each in (*self.writers, *self.files.values()):
+            each.close()
 
 
 @jax.jit
 def _is_finite(state: TrainState) -> jax.Array:
     """Whether no parameter is NaN or infinite and nothing of the optimizer is NaN."""
-    checks = [jnp.isfinite(x).all() for x in _floats(state.params)]
-    checks += [~jnp.isnan(x).any() for x in _floats(state.optimizer)]
+
+    def floats(tree: Any) -> list[jax.Array]:
+        return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    checks = [jnp.isfinite(x).all() for x in floats(state.params)]
+    checks += [~jnp.isnan(x).any() for x in floats(state.optimizer)]
     return jnp.stack(checks).all() if checks else jnp.bool_(True)
-
-
-def _floats(tree: Any) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-
-
-def _agreed(flag: bool) -> bool:
-    """The first host's answer, on every host."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def _close_quietly(checkpoints: Checkpoints) -> None:

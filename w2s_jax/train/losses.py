@@ -13,6 +13,7 @@ that says which arrays and options it reads.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,6 @@ from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError
-from w2s_jax.pytrees import pytree
 from w2s_jax.train.config import LOSSES, PreferenceConfig
 
 Logprobs = Float[Array, " B"]
@@ -48,7 +48,8 @@ class Mean(NamedTuple):
         return (self.total / self.count).sum()
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PairLogprobs:
     """A batch of pairs as the losses see it.
 

@@ -19,7 +19,16 @@ from w2s_jax.models.lora import LoraConfig, attach
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.train.config import PreferenceConfig
-from w2s_jax.train.logprobs import TokenScores, scored_tokens, sequence_scores, weighted_logprob
+from w2s_jax.train.logprobs import (
+    READ,
+    REFERENCE,
+    TokenScores,
+    flat_rows,
+    response_logprobs,
+    scored_tokens,
+    sequence_scores,
+    weighted_logprob,
+)
 from w2s_jax.train.losses import (
     Mean,
     Metrics,
@@ -34,8 +43,8 @@ from w2s_jax.train.step import Batch, LossFunction
 
 Frozen = Mapping[str, Model]
 
-BASE, REFERENCE, TUNED, UNTUNED = "base", "reference", "tuned", "untuned"
-"""What `frozen` holds: the base of adapters, the reference, and a guide."""
+BASE, TUNED, UNTUNED = "base", "tuned", "untuned"
+"""What `frozen` holds beside the REFERENCE: the base of adapters, and a guide."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +83,6 @@ def reference_of(frozen: Frozen) -> Model:
     return frozen[REFERENCE] if REFERENCE in frozen else frozen[BASE]
 
 
-def response_logprobs(model: Model, batch: Batch) -> Float[Array, "*B"]:
-    """Summed log-probs, in nats, of the targets of each row [*B, X] of a batch."""
-    flat, shape = _flat(_on_device(batch))
-    scores = _scores(model, flat)
-    return jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
-
-
 def sft_loss(policy: Policy) -> LossFunction:
     """Next-token loss in nats, the mean over the targets of a batch [B, X], which weighs as many.
 
@@ -114,7 +116,7 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
         batch = _on_device(batch)
-        flat, shape = _flat(batch)
+        flat, shape = flat_rows(batch)
         scores = policy.scores(params, frozen, flat, key)
         logprobs = jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
         lengths = flat["targets"].sum(-1).reshape(shape)
@@ -216,15 +218,8 @@ def _on_device(batch: Batch) -> Batch:
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
-def _flat(batch: Batch) -> tuple[Batch, tuple[int, ...]]:
-    """The rows [*B, X] of a batch as [B', X], and *B."""
-    shape = batch["tokens"].shape[:-1]
-    names = ("tokens", "segments", "targets")
-    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}, shape
-
-
 def _side(batch: Batch, side: int) -> Batch:
-    return {name: batch[name][:, side] for name in ("tokens", "segments", "targets")}
+    return {name: batch[name][:, side] for name in READ}
 
 
 def _reference(frozen: Frozen, batch: Batch) -> Float[Array, "B 2"]:

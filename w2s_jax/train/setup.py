@@ -19,21 +19,13 @@ from w2s_jax.models.lora import LoraConfig
 from w2s_jax.models.lora_huggingface import base_folder, base_of, load_factors
 from w2s_jax.ops.meshes import ChosenMesh, mesh_of
 from w2s_jax.ops.sharding import Placement
-from w2s_jax.text import training_data
-from w2s_jax.text.batches import Data
+from w2s_jax.text.batches import Kind
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.train import watch
-from w2s_jax.train.config import ALONE, DPOConfig, SFTConfig, TrainConfig
+from w2s_jax.train.config import DPOConfig, SFTConfig, TrainConfig
 from w2s_jax.train.estimate import TrainingShapes
-from w2s_jax.train.objectives import (
-    BASE,
-    REFERENCE,
-    TUNED,
-    UNTUNED,
-    Policy,
-    preference_objective,
-    sft_loss,
-)
+from w2s_jax.train.logprobs import REFERENCE
+from w2s_jax.train.objectives import BASE, TUNED, UNTUNED, Policy, preference_objective, sft_loss
 from w2s_jax.train.step import LossFunction, compute_dtype
 from w2s_jax.train.watch import mesh_before
 
@@ -52,26 +44,25 @@ class Objective:
     """What a training is beside its settings.
 
     Attributes:
-      name: the command's.
+      kind: of the examples.
       peak: learning rate by default, of all weights.
-      load: (config of the data, tokenizer) -> examples.
-      options: fields of the data's config that are this objective's own.
       loss: of a policy.
-      sides: sequences of an example.
       columns: what a batch holds beside tokens, by name: shape behind the rows, and dtype.
       frozen: checkpoints that the loss reads, by role.
       reference: whether the loss reads a reference: not, its precomputed log-probs, or the model.
     """
 
-    name: str
+    kind: Kind
     peak: float
-    load: Callable[[training_data.DataConfig, Any], Data]
-    options: Mapping[str, Any]
     loss: Callable[[Policy], LossFunction]
-    sides: int = 1
     columns: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     reference: str | None = None
+
+    @property
+    def sides(self) -> int:
+        """Sequences of an example."""
+        return 1 if self.kind == "sequences" else 2
 
     @property
     def live(self) -> bool:
@@ -134,34 +125,27 @@ class Setup:
 def objective_of(config: TrainConfig) -> Objective:
     """The objective of an SFTConfig or a DPOConfig."""
     if isinstance(config, SFTConfig):
-        options = {"loss_on": config.loss_on, "packing": config.packing}
-        return Objective(config.name, 2e-5, training_data.load_sequences, options, sft_loss)
+        return Objective("sequences", 2e-5, sft_loss)
     assert isinstance(config, DPOConfig)
-    kind = config.losses[0] if config.losses[0] in ALONE else "pairs"
-    load = {
-        "pairs": training_data.load_pairs,
-        "kto": training_data.load_labelled,
-        "wspo": training_data.load_sequences,
-    }[kind]
-    columns: dict[str, tuple[tuple[int, ...], str]] = {}
-    reference: str | None = "live" if config.reference_is_live else "precomputed"
-    if not config.needs_reference:
-        reference = None
-    if kind == "kto":
-        columns["labels"] = ((), "bool")
-    if kind == "pairs" and config.weight_column is not None:
-        columns["weights"] = ((), "float32")
-    if reference == "precomputed":
-        columns[REFERENCE] = ((2,), "float32")
+    kinds: dict[str, Kind] = {"kto": "labelled", "wspo": "sequences"}
+    kind = kinds.get(config.losses[0], "pairs")
+    reference = None
+    if config.needs_reference:
+        reference = "live" if config.reference_is_live else "precomputed"
+    columns: dict[str, tuple[tuple[int, ...], str]] = {
+        "labels": ((), "bool"), "weights": ((), "float32"), REFERENCE: ((2,), "float32")
+    }  # fmt: skip
+    held = {
+        "labels": kind == "labelled",
+        "weights": kind == "pairs" and config.weight_column is not None,
+        REFERENCE: reference == "precomputed",
+    }
     named = {REFERENCE: config.reference, TUNED: config.tuned, UNTUNED: config.untuned}
     return Objective(
-        config.name,
+        kind,
         1e-6,
-        load,
-        {"weight_column": config.weight_column},
         functools.partial(preference_objective, preference=config),
-        sides=1 if kind == "wspo" else 2,
-        columns=columns,
+        columns={name: column for name, column in columns.items() if held[name]},
         frozen={role: path for role, path in named.items() if path is not None},
         reference=reference,
     )
@@ -189,7 +173,7 @@ def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup
     check_length(length, model, config.model)
     peak = objective.peak * (1 if lora is None else ADAPTER_PEAK)
     rate = peak if config.learning_rate is None else config.learning_rate
-    directory = Path(config.output or f"runs/{objective.name}")
+    directory = Path(config.output or f"runs/{config.name}")
     setup = Setup(
         config=replace(config, max_length=length, learning_rate=rate),
         objective=objective,

@@ -1,10 +1,13 @@
-"""The one train step: jitted, donated, with gradient accumulation, for every objective.
+"""The one train step: jitted, donated, with gradient accumulation, for every objective; evaluation.
 
 Batches lie over the mesh's data axes, each host's share on that host; parameters as their rules in
 models/ say.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +20,10 @@ from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from w2s_jax.errors import InputError
+from w2s_jax.ops.meshes import batch_parts, check_batch
 from w2s_jax.ops.sharding import DEFAULT_RULES
-from w2s_jax.train.config import OptimizerConfig
+from w2s_jax.text.batches import Rows
+from w2s_jax.train.config import MOST_STEPS, OptimizerConfig, RunConfig
 from w2s_jax.train.losses import Mean, Metrics
 
 Batch = dict[str, Any]
@@ -228,6 +233,105 @@ def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     for i, leaf in zip(alone, placed, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
+
+
+def number_of_steps(config: RunConfig, rows: int) -> int:
+    """The steps of a run, in which an epoch's every row is read; InputError for too many."""
+    wanted = config.epochs * rows / config.batch_size
+    # A share such as 0.1 of an epoch is no exact number, and is not to make a step more.
+    steps = config.max_steps or max(1, math.ceil(wanted - 1e-9 * wanted))
+    if steps > MOST_STEPS:
+        raise InputError(f"{config.epochs:g} epochs are {steps:.3g} steps, {MOST_STEPS} at most")
+    return steps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What measures a state: the loss and its metrics over held-out examples, by weight.
+
+    Examples are read in order, without dropout; what is left of them after whole batches is a
+    batch of its own. Those that the mesh does not divide are read on every part of it, few at a
+    time. A mean over no example is nan.
+
+    Attributes:
+        rows: examples of a batch.
+        dtype: what the loss sees parameters in; None where they are that already.
+
+    Raises:
+        InputError: for batches that the mesh does not divide.
+        FloatingPointError: from a call, where a mean over examples is no number.
+    """
+
+    loss: LossFunction
+    data: Rows
+    frozen: Mapping[str, Any]
+    rows: int
+    dtype: str | None = None
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        check_batch(self.rows, 1, self.mesh, flag="--eval-batch-size")
+
+    @cached_property
+    def _measure(self) -> Callable[..., tuple[Any, Any]]:
+        def measure(params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+            _, weight, metrics = self.loss(cast(params, self.dtype), frozen, batch, None)
+            return weight, metrics
+
+        return jax.jit(measure)
+
+    def metrics(self, params: Any) -> list[str]:
+        """The names of what is measured; computes nothing."""
+        batch = self.data.at(np.resize(np.arange(len(self.data)), self.rows))
+        return list(jax.eval_shape(self._measure, params, dict(self.frozen), batch)[1])
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """The means over all examples, by name."""
+        sums: dict[str, Mean] = {}
+        for batch in self._batches():
+            weight, metrics = jax.device_get(self._measure(state.params, dict(self.frozen), batch))
+            for name, value in metrics.items():
+                part = _as_mean(value, float(weight))
+                sums[name] = Mean(*map(np.add, sums.get(name, Mean(0.0, 0.0)), part))
+        found = {}
+        for name, mean in sums.items():
+            if name in SUMMED:
+                continue
+            found[name] = float(mean.value) if np.all(mean.count) else math.nan
+            if np.all(mean.count) and not math.isfinite(found[name]):
+                raise FloatingPointError(f"{name} over the held-out examples is {found[name]}")
+        return found
+
+    def _batches(self) -> Iterator[Batch]:
+        parts, count = batch_parts(self.mesh), len(self.data)
+        divided = count - count % parts
+        for start in range(0, divided, self.rows):
+            stop = min(start + self.rows, divided)
+            own = host_rows(self.mesh, stop - start)
+            yield place(self.data.at(_beside_another(start, stop), own), self.mesh, stop - start)
+        # Two at the least, as some losses pair the rows of a batch.
+        few = max(2, self.rows // parts)
+        for start in range(divided, count, few):
+            stop = min(start + few, count)
+            rows = self.data.at(_beside_another(start, stop), slice(0, stop - start))
+            yield place_whole(rows, self.mesh)
+
+
+def _beside_another(start: int, stop: int) -> np.ndarray:
+    """The examples of a batch; one that is alone has the one before it behind it.
+
+    Labelled examples are read with the response of another in their batch (TRL's KTO pairs one that
+    is left over with itself, which is no estimate of the divergence).
+    """
+    alone = stop - start == 1 and start > 0
+    return np.array([start, start - 1]) if alone else np.arange(start, stop)
+
+
+def _as_mean(value: Any, weight: float) -> Mean:
+    """A metric of a batch as sums in float64; one of a batch without weight counts nothing."""
+    if not isinstance(value, Mean):
+        value = Mean(weight * value if weight else 0.0, weight)
+    return Mean(*(np.asarray(part, np.float64) for part in value))
 
 
 _EPSILON = 1e-8

@@ -6,12 +6,12 @@ Rows of metrics and samples are files of JSON lines, cut back, when a run goes o
 import contextlib
 import importlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,15 +22,12 @@ from w2s_jax.train.losses import Mean
 Values = dict[str, Any]
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """Somewhere numbers by step are shown."""
+@dataclass(frozen=True)
+class Writer:
+    """Somewhere numbers by step are shown: `write(step, values)`, and `close()` when none come."""
 
-    def write(self, step: int, values: Values) -> None:
-        """Show the values of a step."""
-
-    def close(self) -> None:
-        """Nothing comes after."""
+    write: Callable[[int, Values], None]
+    close: Callable[[], None]
 
 
 Sink = Callable[[Path, int], Writer]
@@ -72,12 +69,11 @@ class Meter:
                 tokens, self._counted = int(value), True
                 continue
             mean = value if isinstance(value, Mean) else Mean(value, 1.0)
-            added, counted = (np.ravel(part).astype(float).tolist() for part in mean)
-            if not all(map(math.isfinite, (*added, *counted))):
+            parts = [np.ravel(part).astype(float) for part in mean]
+            if not all(np.isfinite(part).all() for part in parts):
                 continue
-            zeros = [0.0] * len(added)
-            self._sums[name] = _added(self._sums.get(name, zeros), added)
-            self._counts[name] = _added(self._counts.get(name, zeros), counted)
+            for kept, part in zip((self._sums, self._counts), parts, strict=True):
+                kept[name] = (part + kept.get(name, 0.0)).tolist()
         self._tokens += tokens
         if self._since is None:
             self._since = time.monotonic()
@@ -124,32 +120,13 @@ class Meter:
         return {**kept, "num_tokens": self._tokens} if self._counted else kept
 
 
-def _added(one: list[float], other: list[float]) -> list[float]:
-    return [a + b for a, b in zip(one, other, strict=True)]
-
-
 PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2450e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-}
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12,
+    "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
+    "A100": 312e12, "A10G": 70e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
+    "GH200": 989e12, "B200": 2250e12, "GB200": 2450e12, "L4": 121e12, "L40S": 362e12,
+    "RTX 4090": 165e12, "V100": 125e12,
+}  # fmt: skip
 """Dense bfloat16 FLOP/s of one device, from the makers' data sheets (V100: float16); the keys are
 looked for in jax's `device_kind`, longest first."""
 
@@ -189,16 +166,12 @@ def tensorboard(directory: Path, step: int) -> Writer:
 
     writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
-    class Events:
-        def write(self, step: int, values: Values) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
+    def write(step: int, values: Values) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-        def close(self) -> None:
-            writer.close()
-
-    return Events()
+    return Writer(write, writer.close)
 
 
 def wandb(
@@ -225,14 +198,7 @@ def wandb(
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
 
-        class Run:
-            def write(self, step: int, values: Values) -> None:
-                run.log({"step": step, **values})
-
-            def close(self) -> None:
-                run.finish()
-
-        return Run()
+        return Writer(lambda step, values: run.log({"step": step, **values}), run.finish)
 
     return sink
 

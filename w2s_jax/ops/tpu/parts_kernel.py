@@ -11,6 +11,7 @@ nothing is left to see and the sums are divided.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -30,7 +31,6 @@ from w2s_jax.ops.tpu.parts_sizes import (
     room,
     sizes_of,
 )
-from w2s_jax.pytrees import pytree
 
 ROOM, LIMIT = 32 * 2**20, 60 * 2**20
 """Bytes of vector memory that the kernel is judged to take at most, and may take; a v5p has 64 MiB.
@@ -39,7 +39,8 @@ Beyond the first it would still compile, for minutes.
 """
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Window:
     """A sliding window: new tokens see the last `size` tokens, their own among them.
 

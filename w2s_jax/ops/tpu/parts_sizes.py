@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jaxtyping import Array
-
-from w2s_jax.pytrees import pytree
 
 LANES, SUBLANES = 128, 16
 """Sides of a tile of bfloat16 numbers."""
@@ -18,7 +17,8 @@ would leave the vector memory no room for the sums of all hypotheses.
 """
 
 
-@pytree()
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Part:
     """Keys and values that new tokens see: [P J G C], or [P W J G C], of one layer or of all.
 

@@ -8,14 +8,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
 from w2s_jax.text.rows import write_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
-from w2s_jax.text.training_data import DataConfig, load_pairs
-from w2s_jax.train import reference
-from w2s_jax.train.reference import (
-    Referenced,
-    cached_logprobs,
-    reference_logprobs,
-    weights_identity,
-)
+from w2s_jax.text.training_data import DataConfig, load
+from w2s_jax.train import logprobs
+from w2s_jax.train.export import weights_identity
+from w2s_jax.train.logprobs import reference_logprobs, with_reference
 
 ROWS = [
     {"prompt": "film " * (1 + i % 5), "chosen": " a", "rejected": " b" * i} for i in range(1, 8)
@@ -37,7 +33,7 @@ def data(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("data")
     write_jsonl(place / "pairs.jsonl", ROWS)
     config = DataConfig(data=(str(place / "pairs.jsonl"),), cache=str(place), max_length=96)
-    return load_pairs(config, load_tokenizer(folder))
+    return load("pairs", config, load_tokenizer(folder))
 
 
 def expected(model, data):
@@ -62,7 +58,8 @@ def test_every_pair_has_its_log_probs_in_the_order_of_the_data(model, data, rows
 
 def test_they_are_kept_by_weights_and_data_and_damage_is_mended(model, data, tmp_path):
     def read(identity):
-        return cached_logprobs(model, data, rows=4, cache=tmp_path, identity=identity)
+        found = with_reference(model, data, rows=4, cache=tmp_path, identity=identity)
+        return found.columns["reference"]
 
     first = read("one")
     path = next(tmp_path.iterdir())
@@ -78,18 +75,18 @@ def test_they_are_kept_by_weights_and_data_and_damage_is_mended(model, data, tmp
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_any_work(model, data, monkeypatch):
-    monkeypatch.setattr(reference, "reference_logprobs", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(logprobs, "reference_logprobs", lambda *a, **k: pytest.fail("computed"))
     with pytest.raises(InputError, match="/proc/nowhere/.* cannot be written"):
-        cached_logprobs(model, data, rows=4, cache=Path("/proc/nowhere"), identity="x")
+        with_reference(model, data, rows=4, cache=Path("/proc/nowhere"), identity="x")
 
 
 def test_batches_hold_the_log_probs_of_their_rows(data):
     logprobs = np.arange(2 * len(data), dtype=np.float32).reshape(-1, 2)
-    source = Referenced(data, logprobs)
+    source = data.beside("reference", logprobs)
     batch = source.at([3, 1, 0], slice(1, 3))
     np.testing.assert_array_equal(batch["reference"], logprobs[[1, 0]])
     assert batch["tokens"].shape[:2] == (2, 2)
-    assert source.identity != Referenced(data, logprobs + 1).identity
+    assert source.identity != data.beside("reference", logprobs + 1).identity
     assert source.names(2) == data.names(2)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.text.chats import chat, text
 from w2s_jax.errors import InputError
-from w2s_jax.text.conversations import Conversation, Message, conversation_of, plain, prompts_from
+from w2s_jax.text.prompts import Conversation, Message, conversation_of, plain, prompts_from
 
 
 @pytest.mark.parametrize(

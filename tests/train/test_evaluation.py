@@ -5,13 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_config
-from w2s_jax.text.batches import Part
 from w2s_jax.train.config import RunConfig
 from w2s_jax.train.losses import Mean
-from w2s_jax.train.objectives import Policy
-from w2s_jax.train.run import Task, evaluation, number_of_steps
-from w2s_jax.train.step import TrainState
+from w2s_jax.train.step import Evaluation, TrainState, number_of_steps
 
 VALUES = np.array([4.0, np.nan, 1.0, 2.0, 3.0, np.nan, np.nan])
 
@@ -22,8 +18,11 @@ class Rows:
     def __len__(self):
         return len(VALUES)
 
-    def at(self, indices, part):
+    def at(self, indices, part=slice(None)):
         return {"x": VALUES[indices][part].astype(np.float32)}
+
+    def names(self, index):
+        return [f"row {index}"]
 
 
 def loss(params, frozen, batch, key):
@@ -41,11 +40,10 @@ def loss(params, frozen, batch, key):
 
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_an_evaluation_sums_values_and_counts_over_batches(rows):
-    config = RunConfig(eval_batch_size=rows)
-    rows = Part(Rows(), np.arange(len(VALUES)))
-    task = Task(Policy(tiny_config()), loss, rows, rows)
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
-    found = evaluation(task, config)(state)
+    evaluate = Evaluation(loss, Rows(), {}, rows)
+    found = evaluate(state)
+    assert {*evaluate.metrics({})} == {"loss", "low", "never", "num_tokens"}
     # The last batch of two or three has no row that counts.
     assert found["loss"] == pytest.approx(2.5)
     assert found["low"] == 1.0
@@ -56,7 +54,7 @@ def test_an_evaluation_sums_values_and_counts_over_batches(rows):
 class Paired(Rows):
     """Rows that are read with the row before them in their batch, as labelled ones."""
 
-    def at(self, indices, part):
+    def at(self, indices, part=slice(None)):
         return {"own": indices[part], "other": np.roll(indices, 1)[part]}
 
 
@@ -68,10 +66,8 @@ def test_a_row_that_is_left_over_is_not_paired_with_itself(rows):
             "itself": Mean(itself, 1), "read": Mean(batch["own"].sum(), 1), "loss": jnp.float32(0),
         }  # fmt: skip
 
-    data = Part(Paired(), np.arange(len(VALUES)))
-    config = RunConfig(eval_batch_size=rows)
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
-    found = evaluation(Task(Policy(tiny_config()), alike, data, data), config)(state)
+    found = Evaluation(alike, Paired(), {}, rows)(state)
     batches = -(-len(VALUES) // rows)
     assert found["itself"] == 0
     assert found["read"] * batches == pytest.approx(sum(range(len(VALUES))))
@@ -81,8 +77,7 @@ def test_a_held_out_mean_that_is_no_number_is_an_error():
     def spoilt(params, frozen, batch, key):
         return jnp.float32(0), jnp.float32(2), {"loss": jnp.float32(jnp.nan)}
 
-    rows = Part(Rows(), np.arange(len(VALUES)))
-    measure = evaluation(Task(Policy(tiny_config()), spoilt, rows, rows), RunConfig())
+    measure = Evaluation(spoilt, Rows(), {}, 8)
     state = TrainState(jnp.int32(0), {}, (), jax.random.key(0))
     with pytest.raises(FloatingPointError, match="^loss over the held-out examples is nan$"):
         measure(state)
@@ -94,4 +89,4 @@ def test_a_held_out_mean_that_is_no_number_is_an_error():
 ])  # fmt: skip
 def test_an_epoch_reads_every_row(rows, epochs, steps):
     config = RunConfig(epochs=epochs, batch_size=8)
-    assert number_of_steps(config, Part(None, np.arange(rows))) == steps
+    assert number_of_steps(config, rows) == steps

@@ -1,0 +1,16 @@
+from .config import SearchConfig as SearchConfig
+from .file import search_file as search_file
+from .models import Guide as Guide
+from .models import SearchModels as SearchModels
+from .models import search_models as search_models
+from .results import Hypothesis as Hypothesis
+from .results import Request as Request
+from .results import SearchResult as SearchResult
+from .run import search as search
+from .scorers import FunctionScorer as FunctionScorer
+from .scorers import TextScorer as TextScorer
+from .settings import SearchFileConfig as SearchFileConfig
+from .state import SearchState as SearchState
+from .state import insert_prompt as insert_prompt
+from .state import start_search as start_search
+from .step import search_step as search_step
