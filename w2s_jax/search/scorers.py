@@ -14,9 +14,8 @@ import numpy as np
 
 from w2s_jax.distributed import from_first, gather_values, to_host
 from w2s_jax.errors import SCORER, InputError, check_fields, shown
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
-from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.models.reward import Classifier, RewardModel, contrast, label_names
 from w2s_jax.search.incremental_text import (
     Place,
     Reading,
