@@ -30,7 +30,6 @@ from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.models import ONE_DEVICE, Places
 from w2s_jax.search.results import Hypothesis, SearchResult, hypothesis_text
 from w2s_jax.search.run import check_request, search_requests
-from w2s_jax.search.step import search_eos
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, special_stops
 from w2s_jax.text.rows import Row, journal_path, locked, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
@@ -159,7 +158,7 @@ def generate(
     models = _models(model, guide, config)
     search_config = _search_config(config, models, tokenizer)
     asked = _requests(models, search_config, rows, config, tokenizer, source)
-    decode, eos_ids = partial(decode_tokens, tokenizer), search_eos(models, search_config)
+    decode, eos_ids = partial(decode_tokens, tokenizer), models.known_eos_ids(search_config.eos_ids)
     text_of = partial(hypothesis_text, tokenizer, stop=search_config.stop, eos_ids=eos_ids)
     count = len(rows) * config.samples
     failures = []

@@ -14,9 +14,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, preset
+from w2s_jax.search.methods import NoScore
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import NoScore, TextScorer
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.schema import (
     ApiError,
@@ -239,16 +240,14 @@ class Reader:
             _SOME_NUCLEUS if numbers["top_p"] < 1 else 1.0,
         )
         jobs = []
-        for index, (tokens, conversation) in enumerate(read):
+        for index, (tokens, asks) in enumerate(read):
             longest = max(map(len, tokens))
             limit = self._limit(asked, longest, kind)
             if limit == 0 and (not echo or method in CHOOSING):
                 raise malformed("max_tokens is 0, which only echo can do without", "max_tokens")
             own: Any = {name: each[index] for name, each in places.items()}
             most = max(limit, 1)
-            request = Request(
-                prompts=tokens, conversation=conversation, limit=most, **numbers, **own
-            )
+            request = Request(prompts=tokens, conversation=asks, limit=most, **numbers, **own)
             config = self._search(
                 method,
                 (width, successors, length),
@@ -262,7 +261,7 @@ class Reader:
                 request,
                 choices=body.n,
                 logprobs=logprobs,
-                echo=conversation.text if echo else None,
+                echo=asks.text if echo else None,
                 streams=body.stream,
                 tells_ids=body.return_token_ids,
                 generates=limit > 0,
