@@ -104,7 +104,7 @@ FAULTS = (
     ),
     Fault(
         "search-dropped-beta",
-        "w2s_jax/search/proposers.py",
+        "w2s_jax/search/methods.py",
         "steer = jnp.where(jnp.isfinite(ratio), beta * guide.weight * ratio, -jnp.inf)",
         "steer = jnp.where(jnp.isfinite(ratio), guide.weight * ratio, -jnp.inf)",
         "emulated fine-tuning is at its full strength whatever β is",
@@ -112,9 +112,9 @@ FAULTS = (
     ),
     Fault(
         "search-late-stop",
-        "w2s_jax/search/host_scoring.py",
-        "    return low\n",
-        "    return min(low + 1, len(tokens))\n",
+        "w2s_jax/search/results.py",
+        "    return bisect_left(range(len(tokens)), True, key=holds)\n",
+        "    return bisect_left(range(len(tokens)), True, key=holds) + 1\n",
         "a stop string leaves one token of its own in the response",
         ("tests/search/test_run.py",),
     ),

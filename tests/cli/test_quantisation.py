@@ -173,7 +173,7 @@ def test_a_search_takes_a_quantised_policy_and_cache(
         seen.append((models.policy, models.guides, config.policy_cache))
         raise InputError("enough")
 
-    monkeypatch.setattr("w2s_jax.search.rows.search_all", watched)
+    monkeypatch.setattr("w2s_jax.search.file.search_all", watched)
     flags = ["--quantise-policy", "int8:2+head", "--policy-cache", "int8"]
     assert search(models, prompts, tmp_path / "out.jsonl", *flags) == 2
     assert "enough" in capsys.readouterr().err

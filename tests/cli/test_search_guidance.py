@@ -10,8 +10,8 @@ from tests.cli.test_search import one_error, tiny
 from w2s_jax.cli.main import main, parse
 from w2s_jax.models.load import load_model
 from w2s_jax.search.checkpoints import plan
+from w2s_jax.search.file import encode_questions
 from w2s_jax.search.incremental_text import logprobs_alone
-from w2s_jax.search.rows import encode_questions
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import conversation_of
 from w2s_jax.text.rows import read_jsonl, write_jsonl

@@ -9,7 +9,7 @@ from tests.serve.tiny_server import checkpoints_at, served_at, tiny, tokenizer_a
 from w2s_jax.cli.main import main
 from w2s_jax.errors import InputError
 from w2s_jax.models.save import save_model
-from w2s_jax.search.model_scorers import TextLogRatio, TextModel
+from w2s_jax.search.scorers import TextLogRatio, TextModel
 from w2s_jax.serve import ServeConfig
 from w2s_jax.serve.run import chat_notes
 from w2s_jax.text.chat import Template

@@ -119,7 +119,7 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
         raise InputError("enough")
 
     # That searches are steered by such models is tested elsewhere: here, that these are taken.
-    monkeypatch.setattr("w2s_jax.search.rows.search_all", watched)
+    monkeypatch.setattr("w2s_jax.search.file.search_all", watched)
     assert main([*steered, *files]) == 2
     assert "enough" in capsys.readouterr().err
     for found, folder in zip(searched[0], (model, tuned, untuned), strict=True):

@@ -175,7 +175,7 @@ def test_answers_come_from_lm_evals_cache(folders, tasks, tmp_path, monkeypatch)
     names = "tiny_choice,tiny_write"
     _, first = evaluate(folders, tasks, tmp_path / "a.json", names, *flags)
     monkeypatch.setattr(steered, "score_responses", lambda *_, **__: pytest.fail("scored again"))
-    monkeypatch.setattr(steered, "search", lambda *_, **__: pytest.fail("generated again"))
+    monkeypatch.setattr(steered, "search_all", lambda *_, **__: pytest.fail("generated again"))
     _, second = evaluate(folders, tasks, tmp_path / "b.json", names, *flags)
     for task in names.split(","):
         resps = [[row["resps"] for row in run["samples"][task]] for run in (first, second)]

@@ -19,8 +19,8 @@ from w2s_jax.experiments.sentiment import (
     summed_logprobs,
 )
 from w2s_jax.search.likelihood import Response
+from w2s_jax.search.methods import EFTProposer, PolicyProposer
 from w2s_jax.search.models import Guide
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer
 from w2s_jax.text.prompts import encode_prompt
 
 METHODS = ("base", "bon", "eft", "cbs", "tuned_policy")

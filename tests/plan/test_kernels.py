@@ -181,7 +181,7 @@ LONGER = """
 from w2s_jax.search.decode import start_cache
 from w2s_jax.models.cache import cache_axes
 from w2s_jax.ops.sharding import SEARCH_RULES, with_shardings
-from w2s_jax.search.incremental_programs import read_rows
+from w2s_jax.search.incremental_text import read_rows
 from tests.tiny import tiny_config
 
 mesh = make_mesh("data=2,tensor=2", open_slice("v5p:2x2x1").devices)

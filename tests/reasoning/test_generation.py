@@ -10,11 +10,12 @@ import pytest
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.reasoning.config import GenerationConfig
 from w2s_jax.reasoning.generation import generate, row_key
-from w2s_jax.search import Guide, search, session
-from w2s_jax.search import run as room
+from w2s_jax.search import Guide, search
 from w2s_jax.search.config import cbs
+from w2s_jax.search.session import Session
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, response_end
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer
@@ -27,6 +28,7 @@ ROWS = [
 ]
 GREEDY = GenerationConfig(max_new_tokens=NEW, stop=(), batch_size=2)
 SAMPLED = dataclasses.replace(GREEDY, samples=3, temperature=1.0, seed=5)
+INSERT, ADVANCE = Session.insert, Session.advance
 LARGER = len(ROWS)  # a batch with all rows in it
 
 
@@ -195,14 +197,14 @@ def test_a_prompt_is_read_once_for_its_samples_and_nothing_is_scored(
 
     def insert(held, slot, request):
         inserted.append(request)
-        return session.insert(held, slot, request)
+        return INSERT(held, slot, request)
 
     def advance(held):
         states.append(held.state)
-        return session.advance(held)
+        return ADVANCE(held)
 
-    monkeypatch.setattr(room, "insert", insert)
-    monkeypatch.setattr(room, "advance", advance)
+    monkeypatch.setattr(Session, "insert", insert)
+    monkeypatch.setattr(Session, "advance", advance)
     generate(model, tokenizer, ROWS, SAMPLED, tmp_path / "out.jsonl")
     assert len(inserted) == len(ROWS)
     for state in states:
@@ -229,9 +231,9 @@ def test_slots_are_refilled_as_rows_finish(model, tokenizer, tmp_path, monkeypat
         assert len(held.requests) == 2 or len(begun) == 12
         for request in held.requests.values():
             chunks[request.row_id] += 1
-        return session.advance(held)
+        return ADVANCE(held)
 
-    monkeypatch.setattr(room, "advance", advance)
+    monkeypatch.setattr(Session, "advance", advance)
     generate(
         model, tokenizer, rows, settings, tmp_path / "out.jsonl", lambda *done: told.append(done)
     )
@@ -251,7 +253,7 @@ def test_guided_samples_are_searches_of_their_seeds(folders, model, tokenizer, t
     for sample in range(2):
         settings = {"max_new_tokens": NEW, "seed": config.seed + sample, "slots": 2}
         settings["eos_ids"] = model.config.eos_ids
-        plain = cbs(2, 2, 3, sampling=session.Sampling(1.0), **settings)
+        plain = cbs(2, 2, 3, sampling=Sampling(1.0), **settings)
         results = search(model, guide, prompts, plain, row_ids=keys)
         for prompt, row, result in zip(prompts, rows[sample::2], results, strict=True):
             tokens = result.best.tokens
@@ -273,10 +275,10 @@ def test_killed_and_interrupted_it_ends_as_if_it_had_not_been(
         def advance(held):
             if journal.exists() and len(journal.read_bytes().splitlines()) == 1 + rows:
                 raise KeyboardInterrupt
-            return session.advance(held)
+            return ADVANCE(held)
 
         with monkeypatch.context() as patched:
-            patched.setattr(room, "advance", advance)
+            patched.setattr(Session, "advance", advance)
             with pytest.raises(KeyboardInterrupt):
                 generate(model, tokenizer, ROWS, SAMPLED, output)
         assert not output.exists()
@@ -289,9 +291,9 @@ def test_killed_and_interrupted_it_ends_as_if_it_had_not_been(
 
     def insert(held, slot, request):
         inserted.append(request)
-        return session.insert(held, slot, request)
+        return INSERT(held, slot, request)
 
-    monkeypatch.setattr(room, "insert", insert)
+    monkeypatch.setattr(Session, "insert", insert)
     rows = generate(model, tokenizer, ROWS, SAMPLED, output)
     assert len(inserted) == len(ROWS) - 4
     assert output.read_bytes() == whole.read_bytes()

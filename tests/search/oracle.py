@@ -13,8 +13,7 @@ import pytest
 
 from w2s_jax.models.model import Model
 from w2s_jax.search import FunctionScorer, Guide, SearchConfig, SearchResult
-from w2s_jax.search.proposers import EFTProposer
-from w2s_jax.search.selectors import Maximin
+from w2s_jax.search.methods import EFTProposer, Maximin
 
 PADDED = 48
 

@@ -11,7 +11,7 @@ from w2s_jax.models.model import Model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
-from w2s_jax.search.model_scorers import TextLogRatio, TextModel
+from w2s_jax.search.scorers import TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import Conversation, Message, decode_tokens, encode_prompt
 

@@ -10,7 +10,7 @@ from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.sharding import make_mesh
 from w2s_jax.search import Guide, search, search_models, start_search, search_step
 from w2s_jax.search.config import cbs
-from w2s_jax.search.proposers import EFTProposer
+from w2s_jax.search.methods import EFTProposer
 
 assert jax.device_count() == 8
 rng = np.random.default_rng(0)

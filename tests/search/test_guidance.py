@@ -11,7 +11,7 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, search
 from w2s_jax.search.config import cbs, ivg
-from w2s_jax.search.selectors import Maximin, TopW
+from w2s_jax.search.methods import Maximin, TopW
 from w2s_jax.text.prompts import Conversation
 
 PLAIN = Sampling(1.0)

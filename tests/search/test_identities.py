@@ -10,8 +10,8 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide, Request, search, search_models
 from w2s_jax.search.config import best_of_n, cbs, eft, sample
-from w2s_jax.search.proposers import EFTProposer
-from w2s_jax.search.session import advance, done_slots, insert, results, start_session
+from w2s_jax.search.methods import EFTProposer
+from w2s_jax.search.session import start_session
 
 PLAIN = Sampling(1.0)
 RNG = np.random.default_rng(1)
@@ -70,10 +70,12 @@ def side_by_side(policy, guide, requests):
     models = search_models(policy, guide)
     session = start_session(models, STEERED, slots=5, prefix_capacity=16)
     for slot, request in enumerate(requests):
-        session = insert(session, slot, request)
-    while len(done_slots(session)) < 5:
-        session = advance(session)
-    return list(results(session, range(5)).values())
+        session = session.insert(slot, request)
+    while len(session.done_slots()) < 5:
+        session = session.advance()
+    found, failed = session.outcomes(range(5))
+    assert not failed
+    return list(found.values())
 
 
 def test_eft_without_weight_or_with_equal_models_is_the_policy(policy, guide):

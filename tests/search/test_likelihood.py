@@ -20,7 +20,7 @@ from w2s_jax.search.likelihood import (
     score_responses,
     token_likelihoods,
 )
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer
+from w2s_jax.search.methods import EFTProposer, PolicyProposer
 
 BETA = 0.7
 STEERED = EFTProposer(BETA)

@@ -17,9 +17,8 @@ from w2s_jax.models.model import Model
 from w2s_jax.ops.logits import Sampling, choose, shortlist, token_logprobs
 from w2s_jax.search import Guide, SearchConfig, search, search_models
 from w2s_jax.search.config import METHODS, cbs, preset, sample
-from w2s_jax.search.host_scoring import kept_tokens
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer
-from w2s_jax.search.scorers import ProposedLogRatio
+from w2s_jax.search.methods import EFTProposer, PolicyProposer, ProposedLogRatio
+from w2s_jax.search.results import kept_tokens
 from w2s_jax.text.prompts import cut
 from w2s_jax.text.tokenizer import buckets
 

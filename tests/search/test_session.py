@@ -15,8 +15,8 @@ from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
 from w2s_jax.search import session as sessions
 from w2s_jax.search.config import cbs, sample
-from w2s_jax.search.scorers import NoScore
-from w2s_jax.search.session import advance, done_slots, insert, release, results, start_session
+from w2s_jax.search.methods import NoScore
+from w2s_jax.search.session import start_session
 from w2s_jax.text.prompts import Conversation, cut
 
 RNG = np.random.default_rng(2)
@@ -52,16 +52,22 @@ def start(policy, guide):
     return begin
 
 
+def results(session, slots):
+    found, failed = session.outcomes(slots)
+    assert not failed
+    return found
+
+
 def run(session, requests):
     """The result of each request, all side by side from the first chunk on."""
     for slot, request in enumerate(requests):
-        session = insert(session, slot, request)
+        session = session.insert(slot, request)
     found = {}
     while session.requests:
-        session = advance(session)
-        for slot, result in results(session, done_slots(session)).items():
+        session = session.advance()
+        for slot, result in results(session, session.done_slots()).items():
             found[slot] = result
-            session = release(session, slot)
+            session = session.release(slot)
     return [found[slot] for slot in range(len(requests))]
 
 
@@ -137,12 +143,12 @@ def test_limits_end_searches_chunk_by_chunk(start):
     session = start()
     limits = (1, 4, 5, 8)
     for slot, limit in enumerate(limits):
-        session = insert(session, slot, Request(whole.row_id, ((4, 5),), limit=limit))
-    assert done_slots(session) == []
-    session = advance(session)
-    assert done_slots(session) == [0, 1]
-    session = advance(session)
-    assert done_slots(session) == [0, 1, 2, 3]
+        session = session.insert(slot, Request(whole.row_id, ((4, 5),), limit=limit))
+    assert session.done_slots() == []
+    session = session.advance()
+    assert session.done_slots() == [0, 1]
+    session = session.advance()
+    assert session.done_slots() == [0, 1, 2, 3]
     for slot, result in results(session, range(4)).items():
         assert tokens_of(result) == [tokens[: limits[slot]] for tokens in tokens_of(whole)]
 
@@ -194,16 +200,16 @@ def test_results_so_far_slots_released_and_used_again(start, policy, guide):
     """After every chunk a slot shows what brute force has by then, whoever is beside it."""
     oracle = Oracle(policy, [guide], BEAM, EOS)
     session = start(BEAM)
-    session = insert(session, 0, Request(20, PROMPTS[:1]))
-    session = insert(session, 2, Request(21, PROMPTS[1:2]))
+    session = session.insert(0, Request(20, PROMPTS[:1]))
+    session = session.insert(2, Request(21, PROMPTS[1:2]))
     assert results(session, [0])[0].best.tokens == ()
-    session = advance(session)
-    session = release(session, 0)
+    session = session.advance()
+    session = session.release(0)
     assert session.free == [0, 1, 3]
-    session = insert(session, 0, Request(22, PROMPTS[2:3]))
-    session = insert(session, 1, Request(20, PROMPTS[:1]))
+    session = session.insert(0, Request(22, PROMPTS[2:3]))
+    session = session.insert(1, Request(20, PROMPTS[:1]))
     for chunk in (1, 2, 3):
-        session = advance(session)
+        session = session.advance()
         shown = results(session, sorted(session.requests))
         behind = {0: (PROMPTS[2], chunk), 1: (PROMPTS[0], chunk), 2: (PROMPTS[1], chunk + 1)}
         for slot, result in shown.items():
@@ -214,7 +220,7 @@ def test_results_so_far_slots_released_and_used_again(start, policy, guide):
                 assert hypothesis.score == pytest.approx(kept.score, abs=2e-4, rel=1e-4)
                 assert sum(hypothesis.token_scores) == pytest.approx(kept.score, abs=1e-3)
                 assert len(hypothesis.token_scores) == len(hypothesis.tokens)
-    assert done_slots(session) == [0, 1, 2]
+    assert session.done_slots() == [0, 1, 2]
 
 
 def test_members_read_prompts_of_their_own(start, policy, guide):
@@ -228,11 +234,11 @@ def test_members_read_prompts_of_their_own(start, policy, guide):
         Request(i, (p, *own)) for i, (p, own) in enumerate(zip(PROMPTS, others, strict=True))
     ]
     # One request whose members read the same, among those that do not.
-    session = insert(start(BEAM), 0, Request(9, PROMPTS[:1]))
+    session = start(BEAM).insert(0, Request(9, PROMPTS[:1]))
     for slot, request in enumerate(requests[1:], 1):
-        session = insert(session, slot, request)
-    while len(done_slots(session)) < 4:
-        session = advance(session)
+        session = session.insert(slot, request)
+    while len(session.done_slots()) < 4:
+        session = session.advance()
     beside = results(session, range(4))
     assert [tokens_of(beside[slot]) for slot in (1, 2, 3)] == [tokens_of(r) for r in found[1:]]
     assert_found(Oracle(policy, [guide], BEAM, EOS), PROMPTS[:1], [beside[0]])
@@ -255,12 +261,12 @@ def test_members_read_prompts_of_their_own(start, policy, guide):
 )
 def test_wrong_requests_are_refused(start, guide, request_, message):
     with pytest.raises(InputError, match=message):
-        insert(start(BEAM), 0, request_)
+        start(BEAM).insert(0, request_)
 
 
 def test_a_slot_that_is_not_there_is_refused(start, guide):
     with pytest.raises(InputError, match="slot 99 is none of the"):
-        insert(start(BEAM), 99, Request(3, ((4,),)))
+        start(BEAM).insert(99, Request(3, ((4,),)))
 
 
 def test_wrong_sessions_are_refused(start, policy, guide):
@@ -271,7 +277,7 @@ def test_wrong_sessions_are_refused(start, policy, guide):
         start(BEAM, traced=True)
     session = start(BEAM, scorers=[scorer], decode=decode)
     with pytest.raises(InputError, match="row 3: scorers of texts need its conversation"):
-        insert(session, 0, Request(3, ((4,),)))
+        session.insert(0, Request(3, ((4,),)))
     with pytest.raises(InputError, match="row 0: 2 prompts for 3 models; give one each"):
         search(policy, guide, [[4]], BEAM, guide_prompts=[[[4]]])
     with pytest.raises(InputError, match="row 0: the prompt has no tokens"):

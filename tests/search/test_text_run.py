@@ -16,9 +16,9 @@ from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
-from w2s_jax.search.rows import TextPolicy, read_questions, search_rows
-from w2s_jax.search.scorers import Candidate, FunctionScorer, NoScore
-from w2s_jax.search.selectors import Maximin, TopW
+from w2s_jax.search.file import TextPolicy, read_questions, search_rows
+from w2s_jax.search.methods import Maximin, NoScore, TopW
+from w2s_jax.search.scorers import Candidate, FunctionScorer
 from w2s_jax.search.text_run import Continuation, Extension, search_texts
 from w2s_jax.text.prompts import Conversation
 from w2s_jax.text.rows import open_journal
@@ -451,7 +451,7 @@ def test_a_trace_tells_what_the_search_looked_at(tmp_path):
     journal = open_journal(tmp_path / "j.journal", {})
     rows = [{"prompt": "a", "trace": "old"}, {"prompt": "b"}]
     config = cbs(2, 2, 3, max_new_tokens=6)
-    policy = TextPolicy(Scripted(4), [Hashed()], config, write=lambda c: f"<{c.text}>")
+    policy = TextPolicy(Scripted(4), [Hashed()], config, render=lambda c: f"<{c.text}>")
     search_rows(policy, read_questions(rows, "in"), journal, method="cbs", traced=True)
     for index, row in journal.read().items():
         trace = row.pop("trace")

@@ -13,7 +13,7 @@ from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import cbs
 from w2s_jax.search.likelihood import score_responses, token_likelihoods
-from w2s_jax.search.proposers import EFTProposer
+from w2s_jax.search.methods import EFTProposer
 from w2s_jax.search.scorers import FunctionScorer
 from w2s_jax.serve import engine as room
 from w2s_jax.serve import tasks

@@ -29,7 +29,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig, cbs
-from w2s_jax.search.model_scorers import TextLogRatio, TextModel
+from w2s_jax.search.scorers import TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import Conversation, encode_prompt
 from w2s_jax.text.tokenizer import buckets, vocabularies

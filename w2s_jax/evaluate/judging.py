@@ -29,9 +29,8 @@ from w2s_jax.evaluate.results import (
     read_results,
 )
 from w2s_jax.evaluate.rewards import check_same_prompts, compare, rewards, summarise
-from w2s_jax.models.encoder import EncoderConfig
 from w2s_jax.models.load import load_reward_config, load_reward_labels, load_reward_model
-from w2s_jax.models.reward import contrast
+from w2s_jax.models.reward import EncoderConfig, contrast
 from w2s_jax.ops.meshes import mesh_of
 from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.chat import load_template

@@ -23,8 +23,8 @@ from w2s_jax.ops.sharding import resolve_tree
 from w2s_jax.search.checkpoints import GuideSource, Sources, SteeringPlan, load, plan
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.likelihood import Response, score_responses
+from w2s_jax.search.methods import PolicyProposer
 from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels, load_decoders, search_models
-from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.search.run import search
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Row, check_writable, read_rows, write_whole

@@ -17,8 +17,8 @@ from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.results import SearchResult, hypothesis_text
-from w2s_jax.search.run import of_guides, search
+from w2s_jax.search.results import Request, SearchResult, hypothesis_text
+from w2s_jax.search.run import search_all
 from w2s_jax.text.prompts import Conversation, decode_tokens, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")
@@ -128,22 +128,17 @@ class Steered:
             eos_ids=(*self.plan.eos_ids, *ids),
             slots=min(self.batch_size, len(questions)),
         )
-        prompts = [question.prompts for question in questions]
         policys = {question.row_id: question.prompts[0] for question in questions}
 
         def text(result: SearchResult) -> str:
             ends: dict[str, Any] = {"stop": texts, "eos_ids": config.eos_ids or ()}
             return hypothesis_text(tokenizer, policys[result.row_id], result.best, **ends)
 
-        results = search(
-            self.models.policy,
-            self.models.guides,
-            [own[0] for own in prompts],
+        results = search_all(
+            self.models,
             config,
-            guide_prompts=of_guides(prompts, len(self.models.members)),
+            [Request(q.row_id, q.prompts, q.conversation, seed=config.seed) for q in questions],
             scorers=self.steering.scorers,
-            conversations=[question.conversation for question in questions],
-            row_ids=[question.row_id for question in questions],
             decode=partial(decode_tokens, tokenizer),
             on_result=lambda result: on_text(result.row_id, text(result)),
             mesh=self.mesh,

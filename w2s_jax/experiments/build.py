@@ -38,8 +38,8 @@ from w2s_jax.experiments.demo_models import (
     opening_accuracy,
 )
 from w2s_jax.experiments.sentiment import EvaluationConfig
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
+from w2s_jax.models.reward import Classifier
 from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample

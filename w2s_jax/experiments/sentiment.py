@@ -20,10 +20,9 @@ from w2s_jax.experiments.demo_models import journalled, opening_words
 from w2s_jax.models.model import Model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
-from w2s_jax.search.decode import Logits
 from w2s_jax.search.likelihood import Response, score_responses
+from w2s_jax.search.methods import EFTProposer, Logits, PolicyProposer, Proposer
 from w2s_jax.search.models import Guide, SearchModels, search_models
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
 from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
 from w2s_jax.text.prompts import encode_prompt

@@ -5,6 +5,7 @@ in host memory at a time is one device's part of one parameter and a block of a 
 quantised on the way where asked. Which tensor is which parameter is in `parameters.py`.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -48,6 +49,15 @@ _PATTERNS = (
     "vocab*",
     "merges.txt",
 )
+
+
+@contextlib.contextmanager
+def about(place: str | Path) -> Iterator[None]:
+    """Errors told behind what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) -> Path:

@@ -19,15 +19,6 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import ARCHITECTURES, config_from_hf
-from w2s_jax.models.encoder import (
-    ENCODER,
-    ENCODER_CLASS,
-    Classifier,
-    EncoderConfig,
-    encoder_from_hf,
-    init_classifier,
-    stored_in_encoder,
-)
 from w2s_jax.models.huggingface import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -35,6 +26,7 @@ from w2s_jax.models.huggingface import (
     GENERATION_CONFIG,
     Source,
     Tensors,
+    about,
     equal,
     is_adapter,
     locate,
@@ -42,15 +34,7 @@ from w2s_jax.models.huggingface import (
     open_tensors,
     read_json,
 )
-from w2s_jax.models.lora import attach, merge
-from w2s_jax.models.lora_huggingface import (
-    adapted_config,
-    base_folder,
-    base_of,
-    load_adapter,
-    take_vocabulary,
-    with_vocabulary,
-)
+from w2s_jax.models.lora import attach, merge, take_vocabulary, with_vocabulary
 from w2s_jax.models.model import STORED, Model, parameter_dtype
 from w2s_jax.models.parameters import (
     LANGUAGE_HEAD,
@@ -64,8 +48,19 @@ from w2s_jax.models.parameters import (
     layer_name,
     reward_head,
 )
+from w2s_jax.models.peft import adapted_config, base_folder, base_of, load_adapter
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.models.reward import SCORE, RewardModel
+from w2s_jax.models.reward import (
+    ENCODER,
+    ENCODER_CLASS,
+    SCORE,
+    Classifier,
+    EncoderConfig,
+    RewardModel,
+    encoder_from_hf,
+    init_classifier,
+    stored_in_encoder,
+)
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
 
 
@@ -147,10 +142,8 @@ def _load_adapted(directory: Path, base: Model | None, merged: bool, how: Loadin
         name = base_of(directory)
         if how.dtype in (None, STORED) and merged and how.quantize is None:
             how = replace(how, dtype="float32")
-        try:
+        with about(f"{directory}: its base"):
             base = load_model(name, **vars(how))
-        except InputError as error:
-            raise InputError(f"{directory}: its base: {error}") from None
     config = adapted_config(directory, base.config)
     place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": base.scan_layers}
     lora, adapter = load_adapter(directory, config, dtype=base.dtype, **place)
@@ -458,7 +451,5 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
 
 def _encoder_config(directory: Path) -> EncoderConfig:
     value = read_json(directory / CONFIG)
-    try:
+    with about(directory / CONFIG):
         return encoder_from_hf(value)
-    except InputError as error:
-        raise error.at(str(directory / CONFIG)) from None

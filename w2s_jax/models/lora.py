@@ -1,13 +1,13 @@
 """Low-rank adapters on a decoder (LoRA, arXiv 2106.09685): beside the base's kernels or in them.
 
 An adapter is a tree with `lora_a` and `lora_b` in the places of the base's kernels and, where one
-was trained so, whole parameters in place of the base's. Files: `models/lora_huggingface.py`.
+was trained so, whole parameters in place of the base's. Files: `models/peft.py`.
 """
 
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import (
     PROJECTIONS,
     STACKED,
@@ -201,6 +202,26 @@ def _added(kernel: Array, a: Array, b: Array, scale: float | Array, stacked: boo
     product = jax.vmap(multiply) if stacked else multiply
     change = product(a.astype(jnp.float32), b.astype(jnp.float32))
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
+    """A base made one of `config`: embedding and head taken out of the adapter, or untied."""
+    params = dict(base.params)
+    if base.config.tied_embeddings and not config.tied_embeddings:
+        embedding = params["embed"]["embedding"]
+        if isinstance(embedding, QTensor):
+            raise InputError("an adapter that unties the head needs a base that is not quantised")
+        params["head"] = {"kernel": embedding.T}
+    return replace(base, config=config, params=take_vocabulary(params, adapter))
+
+
+def take_vocabulary(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with an adapter's embedding and head, which are taken out of the adapter.
+
+    Of another vocabulary they cannot be written over the base's by `merge`.
+    """
+    names = [name for name in ("embed", "head") if name in adapter]
+    return params | {name: params[name] | adapter.pop(name) for name in names}
 
 
 def _changes(

@@ -1,7 +1,7 @@
 """adapter_config.json in both directions: which modules are adapted, and how that is scaled.
 
 Follows PEFT 0.21; what would change the logits in a way not followed here is refused by name.
-Opens no file: `models/lora_huggingface.py` does, and says where an InputError comes from.
+Opens no file: `peft.py` does, and says where an InputError comes from.
 """
 
 import re
@@ -10,9 +10,8 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import Json
 from w2s_jax.models.lora import LoraConfig
-
-Json = Mapping[str, Any]
 
 # Fields that change what an adapter computes, when they are set.
 _REFUSED = (
@@ -53,16 +52,11 @@ def read_lora(hf: Json) -> LoraConfig:
         )
     _check_kinds(hf)
     try:
-        return LoraConfig(
-            rank=int(hf.get("r", 8)),
-            alpha=float(hf.get("lora_alpha", 8)),
-            dropout=float(hf.get("lora_dropout", 0.0)),
-            rslora=bool(hf.get("use_rslora", False)),
-        )
-    except InputError:
-        raise
+        rank, alpha = int(hf.get("r", 8)), float(hf.get("lora_alpha", 8))
+        dropout = float(hf.get("lora_dropout", 0.0))
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"r, lora_alpha and lora_dropout must be numbers ({error})") from None
+    return LoraConfig(rank, alpha, dropout, rslora=bool(hf.get("use_rslora", False)))
 
 
 def _check_kinds(hf: Json) -> None:

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 from w2s_jax.distributed import is_first, to_host
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.models.encoder import Classifier, encoder_to_hf, stored_in_encoder
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -38,7 +37,7 @@ from w2s_jax.models.parameters import (
     reward_head,
 )
 from w2s_jax.models.quantize import is_quantized
-from w2s_jax.models.reward import SCORE, RewardModel
+from w2s_jax.models.reward import SCORE, Classifier, RewardModel, encoder_to_hf, stored_in_encoder
 
 SHARD_BYTES = 5_000_000_000
 

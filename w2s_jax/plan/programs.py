@@ -24,14 +24,13 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.quantize import QuantizeConfig
 from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree, with_shardings
-from w2s_jax.search import incremental_programs, session, step
+from w2s_jax.search import incremental_text, session, step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import start_cache
-from w2s_jax.search.incremental_text import MERGES
+from w2s_jax.search.methods import LogRatio, NoScore
 from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_models
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import LogRatio, NoScore
-from w2s_jax.search.state import SearchState, start_search, state_axes
+from w2s_jax.search.step import SearchState, start_search, state_axes
 from w2s_jax.text.tokenizer import bucket
 from w2s_jax.train.config import PreferenceConfig
 from w2s_jax.train.estimate import (
@@ -277,19 +276,19 @@ def _caches(shapes: SearchShapes, models: SearchModels, state: SearchState) -> d
 
 def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
     """A guide that reads texts: a prompt, a chunk of every row, what was chosen."""
-    config, width = shapes.config, shapes.config.length + MERGES
+    config, width = shapes.config, shapes.config.length + incremental_text.MERGES
     whole = last = _ints(shapes.slots, config.beam_width)
     tokens, longer = _ints(shapes.slots, config.rows, width), _ints(2, 0)
     given = (model, cache, whole, last, tokens, longer)
     prompt = (_ints(), _ints(bucket(shapes.prompt_tokens)), _ints())
-    read_rows = partial(incremental_programs.read_rows, first=width)
+    read_rows = partial(incremental_text.read_rows, first=width)
 
     def keep() -> Any:
         *_, read = jax.eval_shape(read_rows, *given)
-        return incremental_programs.keep.trace(cache, read, whole, last)
+        return incremental_text.keep.trace(cache, read, whole, last)
 
-    prefill = partial(incremental_programs.prefill_slot.trace, model, cache, *prompt)
-    score = partial(incremental_programs.read_rows.trace, *given, first=width)
+    prefill = partial(incremental_text.prefill_slot.trace, model, cache, *prompt)
+    score = partial(incremental_text.read_rows.trace, *given, first=width)
     own, size = nbytes(model), nbytes(cache)
     chunk = partial(Program, calls=1, times=config.chunks, role=role)
     return [
@@ -333,7 +332,7 @@ def _abstract_cache(model: Model, shapes: SearchShapes) -> KVCache:
         slots=shapes.slots,
         hypotheses=config.beam_width,
         prefix_capacity=bucket(shapes.prompt_tokens),
-        committed_capacity=bucket(config.max_new_tokens + config.length + MERGES),
+        committed_capacity=bucket(config.max_new_tokens + config.length + incremental_text.MERGES),
     )
     return _placed(jax.eval_shape(start, model))
 

@@ -25,7 +25,7 @@ from w2s_jax.reasoning.answer_text import (
     final_answer,
     last_box,
 )
-from w2s_jax.reasoning.quantities import MONEY, NO_UNIT, Quantity
+from w2s_jax.reasoning.quantities import CURRENCIES, NO_UNIT, Quantity
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
@@ -96,8 +96,8 @@ def published_form(answer: str) -> str:
     for pattern, kept in _UNWRAPPED:
         answer = pattern.sub(kept, answer)
     answer = answer.replace("$", "")
-    if answer.replace(",", "").isdigit():
-        answer = answer.replace(",", "")
+    whole = answer.replace(",", "")
+    answer = whole if whole.isdigit() else answer
     for ending in (".0", ".00", "%"):
         if answer.endswith(ending) and answer[: -len(ending)].isdigit():
             answer = answer[: -len(ending)]
@@ -186,8 +186,7 @@ class MathChecker:
         choices; an expression is known by its values at fixed points.
         """  # noqa: D205
         answer = clean(answer)
-        letters = self._letters(answer)
-        if letters is not None:
+        if (letters := self._letters(answer)) is not None:
             return ",".join(sorted(letters))
         return form(answer, "voted") if answer else ""
 
@@ -216,7 +215,7 @@ def _as_typed(one: str, other: str) -> bool:
 def _same_amount(left: Quantity, right: Quantity) -> bool:
     """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
     few, more = sorted((left.unit.powers, right.unit.powers), key=len)
-    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in MONEY
+    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in CURRENCIES
     return rate and left.value == right.value
 
 
@@ -366,11 +365,7 @@ def grade(
 
 
 def judged(
-    rows: Sequence[Mapping[str, Any]],
-    golds: Mapping[Any, str],
-    voter: str,
-    judge: str,
-    kind: str,
+    rows: Sequence[Mapping[str, Any]], golds: Mapping[Any, str], voter: str, judge: str, kind: str
 ) -> list[Row]:
     """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
     also with "gold" and "result" by the checker `judge`.

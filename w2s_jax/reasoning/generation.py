@@ -30,7 +30,6 @@ from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.models import ONE_DEVICE, Places
 from w2s_jax.search.results import Hypothesis, SearchResult, hypothesis_text
 from w2s_jax.search.run import check_request, search_requests
-from w2s_jax.search.step import search_eos
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, special_stops
 from w2s_jax.text.rows import Row, journal_path, locked, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
@@ -159,7 +158,7 @@ def generate(
     models = _models(model, guide, config)
     search_config = _search_config(config, models, tokenizer)
     asked = _requests(models, search_config, rows, config, tokenizer, source)
-    decode, eos_ids = partial(decode_tokens, tokenizer), search_eos(models, search_config)
+    decode, eos_ids = partial(decode_tokens, tokenizer), models.known_eos_ids(search_config.eos_ids)
     text_of = partial(hypothesis_text, tokenizer, stop=search_config.stop, eos_ids=eos_ids)
     count = len(rows) * config.samples
     failures = []
@@ -198,10 +197,10 @@ def row_key(row_id: str | int) -> int:
 
 
 def _planned(task: Answering) -> SteeringPlan:
-    guides: tuple[GuideSource, ...] = ()
-    if task.tuned is not None and task.untuned is not None:
-        guides = (GuideSource(task.tuned, task.untuned),)
-    return plan(Sources(task.model, guides, score_on="tokens" if guides else "auto"))
+    if task.tuned is None or task.untuned is None:
+        return plan(Sources(task.model))
+    guides = (GuideSource(task.tuned, task.untuned),)
+    return plan(Sources(task.model, guides, score_on="tokens"))
 
 
 def _prompts(task: Answering, planned: SteeringPlan, count: int | None = None) -> list[Row]:
@@ -292,19 +291,13 @@ def _entry(
     asked: _Asked, result: SearchResult, text_of: Callable[[Sequence[int], Hypothesis], str]
 ) -> Row:
     """What the journal keeps of a finished request: its output rows."""
-    prompt = asked.request.prompts[0]
+    rows = []
     # A prompt's last slot may have drawn more than are wanted, and a search keeps W.
-    return {
-        "rows": [
-            {
-                "id": asked.row_id,
-                "sample": number,
-                "response": text_of(prompt, one).strip(),
-                "finished": one.finished,
-            }
-            for number, one in zip(asked.samples, result.hypotheses, strict=False)
-        ]
-    }
+    for number, one in zip(asked.samples, result.hypotheses, strict=False):
+        response = text_of(asked.request.prompts[0], one).strip()
+        row = {"id": asked.row_id, "sample": number, "response": response}
+        rows.append(row | {"finished": one.finished})
+    return {"rows": rows}
 
 
 def _write(path: str | Path, entries: Iterable[Row]) -> None:
@@ -312,16 +305,14 @@ def _write(path: str | Path, entries: Iterable[Row]) -> None:
 
 
 def _fingerprint(
-    rows: Sequence[Mapping[str, Any]],
-    config: GenerationConfig,
-    identity: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]], config: GenerationConfig, identity: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What the journal's rows depend on."""
     settings = asdict(config)
     del settings["batch_size"]  # how a run is carried out, not what it computes
     asked = json.dumps([[row["id"], row["prompt"]] for row in rows]).encode()
-    told = {"prompts_sha256": hashlib.sha256(asked).hexdigest()[:16]}
-    return settings | told | dict(identity or {})
+    digest = hashlib.sha256(asked).hexdigest()[:16]
+    return {**settings, "prompts_sha256": digest, **(identity or {})}
 
 
 def main(arguments: list[str]) -> int:

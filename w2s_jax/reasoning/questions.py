@@ -83,10 +83,7 @@ def draw_key(seed: int, *parts: Id) -> str:
 
 
 def read_questions(
-    path: str | Path,
-    *,
-    ids: Literal["own", "index"] = "own",
-    answers_needed: bool = False,
+    path: str | Path, *, ids: Literal["own", "index"] = "own", answers_needed: bool = False
 ) -> list[Row]:
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
@@ -291,11 +288,10 @@ def _question(row: Row, place: str) -> str:
 
 def _solution(row: Row, place: str) -> str:
     """The gold solution, whose end is the final answer."""
-    texts = []
-    for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]:
-        number = isinstance(row.get(name), int | float) and not isinstance(row[name], bool)
-        texts.append(str(row[name]) if number else _text(row, name, place))
-    return " The answer is: ".join(texts)
+    return " The answer is: ".join(
+        str(row[name]) if type(row.get(name)) in (int, float) else _text(row, name, place)
+        for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]
+    )
 
 
 def _unknown(row_id: Id, known: Iterable[Id]) -> str:
@@ -304,5 +300,5 @@ def _unknown(row_id: Id, known: Iterable[Id]) -> str:
     if twin is not None:
         kinds = ("a text", "a number") if isinstance(row_id, str) else ("a number", "a text")
         return f"the id {row_id!r} is {kinds[0]}; the questions have it as {kinds[1]}"
-    first, last = known[0], known[-1]
-    return f"no question has the id {row_id!r}; those of the questions run {first!r} .. {last!r}"
+    ends = f"{known[0]!r} .. {known[-1]!r}"
+    return f"no question has the id {row_id!r}; those of the questions run {ends}"

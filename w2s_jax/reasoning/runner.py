@@ -165,8 +165,8 @@ def _shared(
 ) -> list[str]:
     """A line where questions of one file are in another one too."""
     asked = {row["question"].strip(): n for n, row in enumerate(others, start=1)}
-    both = [(n, row["question"].strip()) for n, row in enumerate(rows, start=1)]
-    both = [(n, text) for n, text in both if text in asked]
+    texts = enumerate((row["question"].strip() for row in rows), start=1)
+    both = [(number, text) for number, text in texts if text in asked]
     if not both:
         return []
     number, text = both[0]

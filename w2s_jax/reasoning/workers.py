@@ -154,13 +154,10 @@ class _Worker:
         """How a process ended whose end of the pipe is closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
-        code = self.end()
-        if code >= 0:
+        if (code := self.end()) >= 0:
             return f"exit code {code}"
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        known = -code in set(signal.Signals)
+        return signal.Signals(-code).name if known else f"signal {-code}"
 
     def end(self) -> int:
         """Kills the process at once, whatever it does; its exit code."""

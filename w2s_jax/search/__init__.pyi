@@ -10,7 +10,7 @@ from .run import search as search
 from .scorers import FunctionScorer as FunctionScorer
 from .scorers import TextScorer as TextScorer
 from .settings import SearchFileConfig as SearchFileConfig
-from .state import SearchState as SearchState
-from .state import insert_prompt as insert_prompt
-from .state import start_search as start_search
+from .step import SearchState as SearchState
+from .step import insert_prompt as insert_prompt
 from .step import search_step as search_step
+from .step import start_search as start_search

@@ -7,13 +7,13 @@ is read (`load`).
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.quantize import QuantizeConfig
-from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
 from w2s_jax.search.models import (
     ONE_DEVICE,
     Adapted,
@@ -22,18 +22,16 @@ from w2s_jax.search.models import (
     SearchModels,
     find_adapters,
     load_decoders,
-    member_names,
     search_models,
     tokenizer_place,
 )
-from w2s_jax.search.scorers import TextScorer
+from w2s_jax.search.scorers import RewardScorer, TextLogRatio, TextModel, TextScorer
 from w2s_jax.text.chat import Template, load_template
 from w2s_jax.text.prompts import Conversation
 from w2s_jax.text.tokenizer import load_tokenizer, same_vocabulary, tell_left_out
 from w2s_jax.text.typed_yaml import read_mapping
 
 Number = float | int
-SCORE_ON = ("auto", "tokens", "text")
 
 
 @dataclass(frozen=True)
@@ -77,29 +75,28 @@ class Sources:
     quantize: QuantizeConfig | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
-    def locate(self, name: str) -> str:
-        """The folder that stands for a name, or the name."""
-        return self.folders.get(name, name)
-
     @property
     def guide_roles(self) -> tuple[tuple[str, str], ...]:
         """What to call the tuned and the untuned model of each guide."""
-        marks = _marks(self.guides)
-        return tuple((f"tuned{mark}", f"untuned{mark}") for mark in marks)
+        return tuple((f"tuned{mark}", f"untuned{mark}") for mark in _marks(self.guides))
 
     @property
-    def reward_roles(self) -> tuple[str, ...]:
-        """What to call the reward models."""
-        return tuple(f"reward-model{mark}" for mark in _marks(self.rewards))
+    def named(self) -> dict[str, tuple[str, str, str]]:
+        """Every model by what to call it: its name, its template, and the flag that gives that."""
+        found = {}
+        if self.policy is not None:
+            found["policy"] = (self.policy, self.policy_template, "--policy-template")
+        for guide, (up, down) in zip(self.guides, self.guide_roles, strict=True):
+            found[up] = (guide.tuned, guide.tuned_template, "--guide-template")
+            found[down] = (guide.untuned, guide.untuned_template, "--guide-template")
+        for reward, mark in zip(self.rewards, _marks(self.rewards), strict=True):
+            found[f"reward-model{mark}"] = (reward.path, reward.template, "--reward-template")
+        return found
 
     @property
     def checkpoints(self) -> dict[str, str]:
         """Where every checkpoint is, under what to call it in messages."""
-        found = {} if self.policy is None else {"policy": self.policy}
-        for guide, (tuned, untuned) in zip(self.guides, self.guide_roles, strict=True):
-            found |= {tuned: guide.tuned, untuned: guide.untuned}
-        found |= zip(self.reward_roles, (reward.path for reward in self.rewards), strict=True)
-        return {role: self.locate(name) for role, name in found.items()}
+        return {role: self.folders.get(name, name) for role, (name, _, _) in self.named.items()}
 
 
 def _marks(items: Sequence[Any]) -> list[str]:
@@ -130,6 +127,7 @@ class ModelPlan:
 class GuidePlan:
     """A guide's two models, and whether it scores the policy's tokens on the device."""
 
+    source: GuideSource
     tuned: ModelPlan
     untuned: ModelPlan
     on_device: bool
@@ -188,20 +186,13 @@ class SteeringPlan:
         assert policy.config is not None
         return ending_ids(policy.config, policy.template)
 
-    def called_members(self) -> dict[str, str]:
-        """What to call the members, under `models.member_names`."""
-        names = member_names(len(self.members) // 2)
-        return {name: model.called for name, model in zip(names, self.members, strict=True)}
-
     def notes(self) -> list[str]:
         """A line for each guide: where it scores, and why there; and for each adapter its base.
 
         And for each value that is given to chat templates and that none reads.
         """
         lines = []
-        for source, guide, mark in zip(
-            self.sources.guides, self.guides, _marks(self.guides), strict=True
-        ):
+        for guide, mark in zip(self.guides, _marks(self.guides), strict=True):
             name = f"guide{mark}" if mark else "the guide"
             if guide.on_device:
                 lines.append(f"{name} scores tokens on the device: its vocabulary is the policy's")
@@ -210,7 +201,8 @@ class SteeringPlan:
             if self.policy is None:
                 why = "the policy gives text only"
             elif self.sources.score_on == "auto":
-                why = f"{source.tuned} or {source.untuned} does not have the policy's vocabulary"
+                pair = f"{guide.source.tuned} or {guide.source.untuned}"
+                why = f"{pair} does not have the policy's vocabulary"
             lines.append(f"{name} scores texts, encoded anew behind its own template: {why}")
         if self.policy is not None:  # whose template is not here behind an API
             lines += [
@@ -304,45 +296,37 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
     InputError for what is missing or unreadable, templates that do not fit, and guides of another
     vocabulary where they must have the policy's.
     """
-    checkpoints = sources.checkpoints
-    pairs = [(checkpoints[up], checkpoints[down]) for up, down in sources.guide_roles]
-    tuned_roles = {up for up, _ in sources.guide_roles}
-    alone = [path for role, path in checkpoints.items() if role not in tuned_roles]
-    adapters = find_adapters(alone, pairs, sources.folders)
-    loaded: dict[str, Any] = {}
-
-    def look(role: str, template: str, flag: str, title: str, is_decoder: bool = True) -> ModelPlan:
-        path = checkpoints[role]
+    places, decoders = sources.checkpoints, {"policy", *chain(*sources.guide_roles)}
+    beside = {up: places[down] for up, down in sources.guide_roles}
+    # Untuned models first: they may stand for the bases of tuned ones.
+    order = sorted(places, key=lambda role: role in beside)
+    pairs = [(places[role], beside.get(role, "")) for role in order]
+    adapters = find_adapters(pairs, sources.folders)
+    tokenizers: dict[str, Any] = {}
+    models: dict[str, ModelPlan] = {}
+    for role, (_, template, flag) in sources.named.items():
+        path, is_decoder = places[role], role in decoders
         config = _config(path, adapters) if is_decoder else None
-        if path not in loaded:
+        if path not in tokenizers:
             found = load_tokenizer(tokenizer_place(path, adapters))
-            loaded[path] = _shared(found, loaded.values())
-            if loaded[path] is found and is_decoder:
+            tokenizers[path] = _shared(found, tokenizers.values())
+            if tokenizers[path] is found and is_decoder:
                 tell_left_out(found, path)
         args = sources.template_args
-        chosen = load_template(loaded[path], template, where=flag, args=args)
-        return ModelPlan(role, f"{title} {path}", path, chosen, config)
-
-    policy = None
-    if sources.policy is not None:
-        policy = look("policy", sources.policy_template, "--policy-template", "policy")
-    guides, flag = [], "--guide-template"
+        chosen = load_template(tokenizers[path], template, where=flag, args=args)
+        called = f"{role} model {path}" if is_decoder and role != "policy" else f"{role} {path}"
+        models[role] = ModelPlan(role, called, path, chosen, config)
+    policy, guides = models.get("policy"), []
     for source, (up, down) in zip(sources.guides, sources.guide_roles, strict=True):
-        tuned = look(up, source.tuned_template, flag, f"{up} model")
-        guides.append((tuned, look(down, source.untuned_template, flag, f"{down} model")))
-    rewards = [
-        look(role, reward.template, "--reward-template", role, is_decoder=False)
-        for reward, role in zip(sources.rewards, sources.reward_roles, strict=True)
-    ]
-    planned = tuple(
-        GuidePlan(*pair, _on_device(sources, policy, pair, needs_tokens)) for pair in guides
-    )
-    return SteeringPlan(sources, policy, planned, tuple(rewards), adapters)
+        on_device = _on_device(sources, policy, (models[up], models[down]), needs_tokens)
+        guides.append(GuidePlan(source, models[up], models[down], on_device))
+    rewards = tuple(model for role, model in models.items() if role not in decoders)
+    return SteeringPlan(sources, policy, tuple(guides), rewards, adapters)
 
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
     from w2s_jax.models.load import load_config
-    from w2s_jax.models.lora_huggingface import adapted_config
+    from w2s_jax.models.peft import adapted_config
 
     if path not in adapters:
         return load_config(path)
@@ -433,48 +417,24 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
     guides: list[Guide] = []
     scorers: list[TextScorer] = []
     names: tuple[list[str], list[str]] = ([], [])
-    for source, guide in zip(plan.sources.guides, plan.guides, strict=True):
-        names[0 if guide.on_device else 1].append(Path(source.tuned).name)
+    for guide in plan.guides:
+        names[not guide.on_device].append(Path(guide.source.tuned).name)
         if guide.on_device:
             tuned, untuned = (models[one.path] for one in guide.models)
-            guides.append(Guide(tuned, untuned, float(source.weight)))
-            continue
-        up, down = (TextModel(models[one.path], one.template, one.called) for one in guide.models)
-        scorers.append(TextLogRatio(up, down, source.weight))
+            guides.append(Guide(tuned, untuned, float(guide.source.weight)))
+        else:
+            up, down = (TextModel(models[m.path], m.template, m.called) for m in guide.models)
+            scorers.append(TextLogRatio(up, down, guide.source.weight))
     for reward, model in zip(plan.sources.rewards, plan.rewards, strict=True):
         names[1].append(Path(reward.path).name)
-        adapted = plan.adapters.get(model.path)
-        base = None if adapted is None else adapted.base
+        base = plan.adapters[model.path].base if model.path in plan.adapters else None
         read = load_reward_model(model.path, base=base, rules=places.others, **options)
-        own_options = (model.template, reward.weight, reward.label, model.called)
-        scorers.append(RewardScorer(read, *own_options))
-    policy = None if plan.policy is None else (models | alone)[plan.policy.path]
-    found = None if policy is None else search_models(policy, guides)
+        told = (model.template, reward.weight, reward.label, model.called)
+        scorers.append(RewardScorer(read, *told))
+    found = None
+    if plan.policy is not None:
+        found = search_models((models | alone)[plan.policy.path], guides)
     return Steering(found, tuple(scorers), _distinct([*names[0], *names[1]]))
-
-
-def guide_sources(
-    tuned: Sequence[str],
-    untuned: Sequence[str],
-    weights: Sequence[Number] = (),
-    *,
-    tuned_template: str = "auto",
-    untuned_template: str = "auto",
-) -> tuple[GuideSource, ...]:
-    """Guides from lists of flags, each `--tuned` with the `--untuned` at its place.
-
-    Raises InputError where their numbers, or those of the weights, differ.
-    """
-    if len(tuned) != len(untuned):
-        raise InputError(
-            f"{len(tuned)} --tuned and {len(untuned)} --untuned models; a guide is one of each"
-        )
-    if weights and len(weights) != len(tuned):
-        raise InputError(f"{len(weights)} --guide-weight for {len(tuned)} guides; give one each")
-    return tuple(
-        GuideSource(up, down, weight, tuned_template, untuned_template)
-        for up, down, weight in zip(tuned, untuned, weights or [1.0] * len(tuned), strict=True)
-    )
 
 
 def weights_stamp(folder: Path) -> str:
@@ -483,7 +443,7 @@ def weights_stamp(folder: Path) -> str:
     Raises InputError for an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
     files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))

@@ -3,14 +3,13 @@
 CBS, best-of-N, EFT, IVG and plain sampling are settings of one core.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.logits import Sampling
-from w2s_jax.search.proposers import EFTProposer, PolicyProposer, Proposer
-from w2s_jax.search.scorers import LogRatio, NoScore, ProposedLogRatio, Scorer
-from w2s_jax.search.selectors import KeepAll, Selector, TopW
+from w2s_jax.search import methods
 
 POLICY_CACHES = ("auto", "int8")
 
@@ -36,9 +35,9 @@ class SearchConfig:
     chunk_length: int = 5
     max_new_tokens: int = 50
     sampling: Sampling = field(default_factory=lambda: Sampling(0.7, 50, 1.0))
-    proposer: Proposer = field(default_factory=PolicyProposer)
-    scorer: Scorer = field(default_factory=LogRatio)
-    selector: Selector = field(default_factory=TopW)
+    proposer: methods.Proposer = field(default_factory=methods.PolicyProposer)
+    scorer: methods.Scorer = field(default_factory=methods.LogRatio)
+    selector: methods.Selector = field(default_factory=methods.TopW)
     eos_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
@@ -91,8 +90,6 @@ class SearchConfig:
         return self.chunks * self.length
 
 
-METHODS = ("cbs", "bon", "eft", "ivg", "sample")
-
 SAMPLES_CHUNK = 16
 """At most this many tokens between two looks at which prompts have ended, where a method has no
 chunks of its own."""
@@ -109,7 +106,7 @@ def _in_place(settings: dict[str, Any]) -> dict[str, Any]:
     tokens = settings.get("max_new_tokens", SearchConfig.max_new_tokens)
     # What is no number is told with the other settings.
     length = _even_chunk(tokens) if isinstance(tokens, int) else SAMPLES_CHUNK
-    return {"chunk_length": length, "selector": KeepAll(), "successors": 1} | settings
+    return {"chunk_length": length, "selector": methods.KeepAll(), "successors": 1} | settings
 
 
 def cbs(w: int = 4, k: int = 4, l: int = 5, **settings: Any) -> SearchConfig:  # noqa: E741
@@ -134,7 +131,7 @@ def eft(beta: float | int = 1.0, *, eft_top_k: int = 0, **settings: Any) -> Sear
 
     With eft_top_k only among the policy's so many likeliest tokens (PAD, arXiv 2410.04070).
     """
-    fixed = {"proposer": EFTProposer(beta, eft_top_k), "scorer": ProposedLogRatio()}
+    fixed = {"proposer": methods.EFTProposer(beta, eft_top_k), "scorer": methods.ProposedLogRatio()}
     return SearchConfig(**({"beam_width": 1} | _in_place(settings) | fixed))
 
 
@@ -151,38 +148,35 @@ def ivg(
 
     The guides' log-ratio steers every token (implicitly) and chooses among chunks; it is read once.
     """
-    fixed = {"proposer": EFTProposer(beta, eft_top_k), "scorer": ProposedLogRatio()}
+    fixed = {"proposer": methods.EFTProposer(beta, eft_top_k), "scorer": methods.ProposedLogRatio()}
     return cbs(w, k, l, **(settings | fixed))
 
 
 def sample(n: int = 1, **settings: Any) -> SearchConfig:
     """N plain samples of the policy; every score is zero."""
-    return SearchConfig(beam_width=n, scorer=NoScore(), **_in_place(settings))
+    return SearchConfig(beam_width=n, scorer=methods.NoScore(), **_in_place(settings))
 
 
-def preset(
-    method: str,
-    *,
-    w: int = 4,
-    k: int = 4,
-    l: int = 5,  # noqa: E741
-    n: int = 16,
-    beta: float | int = 1.0,
-    eft_top_k: int = 0,
-    **settings: Any,
-) -> SearchConfig:
-    """The settings of a method by name; each reads of w, k, l, n, beta what its paper defines.
+LETTERS = ("w", "k", "l", "n", "beta", "eft_top_k")
 
-    Raises InputError for a method that is none of METHODS.
+_METHODS: dict[str, tuple[Callable[..., SearchConfig], tuple[str, ...]]] = {
+    "cbs": (cbs, ("w", "k", "l")),
+    "bon": (best_of_n, ("n",)),
+    "eft": (eft, ("beta", "eft_top_k")),
+    "ivg": (ivg, ("w", "k", "l", "beta", "eft_top_k")),
+    "sample": (sample, ()),
+}
+METHODS = tuple(_METHODS)
+
+
+def preset(method: str, **settings: Any) -> SearchConfig:
+    """The settings of a method by name; each reads of LETTERS what its paper defines.
+
+    The others of `settings` are further fields of SearchConfig. Raises InputError for a method that
+    is none of METHODS.
     """
-    if method == "cbs":
-        return cbs(w, k, l, **settings)
-    if method == "bon":
-        return best_of_n(n, **settings)
-    if method == "eft":
-        return eft(beta, eft_top_k=eft_top_k, **settings)
-    if method == "ivg":
-        return ivg(w, k, l, beta, eft_top_k=eft_top_k, **settings)
-    if method == "sample":
-        return sample(**settings)
-    raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")
+    make, letters = _METHODS[method]
+    unread = set(LETTERS) - set(letters)
+    return make(**{name: value for name, value in settings.items() if name not in unread})

@@ -1,15 +1,16 @@
 """One model reading and writing: a prompt into a slot, a token step, chunks of tokens.
 
 A reader reads tokens once and returns the cache that remembers them. The token loop makes K
-successors of L tokens for every hypothesis, with one or several models reading; what mixes their
-logits is passed in, and nothing is selected or scored here.
+successors of L tokens for every hypothesis, with one or several models reading; the config's
+proposer mixes their logits, and nothing is selected or scored here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -25,35 +26,27 @@ from w2s_jax.models.cache import (
 from w2s_jax.models.decoder import logits, read_sequences
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
-from w2s_jax.ops.logits import blocked_token_logprobs, choose
+from w2s_jax.ops.logits import Sampling, blocked_token_logprobs, choose, shortlist
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.methods import Logits
+from w2s_jax.search.models import SearchModels
 
 LOGIT_BYTES = 256 * 2**20
 """Scoring keeps at most about this many bytes of float32 logits alive at a time."""
 
 
-def start_cache(
-    model: Model,
-    *,
-    slots: int,
-    hypotheses: int,
-    prefix_capacity: int,
-    committed_capacity: int,
-    dtype: DTypeLike | None = None,
-) -> KVCache:
-    """An empty cache for `slots` prompts of up to prefix_capacity + 1 tokens.
+def start_cache(model: Model, *, dtype: DTypeLike | None = None, **sizes: int) -> KVCache:
+    """An empty cache for prompts of up to prefix_capacity + 1 tokens.
 
     It lies where the model does. dtype: what keys and values are kept as, the model's by default;
-    int8 quantises them. Raises InputError where the mesh does not divide the slots or the key/value
-    heads.
+    int8 quantises them. sizes: slots, hypotheses, prefix_capacity and committed_capacity. Raises
+    InputError where the mesh does not divide the slots or the key/value heads.
     """
 
     def build() -> KVCache:
         return empty_cache(
             model.config,
-            slots=slots,
-            hypotheses=hypotheses,
-            prefix_capacity=prefix_capacity,
-            committed_capacity=committed_capacity,
+            **sizes,
             dtype=model.dtype if dtype is None else dtype,
             stacked=model.scan_layers,
             placement=model.placement,
@@ -148,10 +141,7 @@ def read_chunk(
     """
     slots, rows, count = tokens.shape
     hypotheses = last.shape[1]
-    layout = Layout(True, rows // hypotheses, count - 1)
-    branches = tokens[:, :, :-1].reshape(slots, hypotheses, -1)
-    new = jnp.concatenate([last[:, :, None], branches], axis=2)
-    read = forward(model.config, model.params, new, layout, cache=cache)
+    layout, read = _read_branches(model, cache, last, tokens[:, :, :-1])
     # Slots lie on the devices of their group, and their logits should.
     groups = (model.placement.parts("slots", slots), -1)
     targets = _targets(tokens, hypotheses)
@@ -166,6 +156,16 @@ def read_chunk(
     return jnp.concatenate([first, rest], axis=2), read.cache, read.chunk
 
 
+def _read_branches(
+    model: Model, cache: KVCache, last: Int[Array, "P W"], tokens: Int[Array, "P R n"]
+) -> tuple[Layout, Any]:
+    """Read each hypothesis's last token once, and all tokens of its successors behind it."""
+    (slots, rows, count), hypotheses = tokens.shape, last.shape[1]
+    layout = Layout(True, rows // hypotheses, count)
+    new = jnp.concatenate([last[:, :, None], tokens.reshape(slots, hypotheses, -1)], axis=2)
+    return layout, forward(model.config, model.params, new, layout, cache=cache)
+
+
 def _targets(tokens: Int[Array, "P R n"], hypotheses: int) -> Int[Array, "P W M K"]:
     """What follows each token that is read: K first tokens after a stem, one token elsewhere."""
     slots, rows, count = tokens.shape
@@ -176,8 +176,134 @@ def _targets(tokens: Int[Array, "P R n"], hypotheses: int) -> Int[Array, "P W M 
     return jnp.concatenate([first, jnp.repeat(rest, successors, axis=3)], axis=2)
 
 
-Logits = tuple[Array, ...]
-"""Float32 logits of the same rows, one array for each model that reads."""
+def read_longer(
+    model: Model,
+    cache: KVCache,
+    chunk: LayersKV | None,
+    logprobs: Float[Array, "P R f"],
+    tokens: Int[Array, "P R n"],
+    longer: Int[Array, "2 m"],
+) -> tuple[Float[Array, "P R n"], LayersKV]:
+    """Score what `longer` rows have behind their first f tokens, each as a slot of its own.
+
+    Returns the log-probabilities and the chunk's keys and values, [P, R, n − 1, G, C] a layer, with
+    zeros where nothing was read.
+    """
+    slots, places = longer
+    rows, first = logprobs.shape[1:]
+    more = tokens.shape[2] - first
+    behind = ((0, 0), (0, 0), (0, more))
+    real = jnp.minimum(places, rows - 1)
+    parents = real // (rows // cache.committed_length.shape[1])
+    over = jax.vmap if isinstance(cache.prefix, KV) else lambda f: f
+    wide = jax.tree.map(over(lambda x: jnp.pad(x, (*behind, (0, 0), (0, 0)))), chunk)
+    alone = KVCache(
+        jax.tree.map(over(lambda x: x[slots]), cache.prefix),
+        jax.tree.map(over(lambda x: x[slots, parents][:, None]), cache.committed),
+        cache.prefix_length[slots],
+        cache.committed_length[slots, parents][:, None],
+        # They are few, so that no axis of a mesh need divide them.
+        replace(cache.placement, rules=cache.placement.rules.replace(slots=None)),
+    )
+    found = forward(
+        model.config,
+        model.params,
+        tokens[slots, real][:, None, first - 1 : -1],
+        Layout(False, 1, more),
+        cache=alone,
+        chunk=jax.tree.map(over(lambda x: x[slots, real][:, None]), wide),
+        chunk_start=jnp.int32(first - 1),
+    )
+    scores = blocked_token_logprobs(
+        found.hidden.reshape(1, len(slots) * more, -1),
+        tokens[slots, real, first:].reshape(1, -1, 1),
+        lambda hidden: logits(model.config, model.params, hidden),
+        block=max(1, LOGIT_BYTES // (4 * model.config.vocab_size)),
+    ).reshape(-1, more)
+    put = over(lambda x, new: x.at[slots, places].set(new[:, 0], mode="drop"))
+    logprobs = jnp.pad(logprobs, behind).at[slots, places, first:].set(scores, mode="drop")
+    return logprobs, jax.tree.map(put, wide, found.chunk)
+
+
+def read_ends(
+    model: Model,
+    cache: KVCache,
+    last: Int[Array, "P W"],
+    tokens: Int[Array, "P R n"],
+    counts: Int[Array, "P R"],
+) -> tuple[Float[Array, "P R D"], KVCache, LayersKV | None]:
+    """The state at the last of each row's counted tokens, or at its stem where there is none."""
+    slots, rows, length = tokens.shape
+    layout, read = _read_branches(model, cache, last, tokens)
+    stems = jnp.repeat(read.hidden[:, :, 0], layout.successors, axis=1)
+    behind = read.hidden[:, :, 1:].reshape(slots, rows, length, -1)
+    at = jnp.maximum(counts - 1, 0)[..., None, None]
+    ends = jnp.take_along_axis(behind, at, axis=2)[:, :, 0]
+    return jnp.where((counts > 0)[..., None], ends, stems), read.cache, read.chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draws:
+    """What decides a prompt's draws and its length beside the program itself.
+
+    Scalars, or [P] for all slots. key: its typed PRNG key. position, lane int32: added to the
+    position in the response and to the lane (w·K + k) of each draw. limit int32: new tokens at
+    most. temperature float32 (0 is greedy), top_p float32 (heeded where the config cuts a nucleus),
+    beta float32 (of an EFT proposer).
+    """
+
+    key: Array
+    position: Array
+    lane: Array
+    limit: Array
+    temperature: Array
+    top_p: Array
+    beta: Array
+
+    def keys(self, positions: Int[Array, " P"], rows: int) -> Key[Array, "P R"]:
+        """The key of each row's draw, from its slot's key, position in the response and lane.
+
+        It does not depend on the other slots, so neither do a response's draws.
+        """
+
+        def slot(key: Array, position: Array, lanes: Array) -> Array:
+            at = jax.random.fold_in(key, position)
+            return jax.vmap(lambda lane: jax.random.fold_in(at, lane))(lanes)
+
+        lanes = self.lane[:, None] + jnp.arange(rows)
+        return jax.vmap(slot)(self.key, self.position + positions, lanes)
+
+    def shortlist(self, sampling: Sampling, logits: Array) -> tuple[Array, Array | None]:
+        """What each slot may draw, by its own temperature and nucleus; logits [P, .., V]."""
+        axes = (-1, *(1,) * (logits.ndim - 2))
+        own = {"temperature": self.temperature.reshape(axes), "top_p": self.top_p.reshape(axes)}
+        return shortlist(logits, sampling, **own)
+
+
+def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
+    """The numbers of `Draws` behind its key, as NumPy's scalars.
+
+    own: what has them as fields, such as a `results.Request`; for those that are None there, or if
+    there is nothing, the config's stand.
+    """
+    usual: dict[str, Any] = {
+        "position": np.int32(0),
+        "lane": np.int32(0),
+        "limit": np.int32(config.max_new_tokens),
+        "temperature": np.float32(config.sampling.temperature),
+        "top_p": np.float32(config.sampling.top_p),
+        "beta": np.float32(getattr(config.proposer, "beta", 0.0)),
+    }
+    given: dict[str, Any] = {name: getattr(own, name, None) for name in usual}
+    own_numbers = {name: type(usual[name])(one) for name, one in given.items() if one is not None}
+    return tuple((usual | own_numbers).values())
+
+
+def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:
+    """The draws of one prompt; the seed and the row id make its key."""
+    key = jax.random.fold_in(jax.random.key(seed), row_id)
+    return Draws(key, *map(jnp.asarray, numbers))
 
 
 @jax.tree_util.register_dataclass
@@ -185,10 +311,10 @@ Logits = tuple[Array, ...]
 class Chunk:
     """A sampled chunk.
 
-    tokens int32 [P, R, L]; values float32 [P, R, L, n] or None, what `value` said of each token;
-    faults bool [P, R, L, m], what `fault` said; for every model a cache with the hypotheses' last
-    tokens committed, and a buffer [P, R, L − 1, G, C] a layer with the keys and values of all but
-    the chunk's last token.
+    tokens int32 [P, R, L]; values float32 [P, R, L, J] or None, what the proposer says of each
+    token; faults bool [P, R, L, F]: which sources gave logits that are no distribution where it was
+    drawn; for every model that reads a cache with the hypotheses' last tokens committed, and a
+    buffer [P, R, L − 1, G, C] a layer with the keys and values of all but the chunk's last token.
     """
 
     tokens: Array
@@ -198,85 +324,64 @@ class Chunk:
     buffers: tuple[LayersKV, ...]
 
 
-def draw_keys(
-    keys: Key[Array, " P"], positions: Int[Array, " P"], lanes: Int[Array, "P R"]
-) -> Key[Array, "P R"]:
-    """The key of each draw, from its slot's key, position in the response and lane (w·K + k).
-
-    It does not depend on the other slots, so neither do a response's draws.
-    """
-
-    def slot(key: Array, position: Array, lanes: Array) -> Array:
-        at = jax.random.fold_in(key, position)
-        return jax.vmap(lambda lane: jax.random.fold_in(at, lane))(lanes)
-
-    return jax.vmap(slot)(keys, positions, lanes)
-
-
 def sample_chunk(
-    models: tuple[Model, ...],
+    models: SearchModels,
+    config: SearchConfig,
+    draws: Draws,
     caches: tuple[KVCache, ...],
     last: tuple[Int[Array, "P W"], ...],
-    *,
-    mix: Callable[[Logits], Array],
-    value: Callable[[Logits, Array], Array] | None,
-    fault: Callable[[Logits, Array], Array],
-    keys: Callable[[Int[Array, ""]], Key[Array, "P R"]],
-    shortlist: Callable[[Array], tuple[Array, Array | None]],
-    successors: int,
-    length: int,
+    base: Int[Array, " P"],
 ) -> Chunk:
-    """Sample `length` tokens for each of `successors` rows of every hypothesis.
+    """Sample the config's L tokens for each of the K rows of every hypothesis.
 
-    `mix` turns the models' logits [P .. V] into those sampled from and `shortlist` into what may
-    be drawn; `value` (optional) gives a float32 number [P .. n], n of them for each drawn token
-    [P ..], from the models' logits; `fault` bools [P .. m] from these and the mixed logit of each
-    drawn token, which is not finite where a logit is NaN or +inf or all are −inf; `keys(t)` are the
-    draws' keys for the t-th token. `last` holds the hypotheses' last tokens as each model reads
-    them: once, not once per successor. The chunk's
-    last token is not read at all.
+    Args:
+        models: the proposer says which of their members read.
+        config: its proposer mixes their logits, and values what is drawn if its scorer needs that.
+        draws: [P] each.
+        caches: of the models that read.
+        last: the hypotheses' last tokens as each of them reads them: once, not once per successor.
+        base: the place of the chunk's first token in the response.
+
+    Returns:
+        The chunk, whose last token is not read at all.
     """
+    proposer, rows, length = config.proposer, config.rows, config.length
+    members = [models.members[reader] for reader in proposer.readers(models)]
     slots, hypotheses = last[0].shape
-    rows = hypotheses * successors
-    stems = [read_stems(*reader) for reader in zip(models, caches, last, strict=True)]
+
+    def draw(logits: Logits, keys: Array) -> tuple[Array, Array | None, Array]:
+        """Tokens, what the proposer says of them, and faults: [P ..] as the keys are."""
+        mixed = proposer.mix(models, logits, draws.beta)
+        tokens = choose(*draws.shortlist(config.sampling, mixed), keys)
+        needed = config.scorer.needs_values
+        values = proposer.value(models, logits, tokens) if needed else None
+        # It is not finite where a logit is NaN or +inf, or all are −inf.
+        drawn = jnp.take_along_axis(mixed, tokens[..., None], axis=-1)[..., 0]
+        return tokens, values, proposer.faults(models, logits, drawn)
+
+    stems = [read_stems(*reader) for reader in zip(members, caches, last, strict=True)]
     caches = tuple(cache for _, cache in stems)
-    first = tuple(jnp.expand_dims(logits, 2) for logits, _ in stems)
-    mixed = mix(first)
-    grouped = keys(jnp.int32(0)).reshape(slots, hypotheses, successors)
-    tokens = choose(*shortlist(mixed), grouped)
-    said = None if value is None else value(first, tokens).reshape(slots, rows, 1, -1)
-    faults = fault(first, _at(mixed, tokens)).reshape(slots, rows, 1, -1)
-    tokens = tokens.reshape(slots, rows)
+    keys = draws.keys(base, rows).reshape(slots, hypotheses, config.successors)
+    first = draw(tuple(jnp.expand_dims(logits, 2) for logits, _ in stems), keys)
+    said = jax.tree.map(lambda x: x.reshape(slots, rows, 1, *x.shape[3:]), first)
     buffers = tuple(
-        start_chunk(m, slots, rows, length - 1, part_dtype(cache.committed))
-        for m, cache in zip(models, caches, strict=True)
+        start_chunk(model, slots, rows, length - 1, part_dtype(cache.committed))
+        for model, cache in zip(members, caches, strict=True)
     )
-    if length == 1:
-        return Chunk(tokens[..., None], said, faults, caches, buffers)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         buffers, tokens = carry
         reads = [
-            read_step(m, cache, buffer, tokens, t - 1)
-            for m, cache, buffer in zip(models, caches, buffers, strict=True)
+            read_step(model, cache, buffer, tokens, t - 1)
+            for model, cache, buffer in zip(members, caches, buffers, strict=True)
         ]
-        logits = tuple(logits for logits, _ in reads)
-        mixed = mix(logits)
-        drawn = choose(*shortlist(mixed), keys(t))
-        out = None if value is None else value(logits, drawn)
-        told = fault(logits, _at(mixed, drawn))
-        return (tuple(buffer for _, buffer in reads), drawn), (drawn, out, told)
+        drawn = draw(tuple(logits for logits, _ in reads), draws.keys(base + t, rows))
+        return (tuple(buffer for _, buffer in reads), drawn[0]), drawn
 
-    (buffers, _), (later, later_said, later_faults) = jax.lax.scan(
-        step, (buffers, tokens), jnp.arange(1, length, dtype=jnp.int32)
-    )
-    tokens = jnp.concatenate([tokens[..., None], jnp.moveaxis(later, 0, -1)], axis=-1)
-    if said is not None:
-        said = jnp.concatenate([said, jnp.moveaxis(later_said, 0, 2)], axis=2)
-    faults = jnp.concatenate([faults, jnp.moveaxis(later_faults, 0, 2)], axis=2)
-    return Chunk(tokens, said, faults, caches, buffers)
-
-
-def _at(logits: Array, tokens: Array) -> Array:
-    """The logits of tokens, one each, from rows that broadcast against them."""
-    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    if length > 1:
+        places = jnp.arange(1, length, dtype=jnp.int32)
+        (buffers, _), later = jax.lax.scan(step, (buffers, said[0][..., 0]), places)
+        join = lambda one, more: jnp.concatenate([one, jnp.moveaxis(more, 0, 2)], axis=2)  # noqa: E731
+        said = jax.tree.map(join, said, later)
+    tokens, values, faults = said
+    return Chunk(tokens, values, faults, caches, buffers)

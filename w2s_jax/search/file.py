@@ -1,37 +1,45 @@
-"""Search over a file of prompts: read, checked, searched into a journal, written in input order.
+"""Search over rows: conversations in, answers out, every finished row in a journal at once.
 
-What lies above this room – a client of an API, a choice of a mesh, a page that reports – comes as
-arguments.
+A row is searched by a policy in this process, which guides and scorers steer (`SteeredPolicy`), or
+by one that only gives text (`TextPolicy`). `search_file` does so for a file of prompts: read,
+checked, searched into a journal, written in input order. What lies above this room – a client of an
+API, a choice of a mesh, a page that reports – comes as arguments.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from w2s_jax.distributed import agree, is_first, started
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.meshes import ChosenMesh, batch_parts, check_batch
-from w2s_jax.search.checkpoints import Sources, SteeringPlan, load, plan, weights_stamp
+from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan, weights_stamp
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.models import Places
-from w2s_jax.search.results import TRACE
-from w2s_jax.search.rows import (
-    Questions,
-    RowPolicy,
-    SteeredPolicy,
-    TextPolicy,
-    encode_questions,
-    search_rows,
-)
+from w2s_jax.search.models import ONE_DEVICE, Places
+from w2s_jax.search.results import ChunkTrace, Request, SearchResult, chunk_row, hypothesis_text
+from w2s_jax.search.run import search_all
+from w2s_jax.search.scorers import TextScorer, guide_tokens
 from w2s_jax.search.settings import SearchFileConfig
-from w2s_jax.search.text_run import TextProposer
+from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
 from w2s_jax.text.chat import renderer
-from w2s_jax.text.prompts import Conversation, escape_notes, prompts_from, special_stops
+from w2s_jax.text.prompts import (
+    Conversation,
+    conversation_of,
+    decode_tokens,
+    escape_notes,
+    plain,
+    prompts_from,
+    special_stops,
+    token_texts,
+)
 from w2s_jax.text.rows import (
     Journal,
     Row,
@@ -42,19 +50,232 @@ from w2s_jax.text.rows import (
     write_jsonl,
 )
 
-# How a run is carried out, not what it computes: these may change when a journal is taken up again.
-NOT_IN_FINGERPRINT = (
-    "prompts", "output", "batch_size", "mesh", "policy_rules", "guide_rules", "scan_layers",
-    "prompt_field",  # the rows are told apart by what it makes of them
-    "config", "models_map", "format", "generator", "report", "show", "concurrency",
-    "timeout", "attempts", "prompts_per_request",
-    "price_prompt", "price_completion", "api_key_env",
-    "hosts",
-)  # fmt: skip
-# Of these, what hosts that search together must have alike all the same.
-ALIKE = (
-    "mesh", "policy_rules", "guide_rules", "scan_layers", "batch_size", "report", "show", "format",
-)  # fmt: skip
+TRACE = "trace"
+"""The field of a journal's row that holds its trace."""
+
+Shaded = list[tuple[str, float]]
+"""The tokens of a text, and what a guide adds for each."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows of a file with their conversations, and their prompts as the models read them.
+
+    Attributes:
+        prompts: for each row one sequence of token ids for all members, or one each; none for a
+            policy that gives text.
+        source: what rows are called in messages, before their number.
+    """
+
+    rows: Sequence[Row]
+    conversations: Sequence[Conversation]
+    prompts: Sequence[tuple[tuple[int, ...], ...]] = ()
+    source: str = "row"
+
+
+def read_questions(rows: Sequence[Row], source: str) -> Questions:
+    """The rows with the conversation of each; InputError names one without as "SOURCE NUMBER"."""
+    talks = [conversation_of(row, f"{source} {number}") for number, row in enumerate(rows, start=1)]
+    return Questions(rows, talks, source=source)
+
+
+def encode_questions(
+    plan: SteeringPlan,
+    rows: Sequence[Row],
+    source: str,
+    *,
+    max_new_tokens: int,
+    read: Callable[[Conversation], Any] | None = None,
+) -> Questions:
+    """Every row as the models of a plan read it, or as `read` does.
+
+    Raises InputError, naming the row as "SOURCE NUMBER", for one without a conversation, a template
+    that fails, and a prompt that leaves too few positions in a model.
+    """
+    questions, prompts = read_questions(rows, source), []
+    for number, conversation in enumerate(questions.conversations, start=1):
+        where = f"{source} {number}"
+        try:
+            prompts.append((read or plan.prompts)(conversation))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        plan.check_length(conversation, max_new_tokens, where)
+    return replace(questions, prompts=prompts)
+
+
+@dataclass(frozen=True)
+class SteeredPolicy:
+    """A policy in this process with what steers it.
+
+    names: what to call the objectives of a hypothesis; called: what to call the models in messages.
+    """
+
+    plan: SteeringPlan
+    steering: Steering
+    config: SearchConfig
+    mesh: Mesh | None = None
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.steering.names
+
+    @property
+    def called(self) -> Mapping[str, str]:
+        assert self.steering.models is not None
+        called = (member.called for member in self.plan.members)
+        return dict(zip(self.steering.models.member_names, called, strict=True))
+
+    def search(self, questions: Questions, waiting: Sequence[int], **heard: Any) -> object:
+        """Search the rows of these indices, which are their ids; `heard` is as of `search`."""
+        assert self.steering.models is not None
+        prompts, talks, seed = questions.prompts, questions.conversations, self.config.seed
+        return search_all(
+            self.steering.models,
+            self.config,
+            [Request(index, prompts[index], talks[index], seed=seed) for index in waiting],
+            scorers=self.steering.scorers,
+            decode=partial(decode_tokens, self.plan.tokenizer),
+            mesh=self.mesh,
+            **heard,
+        )
+
+    def render(self, conversation: Conversation) -> str:
+        """A conversation as the text that a response follows."""
+        return self.plan.templates["policy"].render(conversation)
+
+    def responses(self, questions: Questions, result: SearchResult) -> list[str]:
+        """The text of every hypothesis as it was scored, best first."""
+        prompt, found = questions.prompts[result.row_id][0], result.hypotheses
+        if self.config.reference_quirks:  # an EOS is scored behind what its length ended, too
+            found = tuple(replace(one, finished=True) for one in found)
+        ends = {"stop": self.config.stop, "eos_ids": self.config.eos_ids or self.plan.eos_ids}
+        return [hypothesis_text(self.plan.tokenizer, prompt, one, **ends) for one in found]
+
+    def best_tokens(self, questions: Questions, result: SearchResult, response: str) -> Shaded:
+        """Each token of the best response with what the guides add for it.
+
+        By the guides on tokens or, where there is none, as `guide_tokens` gives them.
+        """
+        best, index = result.best, result.row_id
+        if self.steering.models is not None and self.steering.models.guides:
+            decode = partial(decode_tokens, self.plan.tokenizer)
+            texts = token_texts(decode, questions.prompts[index][0], best.tokens)
+            return list(zip(texts, best.token_scores, strict=True))
+        by_eos = best.tokens[-1:] and best.tokens[-1] in (self.config.eos_ids or self.plan.eos_ids)
+        conversation = questions.conversations[index]
+        return guide_tokens(self.steering.scorers, conversation, response, finished=bool(by_eos))
+
+
+@dataclass(frozen=True)
+class TextPolicy:
+    """A policy that only gives text.
+
+    names: what to call the objectives of a hypothesis; render: a conversation as the text that a
+    response follows; called: what to call the models in messages.
+    """
+
+    proposer: TextProposer
+    scorers: Sequence[TextScorer]
+    config: SearchConfig
+    names: Sequence[str] = ()
+    render: Callable[[Conversation], str] = plain
+    called: Mapping[str, str] = field(default_factory=dict)
+
+    def search(self, questions: Questions, waiting: Sequence[int], **heard: Any) -> object:
+        """Search the rows of these indices, which are their ids; `heard` is as of `search`."""
+        talks = [questions.conversations[index] for index in waiting]
+        given = (self.proposer, self.scorers, talks, self.config)
+        return search_texts(*given, row_ids=waiting, **heard)
+
+    def responses(self, questions: Questions, result: TextResult) -> list[str]:
+        """The text of every hypothesis, best first."""
+        return [found.response for found in result.hypotheses]
+
+    def best_tokens(self, questions: Questions, result: TextResult, response: str) -> Shaded:
+        """Each token of the best response with what the guide adds for it (`guide_tokens`)."""
+        conversation = questions.conversations[result.row_id]
+        return guide_tokens(self.scorers, conversation, response, finished=result.best.by_eos)
+
+
+RowPolicy = SteeredPolicy | TextPolicy
+"""What rows are searched with."""
+
+
+def search_rows(
+    policy: RowPolicy,
+    questions: Questions,
+    journal: Journal,
+    *,
+    method: str = "",
+    traced: bool = False,
+    on_row: Callable[[Row | None], None] = lambda row: None,
+) -> None:
+    """Search every row that the journal does not hold yet; `on_row` is called with each answer.
+
+    On several hosts, each writes its share of the rows, and `on_row` is called with None for the
+    others'. The row's index is its id, so that its draws do not depend on where an earlier run
+    stopped. Where `traced`, a row's field "trace" tells what its search looked at (see
+    `results.py`), under the method's name. What is finished stays in the journal when the search
+    fails. Raises RowsFailed, once all others are in the journal, for rows that a model fails,
+    naming it, and InputError as `search` and `search_texts` do.
+    """
+    waiting = sorted(set(range(len(questions.rows))) - set(journal.read()))
+    chunks: dict[int, list[ChunkTrace]] = {}
+
+    def note(chunk: ChunkTrace) -> None:
+        chunks.setdefault(chunk.row_id, []).append(chunk)
+
+    def keep(result: Any) -> None:
+        index = result.row_id
+        responses = policy.responses(questions, result)
+        # All hosts take part, as models may be asked.
+        tokens = policy.best_tokens(questions, result, responses[0]) if traced else []
+        seen = chunks.pop(index, [])
+        if not journal.is_own(index):
+            on_row(None)
+            return
+        row = _answer(questions.rows[index], responses, result.hypotheses, policy.names)
+        if traced:
+            # As JSON, for a report: the winner's tokens are as the guide reads them, beside how
+            # many the policy wrote.
+            row[TRACE] = {
+                "row_id": index,
+                "prompt": policy.render(questions.conversations[index]),
+                "response": row["response"],
+                "score": row["score"],
+                "method": method,
+                "chunks": [chunk_row(chunk) for chunk in seen],
+                "tokens": [list(pair) for pair in tokens],
+                "policy_tokens": result.best.token_count,
+            }
+        journal.append(index, row)
+        on_row(row)
+
+    try:
+        heard = {"on_result": keep, "on_chunk": note if traced else None}
+        policy.search(questions, waiting, **heard)
+    except RowsFailed as failed:
+        where = questions.source
+        raise failed.named(policy.called, where=where, number=lambda index: index + 1) from None
+
+
+def _answer(
+    row: Row, responses: Sequence[str], hypotheses: Sequence[Any], names: Sequence[str]
+) -> Row:
+    """The output row of hypotheses and their texts, best first.
+
+    Where there are several objectives, a hypothesis holds them by name. An input field called
+    response, score, hypotheses or trace is overwritten.
+    """
+    kept: list[Row] = []
+    for response, one in zip(responses, hypotheses, strict=True):
+        kept.append({"response": response, "score": one.score})
+        if len(one.objectives) > 1 and len(names) == len(one.objectives):
+            kept[-1]["objectives"] = dict(zip(names, one.objectives, strict=True))
+    prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
+    best = {name: kept[0][name] for name in ("response", "score")}
+    found = {**prompt, **best, "hypotheses": kept}
+    return found | {name: row[name] for name in row if name not in found and name != TRACE}
 
 
 @dataclass(frozen=True)
@@ -93,7 +314,7 @@ def search_file(
 
     Args:
         config: what is read, searched, and written. What a subclass adds to it counts as further
-            settings of the run, unless it is named in `NOT_IN_FINGERPRINT`.
+            settings of the run, unless it is named in `settings.NOT_IN_FINGERPRINT`.
         tell: hears lines for the user: where each guide scores, what an endpoint has cost.
         progress: of the number of rows and of those that are done, a context whose value is called
             with how many more are.
@@ -113,12 +334,10 @@ def search_file(
     searching, sources = config.search_config(), config.sources_of_all()
     rows, source = _read(config, tell, check_rows)
     traced = config.report is not None or on_row is not None
-    if config.endpoint:
-        job = _remote_job(config, sources, searching, rows, source, tell, connect)
-    else:
-        job = _local_job(config, sources, searching, rows, source, tell, choose_mesh)
+    given = (config, searching, sources, rows, source)
+    questions, load_policy, close = _job(*given, tell, connect, choose_mesh)
     with job_journal(config.output, fingerprint(config, rows, traced=traced)) as journal:
-        _check_hosts(config, rows)
+        agree("search", config.alike() | {"rows": rows})
         waiting = len(rows) - len(journal.read())
         start = time.monotonic()
         if waiting:
@@ -130,13 +349,13 @@ def search_file(
                     advance(1)
 
                 how: dict[str, Any] = {"method": config.method, "traced": traced, "on_row": heed}
-                policy = job.load()
+                policy = load_policy()
                 try:
-                    search_rows(policy, job.questions, journal, **how)
+                    search_rows(policy, questions, journal, **how)
                 except RowsFailed as failed:
                     raise InputError(f"{failed}{told_kept(journal.path)}") from None
                 finally:
-                    job.close()
+                    close()
         seconds = time.monotonic() - start
         _finish(config, journal, len(rows), write, write_report)
     return SearchedFile(len(rows), waiting, seconds)
@@ -155,34 +374,74 @@ def _read(
     for line in escape_notes(config.stop):
         tell(line)
     check_rows(rows)
-    for path in (config.output, config.report):
-        if path is not None:
-            check_writable(path)
+    for path in filter(None, (config.output, config.report)):
+        check_writable(path)
     return rows, source
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be searched, and by what: made before any weight is read, loaded after that."""
-
-    questions: Questions
-    load: Callable[[], RowPolicy]
-    close: Callable[[], object] = lambda: None
-
-
-def _local_job(
+def _job(
     config: SearchFileConfig,
-    sources: Sources,
     searching: SearchConfig,
+    sources: Sources,
     rows: Sequence[Row],
     source: str,
     tell: Callable[[str], object],
+    connect: Connect | None,
     choose_mesh: ChooseMesh | None,
-) -> _Job:
-    """The search with a policy in this process; nothing but weights is left to be wrong."""
+) -> tuple[Questions, Callable[[], RowPolicy], Callable[[], object]]:
+    """What is searched, what loads that which searches it, and what is called at the end.
+
+    Once it is made, nothing but weights is left to be wrong.
+    """
+    if config.endpoint:
+        _check_remote(config, connect)
     looked_at = plan(sources, needs_tokens=f"--method {config.method}" if config.mixes else "")
-    questions = encode_questions(looked_at, rows, source, max_new_tokens=config.max_new_tokens)
+    write, args = None, config.given_template_args
+    if config.endpoint:
+        write = renderer(config.policy_template, where="--policy-template", args=args)
+    new = config.max_new_tokens
+    questions = encode_questions(looked_at, rows, source, max_new_tokens=new, read=write)
     functions = config.functions()
+    if write is not None and connect is not None:
+        proposer, usage = connect(searching, write)
+        final, places = replace(searching, slots=min(config.batch_size, len(rows))), ONE_DEVICE
+    else:
+        final, places = _placed(config, searching, looked_at, questions, choose_mesh)
+    for line in (*looked_at.notes(), *places.notes(looked_at.configs)):
+        tell(line)
+
+    def loaded() -> RowPolicy:
+        steering = load(looked_at, dtype=config.weights_dtype, places=places)
+        steering = steering.beside(functions, config.scorer)
+        if write is None:
+            return SteeredPolicy(looked_at, steering, final, places.mesh)
+        return TextPolicy(proposer, steering.scorers, final, steering.names, write)
+
+    def close() -> None:
+        if config.endpoint:
+            tell(f"{config.endpoint}: {usage()}")
+
+    return questions, loaded, close
+
+
+def _check_remote(config: SearchFileConfig, connect: Connect | None) -> None:
+    """Raise InputError for what a policy behind an API does not give, and where there is none."""
+    if config.mixes:
+        raise InputError(f"--method {config.method} mixes logits, which an API does not give")
+    if started():
+        raise InputError("--endpoint: what is behind an API is asked by one host; start one")
+    if connect is None:
+        raise InputError("--endpoint: nothing here connects to an API")
+
+
+def _placed(
+    config: SearchFileConfig,
+    searching: SearchConfig,
+    looked_at: SteeringPlan,
+    questions: Questions,
+    choose_mesh: ChooseMesh | None,
+) -> tuple[SearchConfig, Places]:
+    """The search as a policy in this process does it, and where the models lie."""
     searching = replace(searching, policy_cache=config.policy_cache)
     longest = max(len(one) for prompts in questions.prompts for one in prompts)
 
@@ -198,52 +457,9 @@ def _local_job(
         searching,
         stop=texts,
         eos_ids=(*looked_at.eos_ids, *ids),
-        slots=min(config.batch_size, -(-len(rows) // parts) * parts),
+        slots=min(config.batch_size, -(-len(questions.rows) // parts) * parts),
     )
-    for line in (*looked_at.notes(), *places.notes(looked_at.configs)):
-        tell(line)
-
-    def loaded() -> RowPolicy:
-        steering = load(looked_at, dtype=config.weights_dtype, places=places)
-        steering = steering.beside(functions, config.scorer)
-        return SteeredPolicy(looked_at, steering, final, places.mesh)
-
-    return _Job(questions, loaded)
-
-
-def _remote_job(
-    config: SearchFileConfig,
-    sources: Sources,
-    searching: SearchConfig,
-    rows: Sequence[Row],
-    source: str,
-    tell: Callable[[str], object],
-    connect: Connect | None,
-) -> _Job:
-    """The search with a policy behind an API."""
-    if config.mixes:
-        raise InputError(f"--method {config.method} mixes logits, which an API does not give")
-    if started():
-        raise InputError("--endpoint: what is behind an API is asked by one host; start one")
-    if connect is None:
-        raise InputError("--endpoint: nothing here connects to an API")
-    looked_at = plan(sources)
-    args = config.given_template_args
-    write = renderer(config.policy_template, where="--policy-template", args=args)
-    new = config.max_new_tokens
-    questions = encode_questions(looked_at, rows, source, max_new_tokens=new, read=write)
-    functions = config.functions()
-    proposer, usage = connect(searching, write)
-    final = replace(searching, slots=min(config.batch_size, len(rows)))
-    for line in looked_at.notes():
-        tell(line)
-
-    def loaded() -> RowPolicy:
-        steering = load(looked_at, dtype=config.weights_dtype)
-        steering = steering.beside(functions, config.scorer)
-        return TextPolicy(proposer, steering.scorers, final, steering.names, write)
-
-    return _Job(questions, loaded, lambda: tell(f"{config.endpoint}: {usage()}"))
+    return final, places
 
 
 def _finish(
@@ -258,7 +474,7 @@ def _finish(
     if config.report is not None and write_report is not None and len(rows) == count and is_first():
         traces = (rows[index][TRACE] for index in range(count))
         title = f"w2s search: {config.prompts}"
-        write_report(config.report, traces, title=title, settings=shown_settings(config))
+        write_report(config.report, traces, title=title, settings=config.shown())
 
     def write_plain(path: str | Path, rows: Iterable[Row]) -> None:
         write(path, [{name: row[name] for name in row if name != TRACE} for row in rows])
@@ -266,35 +482,19 @@ def _finish(
     journal.merge(config.output, count, write_plain)
 
 
-def shown_settings(config: SearchFileConfig) -> dict[str, Any]:
-    """The settings that were given, for a report; none of them holds a key."""
-    given = asdict(config)
-    hidden = {"prompts", "output", "report", "show", "config", "hosts", "api_key_env"}
-    return {name: given[name] for name in given if name not in hidden and given[name]}
-
-
 def fingerprint(
     config: SearchFileConfig, rows: Sequence[Row], *, traced: bool = False
 ) -> dict[str, Any]:
     """What the rows of a journal depend on: settings, the input rows, the checkpoints' files."""
-    given = asdict(config)
-    settings = {name: given[name] for name in given if name not in NOT_IN_FINGERPRINT}
-    checkpoints = config.sources_of_all().checkpoints
-    folders = {
-        role: Path(path).resolve() for role, path in checkpoints.items() if Path(path).is_dir()
-    }
-    files = {f"{role}_files": weights_stamp(folder) for role, folder in folders.items()}
-    paths = {role: str(folder) for role, folder in folders.items()}
+    told: dict[str, Any] = config.deciding()
+    for role, path in config.sources_of_all().checkpoints.items():
+        if Path(path).is_dir():
+            told[role] = str(Path(path).resolve())
+            told[f"{role}_files"] = weights_stamp(Path(path).resolve())
     content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    told: dict[str, Any] = {"traced": traced, "prompts_sha256": content[:16]}
+    told |= {"traced": traced, "prompts_sha256": content[:16]}
     for name in ("policy_template", "guide_template", "untuned_template", "reward_template"):
-        if str(given[name]).endswith(".jinja") and Path(given[name]).is_file():
-            told[f"{name}_sha256"] = hashlib.sha256(Path(given[name]).read_bytes()).hexdigest()
-    return settings | paths | files | told
-
-
-def _check_hosts(config: SearchFileConfig, rows: Sequence[Row]) -> None:
-    """Raise InputError where hosts were started with other settings, or read other rows."""
-    given = asdict(config)
-    names = [name for name in given if name in ALIKE or name not in NOT_IN_FINGERPRINT]
-    agree("search", {name: given[name] for name in names} | {"rows": rows})
+        template = Path(str(getattr(config, name)))
+        if str(template).endswith(".jinja") and template.is_file():
+            told[f"{name}_sha256"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    return told

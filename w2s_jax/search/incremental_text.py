@@ -2,12 +2,15 @@
 
 Every chunk encodes whole responses anew, since a tokenizer may change its mind about the end of a
 text. The tokens before the first difference from what the hypothesis was read as keep their keys,
-values and log-probabilities; only those behind it are read. Encoding is the caller's part.
+values and log-probabilities; only those behind it are read, by the programs at the end of this
+file. Encoding is the caller's part.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +19,13 @@ from jaxtyping import Array
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.models.cache import KV, KVCache, LayersKV
+from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
-from w2s_jax.search.decode import start_cache
-from w2s_jax.search.incremental_programs import keep, prefill_slot, read_last, read_rows
+from w2s_jax.search.decode import prefill, read_chunk, read_ends, read_longer, start_cache
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
+from w2s_jax.search.methods import PolicyProposer
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import PolicyProposer
 from w2s_jax.text.tokenizer import bucket, pad_rows, power_of_two
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,13 @@ class Known:
     tokens: np.ndarray
     logprobs: np.ndarray
 
+    def first(self, count: int) -> "Known":
+        """So many first tokens of it."""
+        return Known(self.tokens[:count], self.logprobs[:count])
+
+
+NOTHING = Known(np.zeros(0, np.int32), np.zeros(0, np.float32))
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -73,6 +82,20 @@ class Reading:
     known: tuple[tuple[Known, ...], ...]
     pending: Mapping[Place, Known]
     unsound: frozenset[Place] = frozenset()
+
+    def group(self, place: Place) -> Place:
+        """The slot and the hypothesis that a row continues."""
+        return place[0], place[1] // self.successors
+
+    def parent(self, place: Place) -> Known:
+        """What is known of the hypothesis that a row continues."""
+        slot, hypothesis = self.group(place)
+        return self.known[slot][hypothesis] if self.known[slot] else NOTHING
+
+    def capacity(self, part: str) -> int:
+        """S or T of the caches."""
+        layers = getattr(self.cache, part)
+        return (layers if isinstance(layers, KV) else layers[0]).keys.shape[-3]
 
 
 def start_reading(slots: int, hypotheses: int, successors: int, chunk_length: int) -> Reading:
@@ -107,25 +130,23 @@ def read_logprobs(
     its prompt, one for each place; a first token, before which there is nothing, is not scored, nor
     is what lies beyond the model's positions.
     """
-    rows, merged = _split(model, reading, texts)
-    sums = {place: _sum_alone(model, tokens) for place, tokens in merged.items()}
-    pending: dict[Place, Known] = {}
-    if rows:
-        reading, plan = _prepare(model, reading, rows, read_on=True)
+
+    def together(cache: KVCache | None, plan: _Plan) -> tuple:
         device = (plan.committed, plan.last, plan.tokens, plan.longer)
-        logprobs, cache, buffer = read_rows(model, _cache(reading), *device, first=plan.first)
-        read = to_host(logprobs)
-        for place, tokens in rows.items():
-            stem = plan.stems[place]
-            old = _parent(reading, place).logprobs[:stem]
-            known = Known(tokens, np.concatenate([old, read[place][: len(tokens) - stem]]))
-            pending[place] = known
-            behind = common(tokens, reading.prompts[place[0]])
-            sums[place] = float(known.logprobs[behind:].sum(dtype=np.float32))
-        pending |= _forgotten(reading, plan, merged)
-        reading = replace(reading, cache=cache, buffer=buffer)
+        return read_rows(model, cache, *device, first=plan.first)
+
+    def settle(place: Place, tokens: np.ndarray, stem: Known, row: np.ndarray) -> tuple:
+        read = row[: len(tokens) - len(stem.tokens)]
+        known = Known(tokens, np.concatenate([stem.logprobs, read]))
+        behind = common(tokens, reading.prompts[place[0]])
+        return known, float(known.logprobs[behind:].sum(dtype=np.float32))
+
+    def alone(tokens: np.ndarray) -> float:
+        return float(logprobs_alone(model, tokens).sum(dtype=np.float32))
+
+    found, sums = _read(model, reading, texts, together, settle, alone, read_on=True)
     unsound = frozenset(place for place, total in sums.items() if np.isnan(total))
-    return replace(reading, pending=pending, unsound=unsound), sums
+    return replace(found, unsound=unsound), sums
 
 
 def read_rewards(
@@ -135,21 +156,19 @@ def read_rewards(
 
     What lies beyond the model's positions is not read.
     """
-    rows, merged = _split(model.decoder, reading, texts)
-    logits = {place: _logits_alone(model, tokens) for place, tokens in merged.items()}
-    pending: dict[Place, Known] = {}
-    if rows:
-        reading, plan = _prepare(model.decoder, reading, rows)
-        device = (plan.committed, plan.last, plan.tokens, plan.counts)
-        found, cache, buffer = read_last(model, _cache(reading), *device)
-        read = to_host(found)
-        for place, tokens in rows.items():
-            pending[place] = Known(tokens, np.zeros(len(tokens), np.float32))
-            logits[place] = read[place]
-        pending |= _forgotten(reading, plan, merged)
-        reading = replace(reading, cache=cache, buffer=buffer)
-    unsound = frozenset(p for p, found in logits.items() if not np.isfinite(found).all())
-    return replace(reading, pending=pending, unsound=unsound), logits
+
+    def together(cache: KVCache | None, plan: _Plan) -> tuple:
+        return read_last(model, cache, plan.committed, plan.last, plan.tokens, plan.counts)
+
+    def settle(place: Place, tokens: np.ndarray, stem: Known, row: np.ndarray) -> tuple:
+        return Known(tokens, np.zeros(len(tokens), np.float32)), row
+
+    def alone(tokens: np.ndarray) -> np.ndarray:
+        return to_host(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
+
+    found, labels = _read(model.decoder, reading, texts, together, settle, alone)
+    unsound = frozenset(place for place, row in labels.items() if not np.isfinite(row).all())
+    return replace(found, unsound=unsound), labels
 
 
 def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Reading:
@@ -157,16 +176,15 @@ def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Readin
     if reading.buffer is None or reading.cache is None:
         return reading
     cache = keep(reading.cache, reading.buffer, parents, rows)
-    known = tuple(
+    known = [
         tuple(
             reading.pending.get((slot, int(row)), olds[parent])
             for parent, row in zip(parents[slot], rows[slot], strict=True)
+            if olds
         )
-        if olds
-        else olds
         for slot, olds in enumerate(reading.known)
-    )
-    return replace(reading, cache=cache, buffer=None, known=known, pending={})
+    ]
+    return replace(reading, cache=cache, buffer=None, known=tuple(known), pending={})
 
 
 def common(one: np.ndarray, other: np.ndarray | None) -> int:
@@ -178,9 +196,16 @@ def common(one: np.ndarray, other: np.ndarray | None) -> int:
     return int(differ[0]) if len(differ) else length
 
 
+def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Float32 log-probabilities of all tokens but the first, read without a cache."""
+    padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
+    found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
+    return to_host(found.logprobs)[0, 1 : len(tokens)]
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """One read: how many first tokens of each group and row stay, and what goes to the device.
+    """One read: how many first tokens of each group stay, and what goes to the device.
 
     A group is the rows of one hypothesis, under its slot and place.
     committed [P, W]: entries of the committed part that stay, the stem's place; last [P, W]: the
@@ -189,7 +214,6 @@ class _Plan:
     places, int32 [2, m], places from R on for none.
     """
 
-    groups: dict[Place, int]
     stems: dict[Place, int]
     committed: np.ndarray
     last: np.ndarray
@@ -199,13 +223,43 @@ class _Plan:
     longer: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Widths:
-    """Of all rows so many first tokens are read, then so many more of `longer` rows."""
+def _read(
+    model: Model,
+    reading: Reading,
+    texts: Mapping[Place, Sequence[int]],
+    together: Callable[[KVCache | None, _Plan], tuple],
+    settle: Callable[[Place, np.ndarray, Known, np.ndarray], tuple[Known, Any]],
+    alone: Callable[[np.ndarray], Any],
+    *,
+    read_on: bool = False,
+) -> tuple[Reading, dict[Place, Any]]:
+    """Read texts behind what is known of them.
 
-    first: int
-    more: int = 0
-    longer: int = 0
+    Args:
+        model: what reads.
+        reading: what it remembers.
+        texts: by their places.
+        together: the program: what it says of each row, the cache, and the rows' buffer.
+        settle: of a place, its tokens, what was known of them and what is said of the row, what is
+            known then, and the row's value.
+        alone: the value of tokens that nothing before helps with.
+        read_on: whether the program can read few rows further than the others.
+    """
+    rows, merged = _split(model, reading, texts)
+    found = {place: alone(tokens) for place, tokens in merged.items()}
+    pending: dict[Place, Known] = {}
+    if rows:
+        reading, plan = _prepare(model, reading, rows, read_on)
+        said, cache, buffer = together(reading.cache, plan)
+        read = to_host(said)
+        for place, tokens in rows.items():
+            stem = reading.parent(place).first(plan.stems[reading.group(place)])
+            pending[place], found[place] = settle(place, tokens, stem, read[place])
+        for place in merged:  # of what was read alone stays what its siblings share
+            parent = reading.parent(place)
+            pending[place] = parent.first(plan.stems.get(reading.group(place), len(parent.tokens)))
+        reading = replace(reading, cache=cache, buffer=buffer)
+    return replace(reading, pending=pending), found
 
 
 def _split(
@@ -218,9 +272,9 @@ def _split(
     """
     alike: dict[Place, np.ndarray] = {}
     merged: dict[Place, np.ndarray] = {}
-    limit = model.config.max_positions
+    limit, vocabulary = model.config.max_positions, model.config.vocab_size
     for place, text in texts.items():
-        if len(text) > limit > len(_parent(reading, place).tokens):
+        if len(text) > limit > len(reading.parent(place).tokens):
             log.warning(
                 "a prompt and response of %d tokens exceed the %d positions of a model that scores "
                 "texts; it scores what fits",
@@ -228,104 +282,71 @@ def _split(
                 limit,
             )
         tokens = np.asarray(text[:limit], np.int32)
-        if len(tokens) and tokens.max() >= model.config.vocab_size:
+        if len(tokens) and tokens.max() >= vocabulary:
             raise InputError(
-                f"token id {tokens.max()} of a tokenizer is none of the {model.config.vocab_size} "
+                f"token id {tokens.max()} of a tokenizer is none of the {vocabulary} "
                 "of its model, which scores texts"
             )
         (alike if common(tokens, reading.prompts[place[0]]) else merged)[place] = tokens
     return alike, merged
 
 
-def _forgotten(
-    reading: Reading, plan: "_Plan", merged: Mapping[Place, np.ndarray]
-) -> dict[Place, Known]:
-    """What stays of the hypotheses of rows that were read alone: what their siblings share."""
-    kept = {}
-    for place in merged:
-        parent = _parent(reading, place)
-        stem = plan.groups.get((place[0], place[1] // reading.successors), len(parent.tokens))
-        kept[place] = Known(parent.tokens[:stem], parent.logprobs[:stem])
-    return kept
-
-
-def _parent(reading: Reading, place: Place) -> Known:
-    hypotheses = reading.known[place[0]]
-    nothing = Known(np.zeros(0, np.int32), np.zeros(0, np.float32))
-    return hypotheses[place[1] // reading.successors] if hypotheses else nothing
-
-
-def _cache(reading: Reading) -> KVCache:
-    assert reading.cache is not None
-    return reading.cache
-
-
 def _prepare(
-    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray], *, read_on: bool = False
+    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray], read_on: bool
 ) -> tuple[Reading, _Plan]:
-    by_slot: dict[int, list[np.ndarray]] = {}
-    for (slot, _), tokens in rows.items():
-        by_slot.setdefault(slot, []).append(tokens)
-    reading = _read_prompts(model, reading, by_slot)
-    groups = _stems(reading, rows)
-    stems = {place: groups[place[0], place[1] // reading.successors] for place in rows}
-    counts = {place: len(tokens) - stems[place] for place, tokens in rows.items()}
-    widths = _widths(reading, list(counts.values()), read_on)
-    width = widths.first + widths.more
-    slots, hypotheses = len(reading.prefix), reading.hypotheses
-    shape = (slots, hypotheses * reading.successors)
-    longer = np.array([[0], [shape[1]]], np.int32).repeat(widths.longer, axis=1)
-    for i, place in enumerate(p for p, count in counts.items() if count > widths.first):
+    reading = _read_prompts(model, reading, rows)
+    stems: dict[Place, int] = {}
+    for place, tokens in rows.items():
+        alike = common(tokens, reading.parent(place).tokens)
+        stems[reading.group(place)] = min(stems.get(reading.group(place), alike), alike)
+    behind = {place: tokens[stems[reading.group(place)] :] for place, tokens in rows.items()}
+    first, more, count = _widths(reading, [len(tokens) for tokens in behind.values()], read_on)
+    each = (len(reading.prefix), reading.hypotheses)
+    shape = (each[0], each[1] * reading.successors)
+    longer = np.array([[0], [shape[1]]], np.int32).repeat(count, axis=1)
+    for i, place in enumerate(place for place, tokens in behind.items() if len(tokens) > first):
         longer[:, i] = place
-    needed = max(stems[place] - int(reading.prefix[place[0]]) for place in rows) + width
-    reading = _grow(reading, committed=needed)
-    # Where nothing is read, the stem is written beyond the cache, and so dropped.
-    committed = np.full((slots, hypotheses), _capacity(reading, "committed"), np.int32)
+    most = max(stem - int(reading.prefix[slot]) for (slot, _), stem in stems.items())
+    reading = _grow(reading, "committed", most + first + more)
     plan = _Plan(
-        groups=groups,
         stems=stems,
-        committed=committed,
-        last=np.zeros((slots, hypotheses), np.int32),
-        tokens=np.zeros((*shape, width), np.int32),
+        # Where nothing is read, the stem is written beyond the cache, and so dropped.
+        committed=np.full(each, reading.capacity("committed"), np.int32),
+        last=np.zeros(each, np.int32),
+        tokens=np.zeros((*shape, first + more), np.int32),
         counts=np.zeros(shape, np.int32),
-        first=widths.first,
+        first=first,
         longer=longer,
     )
     for place, tokens in rows.items():
-        slot, parent, stem = place[0], place[1] // reading.successors, stems[place]
-        behind = tokens[stem:]
-        plan.committed[slot, parent] = stem - 1 - reading.prefix[slot]
-        plan.last[slot, parent] = tokens[stem - 1]
-        plan.tokens[place] = tokens[stem - 1]
-        plan.tokens[place][: len(behind)] = behind
-        plan.counts[place] = len(behind)
+        group = reading.group(place)
+        stem = stems[group]
+        plan.committed[group] = stem - 1 - reading.prefix[place[0]]
+        plan.last[group] = plan.tokens[place] = tokens[stem - 1]
+        plan.tokens[place][: len(behind[place])] = behind[place]
+        plan.counts[place] = len(behind[place])
     return reading, plan
 
 
-def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> _Widths:
+def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> tuple[int, int, int]:
     """How to read rows of so many tokens: as wide as the longest, or the longest read on.
 
-    The cheapest, counted in tokens. Where no more than every LONG_SHARE-th row is longer than the
-    others, padding all to its width costs more than a second call, which copies what these attend
-    to.
+    Of all rows so many first tokens are read, then so many more of so many rows: the cheapest,
+    counted in tokens. Where no more than every LONG_SHARE-th row is longer than the others, padding
+    all to its width costs more than a second call, which copies what these attend to.
     """
     hypotheses = len(reading.prefix) * reading.hypotheses
-    rows = hypotheses * reading.successors
-    most = max(counts)
-
-    def tokens(first: int) -> int:
-        return hypotheses + rows * (first - 1)
-
-    best = _Widths(_width(reading.width, most))
-    least: float = tokens(best.first)
+    rows, most, usual = hypotheses * reading.successors, max(counts), reading.width
+    best = (_width(usual, most), 0, 0)
+    least: float = hypotheses + rows * (best[0] - 1)
     longer = max(1, rows // LONG_SHARE)
-    copied = longer * (_capacity(reading, "prefix") + _capacity(reading, "committed"))
-    limit = min(most, 2 * reading.width) if read_on else 0
-    for first in range(reading.width, limit, max(2, reading.width // 4)):
+    copied = longer * (reading.capacity("prefix") + reading.capacity("committed"))
+    for first in range(usual, min(most, 2 * usual) if read_on else 0, max(2, usual // 4)):
         more = power_of_two(most - first, 2)
-        cost = tokens(first) + longer * more + copied / COPIED_ENTRIES + CALL_TOKENS
+        extra = longer * more + copied / COPIED_ENTRIES + CALL_TOKENS
+        cost = hypotheses + rows * (first - 1) + extra
         if cost < least and sum(count > first for count in counts) <= longer:
-            best, least = _Widths(first, more, longer), cost
+            best, least = (first, more, longer), cost
     return best
 
 
@@ -338,94 +359,101 @@ def _width(usual: int, most: int) -> int:
     return usual
 
 
-def _stems(reading: Reading, rows: Mapping[Place, np.ndarray]) -> dict[Place, int]:
-    """How many first tokens the rows of each hypothesis have in common with what was read."""
-    least: dict[Place, int] = {}
-    for (slot, row), tokens in rows.items():
-        group = (slot, row // reading.successors)
-        alike = common(tokens, reading.known[slot][group[1]].tokens)
-        least[group] = min(least.get(group, alike), alike)
-    return least
-
-
-def _read_prompts(
-    model: Model, reading: Reading, by_slot: Mapping[int, Sequence[np.ndarray]]
-) -> Reading:
+def _read_prompts(model: Model, reading: Reading, rows: Mapping[Place, np.ndarray]) -> Reading:
     """The reading with the prompt of every slot read as far as its rows have it in common.
 
     A response may merge with the end of its prompt. Where one does so further back than those
     before it, the slot is read anew.
     """
-    for slot, rows in by_slot.items():
-        prompt = reading.prompts[slot]
-        shared = min(common(row, prompt) for row in rows)
+    for slot in dict.fromkeys(slot for slot, _ in rows):
+        own, prompt = [rows[place] for place in rows if place[0] == slot], reading.prompts[slot]
+        shared = min(common(row, prompt) for row in own)
         if 0 <= reading.prefix[slot] < shared:
             continue
-        reading = _grow(_allocate(model, reading, shared), prefix=shared - 1)
+        if reading.cache is None:
+            cache = start_cache(
+                model,
+                slots=len(reading.prefix),
+                hypotheses=reading.hypotheses,
+                prefix_capacity=bucket(shared),
+                committed_capacity=bucket(4 * reading.width),
+            )
+            reading = replace(reading, cache=cache)
+        reading = _grow(reading, "prefix", shared - 1)
         # A token of its own, so that no other's embedding is read beside it.
-        padded = np.full(_capacity(reading, "prefix"), rows[0][0], np.int32)
-        padded[: shared - 1] = rows[0][: shared - 1]
-        cache = prefill_slot(model, _cache(reading), np.int32(slot), padded, np.int32(shared))
+        padded = np.full(reading.capacity("prefix"), own[0][0], np.int32)
+        padded[: shared - 1] = own[0][: shared - 1]
+        cache = prefill_slot(model, reading.cache, np.int32(slot), padded, np.int32(shared))
         prefix, known = reading.prefix.copy(), list(reading.known)
         prefix[slot] = shared - 1
-        start = Known(rows[0][:shared], np.zeros(shared, np.float32))
-        known[slot] = (start,) * reading.hypotheses
+        known[slot] = (Known(own[0][:shared], np.zeros(shared, np.float32)),) * reading.hypotheses
         reading = replace(reading, cache=cache, prefix=prefix, known=tuple(known))
     return reading
 
 
-def _allocate(model: Model, reading: Reading, prompt: int) -> Reading:
-    if reading.cache is not None:
+def _grow(reading: Reading, part: str, least: int) -> Reading:
+    """The reading with a part of the caches grown, by a third at least, to hold so many tokens."""
+    capacity = reading.capacity(part)
+    if capacity >= least:
         return reading
-    cache = start_cache(
-        model,
-        slots=len(reading.prefix),
-        hypotheses=reading.hypotheses,
-        prefix_capacity=bucket(prompt),
-        committed_capacity=bucket(4 * reading.width),
-    )
+    room = bucket(least + 1)
+    # What is copied at every chunk is worth a size between the powers of two.
+    more = (room if least > room - room // 4 else room - room // 4) - capacity
+
+    def widen(array: Array) -> Array:
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, more), (0, 0), (0, 0)])
+
+    assert reading.cache is not None
+    wide = jax.tree.map(widen, getattr(reading.cache, part))
+    cache = replace(reading.cache, **{part: wide})
+    if cache.placement.mesh is not None:
+        cache = jax.jit(KVCache.constrain)(cache)
     return replace(reading, cache=cache)
 
 
-def _capacity(reading: Reading, part: str) -> int:
-    """S or T of the caches."""
-    layers = getattr(reading.cache, part)
-    first = layers if isinstance(layers, KV) else layers[0]
-    return first.keys.shape[-3]
+# The programs.
 
 
-def _grow(reading: Reading, **needed: int) -> Reading:
-    """The reading with parts of the caches grown, by a third at least, to hold so many tokens."""
-    for part, least in needed.items():
-        capacity = _capacity(reading, part)
-        if capacity >= least:
-            continue
-        room = bucket(least + 1)
-        # What is copied at every chunk is worth a size between the powers of two.
-        more = (room if least > room - room // 4 else room - room // 4) - capacity
-
-        def widen(array: Array, more: int = more) -> Array:
-            return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, more), (0, 0), (0, 0)])
-
-        assert reading.cache is not None
-        wide = jax.tree.map(widen, getattr(reading.cache, part))
-        cache = replace(reading.cache, **{part: wide})
-        if cache.placement.mesh is not None:
-            cache = jax.jit(KVCache.constrain)(cache)
-        reading = replace(reading, cache=cache)
-    return reading
+@partial(jax.jit, donate_argnums=1)
+def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: Any) -> KVCache:
+    """The cache, which is donated, with a slot's prompt read: `decode.reader.prefill`."""
+    return prefill(model, cache, slot, prompt, length).constrain()
 
 
-def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Float32 log-probabilities of all tokens but the first, read without a cache."""
-    padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
-    found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
-    return to_host(found.logprobs)[0, 1 : len(tokens)]
+@partial(jax.jit, donate_argnums=1, static_argnames="first")
+def read_rows(
+    model: Model, cache: KVCache, committed: Any, last: Any, tokens: Any, longer: Any, *, first: int
+) -> tuple[Array, KVCache, LayersKV | None]:
+    """Score the tokens [P, R, n] of every row: the first `first`, of `longer` rows the others too.
+
+    committed [P, W]: the stems' places; last [P, W]: the stems; longer: int32 slots and places
+    [2, m] of the rows that have more tokens, with places from R on for none. Returns float32
+    log-probabilities [P, R, n], the cache (donated) with the stems, and the keys and values of all
+    but the last token of every row.
+    """
+    cache = replace(cache, committed_length=committed)
+    logprobs, cache, chunk = read_chunk(model, cache, last, tokens[:, :, :first])
+    if longer.shape[1]:
+        logprobs, chunk = read_longer(model, cache, chunk, logprobs, tokens, longer)
+    return logprobs, cache.constrain(), chunk
 
 
-def _sum_alone(model: Model, tokens: np.ndarray) -> float:
-    return float(logprobs_alone(model, tokens).sum(dtype=np.float32))
+@partial(jax.jit, donate_argnums=1)
+def read_last(
+    model: RewardModel, cache: KVCache, committed: Any, last: Any, tokens: Any, counts: Any
+) -> tuple[Array, KVCache, LayersKV | None]:
+    """The label logits [P, R, labels] at the last of each row's counted tokens [P, R, n].
+
+    The rest as with `read_rows`, but that every token is read.
+    """
+    cache = replace(cache, committed_length=committed)
+    states, cache, chunk = read_ends(model.decoder, cache, last, tokens, counts)
+    return model.head_of(states), cache.constrain(), chunk
 
 
-def _logits_alone(model: RewardModel, tokens: np.ndarray) -> np.ndarray:
-    return to_host(model(*pad_rows([tokens], padded_width(len(tokens)), 0)))[0]
+@partial(jax.jit, donate_argnums=0)
+def keep(cache: KVCache, buffer: LayersKV, parents: Any, rows: Any) -> KVCache:
+    """The cache (donated) of the kept hypotheses: their parents' entries, then their rows'."""
+    first = buffer if isinstance(buffer, KV) else buffer[0]
+    count = first.keys.shape[-3]
+    return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count).constrain()

@@ -5,7 +5,7 @@ samples (CBS, best-of-N) has no likelihood, so none is here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.models.decoder import logits as logits_of
-from w2s_jax.models.model import Model, hidden_states
+from w2s_jax.models.model import hidden_states
 from w2s_jax.ops.logits import normalised
-from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import Proposer
+from w2s_jax.search.methods import Proposer
+from w2s_jax.search.models import SearchModels, check_ids
 from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
 Shape = tuple[int, int, int]
@@ -71,6 +71,15 @@ class Response:
     tokens: tuple[int, ...]
     beta: float | None = None
 
+    @property
+    def width(self) -> int:
+        """Tokens to be read: the response but its last token, behind its longest prompt."""
+        return max(map(len, self.prompts)) + len(self.tokens) - 1
+
+    def prompt(self, member: int) -> tuple[int, ...]:
+        """What a member of the models reads before the response."""
+        return self.prompts[member if len(self.prompts) > 1 else 0]
+
 
 def token_likelihoods(
     models: SearchModels,
@@ -94,19 +103,19 @@ def token_likelihoods(
     if width == 1:
         tokens, real = (jnp.pad(part, ((0, 0), (0, 1))) for part in (tokens, real))
     rows = ((tokens[:, :-1], real[:, :-1], jnp.zeros(tokens.shape[0], jnp.int32)),)
-    betas = _betas(proposer, tokens.shape[0]) if beta is None else jnp.asarray(beta)
+    betas = np.full(len(tokens), _beta(proposer), np.float32) if beta is None else jnp.asarray(beta)
     found = _likelihoods(models, proposer, rows, tokens[:, 1:], real[:, 1:], betas, top)
 
     def behind_first(part: Array, fill: float | int | bool) -> Array:
         edges = ((0, 0), (1, 0), *((0, 0),) * (part.ndim - 2))
         return jnp.pad(part, edges, constant_values=fill)[:, :width]
 
-    return Likelihoods(
-        behind_first(found.logprobs, 0.0),
-        behind_first(found.greedy, False),
-        behind_first(found.top_ids, 0),
-        behind_first(found.top_logprobs, -np.inf),
-        found.faults,
+    return replace(
+        found,
+        logprobs=behind_first(found.logprobs, 0.0),
+        greedy=behind_first(found.greedy, False),
+        top_ids=behind_first(found.top_ids, 0),
+        top_logprobs=behind_first(found.top_logprobs, -np.inf),
     )
 
 
@@ -135,13 +144,12 @@ def score_responses(
         check_response(models, response, f"row {index}")
     found: dict[int, ScoredResponse] = {}
     failures: list[RowFailed] = []
-    width = [max(map(len, row.prompts)) + len(row.tokens) - 1 for row in responses]
-    waiting = sorted(range(len(responses)), key=lambda index: -width[index])
+    width = [padded_width(row.width) for row in responses]
+    waiting = sorted(range(len(responses)), key=lambda index: -responses[index].width)
     while waiting:
         batch = waiting[:batch_size]
         if shape is None:
-            padded = padded_width(width[waiting[0]])
-            batch = [index for index in batch if padded_width(width[index]) == padded]
+            batch = [index for index in batch if width[index] == width[batch[0]]]
         waiting = waiting[len(batch) :]
         rows = [responses[index] for index in batch]
         given = _arguments(models, proposer, rows, batch_size, shape or padded_shape(rows), top)
@@ -161,35 +169,25 @@ def score_responses(
 
 def check_response(models: SearchModels, response: Response, where: str) -> None:
     """Raise InputError, naming `where`, for a response that the models cannot score."""
-    members = list(zip(models.member_names, models.members, strict=True))
-    if len(response.prompts) not in (1, len(members)):
+    count, members = len(response.prompts), len(models.members)
+    if count not in (1, members):
         raise InputError(
-            f"{where}: {len(response.prompts)} prompts for {len(members)} models; give one for "
-            "all, or one each"
+            f"{where}: {count} prompts for {members} models; give one for all, or one each"
         )
     if not response.tokens or not all(response.prompts):
         raise InputError(f"{where}: a prompt and a response need at least one token each")
-    shared = models.vocabulary
-    _check_ids(response.tokens, shared, where)
-    for place, (name, model) in enumerate(members):
-        prompt = response.prompts[place if len(response.prompts) > 1 else 0]
-        # A template of a model's own may use tokens that only this model knows.
-        _check_ids(prompt, shared if len(response.prompts) == 1 else model.config.vocab_size, where)
-        length = len(prompt) + len(response.tokens) - 1
-        if length > model.config.max_positions:
+    check_ids(response.tokens, models.vocabulary, where)
+    for name, model, prompt, vocabulary in models.prompts_of_members(response.prompts):
+        check_ids(prompt, vocabulary, where)
+        length, positions = len(prompt) + len(response.tokens) - 1, model.config.max_positions
+        if length > positions:
             raise InputError(
-                f"{where}: {length} tokens to read exceed the {model.config.max_positions} "
-                f"positions of the {name}"
+                f"{where}: {length} tokens to read exceed the {positions} positions of the {name}"
             )
 
 
-def _check_ids(tokens: Sequence[int], vocabulary: int, where: str) -> None:
-    if min(tokens) < 0 or max(tokens) >= vocabulary:
-        raise InputError(f"{where}: a token id lies outside the vocabulary of {vocabulary}")
-
-
-def _betas(proposer: Proposer, rows: int) -> np.ndarray:
-    return np.full(rows, getattr(proposer, "beta", 0.0), np.float32)
+def _beta(proposer: Proposer) -> float:
+    return getattr(proposer, "beta", 0.0)
 
 
 def compile_scores(
@@ -208,7 +206,7 @@ def compile_scores(
 
 def padded_shape(rows: Sequence[Response]) -> Shape:
     """The `Shape` that rows are padded to."""
-    width = padded_width(max(max(map(len, row.prompts)) + len(row.tokens) - 1 for row in rows))
+    width = padded_width(max(row.width for row in rows))
     count = min(width, padded_width(max(len(row.tokens) for row in rows)))
     return width, count, max(len(row.prompts) for row in rows)
 
@@ -230,14 +228,11 @@ def _arguments(
     width, count, own = shape
     rows = [*rows, *[rows[-1]] * (batch_size - len(rows))]
     targets, real = pad_rows([row.tokens for row in rows], count, _PADDING)
-    betas = _betas(proposer, len(rows))
-    for place, row in enumerate(rows):
-        betas[place] = betas[place] if row.beta is None else row.beta
-    read = []
+    usual, read = _beta(proposer), []
+    betas = np.array([usual if row.beta is None else row.beta for row in rows], np.float32)
     for member in range(own):
-        prompts = [row.prompts[member if len(row.prompts) > 1 else 0] for row in rows]
-        inputs = [(*prompt, *row.tokens[:-1]) for prompt, row in zip(prompts, rows, strict=True)]
-        starts = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+        inputs = [(*row.prompt(member), *row.tokens[:-1]) for row in rows]
+        starts = np.array([len(row.prompt(member)) - 1 for row in rows], np.int32)
         read.append((*pad_rows(inputs, width, _PADDING), starts))
     return models, proposer, tuple(read), targets, real, betas, top
 
@@ -257,56 +252,43 @@ def _likelihoods(
     That is (tokens [B X], mask [B X], starts [B]): the state at `starts` + t predicts target t.
     """
     places = proposer.readers(models)
-    readers = tuple(models.members[place] for place in places)
+    readers = [models.members[place] for place in places]
     hidden = []
     for place, reader in zip(places, readers, strict=True):
         tokens, mask, starts = rows[place if len(rows) > 1 else 0]
         states = hidden_states(reader, tokens, mask)
         at = jnp.minimum(starts[:, None] + jnp.arange(targets.shape[1]), tokens.shape[1] - 1)
         hidden.append(jnp.take_along_axis(states, at[..., None], axis=1))
+
+    def score(block: tuple[tuple[Array, ...], Array, Array]) -> tuple[Array, ...]:
+        """What m rows [m ..] of states, targets and betas give."""
+        hidden, targets, betas = block
+        each = tuple(
+            logits_of(reader.config, reader.params, states)
+            for reader, states in zip(readers, hidden, strict=True)
+        )
+        mixed = proposer.mix(models, each, betas)
+        normaliser = jax.nn.logsumexp(mixed, axis=-1)
+        chosen = jnp.take_along_axis(mixed, targets[:, None], axis=-1)[:, 0]
+        logprobs = normalised(chosen, normaliser)
+        greedy = jnp.argmax(mixed, axis=-1) == targets
+        values, ids = jax.lax.top_k(mixed, top)
+        values = values - normaliser[:, None]
+        if top:
+            # Clients compare the two for equality, which separate roundings could break.
+            logprobs = jnp.where(greedy, values[:, 0], logprobs)
+        faults = proposer.faults(models, each, normaliser)
+        return logprobs, greedy, ids.astype(jnp.int32), values, faults
+
     flat = tuple(states.reshape(-1, states.shape[-1]) for states in hidden)
     betas = jnp.repeat(beta, targets.shape[1])
-    score = partial(_score_states, models, readers, proposer, top)
-    widest = sum(4 * reader.config.vocab_size for reader in readers)
-    block = max(1, BLOCK_BYTES // widest)
+    block = max(1, BLOCK_BYTES // sum(4 * reader.config.vocab_size for reader in readers))
     scored = _in_blocks(score, (flat, targets.reshape(-1), betas), block)
     logprobs, greedy, ids, values, faults = (
         part.reshape(*targets.shape, *part.shape[1:]) for part in scored
     )
     faults = jnp.any(faults & real[..., None], axis=1)
     return Likelihoods(jnp.where(real, logprobs, 0.0), greedy & real, ids, values, faults)
-
-
-def _score_states(
-    models: SearchModels,
-    readers: tuple[Model, ...],
-    proposer: Proposer,
-    top: int,
-    block: tuple[tuple[Float[Array, "m _"], ...], Int[Array, " m"], Float[Array, " m"]],
-) -> tuple[Array, Array, Array, Array, Array]:
-    """(log-probs, greedy [m], ids and log-probs of the likeliest [m top], faults) of m targets."""
-    hidden, targets, betas = block
-    each = tuple(
-        logits_of(reader.config, reader.params, states)
-        for reader, states in zip(readers, hidden, strict=True)
-    )
-    mixed = proposer.mix(models, each, betas)
-    normaliser = jax.nn.logsumexp(mixed, axis=-1)
-    chosen = jnp.take_along_axis(mixed, targets[:, None], axis=-1)[:, 0]
-    logprobs = normalised(chosen, normaliser)
-    greedy = jnp.argmax(mixed, axis=-1) == targets
-    values, ids = jax.lax.top_k(mixed, top)
-    values = values - normaliser[:, None]
-    if top:
-        # Clients compare the two for equality, which separate roundings could break.
-        logprobs = jnp.where(greedy, values[:, 0], logprobs)
-    return (
-        logprobs,
-        greedy,
-        ids.astype(jnp.int32),
-        values,
-        proposer.faults(models, each, normaliser),
-    )
 
 
 def _in_blocks(function: Callable, rows: tuple, block: int) -> tuple[Array, ...]:

@@ -5,7 +5,7 @@ several of them stand on is in memory once.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from jaxtyping import Array
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
-from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.ops.sharding import SEARCH_RULES, Rules, parse_rules
+from w2s_jax.models.quantize import is_quantized
+from w2s_jax.ops.sharding import SEARCH_RULES, Rules
 from w2s_jax.text.tokenizer import holds_tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,39 @@ class SearchModels:
     def vocabulary(self) -> int:
         """Token ids that every model knows; only these are proposed. Embeddings may be padded."""
         return min(model.config.vocab_size for model in self.members)
+
+    def known_eos_ids(self, ids: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The token ids that end a response: these, or else the policy's, that all models know.
+
+        Raises InputError where there are such ids and none of them can be proposed.
+        """
+        ids = self.policy.config.eos_ids if ids is None else ids
+        known = tuple(eos for eos in ids if 0 <= eos < self.vocabulary)
+        if ids and not known:
+            raise InputError(
+                f"no EOS id of {ids} is among the {self.vocabulary} token ids that all models "
+                "share; give others as eos_ids (() for none)"
+            )
+        return known
+
+    def prompts_of_members(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[str, Model, Sequence[int], int]]:
+        """Each member's name, itself, its prompt, and the vocabulary that this is of.
+
+        prompts: one for all members, or one each; behind a template of its own, a model may read
+        tokens that only it knows.
+        """
+        shared = len(prompts) == 1
+        own = [prompts[0]] * len(self.members) if shared else prompts
+        for name, model, prompt in zip(self.member_names, self.members, own, strict=True):
+            yield name, model, prompt, self.vocabulary if shared else model.config.vocab_size
+
+
+def check_ids(tokens: Sequence[int], vocabulary: int, where: str) -> None:
+    """Raise InputError, naming `where`, for a token id that is none of the vocabulary's."""
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        raise InputError(f"{where}: a token id lies outside the vocabulary of {vocabulary}")
 
 
 def member_names(guides: int) -> tuple[str, ...]:
@@ -129,7 +162,7 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
                 raise InputError(
                     f"guide {index}: the {role} model has {model.config.vocab_size} logits, the "
                     f"policy {policy.config.vocab_size}; token-level guidance needs one vocabulary "
-                    "(search.model_scorers.TextLogRatio reads texts in any)"
+                    "(search.scorers.TextLogRatio reads texts in any)"
                 )
     pairs = [in_one_dtype(guide.tuned, guide.untuned) for guide in chosen]
     alike = (Guide(*pair, guide.weight) for pair, guide in zip(pairs, chosen, strict=True))
@@ -177,14 +210,6 @@ class Places:
 ONE_DEVICE = Places()
 
 
-def read_places(
-    mesh: Mesh | None, policy_rules: str, guide_rules: str, stacked: bool | None = None
-) -> Places:
-    """The places on a mesh by rules as text (`parse_rules`); InputError for wrong ones."""
-    rules = parse_rules(policy_rules), parse_rules(guide_rules)
-    return Places(mesh, *rules, stacked)
-
-
 @dataclass(frozen=True)
 class Adapted:
     """What an adapter is put on, a folder or hub id, and for which other base that stands."""
@@ -208,25 +233,24 @@ def same_place(name: str) -> str:
 
 
 def find_adapters(
-    alone: Iterable[str], pairs: Iterable[tuple[str, str]], folders: Mapping[str, str]
+    paths: Iterable[tuple[str, str]], folders: Mapping[str, str]
 ) -> dict[str, Adapted]:
     """Those of the checkpoints that are adapters, by path.
 
     Args:
-        alone: paths of all but tuned models.
-        pairs: of each guide the tuned and the untuned model. The base of a tuned model that names
-            one which is not here is its untuned model, where that is a folder.
+        paths: each with that of a guide's untuned model, where it is the tuned one, or "". The base
+            of a tuned model that names one which is not here is its untuned model, where that is a
+            folder.
         folders: where the names of bases are.
 
     Raises:
         InputError: for a checkpoint that is not there and an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter, locate
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     found: dict[str, Adapted] = {}
-    # Untuned models first: they may stand for the bases of tuned ones.
-    for path, beside in [*((path, "") for path in alone), *pairs]:
+    for path, beside in paths:
         if path in found or not is_adapter(locate(path)):
             continue
         named = base_of(path)
@@ -248,20 +272,14 @@ def tokenizer_place(path: str, adapters: Mapping[str, Adapted]) -> str:
 
 
 def load_decoders(
-    paths: Mapping[str, Rules],
-    adapters: Mapping[str, Adapted],
-    *,
-    dtype: str | None = None,
-    mesh: Mesh | None = None,
-    scan_layers: bool = False,
-    quantize: QuantizeConfig | None = None,
+    paths: Mapping[str, Rules], adapters: Mapping[str, Adapted], **options: Any
 ) -> dict[str, Model]:
     """Every checkpoint's model, by path; what several stand on is held in memory once.
 
     Each lies on the mesh by the rules that are given with its path; what several share, by those of
     the first one. An adapter whose base is used by nothing else, and float32, is merged into it,
     which computes faster; others keep their factors beside the arrays of the one base, as weights
-    of fewer bits would lose most of what is added to them.
+    of fewer bits would lose most of what is added to them. `options` are those of `load_model`.
 
     Raises InputError for checkpoints that cannot be read and adapters for another base.
     """
@@ -272,8 +290,7 @@ def load_decoders(
         place = adapters[path].base if path in adapters else path
         users.setdefault(same_place(place), []).append(path)
     models: dict[str, Model] = {}
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "scan_layers": scan_layers}
-    options["quantize"] = quantize
+    mesh = options.get("mesh")
     for place, together in users.items():
         try:
             base = load_model(place, rules=paths[together[0]], **options)

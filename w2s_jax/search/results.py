@@ -1,17 +1,31 @@
-"""What goes into a search and what comes out of it, as plain values on the host.
+"""The host's side of a search as values: requests, results, and the hop through text.
 
-A trace is what a search looked at, as JSON-serialisable rows for a report, one a prompt.
+Ends at token ids are found on the device; stop strings, scores of texts and traces need the hop. A
+trace is what a search looked at, chunk by chunk.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
+from operator import eq
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from w2s_jax.text.prompts import Conversation, response_end
+from w2s_jax.distributed import to_host
+from w2s_jax.errors import InputError
+from w2s_jax.search.config import SearchConfig
+from w2s_jax.search.methods import Selection
+from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
+from w2s_jax.search.step import Proposal, SearchState
+from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, response_end, text_behind
 
 Number = float | int
+Decode = Callable[[Sequence[int]], str]
+End = Literal["", "eos", "stop", "limit"]
+"""What ended a response, "" for nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +75,14 @@ class Hypothesis:
 
 
 def hypothesis_text(
-    tokenizer: Any,
-    prompt: Sequence[int],
-    hypothesis: Hypothesis,
-    *,
-    stop: Sequence[str] = (),
-    eos_ids: Sequence[int] = (),
+    tokenizer: Any, prompt: Sequence[int], hypothesis: Hypothesis, **ends: Sequence[Any]
 ) -> str:
     """The text of a hypothesis behind its prompt's token ids, without what ended it.
 
-    stop, eos_ids: what ends responses beside the EOS that the tokenizer knows.
+    ends: as `stop` and `eos_ids`, what ends responses beside the EOS that the tokenizer knows.
     """
-    text, _ = response_end(
-        tokenizer,
-        prompt,
-        hypothesis.tokens,
-        finished=hypothesis.finished,
-        stop=stop,
-        behind=hypothesis.behind,
-        eos_ids=eos_ids,
-    )
-    return text
+    given: dict[str, Any] = {"finished": hypothesis.finished, "behind": hypothesis.behind, **ends}
+    return response_end(tokenizer, prompt, hypothesis.tokens, **given)[0]
 
 
 @dataclass(frozen=True)
@@ -114,53 +115,246 @@ class ChunkTrace:
     kept: tuple[int, ...]
 
 
-TRACE = "trace"
-"""The field of a journal's row that holds its trace."""
-
-
 def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:
     """One chunk: {"candidates": [{parent, text, score, objectives, kept, finished}]}.
 
     kept is the place among the new hypotheses, None for what was dropped.
     """
-    objectives = chunk.objectives.tolist()
-    return {
-        "candidates": [
-            {
-                "parent": parent,
-                "text": text,
-                "score": sum(values),
-                "objectives": values,
-                "kept": None if kept < 0 else kept,
-                "finished": finished,
-            }
-            for parent, text, values, kept, finished in zip(
-                chunk.parents, chunk.texts, objectives, chunk.kept, chunk.finished, strict=True
-            )
-        ]
-    }
+    columns = (chunk.parents, chunk.texts, chunk.objectives.tolist(), chunk.kept, chunk.finished)
+    candidates = [
+        {
+            "parent": parent,
+            "text": text,
+            "score": sum(objectives),
+            "objectives": objectives,
+            "kept": None if kept < 0 else kept,
+            "finished": finished,
+        }
+        for parent, text, objectives, kept, finished in zip(*columns, strict=True)
+    ]
+    return {"candidates": candidates}
 
 
-def trace_row(
-    row_id: int,
-    prompt: str,
-    answer: dict[str, Any],
-    method: str,
-    chunks: Sequence[ChunkTrace],
-    tokens: Sequence[tuple[str, float]],
-    policy_tokens: int,
-) -> dict[str, Any]:
-    """A prompt's trace: its chunks, and the winner's tokens with their log-ratios.
+@dataclass(frozen=True)
+class TextRow:
+    """A live row of a proposal as text: all its response so far, up to its end.
 
-    Those are as the guide reads them; policy_tokens: how many the policy wrote.
+    new: what this chunk adds to its hypothesis. length: its tokens; of a policy that gives only
+    text, those of this chunk. end: what ended it, if anything did. trail: what a proposer of texts
+    wants back.
     """
-    return {
-        "row_id": row_id,
-        "prompt": prompt,
-        "response": answer["response"],
-        "score": answer["score"],
-        "method": method,
-        "chunks": [chunk_row(chunk) for chunk in chunks],
-        "tokens": [[text, value] for text, value in tokens],
-        "policy_tokens": policy_tokens,
-    }
+
+    slot: int
+    row: int
+    parent: int
+    text: str
+    new: str
+    length: int
+    end: End
+    trail: Any = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether an EOS or a stop string ended it."""
+        return self.end in ("eos", "stop")
+
+    def scores_end(self, config: SearchConfig) -> bool:
+        """Whether an EOS is scored behind it."""
+        return self.end == "eos" or (config.reference_quirks and self.end == "limit")
+
+
+def kept_tokens(tokens: Sequence[int], decode: Decode, stop: Sequence[str]) -> int | None:
+    """How many leading tokens hold the text before the first stop string; None where there is none.
+
+    The fewest whose text begins with all that is kept: a token that holds the end of the kept text
+    and the start of the stop string counts, one that holds only the stop string does not.
+    """
+    kept = cut(decode(tokens), stop)
+    if kept is None:
+        return None
+
+    def holds(count: int) -> bool:
+        return decode(tokens[:count]).startswith(kept)
+
+    return bisect_left(range(len(tokens)), True, key=holds)
+
+
+def live_rows(
+    state: SearchState,
+    proposal: Proposal,
+    requests: Mapping[int, Request],
+    decode: Decode,
+    *,
+    texts: bool = True,
+) -> list[TextRow]:
+    """Every live row of the slots in use as text, stop strings heeded.
+
+    Without `texts`, rows in which no stop string was found have none.
+    """
+    arrays = (state.tokens, state.base, state.active, state.finished, state.draws.limit)
+    before, base, active, over, limits = to_host(arrays)
+    new, lengths, finished = to_host((proposal.tokens, proposal.lengths, proposal.finished))
+    found = []
+    for slot in np.flatnonzero(active).tolist():
+        request = requests[slot]
+        text_of = partial(text_behind, decode, request.prompts[0][-CONTEXT:])
+        stop = (*state.config.stop, *request.stop)
+        for row in range(lengths.shape[1]):
+            parent = row // state.config.successors
+            if over[slot, parent]:
+                continue
+            old = before[slot, parent, : base[slot]].tolist()
+            response = [*old, *new[slot, row].tolist()][: lengths[slot, row]]
+            kept = kept_tokens(response, text_of, stop) if stop else None
+            length = len(response) if kept is None else kept
+            end: End = "limit" if length >= limits[slot] else ""
+            if finished[slot, row]:
+                end = "eos"
+            if kept is not None:
+                end = "stop"
+            text = ""
+            if texts or end == "stop":
+                text = text_of(response[:-1] if end == "eos" else response)
+            if end == "stop":
+                text = cut(text, stop) or ""
+            elif end != "eos" and not state.config.reference_quirks:
+                text = text.rstrip(INCOMPLETE)
+            # Nothing where a stop string took off some of what was there before.
+            earlier = text_of(old).rstrip(INCOMPLETE) if texts else ""
+            alike = sum(takewhile(bool, map(eq, text, earlier)))
+            found.append(TextRow(slot, row, parent, text, text[alike:], length, end))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slotted:
+    """Slots under search as the host sees them, whatever proposes.
+
+    Attributes:
+        config: the search.
+        slots: P, prompts side by side.
+        scorers, memories: of texts, and what each of them remembers.
+        traced: whether `chunks` are to be told.
+        requests: the request in each used slot.
+        failed: slots whose texts a scorer could not value, and the models at fault.
+        chunks: what the last chunk offered and kept, by slot.
+    """
+
+    config: SearchConfig
+    slots: int
+    scorers: tuple[TextScorer, ...] = ()
+    memories: tuple[Any, ...] = ()
+    traced: bool = False
+    requests: Mapping[int, Request] = field(default_factory=dict)
+    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
+
+    def with_scorers(self, scorers: Sequence[TextScorer]) -> Self:
+        """The same slots with scorers that remember nothing yet."""
+        config = self.config
+        sizes = (self.slots, config.beam_width, config.successors, config.length)
+        memories = tuple(scorer.start(*sizes) for scorer in scorers)
+        return replace(self, scorers=tuple(scorers), memories=memories)
+
+    def with_request(self, slot: int, request: Request) -> Self:
+        """The same with a request in a slot, whatever was there; InputError without a text."""
+        memories = tuple(
+            scorer.insert(memory, slot, _conversation(request))
+            for scorer, memory in zip(self.scorers, self.memories, strict=True)
+        )
+        requests, failed = {**self.requests, slot: request}, _without(self.failed, slot)
+        return replace(self, memories=memories, requests=requests, failed=failed)
+
+    def without(self, slot: int) -> Self:
+        """The same with nothing in a slot."""
+        requests, failed = _without(self.requests, slot), _without(self.failed, slot)
+        return replace(self, requests=requests, failed=failed)
+
+    def score(self, rows: Sequence[TextRow]) -> tuple[Self, np.ndarray]:
+        """The slots with the rows read, and weighted scores float32 [P, R, scorers].
+
+        Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
+        """
+        candidates = [
+            Candidate(
+                slot=row.slot,
+                row=row.row,
+                parent=row.parent,
+                conversation=_conversation(self.requests[row.slot]),
+                response=row.text,
+                finished=row.scores_end(self.config),
+            )
+            for row in rows
+            if self.scorers and (self.config.selector.reorders or row.end)
+        ]
+        totals = np.zeros((self.slots, self.config.rows, len(self.scorers)), np.float32)
+        if not candidates:
+            return self, totals
+        places = np.array([(candidate.slot, candidate.row) for candidate in candidates]).T
+        memories: list[Any] = []
+        failed: dict[int, tuple[str, ...]] = {}
+        for index, scorer in enumerate(self.scorers):
+            memory, told = scorer.score(self.memories[index], candidates)
+            scores = np.asarray(told)
+            totals[*places, index] = scorer.weight * scores
+            failed |= at_fault(scorer, memory, candidates, scores)
+            memories.append(memory)
+        return replace(self, memories=tuple(memories), failed={**failed, **self.failed}), totals
+
+    def keep(self, rows: Sequence[TextRow], selection: Selection, finished: np.ndarray) -> Self:
+        """The slots of the kept hypotheses; `finished` [P, W] is from before the chunk."""
+        memories = self.memories
+        if self.scorers:
+            kept = to_host((selection.parents, selection.rows))
+            pairs = zip(self.scorers, memories, strict=True)
+            memories = tuple(scorer.keep(memory, *kept) for scorer, memory in pairs)
+        chunks = trace(rows, selection, finished, self.requests) if self.traced else {}
+        return replace(self, memories=memories, chunks=chunks)
+
+
+def _conversation(request: Request) -> Conversation:
+    if request.conversation is None:
+        raise InputError(f"row {request.row_id}: scorers of texts need its conversation")
+    return request.conversation
+
+
+def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
+    return {key: value for key, value in slots.items() if key != slot}
+
+
+def trace(
+    rows: Sequence[TextRow],
+    selection: Selection,
+    finished: np.ndarray,
+    requests: Mapping[int, Request],
+) -> dict[int, ChunkTrace]:
+    """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it.
+
+    A finished hypothesis is listed once, also with reference_quirks.
+    """
+    arrays = (selection.candidates.objectives, selection.chosen, selection.parents)
+    objectives, chosen, parents = to_host(arrays)
+    width = finished.shape[1]
+    count = objectives.shape[1] - width
+    by_slot: dict[int, list[TextRow]] = {}
+    for row in rows:
+        by_slot.setdefault(row.slot, []).append(row)
+    traces = {}
+    for slot, request in requests.items():
+        offered = [(row.row, row.parent, row.new, row.finished) for row in by_slot.get(slot, ())]
+        offered += [(count + w, w, "", True) for w in range(width) if finished[slot, w]]
+        if not offered:
+            continue
+        # With reference_quirks a finished hypothesis is chosen by one of its rows.
+        entries = np.where(finished[slot, parents[slot]], count + parents[slot], chosen[slot])
+        places = {int(entry): place for place, entry in reversed(list(enumerate(entries)))}
+        index, of, texts, ends = zip(*offered, strict=True)
+        traces[slot] = ChunkTrace(
+            row_id=request.row_id,
+            parents=of,
+            texts=texts,
+            objectives=objectives[slot, list(index)],
+            finished=ends,
+            kept=tuple(places.get(entry, -1) for entry in index),
+        )
+    return traces

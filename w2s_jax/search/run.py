@@ -1,7 +1,7 @@
 """A search over many prompts: into slots as they come free, out as they finish."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,17 +11,11 @@ from w2s_jax.errors import InputError, RowFailed, RowsFailed, check_kind, shown
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.models import Guide, SearchModels, search_models
-from w2s_jax.search.results import ChunkTrace, Request, SearchResult
-from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
-from w2s_jax.search.session import (
-    advance,
-    done_slots,
-    insert,
-    outcomes,
-    release,
-    start_session,
-)
+from w2s_jax.search.methods import LogRatio, NoScore
+from w2s_jax.search.models import Guide, SearchModels, check_ids, search_models
+from w2s_jax.search.results import ChunkTrace, Decode, Request, SearchResult
+from w2s_jax.search.scorers import TextScorer
+from w2s_jax.search.session import start_session
 from w2s_jax.text.prompts import Conversation
 from w2s_jax.text.tokenizer import SMALLEST_BUCKET, buckets
 
@@ -39,7 +33,7 @@ def search(
     scorers: Sequence[TextScorer] = (),
     conversations: Sequence[Conversation] | None = None,
     row_ids: Sequence[int] | None = None,
-    decode: Callable[[Sequence[int]], str] | None = None,
+    decode: Decode | None = None,
     on_result: Callable[[SearchResult], None] | None = None,
     on_chunk: Callable[[ChunkTrace], None] | None = None,
     mesh: Mesh | None = None,
@@ -66,10 +60,17 @@ def search(
     check_placing(mesh, rules)
     scorers = _listed("scorers", scorers, TextScorer, "a list of scorers such as FunctionScorer")
     given = (prompts, guide_prompts, conversations, row_ids)
-    requests = _requests(config.seed, *given, scored=bool(scorers))
-    options: dict[str, Any] = {"decode": decode, "mesh": mesh, "rules": rules}
-    options |= {"on_result": on_result, "on_chunk": on_chunk}
-    return search_all(models, config, requests, scorers=scorers, **options)
+    return search_all(
+        models,
+        config,
+        _requests(config.seed, *given, scored=bool(scorers)),
+        scorers=scorers,
+        on_result=on_result,
+        on_chunk=on_chunk,
+        decode=decode,
+        mesh=mesh,
+        rules=rules,
+    )
 
 
 def search_all(
@@ -107,24 +108,22 @@ def _requests(
     if conversations is not None:
         taken = "a list of Conversation"
         conversations = _listed("conversations", conversations, Conversation, taken)
-    own_prompts = _token_rows("prompts", prompts)
-    count = len(own_prompts)
-    ids = _listed(
-        "row_ids", range(count) if row_ids is None else row_ids, int, "a list of whole numbers"
-    )
+    own = _token_rows("prompts", prompts)
+    count = len(own)
+    given = range(count) if row_ids is None else row_ids
+    ids = _listed("row_ids", given, int, "a list of whole numbers")
     others = None
     if guide_prompts is not None:
-        others = [_token_rows("guide_prompts", own) for own in guide_prompts]
+        others = [_token_rows("guide_prompts", row) for row in guide_prompts]
     if not scored:
         conversations = None
-    given = {"row ids": ids, "guide prompts": others, "conversations": conversations}
-    for name, values in given.items():
+    columns = {"row ids": ids, "guide prompts": others, "conversations": conversations}
+    for name, values in columns.items():
         if values is not None and len(values) != count:
             raise InputError(f"{len(values)} {name} for {count} prompts; give one each")
-    read = [(prompt, *own) for prompt, own in zip(own_prompts, others or [[]] * count, strict=True)]
-    talks: Sequence[Conversation | None] = conversations or [None] * count
-    rows = zip(ids, read, talks, strict=True)
-    return [Request(row_id, own, conversation, seed=seed) for row_id, own, conversation in rows]
+    read, talks = others or [[]] * count, conversations or [None] * count
+    rows = zip(ids, own, read, talks, strict=True)
+    return [Request(id, (prompt, *more), talk, seed=seed) for id, prompt, more, talk in rows]
 
 
 def slots_for(config: SearchConfig, prompts: int) -> int:
@@ -161,50 +160,25 @@ def search_requests(
     requests: Sequence[Request],
     *,
     slots: int,
-    decode: Callable[[Sequence[int]], str] | None = None,
-    scorers: Sequence[TextScorer] = (),
     on_chunk: Callable[[ChunkTrace], None] | None = None,
     alone: bool = False,
-    mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
+    **options: Any,
 ) -> Iterator[tuple[int, SearchResult | RowFailed]]:
     """Yield (index of the request, its outcome) as requests finish.
 
     Those of about one length run side by side, so that little of a prompt's room is padding; too
     few to fill the slots join the next longer ones, unless `alone`: then a request's own length
-    decides the program it runs in. Even without requests, what the settings lack is said. The rest
-    is as in `search`; InputError as of `start_session` and `insert`.
+    decides the program it runs in. Even without requests, what the settings lack is said.
+    `options` are those of `start_session`; InputError as of that and of `Session.insert`.
     """
     longest = [max(map(len, request.prompts)) for request in requests]
-    sizes = buckets(longest) if alone else buckets(longest, slots=slots)
-    for capacity, members in (sizes or {SMALLEST_BUCKET: []}).items():
-        session = start_session(
-            models,
-            config,
-            slots=slots,
-            prefix_capacity=capacity,
-            decode=decode,
-            scorers=scorers,
-            traced=on_chunk is not None,
-            mesh=mesh,
-            rules=rules,
-        )
-        slotted = Slots(insert, advance, done_slots, outcomes, release)
+    found = buckets(longest) if alone else buckets(longest, slots=slots)
+    for capacity, members in (found or {SMALLEST_BUCKET: []}).items():
+        options |= {"slots": slots, "prefix_capacity": capacity, "traced": on_chunk is not None}
+        session = start_session(models, config, **options)
         waiting = ((index, requests[index]) for index in members)
-        yield from run_slots(slotted, session, waiting, on_chunk)
+        yield from run_slots(session, waiting, on_chunk)
         del session  # before the next one's caches are made
-
-
-def of_guides(
-    prompts: Sequence[Sequence[Sequence[int]]], members: int
-) -> list[Sequence[Sequence[int]]] | None:
-    """`guide_prompts` of prompts that are one sequence for all members or one each.
-
-    None where none of them is more than one.
-    """
-    if all(len(own) == 1 for own in prompts):
-        return None
-    return [own[1:] if len(own) > 1 else [own[0]] * (members - 1) for own in prompts]
 
 
 def _token_rows(name: str, rows: Any) -> list[tuple[int, ...]]:
@@ -232,21 +206,14 @@ def _listed(name: str, items: Any, kind: Any, taken: str) -> list[Any]:
 
 def check_request(models: SearchModels, config: SearchConfig, request: Request, where: str) -> None:
     """Raise InputError, naming `where`, for a prompt that the models cannot be searched behind."""
-    members, names = models.members, models.member_names
-    prompts = request.prompts
-    if len(prompts) == 1:
-        prompts = prompts * len(members)
-    if len(prompts) != len(members):
-        raise InputError(
-            f"{where}: {len(prompts)} prompts for {len(members)} models; give one each"
-        )
+    count, members = len(request.prompts), len(models.members)
+    if count not in (1, members):
+        raise InputError(f"{where}: {count} prompts for {members} models; give one each")
     limit = config.max_new_tokens if request.limit is None else request.limit
-    for name, model, prompt in zip(names, members, prompts, strict=True):
+    for name, model, prompt, vocabulary in models.prompts_of_members(request.prompts):
         if not len(prompt):
             raise InputError(f"{where}: the prompt has no tokens; give at least one (BOS, say)")
-        vocabulary = models.vocabulary if len(request.prompts) == 1 else model.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise InputError(f"{where}: a token id lies outside the vocabulary of {vocabulary}")
+        check_ids(prompt, vocabulary, where)
         positions = model.config.max_positions
         if len(prompt) + limit > positions:
             raise InputError(
@@ -255,23 +222,7 @@ def check_request(models: SearchModels, config: SearchConfig, request: Request, 
             )
 
 
-@dataclass(frozen=True)
-class Slots:
-    """What a session of any kind can do: of those on the device and of those over texts.
-
-    A session has `slots`, how many there are, `requests`, those in used slots, and `chunks`, what
-    its last step offered and kept in each.
-    """
-
-    insert: Callable[[Any, int, Request], Any]
-    advance: Callable[[Any], Any]
-    done: Callable[[Any], Sequence[int]]
-    outcomes: Callable[[Any, Sequence[int]], tuple[dict[int, Any], dict[int, RowFailed]]]
-    release: Callable[[Any, int], Any]
-
-
 def run_slots(
-    of: Slots,
     session: Any,
     requests: Iterable[tuple[int, Request]],
     on_chunk: Callable[[ChunkTrace], None] | None = None,
@@ -280,28 +231,30 @@ def run_slots(
 
     A slot is refilled as soon as it is free, so that a long response does not keep the others
     waiting.
+
+    Args:
+        session: `session.Session`, or one over texts with the same methods.
+        requests: what is searched, with what to call it by.
+        on_chunk: hears what each chunk offered and kept.
     """
     waiting = iter(requests)
     index_of: dict[int, int] = {}
 
     def refill(session: Any, slot: int) -> Any:
-        index, request = next(waiting, (None, None))
-        if index is None or request is None:
-            return of.release(session, slot) if slot in session.requests else session
-        index_of[slot] = index
-        return of.insert(session, slot, request)
+        for index, request in waiting:
+            index_of[slot] = index
+            return session.insert(slot, request)
+        return session.release(slot) if slot in session.requests else session
 
     for slot in range(session.slots):
         session = refill(session, slot)
     while session.requests:
-        session = of.advance(session)
+        session = session.advance()
         if on_chunk is not None:
             for chunk in session.chunks.values():
                 on_chunk(chunk)
-        done = of.done(session)
-        if not done:
-            continue
-        found, failed = of.outcomes(session, done)
+        done = session.done_slots()
+        found, failed = session.outcomes(done) if done else ({}, {})
         for slot, outcome in (found | failed).items():
             yield index_of[slot], outcome
             session = refill(session, slot)

@@ -1,114 +1,41 @@
-"""Scorers: on tokens, inside the compiled step, and on texts, which the host reads between steps.
+"""Scorers of texts, which the host asks between steps: Python functions, guides, reward models.
 
-A scorer on tokens says which models read a proposed chunk, and scores each of its tokens. A scorer
-on texts is given whole responses: any Python function is one; those that read with models – guides
-of other vocabularies, reward models – are in `model_scorers.py`.
+A scorer is given whole responses as texts. Guides of other vocabularies and reward models read them
+with `incremental_text.py`, no token twice. Scorers on tokens are in `methods.py`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jaxtyping import Array, Float
 
-from w2s_jax.distributed import from_first, gather_values
+from w2s_jax.distributed import from_first, gather_values, to_host
 from w2s_jax.errors import SCORER, InputError, check_fields, shown
-from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import implicit_rewards
-from w2s_jax.text.prompts import Conversation, plain
+from w2s_jax.models.model import Model
+from w2s_jax.models.reward import Classifier, RewardModel, contrast, label_names
+from w2s_jax.search.incremental_text import (
+    Place,
+    Reading,
+    common,
+    insert_text,
+    keep_rows,
+    logprobs_alone,
+    read_logprobs,
+    read_rewards,
+    start_reading,
+)
+from w2s_jax.search.models import in_one_dtype
+from w2s_jax.text.chat import Template
+from w2s_jax.text.prompts import Conversation, decode_tokens, plain, token_texts
+from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
-Values = Float[Array, "P R n J"]
+Readings = tuple[Reading, ...]
+"""What a guide's tuned and untuned model remember."""
+
 _NOT_FINITE = "gave a score that is not a finite number"
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """Values hypotheses by J sums over the tokens of their responses. A frozen, hashable value.
-
-    What a subclass does not say is as of scores of the guides for which no model reads anything.
-    """
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether the scores are made of what the proposer said of its tokens."""
-        return False
-
-    def objectives(self, models: SearchModels) -> int:
-        """J, how many scores a token gets."""
-        return len(models.guides)
-
-    def readers(self, models: SearchModels) -> tuple[int, ...]:
-        """The members (their places in `models.members`) that read every chunk, teacher-forced."""
-        return ()
-
-    def token_scores(
-        self,
-        models: SearchModels,
-        logprobs: tuple[Array, ...],
-        values: Values | None,
-        like: Float[Array, "P R n"],
-    ) -> Values:
-        """Float32 scores of tokens from the readers' log-probs or the proposer's values."""
-
-
-@dataclass(frozen=True)
-class LogRatio(Scorer):
-    """The implicit rewards w_i·(log p_tuned_i − log p_untuned_i); arXiv 2405.19262 eq. 5."""
-
-    def readers(self, models: SearchModels) -> tuple[int, ...]:
-        return tuple(range(1, len(models.members)))
-
-    def token_scores(
-        self,
-        models: SearchModels,
-        logprobs: tuple[Array, ...],
-        values: Values | None,
-        like: Float[Array, "P R n"],
-    ) -> Values:
-        return implicit_rewards(models, logprobs)
-
-
-@dataclass(frozen=True)
-class ProposedLogRatio(Scorer):
-    """The same scores, taken from a proposer whose guides have read every token already.
-
-    With an EFT proposer under chunk-level beam search this is Integrated Value Guidance's union of
-    token-wise and chunk-wise guidance (arXiv 2409.17819).
-    """
-
-    @property
-    def needs_values(self) -> bool:
-        return True
-
-    def token_scores(
-        self,
-        models: SearchModels,
-        logprobs: tuple[Array, ...],
-        values: Values | None,
-        like: Float[Array, "P R n"],
-    ) -> Values:
-        if values is None:
-            raise TypeError("this scorer needs a proposer that values its tokens")
-        return values
-
-
-@dataclass(frozen=True)
-class NoScore(Scorer):
-    """No scores on tokens: plain sampling, or a search that only texts decide."""
-
-    def objectives(self, models: SearchModels) -> int:
-        return 0
-
-    def token_scores(
-        self,
-        models: SearchModels,
-        logprobs: tuple[Array, ...],
-        values: Values | None,
-        like: Float[Array, "P R n"],
-    ) -> Values:
-        return jnp.zeros((*like.shape, 0), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -133,7 +60,8 @@ class TextScorer(Protocol):
 
     The score of a hypothesis gains weight · score. What was scored before and kept is told by
     `keep`, so that a scorer may read only what is new. Where a score is not finite, `blame` (which
-    a scorer may lack) tells which of its models is at fault.
+    a scorer may lack) tells which of its models is at fault. What a subclass does not say is as of
+    a scorer that remembers nothing.
     """
 
     @property
@@ -142,15 +70,18 @@ class TextScorer(Protocol):
 
     def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> Any:
         """An empty memory for so many slots, hypotheses W, successors K and tokens L of a chunk."""
+        return None
 
     def insert(self, memory: Any, slot: int, conversation: Conversation) -> Any:
         """The memory once a slot holds a new prompt."""
+        return memory
 
     def score(self, memory: Any, candidates: Sequence[Candidate]) -> tuple[Any, np.ndarray]:
         """The memory with these read, and a float32 score, unweighted, of each."""
 
     def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
         """The memory of the kept hypotheses, int [P, W]: of which old one, and of which row."""
+        return memory
 
 
 def at_fault(
@@ -173,7 +104,7 @@ def at_fault(
 
 
 @dataclass(frozen=True)
-class FunctionScorer:
+class FunctionScorer(TextScorer):
     """Any function of (prompts, responses) to numbers, called once a chunk with all candidates.
 
     A prompt is its bare text, or the content of its only message, or its messages as lines. Where
@@ -189,12 +120,6 @@ class FunctionScorer:
         if not callable(self.function):
             raise InputError(f"a FunctionScorer takes a function, not {shown(self.function)}")
         check_fields(self)
-
-    def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> None:
-        return None
-
-    def insert(self, memory: Any, slot: int, conversation: Conversation) -> Any:
-        return memory
 
     def score(
         self, memory: Any, candidates: Sequence[Candidate]
@@ -217,16 +142,15 @@ class FunctionScorer:
         did = _NOT_FINITE if error is None else f"raised {error}"
         return (f"{SCORER}{self._name} {did}",)
 
-    def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
-        return memory
-
     @property
     def _name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def _scores(self, candidates: Sequence[Candidate], raised: dict[int, str]) -> np.ndarray:
+        """The scores, those of each slot alone where all together raise; errors go to `raised`."""
+        prompts = [plain(candidate.conversation) for candidate in candidates]
         try:
-            said = self._said(candidates)
+            said = self.function(prompts, [candidate.response for candidate in candidates])
         except (Exception, SystemExit) as error:  # it is the user's own code
             return self._apart(candidates, raised, error)
         return self._numbers(said, len(candidates))
@@ -234,26 +158,17 @@ class FunctionScorer:
     def _apart(
         self, candidates: Sequence[Candidate], raised: dict[int, str], error: BaseException
     ) -> np.ndarray:
-        """The scores of each slot alone; what is raised there goes to `raised`."""
         slots = sorted({candidate.slot for candidate in candidates})
         scores = np.full(len(candidates), np.nan, np.float32)
+        if len(slots) == 1:
+            raised[slots[0]] = _told(error)
+            return scores
         for slot in slots:
             own = [i for i, candidate in enumerate(candidates) if candidate.slot == slot]
-            try:
-                if len(slots) == 1:  # which has been tried
-                    raise error
-                said = self._said([candidates[i] for i in own])
-            except (Exception, SystemExit) as fault:
-                raised[slot] = _told(fault)
-                continue
-            scores[own] = self._numbers(said, len(own))
-        if len(raised) == len(slots) > 1:  # the function's own fault rather than a prompt's
+            scores[own] = self._scores([candidates[i] for i in own], raised)
+        if len(raised) == len(slots):  # the function's own fault rather than a prompt's
             raise InputError(f"the scorer {self._name} raised {_told(error)}") from error
         return scores
-
-    def _said(self, candidates: Sequence[Candidate]) -> Any:
-        prompts = [plain(candidate.conversation) for candidate in candidates]
-        return self.function(prompts, [candidate.response for candidate in candidates])
 
     def _numbers(self, said: Any, count: int) -> np.ndarray:
         try:
@@ -274,3 +189,181 @@ def _told(error: BaseException) -> str:
     """An error's kind, and the beginning of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model, the template behind which it reads conversations, and its name in messages."""
+
+    model: Model
+    template: Template
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class TextLogRatio:
+    """The implicit reward log p_tuned(y|x) − log p_untuned(y|x) of a response as text.
+
+    For guides whose vocabulary, or template, is not the policy's: the response is encoded anew
+    behind each model's own template; the token prefix in common with the prompt is not scored; EOS
+    is, where the response ended by it. arXiv 2405.19262 eq. 5 and appendix B.
+    """
+
+    tuned: TextModel
+    untuned: TextModel
+    weight: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        pair = in_one_dtype(self.tuned.model, self.untuned.model)
+        for name, model in zip(("tuned", "untuned"), pair, strict=True):
+            object.__setattr__(self, name, replace(getattr(self, name), model=model))
+
+    @property
+    def members(self) -> tuple[TextModel, TextModel]:
+        return (self.tuned, self.untuned)
+
+    def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> Readings:
+        return (start_reading(slots, hypotheses, successors, chunk_length),) * 2
+
+    def insert(self, memory: Readings, slot: int, conversation: Conversation) -> Readings:
+        return tuple(
+            insert_text(reading, slot, member.template.encode(conversation))
+            for reading, member in zip(memory, self.members, strict=True)
+        )
+
+    def score(
+        self, memory: Readings, candidates: Sequence[Candidate]
+    ) -> tuple[Readings, np.ndarray]:
+        texts = encode_candidates(self.tuned.template, candidates)
+        others = texts
+        if self.untuned.template != self.tuned.template:
+            others = encode_candidates(self.untuned.template, candidates)
+        tuned, ups = read_logprobs(self.tuned.model, memory[0], texts)
+        untuned, downs = read_logprobs(self.untuned.model, memory[1], others)
+        ratios = [ups[place] - downs[place] for place in texts]
+        return (tuned, untuned), np.asarray(ratios, np.float32)
+
+    def blame(self, memory: Readings, place: Place) -> tuple[str, ...]:
+        """The models whose logits were no distribution for a row of the last `score`."""
+        pairs = zip(self.members, memory, ("tuned model", "untuned model"), strict=True)
+        return tuple(m.name or usual for m, read, usual in pairs if place in read.unsound)
+
+    def keep(self, memory: Readings, parents: np.ndarray, rows: np.ndarray) -> Readings:
+        return tuple(keep_rows(reading, parents, rows) for reading in memory)
+
+    def token_ratios(
+        self, conversation: Conversation, response: str, *, finished: bool
+    ) -> list[tuple[str, float]]:
+        """Each token of a response as the guide reads it, and its weighted log-ratio.
+
+        Nothing where tuned and untuned model do not encode alike, so that their tokens differ.
+        """
+        template = self.tuned.template
+        if self.untuned.template != template:
+            return []
+        candidate = Candidate(0, 0, 0, conversation, response, finished)
+        (tokens,) = encode_candidates(template, [candidate]).values()
+        start = max(1, common(np.asarray(tokens), np.asarray(template.encode(conversation))))
+        ups, downs = (logprobs_alone(member.model, tokens) for member in self.members)
+        ratios = (self.weight * (ups - downs))[start - 1 :].tolist()
+        decode = partial(decode_tokens, template.tokenizer)
+        return list(zip(token_texts(decode, tokens[:start], tokens[start:]), ratios, strict=True))
+
+
+def guide_tokens(
+    scorers: Sequence[TextScorer], conversation: Conversation, response: str, *, finished: bool
+) -> list[tuple[str, float]]:
+    """Each token of a response with what the first guide on texts adds, in its own tokens."""
+    for scorer in scorers:
+        if isinstance(scorer, TextLogRatio):
+            return scorer.token_ratios(conversation, response, finished=finished)
+    return []
+
+
+@dataclass(frozen=True)
+class RewardScorer:
+    """A reward or value model's reward of prompt and response, whole or not.
+
+    A decoder reads only what is new and its head the last token's state; an encoder reads whole
+    texts (without a template, prompt and response as they stand). Of one label the logit is the
+    reward; of two, the second minus the first; of more, the one chosen by `label`. Chunk-level
+    guidance by a value function: arXiv 2409.17819 (explicit values), arXiv 2310.17022.
+    """
+
+    model: RewardModel | Classifier
+    template: Template
+    weight: float | int = 1.0
+    label: str | int | None = None
+    name: str = "reward model"
+
+    def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> Any:
+        if isinstance(self.model, Classifier):
+            return None
+        return start_reading(slots, hypotheses, successors, chunk_length)
+
+    def insert(self, memory: Any, slot: int, conversation: Conversation) -> Any:
+        if memory is None:
+            return None
+        return insert_text(memory, slot, self.template.encode(conversation))
+
+    def score(self, memory: Any, candidates: Sequence[Candidate]) -> tuple[Any, np.ndarray]:
+        if isinstance(self.model, Classifier):
+            return None, self._classify(self.model, candidates)
+        texts = encode_candidates(self.template, candidates, scores_end=False)
+        memory, logits = read_rewards(self.model, memory, texts)
+        rows = np.stack([logits[place] for place in texts])
+        return memory, rows @ self._contrast
+
+    def blame(self, memory: Any, place: Place) -> tuple[str, ...]:
+        """The model: a reward that is not finite is its fault."""
+        return (self.name,)
+
+    def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
+        return None if memory is None else keep_rows(memory, parents, rows)
+
+    @property
+    def _contrast(self) -> np.ndarray:
+        return contrast(label_names(self.model), self.label)
+
+    def _classify(self, model: Classifier, candidates: Sequence[Candidate]) -> np.ndarray:
+        limit = model.config.max_positions
+        # Without a template of its own, an encoder reads plain text.
+        is_plain = self.template.name in ("auto", "none")
+        render = plain if is_plain else self.template.render
+        texts = [render(c.conversation) + c.response for c in candidates]
+        rows = self.template.tokenizer(texts, verbose=False)["input_ids"]
+        # The response decides, so what does not fit is left out at the prompt's start.
+        rows = [row if len(row) <= limit else [row[0], *row[1 - limit :]] for row in rows]
+        width = min(limit, power_of_two(max(map(len, rows)), 32))
+        filled = [*rows, *[rows[0]] * (power_of_two(len(rows), 8) - len(rows))]
+        tokens, mask = pad_rows(filled, width, model.config.pad_id)
+        logits = to_host(_classify(model, tokens, mask))[: len(rows)]
+        return logits @ self._contrast
+
+
+def encode_candidates(
+    template: Template, candidates: Sequence[Candidate], *, scores_end: bool = True
+) -> dict[Place, list[int]]:
+    """Token ids of each candidate's prompt and response, encoded together, EOS behind what ended.
+
+    Raises InputError where an EOS is to be scored and the template's tokenizer has none.
+    """
+    if scores_end and template.eos_id is None:
+        raise InputError(
+            f"{template.where}: the tokenizer has no EOS token, which is scored where a response "
+            "ends; name one in its tokenizer_config.json"
+        )
+    end = [] if template.eos_id is None else [template.eos_id]
+    grouped: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        grouped.setdefault(candidate.slot, []).append(candidate)
+    encoded: dict[Place, list[int]] = {}
+    for some in grouped.values():
+        responses = [candidate.response for candidate in some]
+        rows = template.encode_responses(some[0].conversation, responses)
+        for candidate, tokens in zip(some, rows, strict=True):
+            encoded[candidate.slot, candidate.row] = tokens + end * candidate.finished
+    return {(c.slot, c.row): encoded[c.slot, c.row] for c in candidates}
+
+
+_classify = jax.jit(lambda model, tokens, mask: model(tokens, mask))

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,10 +78,12 @@ class GuidanceConfig:
             InputError: for wrong rules, and as `mesh_of` does.
         """
         from w2s_jax.ops.meshes import mesh_of
-        from w2s_jax.search.models import read_places
+        from w2s_jax.ops.sharding import parse_rules
+        from w2s_jax.search.models import Places
 
-        rules = read_places(None, self.policy_rules, self.guide_rules, self.scan_layers)
-        return replace(rules, mesh=mesh_of(self.mesh, choose and partial(choose, rules)))
+        rules = (parse_rules(self.policy_rules), parse_rules(self.guide_rules))
+        places = Places(None, *rules, self.scan_layers)
+        return replace(places, mesh=mesh_of(self.mesh, choose and partial(choose, places)))
 
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
@@ -89,7 +91,7 @@ class GuidanceConfig:
         Raises InputError for guides that are not pairs, a wrong file of names and quantisation.
         """
         from w2s_jax.models.quantize import read_quantize
-        from w2s_jax.search.checkpoints import Sources, guide_sources, read_folders
+        from w2s_jax.search.checkpoints import GuideSource, Sources, read_folders
 
         if self.policy is None and (self.quantise_policy or self.policy_cache != "auto"):
             flag = "--quantise-policy" if self.quantise_policy else "--policy-cache"
@@ -98,17 +100,23 @@ class GuidanceConfig:
             quantize = read_quantize(self.quantise_policy) if self.quantise_policy else None
         except InputError as error:
             raise InputError(f"--quantise-policy: {error}") from None
-        guides = guide_sources(
-            self.tuned,
-            self.untuned,
-            self.guide_weight,
-            tuned_template=self.guide_template,
-            untuned_template=self.untuned_template or self.guide_template,
+        up, down = len(self.tuned), len(self.untuned)
+        if up != down:
+            raise InputError(f"{up} --tuned and {down} --untuned models; a guide is one of each")
+        if self.guide_weight and len(self.guide_weight) != up:
+            raise InputError(
+                f"{len(self.guide_weight)} --guide-weight for {up} guides; give one each"
+            )
+        weights = self.guide_weight or (1.0,) * up
+        templates = (self.guide_template, self.untuned_template or self.guide_template)
+        guides = (
+            GuideSource(*pair, *templates)
+            for pair in zip(self.tuned, self.untuned, weights, strict=True)
         )
         args = self.given_template_args
         return Sources(
             policy=self.policy,
-            guides=guides if guided else (),
+            guides=tuple(guides) if guided else (),
             policy_template=self.policy_template,
             score_on=self.score_on,
             folders=read_folders(self.models_map) if self.models_map else {},
@@ -121,9 +129,8 @@ class GuidanceConfig:
         """What --template-args gives; InputError where it is no JSON object."""
         from w2s_jax.text.chat import read_template_args
 
-        return (
-            read_template_args(self.template_args, "--template-args") if self.template_args else {}
-        )
+        given = self.template_args
+        return read_template_args(given, "--template-args") if given else {}
 
     @property
     def weights_dtype(self) -> str | None:
@@ -225,7 +232,7 @@ class MethodConfig:
         """The search these flags describe; InputError for a value out of range."""
         from w2s_jax.ops.logits import Sampling
         from w2s_jax.search.config import preset
-        from w2s_jax.search.selectors import Maximin
+        from w2s_jax.search.methods import Maximin
 
         sizes = {
             "--w": self.beam_width,
@@ -289,6 +296,23 @@ class EndpointConfig:
     """Price of a million completion tokens."""
 
 
+# How a run is carried out, not what it computes: these may change when a journal is taken up again.
+NOT_IN_FINGERPRINT = (
+    "prompts", "output", "batch_size", "mesh", "policy_rules", "guide_rules", "scan_layers",
+    "prompt_field",  # the rows are told apart by what it makes of them
+    "config", "models_map", "format", "generator", "report", "show", "concurrency",
+    "timeout", "attempts", "prompts_per_request",
+    "price_prompt", "price_completion", "api_key_env",
+    "hosts",
+)  # fmt: skip
+# Of these, what hosts that search together must have alike all the same.
+ALIKE = (
+    "mesh", "policy_rules", "guide_rules", "scan_layers", "batch_size", "report", "show", "format",
+)  # fmt: skip
+# What a report does not show.
+HIDDEN = ("prompts", "output", "report", "show", "config", "hosts", "api_key_env")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, GuidanceConfig):
     """A file of prompts that is searched, and what with: `search.file.search_file` does it."""
@@ -312,6 +336,19 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
         """The system's name for alpaca_eval."""
         writer = self.endpoint_model or Path(str(self.policy)).name
         return self.generator or f"{writer}-w2s-{self.method}"
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what is computed: a journal is not taken up with others."""
+        return {name: own for name, own in asdict(self).items() if name not in NOT_IN_FINGERPRINT}
+
+    def alike(self) -> dict[str, Any]:
+        """The settings that hosts which search together must have alike."""
+        free = set(NOT_IN_FINGERPRINT) - set(ALIKE)
+        return {name: own for name, own in asdict(self).items() if name not in free}
+
+    def shown(self) -> dict[str, Any]:
+        """The settings that were given, for a report; none of them holds a key."""
+        return {name: own for name, own in asdict(self).items() if own and name not in HIDDEN}
 
     def sources_of_all(self) -> "Sources":
         """All checkpoints; InputError where the method lacks one or has too many."""

@@ -7,26 +7,17 @@ device are. Knows no tokenizer and no network.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
 
 from w2s_jax.errors import InputError, RowFailed
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.host_scoring import (
-    TextRow,
-    insert_all,
-    keep_all,
-    score_rows,
-    trace,
-    without,
-)
-from w2s_jax.search.proposers import PolicyProposer
-from w2s_jax.search.results import ChunkTrace, Request
-from w2s_jax.search.run import Slots, collect, run_slots, slots_for
-from w2s_jax.search.scorers import LogRatio, NoScore, TextScorer
-from w2s_jax.search.selectors import select_among
+from w2s_jax.search.methods import LogRatio, NoScore, PolicyProposer, select_among
+from w2s_jax.search.results import ChunkTrace, End, Request, Slotted, TextRow
+from w2s_jax.search.run import collect, run_slots, slots_for
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.text.prompts import Conversation, cut
 
 
@@ -113,27 +104,133 @@ class Beam:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class TextSession:
+@dataclass(frozen=True, kw_only=True)
+class TextSession(Slotted):
     """Slots of a search over texts; `session.Session` is that of one on the device.
 
     Attributes:
-        requests: the request in each used slot.
-        beams: what is under search there.
-        memories: what each scorer remembers.
-        failed: slots whose texts a scorer could not value, and the models at fault.
-        chunks: what the last `advance` offered and kept, by slot.
+        proposer: what continues the texts.
+        beams: what is under search in each used slot.
     """
 
     proposer: TextProposer
-    scorers: tuple[TextScorer, ...]
-    config: SearchConfig
-    slots: int
-    memories: tuple[Any, ...]
-    requests: Mapping[int, Request] = field(default_factory=dict)
     beams: Mapping[int, Beam] = field(default_factory=dict)
-    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
+
+    def insert(self, slot: int, request: Request) -> Self:
+        """The session with a request in a slot, whatever that held."""
+        beam = Beam((TextHypothesis(),) * self.config.beam_width)
+        return replace(self.with_request(slot, request), beams={**self.beams, slot: beam})
+
+    def release(self, slot: int) -> Self:
+        """The session with a slot emptied."""
+        beams = {other: beam for other, beam in self.beams.items() if other != slot}
+        return replace(self.without(slot), beams=beams)
+
+    def advance(self) -> Self:
+        """One chunk for all slots."""
+        config, rows = self.config, self._propose()
+        told, totals = self.score(rows)
+        shape = (self.slots, config.beam_width)
+        objectives = np.zeros((*shape, len(self.scorers)), np.float32)
+        finished = np.zeros(shape, bool)
+        for slot, beam in self.beams.items():
+            finished[slot] = [one.finished for one in beam.hypotheses]
+            for w in np.flatnonzero(finished[slot]).tolist():
+                objectives[slot, w] = beam.hypotheses[w].objectives
+        given = (config.selector, totals, objectives, finished)
+        selection = jax.device_get(_select(*given, reference_quirks=config.reference_quirks))
+        by_place = {(row.slot, row.row): row for row in rows}
+
+        def extended(slot: int, chosen: int, parent: int) -> TextHypothesis:
+            old = self.beams[slot].hypotheses[parent]
+            if old.finished:
+                return old
+            row, values = by_place[slot, chosen], selection.candidates.objectives[slot, chosen]
+            return TextHypothesis(
+                response=row.text,
+                score=float(values.sum()),
+                finished=row.finished,
+                objectives=tuple(values.tolist()),
+                by_eos=row.scores_end(config),
+                trail=row.trail,
+                token_count=old.token_count + row.length,
+            )
+
+        beams = {}
+        for slot, beam in self.beams.items():
+            places = (selection.chosen[slot].tolist(), selection.parents[slot].tolist())
+            kept = tuple(extended(slot, *place) for place in zip(*places, strict=True))
+            spent = sum(row.length for row in rows if row.slot == slot)
+            beams[slot] = Beam(kept, beam.base + config.length, beam.tokens + spent)
+        return replace(told.keep(rows, selection, finished), beams=beams)
+
+    def _propose(self) -> list[TextRow]:
+        """Every row of the hypotheses that go on."""
+        config, count = self.config, self.config.successors
+        asked: list[tuple[int, Extension]] = []
+        for slot, beam in self.beams.items():
+            request = self.requests[slot]
+            assert request.conversation is not None
+            limit = min(config.length, config.max_new_tokens - beam.base)
+            for w, one in enumerate(beam.hypotheses):
+                prompt = (request.row_id, request.conversation, one.response)
+                place = (beam.base, w * count)
+                if not one.finished:
+                    asked.append((slot, Extension(*prompt, count, limit, *place, one.trail)))
+        rows = []
+        answers = self.proposer.extend([extension for _, extension in asked])
+        for (slot, extension), answer in zip(asked, answers, strict=True):
+            if len(answer) != count:
+                raise ValueError(f"the proposer gave {len(answer)} continuations for {count}")
+            rows += [self._row(slot, extension, k, one) for k, one in enumerate(answer)]
+        return rows
+
+    def _row(self, slot: int, extension: Extension, k: int, continuation: Continuation) -> TextRow:
+        """A successor, cut at a stop string, which may have begun in an earlier chunk."""
+        written, config = extension.response + continuation.text, self.config
+        kept = cut(written, config.stop)
+        end: End = ""
+        if kept is not None or (continuation.finished and continuation.stopped):
+            end = "stop"
+        elif continuation.finished:
+            end = "eos"
+        elif extension.position + config.length >= config.max_new_tokens:
+            end = "limit"
+        text = written if kept is None else kept
+        return TextRow(
+            slot=slot,
+            row=extension.lane + k,
+            parent=extension.lane // config.successors,
+            text=text,
+            new=text[len(extension.response) :],
+            length=continuation.tokens,
+            end=end,
+            trail=continuation.trail,
+        )
+
+    def done_slots(self) -> list[int]:
+        """Slots whose search has ended, well or not."""
+        return [
+            slot
+            for slot, beam in self.beams.items()
+            if slot in self.failed
+            or beam.base >= self.config.max_new_tokens
+            or all(hypothesis.finished for hypothesis in beam.hypotheses)
+        ]
+
+    def outcomes(self, slots: Iterable[int]) -> tuple[dict[int, TextResult], dict[int, RowFailed]]:
+        """The results of those slots that have one, best first, and why others failed."""
+        found, failed = {}, {}
+        for slot in slots:
+            row_id, beam = self.requests[slot].row_id, self.beams[slot]
+            hypotheses = beam.hypotheses
+            if slot in self.failed or not all(np.isfinite(one.score) for one in hypotheses):
+                failed[slot] = RowFailed(row_id, self.failed.get(slot, ()))
+                continue
+            if not self.config.selector.reorders:
+                hypotheses = tuple(sorted(hypotheses, key=lambda hypothesis: -hypothesis.score))
+            found[slot] = TextResult(row_id, hypotheses, beam.tokens)
+        return found, failed
 
 
 def search_texts(
@@ -168,16 +265,13 @@ def search_texts(
     ids = list(range(count)) if row_ids is None else list(row_ids)
     if len(ids) != count:
         raise InputError(f"{len(ids)} row ids for {count} prompts; give one each")
-    slots = slots_for(config, count)
-    sizes = (slots, config.beam_width, config.successors, config.length)
-    memories = tuple(scorer.start(*sizes) for scorer in scorers)
-    session = TextSession(proposer, tuple(scorers), config, slots, memories)
     requests = [
         Request(row_id, (), conversation=conversation)
         for row_id, conversation in zip(ids, conversations, strict=True)
     ]
-    slotted = Slots(insert, advance, done_slots, outcomes, release)
-    found = run_slots(slotted, session, enumerate(requests), on_chunk)
+    slots, traced = slots_for(config, count), on_chunk is not None
+    session = TextSession(config=config, slots=slots, traced=traced, proposer=proposer)
+    found = run_slots(session.with_scorers(scorers), enumerate(requests), on_chunk)
     return collect(found, count, on_result)
 
 
@@ -196,152 +290,4 @@ def _check(config: SearchConfig, scorers: Sequence[TextScorer]) -> None:
         raise InputError("no scorer is given; give one, or set the config's scorer to NoScore")
 
 
-def insert(session: TextSession, slot: int, request: Request) -> TextSession:
-    """Put a request into a slot, whatever it held."""
-    assert request.conversation is not None
-    memories = insert_all(session.scorers, session.memories, slot, request.conversation)
-    beam = Beam((TextHypothesis(),) * session.config.beam_width)
-    return replace(
-        session,
-        memories=memories,
-        requests={**session.requests, slot: request},
-        beams={**session.beams, slot: beam},
-        failed=without(session.failed, slot),
-    )
-
-
-def release(session: TextSession, slot: int) -> TextSession:
-    """Empty a slot."""
-    requests, beams = without(session.requests, slot), without(session.beams, slot)
-    failed = without(session.failed, slot)
-    return replace(session, requests=requests, beams=beams, failed=failed)
-
-
-def advance(session: TextSession) -> TextSession:
-    """One chunk for all slots."""
-    config, scorers, beams = session.config, session.scorers, session.beams
-    rows = _propose(session)
-    memories, totals, failed = score_rows(
-        scorers, session.memories, rows, session.requests, config, session.slots
-    )
-    shape = (session.slots, config.beam_width)
-    objectives, finished = np.zeros((*shape, len(scorers)), np.float32), np.zeros(shape, bool)
-    for slot, beam in beams.items():
-        finished[slot] = [one.finished for one in beam.hypotheses]
-        for w in np.flatnonzero(finished[slot]).tolist():
-            objectives[slot, w] = beam.hypotheses[w].objectives
-    quirks = config.reference_quirks
-    given = (config.selector, totals, objectives, finished)
-    selection = jax.device_get(_select(*given, reference_quirks=quirks))
-    memories = keep_all(scorers, memories, selection.parents, selection.rows)
-    by_place = {(row.slot, row.row): row for row in rows}
-
-    def extended(slot: int, chosen: int, parent: int) -> TextHypothesis:
-        old = beams[slot].hypotheses[parent]
-        if old.finished:
-            return old
-        row, values = by_place[slot, chosen], selection.candidates.objectives[slot, chosen]
-        return TextHypothesis(
-            response=row.text,
-            score=float(values.sum()),
-            finished=row.finished,
-            objectives=tuple(values.tolist()),
-            by_eos=row.scores_end(config),
-            trail=row.trail,
-            token_count=old.token_count + row.length,
-        )
-
-    after = {}
-    for slot, beam in beams.items():
-        places = zip(selection.chosen[slot].tolist(), selection.parents[slot].tolist(), strict=True)
-        kept = tuple(extended(slot, chosen, parent) for chosen, parent in places)
-        spent = sum(row.length for row in rows if row.slot == slot)
-        after[slot] = Beam(kept, beam.base + config.length, beam.tokens + spent)
-    chunks = trace(rows, selection, finished, session.requests)
-    return replace(session, memories=memories, beams=after, failed=failed, chunks=chunks)
-
-
-def _propose(session: TextSession) -> list[TextRow]:
-    """Every row of the hypotheses that go on."""
-    config, count = session.config, session.config.successors
-    places, extensions = [], []
-    for slot, beam in session.beams.items():
-        request = session.requests[slot]
-        assert request.conversation is not None
-        limit = min(config.length, config.max_new_tokens - beam.base)
-        for w, hypothesis in enumerate(beam.hypotheses):
-            if hypothesis.finished:
-                continue
-            prompt = (request.row_id, request.conversation, hypothesis.response)
-            place = (beam.base, w * count)
-            places.append((slot, w))
-            extensions.append(Extension(*prompt, count, limit, *place, hypothesis.trail))
-    rows = []
-    answers = session.proposer.extend(extensions)
-    for (slot, w), extension, answer in zip(places, extensions, answers, strict=True):
-        if len(answer) != count:
-            raise ValueError(f"the proposer gave {len(answer)} continuations for {count}")
-        at = extension.lane
-        rows += [_row(slot, at + k, w, extension, one, config) for k, one in enumerate(answer)]
-    return rows
-
-
-def _row(
-    slot: int,
-    row: int,
-    parent: int,
-    extension: Extension,
-    continuation: Continuation,
-    config: SearchConfig,
-) -> TextRow:
-    """A continued response, cut at a stop string, which may have begun in an earlier chunk."""
-    written = extension.response + continuation.text
-    kept = cut(written, config.stop)
-    by_stop = kept is not None or (continuation.finished and continuation.stopped)
-    by_eos = continuation.finished and not by_stop
-    is_last = extension.position + config.length >= config.max_new_tokens
-    text = written if kept is None else kept
-    return TextRow(
-        slot=slot,
-        row=row,
-        parent=parent,
-        text=text,
-        new=text[len(extension.response) :],
-        length=continuation.tokens,
-        by_eos=by_eos,
-        by_stop=by_stop,
-        at_limit=is_last and not (by_eos or by_stop),
-        trail=continuation.trail,
-    )
-
-
 _select = jax.jit(select_among, static_argnames=("selector", "reference_quirks"))
-
-
-def done_slots(session: TextSession) -> list[int]:
-    """Slots whose search has ended, well or not."""
-    limit = session.config.max_new_tokens
-    return [
-        slot
-        for slot, beam in session.beams.items()
-        if slot in session.failed
-        or beam.base >= limit
-        or all(hypothesis.finished for hypothesis in beam.hypotheses)
-    ]
-
-
-def outcomes(
-    session: TextSession, slots: Iterable[int]
-) -> tuple[dict[int, TextResult], dict[int, RowFailed]]:
-    """The results of those slots that have one, best first, and why others failed."""
-    found, failed = {}, {}
-    for slot in slots:
-        row_id, beam = session.requests[slot].row_id, session.beams[slot]
-        hypotheses = beam.hypotheses
-        if slot in session.failed or not all(np.isfinite(one.score) for one in hypotheses):
-            failed[slot] = RowFailed(row_id, session.failed.get(slot, ()))
-            continue
-        if not session.config.selector.reorders:
-            hypotheses = tuple(sorted(hypotheses, key=lambda hypothesis: -hypothesis.score))
-        found[slot] = TextResult(row_id, hypotheses, beam.tokens)
-    return found, failed

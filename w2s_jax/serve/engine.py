@@ -257,11 +257,11 @@ class Engine:
         if not group.running:
             return not group.is_leaving
         started = time.monotonic()
-        session = group.session = sessions.advance(group.open_session)
-        done = {slot for slot in sessions.done_slots(session) if slot in group.running}
+        session = group.session = group.open_session.advance()
+        done = {slot for slot in session.done_slots() if slot in group.running}
         self.metrics.chunk_seconds.labels(group.program.method).observe(time.monotonic() - started)
         slots = done | {slot for slot, task in group.running.items() if task.job.streams}
-        found, failed = sessions.outcomes(session, sorted(slots)) if slots else ({}, {})
+        found, failed = session.outcomes(sorted(slots)) if slots else ({}, {})
         for slot, failure in failed.items():
             task = self._free(group, slot)
             self._fail(task, ApiError(500, failure.fault, code="search_failed"))
@@ -342,14 +342,14 @@ class Engine:
             # Before the call, so that the task is not lost where that fails.
             group.running[slot] = task
             try:
-                group.session = sessions.insert(group.open_session, slot, task.job.request)
+                group.session = group.open_session.insert(slot, task.job.request)
             except InputError as error:
                 self._fail(group.running.pop(slot), ApiError(400, str(error)))
                 continue
             free.pop(0)
 
     def _free(self, group: Group, slot: int) -> Task:
-        group.session = sessions.release(group.open_session, slot)
+        group.session = group.open_session.release(slot)
         return group.running.pop(slot)
 
     def _show(self, task: Task, result: SearchResult) -> None:

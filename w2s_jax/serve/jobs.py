@@ -14,9 +14,10 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import ending_ids
 from w2s_jax.search.config import SearchConfig, preset
+from w2s_jax.search.methods import NoScore
 from w2s_jax.search.models import SearchModels
 from w2s_jax.search.results import Request
-from w2s_jax.search.scorers import NoScore, TextScorer
+from w2s_jax.search.scorers import TextScorer
 from w2s_jax.serve.config import ServeConfig
 from w2s_jax.serve.schema import (
     ApiError,

@@ -20,11 +20,11 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.reward import Classifier
 from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh
-from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio
+from w2s_jax.search.scorers import RewardScorer, TextLogRatio
 from w2s_jax.serve.answers import TokenTexts
 from w2s_jax.serve.app import Service, create_app
 from w2s_jax.serve.config import ServeConfig

@@ -26,8 +26,8 @@ from w2s_jax.search.likelihood import (
     padded_shape,
     score_responses,
 )
+from w2s_jax.search.methods import Proposer
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.proposers import Proposer
 from w2s_jax.search.session import Session
 from w2s_jax.serve.answers import Choice
 from w2s_jax.serve.jobs import Job, Program

@@ -106,11 +106,10 @@ def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str,
         for title, names in PANELS.items()
     }
     used = {name for names in panels.values() for name in names}
-    others = {name: [name] for name in known if name.startswith(EVAL) and name not in used}
-    found = {title: names for title, names in (panels | others).items() if names}
-    if not found:
+    panels |= {name: [name] for name in known if name.startswith(EVAL) and name not in used}
+    if not any(panels.values()):
         raise InputError(f"nothing usual to draw; give --metrics, of {', '.join(known)}")
-    return found
+    return {title: names for title, names in panels.items() if names}
 
 
 def draw(

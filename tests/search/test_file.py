@@ -4,7 +4,7 @@ from tests.cli.test_search import tiny
 from w2s_jax.search import FunctionScorer
 from w2s_jax.search.checkpoints import GuideSource, Sources, load, plan
 from w2s_jax.search.config import cbs
-from w2s_jax.search.rows import SteeredPolicy, encode_questions, search_rows
+from w2s_jax.search.file import SteeredPolicy, encode_questions, search_rows
 from w2s_jax.text.prompts import INCOMPLETE
 from w2s_jax.text.rows import open_journal
 

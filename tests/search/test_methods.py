@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from tests.search.oracle import log_mean_exp, spread_over_simplex, worst_weights
 from w2s_jax.errors import InputError
-from w2s_jax.search.selectors import Candidates, KeepAll, Maximin, TopW
+from w2s_jax.search.methods import Candidates, KeepAll, Maximin, TopW
 
 C, J = 8, 3
 DEAD = 1e9

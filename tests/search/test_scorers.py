@@ -14,14 +14,12 @@ from tests.search.oracle import log_softmax
 from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.model import Model
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.reward import Classifier, EncoderConfig, RewardModel, init_classifier
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.config import best_of_n, cbs
-from w2s_jax.search.model_scorers import RewardScorer, TextLogRatio, TextModel
-from w2s_jax.search.scorers import Candidate
+from w2s_jax.search.scorers import Candidate, RewardScorer, TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import Conversation, cut
 from w2s_jax.text.tokenizer import load_tokenizer

@@ -1,4 +1,9 @@
-"""Selectors: which candidates become the hypotheses of the next chunk."""
+"""What a method is made of: proposers, scorers on tokens, and selectors, all inside the program.
+
+A proposer says which models read token by token, and the logits that successors are sampled from. A
+scorer says which models read a proposed chunk, and scores each of its tokens; what must see text is
+a scorer of `scorers.py`. A selector says which candidates become the hypotheses of the next chunk.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +14,213 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import InputError, check_fields
+from w2s_jax.ops.logits import token_logprobs
+from w2s_jax.search.models import SearchModels
+
+Logits = tuple[Array, ...]
+"""Float32 logits of the same rows, one array for each model that reads."""
+
+Betas = Float[Array, " P"]
+"""β of each slot."""
+
+# Of the rows that draw, the hypotheses with their successors or R: what is sampled from, what was
+# drawn, numbers of it, and the implicit rewards and faults that are told of it.
+Mixed = Float[Array, "P *rows V"]
+Drawn = Int[Array, "P *rows"]
+Marks = Float[Array, "P *rows"]
+Rewards = Float[Array, "P *rows J"]
+Faults = Bool[Array, "P *rows F"]
+
+Logprobs = tuple[Float[Array, "P R n"], ...]
+"""Float32 log-probs of the tokens of a chunk, one array for each model that reads it."""
+
+Rows = Float[Array, "P R n"]
+"""Numbers of the tokens of a chunk."""
+
+Values = Float[Array, "P R n J"]
+"""Float32 scores of them, one of each objective."""
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Extends hypotheses by tokens drawn from mixed logits. A frozen, hashable value.
+
+    What a subclass does not say is as of one that knows nothing of the implicit reward.
+    """
+
+    @property
+    def values_tokens(self) -> bool:
+        """Whether `value` yields the implicit rewards of each drawn token as a by-product."""
+        return False
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        """The members (their places in `models.members`) that read every token."""
+
+    def mix(self, models: SearchModels, logits: Logits, beta: Betas) -> Mixed:
+        """The logits to sample from, given those of the readers and each slot's β."""
+
+    def value(self, models: SearchModels, logits: Logits, tokens: Drawn) -> Rewards:
+        """The implicit rewards of drawn tokens, one of each guide, from the readers' logits."""
+        raise TypeError(f"{type(self).__name__} says nothing of the implicit reward")
+
+    def faults(self, models: SearchModels, logits: Logits, mark: Marks) -> Faults:
+        """Which of `SearchModels.sources` gave logits that are no distribution.
+
+        That is where one is NaN or +inf, or all are −inf. mark: a number that is finite where the
+        mixed logits are one: their normaliser, or the logit of what was drawn.
+        """
+
+
+@dataclass(frozen=True)
+class PolicyProposer(Proposer):
+    """Samples from the policy alone."""
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        return (0,)
+
+    def mix(self, models: SearchModels, logits: Logits, beta: Betas) -> Mixed:
+        return logits[0][..., : models.vocabulary]
+
+    def faults(self, models: SearchModels, logits: Logits, mark: Marks) -> Faults:
+        others = jnp.zeros((*mark.shape, len(models.members)), bool)
+        return jnp.concatenate([~jnp.isfinite(mark)[..., None], others], axis=-1)
+
+
+@dataclass(frozen=True)
+class EFTProposer(Proposer):
+    """Emulated fine-tuning: samples from softmax(policy + β·Σ_i w_i·(tuned_i − untuned_i)).
+
+    The differences are of log-probabilities; a constant a row does not change the softmax. As all
+    models read each token, its implicit reward costs nothing more. With top_k above 0 only the
+    policy's top_k likeliest tokens may be drawn, so that the guides never bring in a token that the
+    policy finds unlikely (PAD, arXiv 2410.04070 section 3.4). Where β is above 0, a token to which
+    a member of a guide gives probability 0 is not drawn, as its log-ratio is no number. Sources:
+    arXiv 2310.12962 eq. 3, arXiv 2405.19262 section 4. Raises InputError for a beta or a top_k out
+    of range.
+    """
+
+    beta: float | int = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.beta < math.inf:
+            raise InputError(f"beta is {self.beta}; it must be 0 or above, and finite")
+        if self.top_k < 0:
+            raise InputError(f"the proposer's top_k is {self.top_k}; it must be 0 (off) or above")
+
+    @property
+    def values_tokens(self) -> bool:
+        return True
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        return tuple(range(len(models.members)))
+
+    def mix(self, models: SearchModels, logits: Logits, beta: Betas) -> Mixed:
+        policy, *others = (jax.nn.log_softmax(x, axis=-1)[..., : models.vocabulary] for x in logits)
+        beta = beta.reshape(-1, *(1,) * (policy.ndim - 1))
+        mixed = policy
+        for guide, tuned, untuned in zip(models.guides, others[0::2], others[1::2], strict=True):
+            ratio = tuned - untuned
+            steer = jnp.where(jnp.isfinite(ratio), beta * guide.weight * ratio, -jnp.inf)
+            mixed = mixed + jnp.where(beta * guide.weight == 0, 0.0, steer)
+        if 0 < self.top_k < models.vocabulary:
+            least = jax.lax.top_k(policy, self.top_k)[0][..., -1:]
+            mixed = jnp.where(policy >= least, mixed, -jnp.inf)
+        return mixed
+
+    def value(self, models: SearchModels, logits: Logits, tokens: Drawn) -> Rewards:
+        return implicit_rewards(models, tuple(token_logprobs(x, tokens) for x in logits[1:]))
+
+    def faults(self, models: SearchModels, logits: Logits, mark: Marks) -> Faults:
+        # The softmaxes of `mix` need these maxima too: they are computed once.
+        largest = (jnp.broadcast_to(x.max(axis=-1), mark.shape) for x in logits)
+        return ~jnp.isfinite(jnp.stack([*largest, mark], axis=-1))
+
+
+def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float[Array, "*rows J"]:
+    """w_i·(log p_tuned_i − log p_untuned_i) of each guide; logprobs go tuned, untuned, tuned, ...
+
+    Raises InputError where there is no guide.
+    """
+    if not models.guides:
+        raise InputError(
+            "the implicit reward needs at least one guide (tuned and untuned), or scorers of texts"
+        )
+    pairs = zip(models.guides, logprobs[0::2], logprobs[1::2], strict=True)
+    return jnp.stack([guide.weight * (up - down) for guide, up, down in pairs], axis=-1)
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Values hypotheses by J sums over the tokens of their responses. A frozen, hashable value.
+
+    What a subclass does not say is as of scores of the guides for which no model reads anything.
+    """
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the scores are made of what the proposer said of its tokens."""
+        return False
+
+    def objectives(self, models: SearchModels) -> int:
+        """J, how many scores a token gets."""
+        return len(models.guides)
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        """The members (their places in `models.members`) that read every chunk, teacher-forced."""
+        return ()
+
+    def token_scores(
+        self, models: SearchModels, logprobs: Logprobs, values: Values | None, like: Rows
+    ) -> Values:
+        """Float32 scores of tokens from the readers' log-probs or the proposer's values."""
+
+
+@dataclass(frozen=True)
+class LogRatio(Scorer):
+    """The implicit rewards w_i·(log p_tuned_i − log p_untuned_i); arXiv 2405.19262 eq. 5."""
+
+    def readers(self, models: SearchModels) -> tuple[int, ...]:
+        return tuple(range(1, len(models.members)))
+
+    def token_scores(
+        self, models: SearchModels, logprobs: Logprobs, values: Values | None, like: Rows
+    ) -> Values:
+        return implicit_rewards(models, logprobs)
+
+
+@dataclass(frozen=True)
+class ProposedLogRatio(Scorer):
+    """The same scores, taken from a proposer whose guides have read every token already.
+
+    With an EFT proposer under chunk-level beam search this is Integrated Value Guidance's union of
+    token-wise and chunk-wise guidance (arXiv 2409.17819).
+    """
+
+    @property
+    def needs_values(self) -> bool:
+        return True
+
+    def token_scores(
+        self, models: SearchModels, logprobs: Logprobs, values: Values | None, like: Rows
+    ) -> Values:
+        assert values is not None  # by `SearchConfig`, whose proposer gives them
+        return values
+
+
+@dataclass(frozen=True)
+class NoScore(Scorer):
+    """No scores on tokens: plain sampling, or a search that only texts decide."""
+
+    def objectives(self, models: SearchModels) -> int:
+        return 0
+
+    def token_scores(
+        self, models: SearchModels, logprobs: Logprobs, values: Values | None, like: Rows
+    ) -> Values:
+        return jnp.zeros((*like.shape, 0), jnp.float32)
 
 
 @jax.tree_util.register_dataclass
