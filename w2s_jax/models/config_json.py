@@ -7,7 +7,7 @@ Opens no file: `load.py` does. A field that is wrong is named with what it lies 
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -367,7 +367,7 @@ def refused(name: str, value: Any, taken: str) -> InputError:
     return InputError(f"config field {name} is {told}; it must be {taken}")
 
 
-_READERS = {
+_READERS: dict[Any, Callable[..., Any]] = {
     int: size,
     bool: switch,
     float: partial(number, least=0),
@@ -418,8 +418,8 @@ def _read_rope(hf: Json) -> tuple[Rope, int]:
         raise InputError(f"rope kind {kind!r} is not supported; supported: {', '.join(_KINDS)}")
     # The bounds of YaRN's rotations are logarithms to this base.
     theta = number({"rope_theta": 1e4, **hf, **scaling}, "rope_theta", above=int(kind == "yarn"))
-    held = (hf, "") if hf.get(_ORIGINAL) is not None else (scaling, f"{name}.")
-    given = None if held[0].get(_ORIGINAL) is None else size(held[0], _ORIGINAL, where=held[1])
+    place, where = (scaling, f"{name}.") if hf.get(_ORIGINAL) is None else (hf, "")
+    given = None if place.get(_ORIGINAL) is None else size(place, _ORIGINAL, where=where)
     if kind == "dynamic":
         # Its angles change with the length only beyond the original positions.
         return Rope(theta=theta), min(max_positions, given or max_positions)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from w2s_jax.errors import InputError, check_fetched, check_kind
 from w2s_jax.models.parameters import Index
 from w2s_jax.models.quantize import QuantizeConfig, scale_axes
-from w2s_jax.ops.quantized import QTensor, quantize_array, scales_shape
+from w2s_jax.ops.layers import QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes, Rules, resolve
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

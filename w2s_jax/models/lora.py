@@ -29,7 +29,7 @@ from w2s_jax.models.parameters import (
     module_of,
     unstack_layers,
 )
-from w2s_jax.ops.quantized import QTensor
+from w2s_jax.ops.layers import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")

@@ -1,6 +1,6 @@
 """Which parameters of a decoder are quantised, and how; weight-only, activations stay as they are.
 
-The arithmetic is in `ops/quantized.py`, quantising while loading in `models/huggingface.py`.
+The arithmetic is in `ops/layers.py`, quantising while loading in `models/huggingface.py`.
 """
 
 import re
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.parameters import PROJECTIONS, kernel_axes
-from w2s_jax.ops.quantized import DEPTHS, QTensor, quantize_array, scales_shape
+from w2s_jax.ops.layers import DEPTHS, QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes
 
 _WEIGHTS = (*PROJECTIONS, "head", "embedding")

@@ -377,12 +377,14 @@ class Placement:
     mesh: Mesh | None = None
     rules: Rules = DEFAULT_RULES
 
+    def mesh_axes(self, axis: str, size: int) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis of this size."""
+        return () if self.mesh is None else self.rules.targets(axis, size, self.mesh.shape)
+
     def parts(self, axis: str, size: int) -> int:
         """Into how many parts a logical axis of this size is split."""
-        if self.mesh is None:
-            return 1
-        split = self.rules.targets(axis, size, self.mesh.shape)
-        return math.prod(self.mesh.shape[target] for target in split)
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return math.prod(sizes[target] for target in self.mesh_axes(axis, size))
 
     def constrain(self, tree: Any, axes: Any) -> Any:
         """Inside jit, every array of a tree held to the sharding of its logical axes.
@@ -420,7 +422,7 @@ class Placement:
         """
         if self.mesh is None or rows.shape[0] % self.parts("batch", rows.shape[0]):
             return rows
-        split = self.rules.targets(axis, rows.shape[-1], self.mesh.shape)
+        split = self.mesh_axes(axis, rows.shape[-1])
         left = tuple(one for one in self.rules.mesh_axes("batch") if one not in split)
         spec = PartitionSpec(left, *(None,) * (rows.ndim - 2), split)
         rows = jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, spec))
