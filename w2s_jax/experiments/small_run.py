@@ -251,7 +251,8 @@ class SmallRun:
 def over_runs(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Each model's accuracy and gap recovered over runs that differ by their seed, and their sets.
 
-    Raises InputError where the runs tested other models.
+    Raises:
+        InputError: where the runs tested other models.
     """
     models = [report["models"] for report in reports]
     names = [name for name in HEADINGS if name in models[0]]

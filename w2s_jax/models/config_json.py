@@ -171,8 +171,9 @@ def config_from_hf(
 
     The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
 
-    Raises InputError for an architecture, rope kind or activation that is not supported, for a
-    malformed field, and for a field that would change the logits and is not honoured here.
+    Raises:
+        InputError: for an architecture, rope kind or activation that is not supported, for a
+            malformed field, and for a field that would change the logits and is not honoured here.
     """
     check_kind("config_from_hf", hf, Mapping, "the contents of a config.json")
     architecture = hf.get("model_type")
@@ -199,7 +200,8 @@ def config_from_hf(
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The contents of a config.json that `config_from_hf` and transformers (4.41 and later) read.
 
-    Raises InputError naming the fields that the architecture's config.json cannot express.
+    Raises:
+        InputError: naming the fields that the architecture's config.json cannot express.
     """
     architecture, eos_ids = config.architecture, list(config.eos_ids)
     if architecture not in ARCHITECTURES:

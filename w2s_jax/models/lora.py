@@ -90,7 +90,8 @@ class LoraConfig:
 def targeted(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     """The projections of this decoder that are adapted; "gate" falls away where there is none.
 
-    Raises InputError where none is left.
+    Raises:
+        InputError: where none is left.
     """
     held = [name for name in PROJECTIONS if config.gated_mlp or name != "gate"]
     found = tuple(name for name in held if name in _projections(lora.targets))
@@ -127,7 +128,8 @@ def init_adapter(
     lora_a [*inputs, rank] and lora_b [rank, *outputs], each with a leading N with `scan_layers`;
     both layouts hold the same numbers.
 
-    Raises InputError where the model has none of the targets.
+    Raises:
+        InputError: where the model has none of the targets.
     """
     flat: dict[str, Array] = {}
     shapes = _factor_shapes(config, lora)
@@ -161,7 +163,8 @@ def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConf
     Beside each adapted kernel: lora_a, lora_b, lora_scale and lora_dropout (scalars; [N] where
     layers are stacked), which `decoder.Linear` reads.
 
-    Raises InputError where the adapter does not fit the base.
+    Raises:
+        InputError: where the adapter does not fit the base.
     """
     flat, stacked = flatten_dict(params), STACKED in params
     for place, change in _changes(flat, adapter).items():
@@ -178,7 +181,8 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
 
     Computed in float32, then cast to the kernel's dtype.
 
-    Raises InputError where the adapter does not fit the base, or that is quantised.
+    Raises:
+        InputError: where the adapter does not fit the base, or that is quantised.
     """
     flat = flatten_dict(params)
     for place, change in _changes(flat, adapter).items():
@@ -263,7 +267,8 @@ def stack_adapter(adapter: Mapping[str, Any], layers: int) -> dict[str, Any]:
     Where layers differ in rank, or some have no adapter, zeros fill up: they change nothing and
     receive no gradient. Stacked adapters are returned as they are.
 
-    Raises InputError where whole parameters are replaced in some layers only.
+    Raises:
+        InputError: where whole parameters are replaced in some layers only.
     """
     if STACKED in adapter:
         return dict(adapter)
@@ -325,7 +330,8 @@ def abstract_adapter(
 ) -> dict[str, Any]:
     """The shapes, dtypes and, on a mesh, shardings of a fresh adapter; nothing is allocated.
 
-    Raises InputError as `init_adapter` and `shard_adapter` do.
+    Raises:
+        InputError: as `init_adapter` and `shard_adapter` do.
     """
     flat: dict[str, jax.ShapeDtypeStruct] = {}
     lead = (config.layers,) if scan_layers else ()
@@ -346,7 +352,8 @@ def shard_adapter(
 ) -> dict[str, Any]:
     """The same adapter split over a mesh as its base is.
 
-    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    Raises:
+        InputError: naming the parameter, where the mesh does not divide a dimension.
     """
     shardings = resolve_tree(adapter_axes(config, adapter), dict(adapter), rules, mesh)
     return jax.device_put(dict(adapter), shardings)

@@ -57,7 +57,8 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 def base_of(path_or_hub_id: str | Path) -> str:
     """The base that an adapter names: a hub id, or a folder, also relative to the adapter's own.
 
-    Raises InputError where it names none, and where the base is an adapter itself.
+    Raises:
+        InputError: where it names none, and where the base is an adapter itself.
     """
     directory = locate(path_or_hub_id)
     name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -78,7 +79,8 @@ def base_of(path_or_hub_id: str | Path) -> str:
 def base_folder(path_or_hub_id: str | Path) -> Path:
     """Where the base that an adapter names lies.
 
-    Raises InputError as `base_of` does, and, naming the adapter, where the base is not there.
+    Raises:
+        InputError: as `base_of` does, and, naming the adapter, where the base is not there.
     """
     directory = locate(path_or_hub_id)
     name = base_of(directory)
@@ -95,7 +97,8 @@ def adapted_config(
     alone, or both where they differ, unties them. A reward model, of another `head`, has but the
     embedding.
 
-    Raises InputError for missing or damaged files.
+    Raises:
+        InputError: for missing or damaged files.
     """
     directory = locate(path_or_hub_id)
     with about(directory):
@@ -140,8 +143,9 @@ def load_adapter(
     the files fuse (GPT-2's c_attn) give their projections one `lora_a`. Where `rank_pattern` or
     `alpha_pattern` scale a module unlike the others, lora_b holds the difference.
 
-    Raises InputError for missing or damaged files, for what is not supported, named, for an adapter
-    that was made for another base, and for any tensor unmapped, missing or duplicate.
+    Raises:
+        InputError: for missing or damaged files, for what is not supported, named, for an adapter
+            that was made for another base, and for any tensor unmapped, missing or duplicate.
     """
     directory = locate(path_or_hub_id)
     hf = read_json(directory / ADAPTER_CONFIG)
@@ -179,8 +183,9 @@ def load_factors(
 ) -> tuple[LoraConfig, dict[str, Any]]:
     """An adapter in float32 that is to be trained further beside its base, of this config.
 
-    Raises InputError as `load_adapter` does, for what is no adapter, and for one that holds whole
-    parameters, which are not trained beside a base.
+    Raises:
+        InputError: as `load_adapter` does, for what is no adapter, and for one that holds whole
+            parameters, which are not trained beside a base.
     """
     directory = locate(path_or_hub_id)
     if not is_adapter(directory):
@@ -370,8 +375,9 @@ def save_adapter(
     Where files fuse projections (GPT-2's c_attn) that have factors of their own here, these are
     written as blocks of one adapter of three times the rank. `tokenizer` is written beside it.
 
-    Raises InputError for an adapter that holds whole parameters, and when the directory is not
-    writable.
+    Raises:
+        InputError: for an adapter that holds whole parameters, and when the directory is not
+            writable.
     """
     flat = flatten_dict(unstack_layers(dict(adapter)), sep="/")
     whole = [path for path in flat if not path.endswith(FACTORS)]

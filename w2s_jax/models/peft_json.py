@@ -37,7 +37,8 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 def read_lora(hf: Json) -> LoraConfig:
     """Rank, alpha, dropout and kind of scale; the targets are left at their default.
 
-    Raises InputError for what is not supported, named, and for a malformed field.
+    Raises:
+        InputError: for what is not supported, named, and for a malformed field.
     """
     if hf.get("peft_type") != "LORA":
         raise InputError(f"peft_type {hf.get('peft_type')!r} is not supported; LORA is")
@@ -84,7 +85,9 @@ def module_lora(hf: Json, lora: LoraConfig, module: str) -> LoraConfig:
     """The adapter of one module, whose rank or alpha may differ from the others'.
 
     A pattern's key is a module's name, or the end of one, as in peft.utils.get_pattern_key.
-    Raises InputError for a key that is no pattern.
+
+    Raises:
+        InputError: for a key that is no pattern.
     """
     found: list[float | None] = []
     for field in _PATTERNS:
@@ -98,7 +101,8 @@ def module_lora(hf: Json, lora: LoraConfig, module: str) -> LoraConfig:
 def is_target(hf: Json, module: str) -> bool:
     """Whether PEFT would adapt a module (peft.tuners.tuners_utils.check_target_module_exists).
 
-    Raises InputError for a malformed pattern.
+    Raises:
+        InputError: for a malformed pattern.
     """
     saved = hf.get("modules_to_save") or []
     if _named(hf.get("exclude_modules"), module) or any(

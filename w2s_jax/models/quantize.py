@@ -101,7 +101,8 @@ def _groups_that_divide(size: int) -> str:
 def read_quantize(spec: str) -> QuantizeConfig:
     """A config from "int8", "int8:128", "int4" (in groups of 128), "int4:64+head+embedding".
 
-    Raises InputError for anything else.
+    Raises:
+        InputError: for anything else.
     """
     match = re.fullmatch(r"int(4|8)(?::(\d+))?((?:\+\w+)*)", spec)
     if match is None:
@@ -122,8 +123,11 @@ def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any
     """The parameters, in either layout, with QTensors in place of the weights that `config` names.
 
     Under `jax.eval_shape` their shapes. Arrays on a mesh stay as they are split, and their scales
-    are those of the whole. Raises InputError for parameters that are quantised already, a group
-    that does not divide a weight, and a mesh that does not divide the groups.
+    are those of the whole.
+
+    Raises:
+        InputError: for parameters that are quantised already, a group that does not divide a
+            weight, and a mesh that does not divide the groups.
     """
     flat = flatten_dict(dict(params), sep="/")
     for path, leaf in flat.items():

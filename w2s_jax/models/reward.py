@@ -232,7 +232,8 @@ def stored_in_encoder(path: str) -> Stored:
 def encoder_from_hf(hf: Json) -> EncoderConfig:
     """Read the contents of a config.json, with transformers' defaults for what it omits.
 
-    Raises InputError for another architecture, an activation other than GELU, a malformed field.
+    Raises:
+        InputError: for another architecture, an activation other than GELU, a malformed field.
     """
     if hf.get("model_type") != ENCODER:
         raise InputError(f"model_type {hf.get('model_type')!r} is not {ENCODER!r}")
@@ -282,8 +283,10 @@ def contrast(names: Sequence[str], label: str | int | None = None) -> Float32[np
     """Weights of the labels' logits in the reward.
 
     With a `label`, by name or number, that logit alone; without, the only one, or of two the
-    positive (1) minus the negative (0). Raises InputError for an unknown label, and for more than
-    two labels and no choice.
+    positive (1) minus the negative (0).
+
+    Raises:
+        InputError: for an unknown label, and for more than two labels and no choice.
     """
     weights = np.zeros(len(names), np.float32)
     if label is None and len(names) == 2:

@@ -261,10 +261,12 @@ def make_checker(name: str, kind: str) -> Checker:
 
     `math` judges by value and reads LaTeX by math-verify's parser; `published` has the rules of the
     code of arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's filters.
-    Raises InputError for an unknown name or kind, a harness checker of other answers than GSM8K's,
-    and for `math` where math-verify or its ANTLR runtime is missing or of another version: without
-    the one runtime that its parsers were made for, math-verify reads no LaTeX and would silently
-    compare nothing.
+
+    Raises:
+        InputError: for an unknown name or kind, a harness checker of other answers than GSM8K's,
+            and for `math` where math-verify or its ANTLR runtime is missing or of another version:
+            without the one runtime that its parsers were made for, math-verify reads no LaTeX and
+            would silently compare nothing.
     """
     _check_kind(kind)
     if name not in CHECKERS:
@@ -337,7 +339,9 @@ def grade(
     one's own, called with the kind. complete: whether every row must have a gold answer. limits:
     those of `Workers`. An answer that hangs, crashes or takes too much memory has the result False
     (or the empty pred, if it was being extracted) and says why in "error".
-    Raises InputError for a row without a response or a gold answer, and as `make_checker` does.
+
+    Raises:
+        InputError: for a row without a response or a gold answer, and as `make_checker` does.
     """
     known = {} if golds is None else golds
     for index, row in enumerate(rows):
@@ -367,11 +371,13 @@ def grade(
 def judged(
     rows: Sequence[Mapping[str, Any]], golds: Mapping[Any, str], voter: str, judge: str, kind: str
 ) -> list[Row]:
-    """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
-    also with "gold" and "result" by the checker `judge`.
+    """The rows with "pred" by the checker `voter`, in their order.
 
-    Raises InputError as `grade` does.
-    """  # noqa: D205
+    Those whose id has a gold answer also have "gold" and "result" by the checker `judge`.
+
+    Raises:
+        InputError: as `grade` does.
+    """
     if voter == judge:
         return grade(rows, golds, voter, kind, complete=False)
     graded = grade(rows, None, voter, kind)
@@ -387,7 +393,10 @@ def canonical_answers(
 ) -> list[str]:
     """Each final answer in the checker's one form per value; as it is where that cannot be found.
 
-    limits: those of `Workers`. Raises InputError as `make_checker` does.
+    limits: those of `Workers`.
+
+    Raises:
+        InputError: as `make_checker` does.
     """
     with _checking(checker_name, kind, **limits) as pool:
         forms = _run(pool, [("canonical", pred) for pred in preds])
@@ -400,7 +409,9 @@ def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> li
 
     rows: each with "id" and "pred". Of one question, numbers of which any two are equal are one
     vote, that of the first in the order of characters: "5 cm" and "5", where nobody says "5 m".
-    Raises InputError as `make_checker` does.
+
+    Raises:
+        InputError: as `make_checker` does.
     """
     preds = sorted({row["pred"] for row in rows if row["pred"]})
     forms = dict(zip(preds, canonical_answers(preds, checker_name, kind), strict=True))

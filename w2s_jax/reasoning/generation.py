@@ -78,8 +78,9 @@ class Answering:
 def answer(task: Answering) -> list[Row]:
     """The responses, as `generate` gives them; goes on from what a killed call has written.
 
-    Raises InputError for files and checkpoints that cannot be read, models without one vocabulary,
-    and as `fit_prompts` and `generate` do.
+    Raises:
+        InputError: for files and checkpoints that cannot be read, models without one vocabulary,
+            and as `fit_prompts` and `generate` do.
     """
     planned = _planned(task)
     rows = _prompts(task, planned)
@@ -111,8 +112,10 @@ def answer(task: Answering) -> list[Row]:
 def check_prompts(task: Answering, count: int | None = None) -> None:
     """Whether a task's models can be asked its questions; reads tokenizers and configs alone.
 
-    count: of the demonstrations, how many of the first; None takes all. Raises InputError as
-    `answer` does for files, vocabularies and prompts.
+    count: of the demonstrations, how many of the first; None takes all.
+
+    Raises:
+        InputError: as `answer` does for files, vocabularies and prompts.
     """
     _prompts(task, _planned(task), count)
 

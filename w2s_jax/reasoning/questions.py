@@ -94,8 +94,9 @@ def read_questions(
     answer is "answer", a text or a number, or "solution"; of both, as in MATH, the solution with
     "The answer is: ANSWER" behind it, as published. Null is no answer.
 
-    Raises InputError for a file that cannot be read, a row without question (or, where
-    `answers_needed`, without answer), an id that is no integer or text, and one met twice.
+    Raises:
+        InputError: for a file that cannot be read, a row without question (or, where
+            `answers_needed`, without answer), an id that is no integer or text, and one met twice.
     """
     rows, where = read_rows(path)
     found: dict[Id, int] = {}
@@ -134,8 +135,9 @@ def read_responses(
     id is its number in the file. needs: fields that must be there, as text. complete: every
     question must have its row.
 
-    Raises InputError for an id that no question has, one met twice or one missing, and for a row
-    whose own `prompt` or `content` does not hold the question of its id.
+    Raises:
+        InputError: for an id that no question has, one met twice or one missing, and for a row
+            whose own `prompt` or `content` does not hold the question of its id.
     """
     rows, where = read_rows(path)
     texts = {row["id"]: row["question"] for row in questions}
@@ -171,8 +173,10 @@ def read_responses(
 def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     """The demonstrations of a file of {"question", "answer"} rows, in order.
 
-    Their fields are those of `read_questions`. Raises InputError for a file that cannot be read and
-    a row that lacks one of the two.
+    Their fields are those of `read_questions`.
+
+    Raises:
+        InputError: for a file that cannot be read and a row that lacks one of the two.
     """
     rows, where = read_rows(path)
     return tuple(
@@ -191,9 +195,12 @@ def draw_demonstrations(
 ) -> tuple[Demonstration, ...]:
     """Demonstrations drawn from a model's own graded responses, those known to be wrong excluded.
 
-    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true.
-    The draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
-    under another id either. Raises InputError, naming `source`, where too few may be drawn.
+    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true. The
+    draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
+    under another id either.
+
+    Raises:
+        InputError: naming `source`, where too few may be drawn.
     """
     fit = {
         row["question"].strip(): (row, answer)

@@ -142,8 +142,11 @@ def agreeing(
 ) -> tuple[Id, ...]:
     """Ids of the questions on which both `pred` are equal, in order.
 
-    empty: whether two empty preds agree. Raises InputError, naming the source and the id, for a
-    question without a response or without a pred.
+    empty: whether two empty preds agree.
+
+    Raises:
+        InputError: naming the source and the id, for a question without a response or without a
+            pred.
     """
     ids = [row["id"] for row in questions]
     preds = [(_pred(weak, one, sources[0]), _pred(icl, one, sources[1])) for one in ids]
@@ -303,8 +306,9 @@ def group_samples(
 ) -> dict[Id, list[Sample]]:
     """The first `count` samples of every question by their numbers, in that order.
 
-    Raises InputError, naming `source` and the id, for an id that is not among `ids`, a row without
-    number, two rows of one number that differ, and fewer samples than `count`.
+    Raises:
+        InputError: naming `source` and the id, for an id that is not among `ids`, a row without
+            number, two rows of one number that differ, and fewer samples than `count`.
     """
     found: dict[Id, dict[int, Sample]] = {row_id: {} for row_id in ids}
     for row in samples:

@@ -346,7 +346,8 @@ def encode_candidates(
 ) -> dict[Place, list[int]]:
     """Token ids of each candidate's prompt and response, encoded together, EOS behind what ended.
 
-    Raises InputError where an EOS is to be scored and the template's tokenizer has none.
+    Raises:
+        InputError: where an EOS is to be scored and the template's tokenizer has none.
     """
     if scores_end and template.eos_id is None:
         raise InputError(

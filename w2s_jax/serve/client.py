@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import EndpointError, InputError
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import Continuation, Extension
@@ -41,10 +41,6 @@ _SAME = (
     "api_key_env", "prompts_per_request", "share_draws", "price_prompt", "price_completion",
     "concurrency", "timeout",
 )  # fmt: skip
-
-
-class EndpointError(InputError):
-    """An endpoint that refuses, stops answering or answers nonsense; told in one line."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +197,11 @@ class CompletionsPolicy:
         """Continuations of every extension, in order; requests go out side by side.
 
         At most `endpoint.concurrency` at a time; 429, 5xx, time-outs, lost connections and
-        malformed answers are tried again. Raises EndpointError at once where the endpoint refuses a
-        request otherwise, and after the last attempt.
+        malformed answers are tried again.
+
+        Raises:
+            EndpointError: at once where the endpoint refuses a request otherwise, and after the
+                last attempt.
         """
         prompts: list[Prompt] = []
         for extension in extensions:
@@ -327,8 +326,8 @@ def open_policy(
 ) -> CompletionsPolicy:
     """A policy behind an endpoint that samples as the config says (top_k only with share_draws).
 
-    render writes a conversation as the text that the response follows. Raises InputError for a key
-    that no header can carry, without showing it.
+    Raises:
+        InputError: for a key that no header can carry, without showing it.
     """
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -486,7 +485,8 @@ def connect(
 ) -> tuple[CompletionsPolicy, Callable[[], str]]:
     """The policy behind `settings.endpoint`, and what says how much it was asked.
 
-    config and render are those of `open_policy`. Raises InputError as it and `Endpoint` do.
+    Raises:
+        InputError: as `Endpoint` and `open_policy` do.
     """
     endpoint = Endpoint(
         str(settings.endpoint),

@@ -77,7 +77,8 @@ def load(
 ) -> tuple[Served, Mesh | None, list[str]]:
     """Everything that answers, its mesh, and a line for each guide on where it scores.
 
-    Raises InputError for wrong checkpoints, templates and meshes.
+    Raises:
+        InputError: for wrong checkpoints, templates and meshes.
     """
     sources = replace(config.sources(), rewards=config.rewards())
     needs = f"--method {config.method}" if config.method in ("eft", "ivg") else ""

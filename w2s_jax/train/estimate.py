@@ -159,7 +159,9 @@ def abstract_on_mesh(
     """A model's shapes and dtypes, with the shardings that `shard_model` would give them.
 
     quantize_as: of a model whose weights are held so.
-    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+
+    Raises:
+        InputError: naming the parameter, where the mesh does not divide a dimension.
     """
     model, axes = abstract_model(
         config, dtype=dtype, scan_layers=scan_layers, quantize_as=quantize_as

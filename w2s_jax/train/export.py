@@ -111,8 +111,10 @@ def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model 
     """A step that a run keeps, the newest by default: its number, the model, and what it came from.
 
     The model is in float32, adapters merged; what it came from is None where that was random.
-    Raises InputError where the step is not there or not sound, and where the adapters' base has
-    changed since.
+
+    Raises:
+        InputError: where the step is not there or not sound, and where the adapters' base has
+            changed since.
     """
     record = read_record(directory)
     step, params = read_params(directory / CHECKPOINTS, step)
