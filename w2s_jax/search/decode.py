@@ -116,7 +116,8 @@ def read_step(
 ) -> tuple[Float[Array, "P R V"], LayersKV]:
     """Read one token of every row, the `start`-th of the chunk, behind its hypothesis.
 
-    Returns float32 logits of what follows and the chunk buffer with the token's keys and values.
+    Returns:
+        Float32 logits of what follows, and the chunk buffer with the token's keys and values.
     """
     slots, rows = tokens.shape
     hypotheses = cache.committed_length.shape[1]
@@ -136,8 +137,11 @@ def read_chunk(
     """Score n tokens of every row in one teacher-forced call.
 
     Reads each hypothesis's last token once and its successors' first n − 1 tokens; the n-th needs
-    no reading. Returns float32 log-probabilities, the cache with the last tokens committed, and
-    the keys and values of what was read of the chunk ([P, R, n − 1, G, C] a layer).
+    no reading.
+
+    Returns:
+        Float32 log-probabilities, the cache with the last tokens committed, and the keys and values
+        of what was read of the chunk, [P, R, n − 1, G, C] a layer.
     """
     slots, rows, count = tokens.shape
     hypotheses = last.shape[1]
@@ -186,8 +190,9 @@ def read_longer(
 ) -> tuple[Float[Array, "P R n"], LayersKV]:
     """Score what `longer` rows have behind their first f tokens, each as a slot of its own.
 
-    Returns the log-probabilities and the chunk's keys and values, [P, R, n − 1, G, C] a layer, with
-    zeros where nothing was read.
+    Returns:
+        The log-probabilities and the chunk's keys and values, [P, R, n − 1, G, C] a layer, with
+        zeros where nothing was read.
     """
     slots, places = longer
     rows, first = logprobs.shape[1:]
@@ -247,10 +252,16 @@ def read_ends(
 class Draws:
     """What decides a prompt's draws and its length beside the program itself.
 
-    Scalars, or [P] for all slots. key: its typed PRNG key. position, lane int32: added to the
-    position in the response and to the lane (w·K + k) of each draw. limit int32: new tokens at
-    most. temperature float32 (0 is greedy), top_p float32 (heeded where the config cuts a nucleus),
-    beta float32 (of an EFT proposer).
+    Scalars, or [P] for all slots.
+
+    Attributes:
+        key: the prompt's typed PRNG key.
+        position: int32, added to the position in the response of each draw.
+        lane: int32, added to the lane w·K + k of each draw.
+        limit: int32, new tokens at most.
+        temperature: float32; 0 is greedy.
+        top_p: float32, heeded where the config cuts a nucleus.
+        beta: float32, of an EFT proposer.
     """
 
     key: Array

@@ -67,8 +67,13 @@ class Proposer(Protocol):
     def faults(self, models: SearchModels, logits: Logits, mark: Marks) -> Faults:
         """Which of `SearchModels.sources` gave logits that are no distribution.
 
-        That is where one is NaN or +inf, or all are −inf. mark: a number that is finite where the
-        mixed logits are one: their normaliser, or the logit of what was drawn.
+        That is where one is NaN or +inf, or all are −inf.
+
+        Args:
+            models: the policy and the guides.
+            logits: of each source.
+            mark: a number that is finite where the mixed logits are a distribution: their
+                normaliser, or the logit of what was drawn.
         """
 
 
@@ -229,9 +234,11 @@ class NoScore(Scorer):
 class Candidates:
     """What may be kept: the rows of a chunk, then the finished hypotheses.
 
-    objectives float32 [P, R + W, J]; alive bool [P, R + W]: entry r < R is row r, entry R + w is
-    hypothesis w as it was, a candidate once it has finished. Where not alive, objectives are
-    arbitrary.
+    Entry r < R is row r, entry R + w is hypothesis w as it was, a candidate once it has finished.
+
+    Attributes:
+        objectives: float32 [P, R + W, J], arbitrary where not alive.
+        alive: bool [P, R + W], which are candidates.
     """
 
     objectives: Array
@@ -272,8 +279,11 @@ class Selector(Protocol):
 class Selection:
     """What was chosen of the candidates: int32 [P, W] each.
 
-    chosen: indices into the candidates; parents: the old hypothesis of each new one; rows: the row
-    that a new hypothesis takes its chunk from (any row of its parent where the parent had ended).
+    Attributes:
+        chosen: indices into the candidates.
+        parents: the old hypothesis of each new one.
+        rows: the row that a new hypothesis takes its chunk from; any row of its parent where the
+            parent had ended.
     """
 
     candidates: Candidates

@@ -32,11 +32,16 @@ End = Literal["", "eos", "stop", "limit"]
 class Request:
     """A prompt for a slot.
 
-    prompts: its token ids, one sequence for all members of the models or one each (policy, tuned 0,
-    untuned 0, ...). conversation: the same for scorers of texts. stop: strings that end a response.
-    seed and row_id decide the draws, together with what is added to the position in the response
-    and to the lane of each. limit, temperature, top_p and beta take the places of the config's
-    numbers (a limit is at most max_new_tokens).
+    seed and row_id decide the draws. limit, temperature, top_p and beta take the places of the
+    config's numbers (a limit is at most max_new_tokens).
+
+    Attributes:
+        prompts: its token ids, one sequence for all members of the models or one each (policy,
+            tuned 0, untuned 0, ...).
+        conversation: the same for scorers of texts.
+        stop: strings that end a response.
+        position: what is added to the position in the response of each draw.
+        lane: what is added to the lane of each draw.
     """
 
     row_id: int
@@ -56,9 +61,11 @@ class Request:
 class Hypothesis:
     """A response: its token ids, an EOS included, and its score, the sum of its objectives.
 
-    finished: EOS or a stop string ended it; otherwise max_new_tokens did. token_scores: what each
-    token added, where the scorer is one on tokens. behind: where a stop string ended it, what was
-    written after it: the last token that counts may hold the beginning of that string.
+    Attributes:
+        finished: EOS or a stop string ended it; otherwise max_new_tokens did.
+        token_scores: what each token added, where the scorer is one on tokens.
+        behind: where a stop string ended it, what was written after it: the last token that counts
+            may hold the beginning of that string.
     """
 
     tokens: tuple[int, ...]
@@ -139,9 +146,11 @@ def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:
 class TextRow:
     """A live row of a proposal as text: all its response so far, up to its end.
 
-    new: what this chunk adds to its hypothesis. length: its tokens; of a policy that gives only
-    text, those of this chunk. end: what ended it, if anything did. trail: what a proposer of texts
-    wants back.
+    Attributes:
+        new: what this chunk adds to its hypothesis.
+        length: its tokens; of a policy that gives only text, those of this chunk.
+        end: what ended it, if anything did.
+        trail: what a proposer of texts wants back.
     """
 
     slot: int

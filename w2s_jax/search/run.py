@@ -39,21 +39,35 @@ def search(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
 ) -> list[SearchResult]:
-    """Search a response for every prompt (token ids); results in the order of the prompts.
+    """Search a response for every prompt (token ids).
 
-    guide_prompts: for every prompt what each guide model reads instead of it (tuned 0, untuned 0,
-    tuned 1, ...), where templates differ. scorers value the responses as texts, beside the guides;
-    they need `conversations`, one for each prompt. row_ids (by default 0, 1, ...) with config.seed
-    decide a prompt's draws, whatever is searched beside it. decode turns token ids into text and is
-    needed for stop strings, scorers and on_chunk. on_result is called with each result as soon as
-    its prompt is done, in the order of finishing; on_chunk with what each chunk offered and kept.
-    mesh (the models') splits the slots over its devices as the rules say.
+    Args:
+        policy: what responses are sampled from.
+        guides: tuned and untuned models of the policy's vocabulary.
+        prompts: token ids, one sequence each.
+        config: the method and its sizes, as `search.config.cbs` and others give.
+        guide_prompts: for every prompt what each guide model reads instead of it (tuned 0,
+            untuned 0, tuned 1, ...), where templates differ.
+        scorers: value the responses as texts, beside the guides; they need `conversations`.
+        conversations: one for each prompt.
+        row_ids: with config.seed they decide a prompt's draws, whatever is searched beside it; by
+            default 0, 1, ...
+        decode: turns token ids into text; needed for stop strings, scorers and on_chunk.
+        on_result: called with each result as soon as its prompt is done, in the order of finishing.
+        on_chunk: called with what each chunk offered and kept.
+        mesh: the models'; splits the slots over its devices.
+        rules: how it does.
 
-    Raises RowsFailed, once all others are done, for rows where a model's logits are NaN or infinite
-    or a score is no finite number. Raises InputError for an empty prompt, token ids outside the
-    vocabulary, a prompt that leaves no room for max_new_tokens in a model's positions, stop
-    strings, scorers or on_chunk without decode, and a mesh that does not divide the slots or the
-    heads, for prompts that are no token ids, and for a policy or a guide that is none.
+    Returns:
+        The results in the order of the prompts.
+
+    Raises:
+        RowsFailed: once all others are done, for rows where a model's logits are NaN or infinite or
+            a score is no finite number.
+        InputError: for an empty prompt, token ids outside the vocabulary, a prompt that leaves no
+            room for max_new_tokens in a model's positions, stop strings, scorers or on_chunk
+            without decode, a mesh that does not divide the slots or the heads, prompts that are no
+            token ids, and a policy or a guide that is none.
     """
     models = search_models(policy, guides)
     check_kind("config", config, SearchConfig, "what search.config.cbs and others give")
@@ -84,7 +98,9 @@ def search_all(
 ) -> list[SearchResult]:
     """The results of requests in their order; `options` are those of `search_requests`.
 
-    Raises RowsFailed and InputError as `search` does.
+    Raises:
+        RowsFailed: as `search` does.
+        InputError: as `search` does.
     """
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
@@ -170,7 +186,10 @@ def search_requests(
     Those of about one length run side by side, so that little of a prompt's room is padding; too
     few to fill the slots join the next longer ones, unless `alone`: then a request's own length
     decides the program it runs in. Even without requests, what the settings lack is said.
-    `options` are those of `start_session`; InputError as of that and of `Session.insert`.
+    `options` are those of `start_session`.
+
+    Raises:
+        InputError: as `start_session` and `Session.insert` do.
     """
     longest = [max(map(len, request.prompts)) for request in requests]
     found = buckets(longest) if alone else buckets(longest, slots=slots)

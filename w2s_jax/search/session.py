@@ -196,10 +196,22 @@ def start_session(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
 ) -> Session:
-    """A session of empty slots for prompts of up to prefix_capacity + 1 tokens.
+    """A session of empty slots.
 
-    decode turns token ids into text; stop strings, scorers of texts and traces need it. Raises
-    InputError where it is missing, and as `start_search` and `SearchModels.known_eos_ids` do.
+    Args:
+        models: the policy and the guides on its tokens.
+        config: the search.
+        slots: P, prompts side by side.
+        prefix_capacity: tokens of a prompt, less one, that there is room for.
+        decode: turns token ids into text; stop strings, scorers of texts and traces need it.
+        scorers: of texts.
+        traced: whether `Session.chunks` are to be told.
+        mesh: the models'.
+        rules: how the slots are split over it.
+
+    Raises:
+        InputError: where `decode` is missing, and as `start_search` and
+            `SearchModels.known_eos_ids` do.
     """
     models.known_eos_ids(config.eos_ids)
     if decode is None and (scorers or config.stop or traced):
