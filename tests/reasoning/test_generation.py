@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from w2s_jax.ops.sampling import Sampling
 
 from tests.cli.test_search import POSITIONS, tiny
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_model
+from w2s_jax.ops.logits import Sampling
 from w2s_jax.reasoning.config import GenerationConfig
 from w2s_jax.reasoning.generation import generate, row_key
 from w2s_jax.search import Guide, search
