@@ -117,7 +117,7 @@ def test_names_with_an_underscore_stay_in_their_file(module):
 
 
 def room_of(name: str) -> str:
-    """The room of a dotted name inside the package: "w2s_jax.ops.norms" is in "ops"."""
+    """The room of a dotted name inside the package: "w2s_jax.ops.layers" is in "ops"."""
     return name.split(".")[1]
 
 

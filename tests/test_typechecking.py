@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from w2s_jax.cli.main import main
-from w2s_jax.ops.norms import rms_norm
+from w2s_jax.ops.layers import rms_norm
 from w2s_jax.train import losses
 from w2s_jax.train.losses import Logprobs
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.cli.test_search import SMALL, tiny
-from w2s_jax.cli.main import main
+from w2s_jax.cli.main import main as w2s
 from w2s_jax.models.load import load_model
 from w2s_jax.text.rows import write_jsonl
 
@@ -62,7 +62,7 @@ def search_job(folder: Path) -> Callable[[], object]:
     flags = [f"--{role}={tiny(folder / role, seed)}" for seed, role in enumerate(roles)]
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "A film"}])
     files = [f"--prompts={folder}/prompts.jsonl", f"--output={folder}/out.jsonl"]
-    return lambda: main(["search", *flags, *files, *SMALL])
+    return lambda: w2s(["search", *flags, *files, *SMALL])
 
 
 def logits_job(folder: Path) -> Callable[[], object]:
@@ -78,7 +78,7 @@ def dpo_job(folder: Path) -> Callable[[], object]:
     pair = {"prompt": "A", "chosen": " film", "rejected": " sea"}
     write_jsonl(folder / "pairs.jsonl", [pair] * 4)
     files = [f"--model={path}", f"--data={folder}/pairs.jsonl", f"--output={folder}/run"]
-    return lambda: main(["dpo", *files, "--batch-size=4", "--max-steps=1"])
+    return lambda: w2s(["dpo", *files, "--batch-size=4", "--max-steps=1"])
 
 
 JOBS = {"search": search_job, "logits": logits_job, "dpo": dpo_job}
@@ -94,7 +94,12 @@ def files_of(job: str) -> set[str]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print a line for each job."""
     for name in JOBS:
         files = files_of(name)
         print(f"{name}: {len(files)} files: {' '.join(sorted(files))}")
+
+
+if __name__ == "__main__":
+    main()

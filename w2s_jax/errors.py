@@ -122,6 +122,10 @@ def _fault(models: Sequence[str]) -> str:
     return ", and ".join(told)
 
 
+class EndpointError(InputError):
+    """An endpoint that refuses, stops answering or answers nonsense; told in one line."""
+
+
 class Preempted(Exception):
     """A signal asked the run to stop; `step` steps are done and saved, and a rerun goes on."""
 

@@ -12,9 +12,8 @@ from w2s_jax.cli.main import main
 from w2s_jax.evaluate import judging
 from w2s_jax.evaluate.results import read_results
 from w2s_jax.evaluate.rewards import compare
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.load import load_classifier, load_reward_model
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.reward import Classifier, EncoderConfig, RewardModel, init_classifier
 from w2s_jax.models.save import save_classifier, save_reward_model
 from w2s_jax.text.prompts import plain
 from w2s_jax.text.rows import Journal, journal_path, read_jsonl, write_jsonl

@@ -14,8 +14,8 @@ from w2s_jax.demo.run import (
 )
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards
-from w2s_jax.models.encoder import EncoderConfig, init_classifier
 from w2s_jax.models.model import init_model
+from w2s_jax.models.reward import EncoderConfig, init_classifier
 from w2s_jax.text.rows import read_jsonl
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 

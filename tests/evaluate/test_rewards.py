@@ -8,8 +8,14 @@ import w2s_jax.evaluate.rewards as evaluate_rewards
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards, rewards
-from w2s_jax.models.encoder import EncoderConfig, init_classifier
-from w2s_jax.models.reward import NEGATIVE, POSITIVE, RewardModel, contrast
+from w2s_jax.models.reward import (
+    NEGATIVE,
+    POSITIVE,
+    EncoderConfig,
+    RewardModel,
+    contrast,
+    init_classifier,
+)
 from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 
 TEXTS = ["good film", "a very bad film indeed, " * 9, "so " * 100, "", "fine"]

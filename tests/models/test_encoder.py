@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import EncoderConfig, init_classifier
 from w2s_jax.models.load import load_classifier
+from w2s_jax.models.reward import EncoderConfig, init_classifier
 from w2s_jax.models.save import save_classifier
 
 TINY = EncoderConfig(

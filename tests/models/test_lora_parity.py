@@ -11,9 +11,9 @@ from tests.models.adapters import ADAPTERS, adapt
 from tests.models.checkpoints import build, logits_of
 from w2s_jax.models.load import load_adapted, load_config, load_model
 from w2s_jax.models.lora import LoraConfig, attach, init_adapter
-from w2s_jax.models.lora_huggingface import load_adapter, save_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import PROJECTIONS
+from w2s_jax.models.peft import load_adapter, save_adapter
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("peft", reason="live parity needs peft: pip install -e '.[test,parity]'")

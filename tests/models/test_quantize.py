@@ -22,7 +22,7 @@ from w2s_jax.models.quantize import (
     weight_bytes,
 )
 from w2s_jax.models.save import save_model
-from w2s_jax.ops.quantized import QTensor, dequantize
+from w2s_jax.ops.layers import QTensor, dequantize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 INT8, INT4 = read_quantize("int8"), read_quantize("int4:2+head+embedding")

@@ -12,11 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tests.models.checkpoints import CASES, build
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.load import load_reward_model
 from w2s_jax.models.model import hidden_states
 from w2s_jax.models.parameters import unstack_layers
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.reward import Classifier, EncoderConfig, RewardModel, init_classifier
 from w2s_jax.models.save import save_classifier, save_reward_model
 
 WEIGHTS = "model.safetensors"

@@ -23,16 +23,15 @@ def main_memory_bytes(text: str) -> int:
     Each operand counts whole, but for those of which a fusion takes a slice. An asynchronous copy
     counts where it starts. What is fetched at a program's end for its next call counts there alone.
     """
-    found = computations(text)
-    entry = next(name for name, (first, _) in found.items() if first)
+    entry, found = computations(text)
     return _moved(found, entry)
 
 
-def _moved(bodies: dict[str, tuple[bool, list[str]]], name: str) -> int:
+def _moved(bodies: dict[str, list[str]], name: str) -> int:
     types: dict[str, str] = {}
     moved = 0
-    fetched = [found[1] for line in bodies[name][1] if (found := _FETCHED.search(line))]
-    for line in bodies[name][1]:
+    fetched = [found[1] for line in bodies[name] if (found := _FETCHED.search(line))]
+    for line in bodies[name]:
         found = _INSTRUCTION.match(line)
         if found is None:
             continue
@@ -64,9 +63,9 @@ def _moved(bodies: dict[str, tuple[bool, list[str]]], name: str) -> int:
     return moved
 
 
-def _read(bodies: dict[str, tuple[bool, list[str]]], name: str, place: int) -> float:
+def _read(bodies: dict[str, list[str]], name: str, place: int) -> float:
     """Bytes that a fused computation reads of a parameter, if it takes slices of it alone."""
-    found = [(_INSTRUCTION.match(line), " ROOT " in line) for line in bodies[name][1]]
+    found = [(_INSTRUCTION.match(line), " ROOT " in line) for line in bodies[name]]
     lines = [(*one.groups(), is_root) for one, is_root in found if one]
     own = {
         out for out, _, operation, at, *_ in lines if operation == "parameter" and at == str(place)

@@ -13,7 +13,7 @@ from tests.models.test_lora import filled
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_adapted, load_config, load_model
 from w2s_jax.models.lora import LoraConfig, init_adapter
-from w2s_jax.models.lora_huggingface import save_adapter
+from w2s_jax.models.peft import save_adapter
 from w2s_jax.search.checkpoints import GuideSource, RewardSource, Sources, load, plan
 
 LORA = LoraConfig(rank=2, alpha=4.0)

@@ -14,9 +14,8 @@ from tests.search.oracle import log_softmax
 from tests.search.recorded import Recorded
 from tests.tiny import EOS, tiny_model
 from w2s_jax.errors import InputError, RowsFailed
-from w2s_jax.models.encoder import Classifier, EncoderConfig, init_classifier
 from w2s_jax.models.model import Model
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.reward import Classifier, EncoderConfig, RewardModel, init_classifier
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, search
 from w2s_jax.search.config import best_of_n, cbs

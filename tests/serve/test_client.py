@@ -23,7 +23,6 @@ from w2s_jax.serve.client import (
     Endpoint,
     EndpointError,
     Meter,
-    Patience,
     Usage,
     draw_seed,
     open_policy,
@@ -32,7 +31,7 @@ from w2s_jax.text.prompts import Conversation, Message, plain
 from w2s_jax.text.rows import open_journal
 
 KEY = "sk-w2s-0-never-shown"
-FAST = Patience(max_attempts=4, backoff=0.01, longest_pause=0.02, timeout=5.0)
+FAST = {"max_attempts": 4, "backoff": 0.01, "longest_pause": 0.02, "timeout": 5.0}
 CONFIG = cbs(2, 2, 3, max_new_tokens=9, sampling=Sampling(0.7, 50, 0.9), seed=7)
 SCORER = FunctionScorer(lambda _, responses: [len(set(r)) - 0.01 * len(r) for r in responses])
 
@@ -44,9 +43,8 @@ def key(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def policy_of(api, config=CONFIG, patience=FAST, render=plain, **settings):
-    endpoint = Endpoint(api.url, "some-model", **settings)
-    return open_policy(endpoint, config, render, patience=patience)
+def policy_of(api, config=CONFIG, render=plain, **settings):
+    return open_policy(Endpoint(api.url, "some-model", **(FAST | settings)), config, render)
 
 
 def extension(text="once", response="", *, row_id=0, count=2, max_tokens=3, position=0, lane=0):
@@ -176,10 +174,10 @@ def test_a_search_is_the_same_however_it_is_asked():
     alone = []
     with FakeAPI() as api:
         for i, conversation in enumerate(conversations()):
-            policy = policy_of(api, patience=Patience(concurrency=1))
+            policy = policy_of(api, concurrency=1)
             alone += search_texts(policy, [SCORER], [conversation], CONFIG, row_ids=[i])
     with FakeAPI(lambda number, body: good(body, delay=0.02 * (number % 3))) as api:
-        policy = policy_of(api, patience=Patience(concurrency=3))
+        policy = policy_of(api, concurrency=3)
         together = search_texts(policy, [SCORER], conversations(), CONFIG)
     assert together == alone
     assert api.most == 3
@@ -277,10 +275,9 @@ def test_an_endpoint_that_stops_answering_is_one_line():
 
 
 def test_a_server_that_hangs_times_out():
-    patience = dataclasses.replace(FAST, timeout=0.1, max_attempts=2)
     with FakeAPI(lambda number, body: good(body, delay=0.3)) as api:
         with pytest.raises(EndpointError, match="2 attempts failed, the last one by: no answer in"):
-            policy_of(api, patience=patience).extend([extension()])
+            policy_of(api, timeout=0.1, max_attempts=2).extend([extension()])
         assert len(api.bodies) == 2
 
 
@@ -336,18 +333,18 @@ def test_a_pause_beyond_reason_is_the_end():
 
 
 def test_pauses_double_up_to_a_bound_with_jitter():
-    patience = Patience(backoff=1.0, longest_pause=10.0)
+    endpoint = Endpoint("http://h/v1", "m", backoff=1.0, longest_pause=10.0)
     for attempt, bound in enumerate((1.0, 2.0, 4.0, 8.0, 10.0, 10.0)):
-        pauses = [patience.pause(attempt, None) for _ in range(50)]
+        pauses = [endpoint.pause(attempt, None) for _ in range(50)]
         assert bound / 2 <= min(pauses)
         assert max(pauses) <= bound
         assert len(set(pauses)) > 40
-    assert patience.pause(5000, None) <= 10.0
-    assert patience.pause(0, 30.0) == 30.0
+    assert endpoint.pause(5000, None) <= 10.0
+    assert endpoint.pause(0, 30.0) == 30.0
 
 
 def test_one_failure_ends_all_that_wait():
-    patience = Patience(concurrency=2, backoff=30.0, longest_pause=30.0, timeout=5.0)
+    patience = {"concurrency": 2, "backoff": 30.0, "longest_pause": 30.0}
 
     def script(number, body):
         return error(429) if body["prompt"] == ["a0"] else error(401, "bad key", delay=0.1)
@@ -355,7 +352,7 @@ def test_one_failure_ends_all_that_wait():
     with FakeAPI(script) as api:
         started = time.monotonic()
         with pytest.raises(EndpointError, match="refused: 401 bad key"):
-            policy_of(api, patience=patience).extend(
+            policy_of(api, **patience).extend(
                 [extension(f"a{row}", row_id=row) for row in range(20)]
             )
         assert time.monotonic() - started < 5
@@ -525,10 +522,10 @@ def test_an_address_that_is_none_is_refused(url):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Patience(concurrency=0), "concurrency is 0"),
-        (lambda: Patience(max_attempts=0), "max_attempts is 0"),
-        (lambda: Patience(timeout=0), "timeout is 0"),
-        (lambda: Patience(backoff=-1), "backoff is -1"),
+        (lambda: Endpoint("http://h/v1", "m", concurrency=0), "concurrency is 0"),
+        (lambda: Endpoint("http://h/v1", "m", max_attempts=0), "max_attempts is 0"),
+        (lambda: Endpoint("http://h/v1", "m", timeout=0), "timeout is 0"),
+        (lambda: Endpoint("http://h/v1", "m", backoff=-1), "backoff is -1"),
         (lambda: Endpoint("http://h/v1", "m", prompts_per_request=0), "prompts_per_request is 0"),
         (lambda: Endpoint("http://h/v1", "m", price_prompt=-1), "price_prompt is -1"),
     ],
@@ -599,11 +596,11 @@ def test_an_answer_that_drips_does_not_last_for_ever():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drips)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m")
-        patience = dataclasses.replace(FAST, timeout=0.1, max_attempts=2)
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        endpoint = Endpoint(url, "m", **(FAST | {"timeout": 0.1, "max_attempts": 2}))
         started = time.monotonic()
         with pytest.raises(EndpointError, match="no answer in time"):
-            open_policy(endpoint, CONFIG, plain, patience=patience).extend([extension()])
+            open_policy(endpoint, CONFIG, plain).extend([extension()])
         assert time.monotonic() - started < 5
     finally:
         server.shutdown()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.bench.config import SearchBenchConfig
-from w2s_jax.bench.floor import PHASES, Rates, measure_rates, search_work, timed_twice
+from w2s_jax.bench.floor import PHASES, measure_rates, search_work, timed_twice
 from w2s_jax.bench.setup import (
     GUIDE_SHAPE,
     check_settings,
@@ -248,8 +248,8 @@ def report(console: Console, options: SearchBenchConfig, figures: Figures) -> No
             f"policy's): {across.seconds_per_prompt:.3f} s per prompt, {across.ratio:.2f} times "
             f"the search on the device; compilation {across.compile_seconds:.1f} s"
         )
-    rates = Rates(figures.matmul_operations_per_second, figures.bytes_per_second)
     console.print(
-        f"share of the floor {figures.floor_share:.0%}, at {rates.operations / 1e9:.0f} GFLOP/s in "
-        f"matmuls and {rates.bytes / 1e9:.1f} GB/s of memory, both measured in this run"
+        f"share of the floor {figures.floor_share:.0%}, at "
+        f"{figures.matmul_operations_per_second / 1e9:.0f} GFLOP/s in matmuls and "
+        f"{figures.bytes_per_second / 1e9:.1f} GB/s of memory, both measured in this run"
     )

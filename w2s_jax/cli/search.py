@@ -32,10 +32,10 @@ class Search(SearchFileConfig, Hosts):
 
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
-        from w2s_jax.evaluate.progress import progress
         from w2s_jax.evaluate.report import show_row, write_report
         from w2s_jax.evaluate.results import check_alpaca, write_alpaca
         from w2s_jax.search.file import search_file
+        from w2s_jax.text.rows import progress
 
         output: dict[str, Any] = {}
         if self.format == "alpaca_eval":

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from w2s_jax.models.encoder import Classifier
     from w2s_jax.models.model import Model
+    from w2s_jax.models.reward import Classifier
 
 
 @dataclass(frozen=True)

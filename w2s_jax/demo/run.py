@@ -19,7 +19,6 @@ from rich.text import Text
 
 from w2s_jax.demo import Demo, DemoConfig, OtherGuide, load_demo, load_other_guide
 from w2s_jax.errors import InputError
-from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import gold_rewards, mean_and_stderr
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
@@ -27,7 +26,7 @@ from w2s_jax.search.results import SearchResult, hypothesis_text
 from w2s_jax.search.scorers import TextLogRatio, TextModel
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import Conversation, decode_tokens, encode_prompt
-from w2s_jax.text.rows import check_writable, write_jsonl
+from w2s_jax.text.rows import check_writable, progress, write_jsonl
 from w2s_jax.text.tokenizer import buckets
 
 

@@ -20,7 +20,6 @@ from rich.table import Table
 from w2s_jax.distributed import agree, is_first
 from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.evaluate.config import JudgeConfig
-from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.results import (
     Results,
     count_tokens,
@@ -29,13 +28,12 @@ from w2s_jax.evaluate.results import (
     read_results,
 )
 from w2s_jax.evaluate.rewards import check_same_prompts, compare, rewards, summarise
-from w2s_jax.models.encoder import EncoderConfig
 from w2s_jax.models.load import load_reward_config, load_reward_labels, load_reward_model
-from w2s_jax.models.reward import contrast
+from w2s_jax.models.reward import EncoderConfig, contrast
 from w2s_jax.ops.meshes import mesh_of
 from w2s_jax.search.checkpoints import weights_stamp
 from w2s_jax.text.chat import load_template
-from w2s_jax.text.rows import Journal, check_writable, job_journal, told_kept, write_whole
+from w2s_jax.text.rows import Journal, check_writable, job_journal, progress, told_kept, write_whole
 from w2s_jax.text.tokenizer import load_tokenizer
 
 # What a row's reward depends on, apart from the rows and the checkpoint's files.

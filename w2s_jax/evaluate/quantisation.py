@@ -13,7 +13,6 @@ from rich.table import Table
 
 from w2s_jax.errors import InputError
 from w2s_jax.evaluate.config import QuantisationConfig
-from w2s_jax.evaluate.progress import progress
 from w2s_jax.evaluate.rewards import mean_and_stderr
 from w2s_jax.models.model import abstract_model
 from w2s_jax.models.quantize import QuantizeConfig, read_quantize, weight_bytes
@@ -27,7 +26,7 @@ from w2s_jax.search.methods import PolicyProposer
 from w2s_jax.search.models import ONE_DEVICE, Places, SearchModels, load_decoders, search_models
 from w2s_jax.search.run import search
 from w2s_jax.text.prompts import encode_prompt
-from w2s_jax.text.rows import Row, check_writable, read_rows, write_whole
+from w2s_jax.text.rows import Row, check_writable, progress, read_rows, write_whole
 
 AS_STORED = "as stored"
 USUAL = ("int8", "int4")

@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
-from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.models.reward import Classifier, RewardModel, contrast, label_names
 from w2s_jax.ops.meshes import batch_parts
 from w2s_jax.text.tokenizer import pad_rows, power_of_two
 from w2s_jax.train.step import place, place_whole

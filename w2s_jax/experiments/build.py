@@ -38,8 +38,8 @@ from w2s_jax.experiments.demo_models import (
     opening_accuracy,
 )
 from w2s_jax.experiments.sentiment import EvaluationConfig
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.load import load_classifier, load_model
+from w2s_jax.models.reward import Classifier
 from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample
@@ -354,8 +354,9 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
 def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None = None) -> None:
     """Run the stages in order (or the one named), each recorded in `WORK/STAGE/done.json`.
 
-    Raises InputError for a name that is no stage, for stages that were done by other settings, for
-    missing reviews, and for a missing matplotlib where a picture is to be drawn.
+    Raises:
+        InputError: for a name that is no stage, for stages that were done by other settings, for
+            missing reviews, and for a missing matplotlib where a picture is to be drawn.
     """
     stages = Build(recipe, data, work, assets).stages()
     if only is not None and only not in stages:

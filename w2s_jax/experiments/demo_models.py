@@ -24,9 +24,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards, rewards
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.models.encoder import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.models.load import load_model
 from w2s_jax.models.model import Model
+from w2s_jax.models.reward import Classifier, Encoder, EncoderConfig, init_classifier
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.reasoning.workers import run_module
 from w2s_jax.search.config import sample

@@ -132,7 +132,8 @@ def experiment_methods(
 def draw_prompts(config: EvaluationConfig, texts: Sequence[str]) -> list[str]:
     """The openings of reviews drawn by the seed, as files hold them sorted by their labels.
 
-    Raises InputError where there are fewer texts than prompts.
+    Raises:
+        InputError: where there are fewer texts than prompts.
     """
     if len(texts) < config.prompts:
         raise InputError(

@@ -176,15 +176,14 @@ class SmallRun:
         outputs = (TEST, GENERAL, TOKENIZER, *(f"{name}-start" for name in MODELS))
         outputs += tuple(part for seed in range(SEEDS) for part in _parts(seed))
         settings = {name: size[name] for name in made} | shapes
-        found = [Stage("data", self._data, outputs, settings)]
-        for name in MODELS:
-            flags = size["pretraining"] | {"max_steps": size[name]["steps"]}
-            found.append(self._pretraining(name, flags))
-        found += [self._run(seed) for seed in self.seeds]
-        reports = tuple(_run_name(seed) for seed in self.seeds)
-        outputs = ("table.md", "table.json")
-        found.append(Stage("table", self._table, outputs, {"seeds": list(self.seeds)}, reports))
-        return found
+        steps = {name: {"max_steps": size[name]["steps"]} for name in MODELS}
+        runs, tables = tuple(map(_run_name, self.seeds)), ("table.md", "table.json")
+        return [
+            Stage("data", self._data, outputs, settings),
+            *(self._pretraining(name, size["pretraining"] | steps[name]) for name in MODELS),
+            *map(self._run, self.seeds),
+            Stage("table", self._table, tables, {"seeds": list(self.seeds)}, runs),
+        ]
 
     def _data(self, folder: Path) -> Mapping[str, Any]:
         """Questions of every seed, the test, the general text, tokenizer, empty checkpoints."""
@@ -204,9 +203,8 @@ class SmallRun:
         tokenizer = train_bpe(texts, size.vocabulary)
         save_bpe(tokenizer, folder / TOKENIZER, max_length=size.positions)
         for name in MODELS:
-            decoder = getattr(size, name).decoder(size.positions)
-            start = folder / f"{name}-start"
-            write_start(decoder, size.vocabulary, load_tokenizer(folder / TOKENIZER), start)
+            decoder, read = getattr(size, name).decoder(size.positions), folder / TOKENIZER
+            write_start(decoder, size.vocabulary, load_tokenizer(read), folder / f"{name}-start")
         lengths = [len(found.ids) for found in tokenizer.encode_batch(texts)]
         return {"questions": len(asked), "texts": len(texts), "tokens": sum(lengths)}
 
@@ -227,40 +225,34 @@ class SmallRun:
     def _run(self, seed: int) -> Stage:
         weak, strong = (str(self.work / f"{name}-pretrained" / "model") for name in MODELS)
         part1, part2 = _parts(seed)
-        values = {
-            "kind": "gsm8k",
-            "questions": part2,
-            "test": TEST,
-            "strong": strong,
-            "weak": {"model": weak, "train": part1},
-            "seed": seed,
-            **self.size.reason,
-        }
+        values: dict[str, Any] = {"kind": "gsm8k", "questions": part2, "test": TEST}
+        values |= {"strong": strong, "weak": {"model": weak, "train": part1}, "seed": seed}
+        values |= self.size.reason
 
         def work(folder: Path) -> Mapping[str, Any]:
             words = ("--data", str(self.work / "data"), "--output", str(folder / "run"))
             run_command("reason", folder, values, *words)
-            report = json.loads((folder / "run" / "report.json").read_text())
-            return {name: found["value"] for name, found in report["models"].items()}
+            models = self._report(seed)["models"]
+            return {name: found["value"] for name, found in models.items()}
 
         after = ("data", *(f"{name}-pretrained" for name in MODELS))
         return Stage(_run_name(seed), work, ("run/report.json",), values, after)
 
     def _table(self, folder: Path) -> Mapping[str, Any]:
-        reports = [
-            json.loads((self.work / _run_name(seed) / "run" / "report.json").read_text())
-            for seed in self.seeds
-        ]
-        found = over_runs(reports)
+        found = over_runs([self._report(seed) for seed in self.seeds])
         write_whole(folder / "table.json", [json.dumps(found, indent=2).encode(), b"\n"])
         write_whole(folder / "table.md", [table(found).encode()])
-        return {"seeds": len(reports)}
+        return {"seeds": len(self.seeds)}
+
+    def _report(self, seed: int) -> Any:
+        return json.loads((self.work / _run_name(seed) / "run" / "report.json").read_text())
 
 
 def over_runs(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Each model's accuracy and gap recovered over runs that differ by their seed, and their sets.
 
-    Raises InputError where the runs tested other models.
+    Raises:
+        InputError: where the runs tested other models.
     """
     models = [report["models"] for report in reports]
     names = [name for name in HEADINGS if name in models[0]]

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, Shaped
 
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.ops.quantized import quantize_array
+from w2s_jax.ops.layers import quantize_array
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 
 

@@ -10,16 +10,6 @@ from typing import Any, Literal
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.attention import Rope
 
-_SIZES = (
-    "vocab_size",
-    "width",
-    "layers",
-    "heads",
-    "kv_heads",
-    "head_width",
-    "mlp_width",
-    "max_positions",
-)
 _LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 
@@ -79,7 +69,8 @@ class ModelConfig:
                 f"{len(self.sliding_windows)} sliding windows for {self.layers} layers; "
                 "give one per layer"
             )
-        for name in _SIZES:
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        for name in sizes:
             if not 1 <= getattr(self, name) <= _LARGEST:
                 raise InputError(f"{name} is {getattr(self, name)}; it must lie in 1 .. {_LARGEST}")
         if self.layers > _MOST_LAYERS:

@@ -1,13 +1,13 @@
 """config.json in both directions: its names and transformers' defaults, per architecture.
 
 Reads the files of 2023-24 (`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`).
-Opens no file: `huggingface.py` does. A field that is wrong is named with what it lies in (`where`).
+Opens no file: `load.py` does. A field that is wrong is named with what it lies in (`where`).
 """
 
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,16 +23,32 @@ Json = Mapping[str, Any]
 class _Family:
     """One architecture.
 
-    name: of transformers' class. defaults: what transformers assumes where config.json is silent;
-    an optional field that is not among them is not read. Sizes of matrices have no default: a file
+    name: of transformers' class. names: fields of ModelConfig that files hold under another name,
+    read as their type says. defaults: what transformers assumes where config.json is silent; an
+    optional field that is not among them is not read. Sizes of matrices have no default: a file
     without them is a broken file. fixed: fields of ModelConfig that are always so.
     """
 
     name: str
+    names: dict[str, str]
     defaults: dict[str, Any]
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
+_ROTARY_NAMES = _NAMES | {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "mlp_width": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "activation": "hidden_act",
+}
+# Where one of these is null, it follows from the other sizes.
+_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")
+_BIASED = _ROTARY_NAMES | {"out_bias": "attention_bias", "qkv_bias": "attention_bias"}
 _ROTARY: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -62,6 +78,16 @@ _GEMMA = _ROTARY | {
 _FAMILIES = {
     "gpt2": _Family(
         "GPT2LMHeadModel",
+        _NAMES
+        | {
+            "width": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "mlp_width": "n_inner",
+            "max_positions": "n_positions",
+            "norm_epsilon": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
         {
             "n_inner": None,
             "activation_function": "gelu_new",
@@ -76,22 +102,31 @@ _FAMILIES = {
     ),
     "llama": _Family(
         "LlamaForCausalLM",
+        _BIASED | {"mlp_bias": "mlp_bias"},
         _LLAMA | {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048},
     ),
     "mistral": _Family(
         "MistralForCausalLM",
+        _ROTARY_NAMES,
         _LLAMA
         | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     ),
-    "qwen2": _Family("Qwen2ForCausalLM", _QWEN, {"qkv_bias": True}),
+    "qwen2": _Family("Qwen2ForCausalLM", _ROTARY_NAMES, _QWEN, {"qkv_bias": True}),
     "qwen3": _Family(
         "Qwen3ForCausalLM",
+        _BIASED,
         _QWEN | {"head_dim": 128, "attention_bias": False},
         {"query_key_norm": True},
     ),
-    "gemma": _Family("GemmaForCausalLM", _GEMMA, {"norm_offset": 1.0}),
+    "gemma": _Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),
     "gemma2": _Family(
         "Gemma2ForCausalLM",
+        _BIASED
+        | {
+            "activation": "hidden_activation",
+            "attention_softcap": "attn_logit_softcapping",
+            "final_softcap": "final_logit_softcapping",
+        },
         _GEMMA
         | {
             "query_pre_attn_scalar": 256,
@@ -105,24 +140,6 @@ _FAMILIES = {
 }
 ARCHITECTURES = tuple(_FAMILIES)
 _SUPPORTED = ", ".join(ARCHITECTURES)
-
-# Our sizes, and what files call them. Where one of _DERIVED is null, it follows from the others.
-_GPT2_NAMES = {
-    "width": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "mlp_width": "n_inner",
-    "max_positions": "n_positions",
-}
-_ROTARY_NAMES = {
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_width": "head_dim",
-    "mlp_width": "intermediate_size",
-}
-_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")
 
 # Every name config.json gives an activation; the first of each kind is the one written.
 _ACTIVATIONS = {
@@ -154,8 +171,9 @@ def config_from_hf(
 
     The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
 
-    Raises InputError for an architecture, rope kind or activation that is not supported, for a
-    malformed field, and for a field that would change the logits and is not honoured here.
+    Raises:
+        InputError: for an architecture, rope kind or activation that is not supported, for a
+            malformed field, and for a field that would change the logits and is not honoured here.
     """
     check_kind("config_from_hf", hf, Mapping, "the contents of a config.json")
     architecture = hf.get("model_type")
@@ -171,8 +189,6 @@ def config_from_hf(
     eos_ids += _token_ids(generation_config or {}, "eos_token_id")
     return ModelConfig(
         architecture=architecture,
-        vocab_size=size(hf, "vocab_size"),
-        tied_embeddings=switch(hf, "tie_word_embeddings"),
         bos_id=next(iter(_token_ids(hf, "bos_token_id")), None),
         eos_ids=tuple(dict.fromkeys(eos_ids)),
         pad_id=next(iter(_token_ids(hf, "pad_token_id")), None),
@@ -184,32 +200,42 @@ def config_from_hf(
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The contents of a config.json that `config_from_hf` and transformers (4.41 and later) read.
 
-    Raises InputError naming the fields that the architecture's config.json cannot express.
+    Raises:
+        InputError: naming the fields that the architecture's config.json cannot express.
     """
-    if config.architecture not in ARCHITECTURES:
+    architecture, eos_ids = config.architecture, list(config.eos_ids)
+    if architecture not in ARCHITECTURES:
         raise InputError(
-            f"architecture {config.architecture!r} has no config.json; supported: {_SUPPORTED}"
+            f"architecture {architecture!r} has no config.json; supported: {_SUPPORTED}"
         )
-    eos_ids = list(config.eos_ids)
+    family = _FAMILIES[architecture]
+    activation = _ACTIVATION_NAMES[config.activation]
     hf = {
-        "architectures": [_FAMILIES[config.architecture].name],
-        "model_type": config.architecture,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_embeddings,
+        "architectures": [family.name],
+        "model_type": architecture,
+        **{name: getattr(config, field) for field, name in family.names.items()},
+        **{name: activation for name in family.defaults if name.startswith(("hidden_a", "activ"))},
         "bos_token_id": config.bos_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": config.pad_id,
-        **(_write_gpt2(config) if config.architecture == "gpt2" else _write_rotary(config)),
+        **_write_windows(config, family.defaults),
     }
-    written = config_from_hf(hf)
-    lost = [
-        field.name
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(written, field.name)
-    ]
+    if architecture == "gpt2":
+        hf["scale_attn_weights"] = config.attention_scale is None
+    else:
+        # `rope_theta` and `rope_scaling` rather than `rope_parameters`: transformers 4 and 5 both
+        # read them.
+        hf["max_position_embeddings"] = config.max_positions
+        hf["rope_theta"] = config.rope.theta
+        hf["rope_scaling"] = _write_rope(config.rope, config.max_positions)
+    if architecture == "gemma2":
+        scale = config.attention_scale or config.head_width**-0.5
+        hf["query_pre_attn_scalar"] = round(scale**-2)
+    given, written = vars(config), vars(config_from_hf(hf))
+    lost = [field for field in given if given[field] != written[field]]
     if lost:
         raise InputError(
-            f"config.json of {config.architecture} cannot express this model's {', '.join(lost)}"
+            f"config.json of {architecture} cannot express this model's {', '.join(lost)}"
         )
     return hf
 
@@ -222,122 +248,61 @@ def _token_ids(hf: Json, name: str) -> list[int]:
     return [token for token in ids if token >= 0]  # some Llama files write -1 for "none"
 
 
-def _activation(name: Any) -> str:
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise InputError(f"activation {name!r} is not supported; supported: {known}")
-    return _ACTIVATIONS[name]
-
-
 def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
     """The fields of ModelConfig that say its shape and kinds."""
-    known = _FAMILIES[architecture].defaults
-    names = _GPT2_NAMES if architecture == "gpt2" else _ROTARY_NAMES
-    fields: dict[str, Any] = {
-        field: size(hf, name)
-        for field, name in names.items()
-        if name not in _DERIVED or hf[name] is not None
-    }
+    family = _FAMILIES[architecture]
+    if architecture == "gemma" and hf["hidden_act"] == "gelu":
+        hf = {**hf, "hidden_act": "gelu_pytorch_tanh"}  # what the first Gemma files mean by it
+    fields = read_fields(ModelConfig, family.names, hf)
     width, heads = fields["width"], fields["heads"]
     if architecture == "gpt2":
         if width % heads:
             raise InputError(f"config field n_embd is {width}, not a multiple of n_head, {heads}")
-        epsilon, activation = "layer_norm_epsilon", hf["activation_function"]
         fields["attention_scale"] = None if switch(hf, "scale_attn_weights") else 1.0
     else:
-        epsilon, activation = "rms_norm_eps", hf["hidden_act"]
-        fields["rope"], fields["max_positions"] = read_rope(hf)
-    derived = {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width}
-    fields = derived | fields | {"norm_epsilon": number(hf, epsilon, least=0)}
-    if "attention_bias" in known:
-        fields["qkv_bias"] = fields["out_bias"] = switch(hf, "attention_bias")
-    if "mlp_bias" in known:
-        fields["mlp_bias"] = switch(hf, "mlp_bias")
+        fields["rope"], fields["max_positions"] = _read_rope(hf)
     if architecture in ("gemma", "gemma2"):
         fields["embedding_multiplier"] = math.sqrt(width)
-    if architecture == "gemma" and activation == "gelu":
-        activation = "gelu_pytorch_tanh"  # what the first Gemma files mean by "gelu"
     if architecture == "gemma2":
-        activation = hf["hidden_activation"]
-        fields |= {
-            "attention_scale": size(hf, "query_pre_attn_scalar") ** -0.5,
-            "attention_softcap": optional_number(hf, "attn_logit_softcapping", above=0),
-            "final_softcap": optional_number(hf, "final_logit_softcapping", above=0),
-        }
-    fields["activation"] = _activation(activation)
-    if "sliding_window" in known:
-        fields["sliding_windows"] = _read_windows(architecture, hf, fields["layers"])
-    return fields
+        fields["attention_scale"] = size(hf, "query_pre_attn_scalar") ** -0.5
+    if "sliding_window" in family.defaults:
+        fields["sliding_windows"] = _read_windows(family.defaults, hf, fields["layers"])
+    return {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width} | fields
 
 
-def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, field) for field, name in _GPT2_NAMES.items()} | {
-        "layer_norm_epsilon": config.norm_epsilon,
-        "activation_function": _ACTIVATION_NAMES[config.activation],
-        "scale_attn_weights": config.attention_scale is None,
-    }
-
-
-def _write_rotary(config: ModelConfig) -> dict[str, Any]:
-    known = _FAMILIES[config.architecture].defaults
-    activation = _ACTIVATION_NAMES[config.activation]
-    # `rope_theta` and `rope_scaling` rather than `rope_parameters`: transformers 4 and 5 both
-    # read them.
-    hf = {name: getattr(config, field) for field, name in _ROTARY_NAMES.items()} | {
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": write_rope(config.rope, config.max_positions),
-        "hidden_act": activation,
-    }
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    optional = {**biases, "hidden_activation": activation}
-    hf |= {name: value for name, value in optional.items() if name in known}
-    if config.architecture == "gemma2":
-        scale = config.attention_scale or config.head_width**-0.5
-        hf["query_pre_attn_scalar"] = round(scale**-2)
-        hf["attn_logit_softcapping"] = config.attention_softcap
-        hf["final_logit_softcapping"] = config.final_softcap
-    return hf | _write_windows(config)
-
-
-def _read_windows(architecture: str, hf: Json, layers: int) -> tuple[int | None, ...]:
-    qwen = architecture in ("qwen2", "qwen3")
-    if hf["sliding_window"] is None or (qwen and not switch(hf, "use_sliding_window")):
+def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
+    if hf["sliding_window"] is None:
         return ()
-    window = size(hf, "sliding_window")
-    if architecture == "mistral":
+    if "use_sliding_window" in known and not switch(hf, "use_sliding_window"):
+        return ()
+    window, kinds = size(hf, "sliding_window"), hf.get("layer_types")
+    if "layer_types" not in known:
         return (window,) * layers
-    kinds = hf["layer_types"]
-    if kinds is None and qwen:
-        full = size(hf, "max_window_layers", least=0)
-        return tuple(None if layer < full else window for layer in range(layers))
+    if kinds is None and "max_window_layers" in known:
+        full = min(size(hf, "max_window_layers", least=0), layers)
+        return (None,) * full + (window,) * (layers - full)
     if kinds is None:
         return tuple(None if layer % 2 else window for layer in range(layers))
-    known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in [*known] for k in kinds):
-        taken = f"a list that names one of {', '.join(known)} for each of {layers} layers"
+    by_kind = {"full_attention": None, "sliding_attention": window}
+    named = isinstance(kinds, list) and all(kind in [*by_kind] for kind in kinds)
+    if not named or len(kinds) != layers:
+        taken = f"a list that names one of {', '.join(by_kind)} for each of {layers} layers"
         raise refused("layer_types", kinds, taken)
-    return tuple(known[kind] for kind in kinds)
+    return tuple(by_kind[kind] for kind in kinds)
 
 
-def _write_windows(config: ModelConfig) -> dict[str, Any]:
+def _write_windows(config: ModelConfig, known: Json) -> dict[str, Any]:
     windows = config.sliding_windows or (None,) * config.layers
     window = next((size for size in windows if size), None)
     kinds = ["sliding_attention" if size else "full_attention" for size in windows]
-    if config.architecture == "mistral":
-        return {"sliding_window": window}
-    if config.architecture in ("qwen2", "qwen3"):
-        return {
-            "use_sliding_window": window is not None,
-            "sliding_window": window,
-            "max_window_layers": kinds.count("full_attention"),
-            "layer_types": kinds,
-        }
-    if config.architecture == "gemma2":
-        # transformers builds the windowed mask even where no layer uses it.
-        return {"sliding_window": window or 4096, "layer_types": kinds}
-    return {}
+    hf = {
+        "use_sliding_window": window is not None,
+        # transformers builds Gemma 2's windowed mask even where no layer uses it.
+        "sliding_window": window or (4096 if config.architecture == "gemma2" else None),
+        "max_window_layers": kinds.count("full_attention"),
+        "layer_types": kinds,
+    }
+    return {name: value for name, value in hf.items() if name in known}
 
 
 def size(hf: Json, name: str, *, least: int = 1, where: str = "") -> int:
@@ -389,6 +354,14 @@ def mapping(hf: Json, name: str, example: str) -> Json:
     return value or {}
 
 
+def _activation(hf: Json, name: str) -> str:
+    value = hf[name]
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise InputError(f"activation {value!r} is not supported; supported: {known}")
+    return _ACTIVATIONS[value]
+
+
 def refused(name: str, value: Any, taken: str) -> InputError:
     """The error that names a field, its value and what it takes."""
     told = repr(value)
@@ -396,11 +369,41 @@ def refused(name: str, value: Any, taken: str) -> InputError:
     return InputError(f"config field {name} is {told}; it must be {taken}")
 
 
+_READERS: dict[Any, Callable[..., Any]] = {
+    int: size,
+    bool: switch,
+    float: partial(number, least=0),
+    float | None: partial(optional_number, above=0),
+}
+
+
+def read_fields(config: type, names: Mapping[str, str], hf: Json) -> dict[str, Any]:
+    """Fields of a config from those of a file that are named, each checked by the field's type.
+
+    Sizes that follow from others, where they are null, are left out.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    return {
+        field: _READERS.get(kinds[field], _activation)(hf, name)
+        for field, name in names.items()
+        if name not in _DERIVED or hf[name] is not None
+    }
+
+
 _KINDS = (*ROPE_KINDS, "dynamic")
+_ORIGINAL = "original_max_position_embeddings"
 _EXAMPLE = '{"rope_type": "linear", "factor": 2.0}'
+# Our fields of a rope, and what files call them, beside its factor and original positions.
+_ROPE_NAMES = {
+    "llama3": {
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+    },
+    "yarn": {name: name for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")},
+}
 
 
-def read_rope(hf: Json) -> tuple[Rope, int]:
+def _read_rope(hf: Json) -> tuple[Rope, int]:
     """The rope, and how many positions it reaches: files name them before the scaling or after it.
 
     Where `original_max_position_embeddings` is there, the larger of `max_position_embeddings` and
@@ -417,12 +420,13 @@ def read_rope(hf: Json) -> tuple[Rope, int]:
         raise InputError(f"rope kind {kind!r} is not supported; supported: {', '.join(_KINDS)}")
     # The bounds of YaRN's rotations are logarithms to this base.
     theta = number({"rope_theta": 1e4, **hf, **scaling}, "rope_theta", above=int(kind == "yarn"))
-    given = _original_positions(hf, scaling, f"{name}.")
+    place, where = (scaling, f"{name}.") if hf.get(_ORIGINAL) is None else (hf, "")
+    given = None if place.get(_ORIGINAL) is None else size(place, _ORIGINAL, where=where)
     if kind == "dynamic":
         # Its angles change with the length only beyond the original positions.
         return Rope(theta=theta), min(max_positions, given or max_positions)
     original = given or max_positions
-    rope = _scaled_rope(kind, theta, scaling, original, max_positions, f"{name}.")
+    rope = _scaled_rope(Rope(theta, kind), scaling, original, max_positions, f"{name}.")
     if given:
         return rope, max(max_positions, int(given * rope.factor))
     return rope, int(max_positions * rope.factor) if kind in ("linear", "yarn") else max_positions
@@ -434,35 +438,28 @@ def _refuse_partial(hf: Json) -> None:
         raise InputError("config field partial_rotary_factor is not 1, which is not supported")
 
 
-def _original_positions(hf: Json, scaling: Json, where: str) -> int | None:
-    """How many positions a model was first trained on, where the file says so."""
-    name = "original_max_position_embeddings"
-    if hf.get(name) is not None:
-        return size(hf, name)
-    return None if scaling.get(name) is None else size(scaling, name, where=where)
-
-
-def _scaled_rope(
-    kind: str, theta: float, scaling: Json, original: int, max_positions: int, where: str
-) -> Rope:
-    if kind == "default":
-        return Rope(theta=theta)
-    read = partial(number, scaling, where=where)
-    if kind == "linear":
-        return Rope(theta, kind, read("factor", least=1))
-    if kind == "llama3":
+def _scaled_rope(rope: Rope, scaling: Json, original: int, max_positions: int, where: str) -> Rope:
+    """A plain rope of a kind with what its scaling says."""
+    read, scaled = partial(number, scaling, where=where), partial(dataclasses.replace, rope)
+    if rope.kind == "default":
+        return rope
+    if rope.kind == "linear":
+        return scaled(factor=read("factor", least=1))
+    if rope.kind == "llama3":
         low = read("low_freq_factor", above=0)
-        factor, high = read("factor", least=1), read("high_freq_factor", above=low)
-        return Rope(theta, kind, factor, low, high, original_max_positions=original)
+        return scaled(
+            factor=read("factor", least=1),
+            low_frequency_factor=low,
+            high_frequency_factor=read("high_freq_factor", above=low),
+            original_max_positions=original,
+        )
 
     def given(name: str, usual: float, **bounds: Any) -> float:
         return usual if scaling.get(name) is None else read(name, **bounds)
 
     factor = given("factor", max_positions / original, least=1)
-    return Rope(
-        theta,
-        kind,
-        factor,
+    return scaled(
+        factor=factor,
         attention_factor=_yarn_attention_factor(scaling, factor, where),
         beta_fast=given("beta_fast", 32.0, above=0),
         beta_slow=given("beta_slow", 1.0, above=0),
@@ -482,18 +479,16 @@ def _yarn_attention_factor(scaling: Json, factor: float, where: str) -> float | 
     return (over * growth + 1.0) / (under * growth + 1.0)
 
 
-def write_rope(rope: Rope, max_positions: int) -> dict[str, Any] | None:
-    """The rope_scaling that `read_rope` reads back; None for the plain rope."""
+def _write_rope(rope: Rope, max_positions: int) -> dict[str, Any] | None:
+    """The rope_scaling that `_read_rope` reads back; None for the plain rope."""
     if rope.kind == "default":
         return None
-    hf: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    # So that the positions are not taken for those before the scaling.
-    original = rope.original_max_positions or int(max_positions / rope.factor)
-    hf["original_max_position_embeddings"] = original
-    if rope.kind == "llama3":
-        hf["low_freq_factor"] = rope.low_frequency_factor
-        hf["high_freq_factor"] = rope.high_frequency_factor
-    if rope.kind == "yarn":
-        names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
-        hf |= {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
-    return hf
+    names = _ROPE_NAMES.get(rope.kind, {})
+    given = {name: getattr(rope, field) for field, name in names.items()}
+    return {
+        "rope_type": rope.kind,
+        "factor": rope.factor,
+        # So that the positions are not taken for those before the scaling.
+        _ORIGINAL: rope.original_max_positions or int(max_positions / rope.factor),
+        **{name: value for name, value in given.items() if value is not None},
+    }

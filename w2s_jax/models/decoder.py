@@ -28,8 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.attention import rotate, rotation
-from w2s_jax.ops.norms import layer_norm, rms_norm
-from w2s_jax.ops.quantized import QTensor, dot, take_rows
+from w2s_jax.ops.layers import QTensor, dot, layer_norm, rms_norm, take_rows
 from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
 

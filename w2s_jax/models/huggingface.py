@@ -5,6 +5,7 @@ in host memory at a time is one device's part of one parameter and a block of a 
 quantised on the way where asked. Which tensor is which parameter is in `parameters.py`.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from w2s_jax.errors import InputError, check_fetched, check_kind
 from w2s_jax.models.parameters import Index
 from w2s_jax.models.quantize import QuantizeConfig, scale_axes
-from w2s_jax.ops.quantized import QTensor, quantize_array, scales_shape
+from w2s_jax.ops.layers import QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes, Rules, resolve
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -50,10 +51,22 @@ _PATTERNS = (
 )
 
 
+@contextlib.contextmanager
+def about(place: str | Path) -> Iterator[None]:
+    """Errors told behind what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
 def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) -> Path:
     """The directory of a checkpoint: the path itself, or the cached snapshot of a hub id.
 
-    Only files that match `patterns` are fetched. Raises InputError when there is neither.
+    Only files that match `patterns` are fetched.
+
+    Raises:
+        InputError: when there is neither.
     """
     check_kind("a checkpoint's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
@@ -121,7 +134,8 @@ Tensors = dict[str, StoredTensor]
 def open_file(path: Path) -> Tensors:
     """The tensors of one safetensors file by name; values stay on disk.
 
-    Raises InputError when it is missing or damaged.
+    Raises:
+        InputError: when it is missing or damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -149,8 +163,9 @@ def equal(one: StoredTensor, other: StoredTensor) -> bool:
 def open_tensors(directory: Path) -> Tensors:
     """Every tensor of a directory's safetensors, single or sharded, by name; values stay on disk.
 
-    Raises InputError when there are none, when a file is damaged or missing, when the index and
-    the files disagree, and when two files hold the same tensor.
+    Raises:
+        InputError: when there are none, when a file is damaged or missing, when the index and the
+            files disagree, and when two files hold the same tensor.
     """
     names = [SINGLE]
     weight_map: dict[str, str] = {}
@@ -216,8 +231,9 @@ def materialise(
     a weight with one scale a channel, all inputs of a part's channels are read, by each process, so
     that the scales are those of the whole; where groups have scales, no more than the part is.
 
-    Raises InputError, before anything is read, where the mesh does not divide a parameter, its
-    scales, or a group it.
+    Raises:
+        InputError: before anything is read, where the mesh does not divide a parameter, its scales,
+            or a group it.
     """
 
     def shard(path: str, axes: Axes, shape: tuple[int, ...]) -> NamedSharding | None:

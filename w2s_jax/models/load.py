@@ -19,15 +19,6 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import ARCHITECTURES, config_from_hf
-from w2s_jax.models.encoder import (
-    ENCODER,
-    ENCODER_CLASS,
-    Classifier,
-    EncoderConfig,
-    encoder_from_hf,
-    init_classifier,
-    stored_in_encoder,
-)
 from w2s_jax.models.huggingface import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -35,6 +26,7 @@ from w2s_jax.models.huggingface import (
     GENERATION_CONFIG,
     Source,
     Tensors,
+    about,
     equal,
     is_adapter,
     locate,
@@ -42,15 +34,7 @@ from w2s_jax.models.huggingface import (
     open_tensors,
     read_json,
 )
-from w2s_jax.models.lora import attach, merge
-from w2s_jax.models.lora_huggingface import (
-    adapted_config,
-    base_folder,
-    base_of,
-    load_adapter,
-    take_vocabulary,
-    with_vocabulary,
-)
+from w2s_jax.models.lora import attach, merge, take_vocabulary, with_vocabulary
 from w2s_jax.models.model import STORED, Model, parameter_dtype
 from w2s_jax.models.parameters import (
     LANGUAGE_HEAD,
@@ -64,8 +48,19 @@ from w2s_jax.models.parameters import (
     layer_name,
     reward_head,
 )
+from w2s_jax.models.peft import adapted_config, base_folder, base_of, load_adapter
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
-from w2s_jax.models.reward import SCORE, RewardModel
+from w2s_jax.models.reward import (
+    ENCODER,
+    ENCODER_CLASS,
+    SCORE,
+    Classifier,
+    EncoderConfig,
+    RewardModel,
+    encoder_from_hf,
+    init_classifier,
+    stored_in_encoder,
+)
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
 
 
@@ -137,7 +132,8 @@ def load_adapted(
     often stored in, would lose most of an adapter. On a quantised base the adapter stays beside it,
     `merged` or not.
 
-    Raises InputError as `load_model` and `load_adapter` do.
+    Raises:
+        InputError: as `load_model` and `load_adapter` do.
     """
     return _load_adapted(locate(path_or_hub_id), base, merged, Loading(**options))
 
@@ -147,10 +143,8 @@ def _load_adapted(directory: Path, base: Model | None, merged: bool, how: Loadin
         name = base_of(directory)
         if how.dtype in (None, STORED) and merged and how.quantize is None:
             how = replace(how, dtype="float32")
-        try:
+        with about(f"{directory}: its base"):
             base = load_model(name, **vars(how))
-        except InputError as error:
-            raise InputError(f"{directory}: its base: {error}") from None
     config = adapted_config(directory, base.config)
     place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": base.scan_layers}
     lora, adapter = load_adapter(directory, config, dtype=base.dtype, **place)
@@ -164,7 +158,8 @@ def load_config(path_or_hub_id: str | Path) -> ModelConfig:
 
     For an adapter it is that of the base it names, with what the adapter changes of it.
 
-    Raises InputError for a missing or malformed file, and as `config_from_hf` says.
+    Raises:
+        InputError: for a missing or malformed file, and as `config_from_hf` says.
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
@@ -198,7 +193,8 @@ def load_parameters(
 
     `head` says under which name their "head/kernel" is kept.
 
-    Raises InputError for any tensor unmapped, missing, duplicate or misshapen.
+    Raises:
+        InputError: for any tensor unmapped, missing, duplicate or misshapen.
     """
     check_placing(how.mesh, how.rules)
     check_kind("quantize", how.quantize, QuantizeConfig | None, "a QuantizeConfig")
@@ -289,10 +285,11 @@ def load_reward_model(
     The head's tensors tell the layout: `score` of transformers' sequence classifiers,
     `regression_head` of UltraRM (arXiv 2310.01377), `v_head` of Starling-RM, whose decoder may be
     named `model`, `transformer` or `model.model`. An adapter is merged into `base`, by default the
-    one it names, a reward model or a language model; its head may be in its own files. The
-    options are those of `load_model` but for `quantize`; an encoder is small and stays whole.
+    one it names, a reward model or a language model; its head may be in its own files. The options
+    are those of `load_model` but for `quantize`; an encoder is small and stays whole.
 
-    Raises InputError as `load_model` does, and for a checkpoint with no head that is known here.
+    Raises:
+        InputError: as `load_model` does, and for a checkpoint with no head that is known here.
     """
     directory, how = locate(path_or_hub_id), Loading(dtype, mesh, rules, scan_layers)
     if is_adapter(directory):
@@ -345,7 +342,8 @@ def is_reward_model(path_or_hub_id: str | Path) -> bool:
 def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfig:
     """The config of a reward model, a decoder's or an encoder's, without its weights.
 
-    Raises InputError for a missing or malformed file and for a model that is not supported.
+    Raises:
+        InputError: for a missing or malformed file and for a model that is not supported.
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
@@ -364,7 +362,8 @@ def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfi
 def load_reward_labels(path_or_hub_id: str | Path) -> tuple[str, ...]:
     """The names of a reward model's labels, one for each logit, without its weights.
 
-    Raises InputError as `load_reward_model` does, but for the tensors' shapes.
+    Raises:
+        InputError: as `load_reward_model` does, but for the tensors' shapes.
     """
     directory = locate(path_or_hub_id)
     config = load_reward_config(directory)
@@ -433,8 +432,9 @@ def _labels(directory: Path, hf: Mapping[str, Any]) -> tuple[str, ...]:
 def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classifier:
     """Load an encoder classifier from a directory or a hub id; `dtype` as in `load_model`.
 
-    Raises InputError for a missing directory or file, another architecture, an activation other
-    than GELU, and any tensor missing, misshapen or too many.
+    Raises:
+        InputError: for a missing directory or file, another architecture, an activation other than
+            GELU, and any tensor missing, misshapen or too many.
     """
     directory = locate(path_or_hub_id)
     config = _encoder_config(directory)
@@ -458,7 +458,5 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
 
 def _encoder_config(directory: Path) -> EncoderConfig:
     value = read_json(directory / CONFIG)
-    try:
+    with about(directory / CONFIG):
         return encoder_from_hf(value)
-    except InputError as error:
-        raise error.at(str(directory / CONFIG)) from None

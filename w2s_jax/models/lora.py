@@ -1,13 +1,13 @@
 """Low-rank adapters on a decoder (LoRA, arXiv 2106.09685): beside the base's kernels or in them.
 
 An adapter is a tree with `lora_a` and `lora_b` in the places of the base's kernels and, where one
-was trained so, whole parameters in place of the base's. Files: `models/lora_huggingface.py`.
+was trained so, whole parameters in place of the base's. Files: `models/peft.py`.
 """
 
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import (
     PROJECTIONS,
     STACKED,
@@ -28,7 +29,7 @@ from w2s_jax.models.parameters import (
     module_of,
     unstack_layers,
 )
-from w2s_jax.ops.quantized import QTensor
+from w2s_jax.ops.layers import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")
@@ -89,7 +90,8 @@ class LoraConfig:
 def targeted(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     """The projections of this decoder that are adapted; "gate" falls away where there is none.
 
-    Raises InputError where none is left.
+    Raises:
+        InputError: where none is left.
     """
     held = [name for name in PROJECTIONS if config.gated_mlp or name != "gate"]
     found = tuple(name for name in held if name in _projections(lora.targets))
@@ -126,7 +128,8 @@ def init_adapter(
     lora_a [*inputs, rank] and lora_b [rank, *outputs], each with a leading N with `scan_layers`;
     both layouts hold the same numbers.
 
-    Raises InputError where the model has none of the targets.
+    Raises:
+        InputError: where the model has none of the targets.
     """
     flat: dict[str, Array] = {}
     shapes = _factor_shapes(config, lora)
@@ -160,7 +163,8 @@ def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConf
     Beside each adapted kernel: lora_a, lora_b, lora_scale and lora_dropout (scalars; [N] where
     layers are stacked), which `decoder.Linear` reads.
 
-    Raises InputError where the adapter does not fit the base.
+    Raises:
+        InputError: where the adapter does not fit the base.
     """
     flat, stacked = flatten_dict(params), STACKED in params
     for place, change in _changes(flat, adapter).items():
@@ -177,7 +181,8 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
 
     Computed in float32, then cast to the kernel's dtype.
 
-    Raises InputError where the adapter does not fit the base, or that is quantised.
+    Raises:
+        InputError: where the adapter does not fit the base, or that is quantised.
     """
     flat = flatten_dict(params)
     for place, change in _changes(flat, adapter).items():
@@ -201,6 +206,26 @@ def _added(kernel: Array, a: Array, b: Array, scale: float | Array, stacked: boo
     product = jax.vmap(multiply) if stacked else multiply
     change = product(a.astype(jnp.float32), b.astype(jnp.float32))
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
+    """A base made one of `config`: embedding and head taken out of the adapter, or untied."""
+    params = dict(base.params)
+    if base.config.tied_embeddings and not config.tied_embeddings:
+        embedding = params["embed"]["embedding"]
+        if isinstance(embedding, QTensor):
+            raise InputError("an adapter that unties the head needs a base that is not quantised")
+        params["head"] = {"kernel": embedding.T}
+    return replace(base, config=config, params=take_vocabulary(params, adapter))
+
+
+def take_vocabulary(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with an adapter's embedding and head, which are taken out of the adapter.
+
+    Of another vocabulary they cannot be written over the base's by `merge`.
+    """
+    names = [name for name in ("embed", "head") if name in adapter]
+    return params | {name: params[name] | adapter.pop(name) for name in names}
 
 
 def _changes(
@@ -242,7 +267,8 @@ def stack_adapter(adapter: Mapping[str, Any], layers: int) -> dict[str, Any]:
     Where layers differ in rank, or some have no adapter, zeros fill up: they change nothing and
     receive no gradient. Stacked adapters are returned as they are.
 
-    Raises InputError where whole parameters are replaced in some layers only.
+    Raises:
+        InputError: where whole parameters are replaced in some layers only.
     """
     if STACKED in adapter:
         return dict(adapter)
@@ -304,7 +330,8 @@ def abstract_adapter(
 ) -> dict[str, Any]:
     """The shapes, dtypes and, on a mesh, shardings of a fresh adapter; nothing is allocated.
 
-    Raises InputError as `init_adapter` and `shard_adapter` do.
+    Raises:
+        InputError: as `init_adapter` and `shard_adapter` do.
     """
     flat: dict[str, jax.ShapeDtypeStruct] = {}
     lead = (config.layers,) if scan_layers else ()
@@ -325,7 +352,8 @@ def shard_adapter(
 ) -> dict[str, Any]:
     """The same adapter split over a mesh as its base is.
 
-    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    Raises:
+        InputError: naming the parameter, where the mesh does not divide a dimension.
     """
     shardings = resolve_tree(adapter_axes(config, adapter), dict(adapter), rules, mesh)
     return jax.device_put(dict(adapter), shardings)

@@ -42,8 +42,10 @@ def quickest_dtype() -> str:
 def parameter_dtype(dtype: Any, stored: Any) -> jnp.dtype:
     """The dtype that `load_model`'s argument names, for parameters stored as `stored`.
 
-    Float64, where it is stored, is read as the widest that JAX computes in. Raises InputError as
-    `floating_dtype` does.
+    Float64, where it is stored, is read as the widest that JAX computes in.
+
+    Raises:
+        InputError: as `floating_dtype` does.
     """
     dtype = quickest_dtype() if dtype is None else dtype
     if isinstance(dtype, str) and dtype == STORED:
@@ -111,7 +113,8 @@ def init_model(
 ) -> Model:
     """A model with random parameters (normal, 0.02; norms at one, biases at zero).
 
-    Raises InputError for what is no ModelConfig, and for a dtype that is no floating-point type.
+    Raises:
+        InputError: for what is no ModelConfig, and for a dtype that is no floating-point type.
     """
     check_kind("init_model", config, ModelConfig, "a ModelConfig")
     return Model(config, _drawing(config, floating_dtype(dtype), scan_layers)(key))
@@ -181,7 +184,8 @@ def _abstract_params(
 def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model:
     """The same model with its parameters split over a mesh as the rules say.
 
-    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+    Raises:
+        InputError: naming the parameter, where the mesh does not divide a dimension.
     """
     check_placing(mesh, rules)
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)

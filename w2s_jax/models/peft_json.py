@@ -1,7 +1,7 @@
 """adapter_config.json in both directions: which modules are adapted, and how that is scaled.
 
 Follows PEFT 0.21; what would change the logits in a way not followed here is refused by name.
-Opens no file: `models/lora_huggingface.py` does, and says where an InputError comes from.
+Opens no file: `peft.py` does, and says where an InputError comes from.
 """
 
 import re
@@ -10,9 +10,8 @@ from typing import Any
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config_json import Json
 from w2s_jax.models.lora import LoraConfig
-
-Json = Mapping[str, Any]
 
 # Fields that change what an adapter computes, when they are set.
 _REFUSED = (
@@ -38,7 +37,8 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 def read_lora(hf: Json) -> LoraConfig:
     """Rank, alpha, dropout and kind of scale; the targets are left at their default.
 
-    Raises InputError for what is not supported, named, and for a malformed field.
+    Raises:
+        InputError: for what is not supported, named, and for a malformed field.
     """
     if hf.get("peft_type") != "LORA":
         raise InputError(f"peft_type {hf.get('peft_type')!r} is not supported; LORA is")
@@ -53,16 +53,11 @@ def read_lora(hf: Json) -> LoraConfig:
         )
     _check_kinds(hf)
     try:
-        return LoraConfig(
-            rank=int(hf.get("r", 8)),
-            alpha=float(hf.get("lora_alpha", 8)),
-            dropout=float(hf.get("lora_dropout", 0.0)),
-            rslora=bool(hf.get("use_rslora", False)),
-        )
-    except InputError:
-        raise
+        rank, alpha = int(hf.get("r", 8)), float(hf.get("lora_alpha", 8))
+        dropout = float(hf.get("lora_dropout", 0.0))
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"r, lora_alpha and lora_dropout must be numbers ({error})") from None
+    return LoraConfig(rank, alpha, dropout, rslora=bool(hf.get("use_rslora", False)))
 
 
 def _check_kinds(hf: Json) -> None:
@@ -90,7 +85,9 @@ def module_lora(hf: Json, lora: LoraConfig, module: str) -> LoraConfig:
     """The adapter of one module, whose rank or alpha may differ from the others'.
 
     A pattern's key is a module's name, or the end of one, as in peft.utils.get_pattern_key.
-    Raises InputError for a key that is no pattern.
+
+    Raises:
+        InputError: for a key that is no pattern.
     """
     found: list[float | None] = []
     for field in _PATTERNS:
@@ -104,7 +101,8 @@ def module_lora(hf: Json, lora: LoraConfig, module: str) -> LoraConfig:
 def is_target(hf: Json, module: str) -> bool:
     """Whether PEFT would adapt a module (peft.tuners.tuners_utils.check_target_module_exists).
 
-    Raises InputError for a malformed pattern.
+    Raises:
+        InputError: for a malformed pattern.
     """
     saved = hf.get("modules_to_save") or []
     if _named(hf.get("exclude_modules"), module) or any(

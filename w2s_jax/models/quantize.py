@@ -1,6 +1,6 @@
 """Which parameters of a decoder are quantised, and how; weight-only, activations stay as they are.
 
-The arithmetic is in `ops/quantized.py`, quantising while loading in `models/huggingface.py`.
+The arithmetic is in `ops/layers.py`, quantising while loading in `models/huggingface.py`.
 """
 
 import re
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.parameters import PROJECTIONS, kernel_axes
-from w2s_jax.ops.quantized import DEPTHS, QTensor, quantize_array, scales_shape
+from w2s_jax.ops.layers import DEPTHS, QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes
 
 _WEIGHTS = (*PROJECTIONS, "head", "embedding")
@@ -101,7 +101,8 @@ def _groups_that_divide(size: int) -> str:
 def read_quantize(spec: str) -> QuantizeConfig:
     """A config from "int8", "int8:128", "int4" (in groups of 128), "int4:64+head+embedding".
 
-    Raises InputError for anything else.
+    Raises:
+        InputError: for anything else.
     """
     match = re.fullmatch(r"int(4|8)(?::(\d+))?((?:\+\w+)*)", spec)
     if match is None:
@@ -122,8 +123,11 @@ def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any
     """The parameters, in either layout, with QTensors in place of the weights that `config` names.
 
     Under `jax.eval_shape` their shapes. Arrays on a mesh stay as they are split, and their scales
-    are those of the whole. Raises InputError for parameters that are quantised already, a group
-    that does not divide a weight, and a mesh that does not divide the groups.
+    are those of the whole.
+
+    Raises:
+        InputError: for parameters that are quantised already, a group that does not divide a
+            weight, and a mesh that does not divide the groups.
     """
     flat = flatten_dict(dict(params), sep="/")
     for path, leaf in flat.items():

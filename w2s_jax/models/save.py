@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 from w2s_jax.distributed import is_first, to_host
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config_json import config_to_hf
-from w2s_jax.models.encoder import Classifier, encoder_to_hf, stored_in_encoder
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -38,7 +37,7 @@ from w2s_jax.models.parameters import (
     reward_head,
 )
 from w2s_jax.models.quantize import is_quantized
-from w2s_jax.models.reward import SCORE, RewardModel
+from w2s_jax.models.reward import SCORE, Classifier, RewardModel, encoder_to_hf, stored_in_encoder
 
 SHARD_BYTES = 5_000_000_000
 
@@ -54,8 +53,9 @@ def save_model(
 
     `tokenizer` (anything with `save_pretrained`) is written beside it.
 
-    Raises InputError when config.json cannot express the model, when the model is quantised, or the
-    directory is not writable.
+    Raises:
+        InputError: when config.json cannot express the model, when the model is quantised, or the
+            directory is not writable.
     """
     check_kind("save_model", model, Model, "what load_model gives")
     check_kind("save_model's directory", directory, str | Path, "a path")
@@ -75,10 +75,11 @@ def save_reward_model(
 ) -> None:
     """Write a sequence classifier that `load_reward_model` and transformers load.
 
-    transformers' classes have no bias in their head and leave out one that is there.
-    `tokenizer` (anything with `save_pretrained`) is written beside it.
+    transformers' classes have no bias in their head and leave out one that is there. `tokenizer`
+    (anything with `save_pretrained`) is written beside it.
 
-    Raises InputError when config.json cannot express the model or the directory is not writable.
+    Raises:
+        InputError: when config.json cannot express the model or the directory is not writable.
     """
     hf = config_to_hf(model.config)
     names = [re.sub("LMHeadModel|ForCausalLM", "", name) for name in hf["architectures"]]
@@ -99,8 +100,10 @@ def save_classifier(
 ) -> None:
     """Write config.json and model.safetensors, as transformers and `load_classifier` read them.
 
-    `tokenizer` (anything with `save_pretrained`) is written beside them. Raises InputError when
-    the directory is not writable.
+    `tokenizer` (anything with `save_pretrained`) is written beside them.
+
+    Raises:
+        InputError: when the directory is not writable.
     """
     leaves = {}
     for path, leaf in flatten_dict(classifier.params, sep="/").items():
@@ -192,7 +195,10 @@ def write_files(
 
     All are written beside their places first, then files that match `old` go and these take their
     places, in order; a tokenizer's follow. Of several hosts, which must all call this, the first
-    alone writes. Raises InputError, saying what `sort` of files, when that is not possible.
+    alone writes.
+
+    Raises:
+        InputError: saying what `sort` of files, when that is not possible.
     """
     if not is_first():
         for names in tensors.values():

@@ -84,7 +84,8 @@ def mesh_of(
 def named_mesh(spec: str) -> "Mesh":
     """The mesh of --mesh where it is not chosen.
 
-    Raises InputError as `make_mesh` and `check_named` do, and for "auto".
+    Raises:
+        InputError: as `make_mesh` and `check_named` do, and for "auto".
     """
     from w2s_jax.ops.sharding import make_mesh
 

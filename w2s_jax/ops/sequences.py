@@ -115,8 +115,8 @@ def _forward(
 
 def _backward(
     scale: float | int, softcap: float | None, residuals: tuple, slope: Array
-) -> tuple[Array, Array, Array, None]:
-    *arrays, reach, out, normaliser = residuals
+) -> tuple[Array | None, ...]:
+    query, keys, values, reach, out, normaliser = residuals
 
     # What a kernel saves is its own affair, so it runs again. Beside a rematerialised pass the two
     # calls become one; without remat these are two matmuls more, beside nine.
@@ -131,8 +131,8 @@ def _backward(
             (query, keys, values, mask, out, normaliser), slope, scale=scale, softcap=softcap
         )
 
-    run = _dispatch(by_kernel, by_scores, kernels(*arrays, reach, scale, softcap))
-    return (*run(*arrays, slope), None)
+    run = _dispatch(by_kernel, by_scores, kernels(query, keys, values, reach, scale, softcap))
+    return (*run(query, keys, values, slope), None)
 
 
 attend_sequence.defvjp(_forward, _backward)

@@ -27,8 +27,10 @@ def mesh_shape(spec: str, devices: int) -> Shape:
     """Sizes of (data, fsdp, tensor) from a spec such as "data=2,tensor=-1" for so many devices.
 
     An absent axis is 1; one axis may be -1 and takes what the others leave. dcn_data, dcn_fsdp and
-    dcn_tensor multiply their axis. Raises InputError for a malformed spec and for sizes whose
-    product is not the number of devices.
+    dcn_tensor multiply their axis.
+
+    Raises:
+        InputError: for a malformed spec and for sizes whose product is not the number of devices.
     """
     inner, across = _sizes(spec, devices)
     data, fsdp, tensor = (a * b for a, b in zip(inner, across, strict=True))
@@ -41,7 +43,9 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     With dcn_* axes their product is the number of slices, each of which holds all of the other
     axes: what goes along `dcn_data` is the only traffic between slices. Devices that know no slice
     are cut into equal runs in their order, so that the same spec works where they are virtual.
-    Raises InputError as `mesh_shape` does, and where there is another number of slices.
+
+    Raises:
+        InputError: as `mesh_shape` does, and where there is another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     return Mesh(device_grid(spec, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -186,7 +190,8 @@ class Rules:
     def targets(self, axis: str, size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes that split an axis of this size on a mesh of these sizes.
 
-        Raises InputError as `mesh_axes` does.
+        Raises:
+            InputError: as `mesh_axes` does.
         """
         found = self.mesh_axes(axis)
         parts = math.prod(sizes.get(target, 1) for target in found)
@@ -234,7 +239,8 @@ def check_placing(mesh: Any, rules: Any) -> None:
 def parse_rules(text: str) -> Rules:
     """Rules from a preset's name and changes to it: "search", "train,mlp=fsdp+tensor,kv_heads=".
 
-    Raises InputError for unknown presets, logical axes and mesh axes.
+    Raises:
+        InputError: for unknown presets, logical axes and mesh axes.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name not in PRESETS:
@@ -267,9 +273,10 @@ def resolve(
 ) -> NamedSharding:
     """The sharding of an array whose dimensions carry these logical axes (None: never split).
 
-    Raises InputError, saying `name`, for an unknown logical or mesh axis, for one mesh axis used
-    twice (of size 1 too, so that small meshes catch it), and for a dimension that the mesh does not
-    divide, with the nearest meshes that do.
+    Raises:
+        InputError: saying `name`, for an unknown logical or mesh axis, for one mesh axis used twice
+            (of size 1 too, so that small meshes catch it), and for a dimension that the mesh does
+            not divide, with the nearest meshes that do.
     """
     found = NamedSharding(mesh, _spec(axes, rules, mesh, shape, name))
     _check_divided([(name, axes, shape)], rules, mesh)
@@ -377,17 +384,22 @@ class Placement:
     mesh: Mesh | None = None
     rules: Rules = DEFAULT_RULES
 
+    def mesh_axes(self, axis: str, size: int) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis of this size."""
+        return () if self.mesh is None else self.rules.targets(axis, size, self.mesh.shape)
+
     def parts(self, axis: str, size: int) -> int:
         """Into how many parts a logical axis of this size is split."""
-        if self.mesh is None:
-            return 1
-        split = self.rules.targets(axis, size, self.mesh.shape)
-        return math.prod(self.mesh.shape[target] for target in split)
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return math.prod(sizes[target] for target in self.mesh_axes(axis, size))
 
     def constrain(self, tree: Any, axes: Any) -> Any:
         """Inside jit, every array of a tree held to the sharding of its logical axes.
 
-        Without a mesh the tree as it is. Raises InputError as `resolve_tree` does.
+        Without a mesh the tree as it is.
+
+        Raises:
+            InputError: as `resolve_tree` does.
         """
         if self.mesh is None:
             return tree
@@ -420,7 +432,7 @@ class Placement:
         """
         if self.mesh is None or rows.shape[0] % self.parts("batch", rows.shape[0]):
             return rows
-        split = self.rules.targets(axis, rows.shape[-1], self.mesh.shape)
+        split = self.mesh_axes(axis, rows.shape[-1])
         left = tuple(one for one in self.rules.mesh_axes("batch") if one not in split)
         spec = PartitionSpec(left, *(None,) * (rows.ndim - 2), split)
         rows = jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, spec))

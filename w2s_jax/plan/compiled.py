@@ -115,8 +115,7 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
     A loop whose length depends on what is read counts `unknown` times. Asynchronous exchanges are
     counted where they start.
     """
-    bodies = computations(text)
-    entry = next((name for name, (first, _) in bodies.items() if first), None)
+    entry, bodies = computations(text)
     times: Counter[str] = Counter()
     looped: dict[str, bool] = defaultdict(bool)
 
@@ -125,7 +124,7 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
             return
         times[name] += count
         looped[name] |= in_loop
-        for line in bodies[name][1]:
+        for line in bodies[name]:
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 length = loop_length(line, bodies, loop[1], loop[2])
@@ -141,7 +140,7 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
     everyone = int(partitions[1]) if partitions else 2
     found: dict[tuple, dict[str, list[Collective]]] = defaultdict(lambda: defaultdict(list))
     for name, count in times.items():
-        for line in bodies[name][1]:
+        for line in bodies[name]:
             one = _collective(line, count, looped[name], everyone)
             if one is None:
                 continue
@@ -178,53 +177,50 @@ def _key(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size > 1))
 
 
-def computations(text: str) -> dict[str, tuple[bool, list[str]]]:
-    """The lines of each computation by its name, and whether it is the program's entry."""
-    bodies: dict[str, tuple[bool, list[str]]] = {}
+def computations(text: str) -> tuple[str | None, dict[str, list[str]]]:
+    """The name of a program's entry, and the lines of each computation by its name."""
+    entry: str | None = None
+    bodies: dict[str, list[str]] = {}
     lines: list[str] | None = None
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
-            lines = []
-            bodies[start[1]] = (line.startswith("ENTRY"), lines)
+            lines = bodies[start[1]] = []
+            entry = start[1] if line.startswith("ENTRY") else entry
         elif _END.match(line):
             lines = None
         elif lines is not None:
             lines.append(line)
-    return bodies
+    return entry, bodies
 
 
 def loop_length(
-    line: str, bodies: Mapping[str, tuple[bool, list[str]]], condition: str, body: str
+    line: str, bodies: Mapping[str, Sequence[str]], condition: str, body: str
 ) -> int | None:
     """How often a loop runs: as the compiler says, else until its counter reaches a constant."""
     told = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if told:
         return int(told[1])
-    lines = bodies.get(condition, (False, []))[1]
+    lines = bodies.get(condition, [])
     if not any("direction=LT" in one for one in lines):
         return None
     numbers = list(_constants(lines).values())
     if len(numbers) != 1:
         return None
-    return -(-numbers[0] // _stride(lines, bodies.get(body, (False, []))[1]))
+    return -(-numbers[0] // _stride(lines, bodies.get(body, [])))
 
 
 def _constants(lines: Iterable[str]) -> dict[str, int]:
-    found = (re.search(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", one) for one in lines)
-    return {one[1]: int(one[2]) for one in found if one}
+    found = re.findall(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return {name: int(number) for name, number in found}
 
 
 def _stride(condition: Sequence[str], body: Sequence[str]) -> int:
     """What a loop adds to its counter at a time: 2 where the compiler unrolled it once."""
-    counters = {
-        one[1]: int(one[2])
-        for one in (re.search(r"%([\w.\-]+) = .*get-tuple-element\(.*index=(\d+)", line)
-                    for line in condition)
-        if one
-    }  # fmt: skip
+    element = r"%([\w.\-]+) = .*get-tuple-element\(.*index=(\d+)"
+    counters = re.findall(element, "\n".join(condition))
     compared = next((one for one in condition if "direction=LT" in one), "")
-    places = [place for name, place in counters.items() if f"%{name}," in compared]
+    places = [int(place) for name, place in counters if f"%{name}," in compared]
     root = next((one for one in body if one.strip().startswith("ROOT")), "")
     carried = re.search(r" tuple\((.*?)\)(?:,|$)", root)
     if len(places) != 1 or carried is None:

@@ -100,8 +100,10 @@ class MatrixRow:
 def cells(only: str = "") -> list[Cell]:
     """The cells of the matrix, or those of some words, such as "v5e,70B,dpo,lora".
 
-    Words of one kind add up, words of different kinds narrow. Raises InputError for other words,
-    and for words that go with no cell.
+    Words of one kind add up, words of different kinds narrow.
+
+    Raises:
+        InputError: for other words, and for words that go with no cell.
     """
     words = {word.strip() for word in only.split(",")} - {""}
     kinds: tuple[Sequence[str], ...] = (FAMILIES, tuple(MODELS), WORKS, TUNINGS)
@@ -252,8 +254,9 @@ class Records:
 def open_records(table: Path | None, figures: Path | None, compiler: str, settings: str) -> Records:
     """The files of a matrix, with the rows that are there; rows that are cut are left out.
 
-    Raises InputError for a file that holds something else, and for one of another compiler or of
-    other settings.
+    Raises:
+        InputError: for a file that holds something else, and for one of another compiler or of
+            other settings.
     """
     for path in filter(None, (table, figures)):
         check_writable(path)

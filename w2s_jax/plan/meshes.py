@@ -152,8 +152,10 @@ def likeliest_mesh(shapes: Shapes, chip: Chip, devices: int, where: str) -> Cand
     says so in its `why`.
 
     The rules that go with it are those of the shapes: `search` for a search, `train` for a
-    training, unless they hold others. Raises InputError, saying `where`, where no mesh divides the
-    arrays.
+    training, unless they hold others.
+
+    Raises:
+        InputError: saying `where`, where no mesh divides the arrays.
     """
     judged = candidates(shapes, chip, devices)
     known = [one for one in judged if one.resident_bytes is not None]

@@ -48,7 +48,10 @@ from w2s_jax.train.step import make_optimizer, make_train_step
 def shape_of(name: str) -> ModelConfig:
     """The config of a folder, a config.json, a published model of `KNOWN`, or another hub id.
 
-    No weights are read or fetched. Raises InputError for what is none of them.
+    No weights are read or fetched.
+
+    Raises:
+        InputError: for what is none of them.
     """
     from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, locate
     from w2s_jax.models.load import load_config

@@ -147,7 +147,8 @@ def device_count(topology: str) -> int:
 def family_of(topology: str) -> str | None:
     """The family whose slices are to be tried, of "v6e:auto" or "auto" (v5e); None of one slice.
 
-    Raises InputError for a family that is not known.
+    Raises:
+        InputError: for a family that is not known.
     """
     family, colon, shape = topology.partition(":")
     if (shape if colon else family) != "auto":
@@ -267,8 +268,11 @@ def leave_accelerators() -> None:
 def open_slice(name: str, slices: int = 1) -> Slice:
     """The devices of a topology such as "v6e:4x4" or "h100:8", or of several such slices.
 
-    Calls `leave_accelerators`. Raises InputError for a topology that there is not, for several
-    hosts with GPUs, and where the compiler is not installed.
+    Calls `leave_accelerators`.
+
+    Raises:
+        InputError: for a topology that there is not, for several hosts with GPUs, and where the
+            compiler is not installed.
     """
     check_topology(name)
     check_compiler(name)

@@ -414,8 +414,7 @@ def equation_form(left: str, right: str) -> str | None:
     if sides[0] is None or sides[1] is None:
         return None
     difference = sides[0] - sides[1]
-    symbols = difference.free_symbols
-    if not symbols:
+    if not (symbols := difference.free_symbols):
         forms = _form(sides[0]), _form(sides[1])
         return forms[0] if forms[0] == forms[1] else None
     alone = next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("y")

@@ -98,6 +98,7 @@ _DOLLARS_OF_MONEY = re.compile(r"\$\s*[\d.,]+\s.*\$")
 _WORDS = (
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}"
 )
+_SIGNS = (("lt", "<"), ("gt", ">"), ("rangle", ")"), ("colon", ":"))
 # What is rewritten first, before characters, and what after single dollars have gone, in order.
 _AT_FIRST: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     ("(?:\\d\u0305)+", r"\\overline{\g<0>}"),
@@ -110,18 +111,13 @@ _AT_FIRST: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     ),
 )
 _REWRITTEN: tuple[tuple[str, str], ...] = (
-    (r"\\([$%])", r"\1"),
-    (r"\{([,:])\}", r"\1"),
+    *((r"\\([$%])", r"\1"), (r"\{([,:])\}", r"\1")),
     (r"\\leq(?:slant|q)?(?![a-zA-Z])|<=(?!>)", r"\\le "),
     (r"\\geq(?:slant|q)?(?![a-zA-Z])|>=", r"\\ge "),
     (r"\\neq(?![a-zA-Z])|\\not\s*=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
+    *((rf"\\{name}(?![a-zA-Z])", sign) for name, sign in _SIGNS),
     (r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])", "("),
-    (r"\\rangle(?![a-zA-Z])", ")"),
-    (r"\\colon(?![a-zA-Z])", ":"),
-    (r"\\\{", r"\\lbrace "),
-    (r"\\\}", r"\\rbrace "),
+    *((r"\\\{", r"\\lbrace "), (r"\\\}", r"\\rbrace ")),
     # What the published normaliser, which takes "ft" out of everything, leaves of \left and \infty.
     (r"\\le(?=[(\[{|])(?=.*\\right)", ""),
     (r"\\iny\b", r"\\infty"),
@@ -139,11 +135,8 @@ _REWRITTEN: tuple[tuple[str, str], ...] = (
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", " degrees "),
     # As typed in plain text: in LaTeX, 2^10 would be two to the first, times nought.
     (r"(?:\*\*|\^)\s*(-?\d+)(?![\d.])", r"^{\1}"),
-    (r"\*\*", "^"),
-    (r"\s+", " "),
-    ("\x00", r"\\\\"),
-    (r"\\lbrace ", r"\\{"),
-    (r"\\rbrace ", r"\\}"),
+    *((r"\*\*", "^"), (r"\s+", " ")),
+    *(("\x00", r"\\\\"), (r"\\lbrace ", r"\\{"), (r"\\rbrace ", r"\\}")),
 )
 
 

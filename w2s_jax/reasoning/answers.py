@@ -25,7 +25,7 @@ from w2s_jax.reasoning.answer_text import (
     final_answer,
     last_box,
 )
-from w2s_jax.reasoning.quantities import MONEY, NO_UNIT, Quantity
+from w2s_jax.reasoning.quantities import CURRENCIES, NO_UNIT, Quantity
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
@@ -96,8 +96,8 @@ def published_form(answer: str) -> str:
     for pattern, kept in _UNWRAPPED:
         answer = pattern.sub(kept, answer)
     answer = answer.replace("$", "")
-    if answer.replace(",", "").isdigit():
-        answer = answer.replace(",", "")
+    whole = answer.replace(",", "")
+    answer = whole if whole.isdigit() else answer
     for ending in (".0", ".00", "%"):
         if answer.endswith(ending) and answer[: -len(ending)].isdigit():
             answer = answer[: -len(ending)]
@@ -186,8 +186,7 @@ class MathChecker:
         choices; an expression is known by its values at fixed points.
         """  # noqa: D205
         answer = clean(answer)
-        letters = self._letters(answer)
-        if letters is not None:
+        if (letters := self._letters(answer)) is not None:
             return ",".join(sorted(letters))
         return form(answer, "voted") if answer else ""
 
@@ -216,7 +215,7 @@ def _as_typed(one: str, other: str) -> bool:
 def _same_amount(left: Quantity, right: Quantity) -> bool:
     """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
     few, more = sorted((left.unit.powers, right.unit.powers), key=len)
-    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in MONEY
+    rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in CURRENCIES
     return rate and left.value == right.value
 
 
@@ -262,10 +261,12 @@ def make_checker(name: str, kind: str) -> Checker:
 
     `math` judges by value and reads LaTeX by math-verify's parser; `published` has the rules of the
     code of arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's filters.
-    Raises InputError for an unknown name or kind, a harness checker of other answers than GSM8K's,
-    and for `math` where math-verify or its ANTLR runtime is missing or of another version: without
-    the one runtime that its parsers were made for, math-verify reads no LaTeX and would silently
-    compare nothing.
+
+    Raises:
+        InputError: for an unknown name or kind, a harness checker of other answers than GSM8K's,
+            and for `math` where math-verify or its ANTLR runtime is missing or of another version:
+            without the one runtime that its parsers were made for, math-verify reads no LaTeX and
+            would silently compare nothing.
     """
     _check_kind(kind)
     if name not in CHECKERS:
@@ -338,7 +339,9 @@ def grade(
     one's own, called with the kind. complete: whether every row must have a gold answer. limits:
     those of `Workers`. An answer that hangs, crashes or takes too much memory has the result False
     (or the empty pred, if it was being extracted) and says why in "error".
-    Raises InputError for a row without a response or a gold answer, and as `make_checker` does.
+
+    Raises:
+        InputError: for a row without a response or a gold answer, and as `make_checker` does.
     """
     known = {} if golds is None else golds
     for index, row in enumerate(rows):
@@ -366,17 +369,15 @@ def grade(
 
 
 def judged(
-    rows: Sequence[Mapping[str, Any]],
-    golds: Mapping[Any, str],
-    voter: str,
-    judge: str,
-    kind: str,
+    rows: Sequence[Mapping[str, Any]], golds: Mapping[Any, str], voter: str, judge: str, kind: str
 ) -> list[Row]:
-    """The rows with "pred" by the checker `voter`, in their order; those whose id has a gold answer
-    also with "gold" and "result" by the checker `judge`.
+    """The rows with "pred" by the checker `voter`, in their order.
 
-    Raises InputError as `grade` does.
-    """  # noqa: D205
+    Those whose id has a gold answer also have "gold" and "result" by the checker `judge`.
+
+    Raises:
+        InputError: as `grade` does.
+    """
     if voter == judge:
         return grade(rows, golds, voter, kind, complete=False)
     graded = grade(rows, None, voter, kind)
@@ -392,7 +393,10 @@ def canonical_answers(
 ) -> list[str]:
     """Each final answer in the checker's one form per value; as it is where that cannot be found.
 
-    limits: those of `Workers`. Raises InputError as `make_checker` does.
+    limits: those of `Workers`.
+
+    Raises:
+        InputError: as `make_checker` does.
     """
     with _checking(checker_name, kind, **limits) as pool:
         forms = _run(pool, [("canonical", pred) for pred in preds])
@@ -405,7 +409,9 @@ def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> li
 
     rows: each with "id" and "pred". Of one question, numbers of which any two are equal are one
     vote, that of the first in the order of characters: "5 cm" and "5", where nobody says "5 m".
-    Raises InputError as `make_checker` does.
+
+    Raises:
+        InputError: as `make_checker` does.
     """
     preds = sorted({row["pred"] for row in rows if row["pred"]})
     forms = dict(zip(preds, canonical_answers(preds, checker_name, kind), strict=True))

@@ -78,8 +78,9 @@ class Answering:
 def answer(task: Answering) -> list[Row]:
     """The responses, as `generate` gives them; goes on from what a killed call has written.
 
-    Raises InputError for files and checkpoints that cannot be read, models without one vocabulary,
-    and as `fit_prompts` and `generate` do.
+    Raises:
+        InputError: for files and checkpoints that cannot be read, models without one vocabulary,
+            and as `fit_prompts` and `generate` do.
     """
     planned = _planned(task)
     rows = _prompts(task, planned)
@@ -111,8 +112,10 @@ def answer(task: Answering) -> list[Row]:
 def check_prompts(task: Answering, count: int | None = None) -> None:
     """Whether a task's models can be asked its questions; reads tokenizers and configs alone.
 
-    count: of the demonstrations, how many of the first; None takes all. Raises InputError as
-    `answer` does for files, vocabularies and prompts.
+    count: of the demonstrations, how many of the first; None takes all.
+
+    Raises:
+        InputError: as `answer` does for files, vocabularies and prompts.
     """
     _prompts(task, _planned(task), count)
 
@@ -197,10 +200,10 @@ def row_key(row_id: str | int) -> int:
 
 
 def _planned(task: Answering) -> SteeringPlan:
-    guides: tuple[GuideSource, ...] = ()
-    if task.tuned is not None and task.untuned is not None:
-        guides = (GuideSource(task.tuned, task.untuned),)
-    return plan(Sources(task.model, guides, score_on="tokens" if guides else "auto"))
+    if task.tuned is None or task.untuned is None:
+        return plan(Sources(task.model))
+    guides = (GuideSource(task.tuned, task.untuned),)
+    return plan(Sources(task.model, guides, score_on="tokens"))
 
 
 def _prompts(task: Answering, planned: SteeringPlan, count: int | None = None) -> list[Row]:
@@ -291,19 +294,13 @@ def _entry(
     asked: _Asked, result: SearchResult, text_of: Callable[[Sequence[int], Hypothesis], str]
 ) -> Row:
     """What the journal keeps of a finished request: its output rows."""
-    prompt = asked.request.prompts[0]
+    rows = []
     # A prompt's last slot may have drawn more than are wanted, and a search keeps W.
-    return {
-        "rows": [
-            {
-                "id": asked.row_id,
-                "sample": number,
-                "response": text_of(prompt, one).strip(),
-                "finished": one.finished,
-            }
-            for number, one in zip(asked.samples, result.hypotheses, strict=False)
-        ]
-    }
+    for number, one in zip(asked.samples, result.hypotheses, strict=False):
+        response = text_of(asked.request.prompts[0], one).strip()
+        row = {"id": asked.row_id, "sample": number, "response": response}
+        rows.append(row | {"finished": one.finished})
+    return {"rows": rows}
 
 
 def _write(path: str | Path, entries: Iterable[Row]) -> None:
@@ -311,16 +308,14 @@ def _write(path: str | Path, entries: Iterable[Row]) -> None:
 
 
 def _fingerprint(
-    rows: Sequence[Mapping[str, Any]],
-    config: GenerationConfig,
-    identity: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]], config: GenerationConfig, identity: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What the journal's rows depend on."""
     settings = asdict(config)
     del settings["batch_size"]  # how a run is carried out, not what it computes
     asked = json.dumps([[row["id"], row["prompt"]] for row in rows]).encode()
-    told = {"prompts_sha256": hashlib.sha256(asked).hexdigest()[:16]}
-    return settings | told | dict(identity or {})
+    digest = hashlib.sha256(asked).hexdigest()[:16]
+    return {**settings, "prompts_sha256": digest, **(identity or {})}
 
 
 def main(arguments: list[str]) -> int:

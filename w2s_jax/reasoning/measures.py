@@ -44,7 +44,8 @@ class Estimate:
 def proportion(correct: int, total: int, level: float = 0.95) -> Proportion:
     """A share with Wilson's score interval (Wilson 1927; no continuity correction).
 
-    Raises InputError where there is nothing to count.
+    Raises:
+        InputError: where there is nothing to count.
     """
     if not 0 <= correct <= total or total == 0:
         raise InputError(f"{correct} right of {total} answers is no share")
@@ -65,8 +66,10 @@ def accuracy(results: Iterable[bool]) -> Proportion | None:
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased chance that one of k samples is right, given `correct` right of `samples`.
 
-    1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises InputError where k
-    exceeds the samples.
+    1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+    Raises:
+        InputError: where k exceeds the samples.
     """
     _check_k(samples, k)
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
@@ -105,7 +108,10 @@ def gap_over_seeds(
 ) -> Estimate | None:
     """The gap recovered by every seed against its own floor and ceiling, and its interval.
 
-    None where a seed has no gap. Raises InputError where there is no seed.
+    None where a seed has no gap.
+
+    Raises:
+        InputError: where there is no seed.
     """
     gaps = [gap_recovered(*of_seed) for of_seed in zip(weak, results, ceilings, strict=True)]
     known = [gap for gap in gaps if gap is not None]
@@ -115,7 +121,10 @@ def gap_over_seeds(
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
     """The mean over repetitions, with Student's t interval of len(values) − 1 degrees of freedom.
 
-    Not clipped to [0, 1]. Raises InputError where there is no value.
+    Not clipped to [0, 1].
+
+    Raises:
+        InputError: where there is no value.
     """
     if not values:
         raise InputError("no value to take a mean over seeds of")

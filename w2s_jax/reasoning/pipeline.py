@@ -59,14 +59,9 @@ class Pipeline:
     @cached_property
     def files(self) -> Mapping[str, Path]:
         """The files a run reads, by what they are; raises InputError for one that is missing."""
-        config = self.config
-        named = {
-            "questions": config.questions,
-            "test": config.test,
-            "weak train": config.weak.train,
-            "weak responses": config.weak.responses,
-            "demonstrations": config.demonstrations.file,
-        }
+        config, weak = self.config, self.config.weak
+        named = {"questions": config.questions, "test": config.test, "weak train": weak.train}
+        named |= {"weak responses": weak.responses, "demonstrations": config.demonstrations.file}
         found = {name: self.data / value for name, value in named.items() if value is not None}
         for name, path in found.items():
             if not path.is_file():
@@ -93,9 +88,8 @@ class Pipeline:
     @cached_property
     def ceiling(self) -> bool:
         """Whether a model is trained on the gold answers of the questions."""
-        if self.config.ceiling is None:
-            return all("answer" in row for row in self.questions)
-        return self.config.ceiling
+        asked = self.config.ceiling
+        return all("answer" in row for row in self.questions) if asked is None else asked
 
     def place(self, checkpoint: str) -> str:
         """Where a checkpoint of the config is: in the folder of the data, or as it is named."""
@@ -238,38 +232,33 @@ class Pipeline:
 
     def _round(self, two: StageTwoConfig, number: int) -> list[Stage]:
         """Samples, pairs, tuning."""
-        before, model = f"stage-two-{number - 1}", f"stage-two-{number}"
-        if number == 1:
-            before = f"iteration-{self.config.iterations}-{two.start}"
+        first, model = f"iteration-{self.config.iterations}-{two.start}", f"stage-two-{number}"
+        before = first if number == 1 else f"stage-two-{number - 1}"
         samples, pairs = f"{model}-{SAMPLES}", f"{model}-pairs"
         seed = (self.config.seed + number - 1) % 2**32
 
         def make_pairs(folder: Path) -> Figures:
-            weak, rows = self._voted(WEAK, samples)
-            sources = (self._graded(WEAK), self._graded(samples))
+            weak, drawn = self._voted(WEAK, samples)
+            sources, answers = (self._graded(WEAK), self._graded(samples)), _by_id(weak)
             found = contrastive_pairs(
-                self.questions, _by_id(weak), rows, two.contrasts, sources=sources
+                self.questions, answers, drawn, two.contrasts, sources=sources
             )
             write_jsonl(folder / TRAINING, found.pairs)
             return found.as_row()
 
+        def rows() -> list[Row]:
+            return read_jsonl(self.root / pairs / TRAINING)
+
+        drawing = self.config.generation(**two.drawing, seed=seed)
         rules = {"contrasts": asdict(two.contrasts), **self._grading()}
-        most = len(self.questions) * two.contrasts.pairs_per_question
         weights = {"weight_column": WEIGHT} if two.contrasts.weighted else {}
+        flags, after = self.config.dpo | weights | two.dpo, (pairs, f"{before}-model")
+        most = len(self.questions) * two.contrasts.pairs_per_question
+        cost = f"1 preference tuning on up to {most:,} pairs"
         return [
-            self._answers(
-                samples, before, generation=self.config.generation(**two.drawing, seed=seed)
-            ),
+            self._answers(samples, before, generation=drawing),
             Stage(pairs, make_pairs, (TRAINING,), rules, (WEAK, samples), self._reads("questions")),
-            self._training(
-                "dpo",
-                model,
-                lambda: read_jsonl(self.root / pairs / TRAINING),
-                self.config.dpo | weights | two.dpo,
-                f"1 preference tuning on up to {most:,} pairs",
-                start=None,
-                after=(pairs, f"{before}-model"),
-            ),
+            self._training("dpo", model, rows, flags, cost, start=None, after=after),
         ]
 
     # --- Responses --------------------------------------------------------------------------------
@@ -374,25 +363,23 @@ class Pipeline:
         return self.config.strong if model == "strong" else None
 
     def _folder(self, model: str) -> str:
-        checkpoint = self._checkpoint(model)
-        if checkpoint is None:
-            return str(self.root / f"{model}-model" / MODEL)
-        return self.place(checkpoint)
+        named = self._checkpoint(model)
+        return str(self.root / f"{model}-model" / MODEL) if named is None else self.place(named)
 
     def _demonstrations(self, folder: Path) -> str:
         """The file of demonstrations; those drawn from the weak model's responses are written."""
         shown, kind = self.config.demonstrations, self.config.kind
         if shown.file is None:
-            place = self._graded(WEAK)
+            place, asked = self._graded(WEAK), self.questions
             graded = _by_id(read_jsonl(place))
-            drawn = draw_demonstrations(
-                self.questions, graded, shown.count, seed=shown.seed, source=place
-            )
+            drawn = draw_demonstrations(asked, graded, shown.count, seed=shown.seed, source=place)
         else:
             drawn = read_demonstrations(self.files["demonstrations"])[: shown.count]
-        texts = [(one.question, solution_text(one.answer, kind)) for one in drawn]
         path = folder / DEMONSTRATIONS
-        write_jsonl(path, [{"question": asked, "answer": solved} for asked, solved in texts])
+        rows = (
+            {"question": one.question, "answer": solution_text(one.answer, kind)} for one in drawn
+        )
+        write_jsonl(path, rows)
         return str(path)
 
     # --- Graded rows ------------------------------------------------------------------------------

@@ -36,120 +36,68 @@ class Unit:
 
 NO_UNIT = Unit()
 
-# Money by its dimension: symbols, which may stand before a number, and words.
-MONEY = {
-    "dollar": ("$ US$ USD", "dollar buck"),
-    "euro": ("€ EUR", "euro"),
-    "pound": ("£ GBP", "pound"),
-    "yen": ("¥ JPY", "yen"),
-    "yuan": ("CN¥ CNY RMB", "yuan renminbi"),
-    "rupee": ("₹ Rs INR", "rupee"),
-    "won": ("₩ KRW", "won"),
-    "peso": ("₱ MXN PHP", "peso"),
-    "franc": ("CHF", "franc"),
-    "ruble": ("₽ RUB", "ruble rouble"),
-    "krona": ("SEK", "krona kronor"),
-    "krone": ("NOK DKK", "krone kroner"),
-    "rand": ("ZAR", "rand"),
-    "real": ("R$ BRL", "reais"),
-    "lira": ("₺", "lira"),
-    "shekel": ("₪ ILS", "shekel"),
-    "baht": ("฿ THB", "baht"),
-    "dong": ("₫ VND", "dong"),
-    "naira": ("₦ NGN", "naira"),
-    "zloty": ("PLN", "zloty"),
-    "rupiah": ("IDR", "rupiah"),
-    "CAD": ("C$ CA$ CAD", "canadiandollar"),
-    "AUD": ("A$ AU$ AUD", "australiandollar"),
-    "NZD": ("NZ$ NZD", ""),
-    "HKD": ("HK$ HKD", ""),
-    "SGD": ("S$ SGD", ""),
-}
-# Units that take prefixes: what each is, of base units and of what stands above; symbols; words.
-_METRIC = {
-    "m": ("m", "meter metre"),
-    "kg/1000": ("g", "gram gramme"),
-    "s": ("s", "sec second"),
-    "ampere": ("A", "ampere amp"),
-    "kelvin": ("K", "kelvin"),
-    "mole": ("mol", "mole"),
-    "bit": ("bit", "bit"),
-    "bit/s": ("bps", ""),
-    "8 bit": ("B", "byte"),
-    "eV": ("eV", "electronvolt"),
-    "kcal/1000": ("cal", "calorie"),
-    "m^3/1000": ("L l", "liter litre"),
-    "1/s": ("Hz HZ hz", "hertz"),
-    "kg m/s^2": ("N", "newton"),
-    "kg/m/s^2": ("Pa", "pascal"),
-    "100000 kg/m/s^2": ("bar", ""),
-    "kg m^2/s^2": ("J", "joule"),
-    "kg m^2/s^3": ("W", "watt"),
-    "3600 kg m^2/s^2": ("Wh", ""),
-    "ampere s": ("C", "coulomb"),
-    "kg m^2/s^3/ampere": ("V", "volt"),
-    "kg m^2/s^3/ampere^2": (r"Ω \Omega", "ohm"),
-    "kg/s^2/ampere": ("T", "tesla"),
-    "ampere^2 s^4/kg/m^2": ("F", "farad"),
-}
-# The same of units that take none.
-_PLAIN = {
-    "127/5000 m": ("in", "inch"),
-    "12 inch": ("ft", "foot feet"),
-    "3 ft": ("yd", "yard"),
-    "5280 ft": ("mi", "mile"),
-    "1852 m": ("nmi", "nauticalmile"),
-    "9460730472580800 m": ("ly", "lightyear"),
-    "60 s": ("", "min minute"),
-    "60 min": ("h", "hr hour"),
-    "24 h": ("", "day"),
-    "7 day": ("", "week"),
-    "year": ("", "yr year"),
-    "1/12 year": ("", "month"),
-    "10 year": ("", "decade"),
-    "100 year": ("", "century"),
-    "1000 year": ("", "millennium millennia"),
-    "1000 kg": ("", "ton tonne"),
-    "pound": ("", "lb"),
-    "1/16 pound": ("", "oz ounce"),
-    "14 pound": ("", "stone"),
-    "1/100 pound": ("", "pence"),
-    "1/100 dollar": ("¢", "cent"),
-    "43560 ft^2": ("", "acre"),
-    "10000 m^2": ("ha", "hectare"),
-    "1/1000000 m^3": ("", "cc"),
-    "231 inch^3": ("gal", "gallon"),
-    "1/4 gallon": ("qt", "quart"),
-    "1/8 gallon": ("pt", "pint"),
-    "1/16 gallon": ("", "cup"),
-    "1/128 gallon": ("", "fluidounce"),
-    "1/256 gallon": ("", "tbsp tablespoon"),
-    "1/768 gallon": ("", "tsp teaspoon"),
-    "1000 bit": ("kb", ""),
-    "1000000 bit": ("Mb", ""),
-    "1000000000 bit": ("Gb", ""),
-    "mi/h": ("", "mph"),
-    "km/h": ("", "kmph kph"),
-    "m/s": ("", "mps"),
-    "ft/s": ("", "fps"),
-    "nmi/h": ("kn", "knot"),
-    "degree": ("", "deg degree"),
-    "1/60 degree": ("", "arcmin arcminute"),
-    "1/3600 degree": ("", "arcsec arcsecond"),
-    "radian": ("", "rad radian"),
-    "revolution": ("", "rev revolution"),
-    "revolution/min": ("", "rpm"),
-    "pound/inch^2": ("", "psi"),
-    "1000 psi": ("", "ksi"),
-    "101325 kg/m/s^2": ("atm", "atmosphere"),
-    "101325/760 kg/m/s^2": ("mmHg", "torr"),
-    "horsepower": ("hp", "horsepower"),
-    "decibel": ("dB", "decibel"),
-}
-_PLAIN |= {
-    name: ("", name)
-    for name in ("slug", "penny", "nickel", "dime", "quarter", "celsius", "fahrenheit")
-}
+# Units, those of one kind together: what each is, of base units and of what stands above, symbols,
+# and words. Symbols of money may stand before a number.
+_MONEY = (
+    *(("dollar", "$ US$ USD", "dollar buck"), ("euro", "€ EUR", "euro")),
+    *(("pound", "£ GBP", "pound"), ("yen", "¥ JPY", "yen")),
+    *(("yuan", "CN¥ CNY RMB", "yuan renminbi"), ("rupee", "₹ Rs INR", "rupee")),
+    *(("won", "₩ KRW", "won"), ("peso", "₱ MXN PHP", "peso"), ("franc", "CHF", "franc")),
+    *(("ruble", "₽ RUB", "ruble rouble"), ("krona", "SEK", "krona kronor")),
+    *(("krone", "NOK DKK", "krone kroner"), ("rand", "ZAR", "rand"), ("real", "R$ BRL", "reais")),
+    *(("lira", "₺", "lira"), ("shekel", "₪ ILS", "shekel"), ("baht", "฿ THB", "baht")),
+    *(("dong", "₫ VND", "dong"), ("naira", "₦ NGN", "naira"), ("zloty", "PLN", "zloty")),
+    *(("rupiah", "IDR", "rupiah"), ("CAD", "C$ CA$ CAD", "canadiandollar")),
+    *(("AUD", "A$ AU$ AUD", "australiandollar"), ("NZD", "NZ$ NZD", ""), ("HKD", "HK$ HKD", "")),
+    ("SGD", "S$ SGD", ""),
+)
+CURRENCIES = frozenset(name for name, _, _ in _MONEY)
+# Those that take prefixes.
+_METRIC = (
+    *(("m", "m", "meter metre"), ("kg/1000", "g", "gram gramme")),
+    ("s", "s", "sec second"),
+    *(("ampere", "A", "ampere amp"), ("kelvin", "K", "kelvin"), ("mole", "mol", "mole")),
+    *(("bit", "bit", "bit"), ("bit/s", "bps", ""), ("8 bit", "B", "byte")),
+    *(("eV", "eV", "electronvolt"), ("kcal/1000", "cal", "calorie")),
+    ("m^3/1000", "L l", "liter litre"),
+    ("1/s", "Hz HZ hz", "hertz"),
+    *(("kg m/s^2", "N", "newton"), ("kg/m/s^2", "Pa", "pascal"), ("100000 kg/m/s^2", "bar", "")),
+    *(("kg m^2/s^2", "J", "joule"), ("kg m^2/s^3", "W", "watt"), ("3600 kg m^2/s^2", "Wh", "")),
+    *(("ampere s", "C", "coulomb"), ("kg m^2/s^3/ampere", "V", "volt")),
+    *(("kg m^2/s^3/ampere^2", r"Ω \Omega", "ohm"), ("kg/s^2/ampere", "T", "tesla")),
+    ("ampere^2 s^4/kg/m^2", "F", "farad"),
+)
+_PLAIN = (
+    *(("127/5000 m", "in", "inch"), ("12 inch", "ft", "foot feet"), ("3 ft", "yd", "yard")),
+    *(("5280 ft", "mi", "mile"), ("1852 m", "nmi", "nauticalmile")),
+    ("9460730472580800 m", "ly", "lightyear"),
+    *(("60 s", "", "min minute"), ("60 min", "h", "hr hour"), ("24 h", "", "day")),
+    ("7 day", "", "week"),
+    *(("year", "", "yr year"), ("1/12 year", "", "month"), ("10 year", "", "decade")),
+    *(("100 year", "", "century"), ("1000 year", "", "millennium millennia")),
+    ("1000 kg", "", "ton tonne"),
+    *(("pound", "", "lb"), ("1/16 pound", "", "oz ounce"), ("14 pound", "", "stone")),
+    *(("1/100 pound", "", "pence"), ("1/100 dollar", "¢", "cent")),
+    *(("43560 ft^2", "", "acre"), ("10000 m^2", "ha", "hectare")),
+    ("1/1000000 m^3", "", "cc"),
+    *(("231 inch^3", "gal", "gallon"), ("1/4 gallon", "qt", "quart")),
+    ("1/8 gallon", "pt", "pint"),
+    *(("1/16 gallon", "", "cup"), ("1/128 gallon", "", "fluidounce")),
+    *(("1/256 gallon", "", "tbsp tablespoon"), ("1/768 gallon", "", "tsp teaspoon")),
+    *(("1000 bit", "kb", ""), ("1000000 bit", "Mb", ""), ("1000000000 bit", "Gb", "")),
+    *(("mi/h", "", "mph"), ("km/h", "", "kmph kph"), ("m/s", "", "mps"), ("ft/s", "", "fps")),
+    ("nmi/h", "kn", "knot"),
+    *(("degree", "", "deg degree"), ("1/60 degree", "", "arcmin arcminute")),
+    ("1/3600 degree", "", "arcsec arcsecond"),
+    *(("radian", "", "rad radian"), ("revolution", "", "rev revolution")),
+    ("revolution/min", "", "rpm"),
+    *(("pound/inch^2", "", "psi"), ("1000 psi", "", "ksi")),
+    *(("101325 kg/m/s^2", "atm", "atmosphere"), ("101325/760 kg/m/s^2", "mmHg", "torr")),
+    *(("horsepower", "hp", "horsepower"), ("decibel", "dB", "decibel")),
+    *(("slug", "", "slug"), ("penny", "", "penny"), ("nickel", "", "nickel")),
+    *(("dime", "", "dime"), ("quarter", "", "quarter"), ("celsius", "", "celsius")),
+    ("fahrenheit", "", "fahrenheit"),
+)
 # Powers of ten: before symbols, and at last before words.
 _PREFIXES = (
     *((0, ","), (-15, "f,femto"), (-12, "p,pico"), (-9, "n,nano"), (-6, "μ,µ,micro")),
@@ -165,9 +113,9 @@ def _units() -> tuple[Mapping[str, Unit], Mapping[str, Unit]]:
     """Units by their symbols and by their words, in lower case and singular."""
     symbols: dict[str, Unit] = {}
     words: dict[str, Unit] = {}
-    for table in (_METRIC, MONEY, _PLAIN):
+    for table in (_METRIC, _MONEY, _PLAIN):
         prefixes = _PREFIXES if table is _METRIC else _PREFIXES[:1]
-        for definition, (short, long) in table.items():
+        for definition, short, long in table:
             unit = _defined(definition, words | symbols)
             for power, names in prefixes:
                 scaled = replace(unit, factor=unit.factor * Fraction(10) ** power)
@@ -299,8 +247,7 @@ def read_number_words(text: str) -> tuple[Fraction, str] | None:
         above = (match["above"] or "a").lower()
         top = 1 if above in ("a", "an") else _whole(above)
         return None if top is None else (Fraction(top, _DENOMINATORS[below.lower()]), rest)
-    whole = _whole(match[0])
-    if whole is None:
+    if (whole := _whole(match[0])) is None:
         return None
     part = read_number_words(rest[5:]) if rest.startswith(" and a ") else None
     return (whole + part[0], part[1]) if part and part[0] < 1 else (Fraction(whole), rest)
@@ -334,7 +281,7 @@ _DECIMAL = (
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d*)?"
     r"|\d+\.?\d*|\.\d+)"
 )
-_SYMBOLS = (re.escape(name) for names, _ in MONEY.values() for name in names.split())
+_SYMBOLS = (re.escape(name) for _, names, _ in _MONEY for name in names.split())
 _CURRENCY = "|".join((r"US\s\$", r"Rs\.", *sorted(_SYMBOLS, key=len, reverse=True)))
 _NUMBER = re.compile(
     rf"""\s*(?P<sign>[-+]?)\s*(?P<currency>{_CURRENCY})?\s*(?P<sign2>-?)\s*

@@ -83,10 +83,7 @@ def draw_key(seed: int, *parts: Id) -> str:
 
 
 def read_questions(
-    path: str | Path,
-    *,
-    ids: Literal["own", "index"] = "own",
-    answers_needed: bool = False,
+    path: str | Path, *, ids: Literal["own", "index"] = "own", answers_needed: bool = False
 ) -> list[Row]:
     """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
 
@@ -97,8 +94,9 @@ def read_questions(
     answer is "answer", a text or a number, or "solution"; of both, as in MATH, the solution with
     "The answer is: ANSWER" behind it, as published. Null is no answer.
 
-    Raises InputError for a file that cannot be read, a row without question (or, where
-    `answers_needed`, without answer), an id that is no integer or text, and one met twice.
+    Raises:
+        InputError: for a file that cannot be read, a row without question (or, where
+            `answers_needed`, without answer), an id that is no integer or text, and one met twice.
     """
     rows, where = read_rows(path)
     found: dict[Id, int] = {}
@@ -137,8 +135,9 @@ def read_responses(
     id is its number in the file. needs: fields that must be there, as text. complete: every
     question must have its row.
 
-    Raises InputError for an id that no question has, one met twice or one missing, and for a row
-    whose own `prompt` or `content` does not hold the question of its id.
+    Raises:
+        InputError: for an id that no question has, one met twice or one missing, and for a row
+            whose own `prompt` or `content` does not hold the question of its id.
     """
     rows, where = read_rows(path)
     texts = {row["id"]: row["question"] for row in questions}
@@ -174,8 +173,10 @@ def read_responses(
 def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     """The demonstrations of a file of {"question", "answer"} rows, in order.
 
-    Their fields are those of `read_questions`. Raises InputError for a file that cannot be read and
-    a row that lacks one of the two.
+    Their fields are those of `read_questions`.
+
+    Raises:
+        InputError: for a file that cannot be read and a row that lacks one of the two.
     """
     rows, where = read_rows(path)
     return tuple(
@@ -194,9 +195,12 @@ def draw_demonstrations(
 ) -> tuple[Demonstration, ...]:
     """Demonstrations drawn from a model's own graded responses, those known to be wrong excluded.
 
-    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true.
-    The draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
-    under another id either. Raises InputError, naming `source`, where too few may be drawn.
+    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true. The
+    draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
+    under another id either.
+
+    Raises:
+        InputError: naming `source`, where too few may be drawn.
     """
     fit = {
         row["question"].strip(): (row, answer)
@@ -291,11 +295,10 @@ def _question(row: Row, place: str) -> str:
 
 def _solution(row: Row, place: str) -> str:
     """The gold solution, whose end is the final answer."""
-    texts = []
-    for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]:
-        number = isinstance(row.get(name), int | float) and not isinstance(row[name], bool)
-        texts.append(str(row[name]) if number else _text(row, name, place))
-    return " The answer is: ".join(texts)
+    return " The answer is: ".join(
+        str(row[name]) if type(row.get(name)) in (int, float) else _text(row, name, place)
+        for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]
+    )
 
 
 def _unknown(row_id: Id, known: Iterable[Id]) -> str:
@@ -304,5 +307,5 @@ def _unknown(row_id: Id, known: Iterable[Id]) -> str:
     if twin is not None:
         kinds = ("a text", "a number") if isinstance(row_id, str) else ("a number", "a text")
         return f"the id {row_id!r} is {kinds[0]}; the questions have it as {kinds[1]}"
-    first, last = known[0], known[-1]
-    return f"no question has the id {row_id!r}; those of the questions run {first!r} .. {last!r}"
+    ends = f"{known[0]!r} .. {known[-1]!r}"
+    return f"no question has the id {row_id!r}; those of the questions run {ends}"

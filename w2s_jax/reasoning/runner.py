@@ -81,10 +81,11 @@ def _planned(pipeline: Pipeline, where: StagesConfig, tell: Callable[[str], None
 def check_run(pipeline: Pipeline, stages: Sequence[Stage]) -> list[str]:
     """A line for each thing in a run's files that is not wrong, but may not be meant.
 
-    Raises InputError, naming file and row, for a checker that cannot be made, gold answers that
-    are missing or unreadable where they are needed, responses that are not those to the questions,
-    fewer demonstrations than asked, inputs in the folder of a stage, guides without the strong
-    model's vocabulary, and prompts that do not fit a model.
+    Raises:
+        InputError: naming file and row, for a checker that cannot be made, gold answers that are
+            missing or unreadable where they are needed, responses that are not those to the
+            questions, fewer demonstrations than asked, inputs in the folder of a stage, guides
+            without the strong model's vocabulary, and prompts that do not fit a model.
     """
     config, files = pipeline.config, pipeline.files
     for checker in {config.votes, config.judge}:
@@ -165,8 +166,8 @@ def _shared(
 ) -> list[str]:
     """A line where questions of one file are in another one too."""
     asked = {row["question"].strip(): n for n, row in enumerate(others, start=1)}
-    both = [(n, row["question"].strip()) for n, row in enumerate(rows, start=1)]
-    both = [(n, text) for n, text in both if text in asked]
+    texts = enumerate((row["question"].strip() for row in rows), start=1)
+    both = [(number, text) for number, text in texts if text in asked]
     if not both:
         return []
     number, text = both[0]
@@ -269,7 +270,8 @@ def tables(summary: Mapping[str, Any]) -> str:
 def draw(summary: Mapping[str, Any]) -> bytes:
     """A PNG of the models' accuracies with their intervals; lines at the floor and the ceiling.
 
-    Raises InputError without matplotlib.
+    Raises:
+        InputError: without matplotlib.
     """
     models = summary["models"]
     try:

@@ -142,16 +142,16 @@ def agreeing(
 ) -> tuple[Id, ...]:
     """Ids of the questions on which both `pred` are equal, in order.
 
-    empty: whether two empty preds agree. Raises InputError, naming the source and the id, for a
-    question without a response or without a pred.
+    empty: whether two empty preds agree.
+
+    Raises:
+        InputError: naming the source and the id, for a question without a response or without a
+            pred.
     """
-    kept = []
-    for row in questions:
-        first = _pred(weak, row["id"], sources[0])
-        second = _pred(icl, row["id"], sources[1])
-        if first == second and (first or empty):
-            kept.append(row["id"])
-    return tuple(kept)
+    ids = [row["id"] for row in questions]
+    preds = [(_pred(weak, one, sources[0]), _pred(icl, one, sources[1])) for one in ids]
+    pairs = zip(ids, preds, strict=True)
+    return tuple(one for one, (first, second) in pairs if first == second and (first or empty))
 
 
 def sft_set(questions: Questions, answers: Answers, kept: Sequence[Id]) -> list[Row]:
@@ -159,12 +159,9 @@ def sft_set(questions: Questions, answers: Answers, kept: Sequence[Id]) -> list[
 
     With every id kept this is naive fine-tuning on all weak responses, the paper's "full weak".
     """
-    prompts = {row["id"]: prompt_of(row["question"]) for row in questions}
-    completions = {row_id: completion_of(answers[row_id]["response"]) for row_id in kept}
-    return [
-        {"id": row_id, "prompt": prompts[row_id], "completion": completions[row_id]}
-        for row_id in kept
-    ]
+    asked = {row["id"]: prompt_of(row["question"]) for row in questions}
+    said = {row_id: completion_of(answers[row_id]["response"]) for row_id in kept}
+    return [{"id": one, "prompt": asked[one], "completion": said[one]} for one in kept]
 
 
 # --- Stage II -------------------------------------------------------------------------------------
@@ -294,15 +291,13 @@ def contrastive_pairs(
             f"stage II makes no pair of {len(verdicts):,} questions of {sources[1]}: {reasons}; "
             "look at their preds, or lower the confidence asked for"
         )
+    names = ("chosen", "rejected")
     return Contrasts(
         pairs,
         verdicts,
         {"chosen": counts["weak chosen"], "rejected": counts["weak rejected"]},
         fmean(found.confidence for found in verdicts.values()),
-        (
-            quality("chosen", [chosen for chosen, _ in sides]),
-            quality("rejected", [rejected for _, rejected in sides]),
-        ),
+        tuple(quality(*part) for part in zip(names, zip(*sides, strict=True), strict=True)),
     )
 
 
@@ -311,8 +306,9 @@ def group_samples(
 ) -> dict[Id, list[Sample]]:
     """The first `count` samples of every question by their numbers, in that order.
 
-    Raises InputError, naming `source` and the id, for an id that is not among `ids`, a row without
-    number, two rows of one number that differ, and fewer samples than `count`.
+    Raises:
+        InputError: naming `source` and the id, for an id that is not among `ids`, a row without
+            number, two rows of one number that differ, and fewer samples than `count`.
     """
     found: dict[Id, dict[int, Sample]] = {row_id: {} for row_id in ids}
     for row in samples:

@@ -122,12 +122,11 @@ def plan_stages(
     content = _remembering()
     plan = []
     for stage in stages:
-        planned = _planned(stage, root, stage.name in chosen, results, content)
+        plan.append(planned := _planned(stage, root, stage.name in chosen, results, content))
         if planned.state not in ("done", "left out"):
             results[stage.name] = None
         elif planned.record is not None:
             results[stage.name] = planned.record["result"]
-        plan.append(planned)
     return plan
 
 
@@ -264,15 +263,11 @@ def _remove(path: Path) -> None:
 
 def _kept(folder: Path, done: Mapping[str, Any]) -> bool:
     """Whether a stage's outputs are as they were: by size and time, or else by content."""
-
-    def is_kept(name: str) -> bool:
-        path = folder / name
-        if not path.exists():
-            return False
-        same = _stamps(path) == done["outputs"][name]
-        return same or content_digest(path) == done["contents"][name]
-
-    return all(map(is_kept, done["outputs"]))
+    paths = {name: folder / name for name in done["outputs"]}
+    return all(path.exists() for path in paths.values()) and all(
+        _stamps(path) == done["outputs"][name] or content_digest(path) == done["contents"][name]
+        for name, path in paths.items()
+    )
 
 
 def _stamps(path: Path) -> list[list[Any]]:

@@ -34,8 +34,11 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
     """Run `python -m MODULE ARGUMENTS` to its end; what it says goes to this process's stderr.
 
     SIGINT and SIGTERM are handed on, and the process is waited for; a second SIGINT kills it. On
-    Linux it is killed when this process dies in whatever way. Raises KeyboardInterrupt where it
-    was stopped, and InputError, which ends with `hint`, where it fails.
+    Linux it is killed when this process dies in whatever way.
+
+    Raises:
+        KeyboardInterrupt: where it was stopped.
+        InputError: where it fails; its message ends with `hint`.
     """
     # Here, as each worker of grading imports this file and should start quickly.
     from w2s_jax.train.loop import Stop
@@ -154,13 +157,10 @@ class _Worker:
         """How a process ended whose end of the pipe is closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
-        code = self.end()
-        if code >= 0:
+        if (code := self.end()) >= 0:
             return f"exit code {code}"
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        known = -code in set(signal.Signals)
+        return signal.Signals(-code).name if known else f"signal {-code}"
 
     def end(self) -> int:
         """Kills the process at once, whatever it does; its exit code."""

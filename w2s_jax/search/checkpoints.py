@@ -226,7 +226,8 @@ class SteeringPlan:
     def prompts(self, conversation: Conversation) -> tuple[tuple[int, ...], ...]:
         """Token ids of a prompt: one sequence for all members that read tokens, or one each.
 
-        Raises InputError where a template fails.
+        Raises:
+            InputError: where a template fails.
         """
         read = [tuple(model.template.encode(conversation)) for model in self.members]
         return (read[0],) if all(one == read[0] for one in read) else tuple(read)
@@ -275,8 +276,10 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 def read_folders(path: str | Path) -> dict[str, str]:
     """A file that maps names of checkpoints to local folders: YAML or JSON, {name: folder}.
 
-    Folders are relative to the file. Raises InputError for a file that is not such a mapping, and
-    for a folder that is not there.
+    Folders are relative to the file.
+
+    Raises:
+        InputError: for a file that is not such a mapping, and for a folder that is not there.
     """
     folders = {}
     for name, folder in read_mapping(path).items():
@@ -326,7 +329,7 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
 
 def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
     from w2s_jax.models.load import load_config
-    from w2s_jax.models.lora_huggingface import adapted_config
+    from w2s_jax.models.peft import adapted_config
 
     if path not in adapters:
         return load_config(path)
@@ -396,8 +399,10 @@ def _difference(policy: ModelPlan | None, model: ModelPlan) -> str | None:
 def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
     """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
 
-    dtype as in `load_model`. Raises InputError for checkpoints that cannot be read, and for a mesh
-    that does not divide them.
+    dtype as in `load_model`.
+
+    Raises:
+        InputError: for checkpoints that cannot be read, and for a mesh that does not divide them.
     """
     from w2s_jax.models.load import load_reward_model
 
@@ -440,10 +445,11 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
 def weights_stamp(folder: Path) -> str:
     """A short hash of the names, sizes and times of a checkpoint's files, and of its base's.
 
-    Raises InputError for an adapter that names no base.
+    Raises:
+        InputError: for an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     kinds = ("json", "safetensors", "jinja", "model", "txt", "bpe")
     files = sorted(path for kind in kinds for path in folder.glob(f"*.{kind}"))

@@ -172,8 +172,10 @@ METHODS = tuple(_METHODS)
 def preset(method: str, **settings: Any) -> SearchConfig:
     """The settings of a method by name; each reads of LETTERS what its paper defines.
 
-    The others of `settings` are further fields of SearchConfig. Raises InputError for a method that
-    is none of METHODS.
+    The others of `settings` are further fields of SearchConfig.
+
+    Raises:
+        InputError: for a method that is none of METHODS.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")

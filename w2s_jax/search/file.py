@@ -1,9 +1,8 @@
 """Search over rows: conversations in, answers out, every finished row in a journal at once.
 
 A row is searched by a policy in this process, which guides and scorers steer (`SteeredPolicy`), or
-by one that only gives text (`TextPolicy`). `search_file` does so for a file of prompts: read,
-checked, searched into a journal, written in input order. What lies above this room – a client of an
-API, a choice of a mesh, a page that reports – comes as arguments.
+by one that only gives text (`TextPolicy`). What lies above this room – a client of an API, a choice
+of a mesh, a page that reports – comes to `search_file` as arguments.
 """
 
 import hashlib
@@ -50,11 +49,8 @@ from w2s_jax.text.rows import (
     write_jsonl,
 )
 
-TRACE = "trace"
-"""The field of a journal's row that holds its trace."""
-
-Shaded = list[tuple[str, float]]
-"""The tokens of a text, and what a guide adds for each."""
+TRACE = "trace"  # the field of a journal's row that holds its trace
+Shaded = list[tuple[str, float]]  # the tokens of a text, and what a guide adds for each
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,9 @@ def encode_questions(
 ) -> Questions:
     """Every row as the models of a plan read it, or as `read` does.
 
-    Raises InputError, naming the row as "SOURCE NUMBER", for one without a conversation, a template
-    that fails, and a prompt that leaves too few positions in a model.
+    Raises:
+        InputError: naming the row, for one without a conversation, a template that fails, and a
+            prompt that leaves too few positions in a model.
     """
     questions, prompts = read_questions(rows, source), []
     for number, conversation in enumerate(questions.conversations, start=1):
@@ -214,10 +211,12 @@ def search_rows(
 
     On several hosts, each writes its share of the rows, and `on_row` is called with None for the
     others'. The row's index is its id, so that its draws do not depend on where an earlier run
-    stopped. Where `traced`, a row's field "trace" tells what its search looked at (see
-    `results.py`), under the method's name. What is finished stays in the journal when the search
-    fails. Raises RowsFailed, once all others are in the journal, for rows that a model fails,
-    naming it, and InputError as `search` and `search_texts` do.
+    stopped. Where `traced`, a row's field "trace" tells what its search looked at, under the
+    method's name. What is finished stays in the journal when the search fails.
+
+    Raises:
+        RowsFailed: once all others are in the journal, for rows that a model fails, naming it.
+        InputError: as `search` and `search_texts` do.
     """
     waiting = sorted(set(range(len(questions.rows))) - set(journal.read()))
     chunks: dict[int, list[ChunkTrace]] = {}

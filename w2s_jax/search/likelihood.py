@@ -131,12 +131,22 @@ def score_responses(
 ) -> list[ScoredResponse]:
     """Likelihoods of every response behind its prompts, in the order given.
 
-    Rows go longest first in batches of `batch_size`, padded to powers of two of tokens, so that few
-    programs are compiled; with `shape`, the `padded_shape` of all or more, one is. on_scored hears
-    each one, with its index, as soon as it is scored. Raises RowsFailed, once all others are
-    scored, for rows where a model's logits are NaN or infinite, and InputError, naming the row, for
-    an empty prompt or response, an id outside the vocabulary, a wrong number of prompts, a row
-    beyond a model's positions, and a `top` beyond the vocabulary.
+    Rows go longest first, padded to powers of two of tokens, so that few programs are compiled.
+
+    Args:
+        models: the policy and the guides that the proposer mixes.
+        proposer: the policy alone, or the EFT mixture.
+        responses: token ids, behind prompts of one or all models.
+        top: how many of the likeliest tokens are told at each place.
+        batch_size: rows that are read side by side.
+        shape: the `padded_shape` of all or more, with which one program is compiled.
+        on_scored: hears each one, with its index, as soon as it is scored.
+
+    Raises:
+        RowsFailed: once all others are scored, for rows where a model's logits are NaN or infinite.
+        InputError: naming the row, for an empty prompt or response, an id outside the vocabulary, a
+            wrong number of prompts, a row beyond a model's positions, and a `top` beyond the
+            vocabulary.
     """
     if not 0 <= top <= models.vocabulary:
         raise InputError(f"top is {top}; it must lie in 0 .. {models.vocabulary}, the vocabulary")

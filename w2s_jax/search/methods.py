@@ -142,7 +142,8 @@ class EFTProposer(Proposer):
 def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float[Array, "*rows J"]:
     """w_i·(log p_tuned_i − log p_untuned_i) of each guide; logprobs go tuned, untuned, tuned, ...
 
-    Raises InputError where there is no guide.
+    Raises:
+        InputError: where there is no guide.
     """
     if not models.guides:
         raise InputError(

@@ -75,7 +75,8 @@ class SearchModels:
     def known_eos_ids(self, ids: tuple[int, ...] | None) -> tuple[int, ...]:
         """The token ids that end a response: these, or else the policy's, that all models know.
 
-        Raises InputError where there are such ids and none of them can be proposed.
+        Raises:
+            InputError: where there are such ids and none of them can be proposed.
         """
         ids = self.policy.config.eos_ids if ids is None else ids
         known = tuple(eos for eos in ids if 0 <= eos < self.vocabulary)
@@ -140,10 +141,12 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
     """Bundle the models of a search, whose vocabularies must be one.
 
     Padding may make their sizes differ. Both models of a guide compute in one dtype
-    (`in_one_dtype`). Whether the token maps are equal is for whoever holds the
-    tokenizers to check (`text.tokenizer.same_vocabulary`).
-    Raises InputError where the sizes differ by more than padding does (1024), and for what is no
-    model or guide.
+    (`in_one_dtype`). Whether the token maps are equal is for whoever holds the tokenizers to check
+    (`text.tokenizer.same_vocabulary`).
+
+    Raises:
+        InputError: where the sizes differ by more than padding does (1024), and for what is no
+            model or guide.
     """
     if isinstance(guides, Model):
         raise InputError("a guide is Guide(tuned, untuned), not a model alone")
@@ -247,7 +250,7 @@ def find_adapters(
         InputError: for a checkpoint that is not there and an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter, locate
-    from w2s_jax.models.lora_huggingface import base_of
+    from w2s_jax.models.peft import base_of
 
     found: dict[str, Adapted] = {}
     for path, beside in paths:
@@ -281,7 +284,8 @@ def load_decoders(
     which computes faster; others keep their factors beside the arrays of the one base, as weights
     of fewer bits would lose most of what is added to them. `options` are those of `load_model`.
 
-    Raises InputError for checkpoints that cannot be read and adapters for another base.
+    Raises:
+        InputError: for checkpoints that cannot be read and adapters for another base.
     """
     from w2s_jax.models.load import load_adapted, load_model
 

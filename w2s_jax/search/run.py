@@ -138,7 +138,8 @@ def collect(
 ) -> list[R]:
     """The results in the order of their requests; `on_result` hears each as it comes.
 
-    Raises RowsFailed, once all others are there, for requests that failed.
+    Raises:
+        RowsFailed: once all others are there, for requests that failed.
     """
     found: dict[int, R] = {}
     failures: list[RowFailed] = []

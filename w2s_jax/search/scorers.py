@@ -14,9 +14,8 @@ import numpy as np
 
 from w2s_jax.distributed import from_first, gather_values, to_host
 from w2s_jax.errors import SCORER, InputError, check_fields, shown
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.model import Model
-from w2s_jax.models.reward import RewardModel, contrast, label_names
+from w2s_jax.models.reward import Classifier, RewardModel, contrast, label_names
 from w2s_jax.search.incremental_text import (
     Place,
     Reading,
@@ -347,7 +346,8 @@ def encode_candidates(
 ) -> dict[Place, list[int]]:
     """Token ids of each candidate's prompt and response, encoded together, EOS behind what ended.
 
-    Raises InputError where an EOS is to be scored and the template's tokenizer has none.
+    Raises:
+        InputError: where an EOS is to be scored and the template's tokenizer has none.
     """
     if scores_end and template.eos_id is None:
         raise InputError(

@@ -60,9 +60,10 @@ class Session(Slotted):
     def insert(self, slot: int, request: Request) -> Self:
         """The session with a request in a slot, whatever that held.
 
-        Raises InputError for a slot that is not there, a prompt without tokens or longer than the
-        session has room for, numbers out of range, a limit beyond the config's, and stop strings
-        without `decode`.
+        Raises:
+            InputError: for a slot that is not there, a prompt without tokens or longer than the
+                session has room for, numbers out of range, a limit beyond the config's, and stop
+                strings without `decode`.
         """
         if not 0 <= slot < self.slots:
             raise InputError(f"slot {slot} is none of the {self.slots} slots, 0 and up")

@@ -88,7 +88,8 @@ class GuidanceConfig:
     def sources(self, *, guided: bool = True) -> "Sources":
         """The checkpoints that the flags name, without guides where they are not used.
 
-        Raises InputError for guides that are not pairs, a wrong file of names and quantisation.
+        Raises:
+            InputError: for guides that are not pairs, a wrong file of names and quantisation.
         """
         from w2s_jax.models.quantize import read_quantize
         from w2s_jax.search.checkpoints import GuideSource, Sources, read_folders
@@ -374,7 +375,8 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
 def import_function(name: str) -> Callable[..., Any]:
     """The function that "package.module:function" names; the working directory is looked in too.
 
-    Raises InputError where there is none.
+    Raises:
+        InputError: where there is none.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:

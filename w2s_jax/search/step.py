@@ -103,7 +103,9 @@ def start_search(
     """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens.
 
     text_objectives counts the scores that each hypothesis is given from outside the program.
-    Raises InputError where the mesh does not divide the slots or the key/value heads.
+
+    Raises:
+        InputError: where the mesh does not divide the slots or the key/value heads.
     """
     placed = models if mesh is None else _placed(models, Placement(mesh, rules))
     # The program depends on neither; without them, another seed does not compile it again.

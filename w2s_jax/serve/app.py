@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from w2s_jax.serve.answers import Choice, TokenTexts, Writer
 from w2s_jax.serve.engine import Engine
 from w2s_jax.serve.jobs import Job, Reader
-from w2s_jax.serve.schema import ApiError, Chat, Completion, read_body, shutting_down
+from w2s_jax.serve.schema import ApiError, Body, Chat, Completion, read_body, shutting_down
 from w2s_jax.serve.tasks import Done, Event, Failed, Progress, Ticket
 
 _POLL_SECONDS = 0.1
@@ -64,14 +64,12 @@ class Service:
     hosts: tuple[str, ...] | None = None
     most_body: int = 1 << 22
 
-    async def answer(self, form: type[Completion] | type[Chat], request: Request) -> Response:
-        """POST /v1/completions or /v1/chat/completions."""
-        kind: Any = form
-        body: Completion | Chat = read_body(await _raw_body(request, self.most_body), kind)
+    async def answer(
+        self, form: type[Body], read: Callable[[Body], list[Job]], request: Request
+    ) -> Response:
+        """POST /v1/completions or /v1/chat/completions: bodies of a form, and what reads them."""
+        body = read_body(await _raw_body(request, self.most_body), form)
         self._check_name(body.model)
-        read: Callable[[Any], list[Job]] = self.reader.chat
-        if form is Completion:
-            read = self.reader.completion
         jobs = await asyncio.to_thread(read, body)
         ticket = request.scope[_TICKET] = self.engine.submit(jobs)
         write = Writer(form is Chat, self.name, self.tokens)
@@ -111,9 +109,11 @@ class Service:
 
 def create_app(service: Service) -> ASGIApp:
     """The ASGI application."""
+    complete = partial(service.answer, Completion, service.reader.completion)
+    chat = partial(service.answer, Chat, service.reader.chat)
     routes = [
-        Route("/v1/completions", partial(service.answer, Completion), methods=["POST"]),
-        Route("/v1/chat/completions", partial(service.answer, Chat), methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.models, methods=["GET"]),
         Route("/health", service.health, methods=["GET"]),

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from w2s_jax.errors import InputError
+from w2s_jax.errors import EndpointError, InputError
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.settings import SearchFileConfig
 from w2s_jax.search.text_run import Continuation, Extension
@@ -36,43 +36,11 @@ MOST_CHOICES = 64
 LONGEST_MESSAGE = 300
 LARGEST_ANSWER = 64 * 2**20
 RETRIED = (408, 409, 425, 429)
-
-
-class EndpointError(InputError):
-    """An endpoint that refuses, stops answering or answers nonsense; told in one line."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How an endpoint is asked: requests at a time, seconds for each, attempts and pauses.
-
-    The pause after attempt i is backoff·2^i seconds, at most longest_pause, less a random part of
-    up to half of it; a longer one that the server asks for (Retry-After) is honoured up to
-    longest_retry_after, beyond which the endpoint counts as not answering. Raises InputError for
-    values out of range.
-    """
-
-    concurrency: int = 8
-    timeout: float | int = 120.0
-    max_attempts: int = 6
-    backoff: float | int = 1.0
-    longest_pause: float | int = 60.0
-    longest_retry_after: float | int = 600.0
-
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("timeout", "backoff", "longest_pause", "longest_retry_after"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf or (name == "timeout" and not value):
-                raise InputError(f"{name} is {value}; it must be a number of seconds above 0")
-
-    def pause(self, attempt: int, asked: float | None) -> float:
-        """Seconds to wait after attempt 0, 1, ...; `asked`: what the server asks for."""
-        # Above 2**30 the power would only meet the bound, or overflow.
-        own = min(self.backoff * 2.0 ** min(attempt, 30), self.longest_pause)
-        return max(asked or 0.0, own * random.SystemRandom().uniform(0.5, 1.0))
+# Fields that settings of a search and an endpoint have alike.
+_SAME = (
+    "api_key_env", "prompts_per_request", "share_draws", "price_prompt", "price_completion",
+    "concurrency", "timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,11 +66,7 @@ class Usage:
 
 
 class Meter:
-    """The one mutable thing: counts of requests and tokens, safe to add to from several threads.
-
-    Attributes:
-        usage: The counts at this moment, without a cost.
-    """
+    """The one mutable thing: the `usage` so far, safe to add to from several threads."""
 
     def __init__(self) -> None:
         self.usage, self._lock = Usage(), threading.Lock()
@@ -116,7 +80,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a completions API is and what it costs. Holds the name of the key, never the key.
+    """Where a completions API is, what it costs and how it is asked; the name of the key, not it.
 
     base_url: up to and without /completions, as "http://127.0.0.1:8000/v1". api_key_env: the
     environment variable that holds the key; a local server may need none. prompts_per_request: the
@@ -126,8 +90,13 @@ class Endpoint:
     token_ids: the server knows return_token_ids (vLLM does) and is sent hypotheses as the token ids
     that it wrote, so that it never encodes its own text in another way. prices: per million tokens.
 
-    Raises InputError for a base_url that is no http(s) address or holds a key, and for prices or
-    sizes out of range.
+    concurrency: requests at a time. timeout: seconds for each. The pause after attempt i of
+    max_attempts is backoff·2^i seconds, at most longest_pause, less a random part of up to half of
+    it; a longer one that the server asks for (Retry-After) is honoured up to longest_retry_after,
+    beyond which the endpoint counts as not answering.
+
+    Raises InputError for a base_url that is no http(s) address or holds a key, and for numbers out
+    of range.
     """
 
     base_url: str
@@ -138,6 +107,12 @@ class Endpoint:
     token_ids: bool = False
     price_prompt: float | int | None = None
     price_completion: float | int | None = None
+    concurrency: int = 8
+    timeout: float | int = 120.0
+    max_attempts: int = 6
+    backoff: float | int = 1.0
+    longest_pause: float | int = 60.0
+    longest_retry_after: float | int = 600.0
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -151,12 +126,24 @@ class Endpoint:
             raise InputError(
                 f"endpoint {self.base_url!r} is no address such as http://127.0.0.1:8000/v1"
             )
-        lowest = {"prompts_per_request": 1, "price_prompt": 0, "price_completion": 0}
-        for name, least in lowest.items():
+        for name in ("prompts_per_request", "concurrency", "max_attempts"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                told = "at least 1" if least else "0 or above"
-                raise InputError(f"{name} is {value}; it must be {told}")
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        for name in ("price_prompt", "price_completion"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"{name} is {value}; it must be 0 or above")
+        for name in ("timeout", "backoff", "longest_pause", "longest_retry_after"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "timeout" and not value):
+                raise InputError(f"{name} is {value}; it must be a number of seconds above 0")
+
+    def pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds to wait after attempt 0, 1, ...; `asked`: what the server asks for."""
+        # Above 2**30 the power would only meet the bound, or overflow.
+        own = min(self.backoff * 2.0 ** min(attempt, 30), self.longest_pause)
+        return max(asked or 0.0, own * random.SystemRandom().uniform(0.5, 1.0))
 
 
 @dataclass(frozen=True)
@@ -184,7 +171,6 @@ class CompletionsPolicy:
         endpoint: Where it is.
         render: From a conversation to the text that the response follows.
         config: Its sampling, stop strings and seed are sent.
-        patience: How it is asked again.
         http: A client that has its base address, and sends the key.
         key: What no message may show.
         meter: What counts requests and tokens.
@@ -193,7 +179,6 @@ class CompletionsPolicy:
     endpoint: Endpoint
     render: Callable[[Conversation], str]
     config: SearchConfig
-    patience: Patience
     http: httpx.Client = field(repr=False)
     key: str = field(repr=False)
     meter: Meter = field(default_factory=Meter, repr=False)
@@ -211,9 +196,12 @@ class CompletionsPolicy:
     def extend(self, extensions: Sequence[Extension]) -> list[list[Continuation]]:
         """Continuations of every extension, in order; requests go out side by side.
 
-        At most `patience.concurrency` at a time; 429, 5xx, time-outs, lost connections and
-        malformed answers are tried again. Raises EndpointError at once where the endpoint refuses a
-        request otherwise, and after the last attempt.
+        At most `endpoint.concurrency` at a time; 429, 5xx, time-outs, lost connections and
+        malformed answers are tried again.
+
+        Raises:
+            EndpointError: at once where the endpoint refuses a request otherwise, and after the
+                last attempt.
         """
         prompts: list[Prompt] = []
         for extension in extensions:
@@ -258,7 +246,7 @@ class CompletionsPolicy:
         self, plans: Sequence["_Plan"], extensions: Sequence[Extension]
     ) -> list[list[Continuation]]:
         halt = threading.Event()
-        pool = ThreadPoolExecutor(max(1, min(self.patience.concurrency, len(plans))))
+        pool = ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(plans))))
         futures = []
         for plan in plans:
             asked = [extensions[index] for index in plan.members]
@@ -275,9 +263,9 @@ class CompletionsPolicy:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, body: dict[str, Any], where: str, halt: threading.Event) -> list[Continuation]:
-        patience, failed = self.patience, _Failure("")
-        for attempt in range(patience.max_attempts):
-            if attempt and halt.wait(patience.pause(attempt - 1, failed.pause)):
+        endpoint, failed = self.endpoint, _Failure("")
+        for attempt in range(endpoint.max_attempts):
+            if attempt and halt.wait(endpoint.pause(attempt - 1, failed.pause)):
                 break
             found = self._attempt(body)
             if not isinstance(found, _Failure):
@@ -286,10 +274,10 @@ class CompletionsPolicy:
             if not failed.again:
                 raise EndpointError(f"{where} refused: {failed.message}")
             self.meter.add(retries=1)
-            if (failed.pause or 0) > patience.longest_retry_after:
+            if (failed.pause or 0) > endpoint.longest_retry_after:
                 asked = f"it asks to wait {failed.pause:.0f} s ({failed.message})"
                 raise EndpointError(f"{where} stopped answering: {asked}")
-        tried = f"{patience.max_attempts} attempts failed, the last one by: {failed.message}"
+        tried = f"{endpoint.max_attempts} attempts failed, the last one by: {failed.message}"
         raise EndpointError(f"{where} stopped answering: {tried}")
 
     def _attempt(self, body: dict[str, Any]) -> list[Continuation] | _Failure:
@@ -297,7 +285,7 @@ class CompletionsPolicy:
         try:
             with self.http.stream("POST", "completions", json=body) as response:
                 where = "the connection broke"
-                content = _whole(response.iter_bytes(), time.monotonic() + self.patience.timeout)
+                content = _whole(response.iter_bytes(), time.monotonic() + self.endpoint.timeout)
         except (httpx.TimeoutException, TimeoutError):
             return _Failure("no answer in time")
         except httpx.HTTPError as error:
@@ -334,18 +322,13 @@ class CompletionsPolicy:
 
 
 def open_policy(
-    endpoint: Endpoint,
-    config: SearchConfig,
-    render: Callable[[Conversation], str],
-    *,
-    patience: Patience | None = None,
+    endpoint: Endpoint, config: SearchConfig, render: Callable[[Conversation], str]
 ) -> CompletionsPolicy:
     """A policy behind an endpoint that samples as the config says (top_k only with share_draws).
 
-    render writes a conversation as the text that the response follows. Raises InputError for a key
-    that no header can carry, without showing it.
+    Raises:
+        InputError: for a key that no header can carry, without showing it.
     """
-    patience = patience or Patience()
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(
@@ -355,12 +338,12 @@ def open_policy(
     http = httpx.Client(
         base_url=endpoint.base_url,
         headers={"Authorization": f"Bearer {key or 'none'}", "Accept": "application/json"},
-        timeout=float(patience.timeout),
+        timeout=float(endpoint.timeout),
         follow_redirects=True,
         # As many as there are threads; what was given up may still have one.
         limits=httpx.Limits(max_connections=None),
     )
-    return CompletionsPolicy(endpoint, render, config, patience, http, key)
+    return CompletionsPolicy(endpoint, render, config, http, key)
 
 
 def draw_seed(seed: int, row_id: int, position: int, lane: int) -> int:
@@ -502,25 +485,16 @@ def connect(
 ) -> tuple[CompletionsPolicy, Callable[[], str]]:
     """The policy behind `settings.endpoint`, and what says how much it was asked.
 
-    Args:
-        settings: the endpoint's address, model, limits and prices.
-        config: the search that asks it.
-        render: from a conversation to the text that the response follows.
-
     Raises:
         InputError: as `Endpoint` and `open_policy` do.
     """
     endpoint = Endpoint(
         str(settings.endpoint),
         str(settings.endpoint_model),
-        api_key_env=settings.api_key_env,
-        prompts_per_request=settings.prompts_per_request,
-        share_draws=settings.share_draws,
         # Tokens that were drawn need not be those that their text encodes to.
         token_ids=settings.share_draws,
-        price_prompt=settings.price_prompt,
-        price_completion=settings.price_completion,
+        max_attempts=settings.attempts,
+        **{name: getattr(settings, name) for name in _SAME},
     )
-    patience = Patience(settings.concurrency, settings.timeout, settings.attempts)
-    policy = open_policy(endpoint, config, render, patience=patience)
+    policy = open_policy(endpoint, config, render)
     return policy, lambda: str(policy.usage)

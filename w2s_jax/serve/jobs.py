@@ -240,16 +240,14 @@ class Reader:
             _SOME_NUCLEUS if numbers["top_p"] < 1 else 1.0,
         )
         jobs = []
-        for index, (tokens, conversation) in enumerate(read):
+        for index, (tokens, asks) in enumerate(read):
             longest = max(map(len, tokens))
             limit = self._limit(asked, longest, kind)
             if limit == 0 and (not echo or method in CHOOSING):
                 raise malformed("max_tokens is 0, which only echo can do without", "max_tokens")
             own: Any = {name: each[index] for name, each in places.items()}
             most = max(limit, 1)
-            request = Request(
-                prompts=tokens, conversation=conversation, limit=most, **numbers, **own
-            )
+            request = Request(prompts=tokens, conversation=asks, limit=most, **numbers, **own)
             config = self._search(
                 method,
                 (width, successors, length),
@@ -263,7 +261,7 @@ class Reader:
                 request,
                 choices=body.n,
                 logprobs=logprobs,
-                echo=conversation.text if echo else None,
+                echo=asks.text if echo else None,
                 streams=body.stream,
                 tells_ids=body.return_token_ids,
                 generates=limit > 0,

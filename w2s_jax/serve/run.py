@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.encoder import Classifier
+from w2s_jax.models.reward import Classifier
 from w2s_jax.search import checkpoints
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.file import ChooseMesh
@@ -77,7 +77,8 @@ def load(
 ) -> tuple[Served, Mesh | None, list[str]]:
     """Everything that answers, its mesh, and a line for each guide on where it scores.
 
-    Raises InputError for wrong checkpoints, templates and meshes.
+    Raises:
+        InputError: for wrong checkpoints, templates and meshes.
     """
     sources = replace(config.sources(), rewards=config.rewards())
     needs = f"--method {config.method}" if config.method in ("eft", "ivg") else ""

@@ -322,8 +322,8 @@ class Data:
     def _numbers(self) -> np.ndarray:
         if self.rows is not None:
             return self.rows
-        packed = self.packing is not None
-        return np.arange(len(self.packing) if packed else len(self.store) // self._sides)
+        documents = len(self.store) // self._sides
+        return np.arange(documents if self.packing is None else len(self.packing))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -79,7 +79,8 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     turn of the assistant's is left out: like "output", it is what somebody else answered. Messages
     may call the row's "tools" (`tools_of`). A field that is null counts as absent.
 
-    Raises InputError, beginning with `where`, unless exactly one of the four is there and sound.
+    Raises:
+        InputError: beginning with `where`, unless exactly one of the four is there and sound.
     """
     fields = [field for field in _FIELDS if row.get(field) is not None]
     if not fields:
@@ -128,8 +129,9 @@ Turns = tuple[Message, ...]
 def messages_of(value: Any, where: str, takes: str = "a list of messages") -> Turns:
     """The messages of a list, whoever speaks last.
 
-    Raises InputError, beginning with `where`, for messages that are not sound, and for what is no
-    list, which says what it `takes`.
+    Raises:
+        InputError: beginning with `where`, for messages that are not sound, and for what is no
+            list, which says what it `takes`.
     """
     if not isinstance(value, list | tuple):
         raise InputError(f"{where} is {type(value).__name__}; it takes {takes}")
@@ -162,7 +164,8 @@ def tagged(item: Any) -> Any:
 def shared_turns(row: Mapping[str, Any], where: str) -> Turns:
     """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
     value = row["conversations"]
     items = [tagged(item) for item in value] if isinstance(value, list | tuple) else value
@@ -174,7 +177,8 @@ def shared_turns(row: Mapping[str, Any], where: str) -> Turns:
 def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
 
-    Raises InputError, beginning with `where`, for anything else.
+    Raises:
+        InputError: beginning with `where`, for anything else.
     """
     tools = _json(row.get("tools")) or ()
     if not isinstance(tools, list | tuple) or not all(function_of(one) for one in tools):
@@ -200,8 +204,9 @@ def _json(value: Any) -> Any:
 def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
     """The rows with the named field as their "prompt" too; as they are where none is named.
 
-    Raises InputError, naming the row as "SOURCE NUMBER", where the field is missing or the row has
-    another prompt beside it.
+    Raises:
+        InputError: naming the row as "SOURCE NUMBER", where the field is missing or the row has
+            another prompt beside it.
     """
     if field is None or field == "prompt":
         return list(rows)
@@ -242,7 +247,8 @@ def plain(conversation: Conversation) -> str:
 def turns_before(row: Mapping[str, Any], where: str) -> Turns:
     """What goes before an Alpaca row's instruction: its "system", its "history" of pairs.
 
-    Raises InputError, beginning with `where`, for what is not sound.
+    Raises:
+        InputError: beginning with `where`, for what is not sound.
     """
     system, history = text_in(row, "system", where), row.get("history") or ()
     turns = [Message("system", system)] if system else []

@@ -1,4 +1,4 @@
-"""Files of rows, and the journal of a long job: finished rows on disk at once.
+"""Files of rows, and long jobs over them: finished rows in a journal at once, progress told.
 
 In a file of rows one line is one JSON object and blank lines are not allowed, so the row at index i
 stands on line i + 1. A byte-order mark in front is left out. What a row must hold is for its reader
@@ -17,7 +17,9 @@ import json
 import lzma
 import os
 import re
+import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w2s_jax.distributed import gather_values, own_number
+from w2s_jax.distributed import gather_values, is_first, own_number
 from w2s_jax.errors import InputError, check_fetched
 
 
@@ -417,3 +419,51 @@ def _left_behind(output: str | Path) -> list[int]:
     named = re.compile(re.escape(f"{output.name}.host") + r"(\d+)\.journal", re.ASCII)
     found = (named.fullmatch(path.name) for path in output.parent.glob("*.journal"))
     return sorted(int(each[1]) for each in found if each)
+
+
+_TELL_SECONDS = 30.0  # how often a line is written where there is no terminal
+
+
+@contextlib.contextmanager
+def progress(
+    total: int, unit: str, *, done: int = 0, name: str = ""
+) -> Iterator[Callable[[int], None]]:
+    """Show how much of some work is done, while the block runs.
+
+    On a terminal tqdm's bar. Elsewhere the first host writes lines to standard error: one at the
+    start, as minutes of loading and compiling may follow, then one every 30 s, and the last.
+
+    Args:
+        total: how many there are; of none nothing is shown.
+        unit: what they are, in the singular.
+        done: how many are done at the start.
+        name: what they are done for.
+
+    Yields:
+        A function that takes how many more are done.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, desc=name or None, unit=unit) as bar:
+            yield bar.update
+        return
+    start = told = time.monotonic()
+    heading = f"{name}: " if name else ""
+
+    def tell(more: str) -> None:
+        if is_first():
+            sys.stderr.write(f"{heading}{done} of {total} {unit}s{more}\n")
+            sys.stderr.flush()
+
+    def update(count: int) -> None:
+        nonlocal done, told
+        done += count
+        now = time.monotonic()
+        if done >= total or now - told >= _TELL_SECONDS:
+            told = now
+            tell(f", {now - start:.0f} s")
+
+    if total > done:
+        tell("; the first wait for programs to be compiled")
+    yield update

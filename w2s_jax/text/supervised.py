@@ -6,7 +6,6 @@ Text goes through text/chat.py's templates; rows, files and batches are elsewher
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +47,7 @@ class _Rendered:
     special: bool
     end: int | None
     spans: tuple[Spans, ...] | None = None
-    ready: tuple[tuple[list[int], list[int]], ...] | None = None
+    ready: tuple[tuple[list[int], list[bool]], ...] | None = None
     unwritten: frozenset[str] = frozenset()
 
 
@@ -230,9 +229,8 @@ def _answers(
 def _first_opening(template: Template, closing: str, tools: Sequence[Any]) -> str:
     """What a conversation that the assistant begins has in common, whatever is said in it."""
     said = [(Message("assistant", content),) for content in ("\u2603", "\u260e")]
-    rendered = [closing, *(template.render_whole(one, tools) for one in said)]
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*rendered, strict=False))
-    return closing[: len(list(alike))]
+    rendered = [template.render_whole(one, tools) for one in said]
+    return closing[: min(common_length(closing, one) for one in rendered)]
 
 
 def _as_it_goes_on(text: str, opening: str, closing: str) -> str:
@@ -257,7 +255,7 @@ def _closed(template: Template, text: str, answer: str) -> str:
 
 def _by_generation(
     template: Template, whole: Sequence[Message], tools: Sequence[Any]
-) -> tuple[list[int], list[int]]:  # fmt: skip
+) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Token ids and marks of a template that says itself what the assistant writes."""
     template.render_whole(whole, tools)  # its faults in one line
     found = apply_template(
@@ -269,7 +267,7 @@ def _by_generation(
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return list(found["input_ids"]), list(found["assistant_masks"])
+    return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
 
 def _end(template: Template) -> int:
@@ -298,27 +296,26 @@ def _encoded(
     tokenizer: Any, one: _Rendered, found: Mapping[tuple[str, bool], _Tokens], loss: str
 ) -> Encoded:  # fmt: skip
     prompt = None if one.prompt is None else found[one.prompt, one.special][0]
-    if one.ready is not None:
-        rows = [list(ids) for ids, _ in one.ready]
-        marks = [np.asarray(told, bool) for _, told in one.ready]
-    else:
+    if one.ready is None:
         read = [found[text, one.special] for text in one.sides]
         rows = [list(ids) for ids, _ in read]
         spans = one.spans or ()
         marks = [_inside(own[1], told) for own, told in zip(read, spans, strict=bool(spans))]
+    else:
+        rows, marks = [ids for ids, _ in one.ready], [np.array(told) for _, told in one.ready]
     if prompt == []:  # as a search begins
         prompt = encode_prompt(tokenizer, "")
         rows = [[*prompt, *row] for row in rows]
-        marks = [np.concatenate([np.zeros(len(prompt), bool), mark]) for mark in marks]
+        marks = [np.pad(mark, (len(prompt), 0)) for mark in marks]
     border = 0 if prompt is None else min(common_length(prompt, row) for row in rows)
     sides = []
     for index, row in enumerate(rows):
         if one.end is not None and not (len(row) > border and row[-1] == one.end):
             row.append(one.end)
         targets = np.arange(len(row)) >= (1 if loss == "all" else max(border, 1))
-        if marks:
-            beyond = np.ones(len(row) - len(marks[index]), bool)  # the end, of the last answer
-            targets &= np.concatenate([marks[index], beyond])
+        if marks:  # and the end, which is of the last answer
+            more = len(row) - len(marks[index])
+            targets &= np.pad(marks[index], (0, more), constant_values=True)
         sides.append(Side(np.asarray(row, np.int32), targets, border))
     merged = prompt is not None and border < len(prompt)
     return Encoded(tuple(sides), merged, one.unwritten)

@@ -59,9 +59,10 @@ class Checkpoints:
         None where the folder holds no checkpoint. Steps that are not sound are told in a warning
         and removed once one before them is restored. The arrays of `like` are given up.
 
-        Raises InputError, and removes nothing, where no step is sound, where `identity` differs
-        from the one saved (but in its part FREE, of which a warning tells), and where the state is
-        of another kind than `like`.
+        Raises:
+            InputError: and removes nothing, where no step is sound, where `identity` differs from
+                the one saved (but in its part FREE, of which a warning tells), and where the state
+                is of another kind than `like`.
         """
         step, faults = self._newest_sound()
         if step is None:
@@ -144,7 +145,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the save that is running, if any, is whole on disk.
 
-        Raises OSError, in one line, where it could not be written; earlier checkpoints stay.
+        Raises:
+            OSError: in one line, where it could not be written; earlier checkpoints stay.
         """
         if self._running is None:
             return
@@ -229,7 +231,10 @@ def read_checkpoint(
 ) -> TrainState:
     """A saved state: that of `step`, the best by score, or (default) the newest one.
 
-    Raises InputError where it is not there or not sound. The arrays of `like` are given up.
+    The arrays of `like` are given up.
+
+    Raises:
+        InputError: where it is not there or not sound.
     """
     folder = Path(folder).absolute()
     return _restore(folder, _sound_step(folder, step, best=best), like, None)[0]
@@ -238,7 +243,10 @@ def read_checkpoint(
 def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """The parameters of a saved state on one device: (step, parameters); by default the newest one.
 
-    Nothing but the parameters is read. Raises InputError where the step is not there or not sound.
+    Nothing but the parameters is read.
+
+    Raises:
+        InputError: where the step is not there or not sound.
     """
     import orbax.checkpoint as ocp
 

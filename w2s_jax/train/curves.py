@@ -56,8 +56,10 @@ def read_run(folder: str | Path) -> Run:
     """The curves of a run, evaluations under "eval/".
 
     Values that cannot be drawn are left out: texts, and numbers that are not finite or beyond
-    1e300. Raises InputError where the folder has no rows of metrics, or rows of another kind of
-    file.
+    1e300.
+
+    Raises:
+        InputError: where the folder has no rows of metrics, or rows of another kind of file.
     """
     rows = read_metrics(folder)
     if not rows:
@@ -91,7 +93,8 @@ def run_names(folders: Sequence[str | Path]) -> list[str]:
 def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str, list[str]]:
     """The metrics of each panel, evaluations behind their metric; only those that a run has.
 
-    Raises InputError for a metric in `metrics` that no run has.
+    Raises:
+        InputError: for a metric in `metrics` that no run has.
     """
     known = list(dict.fromkeys(name for run in runs for name in run))
     if not known:
@@ -106,11 +109,10 @@ def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str,
         for title, names in PANELS.items()
     }
     used = {name for names in panels.values() for name in names}
-    others = {name: [name] for name in known if name.startswith(EVAL) and name not in used}
-    found = {title: names for title, names in (panels | others).items() if names}
-    if not found:
+    panels |= {name: [name] for name in known if name.startswith(EVAL) and name not in used}
+    if not any(panels.values()):
         raise InputError(f"nothing usual to draw; give --metrics, of {', '.join(known)}")
-    return found
+    return {title: names for title, names in panels.items() if names}
 
 
 def draw(
@@ -119,7 +121,10 @@ def draw(
     """Draw runs over one another, a panel per group of metrics, to `output` (PNG).
 
     A run keeps its colour, a metric its line; evaluations are dots. With one run the colours tell
-    its metrics apart. Raises InputError without matplotlib, or where the file cannot be written.
+    its metrics apart.
+
+    Raises:
+        InputError: without matplotlib, or where the file cannot be written.
     """
     panels = choose_panels(runs, metrics)
     columns = min(len(panels), 3)
@@ -163,7 +168,8 @@ def _draw_panel(
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure, sizes in inches, that is drawn without a display.
 
-    Raises InputError without matplotlib.
+    Raises:
+        InputError: without matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,11 +135,13 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> Trai
 
     def like(path: tuple[Any, ...], held: Any) -> Any:
         # What belongs to a parameter stands at the end of a path that ends as the parameter's own.
-        for start in range(len(path)):
-            param = places.get(path[start:])
-            if param is not None and param.shape == held.shape:
-                return jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=param.sharding)
-        return held
+        ends = (places.get(path[start:]) for start in range(len(path)))
+        param = next((one for one in ends if one is not None and one.shape == held.shape), None)
+        return (
+            held
+            if param is None
+            else jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=param.sharding)
+        )
 
     held = jax.tree_util.tree_map_with_path(like, state.optimizer)
     return TrainState(state.step, params, held, state.key)
@@ -157,7 +159,9 @@ def abstract_on_mesh(
     """A model's shapes and dtypes, with the shardings that `shard_model` would give them.
 
     quantize_as: of a model whose weights are held so.
-    Raises InputError, naming the parameter, where the mesh does not divide a dimension.
+
+    Raises:
+        InputError: naming the parameter, where the mesh does not divide a dimension.
     """
     model, axes = abstract_model(
         config, dtype=dtype, scan_layers=scan_layers, quantize_as=quantize_as
@@ -184,21 +188,13 @@ def abstract_batch(
 def report(console: Console, estimate: Estimate) -> None:
     """Print the estimate as a table, in GiB for each device."""
     table = Table("on each device", "GiB")
-    labels = {
-        "parameters": "parameters",
-        "optimizer": "optimizer",
-        "frozen": "frozen",
-        "batch": "batch",
-        "working": "gradients and activations",
-        "process": "libraries and programs",
-        "total": "total",
-    }
-    if not estimate.process:
-        del labels["process"]
-    for name, label in labels.items():
-        if name == "total":
-            table.add_section()
-        table.add_row(label, f"{getattr(estimate, name) / 2**30:.2f}")
+    told = {"working": "gradients and activations", "process": "libraries and programs"}
+    for field in fields(estimate)[:5] + fields(estimate)[-1:]:
+        held = getattr(estimate, field.name)
+        if held or field.name != "process":
+            table.add_row(told.get(field.name, field.name), f"{held / 2**30:.2f}")
+    table.add_section()
+    table.add_row("total", f"{estimate.total / 2**30:.2f}")
     console.print(table)
     if estimate.limit is not None:
         fits = "fits" if estimate.total <= estimate.limit else "does not fit"

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError, check_fetched
-from w2s_jax.models.encoder import Classifier
 from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.models.load import (
     is_reward_model,
@@ -29,9 +28,9 @@ from w2s_jax.models.load import (
     load_reward_model,
 )
 from w2s_jax.models.lora import LoraConfig, merge
-from w2s_jax.models.lora_huggingface import base_folder, base_of
 from w2s_jax.models.model import STORED, Model
-from w2s_jax.models.reward import RewardModel
+from w2s_jax.models.peft import base_folder, base_of
+from w2s_jax.models.reward import Classifier, RewardModel
 from w2s_jax.models.save import save_classifier, save_model, save_reward_model
 from w2s_jax.text.rows import check_writable, write_whole
 from w2s_jax.text.tokenizer import holds_tokenizer, load_tokenizer
@@ -93,27 +92,29 @@ def weights_identity(directory: Path) -> str:
         digest.update(weights_identity(base_folder(directory)).encode())
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
         digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(_digest(file)))
     return digest.hexdigest()[:24]
 
 
 def file_digests(names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the files that are here, by the last part of their names: folders may be moved."""
-    found = {}
-    for path in (Path(name).expanduser() for name in names):
-        if path.is_file():
-            with path.open("rb") as opened:
-                found[path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+    files = (Path(name).expanduser() for name in names)
+    return {path.name: _digest(path) for path in files if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model | None]:
     """A step that a run keeps, the newest by default: its number, the model, and what it came from.
 
     The model is in float32, adapters merged; what it came from is None where that was random.
-    Raises InputError where the step is not there or not sound, and where the adapters' base has
-    changed since.
+
+    Raises:
+        InputError: where the step is not there or not sound, and where the adapters' base has
+            changed since.
     """
     record = read_record(directory)
     step, params = read_params(directory / CHECKPOINTS, step)
@@ -196,7 +197,10 @@ def convert(config: ConvertConfig, *, tell: Callable[[str], None] = lambda line:
     adapter = locate(config.merge_lora) if config.merge_lora else None
     _check_places(config, source, adapter)
     check_writable(Path(config.target) / "config.json")
-    tokenizer = _tokenizer(source, adapter)
+    # The first tokenizer that is found beside the adapter, the source or its base.
+    named = locate(read_record(source).base) if is_run(source) else source
+    places = filter(None, (adapter, named, base_folder(named) if is_adapter(named) else None))
+    tokenizer = next((load_tokenizer(at) for at in places if holds_tokenizer(at)), None)
     model = _read(config, source, tell)
     savers: dict[type, Callable[..., None]] = {
         Model: save_model, RewardModel: save_reward_model, Classifier: save_classifier
@@ -219,14 +223,6 @@ def _check_places(config: ConvertConfig, source: Path, adapter: Path | None) -> 
     for folder in filter(None, (source, adapter, base)):
         if Path(config.target).expanduser().resolve() == folder.resolve():
             raise InputError(f"TARGET {config.target} is what is read from; name another folder")
-
-
-def _tokenizer(source: Path, adapter: Path | None) -> Any:
-    """The first that is found beside the adapter, the source or its base; None without one."""
-    source = locate(read_record(source).base) if is_run(source) else source
-    base = base_folder(source) if is_adapter(source) else None
-    places = filter(None, (adapter, source, base))
-    return next((load_tokenizer(place) for place in places if holds_tokenizer(place)), None)
 
 
 def _read(

@@ -21,8 +21,8 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.huggingface import locate
 from w2s_jax.models.load import load_adapted, load_model
 from w2s_jax.models.lora import abstract_adapter, init_adapter, shard_adapter
-from w2s_jax.models.lora_huggingface import base_folder, load_factors, save_adapter
 from w2s_jax.models.model import Model, abstract_model, init_model, shard_model
+from w2s_jax.models.peft import base_folder, load_factors, save_adapter
 from w2s_jax.models.save import save_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.ops.meshes import check_batch, name_of

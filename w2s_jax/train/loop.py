@@ -366,8 +366,9 @@ class _Run:
     def close(self) -> None:
         """Let go of files, bar and sinks."""
         self.bar.close()
-        for each in (*self.writers, *self.files.values()):
-            each.close()
+        closing = [one.close for one in self.writers] + [one.close for one in self.files.values()]
+        for close in closing:
+            close()
 
 
 @jax.jit

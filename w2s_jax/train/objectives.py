@@ -97,8 +97,7 @@ def sft_loss(policy: Policy) -> LossFunction:
             policy.model(params, frozen), batch["tokens"], batch["segments"],
             targets / jnp.maximum(count, 1.0), **policy.reading(key),
         )  # fmt: skip
-        accuracy = _accuracy(scores, targets)
-        metrics = {"loss": -total, "mean_token_accuracy": accuracy}
+        metrics = {"loss": -total, "mean_token_accuracy": _accuracy(scores, targets)}
         return -total, count, metrics | {"num_tokens": _read(batch)}
 
     return loss
@@ -120,22 +119,23 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
         scores = policy.scores(params, frozen, flat, key)
         logprobs = jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
         lengths = flat["targets"].sum(-1).reshape(shape)
-        reference = None
+        held = {"policy": logprobs}
         if preference.needs_reference:
-            reference = _reference(frozen, batch)
+            held["reference"] = _reference(frozen, batch)
+        columns = {
+            f"{name}_{side}": array[:, i]
+            for name, array in held.items()
+            for i, side in enumerate(("chosen", "rejected"))
+        }
         pairs = PairLogprobs(
-            policy_chosen=logprobs[:, 0],
-            policy_rejected=logprobs[:, 1],
-            reference_chosen=None if reference is None else reference[:, 0],
-            reference_rejected=None if reference is None else reference[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
+            **columns, chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1]
         )
         values, metrics = preference_loss(preference, pairs)
         weights = batch.get("weights", jnp.ones(shape[0], jnp.float32))
         weight = weights.sum()
         value = (weights * values).sum() / weight
-        accuracy = _accuracy(scores, _of_chosen(batch))
+        chosen = batch["targets"].at[:, 1].set(False).reshape(flat["targets"].shape)
+        accuracy = _accuracy(scores, chosen)
         metrics |= {"loss": value, "mean_token_accuracy": accuracy, "num_tokens": _read(batch)}
         return value, weight, metrics
 
@@ -153,7 +153,7 @@ def kto_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
         batch = _on_device(batch)
-        own, mismatched = (_side(batch, side) for side in (0, 1))
+        own, mismatched = ({name: batch[name][:, i] for name in READ} for i in (0, 1))
         scores = policy.scores(params, frozen, own, key)
         logprobs = jnp.where(own["targets"], scores.logprobs, 0.0).sum(-1)
         fixed = policy.model(jax.lax.stop_gradient(params), frozen)
@@ -218,20 +218,10 @@ def _on_device(batch: Batch) -> Batch:
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
-def _side(batch: Batch, side: int) -> Batch:
-    return {name: batch[name][:, side] for name in READ}
-
-
 def _reference(frozen: Frozen, batch: Batch) -> Float[Array, "B 2"]:
     if REFERENCE in batch:
         return batch[REFERENCE]
     return jax.lax.stop_gradient(response_logprobs(reference_of(frozen), batch))
-
-
-def _of_chosen(batch: Batch) -> Bool[Array, "B2 X"]:
-    """The targets of pairs [B, 2, X] that are of chosen responses, as rows [2 B, X]."""
-    targets = batch["targets"].at[:, 1].set(False)
-    return targets.reshape(-1, targets.shape[-1])
 
 
 def _accuracy(scores: TokenScores, targets: Bool[Array, "B X"]) -> Mean:

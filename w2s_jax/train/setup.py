@@ -16,7 +16,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.models.load import load_config
 from w2s_jax.models.lora import LoraConfig
-from w2s_jax.models.lora_huggingface import base_folder, base_of, load_factors
+from w2s_jax.models.peft import base_folder, base_of, load_factors
 from w2s_jax.ops.meshes import ChosenMesh, mesh_of
 from w2s_jax.ops.sharding import Placement
 from w2s_jax.text.batches import Kind
@@ -206,9 +206,8 @@ def check_length(length: int, config: ModelConfig, model: str) -> None:
 
 def training_shapes(setup: Setup) -> TrainingShapes:
     """The shapes of a step, and of the models that it reads beside the one that is trained."""
-    config = setup.config
-    beside = {name: load_config(folder) for name, folder in setup.frozen_folders.items()}
-    beside |= frozen_configs(setup)
+    config, folders = setup.config, setup.frozen_folders
+    beside = {role: load_config(at) for role, at in folders.items()} | frozen_configs(setup)
     beside.pop(BASE, None)
     return TrainingShapes(
         model=setup.model,
@@ -229,14 +228,12 @@ def _new_adapters(config: TrainConfig) -> LoraConfig | None:
     """The config of new adapters; None where there are none. InputError for one out of range."""
     if not config.lora_rank:
         return None
-    targets = {"targets": config.lora_targets} if config.lora_targets else {}
-    alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     return LoraConfig(
         rank=config.lora_rank,
-        alpha=alpha,
+        alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         dropout=config.lora_dropout,
         rslora=config.rslora,
-        **targets,
+        **({"targets": config.lora_targets} if config.lora_targets else {}),
     )
 
 

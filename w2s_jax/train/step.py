@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
+from w2s_jax.distributed import everywhere
 from w2s_jax.errors import InputError
 from w2s_jax.ops.meshes import batch_parts, check_batch
 from w2s_jax.ops.sharding import DEFAULT_RULES
@@ -164,10 +165,10 @@ def _part(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _spread(x: Any, parts: int, mesh: Mesh | None) -> Array:
     """[n ..] as [parts, n / parts ..], with every part over all devices of the batch axes."""
-    if mesh is None:
-        return jnp.reshape(x, (parts, -1, *x.shape[1:]))
-    axes = DEFAULT_RULES.mesh_axes("batch")
     out = jnp.reshape(x, (parts, -1, *x.shape[1:]))
+    if mesh is None:
+        return out
+    axes = DEFAULT_RULES.mesh_axes("batch")
     return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, PartitionSpec(None, axes)))
 
 
@@ -211,12 +212,7 @@ def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
     """A batch as device arrays, all of it on every device; every host gives the same."""
     if mesh is None:
         return batch
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, everywhere, lambda index: array[index])
-
-    return {name: put(np.asarray(array)) for name, array in batch.items()}
+    return {name: everywhere(np.asarray(array), mesh) for name, array in batch.items()}
 
 
 def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -227,12 +223,10 @@ def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     if mesh is None:
         return state
     leaves, structure = jax.tree.flatten(state)
-    alone = [i for i, leaf in enumerate(leaves) if not isinstance(leaf.sharding, NamedSharding)]
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    placed = jax.jit(lambda arrays: arrays, out_shardings=everywhere)([leaves[i] for i in alone])
-    for i, leaf in zip(alone, placed, strict=True):
-        leaves[i] = leaf
-    return jax.tree.unflatten(structure, leaves)
+    alone = {i: one for i, one in enumerate(leaves) if not isinstance(one.sharding, NamedSharding)}
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = jax.jit(lambda arrays: arrays, out_shardings=whole)(alone)
+    return jax.tree.unflatten(structure, [placed.get(i, one) for i, one in enumerate(leaves)])
 
 
 def number_of_steps(config: RunConfig, rows: int) -> int:
@@ -342,17 +336,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak = _peak(config)
     warmup = round(config.warmup if config.warmup >= 1 else config.warmup * steps)
     rest = max(steps - warmup, 1)
-    after: Callable[[Any], Any]
-    if config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, peak * config.final, rest)
-    elif config.schedule == "trapezoid":
-        falling = min(round(config.decay * steps), rest)
-        after = optax.linear_schedule(peak, peak * config.final, falling, rest - falling)
-    else:
-        after = optax.cosine_decay_schedule(peak, rest, config.final)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+    last, falling = peak * config.final, min(round(config.decay * steps), rest)
+    after: dict[str, Callable[[], Callable[[Any], Any]]] = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, last, rest),
+        "trapezoid": lambda: optax.linear_schedule(peak, last, falling, rest - falling),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final),
+    }
+    rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([rising, after.get(config.schedule, after["cosine"])()], [warmup])
 
 
 def _peak(config: OptimizerConfig) -> float:

@@ -159,7 +159,8 @@ def check_installed(module: str) -> None:
 def tensorboard(directory: Path, step: int) -> Writer:
     """A Sink: event files in `directory`/tensorboard (extra `tensorboard`).
 
-    Raises InputError where tensorboardX is not installed.
+    Raises:
+        InputError: where tensorboardX is not installed.
     """
     check_installed("tensorboardX")
     from tensorboardX import SummaryWriter
@@ -180,8 +181,10 @@ def wandb(
     """A Sink to Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no network.
 
     The run's id is kept in the directory, so that a run that goes on is one run there too. Values
-    are drawn over `step`, and steps done twice are shown twice. Raises InputError, when it is
-    opened, where wandb is not installed.
+    are drawn over `step`, and steps done twice are shown twice.
+
+    Raises:
+        InputError: when it is opened, where wandb is not installed.
     """
 
     def sink(directory: Path, step: int) -> Writer:

@@ -66,18 +66,11 @@ def takes(
         return False
     if size % LANES or any(x.keys.dtype not in (query.dtype, jnp.int8) for x in parts):
         return False
-    if _axes(placement, "heads", heads) != _axes(placement, "kv_heads", kv_heads):
+    if placement.mesh_axes("heads", heads) != placement.mesh_axes("kv_heads", kv_heads):
         return False
     share = sizes_of(query, prefix, committed, own, placement.parts("heads", heads))
     itemsizes = query.dtype.itemsize, max(part.keys.dtype.itemsize for part in parts)
     return room(share, size, *itemsizes) <= ROOM
-
-
-def _axes(placement: Placement, axis: str, size: int) -> tuple[str, ...] | None:
-    """The mesh axes that split a logical axis, if any."""
-    if placement.mesh is None:
-        return None
-    return placement.rules.targets(axis, size, placement.mesh.shape) or None
 
 
 def attend(
@@ -109,8 +102,8 @@ def attend(
     mesh = placement.mesh
     if mesh is None:
         return run(*arrays)
-    slots = _axes(placement, "slots", query.shape[0])
-    heads = _axes(placement, "heads", query.shape[3])
+    slots = placement.mesh_axes("slots", query.shape[0]) or None
+    heads = placement.mesh_axes("heads", query.shape[3]) or None
 
     def split(part: Part, *rows: None) -> Part:
         front = () if part.lengths is None else layer_axes

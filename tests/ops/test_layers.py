@@ -1,4 +1,7 @@
-"""Quantised weights: how far they are off, and products with them against NumPy."""
+"""Quantised weights: how far they are off, and products with them against NumPy.
+
+Norms against NumPy in float64, their gradients against jax's own of the plain formula.
+"""
 
 from functools import partial
 
@@ -10,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from w2s_jax.ops.quantized import QTensor, dequantize, dot, quantize_array, take_rows
+from w2s_jax.ops.layers import (
+    QTensor,
+    dequantize,
+    dot,
+    layer_norm,
+    quantize_array,
+    rms_norm,
+    take_rows,
+)
 
 # In one program each, not one for every operation.
 compiled = jax.jit(quantize_array, static_argnames=("contracted", "bits", "group", "scale_dtype"))
@@ -153,3 +164,52 @@ def test_no_loop_converts_the_weight_ahead_of_itself(bits, group):
 
     assert not carried(run)
     assert carried(free), "the compiler no longer does what `dot` guards against"
+
+
+def normals(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(3, 5, 8)) * 3 + 1
+    return tuple(np.float32(a) for a in (x, rng.normal(size=8), rng.normal(size=8)))
+
+
+def plain_rms(x, scale, offset):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * (offset + scale)
+
+
+def plain_layer(x, scale, bias):
+    variance = jnp.var(x, axis=-1, keepdims=True)
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(variance + 1e-5) * scale + bias
+
+
+@partial(jax.jit, static_argnums=0)
+def pull(norm, slope, *arguments):
+    out, pulled = jax.vjp(norm, *arguments)
+    return out, pulled(slope)
+
+
+def compare(ours, theirs, arguments):
+    slope = np.float32(np.random.default_rng(1).normal(size=arguments[0].shape))
+    (out, pulled), (wanted, expected) = (pull(norm, slope, *arguments) for norm in (ours, theirs))
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    for one, other in zip(pulled, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(offset):
+    x, scale, _ = normals()
+    compare(
+        lambda x, s: rms_norm(x, s, epsilon=1e-5, offset=offset),
+        lambda x, s: plain_rms(x, s, offset),
+        (x, scale),
+    )
+
+
+def test_layer_norm():
+    compare(lambda *a: layer_norm(*a, epsilon=1e-5), plain_layer, normals())
+
+
+def test_half_precision_comes_back_in_its_dtype():
+    given = [a.astype(jnp.bfloat16) for a in normals()]
+    out, pulled = pull(partial(layer_norm, epsilon=1e-5), given[0], *given)
+    assert [a.dtype for a in (out, *pulled)] == [jnp.dtype(jnp.bfloat16)] * 4

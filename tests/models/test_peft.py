@@ -16,8 +16,8 @@ from tests.tiny import tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_adapted, load_config, load_model
 from w2s_jax.models.lora import LoraConfig, attach, merge, stack_adapter
-from w2s_jax.models.lora_huggingface import base_of, load_adapter, save_adapter
 from w2s_jax.models.model import Model
+from w2s_jax.models.peft import base_of, load_adapter, save_adapter
 from w2s_jax.models.save import save_model
 from w2s_jax.ops.sharding import make_mesh
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from w2s_jax.evaluate.progress import progress
+from w2s_jax.text.rows import progress
 
 
 def test_lines_come_at_the_start_now_and_then_and_at_the_end(monkeypatch, capsys):

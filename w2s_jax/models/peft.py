@@ -4,11 +4,9 @@ What adapter_config.json means is in `peft_json.py`, what an adapter does to its
 which tensor is which parameter says the table in `parameters.py`.
 """
 
-import contextlib
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from scipy.linalg import block_diag
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
@@ -26,6 +25,7 @@ from w2s_jax.models.huggingface import (
     ADAPTER_CONFIG,
     FLOATS,
     Tensors,
+    about,
     equal,
     is_adapter,
     locate,
@@ -33,10 +33,10 @@ from w2s_jax.models.huggingface import (
     read_json,
 )
 from w2s_jax.models.lora import FACTORS, LoraConfig, shard_adapter, stack_adapter
-from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import (
     LANGUAGE_HEAD,
     PROJECTIONS,
+    Parameter,
     StoredHead,
     decoder_parameters,
     full_name,
@@ -47,7 +47,6 @@ from w2s_jax.models.parameters import (
 )
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
 from w2s_jax.models.save import write_files
-from w2s_jax.ops.quantized import QTensor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 
 _PREFIX = "base_model.model."
@@ -55,28 +54,11 @@ _WRAPPERS = r"\.(base_layer|modules_to_save(\.default)?)(?=\.)"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """A kernel that can be adapted: its module's path, its shape, how many axes are its input's."""
-
-    place: str
-    shape: tuple[int, ...]
-    split: int
-
-
-@contextlib.contextmanager
-def _about(place: Path) -> Iterator[None]:
-    """Errors told behind what they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-
-
 def base_of(path_or_hub_id: str | Path) -> str:
     """The base that an adapter names: a hub id, or a folder, also relative to the adapter's own.
 
-    Raises InputError where it names none, and where the base is an adapter itself.
+    Raises:
+        InputError: where it names none, and where the base is an adapter itself.
     """
     directory = locate(path_or_hub_id)
     name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -97,14 +79,13 @@ def base_of(path_or_hub_id: str | Path) -> str:
 def base_folder(path_or_hub_id: str | Path) -> Path:
     """Where the base that an adapter names lies.
 
-    Raises InputError as `base_of` does, and, naming the adapter, where the base is not there.
+    Raises:
+        InputError: as `base_of` does, and, naming the adapter, where the base is not there.
     """
     directory = locate(path_or_hub_id)
     name = base_of(directory)
-    try:
+    with about(f"{directory}: its base"):
         return locate(name)
-    except InputError as error:
-        raise InputError(f"{directory}: its base: {error}") from None
 
 
 def adapted_config(
@@ -116,10 +97,11 @@ def adapted_config(
     alone, or both where they differ, unties them. A reward model, of another `head`, has but the
     embedding.
 
-    Raises InputError for missing or damaged files.
+    Raises:
+        InputError: for missing or damaged files.
     """
     directory = locate(path_or_hub_id)
-    with _about(directory):
+    with about(directory):
         _, whole = _sorted(config, _open(directory), head)
     return _adapted(config, whole, head)
 
@@ -144,26 +126,6 @@ def _held_vocabulary(config: ModelConfig, whole: Tensors) -> list[Any]:
     return [whole[name] for name in (embedding, LANGUAGE_HEAD.weight) if name in whole]
 
 
-def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -> Model:
-    """A base made one of `config`: embedding and head taken out of the adapter, or untied."""
-    params = dict(base.params)
-    if base.config.tied_embeddings and not config.tied_embeddings:
-        embedding = params["embed"]["embedding"]
-        if isinstance(embedding, QTensor):
-            raise InputError("an adapter that unties the head needs a base that is not quantised")
-        params["head"] = {"kernel": embedding.T}
-    return replace(base, config=config, params=take_vocabulary(params, adapter))
-
-
-def take_vocabulary(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with an adapter's embedding and head, which are taken out of the adapter.
-
-    Of another vocabulary they cannot be written over the base's by `merge`.
-    """
-    names = [name for name in ("embed", "head") if name in adapter]
-    return params | {name: params[name] | adapter.pop(name) for name in names}
-
-
 def load_adapter(
     path_or_hub_id: str | Path,
     config: ModelConfig,
@@ -181,17 +143,18 @@ def load_adapter(
     the files fuse (GPT-2's c_attn) give their projections one `lora_a`. Where `rank_pattern` or
     `alpha_pattern` scale a module unlike the others, lora_b holds the difference.
 
-    Raises InputError for missing or damaged files, for what is not supported, named, for an adapter
-    that was made for another base, and for any tensor unmapped, missing or duplicate.
+    Raises:
+        InputError: for missing or damaged files, for what is not supported, named, for an adapter
+            that was made for another base, and for any tensor unmapped, missing or duplicate.
     """
     directory = locate(path_or_hub_id)
     hf = read_json(directory / ADAPTER_CONFIG)
     tensors, modules = _open(directory), _modules(config)
-    with _about(directory / ADAPTER_CONFIG):
+    with about(directory / ADAPTER_CONFIG):
         lora = read_lora(hf)
         places = {module: module_lora(hf, lora, module) for module in modules}
         targets = {module for module in places if is_target(hf, module)}
-    with _about(directory):
+    with about(directory):
         factors, whole = _sorted(config, tensors, head)
         _check_targets(factors, places, targets)
         adapted = _adapted(config, whole, head)
@@ -220,8 +183,9 @@ def load_factors(
 ) -> tuple[LoraConfig, dict[str, Any]]:
     """An adapter in float32 that is to be trained further beside its base, of this config.
 
-    Raises InputError as `load_adapter` does, for what is no adapter, and for one that holds whole
-    parameters, which are not trained beside a base.
+    Raises:
+        InputError: as `load_adapter` does, for what is no adapter, and for one that holds whole
+            parameters, which are not trained beside a base.
     """
     directory = locate(path_or_hub_id)
     if not is_adapter(directory):
@@ -245,17 +209,20 @@ def _open(directory: Path) -> Tensors:
     raise InputError(f"{directory}: no {ADAPTER}{found}")
 
 
-def _modules(config: ModelConfig) -> dict[str, list[_Kernel]]:
-    """The kernels that files keep in each module that can be adapted, by the module's name."""
+def _modules(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
+    """The kernels that files keep in each module that can be adapted, by their places.
+
+    Those of one tensor lie in the order of their parts.
+    """
     table = decoder_parameters(config)
-    modules: dict[str, list[_Kernel]] = {}
+    modules: dict[str, dict[str, Parameter]] = {}
     for layer in range(config.layers):
         for name in PROJECTIONS:
-            place = f"{layer_name(layer)}/{module_of(name)}/"
-            row = table.get(f"{place}kernel")
+            place = f"{layer_name(layer)}/{module_of(name)}"
+            row = table.get(f"{place}/kernel")
             if row is not None:
-                kernel = _Kernel(place, row.shape, row.stored.groups[0])
-                modules.setdefault(row.stored.name.removesuffix(".weight"), []).append(kernel)
+                module = row.stored.name.removesuffix(".weight")
+                modules.setdefault(module, {})[place] = row
     return modules
 
 
@@ -317,32 +284,39 @@ def _tensor(module: str, factor: str) -> str:
 
 
 def _read_factors(
-    module: str, kernels: list[_Kernel], pair: Mapping[str, Any], own: LoraConfig, lora: LoraConfig
+    module: str,
+    kernels: Mapping[str, Parameter],
+    pair: Mapping[str, Any],
+    own: LoraConfig,
+    lora: LoraConfig,
 ) -> dict[str, np.ndarray]:
     """lora_a and lora_b of one module's kernels; `own` is its scale, `lora` is to be it."""
     # A kernel's input axes, then its output's, each flattened.
-    split = kernels[0].split
-    inputs = math.prod(kernels[0].shape[:split])
-    outputs = sum(math.prod(kernel.shape[split:]) for kernel in kernels)
+    shapes = [row.stored.grouped(row.shape) for row in kernels.values()]
+    inputs, outputs = shapes[0][0], sum(outputs for _, outputs in shapes)
     for name, expected in (("A", (own.rank, inputs)), ("B", (outputs, own.rank))):
-        found = pair[name].shape
-        if found != expected:
-            raise InputError(
-                f"the adapter is for another base: tensor {_tensor(module, name)} has shape "
-                f"{found}, expected {expected}"
-            )
+        _check_shape(_tensor(module, name), pair[name], expected)
     a, b = (np.asarray(pair[name][:], np.float32) for name in "AB")
     blocks = np.split(b * np.float32(own.scale / lora.scale), len(kernels))
     factors = [(a, block) for block in blocks]
     if len(kernels) > 1 and own.rank == len(kernels) * lora.rank:
         factors = _apart(a, blocks) or factors
     flat: dict[str, np.ndarray] = {}
-    for kernel, (a, b) in zip(kernels, factors, strict=True):
+    for (place, row), (a, b) in zip(kernels.items(), factors, strict=True):
         if len(kernels) > 1 and not (a.any() or b.any()):
             continue
-        flat[f"{kernel.place}lora_a"] = a.T.reshape(*kernel.shape[: kernel.split], len(a))
-        flat[f"{kernel.place}lora_b"] = b.T.reshape(len(a), *kernel.shape[kernel.split :])
+        split = row.stored.groups[0]
+        flat[f"{place}/lora_a"] = a.T.reshape(*row.shape[:split], len(a))
+        flat[f"{place}/lora_b"] = b.T.reshape(len(a), *row.shape[split:])
     return flat
+
+
+def _check_shape(name: str, values: Any, expected: tuple[int, ...]) -> None:
+    if values.shape != expected:
+        raise InputError(
+            f"the adapter is for another base: tensor {name} has shape {values.shape}, "
+            f"expected {expected}"
+        )
 
 
 def _apart(a: np.ndarray, blocks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]] | None:
@@ -364,11 +338,7 @@ def _joined(
     first = factors[0][0]
     if all(np.array_equal(a, first) for a, _ in factors):
         return first, np.concatenate([b for _, b in factors])
-    outputs, rank = len(factors[0][1]), len(first)
-    joined = np.zeros((outputs * len(factors), rank * len(factors)), first.dtype)
-    for i, (_, b) in enumerate(factors):
-        joined[i * outputs : (i + 1) * outputs, i * rank : (i + 1) * rank] = b
-    return np.concatenate([a for a, _ in factors]), joined
+    return np.concatenate([a for a, _ in factors]), block_diag(*(b for _, b in factors))
 
 
 def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[str, np.ndarray]:
@@ -383,12 +353,7 @@ def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[s
             tied = name == LANGUAGE_HEAD.weight and config.tied_embeddings
             why = "its base ties the head to the embedding" if tied else "its base has no such part"
             raise InputError(f"tensor {_PREFIX}{name} cannot be taken: {why}")
-        shape = values.shape
-        if shape != expected[name]:
-            raise InputError(
-                f"the adapter is for another base: tensor {_PREFIX}{name} has shape {shape}, "
-                f"expected {expected[name]}"
-            )
+        _check_shape(f"{_PREFIX}{name}", values, expected[name])
     return {
         path: np.asarray(row.read(whole), np.float32)
         for path, row in table.items()
@@ -410,8 +375,9 @@ def save_adapter(
     Where files fuse projections (GPT-2's c_attn) that have factors of their own here, these are
     written as blocks of one adapter of three times the rank. `tokenizer` is written beside it.
 
-    Raises InputError for an adapter that holds whole parameters, and when the directory is not
-    writable.
+    Raises:
+        InputError: for an adapter that holds whole parameters, and when the directory is not
+            writable.
     """
     flat = flatten_dict(unstack_layers(dict(adapter)), sep="/")
     whole = [path for path in flat if not path.endswith(FACTORS)]
@@ -434,14 +400,14 @@ def save_adapter(
 
 
 def _module_factors(
-    flat: Mapping[str, Any], kernels: list[_Kernel]
+    flat: Mapping[str, Any], places: Iterable[str]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """PEFT's A and B of one module; None where nothing of it is adapted."""
     pairs: list[tuple[np.ndarray, np.ndarray] | None] = []
-    for kernel in kernels:
+    for place in places:
         pair = None
-        if f"{kernel.place}lora_a" in flat:
-            a, b = to_host(tuple(flat[f"{kernel.place}{name}"] for name in FACTORS))
+        if f"{place}/lora_a" in flat:
+            a, b = to_host(tuple(flat[f"{place}/{name}"] for name in FACTORS))
             pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
         pairs.append(pair)
     held = next((pair for pair in pairs if pair is not None), None)
