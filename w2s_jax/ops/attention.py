@@ -183,12 +183,19 @@ def attend_part(
 ) -> Partial:
     """Partial attention of m queries in each of A groups over the J keys that the group shares.
 
-    Query heads H are a multiple of key heads G. Scores and sums are float32, as is the result.
-    `mask` is True where a query may see a key. `softcap` c maps a score s to c·tanh(s/c)
-    (arXiv 2408.00118). Rows of a group share one read of its keys: they join the query axis.
+    Scores and sums are float32, as is the result. Rows of a group share one read of its keys: they
+    join the query axis. A key's scale is a factor of its scores, a value's of its weights: they go
+    there, and neither is ever multiplied out.
 
-    Keys and values with scales are int8. A key's scale is a factor of its scores, a value's of its
-    weights: they go there, and neither is ever multiplied out.
+    Args:
+        query: its heads H are a multiple of the key heads G.
+        keys: float, or int8 with `key_scales`.
+        values: float, or int8 with `value_scales`.
+        mask: True where a query may see a key.
+        key_scales: float32, of int8 keys.
+        value_scales: float32, of int8 values.
+        scale: the factor on query·key.
+        softcap: c of c·tanh(s/c), to which a score s is mapped (arXiv 2408.00118).
     """
     if key_scales is not None:
         # Tied to the query, so that no loop over tokens converts them once ahead of itself.
@@ -237,9 +244,9 @@ def attend_in_blocks(
 ) -> Partial:
     """`attend_part` over blocks of the keys one after another, where all scores would be many.
 
-    P and H together are split over so many devices, each of which has scores of `BLOCK_BYTES` at a
-    time (on TPUs of `TPU_BLOCK_BYTES`), or of `BLOCK_KEYS` keys if those are more. Online softmax
-    (arXiv 1805.02867).
+    P and H together are split over `devices`, each of which has scores of `BLOCK_BYTES` at a time
+    (on TPUs of `TPU_BLOCK_BYTES`), or of `BLOCK_KEYS` keys if those are more. Online softmax
+    (arXiv 1805.02867). The other arguments are those of `attend_part`.
     """
     slots, groups, count, heads, _ = query.shape
     largest = functools.partial(_largest, 4 * slots * groups * count * heads / devices)

@@ -77,8 +77,14 @@ def quantize_array(
     """An array as integers of `bits` bits, each within half a scale of the array's entry.
 
     Scales are the largest magnitude over the contracted axes, or over `group` entries of the last
-    of them, by 127 or 7. NumPy arrays give NumPy arrays, with the same bits as jax gives. What is
-    not finite stays so.
+    of them, by 127 or 7. What is not finite stays so.
+
+    Args:
+        array: NumPy arrays give NumPy arrays, with the same bits as jax gives.
+        contracted: the axes that a product sums over, counted from the end, in order.
+        bits: 8 or 4.
+        group: entries of the last contracted axis that share a scale; None for all of them.
+        scale_dtype: float32 or bfloat16.
     """
     xp: Any = np if isinstance(array, np.ndarray) else jnp
     most = 2 ** (bits - 1) - 1
@@ -152,12 +158,18 @@ def dot(
     transposed: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """x's last `contract` axes against the weight's first ones (`transposed`: its last ones).
+    """x's last axes against the weight's first ones, or its last ones.
 
-    dtype: of the result, and what products are summed in; x's by default. Of a QTensor the values
-    go into the product as they are, and the scales onto its result: of each channel once, of
-    groups as they are summed. Where x has more rows than a group has entries, groups' scales go
-    onto the values instead, which are fewer than the groups' results would be.
+    Of a QTensor the values go into the product as they are, and the scales onto its result: of each
+    channel once, of groups as they are summed. Where x has more rows than a group has entries,
+    groups' scales go onto the values instead, which are fewer than the groups' results would be.
+
+    Args:
+        x: [.., in], of `contract` input axes.
+        weight: [in, out], or [out, in] where `transposed`.
+        contract: how many axes are summed over.
+        transposed: whether the weight's last axes are its input's.
+        dtype: of the result, and what products are summed in; x's by default.
     """
     first = weight.ndim - contract if transposed else 0
     axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(first, first + contract)))
@@ -205,7 +217,13 @@ def rms_norm(
 ) -> Float[Array, "*batch D"]:
     """Root-mean-square norm `x / rms(x) * (offset + scale)`, in float32, returned in x's dtype.
 
-    `offset` is 1 for Gemma, whose checkpoints store the scale less one. Source: arXiv 1910.07467.
+    Source: arXiv 1910.07467.
+
+    Args:
+        x: states.
+        scale: the weight.
+        epsilon: added to the mean square.
+        offset: 1 for Gemma, whose checkpoints store the scale less one.
     """
     wide = x.astype(jnp.float32)
     return (wide * _inverse(wide, epsilon) * (offset + scale.astype(jnp.float32))).astype(x.dtype)

@@ -218,10 +218,11 @@ def splash(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Splash attention, by Pallas for TPUs; shapes as `Kernel`. interpret: on any device, slowly.
+    """Splash attention, by Pallas for TPUs; shapes as `Kernel`.
 
     Padding is a segment of its own: what stands there sees other padding, where `Reach.mask` lets
-    it see text. Sequences that no block divides are filled up; nothing sees what is filled in.
+    it see text. Sequences that no block divides are filled up; nothing sees what is filled in. With
+    `interpret` it runs on any device, slowly.
     """
     segments = reach.segments if reach.text is None else reach.text.astype(jnp.int32)
     length = query.shape[2]

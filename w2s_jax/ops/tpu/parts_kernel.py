@@ -89,11 +89,22 @@ def attend(
 ) -> Float[Array, "P W M H C"]:
     """Softmax attention of M new tokens of every hypothesis over its prefix, response and `own`.
 
-    own: the keys and values [P W X G C] of the new tokens themselves, and of those written in a
-    chunk before them, all of which `own_mask` tells. With `layer` the keys and values of the other
-    two parts have all layers in front. Every query must see a key. Scores and sums are float32, the
-    result as the query. A key's scale is a factor of its scores, a value's of its weights. Each
-    device of a mesh attends for its own slots and heads.
+    Scores and sums are float32, the result as the query. A key's scale is a factor of its scores, a
+    value's of its weights. Each device of a mesh attends for its own slots and heads.
+
+    Args:
+        query: every one must see a key.
+        prefix: the prompts' keys and values [P S G C].
+        committed: those of the responses [P W T G C].
+        own: those [P W X G C] of the new tokens themselves, and of those written in a chunk before
+            them.
+        own_mask: which of `own` a new token sees.
+        layer: the number of the layer, where the other two parts have all layers in front.
+        window: the sliding window, where there is one.
+        scale: the factor on query·key.
+        softcap: c of c·tanh(s/c), to which a score s is mapped.
+        placement: where the arrays lie.
+        interpret: whether it runs on any device, slowly.
     """
     run = functools.partial(_attend, scale=scale, softcap=softcap, interpret=interpret)
     layer_axes = () if layer is None else (None,)

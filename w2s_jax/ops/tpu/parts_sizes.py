@@ -88,7 +88,11 @@ def sizes_of(query: Array, prefix: Part, committed: Part, own: int, parts: int =
 def room(sizes: Sizes, head_width: int, itemsize: int, kept: int) -> int:
     """Bytes of vector memory: queries, sums, scores, and twice what comes and goes.
 
-    itemsize: of queries; kept: of keys and values.
+    Args:
+        sizes: of the blocks.
+        head_width: C.
+        itemsize: bytes of a number of the queries.
+        kept: bytes of a number of keys and values.
     """
     rows = sizes.width * sizes.kv_heads * sizes.rows
     sums = 4 * rows * (2 * head_width + 2 * LANES)
