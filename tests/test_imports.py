@@ -151,6 +151,7 @@ heavy = {"jax", "flax", "transformers", "orbax", "torch", "datasets"} & set(sys.
 assert not heavy, heavy
 
 from w2s_jax import *
+assert __version__
 from w2s_jax.search import search
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()

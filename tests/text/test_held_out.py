@@ -38,6 +38,11 @@ def test_rows_are_those_of_the_data():
     assert train.names(2) == [f"row {train.rows[2]}"]
 
 
+def test_what_stands_beside_rows_stays_beside_them():
+    train, _ = hold_out(numbers(9).beside("own", np.arange(9)), 4)
+    np.testing.assert_array_equal(train.at([2, 0])["own"], train.rows[[2, 0]])
+
+
 @pytest.mark.parametrize("count", [9, 10, -1])
 def test_something_must_be_left(count):
     with pytest.raises(InputError, match="--held-out"):

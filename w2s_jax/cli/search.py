@@ -33,12 +33,14 @@ class Search(SearchFileConfig, Hosts):
     def run(self) -> None:
         """Search all rows; raises InputError, before any weight is read, for what is wrong."""
         from w2s_jax.evaluate.report import show_row, write_report
-        from w2s_jax.evaluate.results import check_alpaca, write_alpaca
         from w2s_jax.search.file import search_file
         from w2s_jax.text.rows import progress
 
         output: dict[str, Any] = {}
         if self.format == "alpaca_eval":
+            # Not above: these import what trains.
+            from w2s_jax.evaluate.results import check_alpaca, write_alpaca
+
             name = self.generator_name
             output["check_rows"] = partial(check_alpaca, source=self.prompts, generator=name)
             output["write"] = partial(write_alpaca, generator=name)

@@ -338,7 +338,8 @@ class Data:
     def chosen(self, rows: np.ndarray) -> "Data":
         """Some of the rows, in the order of `rows`."""
         digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16]
-        return replace(self, rows=self._numbers[rows], identity=f"{self.identity}:{digest}")
+        found = replace(self, rows=self._numbers[rows], identity=f"{self.identity}:{digest}")
+        return replace(found, columns={name: one[rows] for name, one in self.columns.items()})
 
     def beside(self, name: str, column: np.ndarray) -> "Data":
         """The same rows, whose batches hold a further array, a value for each row, under a name."""

@@ -183,7 +183,8 @@ def _train(config: TrainConfig, choose_mesh: ChooseMesh | None) -> Trained:
     evaluate = None
     if held_out is not None:
         evaluate = Evaluation(loss, held_out, frozen, resolved.eval_batch, dtype, mesh)
-        _check_best(resolved.keep_best, evaluate.metrics(params))
+        if resolved.keep_best is not None:
+            _check_best(resolved.keep_best, evaluate.metrics(params))
     sampler = None
     if config.sample_every:
         sampler = _sampler(setup, frozen, data if held_out is None else held_out)
@@ -381,10 +382,10 @@ def _with_reference(setup: Setup, model: Model, data: Data, held_out: Data | Non
     return found(data), None if held_out is None else found(held_out)
 
 
-def _check_best(wanted: str | None, measured: list[str]) -> None:
+def _check_best(wanted: str, measured: list[str]) -> None:
     """Raises InputError, before the first step, where an evaluation would not measure `wanted`."""
     known = [f"eval/{name}" for name in measured]
-    if wanted is not None and wanted.removeprefix("-") not in known:
+    if wanted.removeprefix("-") not in known:
         raise InputError(f"--keep-best {wanted}: the evaluation measures {', '.join(known)}")
 
 

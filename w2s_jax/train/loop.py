@@ -303,23 +303,33 @@ class _Run:
             with self.meter.paused():
                 if self.evaluate is not None and self._evaluates(done):
                     with self.stop.interruptible():
-                        measured = self.evaluate(state)
+                        measured = self._measured(done, state)
                     values = {f"eval/{name}": float(value) for name, value in measured.items()}
                     self._tell(done, {"seconds": round(self.meter.seconds(), 2), **values})
                     score = self._score(values)
                 if self.sample is not None and self._samples(done):
                     with self.stop.interruptible():
-                        drawn = self.sample(state)
+                        drawn = self._drawn(done, state)
                     for row in drawn if SAMPLES in self.files else ():
                         self.files[SAMPLES].write({"step": done, **row})
         except Interrupted:
             self._stop(done, state, due=True)
-        except FloatingPointError as error:  # of an evaluation
-            raise self._diverged(done - 1, str(error), by_batch=False) from None
-        except RowsFailed as failed:
-            raise self._diverged(done - 1, f"samples: {failed}") from None
         self.due = False
         return score
+
+    def _measured(self, done: int, state: TrainState) -> Mapping[str, float]:
+        assert self.evaluate is not None
+        try:
+            return self.evaluate(state)
+        except FloatingPointError as error:
+            raise self._diverged(done - 1, str(error), by_batch=False) from None
+
+    def _drawn(self, done: int, state: TrainState) -> Sequence[Mapping[str, Any]]:
+        assert self.sample is not None
+        try:
+            return self.sample(state)
+        except RowsFailed as failed:
+            raise self._diverged(done - 1, f"samples: {failed}") from None
 
     def _score(self, values: Values) -> float | None:
         if self.config.keep_best is None:
