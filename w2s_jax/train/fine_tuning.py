@@ -86,10 +86,10 @@ class Trained:
     """What a training wrote.
 
     Attributes:
-      folder: the run's own; its model lies in `model`.
-      step: the step of that model: the last, or the best one that was asked for.
-      rounding: what another dtype than float32 loses of the training, where the model has one.
-      measured: the evaluation with float32 weights and with those written, where there was one.
+        folder: the run's own; its model lies in `model`.
+        step: the step of that model: the last, or the best one that was asked for.
+        rounding: what another dtype than float32 loses of the training, where the model has one.
+        measured: the evaluation with float32 weights and with those written, where there was one.
     """
 
     folder: Path
@@ -109,16 +109,16 @@ def sft(config: SFTConfig, *, choose_mesh: ChooseMesh | None = None) -> Trained:
     Goes on from what the run's folder holds. Lines on the data go to stderr.
 
     Args:
-      config: the settings, which are the flags of `w2s sft`.
-      choose_mesh: picks the mesh for `mesh="auto"`, as `w2s_jax.plan.meshes.choose_mesh`.
+        config: the settings, which are the flags of `w2s sft`.
+        choose_mesh: picks the mesh for `mesh="auto"`, as `w2s_jax.plan.meshes.choose_mesh`.
 
     Returns:
-      What was written, and where.
+        What was written, and where.
 
     Raises:
-      InputError: before any weight is read, for what is wrong with settings and data.
-      Preempted: a signal asked the run to stop; it is saved, and the same call goes on.
-      Diverged: the loss or a gradient is not finite.
+        InputError: before any weight is read, for what is wrong with settings and data.
+        Preempted: a signal asked the run to stop; it is saved, and the same call goes on.
+        Diverged: the loss or a gradient is not finite.
     """
     return _train(config, choose_mesh)
 
@@ -132,7 +132,7 @@ def estimate_memory(config: TrainConfig, *, choose_mesh: ChooseMesh | None = Non
     """What a step of this training takes of each device's memory; loads nothing.
 
     Raises:
-      InputError: as `sft` does.
+        InputError: as `sft` does.
     """
     setup = prepare(config, choose_mesh)
     config = setup.config

@@ -126,9 +126,11 @@ def train(
     costs on a device whose peak is known, `mfu`; and a row per evaluation, its names under "eval/".
     The rows of `sample` go to samples.jsonl. The arrays of `state` are given up.
 
-    Raises Preempted after SIGTERM or SIGINT, the state saved; Diverged where the loss or the
-    gradient's norm is not finite, nothing saved after; InputError where the directory holds a run
-    of another identity or no sound checkpoint; OSError where a checkpoint cannot be written.
+    Raises:
+        Preempted: after SIGTERM or SIGINT, the state saved.
+        Diverged: where the loss or the gradient's norm is not finite, nothing saved after.
+        InputError: where the directory holds a run of another identity or no sound checkpoint.
+        OSError: where a checkpoint cannot be written.
     """
     directory = Path(directory)
     with ExitStack() as stack:

@@ -54,10 +54,11 @@ class PairLogprobs:
     """A batch of pairs as the losses see it.
 
     Args:
-      policy_chosen, policy_rejected: log-probs under the policy, summed over a response.
-      reference_chosen, reference_rejected: those under the reference; None where no loss reads it.
-      chosen_lengths, rejected_lengths: the tokens summed over; None where no loss reads them.
-      chosen_nll: takes the place of ORPO's own NLL term where given.
+        policy_chosen, policy_rejected: log-probs under the policy, summed over a response.
+        reference_chosen, reference_rejected: the same under the reference; None where it is not
+            read.
+        chosen_lengths, rejected_lengths: the tokens summed over; None where no loss reads them.
+        chosen_nll: takes the place of ORPO's own NLL term where given.
     """
 
     policy_chosen: Logprobs
@@ -98,14 +99,14 @@ def preference_loss(config: PreferenceConfig, pairs: PairLogprobs) -> tuple[Logp
     log-ratio to the reference, or the log-prob where there is none.
 
     Args:
-      config: which losses, their weights and options.
-      pairs: log-probs of B pairs.
+        config: which losses, their weights and options.
+        pairs: log-probs of B pairs.
 
     Returns:
-      The losses, and scalars under TRL's names, without gradient.
+        The losses, and scalars under TRL's names, without gradient.
 
     Raises:
-      InputError: an array that a loss needs is missing, or a loss is none on pairs.
+        InputError: an array that a loss needs is missing, or a loss is none on pairs.
     """
     weights = config.loss_weights or (1.0,) * len(config.losses)
     total = jnp.zeros_like(pairs.policy_chosen)
@@ -474,12 +475,12 @@ def wspo(
     `mask` is True, divided by their number. TRL has no such loss.
 
     Args:
-      policy: log p(token | before) of responses, [B, X], in nats.
-      reference: the same tokens under the reference.
-      tuned: under the guide's tuned model, of the same vocabulary.
-      untuned: under its untuned model.
-      mask: True on the tokens of the responses.
-      beta: the paper's gamma.
+        policy: log p(token | before) of responses, [B, X], in nats.
+        reference: the same tokens under the reference.
+        tuned: under the guide's tuned model, of the same vocabulary.
+        untuned: under its untuned model.
+        mask: True on the tokens of the responses.
+        beta: the paper's gamma.
     """
     error = jnp.where(mask, beta * (policy - reference) - (tuned - untuned), 0.0)
     return (error**2).sum(-1) / jnp.maximum(mask.sum(-1), 1)

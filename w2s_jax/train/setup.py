@@ -44,12 +44,12 @@ class Objective:
     """What a training is beside its settings.
 
     Attributes:
-      kind: of the examples.
-      peak: learning rate by default, of all weights.
-      loss: of a policy.
-      columns: what a batch holds beside tokens, by name: shape behind the rows, and dtype.
-      frozen: checkpoints that the loss reads, by role.
-      reference: whether the loss reads a reference: not, its precomputed log-probs, or the model.
+        kind: of the examples.
+        peak: learning rate by default, of all weights.
+        loss: of a policy.
+        columns: what a batch holds beside tokens, by name: shape behind the rows, and dtype.
+        frozen: checkpoints that the loss reads, by role.
+        reference: whether the loss reads a reference: not, its precomputed log-probs, or the model.
     """
 
     kind: Kind
@@ -155,7 +155,7 @@ def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup
     """Check the settings, and read the model's config and its tokenizer.
 
     Raises:
-      InputError: for what is wrong with them.
+        InputError: for what is wrong with them.
     """
     config.check()
     if config.model is None:
