@@ -1,5 +1,6 @@
 """Files of rows through to batches: what is in them, what is refused, what is read again."""
 
+import copy
 import gzip
 import json
 import os
@@ -12,13 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.text.chats import chat
 from tests.text.data_cases import CHATML, MARKED
 from tests.vocabularies import real_tokenizer
 from w2s_jax.errors import InputError
 from w2s_jax.text import training_data
 from w2s_jax.text.batches import Batches, Document, Side, best_fit, write_store
+from w2s_jax.text.chat import load_template
+from w2s_jax.text.examples import Example
 from w2s_jax.text.rows import write_jsonl
-from w2s_jax.text.supervised import Encoded, shorten
+from w2s_jax.text.supervised import Encoded, encode, shorten
 from w2s_jax.text.tokenizer import load_tokenizer
 from w2s_jax.text.training_data import (
     DataConfig,
@@ -71,6 +75,18 @@ def test_a_batch_is_padded_on_the_right_to_a_multiple(tokenizer, config):
             assert batch["segments"][row].tolist() == [1] * length + [0] * (width - length)
             assert (batch["tokens"][row, length:] == PAD).all()
             assert not batch["targets"][row, length:].any()
+
+
+def test_a_conversation_that_a_template_writes_as_nothing_has_no_tokens(tokenizer):
+    marked = (
+        "{% for m in messages if m['content'] %}{% generation %}a{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = marked
+    silent, told = (Example(None, (chat(("assistant", said)),), "assistant") for said in ("", "b"))
+    found = encode(load_template(tokenizer, "chat", where="it"), [silent, told], ["1", "2"])
+    assert [len(one.sides[0].tokens) for one in found] == [0, 1]
+    assert found[1].sides[0].targets.dtype == bool
 
 
 def test_no_row_is_wider_than_max_length(tokenizer, config):

@@ -302,7 +302,8 @@ def _encoded(
         spans = one.spans or ()
         marks = [_inside(own[1], told) for own, told in zip(read, spans, strict=bool(spans))]
     else:
-        rows, marks = [ids for ids, _ in one.ready], [np.array(told) for _, told in one.ready]
+        rows = [ids for ids, _ in one.ready]
+        marks = [np.array(told, bool) for _, told in one.ready]
     if prompt == []:  # as a search begins
         prompt = encode_prompt(tokenizer, "")
         rows = [[*prompt, *row] for row in rows]
