@@ -23,7 +23,15 @@ from w2s_jax.ops.meshes import ChosenMesh, batch_parts, check_batch
 from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan, weights_stamp
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import ONE_DEVICE, Places
-from w2s_jax.search.results import ChunkTrace, Request, SearchResult, chunk_row, hypothesis_text
+from w2s_jax.search.results import (
+    TRACE,
+    ChunkTrace,
+    Request,
+    SearchResult,
+    answer_row,
+    chunk_row,
+    hypothesis_text,
+)
 from w2s_jax.search.run import search_all
 from w2s_jax.search.scorers import TextScorer, guide_tokens
 from w2s_jax.search.settings import SearchFileConfig
@@ -49,7 +57,6 @@ from w2s_jax.text.rows import (
     write_jsonl,
 )
 
-TRACE = "trace"  # the field of a journal's row that holds its trace
 Shaded = list[tuple[str, float]]  # the tokens of a text, and what a guide adds for each
 
 
@@ -233,7 +240,7 @@ def search_rows(
         if not journal.is_own(index):
             on_row(None)
             return
-        row = _answer(questions.rows[index], responses, result.hypotheses, policy.names)
+        row = answer_row(questions.rows[index], responses, result.hypotheses, policy.names)
         if traced:
             # As JSON, for a report: the winner's tokens are as the guide reads them, beside how
             # many the policy wrote.
@@ -256,25 +263,6 @@ def search_rows(
     except RowsFailed as failed:
         where = questions.source
         raise failed.named(policy.called, where=where, number=lambda index: index + 1) from None
-
-
-def _answer(
-    row: Row, responses: Sequence[str], hypotheses: Sequence[Any], names: Sequence[str]
-) -> Row:
-    """The output row of hypotheses and their texts, best first.
-
-    Where there are several objectives, a hypothesis holds them by name. An input field called
-    response, score, hypotheses or trace is overwritten.
-    """
-    kept: list[Row] = []
-    for response, one in zip(responses, hypotheses, strict=True):
-        kept.append({"response": response, "score": one.score})
-        if len(one.objectives) > 1 and len(names) == len(one.objectives):
-            kept[-1]["objectives"] = dict(zip(names, one.objectives, strict=True))
-    prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
-    best = {name: kept[0][name] for name in ("response", "score")}
-    found = {**prompt, **best, "hypotheses": kept}
-    return found | {name: row[name] for name in row if name not in found and name != TRACE}
 
 
 @dataclass(frozen=True)
@@ -333,8 +321,7 @@ def search_file(
     searching, sources = config.search_config(), config.sources_of_all()
     rows, source = _read(config, tell, check_rows)
     traced = config.report is not None or on_row is not None
-    given = (config, searching, sources, rows, source)
-    questions, load_policy, close = _job(*given, tell, connect, choose_mesh)
+    job = _job(config, searching, sources, rows, source, tell, connect, choose_mesh)
     with job_journal(config.output, fingerprint(config, rows, traced=traced)) as journal:
         agree("search", config.alike() | {"rows": rows})
         waiting = len(rows) - len(journal.read())
@@ -348,13 +335,13 @@ def search_file(
                     advance(1)
 
                 how: dict[str, Any] = {"method": config.method, "traced": traced, "on_row": heed}
-                policy = load_policy()
+                policy = job.load()
                 try:
-                    search_rows(policy, questions, journal, **how)
+                    search_rows(policy, job.questions, journal, **how)
                 except RowsFailed as failed:
                     raise InputError(f"{failed}{told_kept(journal.path)}") from None
                 finally:
-                    close()
+                    job.close()
         seconds = time.monotonic() - start
         _finish(config, journal, len(rows), write, write_report)
     return SearchedFile(len(rows), waiting, seconds)
@@ -378,6 +365,16 @@ def _read(
     return rows, source
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is searched, and what loads that which searches it; nothing but weights can be wrong."""
+
+    questions: Questions
+    load: Callable[[], RowPolicy]
+    places: Places = ONE_DEVICE
+    close: Callable[[], object] = lambda: None
+
+
 def _job(
     config: SearchFileConfig,
     searching: SearchConfig,
@@ -387,61 +384,56 @@ def _job(
     tell: Callable[[str], object],
     connect: Connect | None,
     choose_mesh: ChooseMesh | None,
-) -> tuple[Questions, Callable[[], RowPolicy], Callable[[], object]]:
-    """What is searched, what loads that which searches it, and what is called at the end.
-
-    Once it is made, nothing but weights is left to be wrong.
-    """
-    if config.endpoint:
-        _check_remote(config, connect)
+) -> _Job:
+    if config.endpoint and config.mixes:
+        raise InputError(f"--method {config.method} mixes logits, which an API does not give")
+    if config.endpoint and started():
+        raise InputError("--endpoint: what is behind an API is asked by one host; start one")
+    if config.endpoint and connect is None:
+        raise InputError("--endpoint: nothing here connects to an API")
     looked_at = plan(sources, needs_tokens=f"--method {config.method}" if config.mixes else "")
-    write, args = None, config.given_template_args
-    if config.endpoint:
-        write = renderer(config.policy_template, where="--policy-template", args=args)
     new = config.max_new_tokens
-    questions = encode_questions(looked_at, rows, source, max_new_tokens=new, read=write)
-    functions = config.functions()
-    if write is not None and connect is not None:
-        proposer, usage = connect(searching, write)
-        final, places = replace(searching, slots=min(config.batch_size, len(rows))), ONE_DEVICE
+    encode = partial(encode_questions, looked_at, rows, source, max_new_tokens=new)
+    if config.endpoint and connect is not None:
+        job = _remote_job(config, searching, looked_at, encode, tell, connect)
     else:
-        final, places = _placed(config, searching, looked_at, questions, choose_mesh)
-    for line in (*looked_at.notes(), *places.notes(looked_at.configs)):
+        job = _local_job(config, searching, looked_at, encode(), choose_mesh)
+    for line in (*looked_at.notes(), *job.places.notes(looked_at.configs)):
         tell(line)
+    return job
+
+
+def _remote_job(
+    config: SearchFileConfig,
+    searching: SearchConfig,
+    looked_at: SteeringPlan,
+    encode: Callable[..., Questions],
+    tell: Callable[[str], object],
+    connect: Connect,
+) -> _Job:
+    """The search with a policy behind an API."""
+    args = config.given_template_args
+    render = renderer(config.policy_template, where="--policy-template", args=args)
+    questions, functions = encode(read=render), config.functions()
+    proposer, usage = connect(searching, render)
+    final = replace(searching, slots=min(config.batch_size, len(questions.rows)))
 
     def loaded() -> RowPolicy:
-        steering = load(looked_at, dtype=config.weights_dtype, places=places)
-        steering = steering.beside(functions, config.scorer)
-        if write is None:
-            return SteeredPolicy(looked_at, steering, final, places.mesh)
-        return TextPolicy(proposer, steering.scorers, final, steering.names, write)
+        steering = load(looked_at, dtype=config.weights_dtype).beside(functions, config.scorer)
+        return TextPolicy(proposer, steering.scorers, final, steering.names, render)
 
-    def close() -> None:
-        if config.endpoint:
-            tell(f"{config.endpoint}: {usage()}")
-
-    return questions, loaded, close
+    return _Job(questions, loaded, close=lambda: tell(f"{config.endpoint}: {usage()}"))
 
 
-def _check_remote(config: SearchFileConfig, connect: Connect | None) -> None:
-    """Raise InputError for what a policy behind an API does not give, and where there is none."""
-    if config.mixes:
-        raise InputError(f"--method {config.method} mixes logits, which an API does not give")
-    if started():
-        raise InputError("--endpoint: what is behind an API is asked by one host; start one")
-    if connect is None:
-        raise InputError("--endpoint: nothing here connects to an API")
-
-
-def _placed(
+def _local_job(
     config: SearchFileConfig,
     searching: SearchConfig,
     looked_at: SteeringPlan,
     questions: Questions,
     choose_mesh: ChooseMesh | None,
-) -> tuple[SearchConfig, Places]:
-    """The search as a policy in this process does it, and where the models lie."""
-    searching = replace(searching, policy_cache=config.policy_cache)
+) -> _Job:
+    """The search with a policy in this process."""
+    functions, searching = config.functions(), replace(searching, policy_cache=config.policy_cache)
     longest = max(len(one) for prompts in questions.prompts for one in prompts)
 
     def choose(places: Places) -> ChosenMesh:
@@ -458,7 +450,13 @@ def _placed(
         eos_ids=(*looked_at.eos_ids, *ids),
         slots=min(config.batch_size, -(-len(questions.rows) // parts) * parts),
     )
-    return final, places
+
+    def loaded() -> RowPolicy:
+        steering = load(looked_at, dtype=config.weights_dtype, places=places)
+        steering = steering.beside(functions, config.scorer)
+        return SteeredPolicy(looked_at, steering, final, places.mesh)
+
+    return _Job(questions, loaded, places)
 
 
 def _finish(

@@ -416,7 +416,7 @@ def _grow(reading: Reading, part: str, least: int) -> Reading:
 
 @partial(jax.jit, donate_argnums=1)
 def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: Any) -> KVCache:
-    """The cache, which is donated, with a slot's prompt read: `decode.reader.prefill`."""
+    """The cache, which is donated, with a slot's prompt read: `decode.prefill`."""
     return prefill(model, cache, slot, prompt, length).constrain()
 
 

@@ -21,9 +21,12 @@ from w2s_jax.search.methods import Selection
 from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
 from w2s_jax.search.step import Proposal, SearchState
 from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, response_end, text_behind
+from w2s_jax.text.rows import Row
 
 Number = float | int
 Decode = Callable[[Sequence[int]], str]
+TRACE = "trace"
+"""The field of a journal's row that holds its trace."""
 End = Literal["", "eos", "stop", "limit"]
 """What ended a response, "" for nothing."""
 
@@ -140,6 +143,25 @@ def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:
         for parent, text, objectives, kept, finished in zip(*columns, strict=True)
     ]
     return {"candidates": candidates}
+
+
+def answer_row(
+    row: Row, responses: Sequence[str], hypotheses: Sequence[Any], names: Sequence[str]
+) -> Row:
+    """The output row of hypotheses and their texts, best first.
+
+    Where there are several objectives, a hypothesis holds them by name. An input field called
+    response, score, hypotheses or trace is overwritten.
+    """
+    kept: list[Row] = []
+    for response, one in zip(responses, hypotheses, strict=True):
+        kept.append({"response": response, "score": one.score})
+        if len(one.objectives) > 1 and len(names) == len(one.objectives):
+            kept[-1]["objectives"] = dict(zip(names, one.objectives, strict=True))
+    prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
+    best = {name: kept[0][name] for name in ("response", "score")}
+    found = {**prompt, **best, "hypotheses": kept}
+    return found | {name: row[name] for name in row if name not in found and name != TRACE}
 
 
 @dataclass(frozen=True)
