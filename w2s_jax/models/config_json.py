@@ -46,6 +46,8 @@ _ROTARY_NAMES = _NAMES | {
     "norm_epsilon": "rms_norm_eps",
     "activation": "hidden_act",
 }
+# Gemma's files hold it under two names.
+_ACTIVATION_FIELDS = ("activation_function", "hidden_act", "hidden_activation")
 # Where one of these is null, it follows from the other sizes.
 _DERIVED = ("n_inner", "num_key_value_heads", "head_dim")
 _BIASED = _ROTARY_NAMES | {"out_bias": "attention_bias", "qkv_bias": "attention_bias"}
@@ -214,7 +216,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": [family.name],
         "model_type": architecture,
         **{name: getattr(config, field) for field, name in family.names.items()},
-        **{name: activation for name in family.defaults if name.startswith(("hidden_a", "activ"))},
+        **{name: activation for name in _ACTIVATION_FIELDS if name in family.defaults},
         "bos_token_id": config.bos_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": config.pad_id,
