@@ -1,8 +1,8 @@
-"""One model reading and writing: a prompt into a slot, a token step, chunks of tokens.
+"""Models that read and sample: a prompt into a slot, one token a row, a chunk of tokens.
 
-A reader reads tokens once and returns the cache that remembers them. The token loop makes K
-successors of L tokens for every hypothesis, with one or several models reading; the config's
-proposer mixes their logits, and nothing is selected or scored here.
+A reader processes new tokens once and returns the cache that holds their keys and values. The token
+loop samples K successors of L tokens for every hypothesis, from the logits of one or several models
+as the config's proposer mixes them. Nothing is scored or selected here.
 """
 
 from dataclasses import dataclass, replace
@@ -36,11 +36,15 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def start_cache(model: Model, *, dtype: DTypeLike | None = None, **sizes: int) -> KVCache:
-    """An empty cache for prompts of up to prefix_capacity + 1 tokens.
+    """An empty cache for prompts of up to prefix_capacity + 1 tokens, placed as the model is.
 
-    It lies where the model does. dtype: what keys and values are kept as, the model's by default;
-    int8 quantises them. sizes: slots, hypotheses, prefix_capacity and committed_capacity. Raises
-    InputError where the mesh does not divide the slots or the key/value heads.
+    Args:
+        model: the model that will read.
+        dtype: of keys and values, by default the model's; int8 quantises them.
+        **sizes: slots, hypotheses, prefix_capacity and committed_capacity.
+
+    Raises:
+        InputError: where the mesh does not divide the slots or the key/value heads.
     """
 
     def build() -> KVCache:
@@ -63,11 +67,21 @@ def prefill(
     prompt: Int[Array, " S"],
     length: Int[Array, ""],
 ) -> KVCache:
-    """Read a right-padded prompt of `length` tokens, all but its last, into one slot's prefix.
+    """Read a prompt, all but its last token, into the prefix part of one slot.
 
-    The last token is left for `read_stems`, which needs its logits anyway. S is the capacity of
-    the prefix part; the slot's committed part is emptied, as a masked NaN would still be one in a
-    sum over values.
+    The last token is left for `read_stems`, which needs its logits anyway. The committed part of
+    the slot is set to zero, not only masked: a sum over values with weight 0 is still NaN where one
+    of them is.
+
+    Args:
+        model: the reader.
+        cache: its cache.
+        slot: int32 [], the slot's index.
+        prompt: int32 [S], right-padded; S is the capacity of the prefix part.
+        length: int32 [], tokens of the prompt, the last one included.
+
+    Returns:
+        The cache with the prompt in the slot.
     """
     place = model.placement
     _, read = read_sequences(model.config, model.params, prompt[None], placement=place)
@@ -94,7 +108,12 @@ def prefill(
 def read_stems(
     model: Model, cache: KVCache, last: Int[Array, "P W"]
 ) -> tuple[Float[Array, "P W V"], KVCache]:
-    """Read every hypothesis's last token: float32 logits of what follows, and the cache with it."""
+    """Read the last token of every hypothesis.
+
+    Returns:
+        Float32 logits [P, W, V] of the tokens that follow, and the cache with the last tokens
+        committed.
+    """
     read = forward(model.config, model.params, last[:, :, None], Layout(True, 0, 0), cache=cache)
     return logits(model.config, model.params, read.hidden[:, :, 0]), read.cache
 
@@ -102,7 +121,10 @@ def read_stems(
 def start_chunk(
     model: Model, slots: int, rows: int, length: int, dtype: DTypeLike | None = None
 ) -> LayersKV:
-    """An empty chunk buffer for token steps, [P, R, length, G, C] a layer; dtype as of a cache."""
+    """An empty chunk buffer for token steps, [P, R, length, G, C] a layer.
+
+    The dtype is chosen as in `start_cache`.
+    """
     kept = model.dtype if dtype is None else dtype
     return empty_part(model.config, (slots, rows, length), kept, model.scan_layers)
 
@@ -114,10 +136,11 @@ def read_step(
     tokens: Int[Array, "P R"],
     start: Int[Array, ""],
 ) -> tuple[Float[Array, "P R V"], LayersKV]:
-    """Read one token of every row, the `start`-th of the chunk, behind its hypothesis.
+    """Read one token of every row, at index `start` of the chunk, behind its earlier tokens.
 
     Returns:
-        Float32 logits of what follows, and the chunk buffer with the token's keys and values.
+        Float32 logits [P, R, V] of the tokens that follow, and the chunk buffer with the keys and
+        values of these.
     """
     slots, rows = tokens.shape
     hypotheses = cache.committed_length.shape[1]
@@ -136,12 +159,12 @@ def read_chunk(
 ) -> tuple[Float[Array, "P R n"], KVCache, LayersKV | None]:
     """Score n tokens of every row in one teacher-forced call.
 
-    Reads each hypothesis's last token once and its successors' first n − 1 tokens; the n-th needs
-    no reading.
+    Each hypothesis's last token is read once, and the first n − 1 tokens of its successors; the
+    n-th needs no reading.
 
     Returns:
-        Float32 log-probabilities, the cache with the last tokens committed, and the keys and values
-        of what was read of the chunk, [P, R, n − 1, G, C] a layer.
+        Float32 log-probs [P, R, n] in nats, the cache with the last tokens committed, and the keys
+        and values of what was read of the chunk, [P, R, n − 1, G, C] a layer.
     """
     slots, rows, count = tokens.shape
     hypotheses = last.shape[1]
@@ -163,7 +186,7 @@ def read_chunk(
 def _read_branches(
     model: Model, cache: KVCache, last: Int[Array, "P W"], tokens: Int[Array, "P R n"]
 ) -> tuple[Layout, Any]:
-    """Read each hypothesis's last token once, and all tokens of its successors behind it."""
+    """Read each hypothesis's last token once, and all tokens of its successors."""
     (slots, rows, count), hypotheses = tokens.shape, last.shape[1]
     layout = Layout(True, rows // hypotheses, count)
     new = jnp.concatenate([last[:, :, None], tokens.reshape(slots, hypotheses, -1)], axis=2)
@@ -171,7 +194,7 @@ def _read_branches(
 
 
 def _targets(tokens: Int[Array, "P R n"], hypotheses: int) -> Int[Array, "P W M K"]:
-    """What follows each token that is read: K first tokens after a stem, one token elsewhere."""
+    """What follows each token read: K first tokens after a stem, else one token, K times."""
     slots, rows, count = tokens.shape
     successors = rows // hypotheses
     grouped = tokens.reshape(slots, hypotheses, successors, count)
@@ -188,11 +211,20 @@ def read_longer(
     tokens: Int[Array, "P R n"],
     longer: Int[Array, "2 m"],
 ) -> tuple[Float[Array, "P R n"], LayersKV]:
-    """Score what `longer` rows have behind their first f tokens, each as a slot of its own.
+    """Score the tokens beyond the first f of a few rows, each row as a slot of its own.
+
+    Args:
+        model: the reader.
+        cache: its cache, the stems committed.
+        chunk: keys and values of the first f − 1 tokens, as `read_chunk` returns them.
+        logprobs: float32 [P, R, f], of the first f tokens.
+        tokens: int32 [P, R, n], all tokens.
+        longer: int32 [2, m], slots and row indices of the rows to read on; a row index of R or more
+            stands for none.
 
     Returns:
-        The log-probabilities and the chunk's keys and values, [P, R, n − 1, G, C] a layer, with
-        zeros where nothing was read.
+        Log-probs float32 [P, R, n] and the chunk's keys and values, [P, R, n − 1, G, C] a layer,
+        with zeros where nothing was read.
     """
     slots, places = longer
     rows, first = logprobs.shape[1:]
@@ -237,7 +269,19 @@ def read_ends(
     tokens: Int[Array, "P R n"],
     counts: Int[Array, "P R"],
 ) -> tuple[Float[Array, "P R D"], KVCache, LayersKV | None]:
-    """The state at the last of each row's counted tokens, or at its stem where there is none."""
+    """The hidden state at the last counted token of each row, or at its stem where none is counted.
+
+    Args:
+        model: the reader.
+        cache: its cache.
+        last: int32 [P, W], the last token of every hypothesis.
+        tokens: int32 [P, R, n], right-padded.
+        counts: int32 [P, R], how many of them count.
+
+    Returns:
+        Hidden states [P, R, D], the cache with the last tokens committed, and the keys and values
+        of the n tokens, [P, R, n, G, C] a layer.
+    """
     slots, rows, length = tokens.shape
     layout, read = _read_branches(model, cache, last, tokens)
     stems = jnp.repeat(read.hidden[:, :, 0], layout.successors, axis=1)
@@ -250,18 +294,18 @@ def read_ends(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Draws:
-    """What decides a prompt's draws and its length beside the program itself.
+    """The random draws of a prompt, its length limit, and its own sampling parameters.
 
-    Scalars, or [P] for all slots.
+    All are arrays, so that no value of theirs is compiled in: scalars, or [P] for all slots.
 
     Attributes:
         key: the prompt's typed PRNG key.
-        position: int32, added to the position in the response of each draw.
+        position: int32, added to the response position of each draw.
         lane: int32, added to the lane w·K + k of each draw.
         limit: int32, new tokens at most.
         temperature: float32; 0 is greedy.
-        top_p: float32, heeded where the config cuts a nucleus.
-        beta: float32, of an EFT proposer.
+        top_p: float32, read where the config's sampling has a top_p below 1.
+        beta: float32, β of an EFT proposer.
     """
 
     key: Array
@@ -273,9 +317,16 @@ class Draws:
     beta: Array
 
     def keys(self, positions: Int[Array, " P"], rows: int) -> Key[Array, "P R"]:
-        """The key of each row's draw, from its slot's key, position in the response and lane.
+        """The keys of one draw of every row, folded from its slot's key, its position and its lane.
 
-        It does not depend on the other slots, so neither do a response's draws.
+        They do not depend on what other slots hold, so neither do a response's draws.
+
+        Args:
+            positions: int32 [P], response positions of the token to draw.
+            rows: R, rows of a slot.
+
+        Returns:
+            Typed keys [P, R].
         """
 
         def slot(key: Array, position: Array, lanes: Array) -> Array:
@@ -286,17 +337,27 @@ class Draws:
         return jax.vmap(slot)(self.key, self.position + positions, lanes)
 
     def shortlist(self, sampling: Sampling, logits: Array) -> tuple[Array, Array | None]:
-        """What each slot may draw, by its own temperature and nucleus; logits [P, .., V]."""
+        """The tokens that may be drawn and their logits, at each slot's own temperature and top_p.
+
+        Args:
+            sampling: the config's, which says what cuts are made.
+            logits: float32 [P, .., V].
+
+        Returns:
+            As `ops.logits.shortlist`.
+        """
         axes = (-1, *(1,) * (logits.ndim - 2))
         own = {"temperature": self.temperature.reshape(axes), "top_p": self.top_p.reshape(axes)}
         return shortlist(logits, sampling, **own)
 
 
 def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
-    """The numbers of `Draws` behind its key, as NumPy's scalars.
+    """The fields of `Draws` after its key, as NumPy scalars.
 
-    own: what has them as fields, such as a `results.Request`; for those that are None there, or if
-    there is nothing, the config's stand.
+    Args:
+        config: the search, whose values are the defaults.
+        own: an object with fields of these names, such as a `results.Request`; those that it lacks
+            or that are None take the defaults.
     """
     usual: dict[str, Any] = {
         "position": np.int32(0),
@@ -312,7 +373,7 @@ def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
 
 
 def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:
-    """The draws of one prompt; the seed and the row id make its key."""
+    """The draws of one prompt: a key from seed and row id, and the other fields as `numbers`."""
     key = jax.random.fold_in(jax.random.key(seed), row_id)
     return Draws(key, *map(jnp.asarray, numbers))
 
@@ -322,10 +383,13 @@ def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:
 class Chunk:
     """A sampled chunk.
 
-    tokens int32 [P, R, L]; values float32 [P, R, L, J] or None, what the proposer says of each
-    token; faults bool [P, R, L, F]: which sources gave logits that are no distribution where it was
-    drawn; for every model that reads a cache with the hypotheses' last tokens committed, and a
-    buffer [P, R, L − 1, G, C] a layer with the keys and values of all but the chunk's last token.
+    Attributes:
+        tokens: int32 [P, R, L].
+        values: float32 [P, R, L, J], what the proposer says of each token; None where not needed.
+        faults: bool [P, R, L, F], whether each source's logits were no distribution at the draw.
+        caches: one for each model that reads, the hypotheses' last tokens committed.
+        buffers: keys and values of all but the last token, [P, R, L − 1, G, C] a layer, one for
+            each model that reads.
     """
 
     tokens: Array
@@ -343,18 +407,20 @@ def sample_chunk(
     last: tuple[Int[Array, "P W"], ...],
     base: Int[Array, " P"],
 ) -> Chunk:
-    """Sample the config's L tokens for each of the K rows of every hypothesis.
+    """Sample L tokens for each of the K successors of every hypothesis.
 
     Args:
-        models: the proposer says which of their members read.
-        config: its proposer mixes their logits, and values what is drawn if its scorer needs that.
+        models: the policy and the guides; the proposer says which of them read.
+        config: the search: its proposer mixes logits, and values drawn tokens if the scorer needs
+            that.
         draws: [P] each.
-        caches: of the models that read.
-        last: the hypotheses' last tokens as each of them reads them: once, not once per successor.
-        base: the place of the chunk's first token in the response.
+        caches: one for each model that reads.
+        last: int32 [P, W], the hypotheses' last tokens, one array for each model that reads; each
+            is read once, not once for each successor.
+        base: int32 [P], response position of the chunk's first token.
 
     Returns:
-        The chunk, whose last token is not read at all.
+        The chunk, whose last token no model has read.
     """
     proposer, rows, length = config.proposer, config.rows, config.length
     members = [models.members[reader] for reader in proposer.readers(models)]
@@ -396,3 +462,30 @@ def sample_chunk(
         said = jax.tree.map(join, said, later)
     tokens, values, faults = said
     return Chunk(tokens, values, faults, caches, buffers)
+
+
+def row_ends(
+    tokens: Int[Array, "P R L"],
+    base: Int[Array, " P"],
+    eos_ids: tuple[int, ...],
+    limit: Int[Array, " P"],
+) -> tuple[Array, Array]:
+    """Where rows end: at their first EOS or at the limit.
+
+    Args:
+        tokens: int32 [P, R, L], the chunk.
+        base: int32 [P], response position of its first token.
+        eos_ids: token ids that end a response.
+        limit: int32 [P], tokens of a response at most.
+
+    Returns:
+        Response lengths int32 [P, R], an EOS included, and bool [P, R], whether an EOS ended the
+        row.
+    """
+    length = tokens.shape[-1]
+    room = jnp.minimum(limit - base, length)[:, None]
+    is_end = jnp.zeros(tokens.shape, bool)
+    for eos in eos_ids:
+        is_end = is_end | (tokens == eos)
+    first = jnp.where(jnp.any(is_end, axis=-1), jnp.argmax(is_end, axis=-1), length)
+    return (base[:, None] + jnp.minimum(first + 1, room)).astype(jnp.int32), first < room

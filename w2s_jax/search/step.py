@@ -1,7 +1,6 @@
 """The state of a search, and one chunk of it – propose, score, select – as one program.
 
-The state holds what every slot's hypotheses are and every reader's cache. What reaches the host is
-in `session.py`, the loop over chunks in `run.py`.
+`session.py` holds the host's side of it, `run.py` the loop over prompts and chunks.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from w2s_jax.search.decode import (
     make_draws,
     prefill,
     read_chunk,
+    row_ends,
     sample_chunk,
     start_cache,
 )
@@ -41,23 +41,28 @@ order of its axes, and each chunk begins with a copy of it in this one.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SearchState:
-    """P slots under search, each with its own progress; donated from step to step.
+    """P slots under search, each with its own progress. Donated from step to step.
 
     All shapes are fixed when a search begins. An empty slot is computed like the others and its
-    numbers are dropped: were there as many slots as prompts left, each prompt that ends would
-    compile a program anew, and other shapes give float32 sums that differ in the last digits, so
-    that a response would depend on its neighbours.
+    results are dropped: with only as many slots as prompts left, each prompt that ends would
+    compile a new program, and change the responses of its neighbours, since float32 sums over other
+    shapes differ in the last digits.
 
-    seed uint32 []: the run's, for prompts that are given no draws of their own. draws: [P] each.
-    active bool [P]: the slot holds a prompt that is not done. base int32 [P]: tokens of the chunks
-    behind it, whole chunks, for all its hypotheses alike. last int32 [P, M, W]: the token to be
-    read next by each of the M members of the models. tokens int32 [P, W, T] and token_scores
-    float32 [P, W, T, j], of which lengths int32 [P, W] count; beyond that they are arbitrary.
-    objectives float32 [P, W, J]: j sums of the counted token scores, then what texts were given.
-    finished bool [P, W]: ended by EOS or a stop string. faults bool [P, F]: which sources gave
-    logits that are no distribution, so that the search is over. proposer, scorer: one cache for
-    each member that the proposer, the scorer reads. With a mesh the slots are split over it as the
-    rules say; caches lie where their models do.
+    With a mesh the slots are split over it by `rules`; caches are placed as their models are.
+
+    Attributes:
+        seed: uint32 [], the run's; for prompts that bring no draws of their own.
+        draws: [P] each.
+        active: bool [P], the slot holds a prompt that is not released.
+        base: int32 [P], tokens of the whole chunks so far, the same for all hypotheses of a slot.
+        last: int32 [P, M, W], the token that each of the M models reads next.
+        tokens: int32 [P, W, T], the responses; arbitrary from `lengths` on.
+        token_scores: float32 [P, W, T, j], of the scorer on tokens; arbitrary from `lengths` on.
+        lengths: int32 [P, W], tokens of the responses that count.
+        objectives: float32 [P, W, J], j sums over the counted token scores, then scores of texts.
+        finished: bool [P, W], an EOS or a stop string ended the response.
+        faults: bool [P, F], sources whose logits were no distribution, which ends the search.
+        proposer, scorer: one cache for each model that the proposer, or the scorer, reads.
     """
 
     seed: Array
@@ -79,12 +84,12 @@ class SearchState:
 
     @property
     def scores(self) -> Array:
-        """float32 [P, W]: the sums of the objectives."""
+        """float32 [P, W]: sums of the objectives."""
         return self.objectives.sum(axis=-1)
 
     @property
     def done(self) -> Array:
-        """bool [P]: slots whose prompt needs no further chunk, or can have none."""
+        """bool [P]: slots whose prompt has ended, or cannot go on because of a fault."""
         full = self.base >= self.draws.limit
         over = jnp.all(self.finished, axis=1) | jnp.any(self.faults, axis=1)
         return self.active & (full | over)
@@ -102,7 +107,14 @@ def start_search(
 ) -> SearchState:
     """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens.
 
-    text_objectives counts the scores that each hypothesis is given from outside the program.
+    Args:
+        models: the policy and the guides.
+        config: the search.
+        slots: P, prompts side by side.
+        prefix_capacity: S.
+        text_objectives: scores of each hypothesis that come from outside the program.
+        mesh: the models'.
+        rules: how the slots are split over it.
 
     Raises:
         InputError: where the mesh does not divide the slots or the key/value heads.
@@ -115,18 +127,16 @@ def start_search(
 
 
 def _placed(models: SearchModels, usual: Placement) -> SearchModels:
-    """The same models, those that do not say where they lie as `usual`."""
+    """The models, with `usual` as the placement of those that have no mesh."""
 
     def place(part: Any) -> Any:
         placed = not isinstance(part, Model) or part.placement.mesh is not None
         return part if placed else replace(part, placement=usual)
 
-    is_model = lambda part: isinstance(part, Model)  # noqa: E731
-    return jax.tree.map(place, models, is_leaf=is_model)
+    return jax.tree.map(place, models, is_leaf=lambda part: isinstance(part, Model))
 
 
-# A program: of its many arrays each would be one, and on a mesh they are made in their shards,
-# written as those of later steps will be.
+# One program: each array would else be one, and on a mesh would not be made in its final shards.
 @partial(jax.jit, static_argnums=range(2, 6))
 def _empty(
     models: SearchModels,
@@ -177,7 +187,7 @@ def _empty(
 
 
 def state_axes(state: SearchState) -> SearchState:
-    """The logical axes of every array of a state, in its own structure."""
+    """The logical axes of every array of a state, as a state."""
     slot, each = ("slots",), ("slots", "hypotheses")
     axes: dict[str, Any] = {
         "seed": (),
@@ -198,11 +208,10 @@ def state_axes(state: SearchState) -> SearchState:
 
 
 def constrain(state: SearchState) -> SearchState:
-    """Inside a program: the state with every array held to its sharding.
+    """Inside a program: the state with the sharding of every array fixed.
 
-    Every program ends with this. Left to itself XLA may give back another sharding than it was
-    given, and the next call, whose arguments then differ, would compile again and could not use the
-    donated buffers.
+    Every program ends with this. Without it, XLA may return another sharding than it was given; the
+    next call would then compile again, and could not use the donated buffers.
     """
     if state.mesh is None:
         return state
@@ -225,11 +234,18 @@ def insert_prompt(
     length: Array,
     own: Draws | None = None,
 ) -> SearchState:
-    """Put a prompt into a slot: int32 [prefix_capacity + 1], right-padded, of `length` ≥ 1 tokens.
+    """Put a prompt into a slot.
 
-    Where members read it in ways of their own, prompt is [M, prefix_capacity + 1] and length [M].
-    The seed and the row id decide the draws, unless it brings its own. Every reader reads the
-    prompt once, alone, so that its numbers do not depend on its neighbours.
+    Every model reads the prompt alone, so that its numbers do not depend on other slots.
+
+    Args:
+        models: the policy and the guides.
+        state: the state to insert into.
+        slot: int32 [], the slot's index.
+        row_id: int32 or uint32 []; with the seed it decides the draws, unless `own` does.
+        prompt: int32 [S + 1], right-padded, or [M, S + 1] where each model reads its own.
+        length: int32 [] or [M], tokens of the prompt, at least 1.
+        own: the prompt's own draws.
     """
     config, count = state.config, len(models.members)
     prompts = jnp.broadcast_to(prompt, (count, prompt.shape[-1]))
@@ -264,7 +280,7 @@ def insert_prompt(
 
 
 def release(state: SearchState, slot: Array) -> SearchState:
-    """Mark a slot as empty."""
+    """The state with a slot marked as empty."""
     return constrain(replace(state, active=state.active.at[slot].set(False)))
 
 
@@ -274,13 +290,16 @@ Buffers = tuple[LayersKV | None, ...]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Proposal:
-    """R rows of a slot that may continue its hypotheses; row r continues hypothesis r // K.
+    """R candidate rows of each slot; row r continues hypothesis r // K.
 
-    tokens int32 [P, R, L]; values float32 [P, R, L, J] or None, what the proposer says of them;
-    lengths int32 [P, R]: tokens of the response that count, those of earlier chunks included (it
-    may end before this chunk where a stop string began earlier); finished bool [P, R]; faults bool
-    [P, R, L, F]: whose logits were no distribution where a token was drawn; buffers: the chunk's
-    keys and values for each model that the proposer reads.
+    Attributes:
+        tokens: int32 [P, R, L].
+        values: float32 [P, R, L, J], what the proposer says of the tokens, or None.
+        lengths: int32 [P, R], tokens of the response that count; a stop string may lie before
+            `base`.
+        finished: bool [P, R], an EOS or a stop string ended the response.
+        faults: bool [P, R, L, F], whether each source's logits were no distribution at the draw.
+        buffers: keys and values of the chunk, one for each model that the proposer reads.
     """
 
     tokens: Array
@@ -294,12 +313,14 @@ class Proposal:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scored:
-    """What the scorer says of a proposal.
+    """The scorer's result for a proposal.
 
-    token_scores float32 [P, R, L, j]; end_scores float32 [P, R, j] or None, to be added where a row
-    is cut by length (reference_quirks); faults bool [P, F]: whose logits were no distribution
-    where a token that counts was scored; buffers: the chunk's keys and values for each of its
-    models.
+    Attributes:
+        token_scores: float32 [P, R, L, j].
+        end_scores: float32 [P, R, j] or None, of an EOS behind rows cut by length
+            (reference_quirks).
+        faults: bool [P, F], sources whose logits were no distribution at a token that counts.
+        buffers: keys and values of the chunk, one for each model that the scorer reads.
     """
 
     token_scores: Array
@@ -317,27 +338,11 @@ def propose(models: SearchModels, state: SearchState) -> tuple[SearchState, Prop
     last = tuple(state.last[:, reader] for reader in readers)
     chunk = sample_chunk(models, state.config, state.draws, state.proposer, last, state.base)
     eos_ids = models.known_eos_ids(state.config.eos_ids)
-    ends = _ends(chunk.tokens, state.base, eos_ids, state.draws.limit)
+    ends = row_ends(chunk.tokens, state.base, eos_ids, state.draws.limit)
     return (
         replace(state, proposer=chunk.caches),
         Proposal(chunk.tokens, chunk.values, *ends, chunk.faults, chunk.buffers),
     )
-
-
-def _ends(
-    tokens: Int[Array, "P R L"],
-    base: Int[Array, " P"],
-    eos_ids: tuple[int, ...],
-    limit: Int[Array, " P"],
-) -> tuple[Array, Array]:
-    """Response lengths [P, R], an EOS included, and whether an EOS ended the row in time."""
-    length = tokens.shape[-1]
-    room = jnp.minimum(limit - base, length)[:, None]
-    is_end = jnp.zeros(tokens.shape, bool)
-    for eos in eos_ids:
-        is_end = is_end | (tokens == eos)
-    first = jnp.where(jnp.any(is_end, axis=-1), jnp.argmax(is_end, axis=-1), length)
-    return (base[:, None] + jnp.minimum(first + 1, room)).astype(jnp.int32), first < room
 
 
 def score(
@@ -379,7 +384,7 @@ def score(
 def _faults(
     state: SearchState, faults: Bool[Array, "P R n F"], lengths: Int[Array, "P R"]
 ) -> Bool[Array, "P F"]:
-    """Those of tokens that count, in rows of hypotheses that go on."""
+    """Faults at tokens that count, in rows of active slots whose hypothesis goes on."""
     over = jnp.repeat(state.finished, state.config.successors, axis=1) | ~state.active[:, None]
     positions = state.base[:, None, None] + jnp.arange(faults.shape[2])
     counts = (positions < lengths[..., None]) & ~over[..., None]
@@ -389,9 +394,13 @@ def _faults(
 def select(
     state: SearchState, proposal: Proposal, scored: Scored, totals: Array | None = None
 ) -> tuple[SearchState, Selection]:
-    """Keep W candidates of each slot; responses and caches of the kept ones take their places.
+    """Keep W candidates of each slot, with their responses and cache entries.
 
-    totals float32 [P, R, n]: scores of whole responses, given from outside the program.
+    Args:
+        state: the state before the chunk.
+        proposal: the rows.
+        scored: their scores on tokens.
+        totals: float32 [P, R, n], scores of whole responses from outside the program.
     """
     config, length = state.config, state.config.length
     selection = select_among(
@@ -406,9 +415,8 @@ def select(
     def of_parent(values: Array) -> Array:
         return _take(values, parents) if config.selector.reorders else values
 
-    # Until here the keys of all R rows lie in chunk buffers beside the W hypotheses that they
-    # continue. Only what was kept is appended, and reordered: once a chunk, and never the prompt,
-    # which the hypotheses share. The buffers lack the chunk's last token (see `propose`).
+    # The keys of all R rows are still in chunk buffers. Only those of kept rows are appended and
+    # reordered, once a chunk, and never the prompt. The buffers lack the last one (see `propose`).
     def commit(caches: tuple[KVCache, ...], buffers: Buffers) -> tuple[KVCache, ...]:
         # To move a cache onto itself would copy it all the same.
         moved = parents if config.selector.reorders else None
@@ -441,14 +449,14 @@ def select(
 
 
 def _take(values: Array, places: Int[Array, "P W"]) -> Array:
-    """The entries of axis 1 at the places of each slot."""
+    """Entries [P, W, ..] of `values` [P, c, ..] at each slot's places."""
     return jnp.take_along_axis(values, places.reshape(*places.shape, *(1,) * (values.ndim - 2)), 1)
 
 
 def _row_objectives(
     state: SearchState, proposal: Proposal, scored: Scored, totals: Array | None
 ) -> Float[Array, "P R J"]:
-    """What each row sums to: the counted tokens of earlier chunks and of this one, then totals."""
+    """Objectives of each row: sums over the counted tokens of all chunks, then `totals`."""
     config, count = state.config, state.config.successors
     earlier = jnp.arange(config.capacity)
     counted = (earlier < state.base[:, None, None]) & (earlier < proposal.lengths[..., None])
@@ -465,7 +473,7 @@ def _row_objectives(
 
 
 def _write(old: Array, new: Array, base: Array) -> Array:
-    """Write [P, W, L, ..] into [P, W, T, ..] from each slot's base, dropping what passes T."""
+    """Write [P, W, L, ..] into [P, W, T, ..] from each slot's base on; what passes T is dropped."""
     slot = jnp.arange(old.shape[0])[:, None, None]
     hypothesis = jnp.arange(old.shape[1])[None, :, None]
     index = base[:, None, None] + jnp.arange(new.shape[2])
@@ -475,7 +483,7 @@ def _write(old: Array, new: Array, base: Array) -> Array:
 def conclude(
     models: SearchModels, state: SearchState, proposal: Proposal, totals: Array | None = None
 ) -> tuple[SearchState, Selection]:
-    """Score a proposal and select."""
+    """Score a proposal and select; arguments as of `score` and `select`."""
     state, scored = score(models, state, proposal)
     return select(state, proposal, scored, totals)
 
@@ -487,6 +495,6 @@ def conclude(
 def search_step(models: SearchModels, state: SearchState) -> SearchState:
     """One chunk for all slots in one program; the state is donated.
 
-    Stop strings and scores of texts need the host and so are not looked for here; see `session.py`.
+    Stop strings and scores of texts need the host, so this step ignores them; see `session.py`.
     """
     return conclude(models, *propose(models, state))[0]
