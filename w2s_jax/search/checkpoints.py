@@ -1,7 +1,6 @@
-"""From the names of checkpoints to a policy and what steers it, with every model's own template.
+"""From names of checkpoints to a policy and what steers it, each model with its own chat template.
 
-Tokenizers and configs are looked at first (`plan`), so that what is wrong is said before any weight
-is read (`load`).
+`plan` reads tokenizers and configs only, so that errors are raised before `load` reads weights.
 """
 
 import hashlib
@@ -47,7 +46,14 @@ class GuideSource:
 
 @dataclass(frozen=True)
 class RewardSource:
-    """A reward model's checkpoint, its weight and template; label chooses one of several."""
+    """A reward model.
+
+    Attributes:
+        path: its checkpoint.
+        weight: what its rewards are multiplied by.
+        template: its chat template.
+        label: the label whose logit is the reward, where it has more than two.
+    """
 
     path: str
     weight: Number = 1.0
@@ -57,13 +63,19 @@ class RewardSource:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a search is made of, by name: a folder, a Hugging Face id, or a name in `folders`.
+    """The models of a search by name: a folder, a Hugging Face id, or a name in `folders`.
 
-    policy: None where it is behind an API. score_on: "tokens" has guides score the policy's tokens,
-    on the device; "text" has them encode responses anew; "auto" takes the first for every guide
-    whose token maps are the policy's. quantize: how the policy's weights are quantised (None: not);
-    those of guides never are, since log-ratios are small differences. template_args: values for all
-    chat templates.
+    Attributes:
+        policy: None where it is behind an API.
+        guides: pairs of models.
+        rewards: reward models.
+        policy_template: the policy's chat template.
+        score_on: "tokens" has guides score the policy's tokens, on the device; "text" has them
+            encode responses anew; "auto" is "tokens" for every guide with the policy's vocabulary.
+        folders: where checkpoints of these names are.
+        quantize: how the policy's weights are quantised, None for not at all. Guides never are,
+            since a log-ratio is a small difference.
+        template_args: values for all chat templates.
     """
 
     policy: str | None
@@ -77,12 +89,12 @@ class Sources:
 
     @property
     def guide_roles(self) -> tuple[tuple[str, str], ...]:
-        """What to call the tuned and the untuned model of each guide."""
+        """The roles of each guide's tuned and untuned model, as used in messages."""
         return tuple((f"tuned{mark}", f"untuned{mark}") for mark in _marks(self.guides))
 
     @property
     def named(self) -> dict[str, tuple[str, str, str]]:
-        """Every model by what to call it: its name, its template, and the flag that gives that."""
+        """Every model's name, template, and the flag that sets the template, by its role."""
         found = {}
         if self.policy is not None:
             found["policy"] = (self.policy, self.policy_template, "--policy-template")
@@ -95,25 +107,25 @@ class Sources:
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """Where every checkpoint is, under what to call it in messages."""
+        """The folder or hub id of every checkpoint, by its role."""
         return {role: self.folders.get(name, name) for role, (name, _, _) in self.named.items()}
 
 
 def _marks(items: Sequence[Any]) -> list[str]:
-    """What tells the items apart in names: nothing where there is one, else their numbers."""
+    """Suffixes that tell the items apart in names: none for a single one, else their numbers."""
     return [""] if len(items) == 1 else [f" {index}" for index in range(len(items))]
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A checkpoint that was looked at.
+    """A checkpoint whose tokenizer and config have been read.
 
     Attributes:
-        role: its name in `Sources.checkpoints`.
-        called: its kind and where it is, for messages.
+        role: its key in `Sources.checkpoints`.
+        called: its kind and path, for messages.
         path: its folder or hub id.
-        template: behind which it reads conversations.
-        config: None of reward models, whose heads are read with their weights.
+        template: the chat template that it reads conversations with.
+        config: None for reward models, whose heads are read with their weights.
     """
 
     role: str
@@ -134,15 +146,20 @@ class GuidePlan:
 
     @property
     def models(self) -> tuple[ModelPlan, ModelPlan]:
-        """Both, in the order in which searches read them."""
+        """Tuned and untuned, the order in which a search reads them."""
         return (self.tuned, self.untuned)
 
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """Sources whose tokenizers, templates and configs were looked at; no weight is loaded yet.
+    """Sources whose tokenizers, templates and configs have been read; no weights are loaded yet.
 
-    policy: None behind an API. adapters: which checkpoints are, by path.
+    Attributes:
+        sources: what was planned.
+        policy: None where it is behind an API.
+        guides: in the order of the sources.
+        rewards: in the order of the sources.
+        adapters: the checkpoints that are adapters, by path.
     """
 
     sources: Sources
@@ -153,7 +170,7 @@ class SteeringPlan:
 
     @property
     def models(self) -> tuple[ModelPlan, ...]:
-        """All of them: policy, tuned 0, untuned 0, ..., reward models."""
+        """All models: policy, tuned 0, untuned 0, ..., reward models."""
         guides = (model for guide in self.guides for model in guide.models)
         return (*((self.policy,) if self.policy else ()), *guides, *self.rewards)
 
@@ -166,30 +183,31 @@ class SteeringPlan:
 
     @property
     def templates(self) -> dict[str, Template]:
-        """The template of each model, under the names of `Sources.checkpoints`."""
+        """The template of each model, by its role."""
         return {model.role: model.template for model in self.models}
 
     @property
     def configs(self) -> dict[str, ModelConfig]:
-        """The configs of the policy and of the guides' models, under the same names."""
+        """The configs of the policy and of the guides' models, by role."""
         return {model.role: model.config for model in self.models if model.config is not None}
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's."""
+        """The policy's tokenizer."""
         return self.members[0].template.tokenizer
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """What ends a response: the policy's EOS ids and the end of a turn in its template."""
+        """Token ids that end a response: the policy's EOS ids and its template's end of a turn."""
         policy = self.members[0]
         assert policy.config is not None
         return ending_ids(policy.config, policy.template)
 
     def notes(self) -> list[str]:
-        """A line for each guide: where it scores, and why there; and for each adapter its base.
+        """Lines for the user.
 
-        And for each value that is given to chat templates and that none reads.
+        They say where each guide scores and why, which values for chat templates no template reads,
+        how the policy is quantised, and which base each adapter is on.
         """
         lines = []
         for guide, mark in zip(self.guides, _marks(self.guides), strict=True):
@@ -224,7 +242,10 @@ class SteeringPlan:
         return adapted.note(model.role, path, on)
 
     def prompts(self, conversation: Conversation) -> tuple[tuple[int, ...], ...]:
-        """Token ids of a prompt: one sequence for all members that read tokens, or one each.
+        """Encode a conversation for the models that read tokens.
+
+        Returns:
+            Token ids: one sequence where all models read the same, else one for each.
 
         Raises:
             InputError: where a template fails.
@@ -233,10 +254,13 @@ class SteeringPlan:
         return (read[0],) if all(one == read[0] for one in read) else tuple(read)
 
     def check_length(self, conversation: Conversation, max_new_tokens: int, where: str) -> None:
-        """Raise InputError, naming `where`, where prompt and response do not fit a model.
+        """Check that prompt and response fit the positions of every model.
 
-        For models that read texts the response's length in their own tokens is not known before;
-        it is taken to be as long as the policy's.
+        The length of a response in the tokens of a model that reads texts is not known in advance;
+        it is taken to be the policy's.
+
+        Raises:
+            InputError: where they do not; the message begins with `where`.
         """
         for model in self.models:
             if model.config is None:
@@ -251,10 +275,12 @@ class SteeringPlan:
 
 @dataclass(frozen=True)
 class Steering:
-    """A policy (None behind an API) with its guides on tokens, and scorers of texts.
+    """A policy with its guides on tokens, and scorers of texts.
 
-    names: what to call the objectives of a hypothesis, in their order: guides on tokens, then
-    scorers.
+    Attributes:
+        models: policy and guides; None where the policy is behind an API.
+        scorers: of texts.
+        names: of a hypothesis's objectives in their order: guides on tokens, then scorers.
     """
 
     models: SearchModels | None
@@ -267,19 +293,19 @@ class Steering:
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, numbered from the second on where one is there again."""
+    """The names, with a number added from the second occurrence on."""
     seen = [names[: index + 1].count(name) for index, name in enumerate(names)]
     pairs = zip(names, seen, strict=True)
     return tuple(name if count == 1 else f"{name} ({count})" for name, count in pairs)
 
 
 def read_folders(path: str | Path) -> dict[str, str]:
-    """A file that maps names of checkpoints to local folders: YAML or JSON, {name: folder}.
+    """Read a YAML or JSON file {name: folder} that maps names of checkpoints to local folders.
 
     Folders are relative to the file.
 
     Raises:
-        InputError: for a file that is not such a mapping, and for a folder that is not there.
+        InputError: for a file that is not such a mapping, and for a folder that does not exist.
     """
     folders = {}
     for name, folder in read_mapping(path).items():
@@ -293,11 +319,16 @@ def read_folders(path: str | Path) -> dict[str, str]:
 
 
 def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
-    """Look at the tokenizers, templates and configs of all sources.
+    """Read the tokenizers, templates and configs of all sources.
 
-    needs_tokens names what needs every guide on the policy's tokens, such as "--method eft". Raises
-    InputError for what is missing or unreadable, templates that do not fit, and guides of another
-    vocabulary where they must have the policy's.
+    Args:
+        sources: the models by name.
+        needs_tokens: what requires every guide to score tokens, such as "--method eft", for
+            messages; "" if nothing does.
+
+    Raises:
+        InputError: for files that are missing or unreadable, templates that do not fit, and guides
+            of another vocabulary where tokens are required.
     """
     places, decoders = sources.checkpoints, {"policy", *chain(*sources.guide_roles)}
     beside = {up: places[down] for up, down in sources.guide_roles}
@@ -340,7 +371,7 @@ def _config(path: str, adapters: Mapping[str, Adapted]) -> ModelConfig:
 
 
 def ending_ids(config: ModelConfig, template: Template) -> tuple[int, ...]:
-    """What ends a response: a policy's EOS ids and the end of a turn in its template."""
+    """Token ids that end a response: a policy's EOS ids and its template's end of a turn."""
     ids, turn = config.eos_ids, template.eos_id
     return ids if turn is None or turn in ids else (*ids, turn)
 
@@ -397,9 +428,12 @@ def _difference(policy: ModelPlan | None, model: ModelPlan) -> str | None:
 
 
 def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_DEVICE) -> Steering:
-    """Read the weights; a checkpoint that is named twice, or stood on by adapters, is read once.
+    """Read the weights; a checkpoint that is named twice, or is the base of adapters, is read once.
 
-    dtype as in `load_model`.
+    Args:
+        plan: what to load.
+        dtype: as in `load_model`.
+        places: mesh and sharding rules.
 
     Raises:
         InputError: for checkpoints that cannot be read, and for a mesh that does not divide them.

@@ -16,18 +16,33 @@ POLICY_CACHES = ("auto", "int8")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Chunk-level beam search (arXiv 2405.19262, algorithm 1) and what varies it.
+    """Chunk-level beam search (arXiv 2405.19262, algorithm 1) and its variations.
 
-    beam_width W hypotheses each get `successors` K continuations of chunk_length L tokens; the
-    selector keeps W; responses end at a token of eos_ids (None: the policy's own), at a stop
-    string, or after max_new_tokens. slots prompts are searched side by side (None: up to 8).
-    reference_quirks follows the published code: a finished hypothesis takes part K times, and one
-    cut by length is scored with an EOS behind it. policy_cache: what the policy's keys and values
-    are kept as, "auto" (the dtype of its weights) or "int8"; those of guides stay as they are,
-    since log-ratios are small differences.
+    Each of the W hypotheses gets K continuations of L tokens, of which the selector keeps W. A
+    response ends at an EOS id, at a stop string, or after max_new_tokens.
 
-    Raises InputError for a size below 1, an unknown policy_cache, or for a scorer that needs values
-    which the proposer does not give.
+    Attributes:
+        beam_width: W.
+        successors: K.
+        chunk_length: L.
+        max_new_tokens: tokens of a response at most.
+        sampling: temperature, top_k and top_p of the draws.
+        proposer: which logits are sampled from.
+        scorer: what values tokens.
+        selector: what keeps W candidates.
+        eos_ids: token ids that end a response; None for the policy's.
+        stop: strings that end a response and are not part of it.
+        seed: of the run, 0 .. 2**32 − 1.
+        slots: P, prompts searched side by side; None for 8 or fewer.
+        reference_quirks: follow the published code: a finished hypothesis is a candidate K times,
+            and one cut by length is scored with an EOS behind it.
+        policy_cache: what the policy's keys and values are kept as: "auto" (the dtype of its
+            weights) or "int8". Those of guides keep their dtype, since log-ratios are small
+            differences.
+
+    Raises:
+        InputError: for a size below 1, a seed out of range, an unknown policy_cache, an empty stop
+            string, and a scorer that needs values which the proposer does not compute.
     """
 
     beam_width: int = 4
@@ -76,7 +91,7 @@ class SearchConfig:
 
     @property
     def length(self) -> int:
-        """The tokens of a chunk that are sampled: L, or fewer when no response is that long."""
+        """Sampled tokens of a chunk: L, or max_new_tokens where that is less."""
         return min(self.chunk_length, self.max_new_tokens)
 
     @property
@@ -96,13 +111,13 @@ chunks of its own."""
 
 
 def _even_chunk(max_new_tokens: int) -> int:
-    """A chunk length whose multiples overshoot max_new_tokens least, at most SAMPLES_CHUNK."""
+    """The chunk length, at most SAMPLES_CHUNK, whose multiples exceed max_new_tokens least."""
     chunks = -(-max_new_tokens // SAMPLES_CHUNK)
     return -(-max_new_tokens // chunks) if chunks else 1
 
 
 def _in_place(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of methods that keep every hypothesis; what the caller gave goes before."""
+    """Settings of methods that keep every hypothesis, with the caller's over them."""
     tokens = settings.get("max_new_tokens", SearchConfig.max_new_tokens)
     # What is no number is told with the other settings.
     length = _even_chunk(tokens) if isinstance(tokens, int) else SAMPLES_CHUNK
@@ -120,8 +135,8 @@ def cbs(w: int = 4, k: int = 4, l: int = 5, **settings: Any) -> SearchConfig:  #
 def best_of_n(n: int = 16, **settings: Any) -> SearchConfig:
     """Best-of-N: N whole samples, the best by implicit reward first.
 
-    It is CBS with W = 1, K = N, L = ∞. Run as W = N, K = 1 it draws and scores the same, in short
-    chunks: a prompt whose samples have all ended leaves its slot at once.
+    It is CBS with W = 1, K = N, L = ∞. Run as W = N, K = 1 it samples and scores the same, in short
+    chunks, so that a prompt whose samples have all ended frees its slot at once.
     """
     return SearchConfig(beam_width=n, **_in_place(settings))
 
@@ -129,7 +144,8 @@ def best_of_n(n: int = 16, **settings: Any) -> SearchConfig:
 def eft(beta: float | int = 1.0, *, eft_top_k: int = 0, **settings: Any) -> SearchConfig:
     """Emulated fine-tuning: one sample from policy + β·(tuned − untuned); arXiv 2310.12962.
 
-    With eft_top_k only among the policy's so many likeliest tokens (PAD, arXiv 2410.04070).
+    With eft_top_k above 0, only among the policy's eft_top_k likeliest tokens (PAD, arXiv
+    2410.04070).
     """
     fixed = {"proposer": methods.EFTProposer(beta, eft_top_k), "scorer": methods.ProposedLogRatio()}
     return SearchConfig(**({"beam_width": 1} | _in_place(settings) | fixed))
@@ -146,7 +162,7 @@ def ivg(
 ) -> SearchConfig:
     """Integrated value guidance: CBS whose successors are sampled by EFT; arXiv 2409.17819.
 
-    The guides' log-ratio steers every token (implicitly) and chooses among chunks; it is read once.
+    The guides read each token once: their log-ratio steers its draw, and scores the chunk.
     """
     fixed = {"proposer": methods.EFTProposer(beta, eft_top_k), "scorer": methods.ProposedLogRatio()}
     return cbs(w, k, l, **(settings | fixed))
@@ -170,12 +186,15 @@ METHODS = tuple(_METHODS)
 
 
 def preset(method: str, **settings: Any) -> SearchConfig:
-    """The settings of a method by name; each reads of LETTERS what its paper defines.
+    """The settings of a method by name.
 
-    The others of `settings` are further fields of SearchConfig.
+    Args:
+        method: one of METHODS.
+        **settings: those of LETTERS, of which each method reads its own and ignores the others; and
+            further fields of SearchConfig.
 
     Raises:
-        InputError: for a method that is none of METHODS.
+        InputError: for another method.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")

@@ -1,9 +1,9 @@
-"""One model reading the candidates of a search as texts, and none of their tokens twice.
+"""One model that reads the candidates of a search as texts, and none of their tokens twice.
 
-Every chunk encodes whole responses anew, since a tokenizer may change its mind about the end of a
-text. The tokens before the first difference from what the hypothesis was read as keep their keys,
-values and log-probabilities; only those behind it are read, by the programs at the end of this
-file. Encoding is the caller's part.
+Every chunk encodes whole responses anew, since new text may change the encoding of what is before
+it. The tokens before the first difference from the hypothesis as it was read keep their keys,
+values and log-probs; only those from there on are read, by the programs at the end of this file.
+The caller encodes.
 """
 
 import logging
@@ -48,13 +48,13 @@ COPIED_ENTRIES = 32
 
 @dataclass(frozen=True)
 class Known:
-    """A text as a model has read it: int32 tokens, and a float32 log-probability of each."""
+    """A text as a model has read it: int32 tokens [n], and a float32 log-prob of each [n]."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
 
     def first(self, count: int) -> "Known":
-        """So many first tokens of it."""
+        """The first `count` tokens."""
         return Known(self.tokens[:count], self.logprobs[:count])
 
 
@@ -63,13 +63,20 @@ NOTHING = Known(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model remembers of the slots: caches on the device, encodings on the host.
+    """The state of a model that reads the hypotheses of all slots.
 
-    W and K; width: tokens that a read takes at first. The prefix part of the cache holds the first
-    `prefix` [P] tokens of each prompt (−1: not read yet), the committed part those behind. prompts:
-    each slot's prompt as tokens; known: its hypotheses [P][W]; pending: the hypotheses that the
-    rows of the last read would make, and buffer their keys and values; None when there are none.
-    unsound: the rows of the last read for which the model gave what is no number.
+    Attributes:
+        hypotheses: W.
+        successors: K.
+        width: tokens of a row that a read takes unless texts need more.
+        cache: on the device; None until the first text.
+        buffer: keys and values of the rows of the last read; None when there are none.
+        prefix: int [P], tokens of each prompt in the prefix part of the cache, −1 where it has not
+            been read; the committed part holds those behind.
+        prompts: each slot's prompt as int32 tokens; None where there is none.
+        known: [P][W], what has been read of each hypothesis.
+        pending: what each row of the last read would be as a hypothesis.
+        unsound: rows of the last read for which the model gave no finite number.
     """
 
     hypotheses: int
@@ -88,18 +95,18 @@ class Reading:
         return place[0], place[1] // self.successors
 
     def parent(self, place: Place) -> Known:
-        """What is known of the hypothesis that a row continues."""
+        """What has been read of the hypothesis that a row continues."""
         slot, hypothesis = self.group(place)
         return self.known[slot][hypothesis] if self.known[slot] else NOTHING
 
     def capacity(self, part: str) -> int:
-        """S or T of the caches."""
+        """Tokens that a part of the cache holds: S of "prefix", T of "committed"."""
         layers = getattr(self.cache, part)
         return (layers if isinstance(layers, KV) else layers[0]).keys.shape[-3]
 
 
 def start_reading(slots: int, hypotheses: int, successors: int, chunk_length: int) -> Reading:
-    """A reading of nothing; its caches are made, and grow, as texts need them."""
+    """A reading of nothing. Its caches are made, and grow, as texts need them."""
     return Reading(
         hypotheses=hypotheses,
         successors=successors,
@@ -114,7 +121,7 @@ def start_reading(slots: int, hypotheses: int, successors: int, chunk_length: in
 
 
 def insert_text(reading: Reading, slot: int, prompt: Sequence[int]) -> Reading:
-    """The reading once a slot holds a new prompt; it is read with its first responses."""
+    """The reading with a new prompt in a slot, which is read together with its first responses."""
     prompts, prefix = list(reading.prompts), reading.prefix.copy()
     prompts[slot], prefix[slot] = np.asarray(prompt, np.int32), -1
     pending = {place: known for place, known in reading.pending.items() if place[0] != slot}
@@ -124,11 +131,17 @@ def insert_text(reading: Reading, slot: int, prompt: Sequence[int]) -> Reading:
 def read_logprobs(
     model: Model, reading: Reading, texts: Mapping[Place, Sequence[int]]
 ) -> tuple[Reading, dict[Place, float]]:
-    """Read candidates (prompt and response encoded together) and score their responses.
+    """Read candidates and score their responses.
 
-    Returns the sum of float32 log-probabilities of the tokens behind what each has in common with
-    its prompt, one for each place; a first token, before which there is nothing, is not scored, nor
-    is what lies beyond the model's positions.
+    Args:
+        model: the reader.
+        reading: its state.
+        texts: token ids of prompt and response, encoded together, by slot and row.
+
+    Returns:
+        The new state, and for each place the sum of float32 log-probs, in nats, of the tokens
+        behind the prefix in common with the prompt. The first token of a text is not scored, since
+        nothing precedes it, nor are tokens beyond the model's positions.
     """
 
     def together(cache: KVCache | None, plan: _Plan) -> tuple:
@@ -152,9 +165,11 @@ def read_logprobs(
 def read_rewards(
     model: RewardModel, reading: Reading, texts: Mapping[Place, Sequence[int]]
 ) -> tuple[Reading, dict[Place, np.ndarray]]:
-    """Read candidates and the float32 label logits [labels] at the last token of each.
+    """Read candidates, as `read_logprobs` does, and compute their rewards.
 
-    What lies beyond the model's positions is not read.
+    Returns:
+        The new state, and for each place the float32 label logits [labels] at its last token. What
+        lies beyond the model's positions is not read.
     """
 
     def together(cache: KVCache | None, plan: _Plan) -> tuple:
@@ -172,7 +187,13 @@ def read_rewards(
 
 
 def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Reading:
-    """The reading of the kept hypotheses, int [P, W]: of which old one, and of which row."""
+    """The reading of the kept hypotheses.
+
+    Args:
+        reading: the state after a read.
+        parents: int [P, W], the old hypothesis of each new one.
+        rows: int [P, W], the row whose chunk it takes.
+    """
     if reading.buffer is None or reading.cache is None:
         return reading
     cache = keep(reading.cache, reading.buffer, parents, rows)
@@ -188,7 +209,7 @@ def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Readin
 
 
 def common(one: np.ndarray, other: np.ndarray | None) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the common prefix of two sequences of tokens."""
     if other is None:
         raise ValueError("a text was given for a slot that holds no prompt")
     length = min(len(one), len(other))
@@ -197,7 +218,7 @@ def common(one: np.ndarray, other: np.ndarray | None) -> int:
 
 
 def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Float32 log-probabilities of all tokens but the first, read without a cache."""
+    """Float32 log-probs, in nats, of all tokens but the first, read without a cache."""
     padded, mask = pad_rows([tokens], padded_width(len(tokens)), 0)
     found = token_likelihoods(SearchModels(model, ()), PolicyProposer(), padded, mask)
     return to_host(found.logprobs)[0, 1 : len(tokens)]
@@ -205,13 +226,19 @@ def logprobs_alone(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarr
 
 @dataclass(frozen=True)
 class _Plan:
-    """One read: how many first tokens of each group stay, and what goes to the device.
+    """One read: the tokens of each group that stay, and the arguments of the program.
 
-    A group is the rows of one hypothesis, under its slot and place.
-    committed [P, W]: entries of the committed part that stay, the stem's place; last [P, W]: the
-    stems, which are read again; tokens [P, R, n] and counts [P, R] of what is behind them. Of all
-    rows the first `first` tokens are read, the others of the rows `longer` alone: their slots and
-    places, int32 [2, m], places from R on for none.
+    A group is the rows of one hypothesis, named by slot and hypothesis.
+
+    Attributes:
+        stems: tokens of each group that stay.
+        committed: int32 [P, W], entries of the committed part that stay, and so the stem's place.
+        last: int32 [P, W], the stems: last tokens that stay, which are read again.
+        tokens: int32 [P, R, n], the tokens behind them.
+        counts: int32 [P, R], how many of these there are.
+        first: tokens that are read of every row at once.
+        longer: int32 [2, m], slots and row indices of those whose further tokens are read alone; a
+            row index of R or more stands for none.
     """
 
     stems: dict[Place, int]
@@ -233,17 +260,20 @@ def _read(
     *,
     read_on: bool = False,
 ) -> tuple[Reading, dict[Place, Any]]:
-    """Read texts behind what is known of them.
+    """Read texts behind what has been read of them.
 
     Args:
-        model: what reads.
-        reading: what it remembers.
-        texts: by their places.
-        together: the program: what it says of each row, the cache, and the rows' buffer.
-        settle: of a place, its tokens, what was known of them and what is said of the row, what is
-            known then, and the row's value.
-        alone: the value of tokens that nothing before helps with.
-        read_on: whether the program can read few rows further than the others.
+        model: the reader.
+        reading: its state.
+        texts: token ids by slot and row.
+        together: the program; it returns an output for each row, the cache, and the rows' buffer.
+        settle: from a place, its tokens, what was known of them, and the row's output: what is
+            known now, and the row's value.
+        alone: the value of tokens for which nothing read before can be used.
+        read_on: whether the program can read a few rows further than the others.
+
+    Returns:
+        The new state, and the value of each place.
     """
     rows, merged = _split(model, reading, texts)
     found = {place: alone(tokens) for place, tokens in merged.items()}
@@ -265,10 +295,10 @@ def _read(
 def _split(
     model: Model, reading: Reading, texts: Mapping[Place, Sequence[int]]
 ) -> tuple[dict[Place, np.ndarray], dict[Place, np.ndarray]]:
-    """The texts as arrays: those that begin like their prompts, and those that do not.
+    """The texts as arrays: those that begin with a token of their prompts, and those that do not.
 
-    The latter are merged with the very first token of a prompt without BOS, so that nothing that
-    was read before can be used.
+    The encoding of the latter merges response and the very first token of a prompt without BOS, so
+    that nothing read before can be used.
     """
     alike: dict[Place, np.ndarray] = {}
     merged: dict[Place, np.ndarray] = {}
@@ -329,11 +359,14 @@ def _prepare(
 
 
 def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> tuple[int, int, int]:
-    """How to read rows of so many tokens: as wide as the longest, or the longest read on.
+    """How to read rows of these numbers of tokens at the lowest cost, counted in tokens.
 
-    Of all rows so many first tokens are read, then so many more of so many rows: the cheapest,
-    counted in tokens. Where no more than every LONG_SHARE-th row is longer than the others, padding
-    all to its width costs more than a second call, which copies what these attend to.
+    Either all rows are read as wide as the longest, or the longest are read on in a second call.
+    Where at most every LONG_SHARE-th row is longer than the others, to pad all rows to its width
+    may cost more than that call, which copies the cache entries that these rows attend to.
+
+    Returns:
+        Tokens read of every row, further tokens, and of how many rows.
     """
     hypotheses = len(reading.prefix) * reading.hypotheses
     rows, most, usual = hypotheses * reading.successors, max(counts), reading.width
@@ -351,7 +384,7 @@ def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> tuple[int
 
 
 def _width(usual: int, most: int) -> int:
-    """The tokens of a read: the usual ones, or few more; every width is compiled once."""
+    """The tokens of a read: the usual number, or few others, as each is compiled once."""
     if most <= 2 * usual:
         return usual + 2 * max(0, -(-(most - usual) // 2))
     while usual < most:
@@ -360,7 +393,7 @@ def _width(usual: int, most: int) -> int:
 
 
 def _read_prompts(model: Model, reading: Reading, rows: Mapping[Place, np.ndarray]) -> Reading:
-    """The reading with the prompt of every slot read as far as its rows have it in common.
+    """The reading with the prompt of every slot read, as far as all its rows begin with it.
 
     A response may merge with the end of its prompt. Where one does so further back than those
     before it, the slot is read anew.
@@ -392,7 +425,7 @@ def _read_prompts(model: Model, reading: Reading, rows: Mapping[Place, np.ndarra
 
 
 def _grow(reading: Reading, part: str, least: int) -> Reading:
-    """The reading with a part of the caches grown, by a third at least, to hold so many tokens."""
+    """The reading with a part of the cache grown, by a third at least, to hold `least` tokens."""
     capacity = reading.capacity(part)
     if capacity >= least:
         return reading
@@ -424,12 +457,13 @@ def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: A
 def read_rows(
     model: Model, cache: KVCache, committed: Any, last: Any, tokens: Any, longer: Any, *, first: int
 ) -> tuple[Array, KVCache, LayersKV | None]:
-    """Score the tokens [P, R, n] of every row: the first `first`, of `longer` rows the others too.
+    """Score the tokens of every row: the first `first` of each, and the others of `longer` rows.
 
-    committed [P, W]: the stems' places; last [P, W]: the stems; longer: int32 slots and places
-    [2, m] of the rows that have more tokens, with places from R on for none. Returns float32
-    log-probabilities [P, R, n], the cache (donated) with the stems, and the keys and values of all
-    but the last token of every row.
+    Arguments are as in `_Plan`; the cache is donated.
+
+    Returns:
+        Float32 log-probs [P, R, n], the cache with the stems, and the keys and values of all but
+        the last token of every row.
     """
     cache = replace(cache, committed_length=committed)
     logprobs, cache, chunk = read_chunk(model, cache, last, tokens[:, :, :first])
@@ -442,9 +476,13 @@ def read_rows(
 def read_last(
     model: RewardModel, cache: KVCache, committed: Any, last: Any, tokens: Any, counts: Any
 ) -> tuple[Array, KVCache, LayersKV | None]:
-    """The label logits [P, R, labels] at the last of each row's counted tokens [P, R, n].
+    """The label logits at the last counted token of every row.
 
-    The rest as with `read_rows`, but that every token is read.
+    Arguments are as in `_Plan`; the cache is donated.
+
+    Returns:
+        Float32 logits [P, R, labels], the cache with the stems, and the keys and values of all
+        tokens.
     """
     cache = replace(cache, committed_length=committed)
     states, cache, chunk = read_ends(model.decoder, cache, last, tokens, counts)

@@ -1,7 +1,7 @@
-"""Likelihoods of given tokens under what a proposer samples from at temperature 1.
+"""Log-probs of given tokens under the distribution that a proposer samples from, at temperature 1.
 
-One teacher-forced pass of every model that reads; nothing is drawn. A method that chooses among
-samples (CBS, best-of-N) has no likelihood, so none is here.
+One teacher-forced pass of every model; nothing is sampled. A method that chooses among samples
+(CBS, best-of-N) has no likelihood in closed form, so it has none here.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,15 @@ _PADDING = 0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Likelihoods:
-    """What a proposer says of given tokens.
+    """Log-probs of given tokens, and the likeliest tokens in their places.
 
-    logprobs float32 [B n]: log p(token | all before it). greedy bool [B n]: whether it was the
-    likeliest. top_ids int32, top_logprobs float32 [B n top]: the likeliest tokens, best first.
-    faults bool [B F]: which of `SearchModels.sources` gave logits that are no distribution; the
-    log-probs are NaN there.
+    Attributes:
+        logprobs: float32 [B, n], log p(token | all before it) in nats.
+        greedy: bool [B, n], whether the token is the likeliest.
+        top_ids: int32 [B, n, top], the likeliest tokens, best first.
+        top_logprobs: float32 [B, n, top], their log-probs.
+        faults: bool [B, F], which of `SearchModels.sources` gave logits that are no distribution;
+            the log-probs are NaN there.
     """
 
     logprobs: Array
@@ -50,7 +53,7 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """The same for one response, as NumPy arrays [n] and [n, top] without padding."""
+    """`Likelihoods` of one response, as NumPy arrays [n] and [n, top] without padding."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -60,11 +63,13 @@ class ScoredResponse:
 
 @dataclass(frozen=True)
 class Response:
-    """Tokens to score and what stands before them.
+    """Tokens to score and the prompts before them.
 
-    prompts: one prompt's token ids for all models, or one each for (policy, tuned_0, untuned_0,
-    ...), which may read other templates. tokens: the response, the same ids for all. beta: that of
-    EFT, None for the proposer's own.
+    Attributes:
+        prompts: token ids of one prompt for all models, or of one each in the order (policy, tuned
+            0, untuned 0, ...), where templates differ.
+        tokens: the response's token ids, the same for all models.
+        beta: β of EFT for this response; None for the proposer's.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -73,11 +78,11 @@ class Response:
 
     @property
     def width(self) -> int:
-        """Tokens to be read: the response but its last token, behind its longest prompt."""
+        """Tokens that are read: the longest prompt and all tokens of the response but the last."""
         return max(map(len, self.prompts)) + len(self.tokens) - 1
 
     def prompt(self, member: int) -> tuple[int, ...]:
-        """What a member of the models reads before the response."""
+        """The prompt that a member of the models reads."""
         return self.prompts[member if len(self.prompts) > 1 else 0]
 
 
@@ -90,13 +95,23 @@ def token_likelihoods(
     beta: Float[Array | np.ndarray, " B"] | None = None,
     top: int = 0,
 ) -> Likelihoods:
-    """Likelihoods [B X] of right-padded rows; `mask` is False on padding.
+    """Likelihoods of right-padded rows.
 
-    The policy's distribution, or that of the EFT mixture (arXiv 2310.12962 eq. 3) with each row's
-    beta (the proposer's where it is None), renormalised over the ids that every model knows. Logits
-    are float32 and live in blocks: [B X V] never exists. Nothing stands before the first token of
-    a row: its log-prob is 0, as on padding, it is not greedy, and its `top` are ids 0 with log-prob
-    −inf.
+    They are those of the policy, or of the EFT mixture (arXiv 2310.12962 eq. 3), renormalised over
+    the ids that every model knows. Logits are float32 and computed in blocks: [B, X, V] is never
+    whole in memory. Nothing precedes the first token of a row: there, as on padding, the log-prob
+    is 0 and `greedy` is False; its `top` ids are 0 with log-prob −inf.
+
+    Args:
+        models: the policy and the guides that the proposer mixes.
+        proposer: the policy alone, or the EFT mixture.
+        tokens: int32 [B, X].
+        mask: bool [B, X], False on padding; by default all True.
+        beta: float32 [B], β of each row; by default the proposer's.
+        top: how many of the likeliest tokens to return for each place.
+
+    Returns:
+        Likelihoods, n = X.
     """
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     tokens, width = jnp.asarray(tokens), tokens.shape[1]
@@ -131,16 +146,17 @@ def score_responses(
 ) -> list[ScoredResponse]:
     """Likelihoods of every response behind its prompts, in the order given.
 
-    Rows go longest first, padded to powers of two of tokens, so that few programs are compiled.
+    Rows are read longest first, padded to powers of two of tokens, so that few programs are
+    compiled.
 
     Args:
         models: the policy and the guides that the proposer mixes.
         proposer: the policy alone, or the EFT mixture.
         responses: token ids, behind prompts of one or all models.
-        top: how many of the likeliest tokens are told at each place.
+        top: how many of the likeliest tokens to return for each place.
         batch_size: rows that are read side by side.
-        shape: the `padded_shape` of all or more, with which one program is compiled.
-        on_scored: hears each one, with its index, as soon as it is scored.
+        shape: at least the `padded_shape` of all; with it one program is compiled.
+        on_scored: called with the index and result of each response as soon as it is scored.
 
     Raises:
         RowsFailed: once all others are scored, for rows where a model's logits are NaN or infinite.
@@ -178,7 +194,11 @@ def score_responses(
 
 
 def check_response(models: SearchModels, response: Response, where: str) -> None:
-    """Raise InputError, naming `where`, for a response that the models cannot score."""
+    """Check that the models can score a response.
+
+    Raises:
+        InputError: where they cannot; the message begins with `where`.
+    """
     count, members = len(response.prompts), len(models.members)
     if count not in (1, members):
         raise InputError(
@@ -208,7 +228,7 @@ def compile_scores(
     top: int = 0,
     batch_size: int = 8,
 ) -> None:
-    """Compile, on the calling thread, what `score_responses` runs for the shape of these."""
+    """Compile, on the calling thread, the program that `score_responses` runs for these shapes."""
     rows, shape = responses[:batch_size], padded_shape(responses)
     given = _arguments(models, proposer, rows, batch_size, shape, top)
     _likelihoods.lower(*given).compile()
@@ -234,7 +254,10 @@ def _arguments(
     shape: Shape,
     top: int,
 ) -> tuple[Any, ...]:
-    """What `_likelihoods` takes for a batch. Models that read the same prompt share one array."""
+    """The arguments of `_likelihoods` for a batch, which is filled up with its last row.
+
+    Models that read the same prompt share one array.
+    """
     width, count, own = shape
     rows = [*rows, *[rows[-1]] * (batch_size - len(rows))]
     targets, real = pad_rows([row.tokens for row in rows], count, _PADDING)
@@ -257,9 +280,17 @@ def _likelihoods(
     beta: Float[Array, " B"],
     top: int,
 ) -> Likelihoods:
-    """Likelihoods of targets; `rows` holds, for all models or for each, what it reads.
+    """Likelihoods of targets.
 
-    That is (tokens [B X], mask [B X], starts [B]): the state at `starts` + t predicts target t.
+    Args:
+        models: the policy and the guides.
+        proposer: what mixes their logits.
+        rows: for all models, or for each, what it reads: (tokens [B, X], mask [B, X], starts [B]).
+            The state at `starts` + t predicts target t.
+        targets: the tokens to score.
+        real: False on padding.
+        beta: β of each row.
+        top: how many of the likeliest tokens to return for each place.
     """
     places = proposer.readers(models)
     readers = [models.members[place] for place in places]
@@ -271,7 +302,7 @@ def _likelihoods(
         hidden.append(jnp.take_along_axis(states, at[..., None], axis=1))
 
     def score(block: tuple[tuple[Array, ...], Array, Array]) -> tuple[Array, ...]:
-        """What m rows [m ..] of states, targets and betas give."""
+        """Scores of m rows of states, targets and betas [m ..]."""
         hidden, targets, betas = block
         each = tuple(
             logits_of(reader.config, reader.params, states)

@@ -1,8 +1,9 @@
 """What a method is made of: proposers, scorers on tokens, and selectors, all inside the program.
 
-A proposer says which models read token by token, and the logits that successors are sampled from. A
-scorer says which models read a proposed chunk, and scores each of its tokens; what must see text is
-a scorer of `scorers.py`. A selector says which candidates become the hypotheses of the next chunk.
+A proposer names the models that read token by token, and mixes their logits into those that
+successors are sampled from. A scorer names the models that read a proposed chunk, and scores each
+of its tokens; scorers of texts are in `scorers.py`. A selector chooses the candidates that become
+the hypotheses of the next chunk.
 """
 
 import math
@@ -44,36 +45,36 @@ Values = Float[Array, "P R n J"]
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Extends hypotheses by tokens drawn from mixed logits. A frozen, hashable value.
+    """Extends hypotheses by tokens sampled from mixed logits. A frozen, hashable value.
 
-    What a subclass does not say is as of one that knows nothing of the implicit reward.
+    The methods' defaults are those of a proposer that does not compute implicit rewards.
     """
 
     @property
     def values_tokens(self) -> bool:
-        """Whether `value` yields the implicit rewards of each drawn token as a by-product."""
+        """Whether `value` computes the implicit rewards of each sampled token."""
         return False
 
     def readers(self, models: SearchModels) -> tuple[int, ...]:
-        """The members (their places in `models.members`) that read every token."""
+        """The members (indices into `models.members`) that read every token."""
 
     def mix(self, models: SearchModels, logits: Logits, beta: Betas) -> Mixed:
         """The logits to sample from, given those of the readers and each slot's β."""
 
     def value(self, models: SearchModels, logits: Logits, tokens: Drawn) -> Rewards:
-        """The implicit rewards of drawn tokens, one of each guide, from the readers' logits."""
+        """The implicit rewards of sampled tokens, one of each guide, from the readers' logits."""
         raise TypeError(f"{type(self).__name__} says nothing of the implicit reward")
 
     def faults(self, models: SearchModels, logits: Logits, mark: Marks) -> Faults:
         """Which of `SearchModels.sources` gave logits that are no distribution.
 
-        That is where one is NaN or +inf, or all are −inf.
+        That is where one logit is NaN or +inf, or all are −inf.
 
         Args:
             models: the policy and the guides.
-            logits: of each source.
+            logits: those of each reader.
             mark: a number that is finite where the mixed logits are a distribution: their
-                normaliser, or the logit of what was drawn.
+                normaliser, or the logit of the sampled token.
         """
 
 
@@ -96,13 +97,18 @@ class PolicyProposer(Proposer):
 class EFTProposer(Proposer):
     """Emulated fine-tuning: samples from softmax(policy + β·Σ_i w_i·(tuned_i − untuned_i)).
 
-    The differences are of log-probabilities; a constant a row does not change the softmax. As all
-    models read each token, its implicit reward costs nothing more. With top_k above 0 only the
-    policy's top_k likeliest tokens may be drawn, so that the guides never bring in a token that the
-    policy finds unlikely (PAD, arXiv 2410.04070 section 3.4). Where β is above 0, a token to which
-    a member of a guide gives probability 0 is not drawn, as its log-ratio is no number. Sources:
-    arXiv 2310.12962 eq. 3, arXiv 2405.19262 section 4. Raises InputError for a beta or a top_k out
-    of range.
+    Log-probs are mixed, which differ from logits by a constant a row that the softmax cancels. All
+    models read each token, so its implicit reward costs nothing more. A token to which a model of a
+    guide gives probability 0 is not drawn where β is above 0, as its log-ratio is not finite.
+    Sources: arXiv 2310.12962 eq. 3, arXiv 2405.19262 section 4.
+
+    Attributes:
+        beta: β, at least 0; of a slot whose request has none of its own.
+        top_k: above 0, only the policy's top_k likeliest tokens may be drawn, so that guides never
+            bring in a token that the policy finds unlikely (PAD, arXiv 2410.04070 section 3.4).
+
+    Raises:
+        InputError: for a beta or a top_k out of range.
     """
 
     beta: float | int = 1.0
@@ -145,7 +151,11 @@ class EFTProposer(Proposer):
 
 
 def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float[Array, "*rows J"]:
-    """w_i·(log p_tuned_i − log p_untuned_i) of each guide; logprobs go tuned, untuned, tuned, ...
+    """w_i·(log p_tuned_i − log p_untuned_i) of each guide, in nats.
+
+    Args:
+        models: the policy and the guides.
+        logprobs: in the order tuned 0, untuned 0, tuned 1, ...
 
     Raises:
         InputError: where there is no guide.
@@ -162,20 +172,21 @@ def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float
 class Scorer(Protocol):
     """Values hypotheses by J sums over the tokens of their responses. A frozen, hashable value.
 
-    What a subclass does not say is as of scores of the guides for which no model reads anything.
+    The methods' defaults are those of a scorer with one objective a guide, for which no model
+    reads.
     """
 
     @property
     def needs_values(self) -> bool:
-        """Whether the scores are made of what the proposer said of its tokens."""
+        """Whether the scores are made of the implicit rewards that the proposer computes."""
         return False
 
     def objectives(self, models: SearchModels) -> int:
-        """J, how many scores a token gets."""
+        """J, scores of each token."""
         return len(models.guides)
 
     def readers(self, models: SearchModels) -> tuple[int, ...]:
-        """The members (their places in `models.members`) that read every chunk, teacher-forced."""
+        """The members (indices into `models.members`) that read every chunk, teacher-forced."""
         return ()
 
     def token_scores(
@@ -199,7 +210,7 @@ class LogRatio(Scorer):
 
 @dataclass(frozen=True)
 class ProposedLogRatio(Scorer):
-    """The same scores, taken from a proposer whose guides have read every token already.
+    """The same scores, from a proposer whose guides have read every token already.
 
     With an EFT proposer under chunk-level beam search this is Integrated Value Guidance's union of
     token-wise and chunk-wise guidance (arXiv 2409.17819).
@@ -218,7 +229,7 @@ class ProposedLogRatio(Scorer):
 
 @dataclass(frozen=True)
 class NoScore(Scorer):
-    """No scores on tokens: plain sampling, or a search that only texts decide."""
+    """No scores on tokens: plain sampling, or a search by scores of texts alone."""
 
     def objectives(self, models: SearchModels) -> int:
         return 0
@@ -234,11 +245,11 @@ class NoScore(Scorer):
 class Candidates:
     """What may be kept: the rows of a chunk, then the finished hypotheses.
 
-    Entry r < R is row r, entry R + w is hypothesis w as it was, a candidate once it has finished.
+    Entry r < R is row r; entry R + w is hypothesis w as it was, a candidate once it has finished.
 
     Attributes:
         objectives: float32 [P, R + W, J], arbitrary where not alive.
-        alive: bool [P, R + W], which are candidates.
+        alive: bool [P, R + W], whether the entry is a candidate.
     """
 
     objectives: Array
@@ -246,16 +257,16 @@ class Candidates:
 
     @property
     def scores(self) -> Float[Array, "P candidates"]:
-        """The sums of the objectives, ordered as `ordered` says."""
+        """The sums of the objectives, as `ordered` returns them."""
         return self.ordered(self.objectives.sum(axis=-1))
 
     @property
     def sound(self) -> Bool[Array, "P candidates"]:
-        """Which candidates have finite objectives."""
+        """Candidates with finite objectives."""
         return self.alive & jnp.isfinite(self.objectives).all(axis=-1)
 
     def ordered(self, values: Float[Array, "P candidates"]) -> Float[Array, "P candidates"]:
-        """The values; behind all of them candidates without a finite one, then none (−inf)."""
+        """The values; the lowest finite number where they are not finite, −inf where not alive."""
         lowest = jnp.finfo(values.dtype).min
         values = jnp.where(jnp.isfinite(values), values, lowest)
         return jnp.where(self.alive, values, -jnp.inf)
@@ -271,19 +282,20 @@ class Selector(Protocol):
         return True
 
     def select(self, candidates: Candidates, hypotheses: int, successors: int) -> Int[Array, "P W"]:
-        """Indices into the candidates, best first unless hypotheses stay in place."""
+        """Indices into the candidates, best first if `reorders`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen of the candidates: int32 [P, W] each.
+    """The chosen candidates.
 
     Attributes:
-        chosen: indices into the candidates.
-        parents: the old hypothesis of each new one.
-        rows: the row that a new hypothesis takes its chunk from; any row of its parent where the
-            parent had ended.
+        candidates: what was chosen from.
+        chosen: int32 [P, W], indices into the candidates.
+        parents: int32 [P, W], the old hypothesis of each new one.
+        rows: int32 [P, W], the row whose chunk a new hypothesis takes; any row of its parent where
+            the parent had finished.
     """
 
     candidates: Candidates
@@ -300,16 +312,15 @@ def select_among(
     *,
     reference_quirks: bool = False,
 ) -> Selection:
-    """Select W of the rows of a chunk and of the hypotheses that had finished before it.
+    """Select W of a chunk's rows and of the hypotheses that had finished before it.
 
-    A finished hypothesis is a candidate once, as itself; with reference_quirks it is one K times,
-    in the places of its rows.
+    A finished hypothesis is one candidate; with reference_quirks it is K, in place of its rows.
 
     Args:
-        selector: what keeps.
-        rows: objectives of the R = W·K rows; those of finished hypotheses are not read.
-        hypotheses: objectives of the hypotheses before the chunk.
-        finished: which of them had finished.
+        selector: what selects.
+        rows: float32 [P, R, J], objectives of the R = W·K rows; not read for finished hypotheses.
+        hypotheses: float32 [P, W, J], objectives before the chunk.
+        finished: bool [P, W], which hypotheses had finished.
         reference_quirks: as of `SearchConfig`.
     """
     width = finished.shape[1]
@@ -339,9 +350,15 @@ class Maximin(Selector):
     """The W candidates of highest Σ_j w_j·V_j under the worst-case weights w of the objectives.
 
     w minimises log mean over the candidates of exp(scale·Σ_j w_j·V_j) on the simplex, a convex
-    problem, in `steps` steps; as scale grows, the best candidate becomes the one that a mixture's
-    weakest objective cannot be made to exceed. Source: RMOD, arXiv 2503.08796 eq. 8 and
-    algorithm 1. Raises InputError for a scale or steps out of range.
+    problem. As the scale grows, the highest Σ_j w_j·V_j tends to max_p min_j Σ_c p_c·V_cj over
+    mixtures p of the candidates c. Source: RMOD, arXiv 2503.08796 eq. 8 and algorithm 1.
+
+    Attributes:
+        scale: above 0.
+        steps: Newton steps, at least 1.
+
+    Raises:
+        InputError: for a scale or steps out of range.
     """
 
     scale: float = 1.0
@@ -375,12 +392,12 @@ def _worst_weights(candidates: Candidates, scale: float, steps: int) -> Float[Ar
 def _worst_weights_of_slot(
     objectives: Float[Array, "c J"], alive: Bool[Array, " c"], *, scale: float, steps: int
 ) -> Float[Array, " J"]:
-    """The weights w that minimise F(w) = log Σ_c exp(scale·Σ_j w_j·V_cj), dead c left out.
+    """The weights w that minimise F(w) = log Σ_c exp(scale·Σ_j w_j·V_cj), without dead candidates.
 
-    Damped Newton steps on F/scale − μ·Σ_j log w_j while μ falls and the scale rises to its own:
-    first-order steps do not come near the minimum in reasonable time where the values are far
-    apart. A step's length is that of the least slope there, since differences of F vanish in
-    float32. The minimum is found to about 1e-5 of the objectives' range.
+    Damped Newton steps on F/scale − μ·Σ_j log w_j, with μ falling and the scale rising to its
+    value: first-order steps are too slow where the values are far apart. The length of a step is
+    that of least slope, since differences of F vanish in float32. The minimum is found to about
+    1e-5 of the range of the objectives.
     """
     count = objectives.shape[-1]
     if count < 2:
@@ -436,7 +453,7 @@ def _solve(matrix: Float[Array, "J J"], sides: Float[Array, "J n"]) -> Float[Arr
 
 @dataclass(frozen=True)
 class KeepAll(Selector):
-    """Every hypothesis goes on with its only successor, or stays as it is once finished.
+    """Every hypothesis continues with its only successor, or stays as it is once finished.
 
     With W = N and K = 1 this is N independent samples: the best of them is best-of-N.
     """

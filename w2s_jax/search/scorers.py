@@ -1,7 +1,7 @@
-"""Scorers of texts, which the host asks between steps: Python functions, guides, reward models.
+"""Scorers of texts, which the host calls between steps: Python functions, guides, reward models.
 
 A scorer is given whole responses as texts. Guides of other vocabularies and reward models read them
-with `incremental_text.py`, no token twice. Scorers on tokens are in `methods.py`.
+through `incremental_text.py`, no token twice. Scorers on tokens are in `methods.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,13 @@ _NOT_FINITE = "gave a score that is not a finite number"
 class Candidate:
     """A response, whole so far, that may be kept.
 
-    row (0 .. R − 1) of a slot continues hypothesis parent = row // K. finished: it ended by EOS,
-    which is scored behind it.
+    Attributes:
+        slot: where its prompt is.
+        row: 0 .. R − 1, its row in the slot.
+        parent: row // K, the hypothesis that it continues.
+        conversation: its prompt.
+        response: its text.
+        finished: whether an EOS ended it, which is then scored behind it.
     """
 
     slot: int
@@ -56,42 +61,54 @@ class Candidate:
 
 @runtime_checkable
 class TextScorer(Protocol):
-    """Values whole responses as texts. A frozen value; what it remembers goes in and comes out.
+    """Values whole responses as texts. A frozen value; its memory is an argument and a result.
 
-    The score of a hypothesis gains weight · score. What was scored before and kept is told by
-    `keep`, so that a scorer may read only what is new. Where a score is not finite, `blame` (which
-    a scorer may lack) tells which of its models is at fault. What a subclass does not say is as of
-    a scorer that remembers nothing.
+    The score of a hypothesis gains weight · score. `keep` says which of the scored candidates were
+    kept, so that a scorer may read only what is new. The optional method `blame` names the models
+    at fault for a score that is not finite (`at_fault`). The methods' defaults are those of a
+    scorer without memory.
     """
 
     @property
     def weight(self) -> float | int:
-        """What scores are multiplied by."""
+        """The factor of the scores."""
 
     def start(self, slots: int, hypotheses: int, successors: int, chunk_length: int) -> Any:
-        """An empty memory for so many slots, hypotheses W, successors K and tokens L of a chunk."""
+        """An empty memory for P slots, W hypotheses, K successors and L tokens of a chunk."""
         return None
 
     def insert(self, memory: Any, slot: int, conversation: Conversation) -> Any:
-        """The memory once a slot holds a new prompt."""
+        """The memory after a slot has received a new prompt."""
         return memory
 
     def score(self, memory: Any, candidates: Sequence[Candidate]) -> tuple[Any, np.ndarray]:
-        """The memory with these read, and a float32 score, unweighted, of each."""
+        """The memory with the candidates read, and their float32 scores before weighting."""
 
     def keep(self, memory: Any, parents: np.ndarray, rows: np.ndarray) -> Any:
-        """The memory of the kept hypotheses, int [P, W]: of which old one, and of which row."""
+        """The memory of the kept hypotheses.
+
+        Args:
+            memory: the memory after `score`.
+            parents: int [P, W], the old hypothesis of each new one.
+            rows: int [P, W], the row that continues it.
+        """
         return memory
 
 
 def at_fault(
     scorer: TextScorer, memory: Any, candidates: Sequence[Candidate], scores: np.ndarray
 ) -> dict[int, tuple[str, ...]]:
-    """Slots with a score that is not finite as models failed, and their names.
+    """Slots in which a model failed, so that a score is not finite, and the models' names.
 
-    memory: what `score` gave with the scores. A scorer may say `blame(memory, (slot, row))`: the
-    names of its models whose logits were NaN or infinite, none where a token's probability is 0.
-    One that does not is itself at fault.
+    A scorer may have a method `blame(memory, (slot, row))` that names those of its models whose
+    logits were NaN or infinite: none where the only reason is a token of probability 0. A scorer
+    without it is itself at fault.
+
+    Args:
+        scorer: what scored.
+        memory: the memory that `score` returned.
+        candidates: what was scored.
+        scores: float32, one of each candidate.
     """
     usual = (f"{SCORER}{type(scorer).__name__} {_NOT_FINITE}",)
     blame = getattr(scorer, "blame", lambda memory, place: usual)
@@ -108,9 +125,12 @@ class FunctionScorer(TextScorer):
     """Any function of (prompts, responses) to numbers, called once a chunk with all candidates.
 
     A prompt is its bare text, or the content of its only message, or its messages as lines. Where
-    the function raises it is called for each prompt alone: prompts at which it raises again, and
-    those with a number that is not finite, fail, and the others go on. Raises InputError where it
-    raises for all of several prompts, and for what is not one number for each response.
+    the function raises, it is called again for each prompt alone: prompts for which it raises again
+    fail, as do those with a number that is not finite, and the others go on.
+
+    Raises:
+        InputError: where it raises for each of several prompts, and for a result that is not one
+            number for each response.
     """
 
     function: Callable[[list[str], list[str]], Sequence[Any]]
@@ -124,9 +144,9 @@ class FunctionScorer(TextScorer):
     def score(
         self, memory: Any, candidates: Sequence[Candidate]
     ) -> tuple[dict[int, str], np.ndarray]:
-        """The errors by slot, and the scores, NaN where there is one.
+        """The errors by slot, and the scores, NaN where there is an error.
 
-        Called on the first of several hosts alone, as it need not say the same twice.
+        Of several hosts only the first calls the function, as its results may differ between calls.
         """
         like = np.zeros(len(candidates), np.float32)
         raised: dict[int, str] = {}
@@ -137,7 +157,7 @@ class FunctionScorer(TextScorer):
         return raised, scores
 
     def blame(self, memory: dict[int, str], place: tuple[int, int]) -> tuple[str, ...]:
-        """The function, and what it did."""
+        """The function's name, and what it did."""
         error = memory.get(place[0])
         did = _NOT_FINITE if error is None else f"raised {error}"
         return (f"{SCORER}{self._name} {did}",)
@@ -147,7 +167,10 @@ class FunctionScorer(TextScorer):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def _scores(self, candidates: Sequence[Candidate], raised: dict[int, str]) -> np.ndarray:
-        """The scores, those of each slot alone where all together raise; errors go to `raised`."""
+        """The scores of all prompts together or, where that raises, of each alone.
+
+        Errors by slot are added to `raised`.
+        """
         prompts = [plain(candidate.conversation) for candidate in candidates]
         try:
             said = self.function(prompts, [candidate.response for candidate in candidates])
@@ -186,14 +209,14 @@ class FunctionScorer(TextScorer):
 
 
 def _told(error: BaseException) -> str:
-    """An error's kind, and the beginning of what it says."""
+    """An error's type, and the beginning of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model, the template behind which it reads conversations, and its name in messages."""
+    """A model, the template that it reads conversations with, and its name in messages."""
 
     model: Model
     template: Template
@@ -202,11 +225,12 @@ class TextModel:
 
 @dataclass(frozen=True)
 class TextLogRatio:
-    """The implicit reward log p_tuned(y|x) − log p_untuned(y|x) of a response as text.
+    """The implicit reward log p_tuned(y|x) − log p_untuned(y|x) of a response as text, in nats.
 
-    For guides whose vocabulary, or template, is not the policy's: the response is encoded anew
+    For guides whose vocabulary, or template, is not the policy's. The response is encoded anew
     behind each model's own template; the token prefix in common with the prompt is not scored; EOS
-    is, where the response ended by it. arXiv 2405.19262 eq. 5 and appendix B.
+    is, where it ended the response. Both models compute in the wider of their dtypes. arXiv
+    2405.19262 eq. 5 and appendix B.
     """
 
     tuned: TextModel
@@ -254,9 +278,10 @@ class TextLogRatio:
     def token_ratios(
         self, conversation: Conversation, response: str, *, finished: bool
     ) -> list[tuple[str, float]]:
-        """Each token of a response as the guide reads it, and its weighted log-ratio.
+        """Each token of a response as the guide reads it, and its weighted log-ratio in nats.
 
-        Nothing where tuned and untuned model do not encode alike, so that their tokens differ.
+        Empty where tuned and untuned model have different templates, so that their tokens may
+        differ.
         """
         template = self.tuned.template
         if self.untuned.template != template:
@@ -273,7 +298,7 @@ class TextLogRatio:
 def guide_tokens(
     scorers: Sequence[TextScorer], conversation: Conversation, response: str, *, finished: bool
 ) -> list[tuple[str, float]]:
-    """Each token of a response with what the first guide on texts adds, in its own tokens."""
+    """Each token of a response as the first guide on texts reads it, and its weighted log-ratio."""
     for scorer in scorers:
         if isinstance(scorer, TextLogRatio):
             return scorer.token_ratios(conversation, response, finished=finished)
@@ -284,9 +309,9 @@ def guide_tokens(
 class RewardScorer:
     """A reward or value model's reward of prompt and response, whole or not.
 
-    A decoder reads only what is new and its head the last token's state; an encoder reads whole
-    texts (without a template, prompt and response as they stand). Of one label the logit is the
-    reward; of two, the second minus the first; of more, the one chosen by `label`. Chunk-level
+    A decoder reads only new tokens, and its head the state of the last one; an encoder reads whole
+    texts (without a template, prompt and response as they stand). With one label its logit is the
+    reward; with two, the second minus the first; with more, the one chosen by `label`. Chunk-level
     guidance by a value function: arXiv 2409.17819 (explicit values), arXiv 2310.17022.
     """
 
@@ -344,7 +369,10 @@ class RewardScorer:
 def encode_candidates(
     template: Template, candidates: Sequence[Candidate], *, scores_end: bool = True
 ) -> dict[Place, list[int]]:
-    """Token ids of each candidate's prompt and response, encoded together, EOS behind what ended.
+    """Encode each candidate's prompt and response together, with an EOS behind finished ones.
+
+    Returns:
+        Token ids by slot and row.
 
     Raises:
         InputError: where an EOS is to be scored and the template's tokenizer has none.

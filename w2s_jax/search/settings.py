@@ -1,8 +1,8 @@
-"""The settings of a search as frozen values: what is searched with, what scores, and how.
+"""The settings of a search as frozen values: models, scorers, method, and files.
 
-Commands are made of these, so that a flag, a key of a YAML file and an argument in Python are one
-field, declared here with its default and its help. Imports no jax, which `w2s search --help` would
-wait for; what builds models and plans from the settings is imported when it is called.
+Commands inherit from these, so that a flag, a key of a YAML file and an argument in Python are one
+field, declared here with its default and its help. jax is not imported here, as `w2s search --help`
+would wait for it: methods import what builds models and plans when they are called.
 """
 
 import importlib
@@ -69,7 +69,7 @@ class GuidanceConfig:
     """Stack the layers, so that large models compile quickly; by default on a mesh."""
 
     def places(self, choose: "Callable[[Places], ChosenMesh] | None" = None) -> "Places":
-        """The mesh and the rules by which models lie on it.
+        """The mesh, and the rules by which models are placed on it.
 
         Args:
             choose: picks the mesh for "auto", given the rules alone.
@@ -86,10 +86,14 @@ class GuidanceConfig:
         return replace(places, mesh=mesh_of(self.mesh, choose and partial(choose, places)))
 
     def sources(self, *, guided: bool = True) -> "Sources":
-        """The checkpoints that the flags name, without guides where they are not used.
+        """The checkpoints that the flags name.
+
+        Args:
+            guided: False leaves the guides out.
 
         Raises:
-            InputError: for guides that are not pairs, a wrong file of names and quantisation.
+            InputError: for guides that are not pairs, a wrong file of names, and wrong
+                quantisation.
         """
         from w2s_jax.models.quantize import read_quantize
         from w2s_jax.search.checkpoints import GuideSource, Sources, read_folders
@@ -127,7 +131,11 @@ class GuidanceConfig:
 
     @property
     def given_template_args(self) -> dict[str, Any]:
-        """What --template-args gives; InputError where it is no JSON object."""
+        """The values of --template-args.
+
+        Raises:
+            InputError: where it is no JSON object.
+        """
         from w2s_jax.text.chat import read_template_args
 
         given = self.template_args
@@ -135,7 +143,7 @@ class GuidanceConfig:
 
     @property
     def weights_dtype(self) -> str | None:
-        """What loading takes: None leaves the choice to it."""
+        """The dtype for loading; None for "auto"."""
         return None if self.dtype == "auto" else self.dtype
 
 
@@ -157,7 +165,11 @@ class TextScorersConfig:
     """Weight of each function, 1 by default."""
 
     def rewards(self) -> "tuple[RewardSource, ...]":
-        """The reward models; InputError where their weights are of another number."""
+        """The reward models.
+
+        Raises:
+            InputError: where the number of weights differs from that of models.
+        """
         from w2s_jax.search.checkpoints import RewardSource
 
         weights = _weights("--reward", "-model", self.reward_weight, self.reward_model)
@@ -167,7 +179,12 @@ class TextScorersConfig:
         )
 
     def functions(self) -> "list[TextScorer]":
-        """The Python functions as scorers; InputError for one that is not there."""
+        """The Python functions as scorers.
+
+        Raises:
+            InputError: for a function that cannot be imported, and where the number of weights
+                differs.
+        """
         from w2s_jax.search.scorers import FunctionScorer
 
         weights = _weights("--scorer", "", self.scorer_weight, self.scorer)
@@ -178,6 +195,7 @@ class TextScorersConfig:
 def _weights(
     flag: str, kind: str, given: tuple[float, ...], of: tuple[str, ...]
 ) -> tuple[float, ...]:
+    """The given weights, or ones; InputError where their number differs from that of `of`."""
     if given and len(given) != len(of):
         raise InputError(
             f"{len(given)} {flag}-weight for {len(of)} {flag}{kind}; give one each or none"
@@ -230,7 +248,11 @@ class MethodConfig:
         return self.method in ("eft", "ivg")
 
     def search_config(self) -> "SearchConfig":
-        """The search these flags describe; InputError for a value out of range."""
+        """The search that these flags describe.
+
+        Raises:
+            InputError: for a value out of range, and a flag of another method.
+        """
         from w2s_jax.ops.logits import Sampling
         from w2s_jax.search.config import preset
         from w2s_jax.search.methods import Maximin
@@ -339,11 +361,11 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
         return self.generator or f"{writer}-w2s-{self.method}"
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide what is computed: a journal is not taken up with others."""
+        """The settings that decide the results: a journal is only resumed with the same ones."""
         return {name: own for name, own in asdict(self).items() if name not in NOT_IN_FINGERPRINT}
 
     def alike(self) -> dict[str, Any]:
-        """The settings that hosts which search together must have alike."""
+        """The settings that must agree between hosts that search together."""
         free = set(NOT_IN_FINGERPRINT) - set(ALIKE)
         return {name: own for name, own in asdict(self).items() if name not in free}
 
@@ -352,7 +374,11 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
         return {name: own for name, own in asdict(self).items() if own and name not in HIDDEN}
 
     def sources_of_all(self) -> "Sources":
-        """All checkpoints; InputError where the method lacks one or has too many."""
+        """All checkpoints.
+
+        Raises:
+            InputError: where the method lacks one or does not use one.
+        """
         if (self.policy is None) == (self.endpoint is None):
             raise InputError("name what writes: either --policy or --endpoint")
         if self.endpoint and not self.endpoint_model:
@@ -373,7 +399,7 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names; the working directory is looked in too.
+    """The function that "package.module:function" names; the working directory is searched too.
 
     Raises:
         InputError: where there is none.

@@ -1,8 +1,8 @@
 """The same search over texts, for policies that only give text: chunks until all prompts are done.
 
-Hypotheses are strings, a proposer extends them (an API, say), scorers on text value them, the
-config's own selector keeps some. Slots are filled and emptied by `run.run_slots`, as those on the
-device are. Knows no tokenizer and no network.
+Hypotheses are strings. A proposer (such as the client of an API) extends them, scorers of texts
+value them, and the config's own selector keeps some. `run.run_slots` fills and empties the slots,
+as it does those on the device. No tokenizer and no network is used here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +23,19 @@ from w2s_jax.text.prompts import Conversation, cut
 
 @dataclass(frozen=True)
 class Extension:
-    """A hypothesis to be continued `count` times by at most max_tokens tokens each.
+    """A hypothesis to be continued.
 
-    position: tokens asked for it so far, those of all chunks before. lane: the row (0 .. W·K − 1)
-    of its first continuation; with the seed, row_id and position it tells every draw apart. trail:
-    what the proposer gave with the continuation that the response ends with (None at first).
+    seed, row_id, position and lane tell every draw from the others.
+
+    Attributes:
+        row_id: of its prompt.
+        conversation: its prompt.
+        response: its text so far.
+        count: continuations that are asked for.
+        max_tokens: of each continuation.
+        position: tokens asked for it so far, those of all earlier chunks.
+        lane: row (0 .. W·K − 1) of its first continuation.
+        trail: what the proposer returned with the response's last continuation; None at first.
     """
 
     row_id: int
@@ -42,11 +50,15 @@ class Extension:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Text that continues a response, and how many tokens it took.
+    """Text that continues a response.
 
-    finished: the response ends here, by an EOS unless `stopped` says that it was a stop string (or
-    anything else without an EOS to score). Not finished: it was cut by max_tokens. trail: anything
-    that the proposer wants back with the next extension.
+    Attributes:
+        text: what was written.
+        finished: whether the response ends here; if not, it was cut by max_tokens.
+        tokens: how many it took.
+        stopped: it was ended by a stop string, or anything else without an EOS to score; not by an
+            EOS.
+        trail: what the proposer wants back with the next extension.
     """
 
     text: str
@@ -66,10 +78,16 @@ class TextProposer(Protocol):
 
 @dataclass(frozen=True)
 class TextHypothesis:
-    """A response and its score, the sum of its weighted objectives (one a scorer).
+    """A response and its score.
 
-    finished: an EOS or a stop string ended it; otherwise max_new_tokens did. by_eos: an EOS is
-    scored behind it. token_count: how many the proposer says its continuations took.
+    Attributes:
+        response: its text, without what ended it.
+        score: the sum of the objectives.
+        finished: an EOS or a stop string ended it, not max_new_tokens.
+        objectives: weighted scores, one of each scorer.
+        by_eos: an EOS is scored behind it.
+        trail: what the proposer wants back.
+        token_count: tokens that its continuations took, as the proposer counts them.
     """
 
     response: str = ""
@@ -83,7 +101,13 @@ class TextHypothesis:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What a prompt's search kept, best first; tokens: how many were proposed for it in all."""
+    """The hypotheses that a prompt's search kept.
+
+    Attributes:
+        row_id: of the prompt.
+        hypotheses: best first.
+        tokens: how many were proposed for it in all.
+    """
 
     row_id: int
     hypotheses: tuple[TextHypothesis, ...]
@@ -97,7 +121,13 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Beam:
-    """What a slot holds: its hypotheses, tokens asked for each, and tokens proposed for all."""
+    """The content of a slot.
+
+    Attributes:
+        hypotheses: W of them.
+        base: tokens asked for each.
+        tokens: proposed for all, dropped ones included.
+    """
 
     hypotheses: tuple[TextHypothesis, ...]
     base: int = 0
@@ -110,14 +140,14 @@ class TextSession(Slotted):
 
     Attributes:
         proposer: what continues the texts.
-        beams: what is under search in each used slot.
+        beams: the hypotheses in each used slot.
     """
 
     proposer: TextProposer
     beams: Mapping[int, Beam] = field(default_factory=dict)
 
     def insert(self, slot: int, request: Request) -> Self:
-        """The session with a request in a slot, whatever that held."""
+        """The session with a request in a slot, in place of its content."""
         beam = Beam((TextHypothesis(),) * self.config.beam_width)
         return replace(self.with_request(slot, request), beams={**self.beams, slot: beam})
 
@@ -165,7 +195,7 @@ class TextSession(Slotted):
         return replace(told.keep(rows, selection, finished), beams=beams)
 
     def _propose(self) -> list[TextRow]:
-        """Every row of the hypotheses that go on."""
+        """Every row of the hypotheses that continue."""
         config, count = self.config, self.config.successors
         asked: list[tuple[int, Extension]] = []
         for slot, beam in self.beams.items():
@@ -209,7 +239,7 @@ class TextSession(Slotted):
         )
 
     def done_slots(self) -> list[int]:
-        """Slots whose search has ended, well or not."""
+        """Slots whose search has ended or failed."""
         return [
             slot
             for slot, beam in self.beams.items()
@@ -219,7 +249,11 @@ class TextSession(Slotted):
         ]
 
     def outcomes(self, slots: Iterable[int]) -> tuple[dict[int, TextResult], dict[int, RowFailed]]:
-        """The results of those slots that have one, best first, and why others failed."""
+        """The outcomes of slots.
+
+        Returns:
+            By slot, the results of those that have one, best first, and why the others failed.
+        """
         found, failed = {}, {}
         for slot in slots:
             row_id, beam = self.requests[slot].row_id, self.beams[slot]
@@ -243,22 +277,30 @@ def search_texts(
     on_result: Callable[[TextResult], None] | None = None,
     on_chunk: Callable[[ChunkTrace], None] | None = None,
 ) -> list[TextResult]:
-    """Search a response for every conversation; results in the order of the conversations.
+    """Search a response for every conversation.
 
     Chunk-level beam search (arXiv 2405.19262, algorithm 1; section 5.2 for black boxes) as
-    `search.search` does it, over texts: a score is Σ_j weight_j·score_j over the scorers, and
-    max_new_tokens counts the tokens asked for, max_tokens of each chunk, whatever came. config's
-    sampling and eos_ids are the proposer's part and not read here; its scorer must be the default
-    or NoScore, as the scores are those of `scorers`. A response that the proposer finished is
-    scored with an EOS behind it, one ended by a stop string is not; with reference_quirks one cut
-    by length is.
+    `search.search` does it, over texts. A response that an EOS ended is scored with an EOS behind
+    it, one that a stop string ended is not; with reference_quirks one cut by length is.
 
-    row_ids (by default 0, 1, ...) tell the proposer the draws apart. on_result is called with each
-    result as soon as its prompt is done, on_chunk with what each chunk offered and kept.
+    Args:
+        proposer: continues the texts.
+        scorers: a score is Σ_j weight_j·score_j over them.
+        conversations: the prompts.
+        config: the search. max_new_tokens counts the tokens asked for, max_tokens of each chunk,
+            whatever came. Sampling and eos_ids are left to the proposer; the scorer must be the
+            default or NoScore.
+        row_ids: by which the proposer tells the draws apart; by default 0, 1, ...
+        on_result: called with each result as soon as its prompt is done.
+        on_chunk: called with the candidates of each chunk and which of them were kept.
 
-    Raises RowsFailed, once all others are done, for rows with a score that is not finite. Raises
-    InputError for a config that needs the policy's logits, for no scorer where the method scores,
-    and what the proposer and the scorers raise.
+    Returns:
+        The results in the order of the conversations.
+
+    Raises:
+        RowsFailed: once all others are done, for rows with a score that is not finite.
+        InputError: for a config that needs the policy's logits, for no scorer where the method
+            scores, and as the proposer and the scorers do.
     """
     _check(config, scorers)
     count = len(conversations)
