@@ -2,7 +2,7 @@
 
 import pytest
 
-MOST = {"search": 31, "logits": 11, "dpo": 36}
+MOST = {"search": 29, "logits": 11, "dpo": 36}
 
 
 @pytest.mark.slow

@@ -13,10 +13,15 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
-from w2s_jax.search import session as sessions
+from w2s_jax.search.compile import compile_session
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.methods import NoScore
-from w2s_jax.search.session import start_session
+from w2s_jax.search.session import (
+    done_program,
+    insert_program,
+    release_program,
+    start_session,
+)
 from w2s_jax.text.prompts import Conversation, cut
 
 RNG = np.random.default_rng(2)
@@ -84,7 +89,7 @@ def test_what_is_compiled_ahead_is_all_that_runs(start):
     # Of the first insert, step, done and release; of the other insert, propose and conclude.
     for request, count in ((on_tokens, 4), (through_texts, 3)):
         with compilations() as ahead, ThreadPoolExecutor(1) as other:
-            other.submit(sessions.compile_session, session, request).result()
+            other.submit(compile_session, session, request).result()
         assert len(ahead) == count
         with compilations() as later:
             run(start(decode=decode), [request, request])
@@ -102,7 +107,7 @@ def test_where_texts_are_scored_two_chunks_are_searched_ahead(start):
     config = replace(BEAM, scorer=NoScore())
     request = Request(0, PROMPTS[:1], conversation=Conversation(text="a"))
     options = {"guides": None, "decode": decode, "scorers": [FunctionScorer(length)]}
-    session = sessions.compile_session(start(config, **options), request)
+    session = compile_session(start(config, **options), request)
     assert BEAM.length < max(map(len, seen)) <= 2 * BEAM.length
     assert not session.requests
     assert run(session, [request]) == run(start(config, **options), [request])
@@ -117,7 +122,7 @@ def test_each_slot_heeds_its_own_numbers(start, policy):
         Request(6, PROMPTS[3:], seed=7, temperature=0.4, top_p=1.0, limit=1),
     ]
     run(start(), requests[:1])
-    programs = (step.search_step, sessions.insert_program, sessions._release, sessions._done)
+    programs = (step.search_step, insert_program, release_program, done_program)
     compiled = [program._cache_size() for program in programs]
     for asked, result in zip(requests, run(start(), requests), strict=True):
         # Where a nucleus may be cut the likeliest token is drawn first, even if none is.

@@ -16,10 +16,10 @@ from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import Guide
 from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
-from w2s_jax.search.file import TextPolicy, read_questions, search_rows
+from w2s_jax.search.file import read_questions, search_rows
 from w2s_jax.search.methods import Maximin, NoScore, TopW
 from w2s_jax.search.scorers import Candidate, FunctionScorer
-from w2s_jax.search.text_run import Continuation, Extension, search_texts
+from w2s_jax.search.text_run import Continuation, Extension, TextPolicy, search_texts
 from w2s_jax.text.prompts import Conversation
 from w2s_jax.text.rows import open_journal
 

@@ -16,9 +16,9 @@ from tests.serve.fake_api import FakeAPI, Reply, completion, error, good, words
 from w2s_jax.errors import InputError
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import best_of_n, cbs
-from w2s_jax.search.file import TextPolicy, read_questions, search_rows
+from w2s_jax.search.file import read_questions, search_rows
 from w2s_jax.search.scorers import FunctionScorer
-from w2s_jax.search.text_run import Extension, search_texts
+from w2s_jax.search.text_run import Extension, TextPolicy, search_texts
 from w2s_jax.serve.client import (
     Endpoint,
     EndpointError,

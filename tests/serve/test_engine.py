@@ -394,7 +394,7 @@ def test_what_is_new_is_compiled_beside_what_runs(served, reader, monkeypatch, n
     others = [{"method": "sample"}, {"method": "sample", "stop": "xyz"}][:known]
     for fields in others:
         assert answer(engine, reader, **fields)
-    monkeypatch.setattr(room.sessions, "compile_session", slowly(room.sessions.compile_session))
+    monkeypatch.setattr(room.compiling, "compile_session", slowly(room.compiling.compile_session))
     monkeypatch.setattr(tasks, "compile_scores", slowly(tasks.compile_scores))
 
     async def ask():
@@ -426,7 +426,7 @@ def test_a_compilation_that_fails_fails_who_asked_for_it(served, reader, monkeyp
     engine = Engine(served, CONFIG)
     engine.start()
     with monkeypatch.context() as patch:
-        patch.setattr(room.sessions, "compile_session", broken)
+        patch.setattr(room.compiling, "compile_session", broken)
         with pytest.raises(ApiError) as caught:
             answer(engine, reader, method="sample")
     assert (caught.value.status, caught.value.code) == (500, "search_failed")

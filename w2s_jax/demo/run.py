@@ -22,8 +22,9 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.rewards import gold_rewards, mean_and_stderr
 from w2s_jax.search import Guide, SearchConfig, search
 from w2s_jax.search.config import preset
-from w2s_jax.search.results import SearchResult, hypothesis_text
+from w2s_jax.search.results import SearchResult
 from w2s_jax.search.scorers import TextLogRatio, TextModel
+from w2s_jax.search.session import hypothesis_text
 from w2s_jax.text.chat import load_template
 from w2s_jax.text.prompts import Conversation, decode_tokens, encode_prompt
 from w2s_jax.text.rows import check_writable, progress, write_jsonl

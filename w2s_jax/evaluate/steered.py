@@ -17,8 +17,8 @@ from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import SearchModels
-from w2s_jax.search.results import Request, SearchResult, hypothesis_text
-from w2s_jax.search.run import search_all
+from w2s_jax.search.results import Request, SearchResult
+from w2s_jax.search.session import hypothesis_text, search_all
 from w2s_jax.text.prompts import Conversation, decode_tokens, special_stops
 
 WITH_LIKELIHOOD = ("sample", "eft")

@@ -43,8 +43,8 @@ from w2s_jax.models.reward import Classifier
 from w2s_jax.models.save import save_classifier, save_model
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.config import sample
-from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
+from w2s_jax.search.session import hypothesis_text
 from w2s_jax.text.prompts import decode_tokens
 from w2s_jax.text.rows import read_jsonl, write_whole
 from w2s_jax.text.tokenizer import END_ID, load_tokenizer

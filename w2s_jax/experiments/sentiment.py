@@ -23,8 +23,8 @@ from w2s_jax.search.config import SearchConfig, best_of_n, cbs, eft, sample
 from w2s_jax.search.likelihood import Response, score_responses
 from w2s_jax.search.methods import EFTProposer, Logits, PolicyProposer, Proposer
 from w2s_jax.search.models import Guide, SearchModels, search_models
-from w2s_jax.search.results import hypothesis_text
 from w2s_jax.search.run import search
+from w2s_jax.search.session import hypothesis_text
 from w2s_jax.text.prompts import encode_prompt
 from w2s_jax.text.rows import Journal, Row
 from w2s_jax.train.curves import as_png, new_figure

@@ -26,7 +26,7 @@ from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import SEARCH_RULES, Placement, Rules, resolve_tree, with_shardings
 from w2s_jax.search import incremental_text, session, step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.decode import start_cache
+from w2s_jax.search.decode import draws_of, start_cache
 from w2s_jax.search.methods import LogRatio, NoScore
 from w2s_jax.search.models import LARGEST_PADDING, Guide, SearchModels, search_models
 from w2s_jax.search.results import Request
@@ -303,7 +303,7 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
 
 def _insertion(models: SearchModels, state: SearchState, shapes: SearchShapes) -> Program:
     """A prompt into a slot: every model that reads tokens reads it."""
-    draws = session.draws_of(state.config, Request(0, ((1,),)))
+    draws = draws_of(state.config, Request(0, ((1,),)))
     given = (np.int32(0), draws, _ints(1, bucket(shapes.prompt_tokens) + 1), _ints(1))
     trace = partial(session.insert_program.trace, models, state, *given)
     return Program("prefill", trace, 0, shapes.slots, nbytes(models.members))

@@ -28,8 +28,8 @@ from w2s_jax.search import Request, SearchConfig, SearchModels, search_models
 from w2s_jax.search.checkpoints import GuideSource, Sources, SteeringPlan, load, plan
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.models import ONE_DEVICE, Places
-from w2s_jax.search.results import Hypothesis, SearchResult, hypothesis_text
-from w2s_jax.search.run import check_request, search_requests
+from w2s_jax.search.results import Hypothesis, SearchResult
+from w2s_jax.search.session import check_request, hypothesis_text, search_requests
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, special_stops
 from w2s_jax.text.rows import Row, journal_path, locked, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping

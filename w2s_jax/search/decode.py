@@ -372,6 +372,13 @@ def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
     return tuple((usual | own_numbers).values())
 
 
+def draws_of(config: SearchConfig, request: Any) -> tuple:
+    """Arguments of `make_draws` for a `results.Request`, as arrays: no value is compiled in."""
+    # A row id may be any int; the key folds in 32 bits of it.
+    ids = (np.uint32(number & 0xFFFFFFFF) for number in (request.row_id, request.seed))
+    return (*ids, *draw_numbers(config, request))
+
+
 def make_draws(row_id: Any, seed: Any, *numbers: Any) -> Draws:
     """The draws of one prompt: a key from seed and row id, and the other fields as `numbers`."""
     key = jax.random.fold_in(jax.random.key(seed), row_id)

@@ -1,8 +1,8 @@
 """Search over rows: conversations in, answers out, every finished row in a journal at once.
 
-A row is searched by a policy in this process, which guides and scorers steer (`SteeredPolicy`), or
-by one that only gives text (`TextPolicy`). What lies above this room – a client of an API, a choice
-of a mesh, a page that reports – comes to `search_file` as arguments.
+A row is searched by a policy in this process, with guides and scorers (`SteeredPolicy`), or by one
+that only gives text (`text_run.TextPolicy`). What lies above this room – the client of an API, a
+choice of a mesh, a page that reports – is an argument of `search_file`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,21 @@ from w2s_jax.search.models import ONE_DEVICE, Places
 from w2s_jax.search.results import (
     TRACE,
     ChunkTrace,
+    Questions,
     Request,
     SearchResult,
-    answer_row,
     chunk_row,
-    hypothesis_text,
 )
-from w2s_jax.search.run import search_all
-from w2s_jax.search.scorers import TextScorer, guide_tokens
+from w2s_jax.search.scorers import Shaded, guide_tokens
+from w2s_jax.search.session import hypothesis_text, search_all
 from w2s_jax.search.settings import SearchFileConfig
-from w2s_jax.search.text_run import TextProposer, TextResult, search_texts
+from w2s_jax.search.text_run import TextPolicy, TextProposer
 from w2s_jax.text.chat import renderer
 from w2s_jax.text.prompts import (
     Conversation,
     conversation_of,
     decode_tokens,
     escape_notes,
-    plain,
     prompts_from,
     special_stops,
     token_texts,
@@ -57,27 +55,13 @@ from w2s_jax.text.rows import (
     write_jsonl,
 )
 
-Shaded = list[tuple[str, float]]  # the tokens of a text, and what a guide adds for each
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The rows of a file with their conversations, and their prompts as the models read them.
-
-    Attributes:
-        prompts: for each row one sequence of token ids for all members, or one each; none for a
-            policy that gives text.
-        source: what rows are called in messages, before their number.
-    """
-
-    rows: Sequence[Row]
-    conversations: Sequence[Conversation]
-    prompts: Sequence[tuple[tuple[int, ...], ...]] = ()
-    source: str = "row"
-
 
 def read_questions(rows: Sequence[Row], source: str) -> Questions:
-    """The rows with the conversation of each; InputError names one without as "SOURCE NUMBER"."""
+    """The rows with the conversation of each.
+
+    Raises:
+        InputError: for a row without one; the message begins with "SOURCE NUMBER".
+    """
     talks = [conversation_of(row, f"{source} {number}") for number, row in enumerate(rows, start=1)]
     return Questions(rows, talks, source=source)
 
@@ -90,7 +74,14 @@ def encode_questions(
     max_new_tokens: int,
     read: Callable[[Conversation], Any] | None = None,
 ) -> Questions:
-    """Every row as the models of a plan read it, or as `read` does.
+    """The rows with their conversations and prompts.
+
+    Args:
+        plan: the models that read.
+        rows: of a file.
+        source: what rows are called in messages, before their number.
+        max_new_tokens: tokens of a response at most.
+        read: turns a conversation into a prompt; by default `plan.prompts`.
 
     Raises:
         InputError: naming the row, for one without a conversation, a template that fails, and a
@@ -111,7 +102,11 @@ def encode_questions(
 class SteeredPolicy:
     """A policy in this process with what steers it.
 
-    names: what to call the objectives of a hypothesis; called: what to call the models in messages.
+    Attributes:
+        plan: the models, with tokenizers and templates.
+        steering: the loaded models and scorers.
+        config: the search.
+        mesh: the models'.
     """
 
     plan: SteeringPlan
@@ -121,16 +116,18 @@ class SteeredPolicy:
 
     @property
     def names(self) -> Sequence[str]:
+        """Names of a hypothesis's objectives."""
         return self.steering.names
 
     @property
     def called(self) -> Mapping[str, str]:
+        """Names of the models in messages."""
         assert self.steering.models is not None
         called = (member.called for member in self.plan.members)
         return dict(zip(self.steering.models.member_names, called, strict=True))
 
     def search(self, questions: Questions, waiting: Sequence[int], **heard: Any) -> object:
-        """Search the rows of these indices, which are their ids; `heard` is as of `search`."""
+        """Search the rows of these indices, which are their ids; callbacks are as of `search`."""
         assert self.steering.models is not None
         prompts, talks, seed = questions.prompts, questions.conversations, self.config.seed
         return search_all(
@@ -156,9 +153,9 @@ class SteeredPolicy:
         return [hypothesis_text(self.plan.tokenizer, prompt, one, **ends) for one in found]
 
     def best_tokens(self, questions: Questions, result: SearchResult, response: str) -> Shaded:
-        """Each token of the best response with what the guides add for it.
+        """Each token of the best response, and the weighted log-ratio that the guides give it.
 
-        By the guides on tokens or, where there is none, as `guide_tokens` gives them.
+        By the guides on tokens or, where there is none, by `guide_tokens`.
         """
         best, index = result.best, result.row_id
         if self.steering.models is not None and self.steering.models.guides:
@@ -170,39 +167,32 @@ class SteeredPolicy:
         return guide_tokens(self.steering.scorers, conversation, response, finished=bool(by_eos))
 
 
-@dataclass(frozen=True)
-class TextPolicy:
-    """A policy that only gives text.
-
-    names: what to call the objectives of a hypothesis; render: a conversation as the text that a
-    response follows; called: what to call the models in messages.
-    """
-
-    proposer: TextProposer
-    scorers: Sequence[TextScorer]
-    config: SearchConfig
-    names: Sequence[str] = ()
-    render: Callable[[Conversation], str] = plain
-    called: Mapping[str, str] = field(default_factory=dict)
-
-    def search(self, questions: Questions, waiting: Sequence[int], **heard: Any) -> object:
-        """Search the rows of these indices, which are their ids; `heard` is as of `search`."""
-        talks = [questions.conversations[index] for index in waiting]
-        given = (self.proposer, self.scorers, talks, self.config)
-        return search_texts(*given, row_ids=waiting, **heard)
-
-    def responses(self, questions: Questions, result: TextResult) -> list[str]:
-        """The text of every hypothesis, best first."""
-        return [found.response for found in result.hypotheses]
-
-    def best_tokens(self, questions: Questions, result: TextResult, response: str) -> Shaded:
-        """Each token of the best response with what the guide adds for it (`guide_tokens`)."""
-        conversation = questions.conversations[result.row_id]
-        return guide_tokens(self.scorers, conversation, response, finished=result.best.by_eos)
-
-
 RowPolicy = SteeredPolicy | TextPolicy
 """What rows are searched with."""
+
+
+def answer_row(
+    row: Row, responses: Sequence[str], hypotheses: Sequence[Any], names: Sequence[str]
+) -> Row:
+    """The output row of a search.
+
+    An input field named response, score, hypotheses or trace is overwritten.
+
+    Args:
+        row: the input row.
+        responses: the texts of the hypotheses, best first.
+        hypotheses: the same as `Hypothesis` or `TextHypothesis`.
+        names: of the objectives; where there are several, a hypothesis lists them by name.
+    """
+    kept: list[Row] = []
+    for response, one in zip(responses, hypotheses, strict=True):
+        kept.append({"response": response, "score": one.score})
+        if len(one.objectives) > 1 and len(names) == len(one.objectives):
+            kept[-1]["objectives"] = dict(zip(names, one.objectives, strict=True))
+    prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
+    best = {name: kept[0][name] for name in ("response", "score")}
+    found = {**prompt, **best, "hypotheses": kept}
+    return found | {name: row[name] for name in row if name not in found and name != TRACE}
 
 
 def search_rows(
@@ -214,12 +204,19 @@ def search_rows(
     traced: bool = False,
     on_row: Callable[[Row | None], None] = lambda row: None,
 ) -> None:
-    """Search every row that the journal does not hold yet; `on_row` is called with each answer.
+    """Search every row that the journal does not hold yet.
 
-    On several hosts, each writes its share of the rows, and `on_row` is called with None for the
-    others'. The row's index is its id, so that its draws do not depend on where an earlier run
-    stopped. Where `traced`, a row's field "trace" tells what its search looked at, under the
-    method's name. What is finished stays in the journal when the search fails.
+    A row's index is its id, so that its draws do not depend on where an earlier run stopped.
+    Finished rows stay in the journal when the search fails. Each of several hosts writes its share
+    of the rows.
+
+    Args:
+        policy: what searches.
+        questions: the rows.
+        journal: takes the answers.
+        method: named in traces.
+        traced: whether a row gets a field "trace" with what its search looked at.
+        on_row: called with each answer; with None for one that another host writes.
 
     Raises:
         RowsFailed: once all others are in the journal, for rows that a model fails, naming it.
@@ -267,7 +264,13 @@ def search_rows(
 
 @dataclass(frozen=True)
 class SearchedFile:
-    """What `search_file` did: rows of the output, those searched now, and how long that took."""
+    """The outcome of `search_file`.
+
+    Attributes:
+        rows: rows of the output.
+        searched: rows searched by this call.
+        seconds: how long that took.
+    """
 
     rows: int
     searched: int
@@ -293,30 +296,30 @@ def search_file(
     write: Callable[[str | Path, list[Row]], None] = write_jsonl,
     write_report: Callable[..., None] | None = None,
 ) -> SearchedFile:
-    """Search every prompt of a file and write the responses, going on from a journal of its own.
+    """Search every prompt of a file and write the responses; resumes from its own journal.
 
     Finished rows go to OUTPUT.journal at once; after a kill the same call goes on where it stopped.
     At the end the journal becomes the output, in input order. Hosts that were started together
     share the rows.
 
     Args:
-        config: what is read, searched, and written. What a subclass adds to it counts as further
-            settings of the run, unless it is named in `settings.NOT_IN_FINGERPRINT`.
-        tell: hears lines for the user: where each guide scores, what an endpoint has cost.
-        progress: of the number of rows and of those that are done, a context whose value is called
-            with how many more are.
-        on_row: hears each answer as it is found, its trace under "trace"; rows are then traced.
-        connect: the policy behind `config.endpoint`, given the search and how prompts are written;
-            with it a function that says what was used.
-        choose_mesh: chooses for the mesh "auto" of a plan, a search, rules, and the tokens of the
+        config: input, search, and output. Further fields of a subclass count as settings of the
+            run, unless they are named in `settings.NOT_IN_FINGERPRINT`.
+        tell: called with lines for the user: where each guide scores, what an endpoint has cost.
+        progress: makes, from the number of rows and of those already done, a context whose value is
+            called with how many more are done.
+        on_row: called with each answer as it is found; rows are then traced.
+        connect: returns, for the search and a function that renders prompts, the policy behind
+            `config.endpoint` and a function that says what was used.
+        choose_mesh: chooses the mesh for "auto" from plan, search, places, and the tokens of the
             longest prompt.
         check_rows: raises InputError for rows that `write` could not write.
         write: writes the output's rows to a path.
         write_report: writes `config.report` (path, traces, title=, settings=).
 
     Raises:
-        InputError: before any weight is read, for what is wrong with settings, rows and
-            checkpoints; and for rows that could not be searched, once all others were.
+        InputError: before any weight is read, for wrong settings, rows and checkpoints; and for
+            rows that could not be searched, once all others were.
     """
     searching, sources = config.search_config(), config.sources_of_all()
     rows, source = _read(config, tell, check_rows)
@@ -352,7 +355,7 @@ def _read(
     tell: Callable[[str], object],
     check_rows: Callable[[Sequence[Row]], None],
 ) -> tuple[list[Row], str]:
-    """The rows and what to call them; InputError for wrong ones, and for wrong paths."""
+    """The rows and what to call them; InputError for wrong rows and wrong paths."""
     if Path(config.prompts).resolve() == Path(config.output).resolve():
         raise InputError(f"--output {config.output} is the file of prompts; name another")
     rows, source = read_rows(config.prompts)
@@ -367,7 +370,7 @@ def _read(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is searched, and what loads that which searches it; nothing but weights can be wrong."""
+    """The questions, and what loads the policy; only reading weights can still fail."""
 
     questions: Questions
     load: Callable[[], RowPolicy]
@@ -466,7 +469,7 @@ def _finish(
     write: Callable[[str | Path, list[Row]], None],
     write_report: Callable[..., None] | None,
 ) -> None:
-    """The report and the output from the journal, which is removed last."""
+    """Write the report, and the output from the journal, which is removed last."""
     rows = journal.read()
     if config.report is not None and write_report is not None and len(rows) == count and is_first():
         traces = (rows[index][TRACE] for index in range(count))

@@ -1,26 +1,27 @@
 """The host's side of a search as values: requests, results, and the hop through text.
 
-Ends at token ids are found on the device; stop strings, scores of texts and traces need the hop. A
-trace is what a search looked at, chunk by chunk.
+EOS ids are found on the device; stop strings, scores of texts and traces need the hop. A trace is
+what a search offered and kept, chunk by chunk.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from operator import eq
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
-from w2s_jax.distributed import to_host
+from w2s_jax.distributed import everywhere, to_host
 from w2s_jax.errors import InputError
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.methods import Selection
-from w2s_jax.search.scorers import Candidate, TextScorer, at_fault
+from w2s_jax.search.scorers import Candidate
 from w2s_jax.search.step import Proposal, SearchState
-from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, response_end, text_behind
+from w2s_jax.text.prompts import CONTEXT, INCOMPLETE, Conversation, cut, text_behind
 from w2s_jax.text.rows import Row
 
 Number = float | int
@@ -35,16 +36,21 @@ End = Literal["", "eos", "stop", "limit"]
 class Request:
     """A prompt for a slot.
 
-    seed and row_id decide the draws. limit, temperature, top_p and beta take the places of the
-    config's numbers (a limit is at most max_new_tokens).
+    temperature, top_p and beta are the config's where they are None, limit is its max_new_tokens.
 
     Attributes:
-        prompts: its token ids, one sequence for all members of the models or one each (policy,
-            tuned 0, untuned 0, ...).
-        conversation: the same for scorers of texts.
+        row_id: with the seed it decides the draws.
+        prompts: token ids, one sequence for all models or one each (policy, tuned 0, untuned 0,
+            ...).
+        conversation: the prompt for scorers of texts.
         stop: strings that end a response.
-        position: what is added to the position in the response of each draw.
-        lane: what is added to the lane of each draw.
+        seed: with row_id it decides the draws.
+        limit: new tokens at most, up to the config's max_new_tokens.
+        temperature: of the sampling; 0 is greedy.
+        top_p: of the sampling.
+        beta: β of an EFT proposer.
+        position: added to the response position of each draw.
+        lane: added to the lane of each draw.
     """
 
     row_id: int
@@ -59,16 +65,26 @@ class Request:
     position: int = 0
     lane: int = 0
 
+    @property
+    def scored_conversation(self) -> Conversation:
+        """The conversation; InputError where there is none."""
+        if self.conversation is None:
+            raise InputError(f"row {self.row_id}: scorers of texts need its conversation")
+        return self.conversation
+
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A response: its token ids, an EOS included, and its score, the sum of its objectives.
+    """A response and its score.
 
     Attributes:
-        finished: EOS or a stop string ended it; otherwise max_new_tokens did.
-        token_scores: what each token added, where the scorer is one on tokens.
-        behind: where a stop string ended it, what was written after it: the last token that counts
-            may hold the beginning of that string.
+        tokens: token ids, an EOS included.
+        score: the sum of its objectives.
+        finished: an EOS or a stop string ended it; otherwise max_new_tokens did.
+        objectives: sums of token scores, then scores of texts.
+        token_scores: what each token added; empty where no scorer is on tokens.
+        behind: where a stop string ended it, the tokens sampled after the last one that counts,
+            which may hold the beginning of that string.
     """
 
     tokens: tuple[int, ...]
@@ -80,24 +96,13 @@ class Hypothesis:
 
     @property
     def token_count(self) -> int:
-        """How many tokens it has."""
+        """The number of its tokens."""
         return len(self.tokens)
-
-
-def hypothesis_text(
-    tokenizer: Any, prompt: Sequence[int], hypothesis: Hypothesis, **ends: Sequence[Any]
-) -> str:
-    """The text of a hypothesis behind its prompt's token ids, without what ended it.
-
-    ends: as `stop` and `eos_ids`, what ends responses beside the EOS that the tokenizer knows.
-    """
-    given: dict[str, Any] = {"finished": hypothesis.finished, "behind": hypothesis.behind, **ends}
-    return response_end(tokenizer, prompt, hypothesis.tokens, **given)[0]
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a prompt's search kept, best first."""
+    """The hypotheses that a prompt's search kept, best first."""
 
     row_id: int
     hypotheses: tuple[Hypothesis, ...]
@@ -110,11 +115,15 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class ChunkTrace:
-    """What one chunk of one prompt offered, and what was kept of it.
+    """The candidates of one chunk of one prompt, c of them, and which of them were kept.
 
-    For each of c candidates: parents, the place of the hypothesis it continues; texts, what it
-    adds to it (nothing where a finished hypothesis is carried over); objectives float32 [c, J];
-    finished; kept, its place among the new hypotheses or −1.
+    Attributes:
+        row_id: of the prompt.
+        parents: c indices of the hypotheses that they continue.
+        texts: what they add; "" where a finished hypothesis is carried over.
+        objectives: float32 [c, J].
+        finished: whether an EOS or a stop string ended them.
+        kept: c indices among the new hypotheses, −1 for those that were dropped.
     """
 
     row_id: int
@@ -128,7 +137,7 @@ class ChunkTrace:
 def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:
     """One chunk: {"candidates": [{parent, text, score, objectives, kept, finished}]}.
 
-    kept is the place among the new hypotheses, None for what was dropped.
+    kept is the index among the new hypotheses, None for what was dropped.
     """
     columns = (chunk.parents, chunk.texts, chunk.objectives.tolist(), chunk.kept, chunk.finished)
     candidates = [
@@ -145,33 +154,36 @@ def chunk_row(chunk: ChunkTrace) -> dict[str, Any]:
     return {"candidates": candidates}
 
 
-def answer_row(
-    row: Row, responses: Sequence[str], hypotheses: Sequence[Any], names: Sequence[str]
-) -> Row:
-    """The output row of hypotheses and their texts, best first.
+@dataclass(frozen=True)
+class Questions:
+    """The rows of a file with their conversations, and their prompts as the models read them.
 
-    Where there are several objectives, a hypothesis holds them by name. An input field called
-    response, score, hypotheses or trace is overwritten.
+    Attributes:
+        rows: as they were read.
+        conversations: one for each row.
+        prompts: for each row the token ids of one sequence for all models, or of one each; empty
+            for a policy that only gives text.
+        source: what rows are called in messages, before their number.
     """
-    kept: list[Row] = []
-    for response, one in zip(responses, hypotheses, strict=True):
-        kept.append({"response": response, "score": one.score})
-        if len(one.objectives) > 1 and len(names) == len(one.objectives):
-            kept[-1]["objectives"] = dict(zip(names, one.objectives, strict=True))
-    prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
-    best = {name: kept[0][name] for name in ("response", "score")}
-    found = {**prompt, **best, "hypotheses": kept}
-    return found | {name: row[name] for name in row if name not in found and name != TRACE}
+
+    rows: Sequence[Row]
+    conversations: Sequence[Conversation]
+    prompts: Sequence[tuple[tuple[int, ...], ...]] = ()
+    source: str = "row"
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A live row of a proposal as text: all its response so far, up to its end.
+    """A live row of a proposal as text.
 
     Attributes:
-        new: what this chunk adds to its hypothesis.
-        length: its tokens; of a policy that gives only text, those of this chunk.
-        end: what ended it, if anything did.
+        slot: where its prompt is.
+        row: 0 .. R − 1, its row in the slot.
+        parent: the hypothesis that it continues.
+        text: all of its response so far, up to its end.
+        new: what this chunk adds.
+        length: tokens of its response; of a policy that only gives text, those of this chunk.
+        end: what ended it.
         trail: what a proposer of texts wants back.
     """
 
@@ -189,6 +201,17 @@ class TextRow:
         """Whether an EOS or a stop string ended it."""
         return self.end in ("eos", "stop")
 
+    def candidate(self, request: Request, config: SearchConfig) -> Candidate:
+        """The row for scorers of texts, with its request's conversation."""
+        return Candidate(
+            slot=self.slot,
+            row=self.row,
+            parent=self.parent,
+            conversation=request.scored_conversation,
+            response=self.text,
+            finished=self.scores_end(config),
+        )
+
     def scores_end(self, config: SearchConfig) -> bool:
         """Whether an EOS is scored behind it."""
         return self.end == "eos" or (config.reference_quirks and self.end == "limit")
@@ -197,8 +220,8 @@ class TextRow:
 def kept_tokens(tokens: Sequence[int], decode: Decode, stop: Sequence[str]) -> int | None:
     """How many leading tokens hold the text before the first stop string; None where there is none.
 
-    The fewest whose text begins with all that is kept: a token that holds the end of the kept text
-    and the start of the stop string counts, one that holds only the stop string does not.
+    They are the fewest whose text begins with all of that text: a token counts that holds its end
+    and the start of the stop string; one that holds only the stop string does not.
     """
     kept = cut(decode(tokens), stop)
     if kept is None:
@@ -218,9 +241,14 @@ def live_rows(
     *,
     texts: bool = True,
 ) -> list[TextRow]:
-    """Every live row of the slots in use as text, stop strings heeded.
+    """Every live row of the used slots as text, cut at stop strings.
 
-    Without `texts`, rows in which no stop string was found have none.
+    Args:
+        state: the state after proposing.
+        proposal: the rows.
+        requests: the request in each used slot.
+        decode: turns token ids into text.
+        texts: False leaves out the texts of rows without a stop string.
     """
     arrays = (state.tokens, state.base, state.active, state.finished, state.draws.limit)
     before, base, active, over, limits = to_host(arrays)
@@ -257,100 +285,13 @@ def live_rows(
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slotted:
-    """Slots under search as the host sees them, whatever proposes.
-
-    Attributes:
-        config: the search.
-        slots: P, prompts side by side.
-        scorers, memories: of texts, and what each of them remembers.
-        traced: whether `chunks` are to be told.
-        requests: the request in each used slot.
-        failed: slots whose texts a scorer could not value, and the models at fault.
-        chunks: what the last chunk offered and kept, by slot.
-    """
-
-    config: SearchConfig
-    slots: int
-    scorers: tuple[TextScorer, ...] = ()
-    memories: tuple[Any, ...] = ()
-    traced: bool = False
-    requests: Mapping[int, Request] = field(default_factory=dict)
-    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
-
-    def with_scorers(self, scorers: Sequence[TextScorer]) -> Self:
-        """The same slots with scorers that remember nothing yet."""
-        config = self.config
-        sizes = (self.slots, config.beam_width, config.successors, config.length)
-        memories = tuple(scorer.start(*sizes) for scorer in scorers)
-        return replace(self, scorers=tuple(scorers), memories=memories)
-
-    def with_request(self, slot: int, request: Request) -> Self:
-        """The same with a request in a slot, whatever was there; InputError without a text."""
-        memories = tuple(
-            scorer.insert(memory, slot, _conversation(request))
-            for scorer, memory in zip(self.scorers, self.memories, strict=True)
-        )
-        requests, failed = {**self.requests, slot: request}, _without(self.failed, slot)
-        return replace(self, memories=memories, requests=requests, failed=failed)
-
-    def without(self, slot: int) -> Self:
-        """The same with nothing in a slot."""
-        requests, failed = _without(self.requests, slot), _without(self.failed, slot)
-        return replace(self, requests=requests, failed=failed)
-
-    def score(self, rows: Sequence[TextRow]) -> tuple[Self, np.ndarray]:
-        """The slots with the rows read, and weighted scores float32 [P, R, scorers].
-
-        Where every hypothesis is kept anyway, a row is scored when it has ended and not before.
-        """
-        candidates = [
-            Candidate(
-                slot=row.slot,
-                row=row.row,
-                parent=row.parent,
-                conversation=_conversation(self.requests[row.slot]),
-                response=row.text,
-                finished=row.scores_end(self.config),
-            )
-            for row in rows
-            if self.scorers and (self.config.selector.reorders or row.end)
-        ]
-        totals = np.zeros((self.slots, self.config.rows, len(self.scorers)), np.float32)
-        if not candidates:
-            return self, totals
-        places = np.array([(candidate.slot, candidate.row) for candidate in candidates]).T
-        memories: list[Any] = []
-        failed: dict[int, tuple[str, ...]] = {}
-        for index, scorer in enumerate(self.scorers):
-            memory, told = scorer.score(self.memories[index], candidates)
-            scores = np.asarray(told)
-            totals[*places, index] = scorer.weight * scores
-            failed |= at_fault(scorer, memory, candidates, scores)
-            memories.append(memory)
-        return replace(self, memories=tuple(memories), failed={**failed, **self.failed}), totals
-
-    def keep(self, rows: Sequence[TextRow], selection: Selection, finished: np.ndarray) -> Self:
-        """The slots of the kept hypotheses; `finished` [P, W] is from before the chunk."""
-        memories = self.memories
-        if self.scorers:
-            kept = to_host((selection.parents, selection.rows))
-            pairs = zip(self.scorers, memories, strict=True)
-            memories = tuple(scorer.keep(memory, *kept) for scorer, memory in pairs)
-        chunks = trace(rows, selection, finished, self.requests) if self.traced else {}
-        return replace(self, memories=memories, chunks=chunks)
-
-
-def _conversation(request: Request) -> Conversation:
-    if request.conversation is None:
-        raise InputError(f"row {request.row_id}: scorers of texts need its conversation")
-    return request.conversation
-
-
-def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
-    return {key: value for key, value in slots.items() if key != slot}
+def ended(proposal: Proposal, rows: Sequence[TextRow], mesh: Mesh | None) -> Proposal:
+    """A proposal with the ends that its rows have as texts."""
+    lengths, finished = (part.copy() for part in to_host((proposal.lengths, proposal.finished)))
+    for row in rows:
+        lengths[row.slot, row.row] = row.length
+        finished[row.slot, row.row] = row.finished
+    return replace(proposal, lengths=everywhere(lengths, mesh), finished=everywhere(finished, mesh))
 
 
 def trace(
@@ -359,9 +300,18 @@ def trace(
     finished: np.ndarray,
     requests: Mapping[int, Request],
 ) -> dict[int, ChunkTrace]:
-    """What each slot's chunk offered and what was kept; `finished` [P, W] is from before it.
+    """The candidates of each slot's chunk, and which of them were kept.
 
     A finished hypothesis is listed once, also with reference_quirks.
+
+    Args:
+        rows: the live rows.
+        selection: what was chosen.
+        finished: bool [P, W], which hypotheses had finished before the chunk.
+        requests: the request in each used slot.
+
+    Returns:
+        A trace for each slot with candidates.
     """
     arrays = (selection.candidates.objectives, selection.chosen, selection.parents)
     objectives, chosen, parents = to_host(arrays)

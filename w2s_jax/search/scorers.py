@@ -32,6 +32,9 @@ from w2s_jax.text.chat import Template
 from w2s_jax.text.prompts import Conversation, decode_tokens, plain, token_texts
 from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
+Shaded = list[tuple[str, float]]
+"""The tokens of a text, and what a guide adds for each."""
+
 Readings = tuple[Reading, ...]
 """What a guide's tuned and untuned model remember."""
 
@@ -118,6 +121,39 @@ def at_fault(
         names = blame(memory, (one.slot, one.row))
         failed |= {one.slot: names} if names else {}
     return failed
+
+
+def score_candidates(
+    scorers: Sequence[TextScorer],
+    memories: tuple[Any, ...],
+    candidates: Sequence[Candidate],
+    shape: tuple[int, int],
+) -> tuple[tuple[Any, ...], np.ndarray, dict[int, tuple[str, ...]]]:
+    """Score candidates by several scorers.
+
+    Args:
+        scorers: n of them.
+        memories: what each remembers.
+        candidates: the rows to score.
+        shape: P and R.
+
+    Returns:
+        The new memories, weighted scores float32 [P, R, n], 0 for rows that are no candidates, and
+        the slots that failed, as of `at_fault`.
+    """
+    totals = np.zeros((*shape, len(scorers)), np.float32)
+    if not candidates:
+        return memories, totals, {}
+    places = np.array([(candidate.slot, candidate.row) for candidate in candidates]).T
+    kept: list[Any] = []
+    failed: dict[int, tuple[str, ...]] = {}
+    for index, (scorer, memory) in enumerate(zip(scorers, memories, strict=True)):
+        after, told = scorer.score(memory, candidates)
+        scores = np.asarray(told)
+        totals[*places, index] = scorer.weight * scores
+        failed |= at_fault(scorer, after, candidates, scores)
+        kept.append(after)
+    return tuple(kept), totals, failed
 
 
 @dataclass(frozen=True)
@@ -275,9 +311,7 @@ class TextLogRatio:
     def keep(self, memory: Readings, parents: np.ndarray, rows: np.ndarray) -> Readings:
         return tuple(keep_rows(reading, parents, rows) for reading in memory)
 
-    def token_ratios(
-        self, conversation: Conversation, response: str, *, finished: bool
-    ) -> list[tuple[str, float]]:
+    def token_ratios(self, conversation: Conversation, response: str, *, finished: bool) -> Shaded:
         """Each token of a response as the guide reads it, and its weighted log-ratio in nats.
 
         Empty where tuned and untuned model have different templates, so that their tokens may
@@ -297,7 +331,7 @@ class TextLogRatio:
 
 def guide_tokens(
     scorers: Sequence[TextScorer], conversation: Conversation, response: str, *, finished: bool
-) -> list[tuple[str, float]]:
+) -> Shaded:
     """Each token of a response as the first guide on texts reads it, and its weighted log-ratio."""
     for scorer in scorers:
         if isinstance(scorer, TextLogRatio):

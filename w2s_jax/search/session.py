@@ -1,49 +1,128 @@
-"""The host's side of one compiled search: prompts into slots, a chunk for all, results out.
+"""Slots under search: prompts go in as slots come free, results come out as they finish.
 
 A session is a value, but what it holds on the device is donated from one to the next: only the
-newest may be used. The loop over many prompts is in `run.py`; a server runs one of its own.
+newest may be used. `run_slots` is the loop over many prompts; a server runs one of its own.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from w2s_jax.distributed import everywhere, to_host
-from w2s_jax.errors import InputError, RowFailed
+from w2s_jax.distributed import to_host
+from w2s_jax.errors import InputError, RowFailed, RowsFailed
 from w2s_jax.ops.logits import Sampling
-from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, with_shardings
+from w2s_jax.ops.sharding import DEFAULT_RULES, Rules
 from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
-from w2s_jax.search.decode import draw_numbers, make_draws
-from w2s_jax.search.methods import EFTProposer
-from w2s_jax.search.models import SearchModels
+from w2s_jax.search.decode import draws_of, make_draws
+from w2s_jax.search.methods import EFTProposer, LogRatio, NoScore, Selection
+from w2s_jax.search.models import SearchModels, check_ids
 from w2s_jax.search.results import (
+    ChunkTrace,
     Decode,
     Hypothesis,
-    Number,
     Request,
     SearchResult,
-    Slotted,
     TextRow,
+    ended,
     live_rows,
+    trace,
 )
-from w2s_jax.search.scorers import TextScorer
-from w2s_jax.search.step import Proposal, SearchState, start_search
+from w2s_jax.search.scorers import TextScorer, score_candidates
+from w2s_jax.search.step import SearchState, start_search
+from w2s_jax.text.prompts import response_end
+from w2s_jax.text.tokenizer import SMALLEST_BUCKET, buckets
+
+DEFAULT_SLOTS = 8
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slotted:
+    """Slots under search as the host sees them, whatever proposes.
+
+    Attributes:
+        config: the search.
+        slots: P, prompts side by side.
+        scorers, memories: of texts, and what each of them remembers.
+        traced: whether to fill `chunks`.
+        requests: the request in each used slot.
+        failed: slots whose texts a scorer could not value, and the models at fault.
+        chunks: the candidates of the last chunk and which of them were kept, by slot.
+    """
+
+    config: SearchConfig
+    slots: int
+    scorers: tuple[TextScorer, ...] = ()
+    memories: tuple[Any, ...] = ()
+    traced: bool = False
+    requests: Mapping[int, Request] = field(default_factory=dict)
+    failed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    chunks: Mapping[int, ChunkTrace] = field(default_factory=dict)
+
+    def with_scorers(self, scorers: Sequence[TextScorer]) -> Self:
+        """The same slots with scorers that remember nothing yet."""
+        config = self.config
+        sizes = (self.slots, config.beam_width, config.successors, config.length)
+        memories = tuple(scorer.start(*sizes) for scorer in scorers)
+        return replace(self, scorers=tuple(scorers), memories=memories)
+
+    def with_request(self, slot: int, request: Request) -> Self:
+        """The same with a request in a slot; InputError where scorers need its conversation."""
+        memories = tuple(
+            scorer.insert(memory, slot, request.scored_conversation)
+            for scorer, memory in zip(self.scorers, self.memories, strict=True)
+        )
+        requests, failed = {**self.requests, slot: request}, _without(self.failed, slot)
+        return replace(self, memories=memories, requests=requests, failed=failed)
+
+    def without(self, slot: int) -> Self:
+        """The same with nothing in a slot."""
+        requests, failed = _without(self.requests, slot), _without(self.failed, slot)
+        return replace(self, requests=requests, failed=failed)
+
+    def score(self, rows: Sequence[TextRow]) -> tuple[Self, np.ndarray]:
+        """The slots with the rows read, and weighted scores float32 [P, R, scorers].
+
+        Where every hypothesis is kept anyway, a row is scored only when it has ended.
+        """
+        candidates = [
+            row.candidate(self.requests[row.slot], self.config)
+            for row in rows
+            if self.scorers and (self.config.selector.reorders or row.end)
+        ]
+        given = (self.scorers, self.memories, candidates, (self.slots, self.config.rows))
+        memories, totals, failed = score_candidates(*given)
+        return replace(self, memories=memories, failed={**failed, **self.failed}), totals
+
+    def keep(self, rows: Sequence[TextRow], selection: Selection, finished: np.ndarray) -> Self:
+        """The slots of the kept hypotheses; `finished` bool [P, W] is from before the chunk."""
+        memories = self.memories
+        if self.scorers:
+            kept = to_host((selection.parents, selection.rows))
+            pairs = zip(self.scorers, memories, strict=True)
+            memories = tuple(scorer.keep(memory, *kept) for scorer, memory in pairs)
+        chunks = trace(rows, selection, finished, self.requests) if self.traced else {}
+        return replace(self, memories=memories, chunks=chunks)
+
+
+def _without(slots: Mapping[int, Any], slot: int) -> dict[int, Any]:
+    return {key: value for key, value in slots.items() if key != slot}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session(Slotted):
-    """The models, the state on the device, and what is in its slots.
+    """The models, the state on the device, and the content of its slots.
 
     Attributes:
         models: the policy and the guides on its tokens.
         state: their caches and all hypotheses.
-        prefix_capacity: tokens of a prompt, less one, that there is room for.
+        prefix_capacity: S; a prompt may have one token more.
         decode: turns token ids into text.
     """
 
@@ -58,10 +137,10 @@ class Session(Slotted):
         return [slot for slot in range(self.slots) if slot not in self.requests]
 
     def insert(self, slot: int, request: Request) -> Self:
-        """The session with a request in a slot, whatever that held.
+        """The session with a request in a slot, in place of its content.
 
         Raises:
-            InputError: for a slot that is not there, a prompt without tokens or longer than the
+            InputError: for a slot that does not exist, a prompt without tokens or longer than the
                 session has room for, numbers out of range, a limit beyond the config's, and stop
                 strings without `decode`.
         """
@@ -93,13 +172,11 @@ class Session(Slotted):
             raise InputError(
                 f"{where}: the limit is {request.limit} new tokens; it must lie in 1 .. {most}"
             )
-
-        def given(own: Number | None) -> float:
-            return 1.0 if own is None else float(own)
-
+        numbers = (request.temperature, request.top_p, request.beta)
+        temperature, top_p, beta = (1.0 if own is None else float(own) for own in numbers)
         try:
-            Sampling(given(request.temperature), 0, given(request.top_p))
-            EFTProposer(given(request.beta))
+            Sampling(temperature, 0, top_p)
+            EFTProposer(beta)
         except InputError as error:
             raise error.at(where) from None
         if request.stop and self.decode is None:
@@ -114,7 +191,7 @@ class Session(Slotted):
         texts = bool(self.scorers) or self.traced
         rows = live_rows(state, proposal, self.requests, self.decode, texts=texts)
         told, totals = self.score(rows) if self.scorers else (self, None)
-        before, proposal = to_host(state.finished), _ended(proposal, rows, state.mesh)
+        before, proposal = to_host(state.finished), ended(proposal, rows, state.mesh)
         state, selection = conclude_program(self.models, state, proposal, totals)
         return replace(told.keep(rows, selection, before), state=state)
 
@@ -124,15 +201,16 @@ class Session(Slotted):
         return stops or bool(self.scorers) or self.traced
 
     def done_slots(self) -> list[int]:
-        """Slots whose search has ended, well or not, and whose outcomes may be read."""
-        return sorted({*np.flatnonzero(to_host(_done(self.state))).tolist(), *self.failed})
+        """Slots whose search has ended or failed, and whose outcomes may be read."""
+        return sorted({*np.flatnonzero(to_host(done_program(self.state))).tolist(), *self.failed})
 
     def outcomes(
         self, slots: Sequence[int]
     ) -> tuple[dict[int, SearchResult], dict[int, RowFailed]]:
-        """The hypotheses of those slots that have some, and why others failed.
+        """The hypotheses of slots, best first; of a search that still runs, those so far.
 
-        They are best first; of a search that still runs, those so far.
+        Returns:
+            By slot, the results of those that have one, and why the others failed.
         """
         state = self.state
         arrays = (state.tokens, state.lengths, state.objectives, state.finished, state.token_scores)
@@ -145,24 +223,17 @@ class Session(Slotted):
             if at_fault or not np.isfinite(kept[2][slot]).all():
                 failed[slot] = RowFailed(row_id, at_fault)
             else:
-                own = (array[slot] for array in kept)
-                found[slot] = SearchResult(row_id, self._hypotheses(self.requests[slot], *own))
+                own = [array[slot] for array in kept]
+                found[slot] = SearchResult(row_id, self._hypotheses(self.requests[slot], own))
         return found, failed
 
     def release(self, slot: int) -> Self:
         """The session with a slot emptied, whether or not its search has ended."""
-        return replace(self.without(slot), state=_release(self.state, np.int32(slot)))
+        return replace(self.without(slot), state=release_program(self.state, np.int32(slot)))
 
-    def _hypotheses(
-        self,
-        request: Request,
-        tokens: Any,
-        lengths: Any,
-        objectives: Any,
-        finished: Any,
-        token_scores: Any,
-    ) -> tuple[Hypothesis, ...]:
-        """The hypotheses of a slot, best first."""
+    def _hypotheses(self, request: Request, kept: Sequence[Any]) -> tuple[Hypothesis, ...]:
+        """The hypotheses of a slot, best first, from its arrays of the state."""
+        tokens, lengths, objectives, finished, token_scores = kept
         eos_ids = self.models.known_eos_ids(self.config.eos_ids)
         stops, scores = bool(self.config.stop or request.stop), objectives.sum(axis=-1)
         order = np.argsort(-scores, kind="stable")
@@ -202,10 +273,10 @@ def start_session(
         models: the policy and the guides on its tokens.
         config: the search.
         slots: P, prompts side by side.
-        prefix_capacity: tokens of a prompt, less one, that there is room for.
+        prefix_capacity: S; a prompt may have one token more.
         decode: turns token ids into text; stop strings, scorers of texts and traces need it.
         scorers: of texts.
-        traced: whether `Session.chunks` are to be told.
+        traced: whether to fill `Session.chunks`.
         mesh: the models'.
         rules: how the slots are split over it.
 
@@ -232,68 +303,6 @@ def start_session(
     return session.with_scorers(scorers)
 
 
-def draws_of(config: SearchConfig, request: Request) -> tuple:
-    """What `make_draws` takes of a request, as arrays, so that no number is compiled in."""
-    # A row id may be any int; the key folds in 32 bits of it.
-    ids = (np.uint32(number & 0xFFFFFFFF) for number in (request.row_id, request.seed))
-    return (*ids, *draw_numbers(config, request))
-
-
-def compile_session(session: Session, request: Request) -> Session:
-    """Compile, on the calling thread, what requests like this one run in an empty session.
-
-    Runs no model, so that another thread may run other sessions meanwhile, but where texts are
-    scored: what scorers read by has the shapes of the texts, and two chunks of the request are
-    searched to find them. On a mesh they are not, since two threads' collectives would meet there.
-    Returns the session, empty again.
-    """
-    models, state, count = session.models, session.state, len(request.prompts)
-    prompts = np.zeros((count, session.prefix_capacity + 1), np.int32)
-    own = draws_of(session.config, request)
-    insert_program.lower(
-        models, state, np.int32(0), own, prompts, np.ones(count, np.int32)
-    ).compile()
-    _done.lower(state).compile()
-    _release.lower(state, np.int32(0)).compile()
-    if not session.needs_host([request]):
-        step.search_step.lower(models, state).compile()
-        return session
-    proposing = propose_program.lower(models, state).compile()
-    _, proposal = jax.eval_shape(propose_program, models, state)
-    if state.mesh is not None:
-        proposal = with_shardings(proposal, proposing.output_shardings[1])
-        # As `_ended` leaves it: what the host has found is on every device.
-        ends = {
-            id(end): everywhere(np.zeros(end.shape, end.dtype), state.mesh)
-            for end in (proposal.lengths, proposal.finished)
-        }
-        proposal = jax.tree.map(lambda leaf: ends.get(id(leaf), leaf), proposal)
-    totals = None
-    if session.scorers:
-        shape = (session.slots, session.config.rows, len(session.scorers))
-        totals = np.zeros(shape, np.float32)
-    conclude_program.lower(models, state, proposal, totals).compile()
-    return _rehearsed(session, request) if session.scorers and state.mesh is None else session
-
-
-def _rehearsed(session: Session, request: Request) -> Session:
-    config = session.config
-    limit = min(request.limit or config.max_new_tokens, 2 * config.length)
-    session = session.insert(0, replace(request, limit=limit))
-    while not session.done_slots():
-        session = session.advance()
-    return session.release(0)
-
-
-def _ended(proposal: Proposal, rows: Sequence[TextRow], mesh: Mesh | None) -> Proposal:
-    """A proposal whose rows end as their texts did."""
-    lengths, finished = (part.copy() for part in to_host((proposal.lengths, proposal.finished)))
-    for row in rows:
-        lengths[row.slot, row.row] = row.length
-        finished[row.slot, row.row] = row.finished
-    return replace(proposal, lengths=everywhere(lengths, mesh), finished=everywhere(finished, mesh))
-
-
 def _insert_prompt(
     models: SearchModels, state: SearchState, slot: Any, own: tuple, prompts: Any, lengths: Any
 ) -> SearchState:
@@ -301,7 +310,189 @@ def _insert_prompt(
 
 
 insert_program = partial(jax.jit, donate_argnums=1)(_insert_prompt)
-_release = partial(jax.jit, donate_argnums=0)(step.release)
+release_program = partial(jax.jit, donate_argnums=0)(step.release)
 propose_program = partial(jax.jit, donate_argnums=1)(step.propose)
 conclude_program = partial(jax.jit, donate_argnums=1)(step.conclude)
-_done = jax.jit(lambda state: state.done)
+done_program = jax.jit(lambda state: state.done)
+
+
+def search_all(
+    models: SearchModels,
+    config: SearchConfig,
+    requests: Sequence[Request],
+    *,
+    scorers: Sequence[TextScorer] = (),
+    on_result: Callable[[SearchResult], None] | None = None,
+    **options: Any,
+) -> list[SearchResult]:
+    """Search all requests.
+
+    Args:
+        models: the policy and the guides on its tokens.
+        config: the search.
+        requests: the prompts.
+        scorers: of texts.
+        on_result: called with each result as soon as its prompt is done.
+        **options: those of `search_requests`.
+
+    Returns:
+        The results in the order of the requests.
+
+    Raises:
+        RowsFailed: as `run.search` does.
+        InputError: as `run.search` does.
+    """
+    if scorers and not models.guides and isinstance(config.scorer, LogRatio):
+        config = replace(config, scorer=NoScore())
+    for request in requests:
+        check_request(models, config, request, f"row {request.row_id}")
+    slots = slots_for(config, len(requests))
+    found = search_requests(models, config, requests, slots=slots, scorers=scorers, **options)
+    return collect(found, len(requests), on_result)
+
+
+def search_requests(
+    models: SearchModels,
+    config: SearchConfig,
+    requests: Sequence[Request],
+    *,
+    slots: int,
+    on_chunk: Callable[[ChunkTrace], None] | None = None,
+    alone: bool = False,
+    **options: Any,
+) -> Iterator[tuple[int, SearchResult | RowFailed]]:
+    """Search requests, those of about one length side by side.
+
+    So little of a prompt is padding. Even without requests, settings that lack something are
+    refused.
+
+    Args:
+        models: the policy and the guides on its tokens.
+        config: the search.
+        requests: the prompts.
+        slots: P, prompts side by side.
+        on_chunk: called with the candidates of each chunk and which of them were kept.
+        alone: False has requests that are too few to fill the slots join the next longer ones; with
+            True a request's own length decides the program that it runs in.
+        **options: those of `start_session`.
+
+    Yields:
+        (index of the request, its result or RowFailed) as requests finish.
+
+    Raises:
+        InputError: as `start_session` and `Session.insert` do.
+    """
+    longest = [max(map(len, request.prompts)) for request in requests]
+    found = buckets(longest) if alone else buckets(longest, slots=slots)
+    for capacity, members in (found or {SMALLEST_BUCKET: []}).items():
+        options |= {"slots": slots, "prefix_capacity": capacity, "traced": on_chunk is not None}
+        session = start_session(models, config, **options)
+        waiting = ((index, requests[index]) for index in members)
+        yield from run_slots(session, waiting, on_chunk)
+        del session  # before the next one's caches are made
+
+
+def run_slots(
+    session: Any,
+    requests: Iterable[tuple[int, Request]],
+    on_chunk: Callable[[ChunkTrace], None] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Search indexed requests in the slots of a session.
+
+    A slot is refilled as soon as it is free, so that a long response does not keep others waiting.
+
+    Args:
+        session: a `Session`, or one over texts with the same methods.
+        requests: pairs of an index and a request.
+        on_chunk: called with the candidates of each chunk and which of them were kept.
+
+    Yields:
+        (index, result or RowFailed) as requests finish.
+    """
+    waiting = iter(requests)
+    index_of: dict[int, int] = {}
+
+    def refill(session: Any, slot: int) -> Any:
+        for index, request in waiting:
+            index_of[slot] = index
+            return session.insert(slot, request)
+        return session.release(slot) if slot in session.requests else session
+
+    for slot in range(session.slots):
+        session = refill(session, slot)
+    while session.requests:
+        session = session.advance()
+        if on_chunk is not None:
+            for chunk in session.chunks.values():
+                on_chunk(chunk)
+        done = session.done_slots()
+        found, failed = session.outcomes(done) if done else ({}, {})
+        for slot, outcome in (found | failed).items():
+            yield index_of[slot], outcome
+            session = refill(session, slot)
+
+
+def collect(
+    outcomes: Iterable[tuple[int, R | RowFailed]],
+    count: int,
+    on_result: Callable[[R], None] | None = None,
+) -> list[R]:
+    """The results in the order of their requests; `on_result` is called with each as it comes.
+
+    Raises:
+        RowsFailed: after the last outcome, for requests that failed.
+    """
+    found: dict[int, R] = {}
+    failures: list[RowFailed] = []
+    for index, outcome in outcomes:
+        if isinstance(outcome, RowFailed):
+            failures.append(outcome)
+            continue
+        found[index] = outcome
+        if on_result is not None:
+            on_result(outcome)
+    if failures:
+        raise RowsFailed(failures, [found.get(index) for index in range(count)])
+    return [found[index] for index in range(count)]
+
+
+def slots_for(config: SearchConfig, prompts: int) -> int:
+    """P: prompts that are searched side by side."""
+    return config.slots or max(1, min(DEFAULT_SLOTS, prompts))
+
+
+def check_request(models: SearchModels, config: SearchConfig, request: Request, where: str) -> None:
+    """Check that the models can search behind the prompts of a request.
+
+    Raises:
+        InputError: where they cannot; the message begins with `where`.
+    """
+    count, members = len(request.prompts), len(models.members)
+    if count not in (1, members):
+        raise InputError(f"{where}: {count} prompts for {members} models; give one each")
+    limit = config.max_new_tokens if request.limit is None else request.limit
+    for name, model, prompt, vocabulary in models.prompts_of_members(request.prompts):
+        if not len(prompt):
+            raise InputError(f"{where}: the prompt has no tokens; give at least one (BOS, say)")
+        check_ids(prompt, vocabulary, where)
+        positions = model.config.max_positions
+        if len(prompt) + limit > positions:
+            raise InputError(
+                f"{where}: a prompt of {len(prompt)} tokens and {limit} new ones do not fit the "
+                f"{name}'s {positions} positions; shorten it or lower max_new_tokens"
+            )
+
+
+def hypothesis_text(
+    tokenizer: Any, prompt: Sequence[int], hypothesis: Hypothesis, **ends: Sequence[Any]
+) -> str:
+    """The text of a hypothesis, without what ended it.
+
+    Args:
+        tokenizer: the policy's.
+        prompt: token ids before the response.
+        hypothesis: the response.
+        **ends: `stop` and `eos_ids`, what ends responses beside the tokenizer's own EOS.
+    """
+    given: dict[str, Any] = {"finished": hypothesis.finished, "behind": hypothesis.behind, **ends}
+    return response_end(tokenizer, prompt, hypothesis.tokens, **given)[0]

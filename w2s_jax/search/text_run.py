@@ -15,10 +15,10 @@ import numpy as np
 from w2s_jax.errors import InputError, RowFailed
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.methods import LogRatio, NoScore, PolicyProposer, select_among
-from w2s_jax.search.results import ChunkTrace, End, Request, Slotted, TextRow
-from w2s_jax.search.run import collect, run_slots, slots_for
-from w2s_jax.search.scorers import TextScorer
-from w2s_jax.text.prompts import Conversation, cut
+from w2s_jax.search.results import ChunkTrace, End, Questions, Request, TextRow
+from w2s_jax.search.scorers import Shaded, TextScorer, guide_tokens
+from w2s_jax.search.session import Slotted, collect, run_slots, slots_for
+from w2s_jax.text.prompts import Conversation, cut, plain
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,42 @@ def search_texts(
     session = TextSession(config=config, slots=slots, traced=traced, proposer=proposer)
     found = run_slots(session.with_scorers(scorers), enumerate(requests), on_chunk)
     return collect(found, count, on_result)
+
+
+@dataclass(frozen=True)
+class TextPolicy:
+    """A policy that only gives text, for `file.search_rows`.
+
+    Attributes:
+        proposer: continues texts.
+        scorers: of texts.
+        config: the search.
+        names: of a hypothesis's objectives.
+        render: a conversation as the text that a response follows.
+        called: names of the models in messages.
+    """
+
+    proposer: TextProposer
+    scorers: Sequence[TextScorer]
+    config: SearchConfig
+    names: Sequence[str] = ()
+    render: Callable[[Conversation], str] = plain
+    called: Mapping[str, str] = field(default_factory=dict)
+
+    def search(self, questions: Questions, waiting: Sequence[int], **heard: Any) -> object:
+        """Search the rows of these indices, which are their ids, as `search_texts` does."""
+        talks = [questions.conversations[index] for index in waiting]
+        given = (self.proposer, self.scorers, talks, self.config)
+        return search_texts(*given, row_ids=waiting, **heard)
+
+    def responses(self, questions: Questions, result: TextResult) -> list[str]:
+        """The text of every hypothesis, best first."""
+        return [found.response for found in result.hypotheses]
+
+    def best_tokens(self, questions: Questions, result: TextResult, response: str) -> Shaded:
+        """Each token of the best response, and the weighted log-ratio that the guide gives it."""
+        conversation = questions.conversations[result.row_id]
+        return guide_tokens(self.scorers, conversation, response, finished=result.best.by_eos)
 
 
 def _check(config: SearchConfig, scorers: Sequence[TextScorer]) -> None:

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
+from w2s_jax.search import compile as compiling
 from w2s_jax.search import session as sessions
 from w2s_jax.search.results import SearchResult
 from w2s_jax.search.session import Session
@@ -326,7 +327,7 @@ class Engine:
             scorers=served.scorers if program.method in CHOOSING else (),
             mesh=self._mesh,
         )
-        return sessions.compile_session(session, job.request)
+        return compiling.compile_session(session, job.request)
 
     def _unseat(self, group: Group) -> None:
         group.session = group.future = None
