@@ -106,8 +106,9 @@ class SearchConfig:
 
 
 SAMPLES_CHUNK = 16
-"""At most this many tokens between two looks at which prompts have ended, where a method has no
-chunks of its own."""
+"""The longest chunk, in tokens, of methods without chunks of their own.
+
+Between chunks, prompts that have ended leave their slots."""
 
 
 def _even_chunk(max_new_tokens: int) -> int:
@@ -119,7 +120,7 @@ def _even_chunk(max_new_tokens: int) -> int:
 def _in_place(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of methods that keep every hypothesis, with the caller's over them."""
     tokens = settings.get("max_new_tokens", SearchConfig.max_new_tokens)
-    # What is no number is told with the other settings.
+    # SearchConfig refuses what is no number.
     length = _even_chunk(tokens) if isinstance(tokens, int) else SAMPLES_CHUNK
     return {"chunk_length": length, "selector": methods.KeepAll(), "successors": 1} | settings
 

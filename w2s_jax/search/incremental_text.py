@@ -37,13 +37,13 @@ MERGES = 2
 """Tokens by which a chunk's encoding may exceed its length before a wider program is needed."""
 
 LONG_SHARE = 4
-"""One of so many rows at most is read on where it is longer than the others."""
+"""Longer rows are read on in a second call where they are at most one in this many."""
 
 CALL_TOKENS = 32
-"""Tokens whose reading takes as long as reading the weights once more (CPU, float32: 24 to 40)."""
+"""The cost of reading the weights once more, in tokens read (CPU, float32: 24 to 40)."""
 
 COPIED_ENTRIES = 32
-"""Entries of a cache whose copying takes as long as reading a token (CPU, float32, 12 × 768)."""
+"""Cache entries whose copy costs as much as reading a token (CPU, float32, 12 × 768)."""
 
 
 @dataclass(frozen=True)

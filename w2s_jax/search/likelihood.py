@@ -23,10 +23,10 @@ from w2s_jax.search.models import SearchModels, check_ids
 from w2s_jax.text.tokenizer import pad_rows, power_of_two
 
 Shape = tuple[int, int, int]
-"""Tokens to be read, tokens to be scored, and prompts of a row: 1, or one for each model."""
+"""Tokens read, tokens scored, and prompts of a row: 1, or one for each model."""
 
 BLOCK_BYTES = 1 << 27
-"""Float32 logits that are alive at a time, over all models, where a call needs more than these."""
+"""At most about this many bytes of float32 logits, of all models, are in memory at a time."""
 _PADDING = 0
 
 

@@ -25,8 +25,8 @@ Logits = tuple[Array, ...]
 Betas = Float[Array, " P"]
 """β of each slot."""
 
-# Of the rows that draw, the hypotheses with their successors or R: what is sampled from, what was
-# drawn, numbers of it, and the implicit rewards and faults that are told of it.
+# Over the rows that sample (`*rows` is W and K, or R): the logits to sample from, sampled tokens,
+# a number of each, their implicit rewards, and faults.
 Mixed = Float[Array, "P *rows V"]
 Drawn = Int[Array, "P *rows"]
 Marks = Float[Array, "P *rows"]
