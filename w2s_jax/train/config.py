@@ -289,10 +289,18 @@ class SFTConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss reads: arrays of `PairLogprobs` that must be there, and options with effect."""
+    """What a loss reads, and how its pairs are logged.
+
+    Attributes:
+        arrays: of `PairLogprobs`, which must be there.
+        options: with effect.
+        per_token: whether rewards and log-probs are logged as means over a response's tokens, as
+            TRL does for losses that compare such means.
+    """
 
     arrays: tuple[str, ...]
     options: tuple[str, ...] = ("beta",)
+    per_token: bool = False
 
     @property
     def reference(self) -> bool:
@@ -320,9 +328,9 @@ LOSSES: dict[str, LossInputs] = {
     "apo_down": LossInputs(_RATIOS),
     "discopop": LossInputs(_RATIOS, ("beta", "discopop_tau")),
     "sigmoid_norm": LossInputs((*_RATIOS, *_LENGTHS)),
-    "orpo": LossInputs((*_POLICY, *_LENGTHS)),
+    "orpo": LossInputs((*_POLICY, *_LENGTHS), per_token=True),
     "cpo": LossInputs((*_POLICY, "chosen_lengths"), (*_SMOOTHED, "cpo_alpha")),
-    "simpo": LossInputs((*_POLICY, *_LENGTHS), (*_SMOOTHED, "simpo_gamma")),
+    "simpo": LossInputs((*_POLICY, *_LENGTHS), (*_SMOOTHED, "simpo_gamma"), per_token=True),
     "genarm": LossInputs(_POLICY, _SMOOTHED),
     "sft": LossInputs(("policy_chosen", "chosen_lengths"), ()),
     "kto": LossInputs(("policy", "reference"), ("beta", "desirable_weight", "undesirable_weight")),

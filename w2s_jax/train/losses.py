@@ -123,8 +123,7 @@ def preference_loss(config: PreferenceConfig, pairs: PairLogprobs) -> tuple[Logp
 def _pair_metrics(config: PreferenceConfig, pairs: PairLogprobs) -> Metrics:
     first = next((name for name in config.losses if name != "sft"), "sft")
     chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
-    # ORPO's and SimPO's metrics are of the mean log-probs, as in TRL.
-    if first in ("orpo", "simpo"):
+    if LOSSES[first].per_token:
         chosen = per_token(chosen, pairs.chosen_lengths)
         rejected = per_token(rejected, pairs.rejected_lengths)
     rewards = config.beta * chosen, config.beta * rejected

@@ -110,7 +110,7 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
     loss over the sum of the weights, of all micro-batches of a step.
     Where a loss reads the reference, `reference` Float["B 2"] of the batch holds its log-probs, or
     else the frozen reference computes them. Losses that tie the pairs of a batch together (aot,
-    bco_pair, and the next-token terms) do so within a micro-batch.
+    aot_unpaired, and the next-token terms) do so within a micro-batch.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
