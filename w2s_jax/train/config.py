@@ -289,18 +289,12 @@ class SFTConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss reads, and how its pairs are logged.
-
-    Attributes:
-        arrays: of `PairLogprobs`, which must be there.
-        options: with effect.
-        per_token: whether rewards and log-probs are logged as means over a response's tokens, as
-            TRL does for losses that compare such means.
-    """
+    """What a loss reads: arrays of `PairLogprobs` that must be there, and options with effect."""
 
     arrays: tuple[str, ...]
     options: tuple[str, ...] = ("beta",)
     per_token: bool = False
+    """Whether rewards and log-probs are logged as means over a response's tokens, as TRL does."""
 
     @property
     def reference(self) -> bool:
@@ -347,7 +341,6 @@ RENAMED = {
     "sppo": "sppo_hard",
 }  # fmt: skip
 """Names in older releases of TRL and in the papers: hints, and never accepted."""
-
 
 OPTION_RANGES: Ranges = (
     ("beta discopop_tau", lambda x: 0 < x < math.inf, "above 0"),
