@@ -141,7 +141,7 @@ def estimate_step(
         optimizer=nbytes(state.optimizer),
         frozen=nbytes(frozen),
         batch=nbytes(batch),
-        # Donated arguments are counted among the outputs that take their place.
+        # Outputs that alias donated arguments take no further memory.
         working=used.temp_size_in_bytes
         + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
         devices=1 if mesh is None else mesh.size,
