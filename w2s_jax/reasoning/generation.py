@@ -137,8 +137,7 @@ def generate(
 ) -> list[Row]:
     """Sample responses to rows {"id", "prompt"}, and write them in order to `path`.
 
-    Until all are finished, they are kept in PATH.journal; after a kill the same call resumes from
-    it.
+    Until all are finished, they are in PATH.journal; after a kill the same call resumes from it.
 
     Args:
         model: A `Model`.
@@ -153,13 +152,12 @@ def generate(
         mesh: The models' mesh.
 
     Returns:
-        Rows {"id", "sample", "response", "finished"}, the samples 0, 1, ... of a row together.
-        Responses are stripped of surrounding whitespace.
+        Rows {"id", "sample", "response" (stripped), "finished"}, by row, then by sample.
 
     Raises:
         InputError: Before generation, for malformed rows, duplicate ids, prompts that leave no room
-            for max_new_tokens in a model's positions (naming the row), a missing or superfluous
-            guide, and a journal of a run with other settings.
+            for max_new_tokens in a model's positions, a missing or superfluous guide, and a journal
+            of a run with other settings.
         RowsFailed: For rows on which a model fails, after all others are done.
     """
     models = _models(model, guide, config)

@@ -2,6 +2,10 @@
 
 It knows no objective: the step and the batches are arguments. A run that is killed at any moment
 and started again gives the same bits as one that was not.
+
+metrics.jsonl has a row every `log_every` steps with the means since the row before, `seconds` and
+`num_tokens` over all runs, `tokens_per_second` and, on a device whose peak is known, `mfu`; and a
+row per evaluation, its names under "eval/". Samples go to samples.jsonl.
 """
 
 import math
@@ -112,24 +116,17 @@ def train(
     put: Callable[[Batch], Any] | None = None,
     flops_per_token: float | int | None = None,
 ) -> TrainState:
-    """Train for `steps` steps, resuming from the newest sound checkpoint under `directory`.
-
-    Writes metrics.jsonl: a row every `log_every` steps with the means since the row before,
-    `seconds` and `num_tokens` over all runs, `tokens_per_second` and, on a device whose peak is
-    known, `mfu`; and a row per evaluation, its names under "eval/". The rows of `sample` go to
-    samples.jsonl.
+    """Train until `steps` steps are done, resuming from the newest sound checkpoint in `directory`.
 
     Args:
         state: The state at step 0. Its arrays are deleted.
         step: One training step.
-        batches: Batch by step number from 0. It must depend on the number alone, so that the step
-            number is the position in the data.
-        steps: Steps in total, those of earlier runs included.
+        batches: Batch by step number from 0, on which alone it may depend.
+        steps: Steps in total, including those of earlier runs.
         config: How often to log, evaluate, sample and save.
         directory: The run's folder.
         frozen: What `step` reads besides the state; never saved.
-        identity: JSON values that must not change between runs in this directory, such as settings
-            and a hash of the data. See FREE and FILES in train/checkpoint.py.
+        identity: JSON values that a resumed run must share; see FREE and FILES in checkpoint.py.
         evaluate: Measures a state.
         sample: Rows sampled from a state.
         names: Names of a batch's rows by step number, for error messages.
@@ -138,14 +135,10 @@ def train(
         put: Moves a batch to the devices.
         flops_per_token: FLOPs of one token, forward and backward, for `mfu`.
 
-    Returns:
-        The state after the last step.
-
     Raises:
         Preempted: After SIGTERM or SIGINT, once the state is saved.
         Diverged: If the loss or the gradient's norm is not finite; nothing is saved after that.
-        InputError: If the directory holds a run of another identity, or no sound checkpoint.
-        OSError: If a checkpoint cannot be written.
+        InputError, OSError: If no checkpoint is sound or of this run; if one cannot be written.
     """
     directory = Path(directory)
     with ExitStack() as stack:

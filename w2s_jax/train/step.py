@@ -85,19 +85,16 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `(state, frozen, batch) -> (state, metrics)` that donates the state alone.
 
-    Parameters and optimizer state keep their dtype (float32).
-
     Args:
         loss: The loss function.
         optimizer: The optimizer.
         accumulate: Micro-batches into which the leading axis of every array of the batch is cut.
             Gradients and metrics are averaged by the weights that `loss` returns; one of weight 0
             is ignored, whatever its values.
-        compute_dtype: Dtype to which the floating-point leaves of params and frozen are cast for
-            the loss; None does not cast.
+        compute_dtype: Dtype of floating-point params and frozen in the loss; None keeps theirs.
         mesh: Mesh over whose batch axes every micro-batch is spread.
-        like: A state, or shapes of one, whose shardings the new state keeps. If left to choose, the
-            compiler may pick others, and then compile again for those.
+        like: A state, or shapes of one, whose shardings the new state keeps. Otherwise the compiler
+            may choose others, and then has to compile again.
     """
 
     def value_and_gradient(
