@@ -305,7 +305,7 @@ def _write_card(work: Path, assets: Path, figures: dict[str, Any]) -> dict[str, 
     for done in [*work.glob("*/done.json"), *work.glob("*/*/done.json")]:
         if done.parent.name != "export":
             record = json.loads(done.read_text())
-            # The recipe is a file of its own.
+            # The recipe is in a file of its own.
             record.pop("config", None)
             card["stages"][done.parent.relative_to(work).as_posix()] = record
     weights = sum(file.stat().st_size for file in assets.rglob("*") if file.is_file())

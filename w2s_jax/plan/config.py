@@ -25,12 +25,12 @@ def flag_of(field: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What every plan is told: for which slice, and by which mesh.
+    """Settings of every plan: for which slice, and with which mesh.
 
     Attributes:
-        work: the command that is planned.
-        run_flags: fields that are flags of that command too, whose defaults there are others.
-        sizes: fields that hold sizes.
+        work: The command that is planned.
+        run_flags: Fields that are also flags of that command, with other defaults there.
+        sizes: Fields that hold sizes.
     """
 
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"

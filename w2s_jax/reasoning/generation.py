@@ -314,7 +314,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What the journal's rows depend on."""
     settings = asdict(config)
-    del settings["batch_size"]  # how a run is carried out, not what it computes
+    del settings["batch_size"]  # does not change the results
     asked = json.dumps([[row["id"], row["prompt"]] for row in rows]).encode()
     digest = hashlib.sha256(asked).hexdigest()[:16]
     return {**settings, "prompts_sha256": digest, **(identity or {})}

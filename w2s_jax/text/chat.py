@@ -154,7 +154,7 @@ def within(seconds: float) -> Iterator[None]:
     """
     start = time.thread_time()
 
-    @no_type_check  # it is called for every line
+    @no_type_check  # called for every line, so that run-time checks of types would take long
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
         # An exception in a callback of the garbage collector or a weak reference is lost, and the
@@ -415,11 +415,11 @@ def load_template(
         )
     template = Template(tokenizer, name, jinja, where, args or {})
     _check_powers(jinja or "", where)
-    if name != "auto":  # whose rows may never need the tokenizer's template
+    if name != "auto":  # with auto, rows may never need the tokenizer's template
         try:
             template.render(Conversation(messages=(Message("user", "text"),)))
         except InputError as error:
-            # What it refuses beyond that may be this message's fault, not its own.
+            # Other errors may be due to this message, not to the template.
             if isinstance(error.__cause__, TemplateSyntaxError):
                 raise
     return template
@@ -484,7 +484,7 @@ def _lexed(jinja: str) -> list[tuple[int, str, str]]:
 
     try:
         return [one for one in Environment().lex(jinja) if one[1] != "whitespace"]
-    except TemplateSyntaxError:  # told where it is rendered
+    except TemplateSyntaxError:  # reported when it is rendered
         return []
 
 

@@ -354,7 +354,7 @@ def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
     for text in chain("a", own):
         try:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-        except Exception:  # what tokenizers raise for what they cannot write
+        except Exception:  # tokenizers raise it for text that they cannot encode
             continue
         if ids and not added.intersection(ids):
             return list(tokenizer(text, add_special_tokens=True).input_ids), ids

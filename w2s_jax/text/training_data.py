@@ -278,7 +278,7 @@ def _load(shown: str, split: str, kind: str, **options: Any) -> Any:
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(kind, split=split, **options)
-    except Exception as error:  # whatever its many readers raise
+    except Exception as error:  # its readers raise many types
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
         raise InputError(f"{shown}: cannot be read ({type(cause).__name__}: {reason})") from None

@@ -1,7 +1,7 @@
 """Saving and restoring a TrainState at a step, asynchronously and atomically, with orbax.
 
-The only place that imports orbax, and only when a directory is opened. What makes a step sound is
-its manifest: checksums of its files, written beside it when all of them are on the disk.
+orbax is imported only here, and only when a directory is opened. A step is sound if its manifest
+matches: checksums of its files, written beside the step once all of them are on disk.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from w2s_jax.train.step import TrainState
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
-"""JSON values by name: what is saved beside the arrays."""
+"""JSON values by name, which are saved beside the arrays."""
 
 FREE, FILES = "may change", "files"
 """Keys of two special parts of an identity. FREE holds settings that may differ when a run resumes,
@@ -170,7 +170,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             if self._manager is not None:
-                with contextlib.suppress(Exception):  # the save's failure again: wait() has told it
+                with contextlib.suppress(Exception):  # the save's failure, which wait() has raised
                     self._manager.close()
                 self._manager = None
                 self._quiet.__exit__()
@@ -197,7 +197,7 @@ class Checkpoints:
             for path in unfinished(self.folder):
                 log.warning("%s was cut off while being written; removed", path.name)
                 shutil.rmtree(path, ignore_errors=True)
-        gather_values(None)  # all hosts find it cleared
+        gather_values(None)  # no host goes on before it is cleared
 
     def _finish(self, step: int, score: float | None) -> None:
         """In the background: when a step is committed, write its manifest, then prune."""

@@ -225,7 +225,7 @@ class LoopConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig, LoraOptions, RunConfig, DataOptions):
-    """What both trainings are told; `sft` and `dpo` check it when they are called."""
+    """Settings of both trainings; `sft` and `dpo` check them when they are called."""
 
     name: ClassVar[str]
     model: Annotated[str | None, arg(metavar="DIR|ID")] = None
