@@ -65,7 +65,7 @@ class TextChecker:
         name: The checker's name.
         find: Finds the answer in a response, as it is written there; "" if there is none.
         normal: The normal form of an answer.
-        empty: Whether no answer may equal a gold answer with an empty normal form.
+        empty: Whether an empty answer equals a gold answer with an empty normal form.
     """
 
     name: str
