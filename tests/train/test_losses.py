@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from w2s_jax.train import losses
-from w2s_jax.train.config import LOSSES, PreferenceConfig
+from w2s_jax.train.config import LOSSES, LossInputs, PreferenceConfig
 from w2s_jax.train.losses import (
     PAIR_LOSSES,
     PairLogprobs,
@@ -343,6 +343,20 @@ def test_dpo_by_hand():
     np.testing.assert_allclose(metrics["rewards/accuracies"], 0.5)
     np.testing.assert_allclose(metrics["logps/chosen"], -15.0)
     np.testing.assert_allclose(metrics["logps/rejected"], -15.5)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_new_loss_logs_rewards_as_its_entry_says(monkeypatch, per_token):
+    arrays = ("policy_chosen", "policy_rejected", "chosen_lengths", "rejected_lengths")
+    monkeypatch.setitem(LOSSES, "new", LossInputs(arrays, per_token=per_token))
+    monkeypatch.setitem(PAIR_LOSSES, "new", lambda pairs, *, beta: pairs.policy_rejected * beta)
+    rows, lengths = np.float32([[-6.0, -8.0], [-9.0, -4.0]]), np.int32([[2, 4], [3, 1]])
+    pairs = PairLogprobs(*map(jnp.asarray, rows), None, None, *map(jnp.asarray, lengths))
+    _, metrics = preference_loss(PreferenceConfig(("new",), beta=0.5), pairs)
+    chosen, rejected = rows / lengths if per_token else rows
+    assert metrics["logps/chosen"] == chosen.mean()
+    assert metrics["rewards/chosen"] == 0.5 * chosen.mean()
+    assert metrics["rewards/margins"] == 0.5 * (chosen - rejected).mean()
 
 
 @given(rows=logprobs)

@@ -1,1 +1,1 @@
-"""What made the committed tables: the embedded default, the sentiment experiment, a small run."""
+"""The experiments behind the committed tables: embedded default, sentiment, a small run."""

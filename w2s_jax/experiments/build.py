@@ -1,11 +1,11 @@
-"""Rebuilds the embedded default from the IMDb reviews, stage by stage; runs the experiment on it.
+"""Rebuilds the embedded default from the IMDb reviews in stages, and runs the experiment on it.
 
     python -m w2s_jax.experiments.build --config configs/demo/recipe.yaml --work DIR
     python -m w2s_jax.experiments.build --config configs/demo/sentiment.yaml --work DIR
 
-A stage that is done is not run again; one that was killed goes on from its last checkpoint. A stage
-that was done by other settings is refused. Models are written into the package in bfloat16, with a
-card of what they measure there.
+A stage that is done is not run again; one that was killed resumes from its last checkpoint. A stage
+that was done with other settings is refused. Models are written into the package in bfloat16, with
+a card of their measurements in that form.
 """
 
 import argparse
@@ -56,7 +56,7 @@ ASSETS = Path(__file__).parent.parent / "demo" / "assets"
 LANGUAGE_MODELS = ("policy", "untuned", "tuned")
 LIMIT_BYTES = 25_000_000
 CARD_PROMPTS = 256
-"""Test reviews behind whose openings a card's gold reward is sampled."""
+"""Number of test reviews after whose openings a card's gold reward is sampled."""
 _TOLD = 3
 
 Stage = Callable[[], dict[str, Any]]
@@ -65,9 +65,14 @@ log = logging.getLogger("w2s_jax.experiments.build")
 
 @dataclass(frozen=True)
 class OtherGuide:
-    """A guide of another vocabulary, tuned on the same preferences; `name` heads its folders.
+    """A guide with a vocabulary of its own, tuned on the same preferences.
 
-    reviews: how many of the reviews its tokenizer and its untuned model read; None is all.
+    Attributes:
+        name: Begins the names of its folders.
+        vocab_size: Size of its vocabulary.
+        untuned: Its untuned model.
+        reviews: Number of reviews that its tokenizer and its untuned model read; None for all.
+        tuned: How its tuned model is made.
     """
 
     name: str
@@ -79,10 +84,20 @@ class OtherGuide:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the embedded default, beside the data.
+    """Everything that determines the embedded default, except the data.
 
-    direct (the policy itself tuned on the preferences) and evaluation (the methods compared) are
-    for the experiment and left out by default; export False leaves out what ships the models.
+    Attributes:
+        policy: The policy.
+        untuned: The guide's untuned model.
+        vocab_size: Size of the vocabulary.
+        gold: The gold classifier.
+        preferences: How pairs are sampled.
+        tuned: How the guide's tuned model is made.
+        direct: How the policy itself is tuned on the preferences, for the experiment; None skips
+            it.
+        evaluation: The comparison of the methods, for the experiment; None skips it.
+        export: Whether to write the models that ship with the package.
+        other_guides: Guides with vocabularies of their own.
     """
 
     policy: LanguageConfig
@@ -98,7 +113,7 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; raises InputError naming a missing file, an unknown field or a wrong value."""
+    """Read a recipe; InputError names a missing file, an unknown field or a wrong value."""
     return read_typed(Recipe, path)
 
 
@@ -107,10 +122,10 @@ class Build:
     """A recipe with the folders it works in.
 
     Attributes:
-        recipe: what is made.
-        data: the folder that holds imdb/.
-        work: caches, checkpoints and records, a folder for each stage.
-        assets: where the models go.
+        recipe: What is made.
+        data: The folder that holds imdb/.
+        work: Caches, checkpoints and records, in a folder per stage.
+        assets: The folder of the exported models.
     """
 
     recipe: Recipe
@@ -119,10 +134,10 @@ class Build:
     assets: Path
 
     def stages(self) -> dict[str, Stage]:
-        """What each stage of the recipe does, in order; each returns its figures.
+        """The stages of the recipe in order, by name; each is a function that returns its figures.
 
-        Those of another guide are named NAME/STAGE: its tokenizer, its untuned model and, by the
-        pairs of the first one in its own tokens, its tuned model.
+        Stages of another guide are named NAME/STAGE: its tokenizer, its untuned model and its tuned
+        model, which uses the pairs of the first guide in its own tokens.
         """
         recipe, work, assets = self.recipe, self.work, self.assets
         tokenise = partial(demo_models.build_corpus, self.data / "imdb")
@@ -156,7 +171,7 @@ class Build:
         return found
 
     def gold(self) -> dict[str, Any]:
-        """The gold classifier and its accuracy on the openings of the test reviews."""
+        """Train the gold classifier; its accuracy on the openings of the test reviews."""
         train, test = (load_corpus(self.work / "corpus" / name) for name in ("train", "test"))
         recipe, folder = self.recipe, self.work / "gold"
         classifier = demo_models.train_gold(recipe.gold, train, recipe.vocab_size, folder)
@@ -164,7 +179,7 @@ class Build:
         return {"test_accuracy_openings": opening_accuracy(classifier, test)}
 
     def preferences(self) -> dict[str, Any]:
-        """Pairs sampled from the untuned guide and labelled by the gold reward."""
+        """Sample pairs from the guide's untuned model, and label them by the gold reward."""
         folder, tokenizer = self.work / "preferences", load_tokenizer(self.work / "tokenizer")
         output = folder / demo_models.PAIRS
         if not output.is_file():
@@ -185,7 +200,7 @@ class Build:
         }
 
     def evaluation(self, config: EvaluationConfig) -> dict[str, Any]:
-        """Responses of every method to openings of test reviews, their figures, table, picture."""
+        """Responses of every method to openings of test reviews; their figures, table, picture."""
         folder = self.work / "evaluation"
         names = [*LANGUAGE_MODELS, *(["tuned_policy"] if self.recipe.direct is not None else [])]
         weights = {name: weights_identity(self.work / name / "model") for name in ("gold", *names)}
@@ -204,7 +219,7 @@ class Build:
         write_whole(folder / "results.json", [json.dumps(summary, indent=2).encode(), b"\n"])
         write_whole(folder / "table.md", [table.encode()])
         write_whole(folder / "figure.png", [sentiment.draw_experiment(summary)])
-        # Last, as it removes the journals: until here a kill loses nothing.
+        # Merging removes the journals, so it comes last: until here a kill loses nothing.
         for name, (journal, _) in found.items():
             journal.merge(sentiment.responses_path(folder, name), len(prompts))
         log.info("evaluation: %s\n%s", folder, table)
@@ -218,10 +233,11 @@ class Build:
 
 
 def export(work: Path, assets: Path) -> dict[str, Any]:
-    """Round the models of `work/NAME/model` to bfloat16 under `assets`; returns their figures.
+    """Export the models of `work/NAME/model`, rounded to bfloat16, to `assets`.
 
-    The figures are of the rounded weights, computed in float32: test losses, test accuracy, and the
-    mean gold reward of plain samples after the first 8 tokens of 256 test reviews.
+    Returns:
+        Figures of the rounded weights, computed in float32: test losses, test accuracies, and the
+        mean gold reward of plain samples after the first 8 tokens of 256 test reviews.
     """
     tokenizer, test = load_tokenizer(work / "tokenizer"), load_corpus(work / "corpus" / "test")
     classifier = load_classifier(work / "gold" / "model")
@@ -239,16 +255,16 @@ def export(work: Path, assets: Path) -> dict[str, Any]:
 
 
 def export_guide(name: str, work: Path, assets: Path) -> dict[str, Any]:
-    """The same for a guide of another vocabulary: `work/NAME/tuned` becomes `assets/NAME-tuned`.
+    """Export a guide with a vocabulary of its own: `work/NAME/tuned` as `assets/NAME-tuned`.
 
-    The gold classifier must be among the assets; figures in `card.json` are added to.
+    The gold classifier must be in the assets; figures are added to those in `card.json`.
     """
     names = {part: f"{name}-{part}" for part in ("untuned", "tuned")}
     return _write_card(work, assets, _export_models(work / name, names, assets))
 
 
 def _export_models(work: Path, names: Mapping[str, str], assets: Path) -> dict[str, Any]:
-    """Export the models of these folders in `work` by these names; figures by name."""
+    """Export models of `work`, given names by folder; returns figures by name."""
     tokenizer, test = load_tokenizer(work / "tokenizer"), load_corpus(work / "corpus" / "test")
     for folder, name in names.items():
         model = load_model(work / folder / "model")
@@ -283,13 +299,13 @@ def _size(tree: Any) -> int:
 
 
 def _write_card(work: Path, assets: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """`card.json`: the figures of every stage and of the exported weights, beside those it has."""
+    """Write `card.json`: the figures of every stage and of the exported weights, merged."""
     path = assets / "card.json"
     card = json.loads(path.read_text()) if path.is_file() else {"stages": {}, "exported": {}}
     for done in [*work.glob("*/done.json"), *work.glob("*/*/done.json")]:
         if done.parent.name != "export":
             record = json.loads(done.read_text())
-            # The recipe is a file of its own.
+            # The recipe is in a file of its own.
             record.pop("config", None)
             card["stages"][done.parent.relative_to(work).as_posix()] = record
     weights = sum(file.stat().st_size for file in assets.rglob("*") if file.is_file())
@@ -316,10 +332,10 @@ _FIELDS = {"tuned_policy": "direct", "export": None}
 
 
 def stage_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What each stage of build.py depends on in the recipe, as JSON values.
+    """The settings of the recipe on which each stage depends, as JSON values.
 
-    That of the stages it reads is included: where one of these is made anew by other settings, what
-    was made from it is out of date too.
+    They include those of the stages that it reads: if one of these is made anew with other
+    settings, what was made from it is out of date too.
     """
     values = json.loads(json.dumps(dataclasses.asdict(recipe)))
     corpus = {"vocab_size": recipe.vocab_size, "max_length": recipe.policy.max_positions}
@@ -352,11 +368,11 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
 
 
 def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None = None) -> None:
-    """Run the stages in order (or the one named), each recorded in `WORK/STAGE/done.json`.
+    """Run the stages in order (or the one named), and record each in `WORK/STAGE/done.json`.
 
     Raises:
-        InputError: for a name that is no stage, for stages that were done by other settings, for
-            missing reviews, and for a missing matplotlib where a picture is to be drawn.
+        InputError: For an unknown name, stages that were done with other settings, missing reviews,
+            and missing matplotlib if a picture is to be drawn.
     """
     stages = Build(recipe, data, work, assets).stages()
     if only is not None and only not in stages:
@@ -383,9 +399,9 @@ def build(recipe: Recipe, data: Path, work: Path, assets: Path, only: str | None
 
 
 def check_done(work: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise InputError, naming the stages, where some were done by other settings than these.
+    """Raise InputError, naming the stages, if some were done with other settings than these.
 
-    A stage whose done.json tells no settings is taken as it is.
+    A stage whose done.json has no settings is accepted.
     """
     changed: dict[str, list[str]] = {}
     for stage, wanted in settings.items():

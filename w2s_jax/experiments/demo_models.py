@@ -1,9 +1,9 @@
-"""The models of the embedded default: their review corpus, gold classifier, training, and pairs.
+"""The models of the embedded default: review corpus, gold classifier, training, and pairs.
 
 Reviews are read, cleaned and tokenised once into flat arrays; the classifier is trained and tested
 on the IMDb labels. Language models are trained by `w2s sft` and `w2s dpo`. The pairs that tune them
-are those of the controlled-sentiment experiment of arXiv 2405.19262 section 4.1: sampled from the
-untuned model, labelled by a Bradley–Terry draw from the gold reward.
+follow the controlled-sentiment experiment of arXiv 2405.19262 section 4.1: sampled from the untuned
+model, labelled by a Bradley–Terry draw from the gold reward.
 """
 
 import json
@@ -46,22 +46,22 @@ UNLABELLED = -1
 LANGUAGE_TEXTS = "language.jsonl"
 SETS = ("language", "train", "test")
 ARRAYS = ("tokens", "starts", "labels")
-"""Fields of a Corpus, each a `.npy` file of its folder."""
+"""Fields of a Corpus, each a `.npy` file in its folder."""
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+")
 _SPACES = re.compile(r"[ \t\r\f\v]+")
 
 
 Reviews = Sequence[tuple[str, int]]
-"""(text, label) each; label 1 is positive, 0 negative, UNLABELLED neither."""
+"""(text, label) pairs; label 1 is positive, 0 negative, UNLABELLED neither."""
 
 
 def clean(text: str) -> str:
-    """Turn `<br />` runs into one newline and runs of blanks into one space."""
+    """Replace runs of `<br />` by one newline, and runs of blanks by one space."""
     return _SPACES.sub(" ", _LINE_BREAKS.sub("\n", text)).strip()
 
 
 def read_reviews(path: str | Path) -> dict[str, int]:
-    """Labels by text of a file of rows {"text", "label"?}; the first of equal texts counts."""
+    """Labels by text from a file of rows {"text", "label"?}; of equal texts the first counts."""
     reviews: dict[str, int] = {}
     for row in read_jsonl(path):
         reviews.setdefault(clean(row["text"]), row.get("label", UNLABELLED))
@@ -70,7 +70,7 @@ def read_reviews(path: str | Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Reviews as token ids, back to back: review i is `tokens[starts[i]:starts[i + 1]]`."""
+    """Token ids of reviews, concatenated: review i is `tokens[starts[i]:starts[i + 1]]`."""
 
     tokens: UInt16[np.ndarray, " T"]
     starts: Int64[np.ndarray, " n_plus_1"]
@@ -94,7 +94,7 @@ def _join(parts: Sequence[np.ndarray], labels: Int64[np.ndarray, " n"]) -> Corpu
 
 
 def encode_reviews(tokenizer: Tokenizer, reviews: Reviews, *, batch: int = 2000) -> Corpus:
-    """Tokenise every review; needs a vocabulary of at most 65,536 ids."""
+    """Tokenise reviews; the vocabulary may have at most 65,536 ids."""
     if tokenizer.get_vocab_size() > 1 << 16:
         raise InputError("the corpus cache holds 16-bit ids: the vocabulary must not exceed 65,536")
     texts, labels = [text for text, _ in reviews], [label for _, label in reviews]
@@ -109,7 +109,7 @@ def encode_reviews(tokenizer: Tokenizer, reviews: Reviews, *, batch: int = 2000)
 
 
 def load_corpus(directory: Path) -> Corpus:
-    """Read what `build_corpus` wrote."""
+    """Read a corpus that `build_corpus` wrote."""
     return Corpus(*(np.load(directory / f"{name}.npy") for name in ARRAYS))
 
 
@@ -122,11 +122,22 @@ def build_corpus(
     reviews: int | None = None,
     sets: Sequence[str] = SETS,
 ) -> dict[str, Any]:
-    """Write `work/tokenizer` and the named of `work/corpus/{language,train,test}`; returns counts.
+    """Write `work/tokenizer`, and of `work/corpus/{language,train,test}` those in `sets`.
 
-    The tokenizer learns from train and unsup. `language`, rows of text, holds both without what is
-    also in test; `train` is the labelled set; `test` leaves out what is also in train. `reviews`
-    limits what is read of train and unsup together, and of test, to that many drawn from each.
+    The tokenizer is trained on train and unsup. `language`, rows of text, has both without reviews
+    that are also in test; `train` is the labelled set; `test` leaves out reviews that are also in
+    train.
+
+    Args:
+        folder: The folder of the reviews.
+        work: The folder to write in.
+        vocab_size: Size of the vocabulary.
+        max_length: Maximum length in the tokenizer's config.
+        reviews: Number of reviews drawn from train and unsup together, and from test; None for all.
+        sets: The sets to write.
+
+    Returns:
+        Counts by set.
     """
     train, unsup, test = (
         read_reviews(folder / f"{name}.jsonl.xz") for name in ("train", "unsup", "test")
@@ -159,12 +170,12 @@ def _drawn(reviews: Reviews, count: int | None) -> Reviews:
 
 REVIEW_WINDOW, OPENING_WINDOW = 192, 64
 SHAPE = ("width", "layers", "heads", "mlp_width", "max_positions", "dropout")
-"""Fields of a GoldConfig that are the encoder's."""
+"""Fields of a GoldConfig that belong to the encoder."""
 
 
 @dataclass(frozen=True)
 class GoldConfig:
-    """The classifier's shape and training; `held_out` train reviews are kept for evaluation."""
+    """The classifier's shape and training; `held_out` reviews of train are for evaluation."""
 
     width: int = 128
     layers: int = 2
@@ -188,7 +199,7 @@ class GoldConfig:
 
 
 def train_gold(config: GoldConfig, corpus: Corpus, vocab_size: int, directory: Path) -> Classifier:
-    """Train on random crops; the held-out slice is never trained on."""
+    """Train on random crops, without the held-out reviews."""
     shape = EncoderConfig(
         vocab_size=vocab_size,
         attention_dropout=0.0,
@@ -239,7 +250,7 @@ def opening_accuracy(classifier: Classifier, corpus: Corpus) -> float:
 def review_accuracy(classifier: Classifier, corpus: Corpus) -> float:
     """Accuracy on whole reviews, by the mean reward of windows of 191 tokens.
 
-    Windows are weighted by their tokens, so a short last one counts little.
+    The mean is weighted by the windows' lengths, so that a short last one counts little.
     """
     owners, windows = [], []
     for i in range(len(corpus)):
@@ -253,7 +264,7 @@ def review_accuracy(classifier: Classifier, corpus: Corpus) -> float:
 
 
 def _rewards(classifier: Classifier, windows: Sequence[np.ndarray]) -> Float32[np.ndarray, " n"]:
-    """Logit of the positive label minus that of the negative one, behind the end token."""
+    """Logit of the positive minus that of the negative label, after the end token."""
     return rewards(classifier, [[END_ID, *map(int, row)] for row in windows], batch_size=128)
 
 
@@ -270,7 +281,7 @@ ACCURACY = "eval/rewards/accuracies"
 class LanguageConfig:
     """A small decoder, and the flags of the `w2s sft` that trains it from random weights.
 
-    kv_heads None means as many as `heads`; a sliding window holds in every layer.
+    `kv_heads` None is as many as `heads`; a sliding window applies to every layer.
     """
 
     width: int
@@ -286,7 +297,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """The flags of the `w2s dpo` that makes the tuned model of the untuned one."""
+    """The flags of the `w2s dpo` that makes the tuned model from the untuned one."""
 
     dpo: dict[str, Any] = field(default_factory=dict)
 
@@ -306,7 +317,7 @@ class PreferenceConfig:
 
 
 def write_start(config: LanguageConfig, vocab_size: int, tokenizer: Any, folder: Path) -> None:
-    """What `w2s sft --from-scratch` starts from: a config.json and the tokenizer, no weights."""
+    """Write what `w2s sft --from-scratch` starts from: a config.json and the tokenizer."""
     same = ("architecture", "width", "layers", "heads", "mlp_width", "max_positions")
     shape = ModelConfig(
         **{name: getattr(config, name) for name in same},
@@ -325,16 +336,12 @@ def write_start(config: LanguageConfig, vocab_size: int, tokenizer: Any, folder:
 
 
 def run_command(command: str, folder: Path, values: Mapping[str, Any], *words: str) -> None:
-    """Run `w2s COMMAND` in a process of its own, by a config file that is kept in `folder`.
+    """Run `w2s COMMAND` in a separate process, with `values` in a config file kept in `folder`.
 
-    Args:
-        command: the command's word.
-        folder: where COMMAND.yaml is written.
-        values: flags by name, as JSON values.
-        words: flags that are given on the command line.
+    `values` are flags by name, as JSON values; `words` are further arguments.
 
     Raises:
-        InputError: where the command fails.
+        InputError: If the command fails.
     """
     source = folder / f"{command}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +363,8 @@ def pretrain(config: LanguageConfig, vocab_size: int, work: Path, name: str) -> 
 def tune(work: Path, config: TuneConfig, start: str, name: str) -> dict[str, Any]:
     """Tune the model of the run `work/START` on `work/preferences` into `work/NAME`.
 
-    Returns the accuracy of the implicit reward on held-out pairs, where some are held out.
+    Returns:
+        The accuracy of the implicit reward on held-out pairs, if there are any.
     """
     folder, data = work / name, work / "preferences" / TRAINING_PAIRS
     files = {"model": str(work / start / "model"), "data": str(data), "output": str(folder)}
@@ -391,17 +399,17 @@ def journalled(
     block: int,
     answer: Callable[[list[int]], Sequence[Row]],
 ) -> tuple[Journal, list[Row]]:
-    """The rows 0 to `count` − 1, made block by block; goes on from its journal after a kill.
+    """The rows 0 to `count` − 1, made in blocks; resumes from its journal after a kill.
 
     Args:
-        output: the file that the journal lies beside.
-        fingerprint: what the rows depend on, as JSON values.
-        count: the number of rows.
-        block: how many rows are made together.
-        answer: makes the rows of these indices.
+        output: The file beside which the journal lies.
+        fingerprint: What the rows depend on, as JSON values.
+        count: Number of rows.
+        block: Number of rows that are made together.
+        answer: Makes the rows of these indices.
 
     Returns:
-        The journal, which still has to be merged into `output`, and all rows.
+        The journal, which has yet to be merged into `output`, and all rows.
     """
     journal = open_journal(journal_path(output), dict(fingerprint))
     done = journal.read()
@@ -426,11 +434,11 @@ def sample_pairs(
     texts: Sequence[str],
     output: Path,
 ) -> None:
-    """Write rows {prompt, chosen, rejected, rewards, tokens} to `output`; goes on after a kill.
+    """Write rows {prompt, chosen, rejected, rewards, tokens} to `output`; resumes after a kill.
 
-    There is one pair for each prompt, from reviews in a shuffled order. `rewards` and `tokens` (ids
-    of prompt, chosen and rejected) have the chosen side first. A pair (y1, y2) keeps its order with
-    probability sigmoid(r(y1) - r(y2)), r the gold reward.
+    There is one pair per prompt, from reviews in shuffled order. `rewards`, and `tokens` after the
+    prompt's, have the chosen side first. A pair (y1, y2) keeps its order with probability
+    sigmoid(r(y1) - r(y2)), r the gold reward.
     """
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(texts))[: config.pairs]
@@ -472,10 +480,13 @@ def preference(rewards: Float[np.ndarray, "2"], rng: np.random.Generator) -> tup
 
 
 def write_training_pairs(pairs: Path, end: str, output: Path) -> int:
-    """Write the pairs of `sample_pairs` as `w2s dpo` reads them; returns their number.
+    """Write the pairs of `sample_pairs` in the form that `w2s dpo` reads.
 
-    A side that ended has the text of the end token, `end`, behind it, and the others have none:
-    they were cut off. Pairs with an empty side are left out.
+    A finished side is followed by the text `end` of the end token; one that was cut off is not.
+    Pairs with an empty side are left out.
+
+    Returns:
+        The number of pairs.
     """
     rows = []
     for row in read_jsonl(pairs):

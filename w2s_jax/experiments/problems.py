@@ -1,6 +1,6 @@
-"""Word problems of several steps of arithmetic, made from a seed, and general text about them.
+"""Word problems with several steps of arithmetic from a seed, and general text about them.
 
-Holds no model and no file. A problem is a function of (seed, index); what is held out is wordings.
+Uses no model and no file. A problem is a function of (seed, index); some wordings are held out.
 """
 
 import operator
@@ -66,7 +66,7 @@ WORDINGS: dict[Operation, tuple[str, ...]] = {
         "{name} has {n} fewer {items} than {friend}.",
     ),
 }
-"""Sentences of each operation; the last one is held out, of few words that the others lack."""
+"""Sentences of each operation. The last one is held out; few of its words are not in the others."""
 OPENINGS = (
     "{name} has {n} {items}.",
     "At first {name} has {n} {items}.",
@@ -88,10 +88,10 @@ class ProblemConfig:
     """How hard problems are.
 
     Attributes:
-        steps: numbers of operations that a problem may have, from 2 to 5.
-        largest: no number in a problem exceeds it.
-        asides: the share of problems with a number that does not matter.
-        wordings: "shown" leaves the held-out ones out, "held out" has one at least.
+        steps: Possible numbers of operations in a problem, from 2 to 5.
+        largest: Largest number in a problem.
+        asides: Share of problems with an irrelevant number.
+        wordings: "shown" has no held-out wording, "held out" at least one.
     """
 
     steps: tuple[int, ...] = (2, 3, 4, 5)
@@ -110,8 +110,8 @@ class ProblemConfig:
 class Line:
     """One operation of a solution: `{before}{left} {sign} {right} = {value}{after}`.
 
-    left_from, right_from: the number of the line that the operand is the value of, None where it
-    stands in the question.
+    `left_from` and `right_from` are the lines whose values the operands are, None for operands in
+    the question.
     """
 
     before: str
@@ -126,10 +126,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the lines that solve it, and which wordings it has.
+    """A question, the lines that solve it, and its wordings.
 
     Attributes:
-        wordings: (operation, number in WORDINGS) of each sentence that changes something.
+        question: The question.
+        lines: The lines of its solution.
+        wordings: (operation, number in WORDINGS) of each sentence that changes the count.
     """
 
     question: str
@@ -143,12 +145,12 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether a held-out wording is in it."""
+        """Whether it has a held-out wording."""
         return any(is_held_out(*wording) for wording in self.wordings)
 
     @property
     def solution(self) -> str:
-        """The solution step by step, which ends in `#### ANSWER` as GSM8K's do."""
+        """The solution step by step; it ends in `#### ANSWER` as in GSM8K."""
         return _solution(self.lines)
 
 
@@ -170,12 +172,12 @@ def make_problem(seed: int, index: int, config: ProblemConfig | None = None) -> 
 def make_problems(
     number: int, seed: int, config: ProblemConfig | None = None, *, without: Collection[str] = ()
 ) -> list[Problem]:
-    """Problems of a seed by ascending index; no question twice, and none that is in `without`."""
+    """Problems of a seed by ascending index, without duplicates and those in `without`."""
     return list(islice(_distinct(seed, config, without), number))
 
 
 def question_rows(problems: Sequence[Problem], prefix: str) -> list[Row]:
-    """Problems as rows of questions with their gold solutions."""
+    """Problems as rows of questions with gold solutions."""
     return [
         {
             "id": f"{prefix}{index}",
@@ -196,12 +198,20 @@ def general_text(
     shown: tuple[int, int] = (2, 4),
     careless: float = 0.2,
 ) -> list[str]:
-    """Texts to pre-train on: no question of `without` is in them, and so no answer to one.
+    """Texts for pre-training, which contain no question in `without`, and no answer to one.
 
-    Half are demonstrations, `shown` (fewest, most) solved problems each in the published format;
-    `careless` is the share of them whose solver slips now and then, and so teaches that solutions
-    are as good as those before them. The others tell a story with the count after each sentence,
-    do sums, or ask without an answer. Held-out wordings are in stories alone.
+    Half are demonstrations: solved problems in the published format. The others tell a story with
+    the count after each sentence, do sums, or ask without an answer. Held-out wordings occur only
+    in stories.
+
+    Args:
+        number: Number of texts.
+        seed: Seed of the texts.
+        config: How hard problems are.
+        without: Questions to leave out.
+        shown: Smallest and largest number of problems in a text of demonstrations.
+        careless: Share of these texts whose solver sometimes errs, which teaches that solutions are
+            as good as those before them.
     """
     config = config or ProblemConfig()
     rng = random.Random(f"general {seed}")
@@ -258,7 +268,7 @@ class _Telling:
     last: int | None = None
 
     def pick(self, operation: Operation, among: Sequence[int] | None = None) -> str:
-        """One of an operation's wordings."""
+        """Draw one of an operation's wordings."""
         numbers = range(len(WORDINGS[operation])) if among is None else among
         if self.config.wordings == "shown":
             numbers = [number for number in numbers if not is_held_out(operation, number)]
@@ -270,20 +280,20 @@ class _Telling:
         self.told.append(wording.format(**self.names, **numbers))
 
     def work(self, before: str, left: int, sign: str, right: int, *sources: int | None) -> int:
-        """Add a line, its operands' `sources` last; the count stays. Returns the line's value."""
+        """Add a line, with its operands' source lines; returns its value, the count stays."""
         value = _OPERATORS[sign](left, right)
         before, after = (text.format(**self.names) for text in (before, " {items}."))
         self.lines.append(Line(before, left, sign, right, value, after, *sources))
         return value
 
     def change(self, sign: str, right: int, right_from: int | None = None) -> None:
-        """Change the count, by a line that says so."""
+        """Change the count, with a line of the solution."""
         self.value = self.work("Then {name} has ", self.value, sign, right, self.last, right_from)
         self.last = len(self.lines) - 1
 
 
 def _begin(rng: random.Random, config: ProblemConfig, *, items: int) -> _Telling:
-    """A problem that has told what `name` has at first; of two kinds of items one is for asides."""
+    """A problem that has told the initial count; a second kind of items is for asides."""
     name, friend = rng.sample(NAMES, 2)
     things = dict(zip(("items", "others"), rng.sample(ITEMS, items), strict=False))
     names = {"name": name, "friend": friend, **things, "packs": rng.choice(PACKS)}
@@ -293,7 +303,7 @@ def _begin(rng: random.Random, config: ProblemConfig, *, items: int) -> _Telling
 
 
 def _try(rng: random.Random, config: ProblemConfig) -> Problem | None:
-    """A problem, or None where the numbers that were drawn do not go on."""
+    """A problem, or None if the numbers drawn allow no further step."""
     told = _begin(rng, config, items=2)
     steps = rng.choice(config.steps)
     compares = rng.random() < 0.3
@@ -310,14 +320,14 @@ def _try(rng: random.Random, config: ProblemConfig) -> Problem | None:
     return Problem(" ".join(told.told), tuple(told.lines), tuple(told.wordings))
 
 
-# Kinds of steps, as often as they are drawn.
+# Kinds of steps, repeated by their weight in the draw.
 _DRAWN: tuple[Operation, ...] = (
     "add", "add", "subtract", "subtract", "multiply", "share", "packs",
 )  # fmt: skip
 
 
 def _step(told: _Telling, room: int) -> bool:
-    """Tell one operation more, of at most `room` lines."""
+    """Add one operation, of at most `room` lines."""
     rng, largest, value = told.rng, told.config.largest, told.value
     sizes = [(m, n) for m in range(2, 7) for n in range(2, 10) if value + m * n <= largest]
     fit: dict[Operation, tuple[str, Sequence[Any]]] = {
@@ -345,7 +355,7 @@ def _step(told: _Telling, room: int) -> bool:
 
 
 def _compare(told: _Telling) -> bool:
-    """Tell what another has, and what both have together; False where that exceeds the largest."""
+    """Tell what another person has, and both together; False if that exceeds the largest."""
     value, room = told.value, told.config.largest - 2 * told.value
     choices: tuple[tuple[str, Sequence[int]], ...] = (
         ("+", range(2, room + 1)),
@@ -375,7 +385,7 @@ def _solution(lines: Sequence[Line]) -> str:
 
 
 def _slipped(lines: Sequence[Line], chance: float, rng: random.Random) -> list[Line]:
-    """The lines of a solver who miscounts at some of them and goes on from that."""
+    """The lines of a solver who errs at some of them, and continues from the wrong values."""
     found: list[Line] = []
     for line in lines:
         left = line.left if line.left_from is None else found[line.left_from].value
@@ -388,7 +398,7 @@ def _slipped(lines: Sequence[Line], chance: float, rng: random.Random) -> list[L
 
 
 def _block(problems: Sequence[Problem], slips: float, rng: random.Random) -> str:
-    """Demonstrations whose solver errs in this share of the lines."""
+    """Demonstrations whose solver errs in a share `slips` of the lines."""
     return "\n\n".join(
         f"{prompt_of(problem.question)} {_solution(_slipped(problem.lines, slips, rng))}"
         for problem in problems
@@ -396,7 +406,7 @@ def _block(problems: Sequence[Problem], slips: float, rng: random.Random) -> str
 
 
 def _story(rng: random.Random, config: ProblemConfig) -> str:
-    """Sentences with the count after each, held-out wordings among them, and no question."""
+    """Sentences with the count after each, held-out wordings included, and no question."""
     told = None
     steps = rng.randint(2, 4)
     open_config = replace(config, asides=0.0, wordings="all")
@@ -416,7 +426,7 @@ def _story(rng: random.Random, config: ProblemConfig) -> str:
 
 
 def _sums(rng: random.Random, largest: int) -> str:
-    """A few sums of numbers of the problems' size."""
+    """A few sums with numbers of the problems' size."""
     found: list[str] = []
     while len(found) < 8:
         sign = rng.choice("++--*/")

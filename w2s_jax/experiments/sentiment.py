@@ -1,6 +1,6 @@
 """The controlled-sentiment experiment of arXiv 2405.19262 section 4.1: every method, measured.
 
-Figures, table and picture are made from the rows of its methods.
+Figures, table and picture are made from the methods' rows.
 """
 
 import math
@@ -38,10 +38,13 @@ RESPONSES = "responses"
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is decoded: behind the first `words` words of `prompts` test reviews, drawn by `seed`.
+    """What is decoded after the first `words` words of `prompts` test reviews, drawn by `seed`.
 
-    beam_width, successors and chunk_length are those of CBS, `samples` are best-of-N's, beta is
-    EFT's. Raises InputError for fewer than two prompts, or sizes below one.
+    `beam_width`, `successors` and `chunk_length` are those of CBS, `samples` is best-of-N's N,
+    `beta` is EFT's. The methods share the other settings.
+
+    Raises:
+        InputError: For fewer than two prompts, and for sizes below one.
     """
 
     prompts: int = 1000
@@ -69,10 +72,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to decode: the model that is sampled from, its guide, the search.
+    """A way to decode.
 
-    likelihood: the proposer whose distribution, of `model` and `guide`, the responses are drawn
-    from; None where they are chosen among samples and so have no likelihood in closed form.
+    Attributes:
+        heading: Its name in tables.
+        model: The model that is sampled from.
+        guide: Its guide, if any.
+        search: The search.
+        likelihood: The proposer from whose distribution the responses are drawn; None if they are
+            selected among samples and have no likelihood in closed form.
     """
 
     heading: str
@@ -84,7 +92,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Tempered:
-    """What a proposer samples from at a temperature, top-k left aside.
+    """A proposer whose distribution is taken at a temperature, without top-k.
 
     All else is the proposer's own.
     """
@@ -130,10 +138,10 @@ def experiment_methods(
 
 
 def draw_prompts(config: EvaluationConfig, texts: Sequence[str]) -> list[str]:
-    """The openings of reviews drawn by the seed, as files hold them sorted by their labels.
+    """The openings of reviews drawn by the seed, since files are sorted by label.
 
     Raises:
-        InputError: where there are fewer texts than prompts.
+        InputError: If there are fewer texts than prompts.
     """
     if len(texts) < config.prompts:
         raise InputError(
@@ -151,9 +159,9 @@ def decode_all(
     folder: Path,
     identity: Mapping[str, Any],
 ) -> dict[str, tuple[Journal, list[Row]]]:
-    """Every method's journal and rows, in the order of `prompts`; goes on after a kill.
+    """Every method's journal and rows, in the order of `prompts`; resumes after a kill.
 
-    `identity` says which weights the models have. A row holds what `answer` returns.
+    `identity` identifies the models' weights. The fields of a row are those of `answer`.
     """
     fingerprint = {"config": repr(config), **identity}
     return {
@@ -169,7 +177,7 @@ def decode_all(
 
 
 def responses_path(folder: Path, method: str) -> Path:
-    """Where a method's rows are written."""
+    """Path of a method's rows."""
     return folder / RESPONSES / f"{method}.jsonl"
 
 
@@ -181,13 +189,14 @@ def answer(
     *,
     temperature: float | int,
 ) -> list[Row]:
-    """One response to each of the prompts at `row_ids`, and what is measured of it.
+    """One response to each of the prompts at `row_ids`, and its measurements.
 
-    prompt, response; tokens: ids of the response, EOS included; score: its implicit reward;
-    gold_reward; logprob: log p(response | prompt) under the policy at temperature 1, in nats;
-    log_ratio: log p_method − log p_policy, both at `temperature`, None for a method without a
-    likelihood. Its mean estimates KL(method ‖ policy) but for the top-k, which `log_ratio` leaves
-    aside: the policy gives nothing to what its own top-k cuts off.
+    Returns:
+        Rows of prompt; response; tokens, the ids of the response with EOS; score, its implicit
+        reward; gold_reward; logprob, log p(response | prompt) under the policy at temperature 1, in
+        nats; and log_ratio, log p_method − log p_policy, both at `temperature`, None for a method
+        without a likelihood. The mean of log_ratio estimates KL(method ‖ policy), ignoring top-k:
+        with its top-k the policy has probability 0 for some of the tokens.
     """
     tokenizer, asked = models.tokenizer, [prompts[i] for i in row_ids]
     encoded = [tuple(encode_prompt(tokenizer, prompt)) for prompt in asked]
@@ -224,7 +233,7 @@ def summed_logprobs(
     responses: Sequence[Response],
     temperature: float | int,
 ) -> Float[np.ndarray, " n"]:
-    """log p(response | prompt), in nats, of what a proposer samples from at a temperature."""
+    """log p(response | prompt), in nats, under a proposer's distribution at a temperature."""
     tempered = cast(Proposer, Tempered(proposer, temperature))
     scored = score_responses(search_models(model, guide), tempered, responses, batch_size=32)
     return np.array([row.logprobs.astype(np.float64).sum() for row in scored])
@@ -235,12 +244,12 @@ HEADINGS = (
     "log-prob per response", "KL estimate",
 )  # fmt: skip
 GAIN_COLUMNS = (BASE, BEST_OF_N)
-# Two of Okabe and Ito's palette: told apart by colour-blind readers too.
+# Two colours of Okabe and Ito's palette, which colour-blind readers can distinguish.
 BAR, LINE = "#0072B2", "#D55E00"
 
 
 def best_of_n_bound(samples: int) -> float:
-    """log N − (N − 1)/N: the most that best-of-N moves away from what it samples; in nats of KL.
+    """log N − (N − 1)/N: an upper bound of KL(best-of-N ‖ sampled distribution), in nats.
 
     Source: arXiv 2401.01879, which proves that this well-known formula is an upper bound.
     """
@@ -250,11 +259,15 @@ def best_of_n_bound(samples: int) -> float:
 def summarise_experiment(
     rows: Mapping[str, Sequence[Row]], headings: Mapping[str, str], *, samples: int
 ) -> dict[str, Any]:
-    """Means with standard errors over prompts of each method; paired comparisons with two of them.
+    """Means with standard errors over prompts for each method, and paired comparisons.
 
-    `rows` holds, by method, those of `experiment.answer` over the same prompts. A figure is {mean,
-    stderr}; kl is None where a method has no likelihood, and kl_bound is best-of-N's alone. Paired
-    figures are those of `evaluate.rewards.compare`, a METHOD-base or METHOD-bon each.
+    A figure is {mean, stderr}. kl is None for a method without a likelihood; only best-of-N has
+    kl_bound. Paired figures, METHOD-base and METHOD-bon, are those of `evaluate.rewards.compare`.
+
+    Args:
+        rows: By method, the rows of `answer` to the same prompts.
+        headings: Names of the methods in tables.
+        samples: N of best-of-N.
     """
     methods = {name: {"heading": headings[name]} | _figures(found) for name, found in rows.items()}
     methods[BEST_OF_N]["kl_bound"] = best_of_n_bound(samples)
@@ -291,7 +304,7 @@ def _figure(values: np.ndarray) -> dict[str, float | None]:
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
-    """A Markdown table of a summary, each figure with its standard error; a line a method."""
+    """A Markdown table of a summary, one line per method, figures with standard errors."""
     headings = [text.format(n=summary["samples"]) for text in HEADINGS]
     lines = [_line(headings), _line(["---"] * len(headings))]
     for name, figures in summary["methods"].items():
@@ -327,7 +340,7 @@ def _kl(figures: Mapping[str, Any]) -> str:
 
 
 def need_matplotlib() -> None:
-    """Raise InputError where the picture could not be drawn, before hours are spent on it."""
+    """Raise InputError if matplotlib is missing, before hours are spent."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -337,10 +350,10 @@ def need_matplotlib() -> None:
 
 
 def draw_experiment(summary: Mapping[str, Any]) -> bytes:
-    """A PNG: gold reward by method, and beside it the log-prob per token under the policy.
+    """A PNG of the gold reward by method, and beside it the log-prob per token under the policy.
 
-    Bars have standard errors over prompts. The directly tuned policy is also a line, which the
-    methods that leave the policy as it is are measured by.
+    Bars have standard errors over prompts. The directly tuned policy is also a line, as the
+    reference for the methods that leave the policy unchanged.
     """
     figure = new_figure(9.6, 0.55 * len(summary["methods"]) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)

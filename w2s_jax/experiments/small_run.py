@@ -1,20 +1,21 @@
-"""A real small run: models of a few million parameters learn word problems, weak to strong.
+"""A small but real run: models of a few million parameters learn word problems, weak to strong.
 
     python -m w2s_jax.experiments.small_run --work DIR --size large --seeds 0,1,2
 
-Writes data, a tokenizer and start checkpoints, pre-trains both models by `w2s sft`, and calls
-`w2s reason` for every seed; `DIR/table` holds the table over seeds. What is done is not redone.
+Writes data, a tokenizer and start checkpoints, pre-trains both models by `w2s sft`, and runs `w2s
+reason` for every seed; `DIR/table` holds the table over seeds. Stages that are done are not run
+again.
 
-The models are pre-trained once, on one text: seeds differ in their questions of both parts, in the
-draws and in all fine-tunings, and share the test. Weak and strong read the same general text, the
-weak one fewer steps of it.
+The models are pre-trained once, on one text. Seeds have their own questions in both parts, draws
+and fine-tunings, and share the test. Weak and strong read the same general text, the weak model
+fewer steps of it.
 
-Budget of size large, in operations at 6 a parameter and token trained, 2 read or written: strong
-pre-training 3.2 M parameters × 6.0 M tokens, 1.2e14; weak 0.4 M × 4.0 M, 1e13; of each seed eight
-fine-tunings and one preference tuning of the strong model, 1.2 M tokens, 2.4e13, and 16,000
-responses, 1.6 M tokens, 1e13. At 4e10 a second in training and 1.5e10 in writing (two cores), and
-10 s a process, that is 55 minutes and 25 for each seed. Size tests: 3e12 in all, and some 30
-processes.
+Budget of size large, in operations: 6 per parameter and token trained, 2 per parameter and token
+read or generated. Strong pre-training: 3.2 M parameters × 6.0 M tokens, 1.2e14. Weak: 0.4 M × 4.0
+M, 1e13. For each seed: eight fine-tunings and one preference tuning of the strong model, 1.2 M
+tokens, 2.4e13; and 16,000 responses, 1.6 M tokens, 1e13. At 4e10 operations/s in training and
+1.5e10 in generation (two cores), and 10 s per process, that is 55 minutes, and 25 for each seed.
+Size tests: 3e12 in all, and some 30 processes.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from w2s_jax.text.tokenizer import load_tokenizer, save_bpe, train_bpe
 from w2s_jax.train.watch import read_metrics
 
 SEEDS = 5
-"""Seeds that there are questions for; the general text keeps all of them out."""
+"""Number of seeds with questions; the general text contains none of them."""
 TEST, GENERAL, TOKENIZER = "test.jsonl", "general.jsonl", "tokenizer"
 MODELS = ("weak", "strong")
 HEADINGS = {
@@ -65,7 +66,7 @@ class ShapeConfig:
     steps: int
 
     def decoder(self, positions: int) -> LanguageConfig:
-        """The decoder, for texts of so many tokens."""
+        """The decoder, for texts of at most `positions` tokens."""
         shape = (self.width, self.layers, self.heads, self.mlp_width)
         return LanguageConfig(*shape, max_positions=positions)
 
@@ -75,13 +76,14 @@ class SizeConfig:
     """How large a run is.
 
     Attributes:
-        problems: of parts 1 and 2; the test has the same with held-out wordings.
-        part1, part2, test: numbers of questions.
-        texts: of the general text.
-        vocabulary: tokens.
-        weak, strong: the models.
-        pretraining: flags of `w2s sft` for both.
-        reason: fields of ReasonConfig.
+        problems: Problems of parts 1 and 2; those of the test have held-out wordings.
+        part1, part2, test: Numbers of questions.
+        texts: Number of general texts.
+        vocabulary: Size of the vocabulary.
+        weak, strong: The models.
+        pretraining: Flags of `w2s sft` for both.
+        reason: Fields of ReasonConfig.
+        positions: Maximum tokens of a text.
     """
 
     problems: ProblemConfig
@@ -158,7 +160,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A size, the seeds, and the folder that all of it is written in."""
+    """A run of some size with several seeds, and its folder."""
 
     size: SizeConfig
     seeds: tuple[int, ...]
@@ -169,7 +171,7 @@ class SmallRun:
             raise InputError(f"seeds {self.seeds}: numbers from 0 to {SEEDS - 1} are needed")
 
     def stages(self) -> list[Stage]:
-        """Data, two pre-trainings, a run for each seed, the table."""
+        """The stages: data, two pre-trainings, a run for each seed, the table."""
         size = asdict(self.size)
         made = ("problems", "part1", "part2", "test", "texts", "vocabulary", "positions")
         shapes = {name: {**size[name], "steps": 0} for name in MODELS}
@@ -186,13 +188,13 @@ class SmallRun:
         ]
 
     def _data(self, folder: Path) -> Mapping[str, Any]:
-        """Questions of every seed, the test, the general text, tokenizer, empty checkpoints."""
+        """Write all questions, the test, general text, tokenizer, and configs of the models."""
         size = self.size
         test = make_problems(size.test, 0, replace(size.problems, wordings="held out"))
         write_jsonl(folder / TEST, question_rows(test, "test-"))
         asked = {problem.question for problem in test}
         for seed in range(SEEDS):
-            # Seeds of problems are apart from that of the general text, 0.
+            # Seed 0 is that of the general text and the test.
             both = make_problems(size.part1 + size.part2, seed + 1, size.problems, without=asked)
             asked |= {problem.question for problem in both}
             parts = (both[: size.part1], both[size.part1 :])
@@ -249,10 +251,10 @@ class SmallRun:
 
 
 def over_runs(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each model's accuracy and gap recovered over runs that differ by their seed, and their sets.
+    """Accuracy and gap recovered of each model over runs with different seeds, and their sets.
 
     Raises:
-        InputError: where the runs tested other models.
+        InputError: If the runs tested different models.
     """
     models = [report["models"] for report in reports]
     names = [name for name in HEADINGS if name in models[0]]
@@ -273,7 +275,7 @@ def over_runs(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What `over_runs` found, as Markdown."""
+    """The result of `over_runs` as Markdown."""
     lines = ["| model | accuracy | 95 % interval | gap recovered |", "|---|---:|---:|---:|"]
     for name, row in found["models"].items():
         share, gap = row["accuracy"], row["gap_recovered"]
@@ -287,7 +289,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _sets(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Rows and accuracy of the responses and sets of each stage, means over the runs."""
+    """Sizes and accuracies of each stage's responses and sets, as means over the runs."""
     found: dict[str, list[tuple[float, float]]] = {}
     for report in reports:
         for stage, row in report["data"].items():
@@ -303,7 +305,7 @@ def _sets(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _interval(row: Mapping[str, Any], *, scale: int, digits: int) -> str:
-    """The ends of an estimate, where there are several runs."""
+    """The interval of an estimate; empty for a single run."""
     if row["count"] < 2:
         return ""
     return " " + " – ".join(f"{scale * row[end]:.{digits}f}" for end in ("low", "high"))

@@ -2,7 +2,7 @@
 
 One slot of P, here with W = 2 hypotheses and K = 2 successors of each, R = W·K rows in all:
 
-    prefix [P, S]           committed [P, W, T]              chunk [P, R, L]
+    prefix [P, S]           committed [P, W, T]              chunk [P, R, L − 1]
 
                                                          ┌── row 0   (w = 0, k = 0)
                         ┌── hypothesis 0 ────────────────┤
@@ -14,7 +14,7 @@ One slot of P, here with W = 2 hypotheses and K = 2 successors of each, R = W·K
 
 A row attends to the path from the prompt to itself. Rows under one part join the query axis of one
 product, so that its keys and values are read once, not W or R times. After selection the
-winners' chunks go behind their parents' responses; the prefix is never copied.
+winners' chunks go behind their parents' responses; the prefix stays where it is.
 
 The last token of a chunk is sampled and scored, but read only when the next chunk begins: by then W
 hypotheses are left of the R rows, so that W tokens are read where R would have been. The prompt's
@@ -41,8 +41,9 @@ from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 class KV:
     """Keys and values of one part, one array each or, for stacked layers, with a leading N axis.
 
-    prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L, G, C]. Where they are int8, each
-    entry is to be multiplied by its scale: float32, of the same shape but for a C of 1.
+    prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L − 1, G, C], as its last
+    token is read with the next one. Where they are int8, each entry is to be multiplied by its
+    scale: float32, of the same shape but for a C of 1.
     """
 
     keys: Array

@@ -124,7 +124,8 @@ class Forward:
     """The result of one pass.
 
     hidden [P, W, M, D]: states after the last norm. cache: with the stems committed. chunk: the
-    branch tokens' keys and values, [P, R, L, G, C] a layer; None where there are none.
+    branch tokens' keys and values, [P, R, ., G, C] a layer, of as many tokens of a row as a chunk
+    buffer or else the layout has; None where there are none.
     """
 
     hidden: Array

@@ -1,4 +1,4 @@
-"""Plans: what fits a slice that is not here, by the accelerator's own compiler."""
+"""Plans: what fits a slice that is not here, according to the accelerator's own compiler."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,20 +28,20 @@ __all__ = [
 def plan(config: PlanConfig, *, tell: Callable[[str], None] = lambda _: None) -> "Plan | Found":
     """Compile a search or a training for a slice that is not here, from its models' shapes alone.
 
-    jax takes no TPU or GPU of this machine for the rest of the process.
+    jax uses no TPU or GPU of this machine for the rest of the process.
 
     Args:
-        config: what is planned: a `PlanSearchConfig`, `PlanSFTConfig` or `PlanDPOConfig`.
-        tell: hears of everything that is compiled, before it is.
+        config: What to plan: a `PlanSearchConfig`, `PlanSFTConfig` or `PlanDPOConfig`.
+        tell: Called with a line on everything that is compiled, before it is.
 
     Returns:
-        The plan of the slice and the mesh that are named, or of the likeliest mesh. Where several
-        are to be tried, all that was: `Found`. Either has `best`, the plan that was looked for,
-        which is None where nothing fits.
+        The plan of the given slice with the given mesh, or with the likeliest one. If several are
+        to be tried, `Found`, all that was tried. Either has `best`, the plan looked for; None if
+        nothing fits.
 
     Raises:
-        InputError: for a wrong setting, settings that do not go together, a mesh that does not
-            divide an array, and where the compiler is not installed.
+        InputError: For a wrong setting, settings that exclude each other, a mesh that does not
+            divide an array, and if the compiler is not installed.
     """
     from w2s_jax.plan.topology import leave_accelerators
 
@@ -56,18 +56,18 @@ def plan_matrix(
 ) -> tuple[str, list[str]]:
     """Plan every chip, model size and work, each on the smallest slice that fits.
 
-    A row is written when it is done, and a run with the same files goes on where one was stopped.
-    jax takes no TPU or GPU of this machine for the rest of the process.
+    A row is written when it is done, and a run with the same files resumes where one was stopped.
+    jax uses no TPU or GPU of this machine for the rest of the process.
 
     Args:
-        config: the cells and the files.
-        tell: hears of every step.
+        config: The cells and the files.
+        tell: Called with a line on every step.
 
     Returns:
-        The table in Markdown, and the names of cells that failed.
+        The table in Markdown, and the names of the cells that failed.
 
     Raises:
-        InputError: for a wrong setting, files of other settings or of another run, and where the
+        InputError: For a wrong setting, files with other settings or of another run, and if the
             compiler is not installed.
     """
     from w2s_jax.plan.topology import leave_accelerators

@@ -1,8 +1,8 @@
-"""A program compiled for a slice that is not here: memory, operations, exchanges, the time.
+"""A program compiled for a slice that is not here: memory, FLOPs, communication, time.
 
-Memory is what the compiler says. Operations are read from the jaxpr, those of the whole program,
-whatever devices share it; exchanges from the compiled text; loops count by their length. The time
-is an estimate that follows from published rates of the chip.
+Memory is what the compiler reports. FLOPs are counted in the jaxpr, for the whole program over all
+devices; communication in the compiled text; loops count with their length. The time is an estimate
+from published rates of the chip.
 """
 
 import math
@@ -20,11 +20,15 @@ from w2s_jax.plan.topology import Slice
 
 
 def matmul_operations(jaxpr: Any, unknown: int = 1) -> float:
-    """Multiplications and additions of all dot products.
+    """FLOPs of all dot products.
 
-    jaxpr: a (closed) jaxpr, as `jax.make_jaxpr` or `traced.jaxpr` gives. A loop whose length is not
-    known runs `unknown` times. Of branches the costliest counts. A Pallas kernel is what its own
-    estimate says, and a part for one device (`shard_map`) runs on each of its mesh.
+    Of the branches of a conditional the costliest counts. A Pallas kernel counts by its own cost
+    estimate. The body of a `shard_map`, which is for one device, counts for each device of its
+    mesh.
+
+    Args:
+        jaxpr: A (closed) jaxpr, as of `jax.make_jaxpr` or `traced.jaxpr`.
+        unknown: Iterations of a loop whose length is not known.
     """
     found = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -65,13 +69,13 @@ def _inside(parameters: Any) -> Iterator[Any]:
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"
-"""What goes over the network of several slices, whatever is made of it there."""
+"""Kind of all communication over the network between slices."""
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2,
     "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
 }  # fmt: skip
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-# Calls of kernels are written over several lines, which may begin with braces of their own.
+# Calls of kernels span several lines, which may begin with braces of their own.
 _END = re.compile(r"\}(?:, execution_thread=.*)?$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -82,11 +86,15 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange in a program, as often as its loops do it.
+    """One communication operation of a program, with all its repetitions in loops.
 
-    kind: of `KINDS`, or `BETWEEN_SLICES`. shape: the dimensions of what comes out of it. size: its
-    bytes on each device. group: devices that take part together. times: how often in one call of
-    the program. in_loop: whether it stands in a loop.
+    Attributes:
+        kind: One of `KINDS`, or `BETWEEN_SLICES`.
+        shape: Shape of its result.
+        size: Bytes of its result on each device.
+        group: Number of devices that take part together.
+        times: Repetitions in one call of the program.
+        in_loop: Whether it is in a loop.
     """
 
     kind: str
@@ -98,7 +106,7 @@ class Collective:
 
     @property
     def moved(self) -> float | int:
-        """Bytes that a device sends, all times together, where neighbours pass parts in a ring."""
+        """Bytes that a device sends in all repetitions, by a ring algorithm."""
         share = (self.group - 1) / self.group
         factors = {
             "all-reduce": 2 * share,
@@ -110,10 +118,10 @@ class Collective:
 
 
 def collectives(text: str, unknown: int = 1) -> list[Collective]:
-    """The exchanges of a compiled program, `compiled.as_text()`.
+    """The communication operations in the text of a compiled program, `compiled.as_text()`.
 
-    A loop whose length depends on what is read counts `unknown` times. Asynchronous exchanges are
-    counted where they start.
+    Asynchronous operations count where they start. A loop whose length depends on data counts
+    `unknown` times.
     """
     entry, bodies = computations(text)
     times: Counter[str] = Counter()
@@ -144,8 +152,8 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
             one = _collective(line, count, looped[name], everyone)
             if one is None:
                 continue
-            # An exchange that runs beside others' work stands in each of their fusions. Several of
-            # one computation are several, though they may share a channel.
+            # An asynchronous operation appears in every fusion that it overlaps with. Several in
+            # one computation are different ones, though they may share a channel.
             channel = re.search(r"channel_id=(\d+)", line)
             key = (channel[1], one.kind, one.shape) if channel else (name,)
             found[key][name].append(one)
@@ -159,9 +167,9 @@ def collectives(text: str, unknown: int = 1) -> list[Collective]:
 def gathers_of(
     found: Iterable[Collective], wholes: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, Collective]]:
-    """The all-gathers in loops whose result is one of these whole arrays, with its name.
+    """The all-gathers in loops whose result is one of the `wholes`, each with the array's name.
 
-    Shapes are compared without their order and without dimensions of 1, since compilers transpose.
+    Shapes are compared without order and without dimensions of 1, since compilers transpose.
     """
     keys = {name: _key(shape) for name, shape in wholes.items()}
     return [
@@ -178,7 +186,7 @@ def _key(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def computations(text: str) -> tuple[str | None, dict[str, list[str]]]:
-    """The name of a program's entry, and the lines of each computation by its name."""
+    """The name of a program's entry computation, and the lines of each computation by name."""
     entry: str | None = None
     bodies: dict[str, list[str]] = {}
     lines: list[str] | None = None
@@ -197,7 +205,7 @@ def computations(text: str) -> tuple[str | None, dict[str, list[str]]]:
 def loop_length(
     line: str, bodies: Mapping[str, Sequence[str]], condition: str, body: str
 ) -> int | None:
-    """How often a loop runs: as the compiler says, else until its counter reaches a constant."""
+    """Iterations of a loop: as the compiler reports, or until its counter reaches a constant."""
     told = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if told:
         return int(told[1])
@@ -216,7 +224,7 @@ def _constants(lines: Iterable[str]) -> dict[str, int]:
 
 
 def _stride(condition: Sequence[str], body: Sequence[str]) -> int:
-    """What a loop adds to its counter at a time: 2 where the compiler unrolled it once."""
+    """The increment of a loop's counter: 2 if the compiler unrolled the loop once."""
     element = r"%([\w.\-]+) = .*get-tuple-element\(.*index=(\d+)"
     counters = re.findall(element, "\n".join(condition))
     compared = next((one for one in condition if "direction=LT" in one), "")
@@ -253,7 +261,7 @@ def _collective(line: str, times: int, in_loop: bool, everyone: int) -> Collecti
     if kind == BETWEEN_SLICES:
         arrays = arrays[:1]
     elif instruction[2].endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
-        # What goes in stands before what comes out; a permutation has two numbers more.
+        # Operands come before results; a permutation has two further scalars.
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
     sizes = [_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays]
     largest = max(range(len(arrays)), key=sizes.__getitem__)
@@ -261,9 +269,9 @@ def _collective(line: str, times: int, in_loop: bool, everyone: int) -> Collecti
 
 
 def _group(line: str, everyone: int) -> int:
-    """Devices of a group: {{0,1},{2,3}}, [groups,devices]<=[..], or axes of a mesh by their names.
+    """Devices in a group: {{0,1},{2,3}}, [groups,devices]<=[..], or axes of a mesh by name.
 
-    A part of an axis is written 'axis_0':(before)size. No group is all devices.
+    Part of an axis is written 'axis_0':(before)size. No group means all devices.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
@@ -281,7 +289,7 @@ def _group(line: str, everyone: int) -> int:
 
 @dataclass(frozen=True)
 class Exchange:
-    """All collectives of a kind: how many in a call, and the bytes that each device sends."""
+    """All communication of a kind in one call: its count, and the bytes that each device sends."""
 
     kind: str
     count: int
@@ -290,12 +298,20 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the compiler says of a program, in bytes of each device.
+    """A compiled program; sizes are bytes on each device.
 
-    arguments: weights, caches and all else that goes in; temporary: what is needed beside them.
-    refusal: why it does not fit, in the compiler's words. operations: of matmuls, of one device's
-    even share. seconds: the estimate of a call. gathered: weights and caches that a loop gathers
-    whole.
+    Attributes:
+        name: The program's name.
+        calls: Calls in a chunk of a search.
+        arguments: Weights, caches and all other arguments.
+        temporary: What is needed beside the arguments.
+        refusal: Why it does not fit, in the compiler's words; None if it does.
+        operations: FLOPs of matmuls, an even share for one device.
+        reads: Bytes of weights and caches read and written in a call.
+        seconds: Estimated time of a call.
+        compile_seconds: Time that compiling took.
+        exchanges: Communication by kind.
+        gathered: Names of weights and caches that a loop gathers completely.
     """
 
     name: str
@@ -315,9 +331,9 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     """Compile one program for a slice.
 
     Args:
-        program: the program; what it does not fit in is part of what is measured.
-        place: the slice.
-        wholes: whole shapes, by name, that no loop should gather.
+        program: The program. A program that does not fit is measured too.
+        place: The slice.
+        wholes: Whole shapes, by name, that no loop should gather.
     """
     traced, chip = program.trace(), place.chip
     found = Measured(program.name, program.calls)
@@ -344,11 +360,11 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
     return replace(
         found,
         arguments=used.argument_size_in_bytes,
-        # Donated arguments are counted among the outputs that take their place.
+        # Outputs that alias donated arguments take no further memory.
         temporary=used.temp_size_in_bytes + beside,
         operations=operations,
         reads=program.reads,
-        # Two links of a ring carry at once; nothing is assumed to overlap with the exchange.
+        # A ring uses two links at once; no overlap of communication and computation is assumed.
         seconds=computing + moved / (2 * chip.link) + abroad / chip.network,
         compile_seconds=spent,
         exchanges=_by_kind(exchanged),
@@ -357,7 +373,7 @@ def measure(program: Program, place: Slice, wholes: Mapping[str, tuple[int, ...]
 
 
 def _refusal(message: str) -> str:
-    """The two sizes that the compiler names, where it does."""
+    """The two sizes in the compiler's message, if it names them."""
     for pattern, told in (
         (r"Used (\S+) of (\S+) hbm", "needs {} of {}"),
         (r"temporaries \((\S+)\) exceeds available HBM \((\S+)\)", "needs {} beside, of {}"),

@@ -1,6 +1,6 @@
-"""Settings of plans as frozen values, of which the commands are made. Imports no jax.
+"""Settings of plans as frozen dataclasses, from which the commands are made. Imports no jax.
 
-Each field is a flag, an argument in Python and its help at once.
+Each field is a flag, an argument in Python, and its help text.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from w2s_jax.errors import InputError
 from w2s_jax.ops.meshes import AUTO
 
 MOST = 2**31
-"""Rows and counts stay below; sizes of arrays beyond int64 end in an OverflowError."""
+"""Upper bound of rows and counts; larger array sizes would overflow int64."""
 _SHORT = {"beam_width": "w", "successors": "k", "chunk_length": "l"}
 _USUAL = ("search", "auto", None)
-"""Values that a command takes where its flag is not given."""
+"""Values that a command has by default, so that its flag need not be given."""
 
 
 def flag_of(field: str) -> str:
-    """The flag of a field, without its dashes; the papers' letter where there is one."""
+    """The flag of a field, without dashes; the papers' letter if there is one."""
     return _SHORT.get(field, field.replace("_", "-"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What every plan is told: for which slice, and by which mesh.
+    """Settings of every plan: for which slice, and with which mesh.
 
     Attributes:
-        work: the command that is planned.
-        run_flags: fields that are flags of that command too, whose defaults there are others.
-        sizes: fields that hold sizes.
+        work: The command that is planned.
+        run_flags: Fields that are also flags of that command, with other defaults there.
+        sizes: Fields that hold sizes.
     """
 
     topology: Annotated[str, arg(metavar="NAME")] = "v5e:4x4"
@@ -50,11 +50,11 @@ class PlanConfig:
 
     @property
     def counts(self) -> tuple[str, ...]:
-        """The fields that hold sizes, of those that are given."""
+        """The fields that hold sizes, among those that are set."""
         return self.sizes
 
     def check_counts(self) -> None:
-        """Raise InputError for a size below 1, or too large to be one of an array."""
+        """Raise InputError for a size below 1, or too large for an array."""
         for flag, count in ((flag_of(name), getattr(self, name)) for name in self.counts):
             if count < 1:
                 raise InputError(f"--{flag} is {count}; it must be at least 1")
@@ -140,11 +140,11 @@ class PlanTrainingConfig(PlanConfig):
 
     @property
     def counts(self) -> tuple[str, ...]:
-        """The fields that hold sizes; `LoraConfig` tells of a rank of 0."""
+        """The fields that hold sizes; a rank of 0 is left to `LoraConfig`."""
         return (*self.sizes, "lora_rank") if self.lora_rank else self.sizes
 
     def command(self, mesh: str) -> str:
-        """The command that runs what was planned: the step is compiled of layers in a stack."""
+        """The command that runs what was planned, which was compiled with stacked layers."""
         return f"{super().command(mesh)} --scan-layers"
 
 

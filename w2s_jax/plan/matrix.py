@@ -1,8 +1,8 @@
 """The matrix of plans: every chip, model size and work, each on the smallest slice that fits.
 
-Settings are fixed here, so that a committed table can be made again. It is written row by row as
-a table in Markdown and as JSON; a file that is there is taken up again, so that a run that was
-stopped goes on.
+Settings are constants here, so that a committed table can be reproduced. It is written row by row
+as a Markdown table and as JSON; an existing file is continued, so that a run that was stopped
+resumes.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ TUNINGS = ("lora", "full")
 BEAM, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = (2, 2, 30), 16, 512, 2048
 ROWS, LENGTH, RANK = 16, 2048, 16
 SHARING = 4
-"""Devices that share an example where it would not fit one."""
+"""Devices that share an example if it does not fit one."""
 SETTINGS = (
     f"Search: W, K, L = {', '.join(map(str, BEAM))}, {PROMPTS} prompts of {PROMPT_TOKENS} tokens "
     f"side by side, responses of {NEW_TOKENS:,}, guides {GUIDE}. Training: examples (for dpo "
@@ -48,7 +48,14 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What is planned: a chip's family, a model size, and a work; tuning is none for a search."""
+    """What is planned.
+
+    Attributes:
+        family: The chip.
+        size: The model size.
+        work: search, sft or dpo.
+        tuning: lora or full; empty for a search.
+    """
 
     family: str
     size: str
@@ -57,11 +64,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its words, as the table and --only have them."""
+        """Its words, as in the table and in --only."""
         return " ".join(filter(None, (self.family, self.size, self.work, self.tuning)))
 
     def shapes(self, devices: int) -> tuple[Shapes, ...]:
-        """What is planned on so many devices, and what is planned where that does not fit."""
+        """What to plan on so many devices, and what to plan instead if that does not fit."""
         model = shape_of(MODELS[self.size])
         if self.work == "search":
             guide = shape_of(GUIDE)
@@ -80,9 +87,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """A cell with the plan of the smallest slice that fits; None where none of the listed does.
+    """A cell with its plan.
 
-    refused: slices before it, each with why. rows: prompts side by side, or examples at a time.
+    Attributes:
+        cell: The cell.
+        plan: The plan on the smallest slice that fits; None if none of the list does.
+        refused: Smaller slices, each with the reason.
+        rows: Prompts side by side, or examples at a time.
     """
 
     cell: Cell
@@ -91,19 +102,19 @@ class MatrixRow:
     rows: int
 
     def as_row(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """The row as JSON."""
         plan = None if self.plan is None else self.plan.as_row()
         told = {"refused": self.refused, "rows": self.rows, "plan": plan}
         return {"cell": self.cell.name, **asdict(self.cell), **told}
 
 
 def cells(only: str = "") -> list[Cell]:
-    """The cells of the matrix, or those of some words, such as "v5e,70B,dpo,lora".
+    """The cells of the matrix, or those that some words select, such as "v5e,70B,dpo,lora".
 
-    Words of one kind add up, words of different kinds narrow.
+    Several words of one kind select any of them; words of different kinds must all match.
 
     Raises:
-        InputError: for other words, and for words that go with no cell.
+        InputError: For an unknown word, and for words that match no cell.
     """
     words = {word.strip() for word in only.split(",")} - {""}
     kinds: tuple[Sequence[str], ...] = (FAMILIES, tuple(MODELS), WORKS, TUNINGS)
@@ -146,7 +157,7 @@ def plan_as_set(config: PlanMatrixConfig, tell: Tell) -> tuple[str, list[str]]:
 def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
     """The smallest slice of the cell's family that fits, and its plan.
 
-    Slices that are too small by what is guessed before compiling are passed over, and said so.
+    Slices that are estimated to be too small are skipped, with the reason.
     """
     trying = replace(trying, first=True, guess=True)
     found = try_slices(cell.shapes, topologies(cell.family), trying)
@@ -160,9 +171,9 @@ def plan_cell(cell: Cell, trying: Trying) -> MatrixRow:
 def plan_cells(
     asked: Sequence[Cell], trying: Trying, keep: Callable[[MatrixRow], None]
 ) -> list[str]:
-    """Plan every cell, and hand each row to `keep` when it is done; names of those that failed.
+    """Plan every cell, and pass each finished row to `keep`; returns the names of failed cells.
 
-    A fault of the compiler in one cell is told and does not keep the others from being planned.
+    An error of the compiler in one cell is reported, and the others are still planned.
     """
     failed = []
     for count, cell in enumerate(asked, 1):
@@ -178,7 +189,7 @@ def plan_cells(
 
 
 def _why_not(trials: Trials) -> str:
-    """Why the best mesh of a slice that was compiled, or else the smallest one, does not do."""
+    """Why a slice does not fit, by its best compiled mesh or else the one that needs least."""
     if not trials.plans:
         judged = [one for one in trials.skipped if one.resident_bytes is not None]
         least = min(judged, key=lambda one: one.needed, default=trials.skipped[0])
@@ -214,9 +225,14 @@ tokens read in a training.
 
 @dataclass(frozen=True)
 class Records:
-    """The files of a matrix, either of which may be None, and the rows that they hold by name.
+    """The files of a matrix, and their rows by name.
 
-    compiler, settings: what the rows were made with, as the files say it.
+    Attributes:
+        table: The Markdown table; None for none.
+        figures: The JSON file; None for none.
+        compiler, settings: What the rows were made with, as the files say it.
+        lines: Rows of the table, by cell name.
+        rows: Rows of the JSON file, by cell name.
     """
 
     table: Path | None
@@ -232,7 +248,7 @@ class Records:
         return not in_table or (self.figures is not None and cell.name not in self.rows)
 
     def keep(self, row: MatrixRow, order: Sequence[Cell]) -> None:
-        """Add a row to the files; rows stand in the order of the cells."""
+        """Add a row to the files, in the order of the cells."""
         self.lines[row.cell.name] = line_of(row)
         self.rows[row.cell.name] = row.as_row()
         names = [cell.name for cell in order]
@@ -244,7 +260,7 @@ class Records:
             write_whole(self.figures, [json.dumps(found, indent=1).encode(), b"\n"])
 
     def text(self, names: Sequence[str]) -> str:
-        """The table in Markdown, of those rows that there are."""
+        """The table in Markdown, with those of the named rows that exist."""
         head = [_row(_HEAD), f"|{'---|' * len(_HEAD)}"]
         own = [self.lines[name] for name in names if name in self.lines]
         about = f"{_ABOUT}{textwrap.fill(self.settings, 100)}\n\n{self.compiler}\n\n"
@@ -252,11 +268,10 @@ class Records:
 
 
 def open_records(table: Path | None, figures: Path | None, compiler: str, settings: str) -> Records:
-    """The files of a matrix, with the rows that are there; rows that are cut are left out.
+    """The files of a matrix, with their rows; torn rows are left out.
 
     Raises:
-        InputError: for a file that holds something else, and for one of another compiler or of
-            other settings.
+        InputError: For a file with other content, another compiler or other settings.
     """
     for path in filter(None, (table, figures)):
         check_writable(path)
@@ -267,19 +282,19 @@ def open_records(table: Path | None, figures: Path | None, compiler: str, settin
 
 
 def settings_of(tries: int) -> str:
-    """What rows are planned with, as the files say it; `tries` meshes of a slice are compiled."""
+    """The settings of rows as the files say it; `tries` meshes of a slice are compiled."""
     return f"{SETTINGS} Meshes of a slice that are compiled: {tries} at most."
 
 
 def compiler_of() -> str:
-    """The versions that rows are compiled with, as the files say it."""
+    """The versions of the compiler as the files say it."""
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     return f"Compiled with {', '.join(versions)}."
 
 
 def line_of(row: MatrixRow) -> str:
     """A row of the table."""
-    # Of what was tried of a slice the last needs least.
+    # Of several shapes tried on a slice, the last one needs the least memory.
     refused = "; ".join(f"{at.partition(':')[2]} {why}" for at, why in dict(row.refused).items())
     plan = row.plan
     if plan is None:
@@ -303,13 +318,13 @@ def _row(cells: Sequence[str]) -> str:
 
 
 _Parsed = tuple[str, Sequence[Any], dict[str, Any]]
-"""Of a file: its compiler, what may be its settings, and its whole rows by name."""
+"""(compiler of a file, texts that may be its settings, its complete rows by name)."""
 
 
 def _read(
     path: Path | None, kind: str, parse: Callable[[str], _Parsed], compiler: str, settings: str
 ) -> dict[str, Any]:
-    """The whole rows of a file; none where there is no file."""
+    """The complete rows of a file; none if there is no file."""
     if path is None or not path.exists():
         return {}
     check_fetched(path)
@@ -335,7 +350,7 @@ def _parse_table(text: str) -> _Parsed:
     told = next((line for line in lines if line.startswith("Compiled with ")), None)
     if told is None or _row(_HEAD) not in lines:
         raise ValueError("another table")
-    # Settings may be broken into lines elsewhere, also at a hyphen.
+    # Compared without spaces: settings may be wrapped differently, also at a hyphen.
     texts = ["".join(part.split()) for part in text.split("\n\n")]
     rows = [line for line in lines if line.startswith("| ") and line.endswith(" |")]
     columns = {row: row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows}

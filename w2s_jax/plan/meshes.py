@@ -1,6 +1,7 @@
-"""Meshes judged without compiling: what they hold, which are likely quick, which is taken here.
+"""Meshes judged without compiling: what they hold, which are likely fast, which one to take.
 
-A mesh for the devices that are here is chosen as a plan chooses that of a slice; no weight is read.
+A mesh for the devices of this machine is chosen in the same way as for a slice in a plan; no
+weights are read.
 """
 
 import math
@@ -30,11 +31,15 @@ _NUMBER = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh of a slice, by its spec, before it is compiled.
+    """A mesh of a slice, before it is compiled.
 
-    resident_bytes: of each device between programs, None where the mesh is ruled out before they
-    are known. needed: a guess of those and of what a program takes beside them. seconds: a guess of
-    the time of a batch or a step. why: what rules the mesh out, or leaves it untried.
+    Attributes:
+        mesh: Its spec.
+        resident_bytes: Bytes on each device between programs; None if the mesh is excluded before
+            they are known.
+        needed: Estimate of those and of a program's temporaries.
+        seconds: Estimated time of a batch or a step.
+        why: Why the mesh is excluded, or not tried.
     """
 
     mesh: str
@@ -47,11 +52,16 @@ class Candidate:
 def candidates(
     shapes: Shapes, chip: Chip, devices: int, among: Iterable[Shape] | None = None
 ) -> list[Candidate]:
-    """Meshes (data, fsdp, tensor) of so many devices, the likeliest to fit and be quick first.
+    """Meshes (data, fsdp, tensor) of so many devices, the likeliest to fit and be fast first.
 
-    `among`: the sizes to judge, by default all that multiply to the devices. Meshes that are ruled
-    out stand at the end: those that do not divide an array or the rows, and those that hold more
-    than a device has. Needs no devices and no compiler.
+    Excluded meshes come last: those that do not divide an array or the rows, and those that hold
+    more than a device has. Uses no devices and no compiler.
+
+    Args:
+        shapes: The search or training.
+        chip: The chip.
+        devices: Number of devices.
+        among: Mesh shapes to judge, by default all with this number of devices.
     """
     found = [judge(shapes, chip, shape) for shape in among or mesh_shapes(devices)]
 
@@ -62,9 +72,9 @@ def candidates(
 
 
 def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
-    """What can be said of a mesh of these sizes (data, fsdp, tensor) without compiling."""
+    """Judge a mesh with these sizes (data, fsdp, tensor) without compiling."""
     spec = spec_of(shape)
-    # Without devices, which is enough for shapes and shardings.
+    # An abstract mesh has no devices, and is enough for shapes and shardings.
     mesh: Any = AbstractMesh(shape, MESH_AXES)
     try:
         found = programs_on(shapes, mesh)
@@ -84,17 +94,17 @@ def judge(shapes: Shapes, chip: Chip, shape: Shape) -> Candidate:
 def _guess_search(
     shapes: SearchShapes, found: Programs, chip: Chip, shape: Shape
 ) -> tuple[float, float]:
-    """Bytes beside what is held, and seconds of a batch.
+    """Estimate (bytes of temporaries, seconds of a batch).
 
-    Beside: a chunk's logits of a device's rows, in float32, of the widest vocabulary. The time is
-    that of reading weights and caches, and of what layers split over devices exchange.
+    Temporaries are a chunk's logits of a device's rows, in float32, for the largest vocabulary. The
+    time is that of reading weights and caches, and of the communication of split layers.
     """
     data, fsdp, tensor = shape
     config, slots, models = shapes.config, shapes.slots, shapes.models.values()
     rows = max(1, slots // (data * fsdp)) * config.rows
     beside = 4.0 * rows * config.length * max(one.vocab_size for one in models)
     seconds = sum(one.reads * one.times for one in found.programs) / chip.bandwidth
-    # A prompt is read alone, so that data splits its tokens no more than tensor does.
+    # A prompt is read alone, so that the data axis does not split its tokens.
     tokens = slots * (config.rows * config.chunks * config.length / data + shapes.prompt_tokens)
     layer = _ring(fsdp * tensor) + _ring(tensor) / fsdp
     moved = _NUMBER * tokens * layer * sum(one.layers * one.width for one in models)
@@ -104,17 +114,17 @@ def _guess_search(
 def _guess_training(
     shapes: TrainingShapes, found: Programs, chip: Chip, shape: Shape
 ) -> tuple[float, float]:
-    """Bytes beside what is held, and seconds of a step.
+    """Estimate (bytes of temporaries, seconds of a step).
 
-    Beside: gradients, the weights as they are computed with, and what the backward pass reads
-    again. The time is that of multiplications, weights gathered and gradients summed, and of what
-    split layers exchange.
+    Temporaries are gradients, weights in the dtype of the computation, and residuals for the
+    backward pass. The time is that of matmuls, of gathering weights and summing gradients, and of
+    the communication of split layers.
     """
     data, fsdp, tensor = shape
     model, again = shapes.model, shapes.remat != "none"
     trained = found.resident_bytes["trained parameters"]
     parameters = model.matmul_parameters + model.width * model.vocab_size
-    # Those of a micro-batch that one device reads.
+    # Tokens of a micro-batch on one device.
     tokens = shapes.tokens / shapes.accumulate / (data * fsdp)
     kept = {"full": 1, "dots": 8, "none": 24}[shapes.remat]
     residuals = _NUMBER * kept * tokens * model.layers * model.width
@@ -122,10 +132,10 @@ def _guess_training(
     beside = 1.5 * trained * (2 if shapes.accumulate > 1 else 1) + residuals + logits
     passes = 2 + (shapes.lora is None) + again
     work = 2.0 * passes * shapes.tokens * parameters / math.prod(shape)
-    # Weights are gathered for the passes forward and back, and again where one is repeated.
+    # Weights are gathered for the forward and the backward pass, and again for recomputation.
     read = _NUMBER * parameters / tensor
     moved = (2 + again) * shapes.accumulate * read * _ring(fsdp) / 2
-    # Trained parameters are held in fsdp parts; their gradients are summed part by part.
+    # Trained parameters are held in fsdp shards, and their gradients summed shard by shard.
     moved += trained * (fsdp - 1 + _ring(data))
     tokens = tokens * shapes.accumulate
     moved += (2 + again) * 2 * _NUMBER * tokens * model.layers * model.width * _ring(tensor)
@@ -133,29 +143,28 @@ def _guess_training(
 
 
 def _ring(parts: int) -> float:
-    """Bytes that each of so many devices sends to sum one byte over all of them."""
+    """Bytes that each of `parts` devices sends to sum one byte over all of them."""
     return 2 * (parts - 1) / parts
 
 
 def preset_mesh(shapes: Shapes, topology: str) -> str:
-    """The spec of the mesh that `likeliest_mesh` takes of a topology; raises as it does."""
+    """The spec of the mesh that `likeliest_mesh` chooses for a topology; raises as it does."""
     return likeliest_mesh(shapes, chip_of(topology), device_count(topology), topology).mesh
 
 
 def likeliest_mesh(shapes: Shapes, chip: Chip, devices: int, where: str) -> Candidate:
-    """The mesh of so many devices that is likeliest to fit and be quick; the same for the same.
+    """The mesh of so many devices that is likeliest to fit and be fast; deterministic.
 
-    Of the meshes (data, fsdp, tensor) that divide every array and the rows, those come first whose
-    held bytes, with a guess of the temporaries, fit a device; among them the least time guessed
-    from published rates counts: what is read for each token of a search, and what is multiplied and
-    exchanged in a step of training. Where none holds little enough, the one that holds least, which
-    says so in its `why`.
+    Meshes (data, fsdp, tensor) must divide every array and the rows. Those whose held bytes and
+    estimated temporaries fit a device come first, ordered by the time estimated from published
+    rates: of reads for each token of a search, of matmuls and communication in a training step. If
+    none fits, the mesh that holds least is returned, with a reason in `why`.
 
-    The rules that go with it are those of the shapes: `search` for a search, `train` for a
-    training, unless they hold others.
+    The mesh is for the rules in the shapes, by default `search` for a search and `train` for a
+    training.
 
     Raises:
-        InputError: saying `where`, where no mesh divides the arrays.
+        InputError: Beginning with `where`, if no mesh divides the arrays.
     """
     judged = candidates(shapes, chip, devices)
     known = [one for one in judged if one.resident_bytes is not None]
@@ -171,7 +180,14 @@ AUTO = "--mesh auto"
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mesh of the devices here, by its spec. why: where it cannot fit, what is too much."""
+    """A mesh of this machine's devices.
+
+    Attributes:
+        spec: Its spec.
+        count: Number of devices.
+        kind: Their kind, in jax's words.
+        why: What is too large, if it cannot fit.
+    """
 
     spec: str
     count: int
@@ -180,7 +196,7 @@ class Chosen:
 
     @property
     def mesh(self) -> Mesh | None:
-        """The mesh; None of one device, which needs none."""
+        """The mesh; None for a single device, which needs none."""
         return make_mesh(self.spec) if self.count > 1 else None
 
     @property
@@ -190,17 +206,19 @@ class Chosen:
 
     @property
     def told(self) -> str:
-        """The choice in a line."""
+        """The choice in one line."""
         line = f"{AUTO}: {self.name}"
         return line if self.why is None else f"{line}; no mesh fits: it {self.why}"
 
 
 def choose_mesh(shapes: Shapes) -> Chosen:
-    """The mesh that `likeliest_mesh` takes of this run's devices; the same on all of its hosts.
+    """The mesh that `likeliest_mesh` chooses for this run's devices; the same on all hosts.
 
-    Every host calls it. Chips that are not listed count as `chip_of_devices` says. Raises
-    InputError for devices of several slices, where no mesh divides the arrays, and where hosts
-    would choose differently.
+    All hosts must call it. For unlisted chips see `chip_of_devices`.
+
+    Raises:
+        InputError: For devices of several slices, if no mesh divides the arrays, and if hosts would
+            choose differently.
     """
     devices = jax.devices()
     _check_slices(devices)
@@ -212,7 +230,7 @@ def choose_mesh(shapes: Shapes) -> Chosen:
 
 
 def _memory() -> int | None:
-    """Bytes that every device of the run lets programs have; None where one does not say."""
+    """Bytes that every device of the run has for programs; None if one does not report it."""
     told = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     own = min((int(size) for size in told if size is not None), default=None)
     sizes = gather_values(own)
@@ -221,7 +239,7 @@ def _memory() -> int | None:
 
 def _check_slices(devices: Sequence[jax.Device]) -> None:
     slices = {getattr(device, "slice_index", None) for device in devices}
-    # Virtual devices may lie on several machines, which are no slices.
+    # Virtual devices may lie on several machines, which are not slices.
     if devices[0].platform != "cpu" and len(slices) > 1:
         raise InputError(
             f"{AUTO} chooses for one slice, and the devices are of {len(slices)} slices; name the "
@@ -239,21 +257,21 @@ def choose_search_mesh(
     dtype: str | None,
     slots_flag: str = "--batch-size",
 ) -> Chosen:
-    """The mesh for --mesh auto of a search with the models of a plan, by the rules of `places`.
+    """The mesh for --mesh auto of a search with a plan's models, for the rules in `places`.
 
     A checkpoint that is named twice counts twice.
 
     Args:
-        plan: the checkpoints, looked at.
-        config: the search.
-        places: the rules; its mesh is not read.
-        prompt_tokens: of the longest prompt.
-        slots: prompts side by side, as `slots_flag` says.
-        dtype: of the weights, None is what loading takes.
-        slots_flag: the flag that messages name.
+        plan: The checkpoints, not loaded yet.
+        config: The search.
+        places: The rules; its mesh is ignored.
+        prompt_tokens: Tokens of the longest prompt.
+        slots: Prompts searched side by side.
+        dtype: Dtype of the weights; None for the default of loading.
+        slots_flag: The flag for `slots`, for messages.
 
     Raises:
-        InputError: as `choose_mesh` does.
+        InputError: As `choose_mesh` does.
     """
     from w2s_jax.models.huggingface import CONFIG, locate, read_json
     from w2s_jax.models.load import load_reward_config
@@ -282,7 +300,7 @@ def choose_search_mesh(
         policy_rules=places.policy,
         guide_rules=places.others,
         quantize=plan.sources.quantize,
-        # Encoders stay whole on every device.
+        # Encoders are replicated on every device.
         judges=tuple(judge for judge in judges if isinstance(judge, ModelConfig)),
     )
     return choose_mesh(shapes)

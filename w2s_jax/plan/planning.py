@@ -1,6 +1,6 @@
-"""Plans: the programs of a search or a training compiled for a slice, with one mesh or several.
+"""Plans: the programs of a search or a training compiled for a slice, with one or several meshes.
 
-Meshes of a slice are tried one after the other, and slices of a family from the smallest upward.
+Meshes of a slice are tried one after the other, and slices of a family from the smallest up.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,22 +36,29 @@ from w2s_jax.train.setup import check_length
 
 GIB = 2**30
 TRIED = 4
-"""Meshes of a slice that are compiled unless told otherwise."""
+"""Meshes of a slice that are compiled by default."""
 LISTED = 12
-"""Meshes that were not compiled and are listed; the others are counted."""
+"""Meshes that were not compiled and are listed; further ones are only counted."""
 
 Tell = Callable[[str], None]
 Compile = Callable[[Shapes, str, str, Tell], "Plan"]
-"""What makes the plan of shapes on a topology with a mesh."""
+"""(shapes, topology, mesh, tell) -> plan."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A search, or a training, on a slice.
+    """A search or a training on a slice.
 
-    resident_bytes: of each device between programs, by name. seconds: the estimate of a batch of
-    prompts, from prefill to the last chunk, or of a step. fits: every program compiles, and what is
-    resident fits beside the temporaries of each.
+    Attributes:
+        topology: The slice.
+        mesh: The mesh's spec.
+        devices: Number of devices.
+        memory: Bytes that programs may have on each device.
+        resident_bytes: Bytes on each device between programs, by name.
+        programs: The compiled programs.
+        fits: Whether every program compiles, and resident bytes and each program's temporaries fit.
+        seconds: Estimated time of a batch of prompts, from prefill to the last chunk, or of a step.
+        tokens_per_second: Estimated speed.
     """
 
     topology: str
@@ -66,32 +73,32 @@ class Plan:
 
     @property
     def best(self) -> "Plan | None":
-        """Itself, where it fits."""
+        """The plan itself if it fits, else None."""
         return self if self.fits else None
 
     @property
     def held(self) -> int:
-        """Bytes of each device between programs."""
+        """Bytes on each device between programs."""
         return sum(self.resident_bytes.values())
 
     @property
     def temporaries(self) -> int:
-        """Bytes that the neediest program takes beside what is held; 0 where all are refused."""
+        """Bytes that the largest program takes beside what is held; 0 if all are refused."""
         return max((one.temporary for one in self.programs), default=0)
 
     @property
     def needed(self) -> int:
-        """Bytes of each device, held and temporaries."""
+        """Bytes on each device, held and temporaries."""
         return self.held + self.temporaries
 
     @property
     def refusal(self) -> str | None:
-        """Why the compiler refuses a program, in its words; None where it compiles all."""
+        """Why the compiler refuses a program, in its words; None if it compiles all."""
         return next((one.refusal for one in self.programs if one.refusal), None)
 
     @property
     def compile_seconds(self) -> float:
-        """What compiling took, refusals included."""
+        """Time that compiling took, including refused programs."""
         return sum((one.compile_seconds for one in self.programs), 0.0)
 
     @property
@@ -100,16 +107,21 @@ class Plan:
         return sum((x.moved for one in self.programs for x in one.exchanges), 0.0)
 
     def as_row(self) -> dict[str, Any]:
-        """The plan as JSON holds it."""
+        """The plan as JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What was tried of a slice.
+    """What was tried on a slice.
 
-    plans: those compiled, the best first: what fits before what does not, then by tokens a second.
-    skipped: meshes that were not compiled, and why. choice: which of several shapes were tried.
+    Attributes:
+        topology: The slice.
+        devices: Number of devices.
+        plans: Compiled plans, the best first: those that fit before others, then by tokens per
+            second.
+        skipped: Meshes that were not compiled, with reasons.
+        choice: Index of the shapes that were tried, if there are several.
     """
 
     topology: str
@@ -120,23 +132,23 @@ class Trials:
 
     @property
     def best(self) -> Plan | None:
-        """The best plan that fits."""
+        """The best plan that fits; None if none does."""
         return self.plans[0] if self.plans and self.plans[0].fits else None
 
 
 @dataclass(frozen=True)
 class Found:
-    """Slices in the order in which they were tried; the last is the one that was looked for."""
+    """Slices in the order in which they were tried; the search ended with the last one."""
 
     slices: tuple[Trials, ...]
 
     @property
     def best(self) -> Plan | None:
-        """The plan that was looked for; None where nothing fits."""
+        """The plan looked for; None if nothing fits."""
         return self.slices[-1].best
 
     def as_row(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
+        """All of it as JSON."""
         best = self.best
         return {
             "fits": best is not None,
@@ -160,7 +172,7 @@ def plan_as_set(config: PlanConfig, tell: Tell) -> Plan | Found:
 
 
 def _check(config: PlanConfig) -> None:
-    """Raise InputError for a wrong topology, and for settings that do not go together."""
+    """Raise InputError for a wrong topology, and for settings that exclude each other."""
     family = family_of(config.topology)
     if family is None:
         check_topology(config.topology)
@@ -179,7 +191,11 @@ def _check(config: PlanConfig) -> None:
 
 
 def shapes_of(config: PlanConfig) -> Shapes:
-    """The models of a plan and their settings; InputError for what is wrong."""
+    """The models of a plan with its settings.
+
+    Raises:
+        InputError: For a wrong setting.
+    """
     config.check_counts()
     if isinstance(config, PlanSearchConfig):
         return _search_shapes(config)
@@ -231,9 +247,9 @@ def _search_shapes(config: PlanSearchConfig) -> SearchShapes:
 
 
 def plan_on(shapes: Shapes, topology: str, mesh: str, tell: Tell) -> Plan:
-    """Compile a search or a training for a topology and a mesh spec; raises as its parts do.
+    """Compile a search or a training for a topology and a mesh; raises as its parts do.
 
-    `tell` hears of each program before that. Of twins one is compiled.
+    `tell` is called before each program is compiled. Of identical programs (twins) one is compiled.
     """
     place = open_slice(topology, slice_count(mesh))
     found = programs_on(shapes, make_mesh(mesh, place.devices))
@@ -268,13 +284,13 @@ class Trying:
     """How slices are tried.
 
     Attributes:
-        tries: meshes of a slice that are compiled.
-        mesh: the only mesh to try, or None for all.
-        first: whether to stop at the first that fits.
-        guess: whether meshes that are guessed to take more than there is are left out as well as
+        tries: Meshes of a slice that are compiled.
+        mesh: The only mesh to try; None for all.
+        first: Whether to stop at the first mesh that fits.
+        guess: Whether to skip meshes that are estimated to need too much memory, in addition to
             those that certainly do.
-        compile_as: what compiles one.
-        tell: hears of every step.
+        compile_as: Makes the plan of one mesh.
+        tell: Called with a line on every step.
     """
 
     tries: int = TRIED
@@ -288,19 +304,19 @@ class Trying:
 def try_slices(
     shapes: Callable[[int], Sequence[Shapes]], slices: Sequence[str], trying: Trying = Trying()
 ) -> Found:
-    """Slices, the smallest first, each tried by its likeliest meshes, until a mesh of one fits.
+    """Try slices, the smallest first, each with its likeliest meshes, until one fits.
 
-    Meshes are ranked by what the compiler says of them. Those that are ruled out before
-    (`candidates`) are not compiled, and slices of which that are all are passed over.
+    Compiled meshes are ranked by the compiler's figures. Meshes that `candidates` excludes are not
+    compiled; slices without other meshes are skipped.
 
     Args:
-        shapes: Those for so many devices, one or several in the order in which they are tried.
+        shapes: The shapes for a number of devices: one or several, in the order to try them.
         slices: Topologies.
         trying: How many meshes of each are compiled, and which.
 
     Raises:
-        InputError: Where no mesh of any slice divides the arrays, as where the shapes are wrong in
-            themselves.
+        InputError: If no mesh of any slice divides the arrays, so that the shapes themselves are
+            wrong.
     """
     found: list[Trials] = []
     for topology in slices:
@@ -309,7 +325,7 @@ def try_slices(
             if found[-1].best is not None:
                 return Found(tuple(found))
     skipped = [one for trials in found for one in trials.skipped]
-    # Not one mesh could be judged: what is wrong is no matter of memory.
+    # If no mesh could be judged at all, the fault is not one of memory.
     judged = any(one.resident_bytes is not None for one in skipped)
     if not judged and not any(trials.plans for trials in found):
         last = found[-1]
@@ -358,7 +374,7 @@ def _judged(shapes: Shapes, topology: str, devices: int, trying: Trying) -> list
 
 
 def ranked(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans with the best first: what fits, then tokens a second, then the least memory."""
+    """Plans, the best first: those that fit, then by tokens per second, then by least memory."""
     return sorted(plans, key=lambda one: (not one.fits, -one.tokens_per_second, one.needed))
 
 
@@ -369,12 +385,12 @@ def _verdict(plan: Plan) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, as tables have them."""
+    """Bytes in GiB, as in tables."""
     return f"{size / GIB:.2f}"
 
 
 def show(console: Console, found: Plan | Found) -> None:
-    """Print a plan as tables; of several that were tried each in short, and the best in full."""
+    """Print a plan as tables; of several tried, each in short and the best in full."""
     if isinstance(found, Plan):
         _show_plan(console, found)
         return
@@ -425,7 +441,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
 
 
 def _call_of(one: Measured) -> tuple[str, ...]:
-    """A program in cells: memory, operations, bytes and the time of a call."""
+    """A program as cells: memory, FLOPs, bytes, and the time of a call."""
     if one.refusal:
         return (one.name, one.refusal)
     return (
@@ -457,7 +473,7 @@ def _show_trials(console: Console, trials: Trials) -> None:
 
 
 def _compiled(plan: Plan) -> tuple[str, ...]:
-    """A plan in cells: mesh, held, temporaries, both, fits or why not, tokens a second, time."""
+    """A plan as cells: mesh, held, temporaries, both, fits or why not, tokens/s, time."""
     spent = f"{plan.compile_seconds:.0f} s"
     if plan.refusal:
         return plan.mesh, gib(plan.held), "", "", plan.refusal, "", spent

@@ -1,6 +1,6 @@
-"""The programs of a search or a training for models that are not here: shapes and shardings.
+"""The programs of a search or a training for models that are not here, as shapes and shardings.
 
-They are those that `search`, `w2s sft` and `w2s dpo` run, ready to compile, for shapes of published
+They are those of `search`, `w2s sft` and `w2s dpo`, ready to compile, for the shapes of published
 models, of a folder or of a config.json.
 """
 
@@ -46,12 +46,12 @@ from w2s_jax.train.step import make_optimizer, make_train_step
 
 
 def shape_of(name: str) -> ModelConfig:
-    """The config of a folder, a config.json, a published model of `KNOWN`, or another hub id.
+    """The config of a folder, a config.json, a published model in `KNOWN`, or another hub id.
 
-    No weights are read or fetched.
+    No weights are read or downloaded.
 
     Raises:
-        InputError: for what is none of them.
+        InputError: For anything else.
     """
     from w2s_jax.models.huggingface import CONFIG, GENERATION_CONFIG, locate
     from w2s_jax.models.load import load_config
@@ -87,7 +87,13 @@ TUNED, UNTUNED = "tuned", "untuned"
 
 @dataclass(frozen=True)
 class GuideShapes:
-    """A guide's models. on_tokens: whether they read the policy's tokens; None: by vocabularies."""
+    """A guide's models.
+
+    Attributes:
+        tuned: The tuned model.
+        untuned: The untuned model.
+        on_tokens: Whether they read the policy's tokens; None decides by the vocabularies' sizes.
+    """
 
     tuned: ModelConfig
     untuned: ModelConfig
@@ -103,10 +109,23 @@ class GuideShapes:
 
 @dataclass(frozen=True)
 class SearchShapes:
-    """A search to be planned: models by their shapes, settings, prompts side by side.
+    """A search to be planned.
 
-    Guides whose vocabulary is not the policy's, and reward models (`judges`), read texts, by
-    programs of their own. slots_flag: what a user sets the slots by.
+    Guides with another vocabulary than the policy's, and reward models, read text in programs of
+    their own.
+
+    Attributes:
+        policy: The policy.
+        guides: The guides.
+        config: The search.
+        prompt_tokens: Tokens of the longest prompt.
+        slots: Prompts searched side by side.
+        dtype: Dtype of the weights.
+        policy_rules: How the mesh splits the policy.
+        guide_rules: How the mesh splits the guides.
+        quantize: How the policy's weights are quantized.
+        judges: Reward models.
+        slots_flag: The flag for `slots`, for messages.
     """
 
     policy: ModelConfig
@@ -123,7 +142,7 @@ class SearchShapes:
 
     @property
     def models(self) -> dict[str, ModelConfig]:
-        """All models by what to call them: the policy, each guide's two, reward models."""
+        """All models by name: the policy, two for each guide, reward models."""
         found = {"policy": self.policy}
         for index, guide in enumerate(self.guides):
             mark = "" if len(self.guides) == 1 else f" {index}"
@@ -132,7 +151,7 @@ class SearchShapes:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The names of the models that read the policy's tokens, the policy first."""
+        """Names of the models that read the policy's tokens, the policy first."""
         names = list(self.models)
         here = [guide.reads_tokens_of(self.policy) for guide in self.guides]
         pairs = (names[1 + 2 * index : 3 + 2 * index] for index, on in enumerate(here) if on)
@@ -146,11 +165,15 @@ Shapes = SearchShapes | TrainingShapes
 class Program:
     """A jitted function with abstract arguments.
 
-    calls: how often it runs in a chunk of a search, 0 where once a prompt; times: how often for a
-    batch of prompts, or in a step of training. reads: bytes that each device reads and writes in
-    one call, of weights and caches. loops: how often a loop runs at most whose length depends on
-    what is read. twin: the name of a program that is the same but for the weights. role: the model
-    that alone it reads.
+    Attributes:
+        name: Its name.
+        trace: Traces it for its arguments.
+        calls: Calls in a chunk of a search; 0 for one call per prompt.
+        times: Calls for a batch of prompts, or in a training step.
+        reads: Bytes of weights and caches that each device reads and writes in a call.
+        loops: Maximum iterations of a loop whose length depends on data.
+        twin: Name of a program that is the same except for the weights.
+        role: Name of the only model it reads; None for several.
     """
 
     name: str
@@ -165,10 +188,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Programs:
-    """All programs of a search or a training, and what stays on a device between them, in bytes.
+    """All programs of a search or a training.
 
-    tokens: those that a batch of prompts is answered with, or that a step reads. wholes: the whole
-    shapes of weights and caches, of one layer, that no loop should gather.
+    Attributes:
+        programs: The programs.
+        resident_bytes: Bytes that stay on a device between programs, by name.
+        tokens: Tokens of the responses to a batch of prompts, or tokens that a step reads.
+        wholes: Whole shapes of weights and caches of a layer that no loop should gather.
     """
 
     programs: tuple[Program, ...]
@@ -178,14 +204,14 @@ class Programs:
 
 
 def programs_on(shapes: Shapes, mesh: Mesh) -> Programs:
-    """What runs on a mesh, ready to compile; InputError where the mesh does not divide an array."""
+    """The programs on a mesh, ready to compile; InputError if it does not divide an array."""
     if isinstance(shapes, SearchShapes):
         return search_programs(shapes, mesh)
     return training_programs(shapes, mesh)
 
 
 def search_programs(shapes: SearchShapes, mesh: Mesh) -> Programs:
-    """The programs of a search on a mesh; InputError where it does not divide an array or slots."""
+    """The programs of a search on a mesh; InputError if it does not divide an array or slots."""
     check_batch(shapes.slots, 1, mesh, flag=shapes.slots_flag)
     on_mesh = partial(abstract_on_mesh, dtype=shapes.dtype, scan_layers=True, mesh=mesh)
     weights = {
@@ -229,14 +255,14 @@ def _members(shapes: SearchShapes, weights: Mapping[str, Model]) -> SearchModels
 
 
 def _whole_step(models: SearchModels, state: SearchState) -> Program:
-    """A chunk of a search whose models all read tokens."""
+    """A chunk of a search whose models all read tokens, as one program."""
     reads = _step_reads(models, state) + 2 * nbytes((state.proposer, state.scorer))
     trace = partial(step.search_step.trace, models, state)
     return Program("search_step", trace, 1, state.config.chunks, reads)
 
 
 def _steps_apart(models: SearchModels, state: SearchState, texts: int) -> list[Program]:
-    """A chunk in two programs, between which so many scorers of texts read it."""
+    """A chunk as two programs, between which `texts` scorers of text read it."""
 
     def conclude() -> Any:
         _, proposal = jax.eval_shape(step.propose, models, state)
@@ -263,7 +289,7 @@ def _step_reads(models: SearchModels, state: SearchState) -> float:
 
 
 def _resident(state: SearchState) -> dict[str, int]:
-    """What a state keeps on each device; the guides' caches where any guide reads tokens."""
+    """Bytes of a state on each device, by name; guides' caches only if a guide reads tokens."""
     own, *mixed = state.proposer
     others = nbytes((mixed, state.scorer))
     found = {"policy's cache": nbytes(own)} | ({"guides' caches": others} if others else {})
@@ -271,14 +297,14 @@ def _resident(state: SearchState) -> dict[str, int]:
 
 
 def _caches(shapes: SearchShapes, models: SearchModels, state: SearchState) -> dict[str, KVCache]:
-    """The caches of a state by name."""
+    """The caches of a state, by name."""
     readers = [*state.config.proposer.readers(models), *state.config.scorer.readers(models)]
     names = [f"{shapes.members[reader]}'s cache" for reader in readers]
     return dict(zip(names, (*state.proposer, *state.scorer), strict=True))
 
 
 def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> list[Program]:
-    """A guide that reads texts: a prompt, a chunk of every row, what was chosen."""
+    """The programs of a model that reads text: for a prompt, a chunk of all rows, a selection."""
     config, width = shapes.config, shapes.config.length + incremental_text.MERGES
     whole = last = _ints(shapes.slots, config.beam_width)
     tokens, longer = _ints(shapes.slots, config.rows, width), _ints(2, 0)
@@ -302,7 +328,7 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
 
 
 def _insertion(models: SearchModels, state: SearchState, shapes: SearchShapes) -> Program:
-    """A prompt into a slot: every model that reads tokens reads it."""
+    """The program that inserts a prompt into a slot: all models that read tokens read it."""
     draws = draws_of(state.config, Request(0, ((1,),)))
     given = (np.int32(0), draws, _ints(1, bucket(shapes.prompt_tokens) + 1), _ints(1))
     trace = partial(session.insert_program.trace, models, state, *given)
@@ -347,7 +373,7 @@ def _placed(cache: KVCache) -> KVCache:
 
 
 def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every weight of two dimensions or more, of one layer."""
+    """Whole shapes of one layer's weights with two dimensions or more."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -358,10 +384,10 @@ def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
-    """The whole shape of both parts of a cache, of one layer."""
+    """Whole shapes of both parts of a cache, for one layer."""
     parts = (("prefix", cache.prefix), ("committed", cache.committed))
     layers = ((name, part if isinstance(part, KV) else part[0]) for name, part in parts)
-    # A stacked part has the layers in front.
+    # Stacked layers have a leading axis.
     return {name: tuple(part.keys.shape)[-4 - (name == "committed") :] for name, part in layers}
 
 
@@ -370,7 +396,7 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:
-    """The step on a mesh; InputError where the mesh does not divide an array or the rows."""
+    """The step on a mesh; InputError if the mesh does not divide an array or the rows."""
     check_batch(shapes.rows, shapes.accumulate, mesh, flag="--batch-size")
     if shapes.eval_rows is not None:
         check_batch(shapes.eval_rows, 1, mesh, flag="--eval-batch-size")
@@ -402,7 +428,7 @@ def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:
         "frozen parameters": nbytes((frozen, beside)),
         "batch": nbytes(batch),
     }
-    # Forward, backward and what is computed again read the weights; the update reads and writes.
+    # Forward, backward and recomputation read the weights; the update reads and writes them.
     weights = nbytes(frozen) or resident["trained parameters"]
     reads = 3.0 * shapes.accumulate * weights
     reads += 2.0 * (resident["trained parameters"] + resident["optimizer"])
@@ -413,7 +439,7 @@ def training_programs(shapes: TrainingShapes, mesh: Mesh) -> Programs:
 
 
 def _head_blocks(shapes: TrainingShapes, placement: Placement) -> int:
-    """Blocks of logits in a micro-batch of which every token counts."""
+    """Blocks of logits in a micro-batch all of whose tokens count."""
     rows = shapes.tokens // (shapes.length * shapes.accumulate)
     groups = row_groups(placement, rows)
     return head_of(shapes.model, placement).blocks(groups, rows // groups * shapes.length)

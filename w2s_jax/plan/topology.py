@@ -1,9 +1,9 @@
-"""Chips as published, and the devices of a slice or a host that is not here, from the compiler.
+"""Published chips, and the devices of a slice or a host that is not here, from the compiler.
 
 Sources: the system architecture pages of Cloud TPU (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e,
-tpu7x), for their links jax-ml.github.io/scaling-book, and for usable memory the compiler's own
-refusals; NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates without sparsity, and
-its tuning guides (compute capability 8.0 and 9.0) for what XLA is told of a GPU.
+tpu7x); for TPU links jax-ml.github.io/scaling-book; for usable memory the compiler's own refusals.
+NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, rates without sparsity, and its tuning
+guides (compute capability 8.0 and 9.0) for XLA's description of a GPU.
 """
 
 import math
@@ -21,19 +21,21 @@ Platform = Literal["tpu", "cuda"]
 
 @dataclass(frozen=True)
 class Chip:
-    """A device, as jax sees it: a chip, or one of the cores that a chip shows as devices.
+    """A device as jax sees it: a chip, or one of several cores that a chip shows as devices.
 
     Attributes:
-        memory: bytes of HBM that programs may have, a little less than there is.
-        operations: bfloat16 multiplications and additions a second.
-        bandwidth: bytes a second between HBM and the chip.
-        link: bytes a second of one link to a neighbour, in one direction; a device sends over two.
-        host: chips of one host in a slice of several hosts.
-        network: bytes a second between slices, for each device.
-        slices: shapes of slices, in chips, the smaller first.
-        cores: devices of a chip.
-        platform: whose compiler makes its programs.
-        kinds: what jax calls the devices that it stands for.
+        name: Name of the family.
+        memory: Bytes of HBM available to programs, slightly less than the chip has.
+        operations: bfloat16 FLOP/s.
+        bandwidth: HBM bandwidth, in bytes/s.
+        link: Bandwidth of one link to a neighbour, one direction, in bytes/s; a device sends over
+            two.
+        host: Chips of a host in a slice of several hosts.
+        network: Bandwidth between slices for each device, in bytes/s.
+        slices: Shapes of slices, in chips, the smallest first.
+        cores: Devices of a chip.
+        platform: The platform that compiles for it.
+        kinds: jax's names of its devices.
     """
 
     name: str
@@ -56,12 +58,12 @@ _CUBES = (
 )  # fmt: skip
 _HOST = ("1", "2", "4", "8")
 GPU_SHARE = 0.95
-"""Of a GPU's memory, what XLA_PYTHON_CLIENT_MEM_FRACTION may let jax take; 0.75 is the default."""
+"""Share of a GPU's memory for jax, by XLA_PYTHON_CLIENT_MEM_FRACTION (0.75 by default)."""
 LARGEST = 2**14
-"""More chips than a slice, or all slices that are planned together, have."""
-# Half of a chip of tpu7x is a device. Of v4 the compiler makes two devices of a chip and a machine
-# one, so that what is compiled here would not be what runs there: it is left out. NVLink sends to
-# all others of a host at once: half of it is a link of a ring.
+"""Upper bound of the chips in a slice, or in all slices that are planned together."""
+# A device of tpu7x is half a chip. v4 is left out: the compiler makes two devices of a chip, but a
+# machine has one, so that it would run other programs than those compiled here. NVLink reaches all
+# GPUs of a host at once: half of its bandwidth counts as a link of a ring.
 DEFAULT_FAMILY = "v5e"
 # fmt: off
 CHIPS = {
@@ -87,7 +89,7 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:4x4"; InputError for a family that is not known."""
+    """The chip of a topology such as "v5e:4x4"; InputError for an unknown family."""
     family = topology.partition(":")[0]
     if family not in CHIPS:
         known = ", ".join(CHIPS)
@@ -96,11 +98,18 @@ def chip_of(topology: str) -> Chip:
 
 
 def chip_of_devices(kind: str, platform: str, memory: int | None) -> Chip:
-    """The chip of devices that jax calls so ("TPU v5 lite", "NVIDIA H200"), with their memory.
+    """The chip of devices of this machine.
 
-    memory: bytes that a device says programs may have. It counts where it is the less on a GPU, of
-    which jax is let take a share, and on what is not listed here; of that None is no limit. What is
-    not listed gets the rates of h100 (GPUs) or v5e (others), which put its meshes in order.
+    Args:
+        kind: jax's name of the devices, such as "TPU v5 lite" or "NVIDIA H200".
+        platform: jax's platform.
+        memory: Bytes for programs that a device reports; None if it does not. Counts if it is less
+            than the chip's on a GPU, of which jax may use a share, and for unlisted devices, where
+            None is no limit.
+
+    Returns:
+        The chip. An unlisted one has the rates of h100 (GPUs) or v5e (others), which order its
+        meshes.
     """
     for chip in CHIPS.values():
         if kind in chip.kinds:
@@ -111,14 +120,14 @@ def chip_of_devices(kind: str, platform: str, memory: int | None) -> Chip:
 
 
 def topologies(family: str) -> list[str]:
-    """The slices of a family, the smallest first, as topologies."""
+    """The slices of a family as topologies, the smallest first."""
     return [f"{family}:{shape}" for shape in chip_of(family).slices]
 
 
 def check_topology(name: str) -> None:
     """Raise InputError unless it is FAMILY:SHAPE, such as v6e:4x4, v5p:4x4x4 or h100:8.
 
-    GPUs are those of one host: between hosts rates are others.
+    GPUs must be on one host, since rates between hosts differ.
     """
     chip, (_, _, shape) = chip_of(name), name.partition(":")
     parts = shape.split("x")
@@ -133,22 +142,22 @@ def check_topology(name: str) -> None:
 
 
 def _of_cubes(chip: Chip, parts: Sequence[str]) -> bool:
-    """Whether a shape is one that optical switches make of cubes of 4 × 4 × 4 chips."""
+    """Whether a shape can be made of cubes of 4 × 4 × 4 chips by optical switches."""
     return chip.slices == _CUBES and all(int(part) % 4 == 0 for part in parts)
 
 
 def device_count(topology: str) -> int:
-    """Devices of a topology; raises as `check_topology` does."""
+    """Number of devices in a topology; raises as `check_topology` does."""
     check_topology(topology)
     shape = topology.partition(":")[2]
     return chip_of(topology).cores * math.prod(int(size) for size in shape.split("x"))
 
 
 def family_of(topology: str) -> str | None:
-    """The family whose slices are to be tried, of "v6e:auto" or "auto" (v5e); None of one slice.
+    """The family of "v6e:auto" or "auto" (v5e), whose slices are to be tried; None for one slice.
 
     Raises:
-        InputError: for a family that is not known.
+        InputError: For an unknown family.
     """
     family, colon, shape = topology.partition(":")
     if (shape if colon else family) != "auto":
@@ -158,7 +167,17 @@ def family_of(topology: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Gpu:
-    """Multiprocessors and what each has: float32 units, shared memory in bytes, clock in GHz."""
+    """XLA's description of a GPU.
+
+    Attributes:
+        name: Its name.
+        capability: Compute capability.
+        processors: Number of multiprocessors.
+        units: float32 units of each.
+        shared: Shared memory of each, in bytes.
+        cache: L2 cache, in bytes.
+        clock: In GHz.
+    """
 
     name: str
     capability: tuple[int, int]
@@ -176,7 +195,7 @@ _GPUS = {
     "h200": _Gpu("NVIDIA H200 141GB HBM3e", *_HOPPER),
 }
 _RESERVED = 1024
-"""Bytes of shared memory that a block of threads cannot have."""
+"""Bytes of shared memory that are not available to a block of threads."""
 _TARGET = """gpu_device_info {{
   name: "{gpu.name}"
   cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
@@ -208,7 +227,7 @@ device_description_str: "{gpu.name}"
 
 
 def target_of(chip: Chip) -> str:
-    """The target of the compiler for a GPU of `CHIPS`."""
+    """The compiler's target description for a GPU in `CHIPS`."""
     gpu = _GPUS[chip.name]
     return _TARGET.format(
         gpu=gpu,
@@ -218,8 +237,8 @@ def target_of(chip: Chip) -> str:
     )
 
 
-# So that libtpu looks for no TPU of this machine, asks no metadata server, and may be loaded beside
-# another process that uses it.
+# With these libtpu looks for no TPU of this machine, queries no metadata server, and can be loaded
+# while another process uses it.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -239,7 +258,7 @@ class Slice:
 
 
 def check_compiler(topology: str) -> None:
-    """Raise InputError where the compiler of a topology's chips is not installed."""
+    """Raise InputError if the compiler for a topology's chips is not installed."""
     if chip_of(topology).platform == "cuda":
         if not _is_there("jax_plugins.xla_cuda12") and not _is_there("jax_plugins.xla_cuda13"):
             raise InputError(
@@ -254,9 +273,9 @@ def check_compiler(topology: str) -> None:
 
 
 def leave_accelerators() -> None:
-    """Let jax and libtpu take no TPU or GPU of this machine, for the rest of the process.
+    """Keep jax and libtpu from using a TPU or GPU of this machine, for the rest of the process.
 
-    To be called before jax is imported, which asks the metadata server of a TPU where libtpu is.
+    Must be called before jax is imported, which with libtpu queries a TPU's metadata server.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -271,8 +290,8 @@ def open_slice(name: str, slices: int = 1) -> Slice:
     Calls `leave_accelerators`.
 
     Raises:
-        InputError: for a topology that there is not, for several hosts with GPUs, and where the
-            compiler is not installed.
+        InputError: For an unknown topology, several hosts with GPUs, and if the compiler is not
+            installed.
     """
     check_topology(name)
     check_compiler(name)
@@ -293,16 +312,16 @@ def open_slice(name: str, slices: int = 1) -> Slice:
 
 
 def _options(name: str, chip: Chip, slices: int) -> dict[str, Any]:
-    """What the compiler is asked for."""
+    """The arguments of the compiler's topology description."""
     if chip.platform == "tpu":
-        # The default is a host of four chips.
+        # By default a host has four chips.
         alone = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == chip.cores else {}
         return {"topology_name": name, **alone, **({"num_slices": slices} if slices > 1 else {})}
-    # Slices, hosts of a slice, devices of a host.
+    # slices x hosts of a slice x devices of a host
     shape = f"1x1x{device_count(name)}"
     return {"topology_name": name, "topology": shape, "target_config": target_of(chip)}
 
 
 def _is_there(module: str) -> bool:
-    # Of a part, the whole is looked for first: its absence would raise.
+    # The parent package is looked for first: find_spec raises if it is missing.
     return all(find_spec(name) for name in dict.fromkeys((module.partition(".")[0], module)))

@@ -1,11 +1,11 @@
-"""One form for all ways to write an answer: "3/4", "1/20 m", "{1,2}", "(3,oo)", "no solution".
+"""One form for all notations of an answer: "3/4", "1/20 m", "{1,2}", "(3,oo)", "no solution".
 
-Texts are those that `answer_text.clean` returns; sets of real numbers are brought into one notation
-first. Of a unit, "%", a base, "mod 7" and "p.m.", a form says all ("told"), all but what a bare
-number mostly is, dollars and degrees ("voted"), or nothing, since a question may have said it
-("bare"). Expressions are read by math-verify's parser and worked out in numbers; one in variables
-is known by its values at fixed points, so that two ways to write it have one form. That may take
-for ever, or all memory: `answers.grade` gives it a process.
+Texts are those that `answer_text.clean` returns; sets of real numbers are first brought into one
+notation. Units, "%", bases, "mod 7" and "p.m." stay in a form ("told"); stay except dollars and
+degrees, which a bare number mostly means ("voted"); or are left out, since the question may have
+stated them ("bare"). Expressions are parsed by math-verify's parser and evaluated numerically; one
+with variables is identified by its values at fixed points, so that equivalent ones have one form.
+This may take unbounded time or memory: `answers.grade` runs it in a process of its own.
 """
 
 import re
@@ -47,7 +47,7 @@ _TUPLE = re.compile(r"\((\s*\\?[A-Za-z]+(?:\s*,\s*\\?[A-Za-z]+)+\s*)\)\s*=\s*(\(
 
 
 def _plain_range(answer: str) -> str:
-    """An answer with its set of numbers as an inequality, intervals or a tuple; others as told."""
+    """An answer with its set of numbers as an inequality, intervals or a tuple; or unchanged."""
     if built := _BUILT.fullmatch(answer):
         answer = built["told"].strip()
     if told := _TUPLE.fullmatch(answer):
@@ -55,7 +55,7 @@ def _plain_range(answer: str) -> str:
         if values is None or len(values) != len(names):
             return answer
         pairs = list(zip(names, values, strict=True))
-        # Names that are no coordinates stand in an order of their own.
+        # Only coordinates are sorted; other names keep their order.
         ordered = sorted(pairs) if set(names) <= set("xyz") else pairs
         return f"({','.join(value for _, value in ordered)})"
     if but := _EXCEPT.fullmatch(answer):
@@ -78,7 +78,7 @@ def _round(interval: re.Match[str]) -> str:
 
 
 def _without(places: list[str]) -> str | None:
-    """All numbers but some: the open intervals between them."""
+    """All real numbers except some, as the open intervals between them."""
     values = {constant(place): place for place in places}
     if None in values and len(values) > 1:
         return None
@@ -88,7 +88,7 @@ def _without(places: list[str]) -> str | None:
 
 
 def _chain(answer: str) -> list[str] | None:
-    r"""Sides and signs of an inequality, the least side first: 3 > x \ge 1 as 1 \le x < 3."""
+    r"""Sides and signs of an inequality in ascending order: 3 > x \ge 1 as 1 \le x < 3."""
     parts = [part.strip() for part in re.split(f"({_ORDER.pattern})", answer)]
     falling = {sign in _FALLING for sign in parts[1::2]}
     if len(falling) != 1 or len(parts) > 5 or not all(parts):
@@ -99,7 +99,7 @@ def _chain(answer: str) -> list[str] | None:
 How = Literal["told", "voted", "bare"]
 
 _IMPLIED = ((("degree", 1),), (("dollar", 1),))
-# What stands before a value: "approximately", "x \in".
+# What may precede a value: "approximately", "x \in".
 _LEAD = re.compile(
     r"\A(?i:(?:(?:approximately|about|around|roughly|exactly|nearly|almost)\b|\\(?:approx|sim)\b|≈|=)\s*)?"
     r"(?:\s*[A-Za-z]\s*\\in(?![a-z])\s*)?"
@@ -143,7 +143,7 @@ _TAIL = re.compile(r"\s+(?=[A-Za-z]{2}|m\b)|(?<=[\d})])(?=[A-Za-z]{4})")
 
 
 def form(answer: str, how: How = "told") -> str:
-    """The one form of an answer, the text without spaces where nothing else can be read."""
+    """The form of an answer; its text without spaces if it cannot be read otherwise."""
     answer = _LEAD.sub("", _plain_range(answer)).strip()
     labelled = _LABEL.fullmatch(answer)
     if labelled and "," not in labelled[2]:
@@ -158,7 +158,7 @@ def form(answer: str, how: How = "told") -> str:
 
 
 def quantity(answer: str) -> Quantity | None:
-    r"""The number with its unit that an answer is, a plain one or a constant: 5 cm, 60\pi cm^2."""
+    r"""An answer as a number with a unit, plain or with a constant: 5 cm, 60\pi cm^2."""
     answer = labelled[2].strip() if (labelled := _LABEL.fullmatch(answer)) else answer
     if (plain := read_quantity(answer)) is not None:
         return plain
@@ -174,7 +174,7 @@ def quantity(answer: str) -> Quantity | None:
 
 
 def _clock(match: re.Match[str], how: How) -> str | None:
-    """24 hours where it says which half of the day: "16:30 h"; bare, without it."""
+    """A time in 24 hours if the half of the day is known, as "16:30 h"; without it if bare."""
     hour, minutes = int(match["hour"]), (match["minutes"] or "00").zfill(2)
     half = (match["half"] or "")[:1].lower()
     if hour > (12 if half else 24):
@@ -213,7 +213,7 @@ def _matrix(match: re.Match[str], how: How) -> str | None:
 
 
 def _bracketed(match: re.Match[str], how: How) -> str | None:
-    """A tuple or an interval in its order."""
+    """A tuple or an interval, in its order."""
     parts = split_top(match[2].replace(";", ","))
     if parts is None or not all(parts):
         return None
@@ -238,7 +238,7 @@ _NOTATIONS: dict[re.Pattern[str], Callable[[re.Match[str], How], str | None]] = 
 def _words(answer: str, how: How) -> str | None:
     if not _WORDS.fullmatch(answer):
         return None
-    # NaCl is no NACL; what else words say, they say in any case.
+    # Case matters within a word such as NaCl, and in no other words.
     told = answer if _INNER_CAPITAL.search(answer) else answer.lower()
     words = _ARTICLES.sub("", told).split()
     if not any(word in _SHORT_WORDS or (len(word) > 3 and reads_as_word(word)) for word in words):
@@ -268,7 +268,7 @@ def _union(answer: str, how: How) -> str | None:
 
 
 def _inequality(answer: str, how: How) -> str | None:
-    r"""x > 3 is (3,oo), -1 < x \le 2 is (-1,2]; a relation of other sides keeps them."""
+    r"""x > 3 as (3,oo), -1 < x \le 2 as (-1,2]; a relation between other sides keeps them."""
     chain = _chain(answer)
     if chain is None:
         return None
@@ -285,7 +285,7 @@ def _inequality(answer: str, how: How) -> str | None:
 
 
 def _several(answer: str, how: How) -> str | None:
-    """A list in any order; x = 1, y = 2 and 3 red, 2 blue in the order of their names."""
+    """A list in any order; x = 1, y = 2, and 3 red, 2 blue, in the order of their names."""
     parts = split_top(_JOINED.sub(",", answer))
     if parts is None or not all(parts):
         return None
@@ -313,7 +313,7 @@ def _both_signs(part: str) -> list[str]:
         return [part]
     upper = _SIGNS.sub(lambda sign: "+-"[sign[0].startswith("\\mp")], part)
     lower = _SIGNS.sub(lambda sign: "-+"[sign[0].startswith("\\mp")], part)
-    # A plus in front of all is no sign of an expression.
+    # A leading plus does not change an expression.
     return [upper.removeprefix("+"), lower.removeprefix("+")]
 
 
@@ -332,12 +332,12 @@ _READERS: tuple[Callable[[str, How], str | None], ...] = (
 
 
 # --- Expressions ----------------------------------------------------------------------------------
-_LONGEST = 2_000  # characters; what is longer is compared as text
-_DIGITS = 30  # worked out; SHOWN of them are told, the others are for rounding
+_LONGEST = 2_000  # characters; a longer answer is compared as text
+_DIGITS = 30  # computed; _SHOWN of them are written, the others are for rounding
 _SHOWN = 12
 _MOST_DIGITS = 400
 _POINTS = 3
-_SIMPLEST = 10**6  # the largest denominator that a value is read as
+_SIMPLEST = 10**6  # the largest denominator of a fraction that a value may stand for
 _FUNCTIONS = (
     "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi "
     "alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi omega infty"
@@ -359,17 +359,17 @@ _APART = re.compile(r"(?<![\d_.])[\d.]+\s+\d")
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Any:
-    """The sympy expression that a cleaned text is; None where it is none."""
+    """The sympy expression of a cleaned text; None if it is not one."""
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig
 
     for pattern, plain in _NOTATION:
         text = pattern.sub(plain, text)
-    # The parser drops primes; behind another subscript it then reads nothing.
+    # The parser drops primes, so they become subscripts; a second subscript it refuses.
     text = _PRIMES.sub(lambda found: f"_{{p{len(_PRIME.findall(found[0]))}}}", text)
-    # A current or an identity; the parser takes it for the imaginary unit, as i.
+    # I is a current or an identity matrix; the parser takes it, like i, for the imaginary unit.
     text = _CAPITAL_I.sub(lambda found: r"\iota " if found[0] == "I" else found[0], text)
-    # Two numbers side by side would be added.
+    # The parser would add two numbers side by side.
     if not text or len(text) > _LONGEST or _APART.search(text):
         return None
     import sympy
@@ -391,7 +391,7 @@ def parse(text: str) -> Any:
 
 
 def constant(text: str) -> Fraction | None:
-    """The real number that a cleaned text is, to 30 digits where it is irrational."""
+    """The real number of a cleaned text, to 30 digits if it is irrational."""
     expression = parse(text)
     is_known = expression is not None and not expression.free_symbols
     value = _worked_out(expression) if is_known else None
@@ -399,14 +399,14 @@ def constant(text: str) -> Fraction | None:
 
 
 def expression_form(text: str) -> str | None:
-    """One form for all ways to write an expression; None where it is none or has no values."""
+    """One form for equivalent expressions; None if it is not one, or has no values."""
     return _form(parse(text))
 
 
 def equation_form(left: str, right: str) -> str | None:
-    """One form for an equation: its one variable or its y where it is linear in it, its curve else.
+    """One form for equivalent equations, solved for the only variable, or y, if linear in it.
 
-    An equation of two equal numbers is that number.
+    If both sides are equal numbers, it is that number.
     """
     import sympy
 
@@ -420,7 +420,7 @@ def equation_form(left: str, right: str) -> str | None:
     alone = next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("y")
     if alone in symbols:
         slope = difference.diff(alone)
-        # Linear where the slope has no y at any point.
+        # Linear if the slope does not depend on the variable.
         if alone not in slope.free_symbols and slope != 0:
             return _form(-difference.subs(alone, 0) / slope)
     values = _values(difference)
@@ -442,11 +442,11 @@ def _names(expression: Any) -> str:
 
 
 def _values(expression: Any) -> list[Any]:
-    """Its value, or its values at the points; none where one of them is not a number."""
+    """The value of an expression, or its values at fixed points; none if one is not a number."""
     import sympy
 
     def coordinate(symbol: Any, point: int) -> Any:
-        # Positive and irregular, so that roots and logarithms have values and no two forms meet.
+        # Positive, for roots and logarithms; irregular, so that different expressions differ.
         drawn = int.from_bytes(sha256(f"{symbol} {point}".encode()).digest()[:4], "big")
         return sympy.Rational(300 + drawn % 2003, 997)
 
@@ -458,11 +458,11 @@ def _values(expression: Any) -> list[Any]:
 
 def _worked_out(expression: Any, point: Any = None) -> Any:
     try:
-        # Substituting works out powers, which 10^{10^{10}} does not outlive.
+        # Substituting evaluates powers, and 10^{10^{10}} would not end.
         placed = expression.subs(point) if point else expression
         value = placed.evalf(_DIGITS, chop=True)
         if value.is_comparable and abs(value) > 10**15:
-            # As many digits as tell integers apart, or none.
+            # Enough digits to distinguish integers, or none at all.
             if abs(value) > 10**_MOST_DIGITS:
                 return None
             value = placed.evalf(_DIGITS + len(str(int(value))))
@@ -483,7 +483,7 @@ def _written(value: Any) -> str | None:
 
 
 def _fraction(value: Any) -> Fraction | None:
-    """The simple fraction that a real value of 30 digits is, or the value as told."""
+    """The simple fraction that a real value of 30 digits equals, or the value as it is."""
     try:
         told = Fraction(str(value))
     except ValueError:

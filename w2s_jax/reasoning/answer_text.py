@@ -1,6 +1,6 @@
-"""Where a final answer stands in a text, and its LaTeX without what means nothing.
+"""Finds the final answer in a text, and cleans its LaTeX of what has no meaning.
 
-Knows no values: numbers are read in quantities.py, expressions in answer_forms.py.
+Values are not evaluated here: numbers are read in quantities.py, expressions in answer_forms.py.
 """
 
 import re
@@ -18,7 +18,7 @@ _ANSWER_IS = re.compile(
     (?: [^.:;=\n\d$\\]{0,40}? \b(?:is|are|must\ be|will\ be)\b \s* :? | \s*(?:[:=→⇒]|->) ) \s*
     | ^\W* (?:the\ )? (?:final\ |correct\ )? answers? \W* \n \s*"""
 )
-# What may stand between "answer is" and the answer.
+# Words between "answer is" and the answer.
 _LEAD = re.compile(
     r"(?i)(?:\s*\b(?:approximately|about|around|roughly|exactly|simply|just|therefore|thus|then|also"
     r"|indeed|equal to|option|choice|(?:the )?(?:ordered )?(?:point|pair|triple|set|interval|number"
@@ -29,14 +29,14 @@ _MATHEMATICS = re.compile(
     r"|[-−]?(?:[A-Za-z]{1,3}|[A-Za-z]\(\w\))(?:_\{?\w+\}?)?\s*[-+*/^=<>≤≥(]"
 )
 _WORDED = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){0,3}")
-# "The answer is correct": a remark on the answer, or the beginning of one.
+# Beginnings of remarks on the answer, such as "The answer is correct".
 _REMARKS = re.compile(
     r"(?i)(?:correct|right|wrong|incorrect|reasonable|valid|consistent|helpful|clear|unclear|the|not"
     r"|in|as|given|obtained|found|that|this|because|what|still|unknown|verified|expressed|if|rounded"
     r"|based|also|same|to|for|(?:final )?(?:answer|result|solution)s?$)\b"
 )
 _NUMBERED = re.compile(r"\d+[.)]\s+[A-Za-z]")
-# An inline formula opens and closes at a character, so that "$20 and $30" is none.
+# An inline formula has no space inside its dollars, so that "$20 and $30" is none.
 _SPAN = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$((?! )(?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
     re.DOTALL,
@@ -64,8 +64,8 @@ _QUOTED = re.compile("[\"'“‘](?=\\S)(.+?)[\"'”’]")
 _EMPHASIS = re.compile(
     r"(?<![\w*\\])(\*\*\*|\*\*|\*|__)(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])|`([^`\n]+)`"
 )
-# Values in a sentence; what stands before its result, and before its only value ("except 3" is no
-# value of its own).
+# Values in a sentence; words before its result, and before its only value ("except 3" is not a
+# value by itself).
 _VALUE = re.compile(
     rf"{_SPAN.pattern}|(?<![\w$.,:\\])(\\?[$€£]?-?\d+(?:,\d{{3}})*(?:[./]\d+)?(?: \d+/\d+)?\\?%?"
     r"(?: (?:thousand|million|billion)\b)?)(?![\w/^:])",
@@ -99,7 +99,8 @@ _WORDS = (
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}"
 )
 _SIGNS = (("lt", "<"), ("gt", ">"), ("rangle", ")"), ("colon", ":"))
-# What is rewritten first, before characters, and what after single dollars have gone, in order.
+# Rewritings in order: the first ones before characters are replaced, the others after single
+# dollar signs are removed.
 _AT_FIRST: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     ("(?:\\d\u0305)+", r"\\overline{\g<0>}"),
     ("\u0305", ""),
@@ -118,12 +119,12 @@ _REWRITTEN: tuple[tuple[str, str], ...] = (
     *((rf"\\{name}(?![a-zA-Z])", sign) for name, sign in _SIGNS),
     (r"\\l?angle(?=\s*[^A-Za-z\s]*\d)|\\langle(?![a-zA-Z])", "("),
     *((r"\\\{", r"\\lbrace "), (r"\\\}", r"\\rbrace ")),
-    # What the published normaliser, which takes "ft" out of everything, leaves of \left and \infty.
+    # Repairs \left and \infty, from which the published normaliser has removed "ft".
     (r"\\le(?=[(\[{|])(?=.*\\right)", ""),
     (r"\\iny\b", r"\\infty"),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
     (r"\\(?:displaystyle|q?quad|limits)(?![a-zA-Z])", ""),
-    # Before spaces go: in a matrix, "\\ " ends a row.
+    # Before spaces are removed: in a matrix, "\\ " ends a row.
     (r"\\\\", "\x00"),
     (r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", ","),
     (r"\\!", ""),
@@ -133,7 +134,7 @@ _REWRITTEN: tuple[tuple[str, str], ...] = (
     (r"\\frac\s*(?:(\d)|\{([^{}]*)\})\s*(?:(\d)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", " degrees "),
-    # As typed in plain text: in LaTeX, 2^10 would be two to the first, times nought.
+    # As typed in plain text: in LaTeX, 2^10 would be 2^1 followed by 0.
     (r"(?:\*\*|\^)\s*(-?\d+)(?![\d.])", r"^{\1}"),
     *((r"\*\*", "^"), (r"\s+", " ")),
     *(("\x00", r"\\\\"), (r"\\lbrace ", r"\\{"), (r"\\rbrace ", r"\\}")),
@@ -141,10 +142,10 @@ _REWRITTEN: tuple[tuple[str, str], ...] = (
 
 
 def last_box(text: str) -> tuple[int, str]:
-    r"""Where the last closed \boxed{..} begins, and its content; (-1, "") if there is none.
+    r"""Position and content of the last closed \boxed{..}; (-1, "") if there is none.
 
-    Boxes with no more than a comma, "and" or "or" between them are one answer. An unclosed box is
-    the end of a text that was cut off, and no answer.
+    Boxes separated by only a comma, "and" or "or" are one answer. An unclosed box means that the
+    text was cut off, and is no answer.
     """
     open_braces: list[re.Match[str]] = []
     boxes: list[tuple[int, int, str]] = []
@@ -169,9 +170,9 @@ def last_box(text: str) -> tuple[int, str]:
 
 
 def after_hashes(text: str) -> tuple[int, str]:
-    """Where the last "####" with an answer behind it on its line stands, and what that is.
+    """Position of the last "####" that precedes an answer on its line, and that answer.
 
-    A heading of Markdown is none; a word is an answer there only where it ends the text.
+    Headings of Markdown do not count; a word counts as an answer only at the end of the text.
     """
     for match in reversed(list(_HASHES.finditer(text))):
         told = match[1].strip()
@@ -182,10 +183,10 @@ def after_hashes(text: str) -> tuple[int, str]:
 
 
 def after_answer_is(text: str) -> tuple[int, str]:
-    """Where the last "answer is" or "answer:" before an answer stands, and that answer."""
+    """Position of the last "answer is" or "answer:" that precedes an answer, and that answer."""
     found = (-1, "")
     for match in reversed(list(_ANSWER_IS.finditer(text))):
-        # "The answer is 12, since the answer is even": a remark on it in the same sentence.
+        # In "The answer is 12, since the answer is even" the end remarks on the answer.
         if found[1] and re.search(r"\n|[.!?;]\s", text[match.start() : found[0]]):
             break
         statement = text[match.end() :].strip(" *:")
@@ -194,7 +195,7 @@ def after_answer_is(text: str) -> tuple[int, str]:
         stated = _stated(statement)
         if stated and _MATHEMATICS.match(statement):
             return match.start(), stated
-        # Behind a colon or a heading all that is left is the answer, whatever it says.
+        # After a colon or a heading all that follows is the answer, whatever it is.
         announced = re.search(r"[:\n]", match[0])
         behind = statement[len(stated) :].strip(" .*")
         if announced and not re.search(r"\d", behind) and (value := value_told(stated)):
@@ -206,9 +207,12 @@ def after_answer_is(text: str) -> tuple[int, str]:
 
 
 def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True) -> bool:
-    """Whether a text begins with mathematics or a letter of a choice, or is a few words.
+    """Whether a text begins with mathematics or a choice letter, or is a few words.
 
-    stated: its first clause, which the words must be. worded: whether words count.
+    Args:
+        text: The text.
+        stated: Its first clause, to which the words must be limited; None for the whole text.
+        worded: Whether words count.
     """
     if _MATHEMATICS.match(text):
         return True
@@ -217,7 +221,7 @@ def reads_as_answer(text: str, stated: str | None = None, *, worded: bool = True
 
 
 def last_bold(text: str) -> str:
-    """The last bold answer of the last line of Markdown, or the whole line where all is emphasised.
+    """The last bold answer in the last line of Markdown, or the line if all of it is emphasised.
 
     72 in "So she sold **72** clips.", in "*72*" and in "**Clips sold: 72**".
     """
@@ -230,7 +234,7 @@ def last_bold(text: str) -> str:
 
 
 def without_markdown(text: str) -> str:
-    """A text without marks of emphasis, code, quotation, lists and headings; "####" stays."""
+    """A text without Markdown's emphasis, code, quotation, list and heading marks; "####" stays."""
     text = _LINE_MARK.sub("", text)
     for _ in range(2):
         text = _EMPHASIS.sub(lambda match: match[2] or match[3], text)
@@ -238,13 +242,16 @@ def without_markdown(text: str) -> str:
 
 
 def final_answer(response: str, *, hashes_first: bool = False) -> str:
-    """The final answer as it is written in a response; "" where there is none.
+    """The final answer in a response, as written there; "" if there is none.
 
-    A box or "####", of several the last one, outranks what "the answer is" says, that a bold text
-    in the last line, and that the number at the end of a last line that is a plain sentence, or
-    that is the whole response.
-    What a model thought before "</think>" counts only where nothing follows, and where it marks
-    its answer by the tag <answer>, all else does not.
+    In order of precedence: the last box or "####", "the answer is", bold text in the last line, and
+    the number at the end of a last line that is a plain sentence, or the number that is the whole
+    response. Text before "</think>" counts only if nothing follows it. If there is a tag <answer>,
+    only its content counts.
+
+    Args:
+        response: The text.
+        hashes_first: Whether "####" takes precedence over a box, wherever they stand.
     """
     spoken = response.rpartition("</think>")[2]
     marked = spoken if spoken.strip() else response
@@ -262,9 +269,9 @@ def final_answer(response: str, *, hashes_first: bool = False) -> str:
 
 
 def value_told(sentence: str) -> str:
-    """What a sentence comes to: what is behind its last "is", ":" or "=", or the one value in it.
+    """The result in a sentence: what follows its last "is", ":" or "=", or its only value.
 
-    5/36 in "The probability is 5/36, about 14 %", $18 in "Janet makes $18 a day"; "" for others.
+    5/36 in "The probability is 5/36, about 14 %", $18 in "Janet makes $18 a day"; else "".
     """
     if _NO_CLAIM.match(sentence):
         return ""
@@ -279,7 +286,7 @@ def value_told(sentence: str) -> str:
 
 
 def _joined(text: str, found: list[re.Match[str]]) -> str:
-    """The first that was found, and what no more than a comma, "and" or "or" parts from it."""
+    """The first match, with those separated from it only by a comma, "and" or "or"."""
     kept = found[:1]
     for match in found[1:]:
         if not _BETWEEN.fullmatch(text[kept[-1].end() : match.start()]):
@@ -297,7 +304,7 @@ def _stated(statement: str) -> str:
 
 
 def clean(answer: str) -> str:
-    r"""An answer without what does not change its value: spacing, \left, $..$, \text, dots."""
+    r"""An answer without what leaves its value unchanged: spacing, \left, $..$, \text, dots."""
     answer = _CONTROL.sub("", answer)
     for pattern, plain in _AT_FIRST:
         answer = re.sub(pattern, plain, answer)
@@ -311,13 +318,13 @@ def clean(answer: str) -> str:
     answer = answer.strip(" *`\n")
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip(" *`")
-    # Behind a number alone it is a mark of inches.
+    # A quotation mark after a number stands for inches.
     quoted = answer.startswith('"') or not re.search(r'\d"$', answer)
     return answer.strip('"') if quoted else answer
 
 
 def split_top(text: str) -> list[str] | None:
-    """Parts of a list between commas outside all brackets; None where brackets do not match."""
+    """Split a list at commas outside of brackets; None if the brackets do not match."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

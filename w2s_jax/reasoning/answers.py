@@ -1,9 +1,9 @@
 """Final answers: checkers by name, gold answers, and rows graded in workers that can be killed.
 
-published: the rules of the code published with arXiv 2407.13647, their oddities included ("ft" goes
-from any text). harness: lm-evaluation-harness's task `gsm8k`, version 3.0, without importing it.
-math: by value, numbers and units exactly, expressions by their values at points; what may hang
-(sympy) has no time limit in a checker, so that grading calls it in workers.
+published: the rules of the code published with arXiv 2407.13647, with their oddities ("ft" is
+removed from any text). harness: lm-evaluation-harness's task `gsm8k`, version 3.0, without
+importing it. math: by value; numbers and units exactly, expressions by their values at points.
+Checkers have no time limit and sympy may hang, so grading calls them in workers.
 """
 
 import importlib
@@ -29,14 +29,14 @@ from w2s_jax.reasoning.quantities import CURRENCIES, NO_UNIT, Quantity
 from w2s_jax.reasoning.workers import Failure, Workers
 from w2s_jax.text.rows import Row
 
-# What stands before the final answer of a response.
+# Marks the final answer of a response.
 MARKERS = {"gsm8k": "####", "math": "The answer is:", "olympicarena": "The answer is:"}
 
 _REPLACED = (
     *(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), ("\\%", "%"), (" ", "")),
     *(("mbox", "text"), (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}")),
 )
-# Taken out one after another, in this order: an earlier one may uncover a later one.
+# Removed one after another in this order: removing one may create a later one.
 _REMOVED = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units"),
     *("\\ldots", "sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm"),
@@ -57,11 +57,15 @@ _UNWRAPPED = (
 
 @dataclass(frozen=True)
 class TextChecker:
-    """Equal are answers whose normal forms are the same text.
+    """Compares the normal forms of answers as text.
 
-    find: the answer of a response, as it is written there; "" where there is none. normal: its
-    normal form. Answers that `extract` returns are normalised already; gold answers are normalised
-    once, as they come. empty: whether no answer may be equal to a gold answer without a form.
+    Answers that `extract` returns are normalised already; gold answers are normalised here, once.
+
+    Attributes:
+        name: The checker's name.
+        find: Finds the answer in a response, as it is written there; "" if there is none.
+        normal: The normal form of an answer.
+        empty: Whether an empty answer equals a gold answer with an empty normal form.
     """
 
     name: str
@@ -80,11 +84,11 @@ class TextChecker:
 
 
 def _published_answer(response: str, kind: str) -> str:
-    """The answer that the published code extracts; its kind is gsm8k, math or olympicarena."""
+    """The answer that the published code extracts, for the kind gsm8k, math or olympicarena."""
     text = response.split("Question")[0].strip()
     found = re.findall(f"{MARKERS[kind]} (.*)$", text)
     answer = (found[-1] if found else "") or _number_after_answer_is(text)
-    # Wherever the end mark stands, the last four characters go.
+    # The published code drops the last four characters, wherever the end mark is.
     return answer[:-4] if "</s>" in answer else answer
 
 
@@ -112,24 +116,24 @@ def _number_after_answer_is(text: str) -> str:
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-# What the exact match ignores on both sides, in this order.
+# Removed from both sides by the exact match, in this order.
 _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.compile(r"\.$"))
 
 
 def _harness_answer(response: str, flexible: bool) -> str:
-    """`strict-match`, the first number after "####", or `flexible-extract`, the last one at all."""
+    """`strict-match`: the first number after "####"; `flexible-extract`: the last number."""
     found = _FLEXIBLE.findall(response)[-1:] if flexible else _STRICT.findall(response)[:1]
     return found[0].strip() if found else ""
 
 
 def _harness_form(answer: str) -> str:
-    """A final answer, bare or with its solution, as the harness's exact match compares it."""
+    """A final answer, alone or with its solution, as the harness's exact match compares it."""
     for pattern in _IGNORED:
         answer = pattern.sub("", answer)
     return answer.lower()
 
 
-# A decimal stands for a number that is not its equal when it tells at least this many digits.
+# A decimal with at least this many digits equals a number that it only approximates.
 _SIGNIFICANT_DIGITS = 6
 _CHOICE = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.):]\s.*)?", re.DOTALL)
 _SMALL_CHOICE = re.compile(r"[(\[]([a-h])[)\]]")
@@ -138,10 +142,14 @@ _CHOICES = re.compile(r"[(\[{]?\s*([A-Z](?:\s*(?:,|;|&|/|\band\b|\s)\s*[A-Z])+)\
 
 @dataclass(frozen=True)
 class MathChecker:
-    r"""Extraction from \boxed{..}, "####", "answer is" and bold, equality by value.
+    r"""Extraction from \boxed{..}, "####", "answer is" and bold text; equality by value.
 
-    kind: gsm8k reads "####" before a box; math and olympicarena take which stands last. For
-    olympicarena several letters are a multiple choice in any order. `extract` returns clean LaTeX.
+    `extract` returns clean LaTeX.
+
+    Attributes:
+        kind: For gsm8k "####" takes precedence over a box; for math and olympicarena the last of
+            both counts. For olympicarena several letters are a multiple choice in any order.
+        name: The checker's name.
     """
 
     kind: str
@@ -152,16 +160,15 @@ class MathChecker:
         return clean(final_answer(text, hashes_first=self.kind == "gsm8k"))
 
     def equal(self, prediction: str, gold: str) -> bool:
-        """Whether both cast one vote, or differ only in what a question may have told.
+        """Whether both give the same vote, or differ only in what the question may have stated.
 
-        One of them may leave out the unit, "per day" behind money, "%", the base, "mod 7" or
-        "p.m."; and a decimal of at least six digits is the number that it rounds. Answers of one
-        vote are always equal.
+        One of them may lack the unit, "per day" after money, "%", the base, "mod 7" or "p.m."; and
+        a decimal of at least six digits equals the number that it rounds.
         """
         prediction, gold = clean(prediction), clean(gold)
         if not prediction or not gold:
             return False
-        # A choice in brackets may be told in small without them.
+        # A choice in brackets may be given in lower case without them.
         letters = self._letters(prediction, small=gold.startswith("("))
         others = self._letters(gold, small=prediction.startswith("("))
         if letters is not None or others is not None:
@@ -177,14 +184,15 @@ class MathChecker:
         numbers = quantity(prediction), quantity(gold)
         if numbers[0] and numbers[1]:
             return _near(numbers[0], numbers[1]) or _same_amount(numbers[0], numbers[1])
-        # Half of mg is a product where another way to write it is no quantity.
+        # m g / 2 reads as milligrams in some notations; then compare it as a product.
         written = expression_form(prediction) if numbers[0] or numbers[1] else None
         return written is not None and written == expression_form(gold)
 
     def canonical(self, answer: str) -> str:
-        """One form per value: "1000", "-3/4", "1/20 m", "{1,2}" for lists in any order, "A,C" for
-        choices; an expression is known by its values at fixed points.
-        """  # noqa: D205
+        """One form per value: "1000", "-3/4", "1/20 m", "{1,2}" for a list, "A,C" for choices.
+
+        Lists have any order. An expression is identified by its values at fixed points.
+        """
         answer = clean(answer)
         if (letters := self._letters(answer)) is not None:
             return ",".join(sorted(letters))
@@ -205,7 +213,7 @@ class MathChecker:
 
 
 def _as_typed(one: str, other: str) -> bool:
-    """Whether one is typed as another answer is read: 60,120 for a list, 12:5 for a time."""
+    """Whether one is a different notation of the other: 60,120 for a list, 12:5 for a time."""
     if re.fullmatch(r"\d+(?:,[1-9]\d{2})+", one):
         listed = form(one.replace(",", ", "), "voted")
         return listed == form(other, "voted") != form(one, "voted")
@@ -213,7 +221,7 @@ def _as_typed(one: str, other: str) -> bool:
 
 
 def _same_amount(left: Quantity, right: Quantity) -> bool:
-    """Whether they are one amount of money, and one of them says of what: $18, $18 per day."""
+    """Whether both are one amount of money, of which one has a rate: $18, $18 per day."""
     few, more = sorted((left.unit.powers, right.unit.powers), key=len)
     rate = len(few) == 1 < len(more) and few[0] in more and few[0][0] in CURRENCIES
     return rate and left.value == right.value
@@ -232,23 +240,23 @@ def _near(left: Quantity, right: Quantity) -> bool:
 
 KINDS = ("gsm8k", "math", "olympicarena")
 CHECKERS = ("math", "published", "harness", "harness-flexible")
-# By other versions, LaTeX is read wrongly.
+# Other versions read LaTeX incorrectly.
 _READ_BY = {"math-verify": "0.9.0", "antlr4-python3-runtime": "4.11.0"}
 
 
 @runtime_checkable
 class Checker(Protocol):
-    """How final answers are found and compared."""
+    """Finds and compares final answers."""
 
     @property
     def name(self) -> str: ...
 
     def extract(self, response: str) -> str:
-        """The final answer of a response in the checker's normal form; "" where there is none."""
+        """The final answer of a response in the checker's normal form; "" if there is none."""
         ...
 
     def equal(self, prediction: str, gold: str) -> bool:
-        """Whether an extracted answer is the gold answer."""
+        """Whether an extracted answer equals the gold answer."""
         ...
 
     def canonical(self, answer: str) -> str:
@@ -259,14 +267,17 @@ class Checker(Protocol):
 def make_checker(name: str, kind: str) -> Checker:
     """A checker by name, for answers of a kind.
 
-    `math` judges by value and reads LaTeX by math-verify's parser; `published` has the rules of the
-    code of arXiv 2407.13647; `harness` and `harness-flexible` are lm-evaluation-harness's filters.
+    Args:
+        name: `math` judges by value and reads LaTeX with math-verify's parser. `published` has the
+            rules of the code of arXiv 2407.13647. `harness` and `harness-flexible` are the filters
+            of lm-evaluation-harness.
+        kind: gsm8k, math or olympicarena.
 
     Raises:
-        InputError: for an unknown name or kind, a harness checker of other answers than GSM8K's,
-            and for `math` where math-verify or its ANTLR runtime is missing or of another version:
-            without the one runtime that its parsers were made for, math-verify reads no LaTeX and
-            would silently compare nothing.
+        InputError: For an unknown name or kind, and for a harness checker of a kind other than
+            gsm8k. For `math`, if math-verify or its ANTLR runtime is missing or of another version:
+            with another runtime than its parsers were generated for, math-verify silently reads no
+            LaTeX.
     """
     _check_kind(kind)
     if name not in CHECKERS:
@@ -299,9 +310,11 @@ def _check_kind(kind: str) -> None:
 def gold_answer(solution: str, kind: str) -> str:
     r"""The final answer at the end of a gold solution, as it is written there.
 
-    GSM8K: behind the last "####"; math and olympicarena: in the last \boxed{..}, or behind
-    "The answer is:"; a text of one line without any of these is the bare answer itself.
-    Raises InputError for a solution without a final answer, and an unknown kind.
+    GSM8K: after the last "####". math and olympicarena: in the last \boxed{..}, or after "The
+    answer is:". A single line without any of these is itself the answer.
+
+    Raises:
+        InputError: For a solution without a final answer, and an unknown kind.
     """
     _check_kind(kind)
     hashes, box, stated = after_hashes(solution), last_box(solution), after_answer_is(solution)
@@ -332,16 +345,25 @@ def grade(
     complete: bool = True,
     **limits: Any,
 ) -> list[Row]:
-    """The rows with "pred", and where there are golds with "gold" and "result", in their order.
+    """Grade rows by a checker, in workers.
 
-    rows: each with "response", and with "id" where there are golds; golds: a row's id -> its gold
-    final answer. checker_name: a name of `make_checker`, or "module:attribute" of a checker of
-    one's own, called with the kind. complete: whether every row must have a gold answer. limits:
-    those of `Workers`. An answer that hangs, crashes or takes too much memory has the result False
-    (or the empty pred, if it was being extracted) and says why in "error".
+    An answer that hangs, crashes or takes too much memory has the result False (or an empty pred,
+    if it happened in extraction) and the reason in "error".
+
+    Args:
+        rows: Each with "response", and with "id" if there are golds.
+        golds: Gold final answers by a row's id; None to extract only.
+        checker_name: A name of `make_checker`, or "module:attribute" of a factory of another
+            checker, which is called with the kind.
+        kind: Kind of the answers.
+        complete: Whether every row must have a gold answer.
+        **limits: Those of `Workers`.
+
+    Returns:
+        The rows in their order, with "pred" and, if they have a gold answer, "gold" and "result".
 
     Raises:
-        InputError: for a row without a response or a gold answer, and as `make_checker` does.
+        InputError: For a row without a response or gold answer, and as `make_checker` does.
     """
     known = {} if golds is None else golds
     for index, row in enumerate(rows):
@@ -371,12 +393,12 @@ def grade(
 def judged(
     rows: Sequence[Mapping[str, Any]], golds: Mapping[Any, str], voter: str, judge: str, kind: str
 ) -> list[Row]:
-    """The rows with "pred" by the checker `voter`, in their order.
+    """The rows in their order, with "pred" by the checker `voter`.
 
-    Those whose id has a gold answer also have "gold" and "result" by the checker `judge`.
+    Those whose id has a gold answer also have "gold", and "result" by the checker `judge`.
 
     Raises:
-        InputError: as `grade` does.
+        InputError: As `grade` does.
     """
     if voter == judge:
         return grade(rows, golds, voter, kind, complete=False)
@@ -391,12 +413,12 @@ def judged(
 def canonical_answers(
     preds: Sequence[str], checker_name: str, kind: str, **limits: Any
 ) -> list[str]:
-    """Each final answer in the checker's one form per value; as it is where that cannot be found.
+    """The canonical form of each final answer; the answer itself if it has none.
 
-    limits: those of `Workers`.
+    `limits` are those of `Workers`.
 
     Raises:
-        InputError: as `make_checker` does.
+        InputError: As `make_checker` does.
     """
     with _checking(checker_name, kind, **limits) as pool:
         forms = _run(pool, [("canonical", pred) for pred in preds])
@@ -405,13 +427,13 @@ def canonical_answers(
 
 
 def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> list[Row]:
-    """The rows with "pred" in the one form that it votes for, in their order.
+    """Replace "pred" in each row, which also has an "id", by the form for which it votes.
 
-    rows: each with "id" and "pred". Of one question, numbers of which any two are equal are one
-    vote, that of the first in the order of characters: "5 cm" and "5", where nobody says "5 m".
+    Among the answers to one question, numbers that all equal one another are one vote, under the
+    form that sorts first: "5 cm" and "5", unless somebody says "5 m".
 
     Raises:
-        InputError: as `make_checker` does.
+        InputError: As `make_checker` does.
     """
     preds = sorted({row["pred"] for row in rows if row["pred"]})
     forms = dict(zip(preds, canonical_answers(preds, checker_name, kind), strict=True))
@@ -428,7 +450,7 @@ def votes(rows: Sequence[Mapping[str, Any]], checker_name: str, kind: str) -> li
 def _equal_numbers(
     asked: Mapping[Any, Mapping[str, str]], checker_name: str, kind: str
 ) -> dict[Any, dict[str, set[str]]]:
-    """For each question and form of a number there, the forms that are equal to it."""
+    """By question and by form of a number there, the forms that are equal to it."""
     alike = {row_id: {form: {form} for form in found} for row_id, found in asked.items()}
     pairs = [
         (row_id, one, other)
@@ -451,7 +473,7 @@ def _shared_form(form: str, alike: Mapping[str, set[str]]) -> str:
 
 
 def methods(checker_name: str, kind: str) -> Callable[[Task], Any]:
-    """In a worker: the function that calls a method of a checker, told as (method, *arguments)."""
+    """A function that calls methods of a checker, as (method, *arguments); made in a worker."""
     module, _, attribute = checker_name.partition(":")
     if attribute:
         try:
@@ -470,7 +492,7 @@ def _checking(checker_name: str, kind: str, **limits: Any) -> Workers:
 
 
 def _run(pool: Workers, tasks: Sequence[Hashable]) -> list[Any]:
-    """Results in order; what is asked more than once, as common answers are, is worked out once."""
+    """Results in the order of the tasks; equal tasks are run once."""
     different = list(dict.fromkeys(tasks))
     results = dict(zip(different, pool.run(different), strict=True))
     return [results[task] for task in tasks]

@@ -1,4 +1,4 @@
-"""What decides a weak-to-strong reasoning run, as frozen dataclasses that YAML and flags fill."""
+"""The settings of a weak-to-strong reasoning run, as frozen dataclasses for YAML and flags."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,26 +18,26 @@ SetName = Literal["weak", "icl", "hybrid"]
 class GenerationConfig:
     """How responses are sampled.
 
-    Raises InputError for a size below 1, a number out of range, several samples without a
-    temperature, and settings that the method does not have.
-
     Attributes:
-        samples: of each prompt.
-        temperature: 0 is greedy: then one sample.
-        top_p: the nucleus that is sampled from.
-        top_k: the likeliest tokens that are sampled from; 0: all.
-        max_new_tokens: of a response at most.
-        stop: strings; a response ends before the first of them.
-        eos_ids: tokens that end a response; None: the model's own, or the tokenizer's.
-        seed: with a row's id it decides the row's draws.
-        batch_size: prompts that run side by side.
-        samples_per_slot: samples of a prompt behind one reading of it; None: all. Fewer read it
-            again for every so many, but short responses wait less for long ones; the draws are the
-            same.
+        samples: Samples of each prompt.
+        temperature: Sampling temperature; 0 is greedy, with one sample.
+        top_p: Probability mass of the nucleus that is sampled from.
+        top_k: Number of likeliest tokens that are sampled from; 0 for all.
+        max_new_tokens: Maximum tokens of a response.
+        stop: Stop strings; a response ends before the first of them.
+        eos_ids: Tokens that end a response; None for the model's own, or the tokenizer's.
+        seed: Determines a row's draws together with the row's id.
+        batch_size: Prompts that run side by side.
+        samples_per_slot: Samples drawn from one prefill of a prompt; None for all. With fewer the
+            prompt is read again for each group, but short responses wait less for long ones; the
+            draws are the same.
         method: "sample", or "cbs": chunk-level beam search under a guide (arXiv 2405.19262). Sample
-            i is then the best response of the search with the seed `seed + i`, each a search of its
-            own.
+            i is then the best response of a separate search with the seed `seed + i`.
         beam_width, successors, chunk_length: W, K and L of that search.
+
+    Raises:
+        InputError: For a size below 1, a number out of range, several samples without a
+            temperature, and settings that the method does not have.
     """
 
     samples: int = 1
@@ -82,7 +82,7 @@ class GenerationConfig:
 
     @property
     def samples_per_request(self) -> int:
-        """How many samples of a prompt share a slot."""
+        """Number of samples of a prompt that share a slot."""
         if self.method == "cbs":
             return 1
         return min(self.samples, self.samples_per_slot or self.samples)
@@ -93,10 +93,10 @@ class WeakConfig:
     """Where the weak labels come from.
 
     Attributes:
-        model: checkpoint (a folder, or an id on the hub) of the weak model.
-        train: questions with gold answers that it is fine-tuned on first; None takes it as it is.
-        responses: a file of its responses to the questions, by id, instead of the model.
-        sft: flags of `w2s sft` for its own fine-tuning, over the run's.
+        model: Checkpoint of the weak model (a folder, or an id on the hub).
+        train: Questions with gold answers on which it is fine-tuned first; None uses it as it is.
+        responses: File of its responses to the questions, by id, in place of the model.
+        sft: Flags of `w2s sft` for its own fine-tuning, over the run's.
     """
 
     model: str | None = None
@@ -110,11 +110,12 @@ class DemonstrationConfig:
     """Solved questions before each prompt of the strong model in context.
 
     Attributes:
-        file: rows as those of questions, with answers; None draws them from the weak model's own
-            responses, those left out that a gold answer in the questions shows to be wrong.
-        count: how many (of a file, the first); 0 asks without.
-        seed: of the draw.
-        overflow: for prompts too long for the model: "error", or "drop-first" demonstrations.
+        file: Rows like those of questions, with answers. None draws from the weak model's own
+            responses, except those known to be wrong by a gold answer in the questions.
+        count: Number of demonstrations (of a file, the first); 0 for none.
+        seed: Seed of the draw.
+        overflow: What to do for prompts too long for the model: "error", or "drop-first" to drop
+            demonstrations.
     """
 
     file: str | None = None
@@ -131,11 +132,11 @@ class DecodingConfig:
     """How models answer.
 
     Attributes:
-        max_new_tokens: of a response.
-        batch_size: prompts side by side.
-        stop: what ends a response.
-        dtype: float32, bfloat16; None takes the backend's own.
-        mesh: device mesh such as data=2,fsdp=4.
+        max_new_tokens: Maximum tokens of a response.
+        batch_size: Prompts that run side by side.
+        stop: Stop strings.
+        dtype: Dtype of the weights; None for the backend's default.
+        mesh: Device mesh such as data=2,fsdp=4.
     """
 
     max_new_tokens: int = 512
@@ -148,7 +149,11 @@ class DecodingConfig:
         self.generation()
 
     def generation(self, **options: Any) -> GenerationConfig:
-        """The settings of generation, greedy but for the options; InputError if out of range."""
+        """These settings for generation, greedy unless the options say otherwise.
+
+        Raises:
+            InputError: For a value out of range.
+        """
         own = {name: getattr(self, name) for name in ("max_new_tokens", "batch_size", "stop")}
         return GenerationConfig(**own, **options)
 
@@ -157,20 +162,23 @@ class DecodingConfig:
 class ContrastConfig:
     """The rules of stage II; the defaults are the published ones for GSM8K.
 
-    Raises InputError for values out of range.
-
     Attributes:
-        samples: responses sampled a question; of more, those with the lowest numbers count.
-        min_confidence: below this share of the most common answer a question gives no pair.
-        overrule_confidence: at this share and above the weak response is rejected if it disagrees.
-        pairs_per_question: at most so many; published 1 for GSM8K, 3 for MATH and OlympicArena.
-        weighted: each pair carries its confidence as `weight`. Training multiplies the pair's loss
-            by it and divides the batch's sum by the sum of its weights, so that pairs the model is
-            surer of count for more and the scale of the loss stays; with equal weights it is DPO.
-        published: where several pairs a question are made, exactly as the published code: the same
-            text may be rejected twice, and of the samples to choose only the first is drawn, the
-            others follow by number. Otherwise all are drawn and no pair is made twice.
-        seed: of the draws, together with a question's id and the texts.
+        samples: Responses sampled for a question; if there are more, the first ones by number
+            count.
+        min_confidence: With a smaller share for its most common answer a question gives no pair.
+        overrule_confidence: From this share on, a weak response that disagrees is rejected.
+        pairs_per_question: Maximum number; published 1 for GSM8K, 3 for MATH and OlympicArena.
+        weighted: Whether each pair carries its confidence as `weight`. Training multiplies the
+            pair's loss by it and divides a batch's sum by the sum of its weights, so that pairs of
+            higher confidence count for more while the scale of the loss stays. With equal weights
+            it is DPO.
+        published: Whether several pairs of a question are made exactly as in the published code:
+            the same text may be rejected twice, and of the chosen samples only the first is drawn
+            while the others follow by number. Otherwise all are drawn, and no pair is made twice.
+        seed: Seed of the draws, together with a question's id and the texts.
+
+    Raises:
+        InputError: For values out of range.
     """
 
     samples: int = 10
@@ -202,14 +210,14 @@ class StageTwoConfig:
     """Preference tuning on contrasts that the strong model finds itself.
 
     Attributes:
-        start: the set whose model of the last iteration is sampled and tuned.
-        temperature, top_p: of the samples.
-        rounds: how often samples, pairs and tuning are gone through; the paper's is 1.
-        sampler: "sample", or "cbs": search guided by the log-ratio of the weak model and the one
+        start: The set whose model of the last iteration is sampled and tuned.
+        temperature, top_p: Sampling settings.
+        rounds: Rounds of sampling, making pairs and tuning; 1 in the paper.
+        sampler: "sample", or "cbs": search guided by the log-ratio of the weak model and the model
             it was tuned from (arXiv 2405.19262), which needs weak.train.
-        beam_width, successors, chunk_length: of that search.
-        contrasts: the rules by which pairs are made.
-        dpo: flags of `w2s dpo` over the run's.
+        beam_width, successors, chunk_length: W, K and L of that search.
+        contrasts: The rules by which pairs are made.
+        dpo: Flags of `w2s dpo`, over the run's.
     """
 
     start: SetName = "hybrid"
@@ -240,27 +248,27 @@ class ReasonConfig:
     """A run of weak-to-strong reasoning (arXiv 2407.13647); paths are relative to `--data`.
 
     Attributes:
-        kind: how final answers are written.
-        questions: what the strong model learns from. Of gold answers in it no label is made; they
-            are for figures, the ceiling, and to leave out demonstrations known to be wrong.
-        strong: checkpoint of the strong model.
-        weak: where weak labels come from.
-        test: questions with gold answers; None leaves out all evaluation.
-        ids: "own" ids of the questions, or their "index" in the file, as the published sets have.
-        demonstrations: those of the in-context labels.
-        votes: the checker whose final answers must agree, and vote.
-        judge: the checker that says which answers are right.
-        published: agreement on no answer counts, as in the published sets of stage I.
-        iterations: of stage I.
-        sets: which of an iteration's sets to train a model on, beside those that are needed.
-        decoding: of all responses.
-        sft, dpo: flags of `w2s sft` and `w2s dpo` for every fine-tuning.
-        stage_two: None ends after stage I.
-        naive: also train on all weak labels.
-        ceiling: also train on the gold answers of the questions, for the performance gap recovered;
-            None does where every question has one.
-        pass_at: the k of pass@k and majority@k over the samples of stage II, where gold exists.
-        seed: of every draw and training that has none of its own.
+        kind: Format of the final answers.
+        questions: What the strong model learns from. Gold answers in it never become labels; they
+            are for figures, the ceiling, and to exclude demonstrations known to be wrong.
+        strong: Checkpoint of the strong model.
+        weak: Where the weak labels come from.
+        test: Questions with gold answers; None skips all evaluation.
+        ids: "own" ids of the questions, or their "index" in the file, as in the published sets.
+        demonstrations: Those of the in-context labels.
+        votes: The checker by which final answers agree, and vote.
+        judge: The checker that decides which answers are right.
+        published: Whether agreement on no answer counts, as in the published sets of stage I.
+        iterations: Iterations of stage I.
+        sets: The sets of an iteration on which a model is trained, beside those that are needed.
+        decoding: How all responses are decoded.
+        sft, dpo: Flags of `w2s sft` and `w2s dpo` for every fine-tuning.
+        stage_two: Settings of stage II; None ends after stage I.
+        naive: Whether to train on all weak labels as well.
+        ceiling: Whether to train on the gold answers of the questions as well, for the performance
+            gap recovered; None does if every question has one.
+        pass_at: The k of pass@k and majority@k over the samples of stage II, where gold exists.
+        seed: Seed of every draw and training without one of its own.
     """
 
     kind: Kind
@@ -316,7 +324,7 @@ class ReasonConfig:
         return self.stage_two is not None and self.stage_two.sampler == "cbs"
 
     def generation(self, **options: Any) -> GenerationConfig:
-        """How responses are written, greedily but for the options."""
+        """How responses are generated; greedy unless the options say otherwise."""
         return self.decoding.generation(**{"seed": self.seed} | options)
 
 

@@ -2,8 +2,8 @@
 
     python -m w2s_jax.reasoning.generation FOLDER/answering.json
 
-answers one file of questions, in a process that holds a device of its own; the file holds the
-fields of `Answering`. What is in the responses is for `answers.py`.
+answers one file of questions, in a process with a device of its own; the JSON file holds the fields
+of `Answering`. Responses are read by `answers.py`.
 """
 
 import hashlib
@@ -48,17 +48,17 @@ class Answering:
     """A model, what it answers, and where its responses go.
 
     Attributes:
-        model: a checkpoint or an adapter's folder.
-        questions: their file.
-        output: the file of responses.
-        generation: how they are sampled.
-        ids: as `read_questions` takes them.
-        demonstrations: their file.
-        overflow: for prompts that are too long, as `fit_prompts` takes it.
-        tuned, untuned: the guide of `generation.method` cbs.
-        dtype: of the weights; None takes the backend's own.
-        mesh: device mesh such as data=2,fsdp=4.
-        weights: JSON values that tell these weights from others'.
+        model: Folder of a checkpoint or an adapter.
+        questions: File of questions.
+        output: File of responses.
+        generation: How responses are sampled.
+        ids: As in `read_questions`.
+        demonstrations: File of demonstrations; None for none.
+        overflow: What to do for prompts that are too long, as in `fit_prompts`.
+        tuned, untuned: The guide for `generation.method` cbs.
+        dtype: Dtype of the weights; None for the backend's default.
+        mesh: Device mesh such as data=2,fsdp=4.
+        weights: Identifies the weights in the journal.
     """
 
     model: str
@@ -76,11 +76,11 @@ class Answering:
 
 
 def answer(task: Answering) -> list[Row]:
-    """The responses, as `generate` gives them; goes on from what a killed call has written.
+    """Generate the responses as `generate` does, resuming from what a killed call has written.
 
     Raises:
-        InputError: for files and checkpoints that cannot be read, models without one vocabulary,
-            and as `fit_prompts` and `generate` do.
+        InputError: For files and checkpoints that cannot be read, models with different
+            vocabularies, and as `fit_prompts` and `generate` do.
     """
     planned = _planned(task)
     rows = _prompts(task, planned)
@@ -110,12 +110,14 @@ def answer(task: Answering) -> list[Row]:
 
 
 def check_prompts(task: Answering, count: int | None = None) -> None:
-    """Whether a task's models can be asked its questions; reads tokenizers and configs alone.
+    """Check that a task's models can be asked its questions; reads only tokenizers and configs.
 
-    count: of the demonstrations, how many of the first; None takes all.
+    Args:
+        task: The task.
+        count: Number of demonstrations, the first in the file; None for all.
 
     Raises:
-        InputError: as `answer` does for files, vocabularies and prompts.
+        InputError: As `answer` does for files, vocabularies and prompts.
     """
     _prompts(task, _planned(task), count)
 
@@ -133,30 +135,30 @@ def generate(
     identity: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> list[Row]:
-    """The samples of every row {"id", "prompt"}: {"id", "sample", "response", "finished"}.
+    """Sample responses to rows {"id", "prompt"}, and write them in order to `path`.
 
-    They are written to `path` in the order of the rows, samples 0, 1, ... of each together. Until
-    all are there, finished ones are in PATH.journal; after a kill the same call goes on from that.
-    A response has no space around it.
+    Until all are finished, they are in PATH.journal; after a kill the same call resumes from it.
 
     Args:
-        model: a `Model`.
-        tokenizer: the model's.
-        rows: their ids differ, and with the seed decide the draws.
-        config: how responses are sampled.
-        path: the file that is written.
-        progress: called with the numbers of responses that are there and wanted.
-        guide: for method cbs, a `Guide` or several.
-        source: the file that the rows are from, for messages.
-        identity: JSON values that tell the model's weights from others', so that a journal of
-            theirs is refused.
-        mesh: the models'.
+        model: A `Model`.
+        tokenizer: The model's tokenizer.
+        rows: Their ids differ; an id and the seed determine a row's draws.
+        config: How responses are sampled.
+        path: The file to write.
+        progress: Called with the numbers of finished and of wanted responses.
+        guide: For method cbs, a `Guide` or several.
+        source: The file of the rows, for messages.
+        identity: JSON values that identify the model's weights; a journal of others is refused.
+        mesh: The models' mesh.
+
+    Returns:
+        Rows {"id", "sample", "response" (stripped), "finished"}, by row, then by sample.
 
     Raises:
-        InputError: before anything is generated, for rows that are no such rows, ids that are there
-            twice, prompts that leave no room for max_new_tokens in a model's positions (naming the
-            row), a guide too many or too few, and a journal of a run with other settings.
-        RowsFailed: once all others are done, for rows that a model fails.
+        InputError: Before generation, for malformed rows, duplicate ids, prompts that leave no room
+            for max_new_tokens in a model's positions, a missing or superfluous guide, and a journal
+            of a run with other settings.
+        RowsFailed: For rows on which a model fails, after all others are done.
     """
     models = _models(model, guide, config)
     search_config = _search_config(config, models, tokenizer)
@@ -172,7 +174,7 @@ def generate(
         done = sum(len(entry["rows"]) for entry in finished.values())
         progress(done, count)
         requests = [asked[index].request for index in waiting]
-        # Of all requests, so that a run that is taken up again runs the same programs.
+        # Of all requests, so that a resumed run uses the same programs.
         slots = min(config.batch_size, len(asked))
         found = search_requests(
             models, search_config, requests, slots=slots, decode=decode, alone=True, mesh=mesh
@@ -193,7 +195,7 @@ def generate(
 
 
 def row_key(row_id: str | int) -> int:
-    """The 32 bits of a row's id that its draws come from: the number, or a hash of the text."""
+    """The 32 bits of a row's id from which its draws come: the number, or a hash of the text."""
     if isinstance(row_id, int):
         return row_id & 0xFFFFFFFF
     return int.from_bytes(hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()[:4])
@@ -225,7 +227,7 @@ def _prompts(task: Answering, planned: SteeringPlan, count: int | None = None) -
 
 
 def _models(model: Any, guide: Any, config: GenerationConfig) -> SearchModels:
-    """The models of the method; InputError for a guide too many or too few."""
+    """The models for the method; InputError for a missing or superfluous guide."""
     if config.method == "cbs" and not guide:
         raise InputError("method cbs needs a guide: a tuned and an untuned model")
     if config.method == "sample" and guide:
@@ -258,7 +260,7 @@ def _requests(
     tokenizer: Any,
     source: str,
 ) -> list[_Asked]:
-    """What goes into slots: for each row its samples, `samples_per_request` at a time."""
+    """The requests for each row, with `samples_per_request` samples at a time."""
     if not rows:
         raise InputError(f"{source or 'generation'}: no rows to answer")
     found = []
@@ -280,7 +282,7 @@ def _requests(
         except InputError as error:
             raise error.at(where) from None
         for first in range(0, config.samples, config.samples_per_request):
-            # Searches differ by their seeds, the samples of a slot by their lanes.
+            # Searches have different seeds, samples of a slot different lanes.
             seed, lane = (first, 0) if config.method == "cbs" else (0, first)
             seed = (config.seed + seed) % 2**32
             samples = range(config.samples)[first : first + config.samples_per_request]
@@ -295,7 +297,7 @@ def _entry(
 ) -> Row:
     """What the journal keeps of a finished request: its output rows."""
     rows = []
-    # A prompt's last slot may have drawn more than are wanted, and a search keeps W.
+    # A prompt's last slot may draw more than are wanted, and a search keeps W.
     for number, one in zip(asked.samples, result.hypotheses, strict=False):
         response = text_of(asked.request.prompts[0], one).strip()
         row = {"id": asked.row_id, "sample": number, "response": response}
@@ -312,14 +314,14 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What the journal's rows depend on."""
     settings = asdict(config)
-    del settings["batch_size"]  # how a run is carried out, not what it computes
+    del settings["batch_size"]  # does not change the results
     asked = json.dumps([[row["id"], row["prompt"]] for row in rows]).encode()
     digest = hashlib.sha256(asked).hexdigest()[:16]
     return {**settings, "prompts_sha256": digest, **(identity or {})}
 
 
 def main(arguments: list[str]) -> int:
-    """Answer what a file asks; an error is one line on stderr, and the status 2."""
+    """Run the task in a JSON file; an error is one line on stderr, and the status is 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         values = json.loads(Path(arguments[0]).read_text())

@@ -1,6 +1,6 @@
-"""What is measured of answers: accuracy, pass@k, majority@k, recovered gap, and their intervals.
+"""Measures of answers: accuracy, pass@k, majority@k, gap recovered, and their intervals.
 
-Pure functions of verdicts and counts; holds no checker, no file and no figure.
+Pure functions of verdicts and counts.
 """
 
 import math
@@ -15,7 +15,14 @@ from w2s_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share of successes with an interval, all but the counts in [0, 1]."""
+    """A share of successes with an interval.
+
+    Attributes:
+        correct: Number of successes.
+        total: Number of trials.
+        value: The share, in [0, 1].
+        low, high: Ends of its interval, in [0, 1].
+    """
 
     correct: int
     total: int
@@ -26,7 +33,13 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over repetitions with an interval; NaN at both ends where there is only one."""
+    """A mean over repetitions with an interval.
+
+    Attributes:
+        mean: The mean.
+        low, high: Ends of its interval; NaN for a single repetition.
+        count: Number of repetitions.
+    """
 
     mean: float
     low: float
@@ -34,7 +47,7 @@ class Estimate:
     count: int
 
     def as_row(self) -> dict[str, int | float | None]:
-        """The fields, for JSON: an end that is not known is null."""
+        """The fields for JSON, where NaN is null."""
         return {
             name: None if isinstance(value, float) and math.isnan(value) else value
             for name, value in asdict(self).items()
@@ -42,10 +55,10 @@ class Estimate:
 
 
 def proportion(correct: int, total: int, level: float = 0.95) -> Proportion:
-    """A share with Wilson's score interval (Wilson 1927; no continuity correction).
+    """A share with Wilson's score interval (Wilson 1927; without continuity correction).
 
     Raises:
-        InputError: where there is nothing to count.
+        InputError: If the counts are no share.
     """
     if not 0 <= correct <= total or total == 0:
         raise InputError(f"{correct} right of {total} answers is no share")
@@ -58,31 +71,37 @@ def proportion(correct: int, total: int, level: float = 0.95) -> Proportion:
 
 
 def accuracy(results: Iterable[bool]) -> Proportion | None:
-    """The share of right answers with its 95 % interval; None where none was judged."""
+    """The share of right answers with its 95 % interval; None if none was judged."""
     results = list(results)
     return proportion(sum(results), len(results)) if results else None
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, given `correct` right of `samples`.
+    """Unbiased estimate of the chance that one of k samples is right: 1 − C(n−c, k) / C(n, k).
 
-    1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    Chen et al. 2021, arXiv 2107.03374, eq. 1; n is `samples`, c is `correct`.
 
     Raises:
-        InputError: where k exceeds the samples.
+        InputError: If k exceeds the samples.
     """
     _check_k(samples, k)
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_at_k(answers: Sequence[str], right: Callable[[str], bool], k: int) -> float:
-    """Unbiased chance that the most common answer of k samples is right.
+    """Unbiased estimate of the chance that the most common answer of k samples is right.
 
-    answers: the final answers of one question's samples in one canonical form; the empty one votes
-    as any other. The expectation is over all subsets of size k drawn without replacement, exact for
-    every n by generating functions; among j answers tied for the most votes each counts 1/j. With
-    k = n this is the plain majority vote, with k = 1 the share of right samples. Raises InputError
-    where k exceeds the samples.
+    The expectation is over all subsets of size k drawn without replacement, exact for every n by
+    generating functions; if j answers tie for the most votes, each counts 1/j. With k = n it is the
+    plain majority vote, with k = 1 the share of right samples.
+
+    Args:
+        answers: Final answers of one question's samples in canonical form; an empty one votes too.
+        right: Whether an answer is right.
+        k: Number of samples.
+
+    Raises:
+        InputError: If k exceeds the samples.
     """
     _check_k(len(answers), k)
     counts = Counter(answers)
@@ -95,10 +114,9 @@ def majority_at_k(answers: Sequence[str], right: Callable[[str], bool], k: int) 
 
 
 def gap_recovered(weak: float, result: float, ceiling: float) -> float | None:
-    """Performance gap recovered, (result − weak) / (ceiling − weak).
+    """Performance gap recovered, (result − weak) / (ceiling − weak); None if there is no gap.
 
-    1 at the strong ceiling, 0 at the weak floor, and beyond either where the result is. None where
-    the ceiling is not above the floor: there is no gap. Burns et al. 2023, arXiv 2312.09390.
+    1 at the strong ceiling, 0 at the weak floor; not clipped. Burns et al. 2023, arXiv 2312.09390.
     """
     return (result - weak) / (ceiling - weak) if ceiling > weak else None
 
@@ -106,12 +124,12 @@ def gap_recovered(weak: float, result: float, ceiling: float) -> float | None:
 def gap_over_seeds(
     weak: Sequence[float], results: Sequence[float], ceilings: Sequence[float]
 ) -> Estimate | None:
-    """The gap recovered by every seed against its own floor and ceiling, and its interval.
+    """The mean and interval of the gaps recovered by the seeds, each with its floor and ceiling.
 
-    None where a seed has no gap.
+    None if a seed has no gap.
 
     Raises:
-        InputError: where there is no seed.
+        InputError: If there is no seed.
     """
     gaps = [gap_recovered(*of_seed) for of_seed in zip(weak, results, ceilings, strict=True)]
     known = [gap for gap in gaps if gap is not None]
@@ -119,12 +137,12 @@ def gap_over_seeds(
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """The mean over repetitions, with Student's t interval of len(values) − 1 degrees of freedom.
+    """The mean over repetitions, with Student's t interval (len(values) − 1 degrees of freedom).
 
     Not clipped to [0, 1].
 
     Raises:
-        InputError: where there is no value.
+        InputError: If there is no value.
     """
     if not values:
         raise InputError("no value to take a mean over seeds of")
@@ -136,7 +154,7 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Estimate:
 
 
 def student_t(freedom: int, level: float) -> float:
-    """The t with P(|T| < t) = level, of Student's distribution."""
+    """The quantile t of Student's distribution with P(|T| < t) = level."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + level) / 2))
@@ -147,13 +165,13 @@ def _check_k(samples: int, k: int) -> None:
         raise InputError(f"k = {k} of {samples} samples; k must be from 1 to the samples drawn")
 
 
-# Questions share few partitions of n samples into answers: 42 for n = 10.
+# Questions share few partitions of n samples into answers: there are 42 for n = 10.
 @lru_cache(maxsize=1 << 14)
 def _wins(own: int, others: tuple[int, ...], k: int) -> float:
-    """The expected share of the vote's win for an answer held by `own` samples.
+    """The expected share of the win for an answer that `own` samples give, in a vote of k.
 
-    For each number v of its votes, coefficients [votes, ties] count how the others can take the
-    remaining votes with none above v and so many at v.
+    For each number v of its votes, coefficients [votes, ties] count the ways in which the other
+    answers take the remaining votes, with none above v and `ties` of them at v.
     """
     ways = 0.0
     total = math.comb(own + sum(others), k)

@@ -1,7 +1,7 @@
 """The stages of a weak-to-strong reasoning run (arXiv 2407.13647), and what each of them does.
 
-Models are trained by `w2s sft` and `w2s dpo`, and answer, in processes of their own, so that each
-has all of a device's memory; what is done again and what is not is for `stages.py`.
+Models are trained by `w2s sft` and `w2s dpo`, and answer, in separate processes, so that each has
+all of a device's memory. Which stages are run again is decided in `stages.py`.
 """
 
 import json
@@ -44,12 +44,16 @@ WEAK, ICL = "weak-responses", "icl-responses"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A run's config, the folder its relative paths are in, and the folder it writes in.
+    """The stages of a run, each made by a method that returns a `Stage`.
 
-    A model has a name, and the stage that trains it is NAME-model: "weak", "naive",
-    "iteration-1-icl", "stage-two-1", "ceiling"; "strong", and "weak" without training, are
-    checkpoints of the config. The methods that return a `Stage` say what it reads and writes;
-    `stages` puts them in order.
+    A model has a name, and the stage NAME-model trains it: "weak", "naive", "iteration-1-icl",
+    "stage-two-1", "ceiling". "strong", and "weak" if it is not trained, are checkpoints of the
+    config.
+
+    Attributes:
+        config: The run's config.
+        data: The folder of its relative paths.
+        root: The folder of its stages.
     """
 
     config: ReasonConfig
@@ -58,7 +62,11 @@ class Pipeline:
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """The files a run reads, by what they are; raises InputError for one that is missing."""
+        """The files that a run reads, by what they hold.
+
+        Raises:
+            InputError: If one is missing.
+        """
         config, weak = self.config, self.config.weak
         named = {"questions": config.questions, "test": config.test, "weak train": weak.train}
         named |= {"weak responses": weak.responses, "demonstrations": config.demonstrations.file}
@@ -75,12 +83,12 @@ class Pipeline:
 
     @cached_property
     def test(self) -> list[Row]:
-        """The questions of the test, each with its gold answer."""
+        """The test questions with their gold answers."""
         return read_questions(self.files["test"], answers_needed=True)
 
     @cached_property
     def solved(self) -> list[Row]:
-        """The questions that the weak model is trained on, if it is."""
+        """The questions on which the weak model is trained; empty if it is not trained."""
         if self.config.weak.train is None:
             return []
         return read_questions(self.files["weak train"], answers_needed=True)
@@ -92,12 +100,12 @@ class Pipeline:
         return all("answer" in row for row in self.questions) if asked is None else asked
 
     def place(self, checkpoint: str) -> str:
-        """Where a checkpoint of the config is: in the folder of the data, or as it is named."""
+        """Path of a checkpoint of the config: in the folder of the data, or as it is named."""
         return str(self.data / checkpoint) if (self.data / checkpoint).is_dir() else checkpoint
 
     @cached_property
     def weights(self) -> Mapping[str, str]:
-        """A hash of the weights of each checkpoint that the run begins with, by its name."""
+        """A hash of the weights of each checkpoint from which the run starts, by its name."""
         named = {self.config.strong, self.config.weak.model} - {None}
         return {str(name): weights_identity(locate(self.place(str(name)))) for name in named}
 
@@ -128,12 +136,12 @@ class Pipeline:
             trained = [one.name.removesuffix("-model") for one in found if one.outputs == (MODEL,)]
             first = [] if config.weak.model is None else ["weak"]
             first += ["strong-icl", "naive"] if config.naive else ["strong-icl"]
-            # Once each, those first that the others are to be read against.
+            # Once each; the baselines first.
             found += map(self._test, dict.fromkeys([*first, *trained]))
         return found
 
     def _trained_sets(self, iteration: int) -> tuple[SetName, ...]:
-        """The sets of an iteration on which a model is trained: those asked for, those needed."""
+        """The sets of an iteration on which a model is trained: those asked for or needed."""
         needed = set(self.config.sets)
         if iteration < self.config.iterations:
             needed |= {"weak", "icl"}
@@ -172,9 +180,17 @@ class Pipeline:
         reads: tuple[Path, ...] = (),
         after: tuple[str, ...] = (),
     ) -> Stage:
-        """A model trained by `w2s COMMAND`, by a config file that is kept beside its rows.
+        """A model trained by `w2s COMMAND`, with a config file that is kept beside its rows.
 
-        start: a checkpoint of the config; None begins with what the last stage of `after` trained.
+        Args:
+            command: sft or dpo.
+            model: Name of the trained model.
+            rows: Makes the rows of training.
+            flags: Flags of the command, by name.
+            cost: What a plan says of it.
+            start: A checkpoint of the config; None for the model of the last stage in `after`.
+            reads: Files that it reads from elsewhere.
+            after: Stages whose output it reads.
         """
 
         def work(folder: Path) -> Figures:
@@ -194,7 +210,7 @@ class Pipeline:
         return Stage(f"{model}-model", work, (MODEL,), told, after, reads, cost)
 
     def _whole(self, stage: str, folder: Path) -> str:
-        """A stage's model as one to train on: an adapter is merged with its base, in `folder`."""
+        """A stage's model to train on; an adapter is merged with its base, in `folder`."""
         trained, merged = self.root / stage / MODEL, folder / "start"
         if not is_adapter(trained):
             return str(trained)
@@ -231,7 +247,7 @@ class Pipeline:
         return Stage(name, work, outputs, rules, sources, reads)
 
     def _round(self, two: StageTwoConfig, number: int) -> list[Stage]:
-        """Samples, pairs, tuning."""
+        """The stages of a round: samples, pairs, tuning."""
         first, model = f"iteration-{self.config.iterations}-{two.start}", f"stage-two-{number}"
         before = first if number == 1 else f"stage-two-{number - 1}"
         samples, pairs = f"{model}-{SAMPLES}", f"{model}-pairs"
@@ -275,7 +291,7 @@ class Pipeline:
         return Stage(WEAK, work, (GRADED,), self._grading(), (), reads)
 
     def _test(self, model: str) -> Stage:
-        """The strong model is tested behind the demonstrations, as "strong-icl"."""
+        """A model's test; "strong-icl" is the strong model after demonstrations."""
         is_shown = model == "strong-icl"
         asked = "strong" if is_shown else model
         return self._answers(f"test-{model}", asked, is_shown=is_shown, is_test=True)
@@ -291,7 +307,12 @@ class Pipeline:
     ) -> Stage:
         """Responses of one model to the questions or the test, graded.
 
-        is_shown: whether demonstrations stand before them.
+        Args:
+            stage: Name of the stage.
+            model: Name of the model.
+            is_shown: Whether demonstrations precede the questions.
+            is_test: Whether the test is answered, in place of the questions.
+            generation: How responses are sampled; None for the run's settings, greedy.
         """
         config, shown = self.config, self.config.demonstrations
         is_shown = is_shown and shown.count > 0
@@ -340,7 +361,7 @@ class Pipeline:
         *,
         is_test: bool = False,
     ) -> Answering:
-        """What the process that answers is told."""
+        """The task for the process that answers."""
         config, is_guided = self.config, generation.method == "cbs"
         return Answering(
             model=self._folder(model),
@@ -357,7 +378,7 @@ class Pipeline:
         )
 
     def _checkpoint(self, model: str) -> str | None:
-        """The config's name of a model that no stage trains."""
+        """The config's name of a model that no stage trains; None for others."""
         if model == "weak" and self.config.weak.train is None:
             return self.config.weak.model
         return self.config.strong if model == "strong" else None
@@ -387,7 +408,7 @@ class Pipeline:
     def _grade(
         self, folder: Path, rows: Sequence[Row], checker: str, solved: Sequence[Row]
     ) -> Figures:
-        """Write graded rows; figures of how good they are where there are gold answers."""
+        """Write graded rows; returns figures of their quality, if there are gold answers."""
         kind = self.config.kind
         answers = {row["id"]: gold_answer(row["answer"], kind) for row in solved if "answer" in row}
         graded = judged(rows, answers, checker, self.config.judge, kind)
@@ -403,13 +424,13 @@ class Pipeline:
         return figures
 
     def judged_samples(self, stage: str) -> list[Row]:
-        """Graded rows of a stage that drew several a question, with the `answer` that votes."""
+        """Graded rows of a stage with several samples per question, with the voting `answer`."""
         rows = read_jsonl(self._graded(stage))
         (voted,) = self._voted(stage)
         return [row | {"answer": vote["pred"]} for row, vote in zip(rows, voted, strict=True)]
 
     def _voted(self, *stages: str) -> list[list[Row]]:
-        """The graded rows of stages with `pred` in the form that it votes for."""
+        """The graded rows of stages, with `pred` in the form that votes."""
         lists = [read_jsonl(self._graded(stage)) for stage in stages]
         if self.config.votes == "published":
             return lists
@@ -425,7 +446,7 @@ class Pipeline:
         return {name: getattr(self.config, name) for name in ("kind", "votes", "judge")}
 
     def _reads(self, *names: str) -> tuple[Path, ...]:
-        """Those of the files that there are."""
+        """Those of the named files that the run has."""
         return tuple(self.files[name] for name in names if name in self.files)
 
 

@@ -1,9 +1,9 @@
-"""Numbers with their units, in figures or words, read exactly.
+"""Numbers with units, in figures or words, read exactly.
 
-A unit is a factor to base units and their powers. Its symbols are read with their case (mg is no
-Mg), words without. Money is a dimension for each currency, and so is each coin; degrees of an angle
-and of the two scales of temperature are three. Constants beyond plain numbers (roots, pi) are the
-matter of answer_forms.py.
+A unit is a factor to base units with their powers. Symbols of units are case-sensitive (mg is not
+Mg), words are not. Each currency is a dimension of its own, and so is each coin; degrees of angle,
+Celsius and Fahrenheit are three more. Constants other than plain numbers (roots, pi) are read in
+answer_forms.py.
 """
 
 import re
@@ -16,7 +16,12 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Unit:
-    """factor: how many of the base unit it is. powers: (dimension, power), sorted; () is none."""
+    """A unit; the default is no unit.
+
+    Attributes:
+        factor: Size in base units.
+        powers: (dimension, power) pairs, sorted.
+    """
 
     factor: Fraction = Fraction(1)
     powers: tuple[tuple[str, int], ...] = ()
@@ -36,8 +41,8 @@ class Unit:
 
 NO_UNIT = Unit()
 
-# Units, those of one kind together: what each is, of base units and of what stands above, symbols,
-# and words. Symbols of money may stand before a number.
+# Units by kind: (definition in base units and units above, symbols, words). Symbols of money may
+# precede a number.
 _MONEY = (
     *(("dollar", "$ US$ USD", "dollar buck"), ("euro", "€ EUR", "euro")),
     *(("pound", "£ GBP", "pound"), ("yen", "¥ JPY", "yen")),
@@ -52,7 +57,7 @@ _MONEY = (
     ("SGD", "S$ SGD", ""),
 )
 CURRENCIES = frozenset(name for name, _, _ in _MONEY)
-# Those that take prefixes.
+# Units that take prefixes.
 _METRIC = (
     *(("m", "m", "meter metre"), ("kg/1000", "g", "gram gramme")),
     ("s", "s", "sec second"),
@@ -98,19 +103,19 @@ _PLAIN = (
     *(("dime", "", "dime"), ("quarter", "", "quarter"), ("celsius", "", "celsius")),
     ("fahrenheit", "", "fahrenheit"),
 )
-# Powers of ten: before symbols, and at last before words.
+# (power of ten, prefixes of symbols and, last, the prefix of words).
 _PREFIXES = (
     *((0, ","), (-15, "f,femto"), (-12, "p,pico"), (-9, "n,nano"), (-6, "μ,µ,micro")),
     *((-3, "m,milli"), (-2, "c,centi"), (-1, "d,deci"), (3, "k,K,kilo"), (6, "M,mega")),
     *((9, "G,giga"), (12, "T,tera"), (15, "P,peta")),
 )
-# Products of temperatures, pressures and areas, and televisions, sooner than units.
+# More often products of temperature, pressure and area, or television, than units.
 _PRODUCTS = re.compile(r"[kK]T|p[ATV]|[TP][ACFKLNTV]")
 
 
 @cache
 def _units() -> tuple[Mapping[str, Unit], Mapping[str, Unit]]:
-    """Units by their symbols and by their words, in lower case and singular."""
+    """Units by symbol and by word; words are in lower case and singular."""
     symbols: dict[str, Unit] = {}
     words: dict[str, Unit] = {}
     for table in (_METRIC, _MONEY, _PLAIN):
@@ -127,7 +132,7 @@ def _units() -> tuple[Mapping[str, Unit], Mapping[str, Unit]]:
 
 
 def _defined(definition: str, known: Mapping[str, Unit]) -> Unit:
-    """A unit told in others, or in base units where they are not known: "kg m^2/s^2"."""
+    """A unit from its definition, such as "kg m^2/s^2"; unknown names are base units."""
     unit = NO_UNIT
     for sign, name, power in re.findall(r"(/?)\s*([A-Za-z]+|\d+)(?:\^(\d))?", definition):
         base = Unit(powers=((name, 1),))
@@ -136,7 +141,7 @@ def _defined(definition: str, known: Mapping[str, Unit]) -> Unit:
     return unit
 
 
-# Of units of two words, which the tables have as one.
+# First words of units with two words, which the tables have as one.
 _FIRST_WORDS = "light|nautical|fluid|canadian|australian"
 _WORDED = (
     (re.compile(r"\\mu\s*(?=[A-Za-z])"), "μ"),
@@ -154,7 +159,7 @@ _WORDED = (
     (re.compile(r"\bsq\b\.?"), "square"),
     (re.compile(r"\bcu\b\.?"), "cubic"),
 )
-# "square" and "per" count beside a unit only: "square tiles" and "per ticket" say what was counted.
+# "square" and "per" count only with a unit: "square tiles" and "per ticket" name what is counted.
 _TOKEN = re.compile(
     r"""\s*(?: (?P<mark>[/()*·]|per(?=\s+[A-Za-z]))
       | (?:(?P<size>square|cubic)\s*)? (?!in\s+[A-Za-z])  # "5 in" are inches, "5 in total" are not
@@ -167,9 +172,9 @@ _NO_MORE = r"\b(?:per|an?|the|in|of|for|from|to|with|at|on|by|each|every|and|or)
 
 
 def read_unit(text: str) -> tuple[Unit, str]:
-    """The unit that stands at the beginning of a text, and the rest of the text behind it.
+    """The unit at the beginning of a text, and the rest of the text.
 
-    A word that is no unit ends it, so that "hours a day" are hours and "clips" are none.
+    It ends before a word that is not a unit: "hours a day" are hours, "clips" have no unit.
     """
     for pattern, plain in _WORDED:
         text = pattern.sub(plain, text)
@@ -193,7 +198,7 @@ def read_unit(text: str) -> tuple[Unit, str]:
 
 
 def named(name: str) -> Unit | None:
-    """The unit of a name: a symbol as it is written, a word in any case and number."""
+    """The unit of a name: a symbol as written, or a word in any case and number."""
     symbols, words = _units()
     if name in symbols:
         return symbols[name]
@@ -205,7 +210,7 @@ def named(name: str) -> Unit | None:
 
 
 def _unit_behind(counted: str) -> Unit:
-    """The unit that the words behind a number come to: "more hours", no "eggs per day"."""
+    """The unit in the words after a number: that of "more hours", none of "eggs per day"."""
     for word in re.split(_NO_MORE, counted, maxsplit=1)[0].split():
         if len(word) > 2 and (unit := _units()[1].get(word.lower().removesuffix("s"))):
             return unit
@@ -232,9 +237,9 @@ _WORDED_NUMBER = re.compile(
 
 
 def read_number_words(text: str) -> tuple[Fraction, str] | None:
-    """The number in words that a text begins with, and the rest behind it; None where it has none.
+    """The number in words at the beginning of a text, and the rest; None if there is none.
 
-    An ordinal alone, "third", is none, and so are words side by side that make no number.
+    An ordinal alone ("third") is none, nor are adjacent words that form no number.
     """
     if sign := re.match(r"(?i)(?:minus|negative) ", text):
         size = read_number_words(text[sign.end() :])
@@ -254,12 +259,12 @@ def read_number_words(text: str) -> tuple[Fraction, str] | None:
 
 
 def _whole(words: str) -> int | None:
-    """Words of a number from the greatest scale down; None where they do not fit together."""
+    """The number of words from the largest scale down; None if they do not combine."""
     total, group, least = 0, None, 10**15
     for word in re.findall("[a-z]+", words.lower().replace(" and ", " ")):
         if word in _VALUES:
             value = _VALUES[word]
-            # Behind "twenty" only ones, behind "hundred" all below it.
+            # After "twenty" only ones follow, after "hundred" anything below it.
             told = (group or 0) % 100
             if told and (value > 9 or value == 0 or told <= 10 or told % 10):
                 return None
@@ -306,7 +311,7 @@ _ORDINAL = re.compile(
     r"(\d*(?:1[123]|\d))\s*\^?\s*\{?\s*(st|nd|rd|th)\b\s*\}?\s*(?P<rest>.*)", re.DOTALL
 )
 _OF_ONE = re.compile(r"^\s*(?:of\s+)?(?:(?:an?|the)\s+)?")
-# Parts of a length, an angle or a time by their marks: 6'2", 60 degrees 30', 2h30m.
+# Parts of a length, an angle or a time with marks: 6'2", 60 degrees 30', 2h30m.
 _MARKS = (
     (re.compile(r"(?<=degrees)\s*(\d[\d.]*)\s*['′’]"), r" \1 arcminutes "),
     (re.compile(r"(?<=arcminutes)\s*(\d[\d.]*)\s*(?:['′’]{2}|[\"″”])"), r" \1 arcseconds"),
@@ -320,7 +325,7 @@ _MARKS = (
     (re.compile(r"(?<=minutes )(\d+)\s*s(?:ec)?\b"), r"\1 seconds"),
 )
 _PREPOSITION = re.compile(r"(?i)(?:an?|in|of|on|at|by|as)\b")
-# Words that go on with the mathematics instead of naming what was counted.
+# Words that continue the mathematics instead of naming what is counted.
 _MATH_WORD = re.compile(
     r"(?i)(?:and|choose|cos|cot|csc|exp|for|minus|mod|over|plus|sec|sin|sqrt|tan|times|when|where"
     r"|with|alpha|beta|gamma|delta|theta|lambda|sigma|omega|repeating|recurring)\b"
@@ -331,9 +336,14 @@ _MATHEMATICS = re.compile(r"\d|[=+*(\[\\<>^_]|\b(?:or|and)\s+[-$\\]")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number: its exact value as written (50% is 50), what follows it, and how it was told.
+    """A number with a unit, and its notation.
 
-    places: decimals of a decimal, None for integers and fractions. digits: its significant digits.
+    Attributes:
+        value: The exact value as written: 50% has 50.
+        unit: Its unit.
+        percent: Whether it is a percentage.
+        places: Decimal places; None for integers and fractions.
+        digits: Significant digits.
     """
 
     value: Fraction
@@ -344,21 +354,21 @@ class Quantity:
 
     @property
     def told(self) -> Fraction:
-        """The value in base units, a percentage as a part of one."""
+        """The value in base units; a percentage as a share of one."""
         return self.value * self.unit.factor / (100 if self.percent else 1)
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The number that a cleaned answer is, with or without a unit; None for everything else.
+    """The number of a cleaned answer, with or without a unit; None for anything else.
 
-    "2 hours 30 minutes" is one number: parts of one dimension, each smaller than the one before.
+    "2 hours 30 minutes" is one number: parts of one dimension in descending units.
     """
     if ordinal := _ORDINAL.fullmatch(text):
         counted = not ordinal["rest"] or is_counted(ordinal["rest"])
         return Quantity(Fraction(ordinal[1])) if counted else None
     if worded := read_number_words(text):
         number, rest = worded
-        # Names such as "Three Sisters" are none.
+        # Names such as "Three Sisters" are no numbers.
         if not rest or rest.islower():
             text = f"{number} {_OF_ONE.sub('', rest)}".strip()
     for pattern, plain in _MARKS:
@@ -383,7 +393,7 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def _first(text: str) -> tuple[Quantity, str] | None:
-    """The number that a text begins with and its unit, and what stands behind both."""
+    """The number with its unit at the beginning of a text, and the rest of the text."""
     match = _NUMBER.fullmatch(text) if len(text) <= 4 * _MOST_DIGITS else None
     number = match and not _TOO_LONG.search(text) and _value(match)
     if not match or not number:
@@ -398,7 +408,7 @@ def _first(text: str) -> tuple[Quantity, str] | None:
     if match["currency"]:
         unit = read_unit(match["currency"].replace(" ", ""))[0] * unit
     elif re.match(r"[A-Za-z](?![A-Za-z])" if unit.powers else "[A-Za-z]", rest):
-        # "5m" may be five times m, "5 m" is a length.
+        # "5m" may be five times m; "5 m" is a length.
         return None
     return replace(number, unit=unit), after
 
@@ -429,7 +439,7 @@ def _value(match: re.Match[str]) -> Quantity | None:
 
 
 def is_counted(rest: str) -> bool:
-    """Whether what stands behind a number only says what was counted: "72 clips in total"."""
+    """Whether the text after a number only names what is counted: "72 clips in total"."""
     word = re.match(r"[A-Za-z]+", rest)
     if not word or _MATH_WORD.match(rest) or _MATHEMATICS.search(rest):
         return False
@@ -437,5 +447,5 @@ def is_counted(rest: str) -> bool:
 
 
 def reads_as_word(letters: str) -> bool:
-    """Whether letters are a word and no product of variables."""
+    """Whether letters are a word, not a product of variables."""
     return len(letters) >= 3 and re.search("(?i)[aeiou]", letters) is not None

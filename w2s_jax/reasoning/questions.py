@@ -1,7 +1,7 @@
-"""Questions, the responses to them, demonstrations, and the published prompt format.
+"""Questions, responses to them, demonstrations, and the published prompt format.
 
-Reads and validates files; every fault is one line that names the file and the row. Holds no model,
-no tokenizer and no rule of extraction.
+Reads and validates files; every fault is one line with the file and the row. Uses no model, no
+tokenizer and no rule for extracting answers.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from w2s_jax.text.rows import Row, read_rows
 
 Id = int | str
 Answers = Mapping[Id, Mapping[str, Any]]
-"""One row a question, by the question's id."""
+"""One row per question, by the question's id."""
 Overflow = Literal["error", "drop-first"]
 
 _MARK = re.compile("<<.*?>>")
@@ -27,18 +27,17 @@ _SOLVED = ("solution", "answer")
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A solved question that stands before the one to be answered."""
+    """A solved question that precedes the one to answer."""
 
     question: str
     answer: str
 
 
 def prompt_of(question: str, demonstrations: Iterable[Demonstration] = ()) -> str:
-    """The published prompt: `Question: {}`, `Answer:`, behind demonstrations and blank lines.
+    """The published prompt: `Question: {}`, `Answer:`, after demonstrations and blank lines.
 
-    A question that ends in a line `Answer:`, as OlympicArena's do, is a prompt itself and is not
-    framed again. A demonstration of the very same question is left out, so that no prompt holds its
-    own answer.
+    A question that ends in a line `Answer:`, as in OlympicArena, is a prompt already and is kept. A
+    demonstration of the same question is left out, so that no prompt contains its own answer.
     """
     solved = (
         f"{_framed(one.question)} {one.answer}\n\n"
@@ -53,14 +52,14 @@ def _framed(question: str) -> str:
 
 
 def completion_of(response: str) -> str:
-    """A response as the text that follows its prompt: one space, and no blanks around it."""
+    """A response as the text that follows its prompt: a space, then the response, stripped."""
     return f" {response.strip()}"
 
 
 def solution_text(solution: str, kind: str) -> str:
-    """A gold solution as models are shown it, without GSM8K's calculator marks (`<<48/2=24>>`).
+    """A gold solution as shown to models: without GSM8K's calculator marks (`<<48/2=24>>`).
 
-    So do the sets published with arXiv 2407.13647.
+    The sets published with arXiv 2407.13647 do the same.
     """
     return _MARK.sub("", solution) if kind == "gsm8k" else solution
 
@@ -75,9 +74,9 @@ def solved_row(row: Mapping[str, Any], kind: str) -> Row:
 
 
 def draw_key(seed: int, *parts: Id) -> str:
-    """A number that depends on its arguments alone, as text to sort by: SHA-256 of their JSON.
+    """A pseudo-random sort key, SHA-256 of the JSON of the arguments.
 
-    Sorting by it draws at random without regard to the order or number of what is sorted.
+    Sorting by it is a random draw that does not depend on the order or number of the items.
     """
     return hashlib.sha256(json.dumps([seed, *parts]).encode()).hexdigest()
 
@@ -85,18 +84,21 @@ def draw_key(seed: int, *parts: Id) -> str:
 def read_questions(
     path: str | Path, *, ids: Literal["own", "index"] = "own", answers_needed: bool = False
 ) -> list[Row]:
-    """The questions of a file as rows {"id", "question", "answer"?, and what else they hold}.
+    """The questions of a file as rows {"id", "question", "answer"?, and their other fields}.
 
-    ids: "own" takes a row's field id or, where it has none, its number in the file from 1; "index"
-    takes its index from 0, as the published files do.
+    The question is the field "question", "problem" or, rendered by `prompt_of`, "prompt". The
+    answer is "answer", a text or number, or "solution"; if both are there, as in MATH, it is the
+    solution followed by "The answer is: ANSWER", as published. A null answer counts as missing.
 
-    The question is the field "question", "problem" or, written out (`prompt_of`), "prompt". The
-    answer is "answer", a text or a number, or "solution"; of both, as in MATH, the solution with
-    "The answer is: ANSWER" behind it, as published. Null is no answer.
+    Args:
+        path: The file.
+        ids: "own" for a row's field id or, without one, its number in the file from 1; "index" for
+            its index from 0, as in the published files.
+        answers_needed: Whether every row must have an answer.
 
     Raises:
-        InputError: for a file that cannot be read, a row without question (or, where
-            `answers_needed`, without answer), an id that is no integer or text, and one met twice.
+        InputError: For a file that cannot be read, a row without question or needed answer, an id
+            that is neither integer nor text, and a duplicate id.
     """
     rows, where = read_rows(path)
     found: dict[Id, int] = {}
@@ -129,15 +131,20 @@ def read_responses(
     needs: Sequence[str] = ("response",),
     complete: bool = True,
 ) -> dict[Id, Row]:
-    """One response a question, by id, in the order of the questions.
+    """One response per question, by id, in the order of the questions.
 
-    The published field `output` is read as `response`; a row without id answers the question whose
-    id is its number in the file. needs: fields that must be there, as text. complete: every
-    question must have its row.
+    The published field `output` is read as `response`. A row without id answers the question whose
+    id is the row's number in the file.
+
+    Args:
+        path: The file.
+        questions: The questions, as of `read_questions`.
+        needs: Fields that each row must have, as text.
+        complete: Whether every question must have a row.
 
     Raises:
-        InputError: for an id that no question has, one met twice or one missing, and for a row
-            whose own `prompt` or `content` does not hold the question of its id.
+        InputError: For an unknown, duplicate or missing id, and for a row whose own `prompt` or
+            `content` does not contain the question of its id.
     """
     rows, where = read_rows(path)
     texts = {row["id"]: row["question"] for row in questions}
@@ -171,12 +178,12 @@ def read_responses(
 
 
 def read_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
-    """The demonstrations of a file of {"question", "answer"} rows, in order.
+    """The demonstrations in a file of {"question", "answer"} rows, in order.
 
-    Their fields are those of `read_questions`.
+    The fields are those of `read_questions`.
 
     Raises:
-        InputError: for a file that cannot be read and a row that lacks one of the two.
+        InputError: For a file that cannot be read, and for a row without one of the two.
     """
     rows, where = read_rows(path)
     return tuple(
@@ -193,14 +200,14 @@ def draw_demonstrations(
     seed: int,
     source: str = "the weak model's responses",
 ) -> tuple[Demonstration, ...]:
-    """Demonstrations drawn from a model's own graded responses, those known to be wrong excluded.
+    """Demonstrations drawn from a model's graded responses, except those known to be wrong.
 
-    A row may be drawn when its `pred` is not empty and its `result`, where it has one, is true. The
-    draw depends on the seed and the ids, not on the order of rows; no question is drawn twice,
-    under another id either.
+    A row may be drawn if its `pred` is not empty and its `result`, if it has one, is true. The draw
+    depends on the seed and the ids, not on the order of the rows. No question is drawn twice, not
+    even under another id.
 
     Raises:
-        InputError: naming `source`, where too few may be drawn.
+        InputError: Naming `source`, if too few may be drawn.
     """
     fit = {
         row["question"].strip(): (row, answer)
@@ -231,12 +238,20 @@ def fit_prompts(
     source: str = "questions",
     demonstrations_source: str = "demonstrations",
 ) -> list[str]:
-    """The prompt of every question, none longer than leaves room for the response.
+    """The prompt of every question, short enough to leave room for the response.
 
-    tokens: how many tokens a text has, its special tokens with it; context and max_new_tokens are
-    tokens. overflow: "error", or "drop-first" to leave out demonstrations from the front, as many
-    as a prompt needs. Raises InputError that names both files, the question and the demonstration
-    at which the room is used up.
+    Args:
+        questions: The questions.
+        demonstrations: Demonstrations before each of them.
+        tokens: Number of tokens of a text, special tokens included.
+        context: Positions of the model, in tokens.
+        max_new_tokens: Tokens reserved for the response.
+        overflow: "error", or "drop-first" to drop as many of the first demonstrations as necessary.
+        source: The file of the questions, for messages.
+        demonstrations_source: The file of the demonstrations, for messages.
+
+    Raises:
+        InputError: Naming both files, the question, and the demonstration that exceeds the room.
     """
     room = context - max_new_tokens
     budget = f"of the {context:,} of the context {max_new_tokens:,} are for the response"
@@ -264,7 +279,7 @@ def fit_prompts(
 
 
 def pred_of(row: Mapping[str, Any], source: str) -> str:
-    """The final answer of a graded row; InputError, naming `source` and the id, without one."""
+    """The final answer of a graded row; InputError, naming `source` and the id, if it has none."""
     pred = row.get("pred")
     if not isinstance(pred, str):
         raise InputError(
@@ -294,7 +309,7 @@ def _question(row: Row, place: str) -> str:
 
 
 def _solution(row: Row, place: str) -> str:
-    """The gold solution, whose end is the final answer."""
+    """The gold solution, at whose end is the final answer."""
     return " The answer is: ".join(
         str(row[name]) if type(row.get(name)) in (int, float) else _text(row, name, place)
         for name in [name for name in _SOLVED if row.get(name) is not None] or _SOLVED[-1:]

@@ -1,8 +1,7 @@
-"""A reasoning run: what would end it after hours, looked at first; its stages; its report.
+"""A reasoning run: checks for what would fail after hours, then its stages, then its report.
 
-The looking reads files, configs and tokenizers, no weight, and starts no device. The report, one
-table of the models on the test and one of the data at each stage, is of the figures that stages
-leave.
+The checks read files, configs and tokenizers, but no weights, and use no device. The report has a
+table of the models on the test and one of the data at each stage, from the stages' figures.
 """
 
 import io
@@ -31,29 +30,29 @@ from w2s_jax.train.curves import new_figure
 FLOOR, CEILING = "weak", "ceiling"
 REPORT, TABLES, FIGURE = "report.json", "report.md", "report.png"
 _PREFIX = "test-"
-# Two of Okabe and Ito's palette: told apart by colour-blind readers too.
+# Two colours of Okabe and Ito's palette, which colour-blind readers can distinguish.
 _BAR, _LINE = "#0072B2", "#D55E00"
 
 
 def run(
     config: ReasonConfig, where: StagesConfig, *, tell: Callable[[str], None] = lambda _: None
 ) -> str:
-    """Do a run of weak-to-strong reasoning (arXiv 2407.13647), going on from what is done of it.
+    """Run weak-to-strong reasoning (arXiv 2407.13647), resuming from the stages that are done.
 
-    Models are trained and answer in processes of their own, one after the other; this one starts no
+    Models are trained and answer in separate processes, one after the other; this one uses no
     device.
 
     Args:
-        config: what decides the run.
-        where: the folders of its data and of its stages, and which of these to do.
-        tell: called with a line for what may not be meant, and as stages begin and end.
+        config: The run's settings.
+        where: The folders of its data and of its stages, and which stages to run.
+        tell: Called with a line for anything suspicious, and as stages begin and end.
 
     Returns:
-        The report's tables, as Markdown; report.json, report.md and report.png are beside the
+        The report's tables, as Markdown; report.json, report.md and report.png lie beside the
         stages.
 
     Raises:
-        InputError: for settings or data with which a stage fails, and as `run_stages` does.
+        InputError: For settings or data with which a stage would fail, and as `run_stages` does.
     """
     pipeline = Pipeline(config, Path(where.data), Path(where.output))
     stages = [planned.stage for planned in _planned(pipeline, where, tell)]
@@ -66,7 +65,7 @@ def run(
 def plan(
     config: ReasonConfig, where: StagesConfig, *, tell: Callable[[str], None] = lambda _: None
 ) -> list[Planned]:
-    """What `run` would do with each stage, and what it costs; raises what it raises before any."""
+    """What `run` would do with each stage, and its cost; raises as `run` does before any stage."""
     return _planned(Pipeline(config, Path(where.data), Path(where.output)), where, tell)
 
 
@@ -79,13 +78,16 @@ def _planned(pipeline: Pipeline, where: StagesConfig, tell: Callable[[str], None
 
 
 def check_run(pipeline: Pipeline, stages: Sequence[Stage]) -> list[str]:
-    """A line for each thing in a run's files that is not wrong, but may not be meant.
+    """Check a run's files before its stages.
+
+    Returns:
+        A line for each thing that is valid but may be unintended.
 
     Raises:
-        InputError: naming file and row, for a checker that cannot be made, gold answers that are
-            missing or unreadable where they are needed, responses that are not those to the
-            questions, fewer demonstrations than asked, inputs in the folder of a stage, guides
-            without the strong model's vocabulary, and prompts that do not fit a model.
+        InputError: Naming file and row, for a checker that cannot be made, needed gold answers that
+            are missing or unreadable, responses to other questions, fewer demonstrations than asked
+            for, inputs in the folder of a stage, guides without the strong model's vocabulary, and
+            prompts that do not fit a model.
     """
     config, files = pipeline.config, pipeline.files
     for checker in {config.votes, config.judge}:
@@ -143,9 +145,9 @@ def _check_golds(rows: Sequence[Row], path: Path, kind: str) -> None:
 
 
 def _check_prompts(pipeline: Pipeline) -> None:
-    """The prompts of both models as they stand before training, which changes no tokenizer.
+    """Check the prompts of both models before training, which changes no tokenizer.
 
-    Drawn demonstrations are not known yet and are left out.
+    Demonstrations that are drawn are not known yet, and are left out.
     """
     config, files = pipeline.config, pipeline.files
     weak = None if config.weak.model is None else pipeline.place(config.weak.model)
@@ -154,7 +156,7 @@ def _check_prompts(pipeline: Pipeline) -> None:
         asked = pipeline.answering(
             "strong", config.generation(), demonstrations=shown, is_test=is_test
         )
-        # What is tuned later has the vocabulary of what it is tuned from.
+        # A tuned model has the vocabulary of the model it is tuned from.
         guide = weak if config.guided else None
         check_prompts(replace(asked, tuned=guide, untuned=guide), config.demonstrations.count)
         if weak is not None and (is_test or config.weak.responses is None):
@@ -164,7 +166,7 @@ def _check_prompts(pipeline: Pipeline) -> None:
 def _shared(
     rows: Sequence[Row], path: Path, others: Sequence[Mapping[str, Any]], elsewhere: Path
 ) -> list[str]:
-    """A line where questions of one file are in another one too."""
+    """A line if questions of one file are in another one too."""
     asked = {row["question"].strip(): n for n, row in enumerate(others, start=1)}
     texts = enumerate((row["question"].strip() for row in rows), start=1)
     both = [(number, text) for number, text in texts if text in asked]
@@ -185,10 +187,13 @@ def summarise(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     pass_at: Sequence[int],
 ) -> dict[str, Any]:
-    """The run in one JSON value: "models", "data", "samples".
+    """The run as one JSON value: "models", "data", "samples".
 
-    figures: of the stages, by name. samples: graded rows with `answer`, the pred in canonical form,
-    of each stage that drew several responses a question; those without gold are left out.
+    Args:
+        figures: The stages' figures, by stage.
+        samples: Graded rows of each stage with several responses per question, with `answer`, the
+            pred in canonical form; rows without gold are left out.
+        pass_at: The k of pass@k and majority@k.
     """
     tested = {
         name.removeprefix(_PREFIX): found["accuracy"]
@@ -210,9 +215,9 @@ def summarise(
 def sample_measures(
     rows: Sequence[Mapping[str, Any]], pass_at: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """pass@k and majority@k, means over the questions, for each k that the samples allow.
+    """pass@k and majority@k, means over the questions, for each k up to the number of samples.
 
-    rows: graded, with "answer". Empty where no row has a verdict.
+    `rows` are graded and have "answer". Empty if no row has a verdict.
     """
     grouped: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -236,7 +241,7 @@ def sample_measures(
 
 
 def tables(summary: Mapping[str, Any]) -> str:
-    """The summary as Markdown."""
+    """The summary's tables as Markdown."""
     models = []
     for name, found in summary["models"].items():
         gap, ends = found["gap_recovered"], (100 * found["low"], 100 * found["high"])
@@ -268,10 +273,10 @@ def tables(summary: Mapping[str, Any]) -> str:
 
 
 def draw(summary: Mapping[str, Any]) -> bytes:
-    """A PNG of the models' accuracies with their intervals; lines at the floor and the ceiling.
+    """A PNG of the models' accuracies with intervals, and lines at the floor and the ceiling.
 
     Raises:
-        InputError: without matplotlib.
+        InputError: If matplotlib is missing.
     """
     models = summary["models"]
     try:
@@ -299,7 +304,8 @@ def draw(summary: Mapping[str, Any]) -> bytes:
 def write_report(summary: Mapping[str, Any], root: Path) -> str:
     """Write report.json, report.md and, with matplotlib and tested models, report.png.
 
-    Returns the tables.
+    Returns:
+        The tables.
     """
     text = tables(summary)
     write_whole(root / REPORT, [json.dumps(summary, indent=2).encode(), b"\n"])

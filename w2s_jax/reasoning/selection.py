@@ -1,7 +1,7 @@
-"""Which rows the strong model learns from: in stage I by agreement, in stage II by its confidence.
+"""Selects the rows that the strong model learns from: in stage I by agreement, in II by confidence.
 
 Weak-to-strong reasoning (arXiv 2407.13647). Pure functions of graded rows, whose `pred` is in
-the one form of its value (`answers.votes`); generates, grades and trains nothing.
+canonical form (`answers.votes`).
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from w2s_jax.reasoning.questions import Answers, Id, completion_of, draw_key, pr
 from w2s_jax.text.rows import Row
 
 WEIGHT = "weight"
-"""Column of pairs that says how much each counts in the loss."""
+"""Column of pairs with their weight in the loss."""
 
 Questions = Sequence[Mapping[str, Any]]
 Sample = Mapping[str, Any]
@@ -28,7 +28,7 @@ Verdict = Literal[
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a set of responses is: its rows, and the accuracy of those that were judged."""
+    """The size of a set of responses, and the accuracy of those that were judged."""
 
     name: str
     size: int
@@ -36,7 +36,7 @@ class Quality:
 
 
 def quality(name: str, rows: Sequence[Mapping[str, Any]]) -> Quality:
-    """The quality of a set of graded rows, by their field `result` where they have one."""
+    """The quality of a set of graded rows, by their field `result` if they have one."""
     verdicts = [row["result"] for row in rows if isinstance(row.get("result"), bool)]
     return Quality(name, len(rows), accuracy(verdicts))
 
@@ -49,12 +49,12 @@ class Curated:
     """What one iteration of stage I keeps.
 
     Attributes:
-        kept: ids of the kept questions, in the order of the questions.
-        weak, icl: SFT rows {"id", "prompt", "completion"} of either model's responses.
-        hybrid: both, the weak one first, question by question.
-        questions: how many there were.
-        empty: how many of them both models left without a final answer.
-        qualities: of all responses ("all weak", "all icl") and of the three sets.
+        kept: Ids of the kept questions, in the order of the questions.
+        weak, icl: SFT rows {"id", "prompt", "completion"} of each model's responses.
+        hybrid: Both, question by question, the weak response first.
+        questions: Number of questions.
+        empty: Number of questions to which neither model gave a final answer.
+        qualities: Quality of all responses ("all weak", "all icl") and of the three sets.
     """
 
     kept: tuple[Id, ...]
@@ -90,22 +90,22 @@ def curate(
     published: bool = False,
     sources: tuple[str, str] = ("the weak responses", "the in-context responses"),
 ) -> Curated:
-    """One iteration of stage I: the sets of the questions on which both graded responses agree.
+    """One iteration of stage I: the sets of questions on which both graded responses agree.
 
     Args:
-        questions: rows with "id" and "question".
-        weak: in iteration 1 the weak model's responses, from 2 on those of the model tuned on the
-            `weak` set before.
-        icl: in iteration 1 those of the strong model in context, from 2 on those of the model tuned
-            on the `icl` set.
-        iteration: its number, for messages.
-        published: whether agreement on no final answer counts, as it does in the published sets (8
-            of the 2,683 questions of iteration 1 and 11 of the 4,022 of iteration 2; the published
-            code itself leaves such questions out).
-        sources: what `weak` and `icl` are called in messages.
+        questions: Rows with "id" and "question".
+        weak: Responses of the weak model or, from iteration 2 on, of the model tuned on the `weak`
+            set before.
+        icl: Responses of the strong model in context or, from iteration 2 on, of the model tuned on
+            the `icl` set before.
+        iteration: Its number, for messages.
+        published: Whether agreement on no final answer counts, as in the published sets (8 of the
+            2,683 questions of iteration 1, and 11 of the 4,022 of iteration 2; the published code
+            itself leaves such questions out).
+        sources: Names of `weak` and `icl` in messages.
 
     Raises:
-        InputError: for a question without a response or grade, and where nothing is kept.
+        InputError: For a question without a response or a grade, and if nothing is kept.
     """
     kept = agreeing(questions, weak, icl, empty=published, sources=sources)
     if not kept:
@@ -140,13 +140,17 @@ def agreeing(
     empty: bool = False,
     sources: tuple[str, str] = ("the weak responses", "the in-context responses"),
 ) -> tuple[Id, ...]:
-    """Ids of the questions on which both `pred` are equal, in order.
+    """Ids of the questions with equal `pred` in both responses, in order.
 
-    empty: whether two empty preds agree.
+    Args:
+        questions: Rows with "id".
+        weak: One graded response per question.
+        icl: Likewise.
+        empty: Whether two empty preds agree.
+        sources: Names of `weak` and `icl` in messages.
 
     Raises:
-        InputError: naming the source and the id, for a question without a response or without a
-            pred.
+        InputError: Naming the source and the id, for a question without a response or a pred.
     """
     ids = [row["id"] for row in questions]
     preds = [(_pred(weak, one, sources[0]), _pred(icl, one, sources[1])) for one in ids]
@@ -157,7 +161,7 @@ def agreeing(
 def sft_set(questions: Questions, answers: Answers, kept: Sequence[Id]) -> list[Row]:
     """SFT rows {"id", "prompt", "completion"} of the kept questions, in the order of `kept`.
 
-    With every id kept this is naive fine-tuning on all weak responses, the paper's "full weak".
+    With all ids it is naive fine-tuning on all weak responses, the paper's "full weak".
     """
     asked = {row["id"]: prompt_of(row["question"]) for row in questions}
     said = {row_id: completion_of(answers[row_id]["response"]) for row_id in kept}
@@ -169,11 +173,15 @@ def sft_set(questions: Questions, answers: Answers, kept: Sequence[Id]) -> list[
 
 @dataclass(frozen=True)
 class Decision:
-    """What the votes on one question say.
+    """The outcome of the vote on one question.
 
-    "uncertain": confidence too low; "no answer": the most common answer is empty; "unanimous": all
-    samples and the weak response agree; "not overruled": they disagree, with too little confidence
-    to reject the weak response.
+    Attributes:
+        verdict: "weak chosen" or "weak rejected" in its pairs, or why there are none. "uncertain":
+            the confidence is too low. "no answer": the most common answer is empty. "unanimous":
+            all samples and the weak response agree. "not overruled": they disagree, but the
+            confidence is too low to reject the weak response.
+        winner: The most common answer.
+        confidence: Its share of the samples.
     """
 
     verdict: Verdict
@@ -183,14 +191,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Contrasts:
-    """The pairs of stage II and what became of every question.
+    """The pairs of stage II, and the decision on every question.
 
     Attributes:
-        pairs: rows {"id", "prompt", "chosen", "rejected", "confidence"}, and "weight" if asked for.
-        verdicts: by question id.
-        pair_counts: pairs with the weak response chosen, and rejected.
-        confidence: mean over the questions.
-        qualities: of the chosen and of the rejected responses.
+        pairs: Rows {"id", "prompt", "chosen", "rejected", "confidence"}, and "weight" if asked for.
+        verdicts: Decisions by question id.
+        pair_counts: Numbers of pairs with the weak response chosen, and rejected.
+        confidence: Mean over the questions.
+        qualities: Quality of the chosen and of the rejected responses.
     """
 
     pairs: list[Row]
@@ -212,10 +220,10 @@ class Contrasts:
 
 
 def votes(answers: Sequence[str]) -> tuple[str, float]:
-    """The most common of the samples' answers, in canonical form, and its share, the confidence.
+    """The most common of the samples' answers, and its share: the confidence.
 
-    An empty answer votes as any other. Of equally common answers the winner is one that is not
-    empty, and of those the first in the order of their characters; above one half there is none.
+    Answers are in canonical form; an empty one votes too. Of a tie the winner is not empty, and
+    then the first one in character order.
     """
     counts = Counter(answers)
     winner = min(counts, key=lambda answer: (-counts[answer], answer == "", answer))
@@ -223,7 +231,7 @@ def votes(answers: Sequence[str]) -> tuple[str, float]:
 
 
 def decide(weak: str, answers: Sequence[str], config: ContrastConfig) -> Decision:
-    """The verdict on one question from the weak answer and the samples', all in canonical form."""
+    """The decision on one question from the weak answer and the samples', in canonical form."""
     winner, confidence = votes(answers)
     if confidence < config.min_confidence:
         verdict: Verdict = "uncertain"
@@ -247,21 +255,22 @@ def contrastive_pairs(
 ) -> Contrasts:
     """The pairs of every question, in the order of the questions.
 
-    If the weak answer is the most common one, the weak response is chosen and a disagreeing sample
-    rejected; if it is another and the confidence suffices, an agreeing sample is chosen and the
-    weak response rejected. Draws depend on (seed, id, text): neither the order of rows nor the
-    numbers of samples change the pairs (but see `published`), and a row met twice counts once.
+    If the weak answer is the most common one, the weak response is chosen and a sample that
+    disagrees is rejected. If it is not, and the confidence suffices, a sample with the most common
+    answer is chosen and the weak response rejected. Draws depend on (seed, id, text): neither the
+    order of rows nor the numbers of samples change the pairs (except with `published`), and
+    duplicate rows count once.
 
     Args:
-        questions: rows with "id" and "question".
-        weak: one graded row a question.
-        samples: graded rows {"id", "sample", "response", "pred"}.
-        config: the rules.
-        sources: what `weak` and `samples` are called in messages.
+        questions: Rows with "id" and "question".
+        weak: One graded row per question.
+        samples: Graded rows {"id", "sample", "response", "pred"}.
+        config: The rules.
+        sources: Names of `weak` and `samples` in messages.
 
     Raises:
-        InputError: for a question without weak response or with fewer samples than asked, a row not
-            graded, two different rows for one sample, and where no pair is left.
+        InputError: For a question without weak response or with fewer samples than asked for, a row
+            that is not graded, two different rows for one sample, and if no pair is left.
     """
     grouped = group_samples(samples, [row["id"] for row in questions], config.samples, sources[1])
     pairs: list[Row] = []
@@ -304,11 +313,11 @@ def contrastive_pairs(
 def group_samples(
     samples: Iterable[Sample], ids: Sequence[Id], count: int, source: str
 ) -> dict[Id, list[Sample]]:
-    """The first `count` samples of every question by their numbers, in that order.
+    """The first `count` samples of every question by number, in that order.
 
     Raises:
-        InputError: naming `source` and the id, for an id that is not among `ids`, a row without
-            number, two rows of one number that differ, and fewer samples than `count`.
+        InputError: Naming `source` and the id, for an id that is not in `ids`, a row without
+            number, two different rows of one number, and fewer samples than `count`.
     """
     found: dict[Id, dict[int, Sample]] = {row_id: {} for row_id in ids}
     for row in samples:
@@ -350,9 +359,10 @@ def _contrasts(
 def _draw(
     samples: Sequence[Sample], row_id: Id, config: ContrastConfig, *, by_number: bool
 ) -> list[Sample]:
-    """At most `pairs_per_question` of the samples; a text held by more of them is likelier.
+    """Draw at most `pairs_per_question` of the samples; a text of several samples is likelier.
 
-    by_number: the published draw takes all but the first by number, of other text than the first.
+    With `by_number`, as published, all but the first are taken by number, with texts other than the
+    first one's.
     """
     copies: Counter[str] = Counter()
     keyed = []
@@ -375,7 +385,7 @@ def _draw(
 
 
 def _pred(answers: Answers, row_id: Id, source: str) -> str:
-    """A question's final answer; empty without one."""
+    """A question's final answer; empty if there is none."""
     if row_id not in answers:
         raise InputError(f"{source}: no row for the question of id {row_id!r}")
     return pred_of(answers[row_id], source)

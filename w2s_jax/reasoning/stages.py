@@ -1,6 +1,6 @@
-"""Stages of a long run, each in a folder of its own, redone where what it reads has changed.
+"""Stages of a long run, each in a folder of its own, run again if their inputs have changed.
 
-Nothing here knows what a stage does.
+What a stage does is not known here.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from w2s_jax.errors import InputError, check_fetched
 from w2s_jax.text.rows import locked, write_whole
 
 DONE, BEGUN = "done.json", "begun.json"
-"""Records of a stage: `done.json` when all of it is there, `begun.json` before any of it is."""
+"""Records of a stage: `done.json` after all of its outputs, `begun.json` before any of them."""
 BEGUN_FIELDS, DONE_FIELDS = ("inputs",), ("inputs", "result", "outputs", "contents", "figures")
 CHANGED = "its settings or what it reads have changed"
 
@@ -30,14 +30,14 @@ class Stage:
     """A step of a run.
 
     Attributes:
-        name: also its folder's.
-        work: fills the folder, going on from what an earlier, killed call left there, and returns
+        name: Its name, also of its folder.
+        work: Fills the folder, resuming from what an earlier, killed call left there, and returns
             figures (JSON).
-        outputs: the files and folders that later stages read.
-        settings: whatever else decides what comes out (JSON).
-        after: the stages that it reads.
-        reads: files and folders from elsewhere.
-        cost: what a plan says of it.
+        outputs: The files and folders that later stages read.
+        settings: Everything else that determines the outputs (JSON).
+        after: The stages whose outputs it reads.
+        reads: Files and folders that it reads from elsewhere.
+        cost: What a plan says of it.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Planned:
     """What `run_stages` would do with a stage, and why.
 
     Attributes:
-        stage: the stage.
-        state: whether it is done, or how it would be begun.
-        why: of a state that needs a reason.
-        inputs: a hash of all that decides what it writes; empty where that is not known yet.
-        record: what its `done.json` says, if there is one.
+        stage: The stage.
+        state: Whether it is done, or how it would start.
+        why: The reason, for a state that needs one.
+        inputs: A hash of everything that determines its outputs; empty if not known yet.
+        record: Its `done.json`, if there is one.
     """
 
     stage: Stage
@@ -76,22 +76,24 @@ def run_stages(
     last: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Figures]:
-    """Do what is not done of the stages, in order; figures by stage name.
+    """Run the stages that are not done, in order.
 
-    A stage is done again where its settings or what it reads have changed, or its outputs are gone
-    or were changed; work of other inputs in its folder is removed before.
+    A stage is run again if its settings or inputs have changed, or its outputs are missing or
+    changed; its folder is then emptied first.
 
     Args:
-        stages: in an order in which each comes after those that it reads.
-        root: folder of their folders.
-        first: a name; stages before it are taken as they are.
-        last: a name; stages after it are left alone.
-        tell: called with a line on each stage as it begins and ends.
+        stages: The stages; each comes after those that it reads.
+        root: Folder of their folders.
+        first: First stage to run; those before it are taken as they are.
+        last: Last stage to run.
+        tell: Called with a line on each stage as it begins and ends.
+
+    Returns:
+        Figures by stage name.
 
     Raises:
-        InputError: for a name that is no stage, a stage before `first` that is not done, a file
-            that a stage reads and is not there, a folder that holds something else, and while
-            another run writes in `root`.
+        InputError: For an unknown name, a stage before `first` that is not done, a missing file
+            that a stage reads, a folder with other content, and while another run writes in `root`.
     """
     chosen = _chosen(stages, first, last)
     figures: dict[str, Figures] = {}
@@ -116,7 +118,7 @@ def run_stages(
 def plan_stages(
     stages: Sequence[Stage], root: Path, *, first: str | None = None, last: str | None = None
 ) -> list[Planned]:
-    """What `run_stages` would do, without doing it; raises what it raises before any work."""
+    """What `run_stages` would do, without doing it; raises as it does before any work."""
     chosen = _chosen(stages, first, last)
     results: dict[str, str | None] = {}
     content = _remembering()
@@ -141,7 +143,7 @@ def content_digest(path: Path) -> str:
 
 
 def _remembering() -> Callable[[Path], str]:
-    """`content_digest`, which reads again only what has another size or time than before."""
+    """A `content_digest` that rereads only files whose size or time has changed."""
 
     @cache
     def known(path: Path, stamps: str) -> str:
@@ -157,10 +159,9 @@ def _planned(
     results: Mapping[str, str | None],
     content: Callable[[Path], str],
 ) -> Planned:
-    """What is to be done with a stage.
+    """What to do with a stage.
 
-    results: of the stages before, by name, a hash of what they wrote; None of those that are still
-    to be done.
+    `results` holds a hash of the outputs of each earlier stage, None if it is still to be run.
     """
     record = _read(root / stage.name / DONE, DONE_FIELDS)
     if not is_chosen:
@@ -199,7 +200,7 @@ def _chosen(stages: Sequence[Stage], first: str | None, last: str | None) -> set
 
 
 def _inputs(stage: Stage, results: Mapping[str, str | None], content: Callable[[Path], str]) -> str:
-    """A hash of all that decides what a stage writes."""
+    """A hash of everything that determines a stage's outputs."""
     for path in stage.reads:
         if not path.exists():
             raise InputError(f"{path}: not found; stage {stage.name} reads it")
@@ -213,7 +214,7 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 
 def _do(stage: Stage, folder: Path, inputs: str) -> dict[str, Any]:
-    """Do a stage; the record of it, which is written once all else is there."""
+    """Run a stage, and write its record once all else is written."""
     _prepare(stage, folder, inputs)
     started = time.monotonic()
     try:
@@ -237,15 +238,15 @@ def _do(stage: Stage, folder: Path, inputs: str) -> dict[str, Any]:
 
 
 def _prepare(stage: Stage, folder: Path, inputs: str) -> None:
-    """An empty folder, or one whose work was begun on the same inputs."""
+    """Empty the folder, unless its work was begun with the same inputs."""
     begun = _read(folder / BEGUN, BEGUN_FIELDS)
     if begun is not None and begun["inputs"] == inputs:
-        if (folder / DONE).exists():  # outputs that were changed since are not gone on from
+        if (folder / DONE).exists():  # changed outputs cannot be resumed
             for name in (DONE, *stage.outputs):
                 _remove(folder / name)
         return
     own = (BEGUN, f"{BEGUN}.part")
-    # The record goes last: what a kill leaves is known to be this run's.
+    # The record is removed last, so that what a kill leaves is known to be this run's.
     there = sorted(folder.iterdir(), key=lambda path: path.name in own) if folder.is_dir() else []
     if begun is None and any(path.name not in own for path in there):
         raise InputError(f"{folder} holds files of something else; name another --output")
@@ -262,7 +263,7 @@ def _remove(path: Path) -> None:
 
 
 def _kept(folder: Path, done: Mapping[str, Any]) -> bool:
-    """Whether a stage's outputs are as they were: by size and time, or else by content."""
+    """Whether a stage's outputs are unchanged, by size and time or else by content."""
     paths = {name: folder / name for name in done["outputs"]}
     return all(path.exists() for path in paths.values()) and all(
         _stamps(path) == done["outputs"][name] or content_digest(path) == done["contents"][name]

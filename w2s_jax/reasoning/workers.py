@@ -1,7 +1,7 @@
-"""Work in processes of its own, which may hang, crash or take all memory, and die with this one.
+"""Work in separate processes, which may hang, crash or exhaust memory, and die with this one.
 
-A small task that fails so costs its own result and nothing else. A module runs by
-`python -m w2s_jax.reasoning.workers PARENT MODULE [ARGUMENT ..]`. Imports no NumPy.
+A small task that fails loses only its own result. A module is run by `python -m
+w2s_jax.reasoning.workers PARENT MODULE [ARGUMENT ..]`. Imports no NumPy.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ from typing import Any
 from w2s_jax.errors import InputError
 
 STOPPED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
-"""Statuses of a process that was asked to stop; 75 says that what it did is saved."""
+"""Exit statuses of a process that was asked to stop; with 75 its work is saved."""
 _PR_SET_PDEATHSIG = 1
 
 
 def run_module(module: str, *arguments: str, hint: str = "see its message") -> None:
-    """Run `python -m MODULE ARGUMENTS` to its end; what it says goes to this process's stderr.
+    """Run `python -m MODULE ARGUMENTS` to its end; its output goes to this process's stderr.
 
-    SIGINT and SIGTERM are handed on, and the process is waited for; a second SIGINT kills it. On
-    Linux it is killed when this process dies in whatever way.
+    SIGINT and SIGTERM are passed on, and the process is waited for; a second SIGINT kills it. On
+    Linux it is killed when this process dies in any way.
 
     Raises:
-        KeyboardInterrupt: where it was stopped.
-        InputError: where it fails; its message ends with `hint`.
+        KeyboardInterrupt: If it was stopped.
+        InputError: If it fails; the message ends with `hint`.
     """
-    # Here, as each worker of grading imports this file and should start quickly.
+    # Imported here: every worker of grading imports this file, and should start quickly.
     from w2s_jax.train.loop import Stop
 
     words = [sys.executable, "-m", "w2s_jax.reasoning.workers", str(os.getpid()), module]
@@ -64,18 +64,18 @@ def run_module(module: str, *arguments: str, hint: str = "see its message") -> N
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when the process `parent`, which started it, ends (Linux alone)."""
+    """Have this process killed when its parent process `parent` ends (Linux only)."""
     if sys.platform != "linux":
         return
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
-    """Run a module as the process that `run_module` starts."""
+    """Run a module, in the process that `run_module` starts."""
     parent, module, *rest = arguments
     die_with(int(parent))
     sys.argv = [module, *rest]
@@ -86,8 +86,8 @@ if __name__ == "__main__":
     main(sys.argv[1:])
 
 
-# Not a pool of the standard library or of pebble (5.2.3): both give up all that waits when a worker
-# dies at a bad moment, and both run the caller's main module again in every worker.
+# Not a pool of the standard library or of pebble (5.2.3): both can lose all waiting tasks when a
+# worker dies, and both run the caller's main module again in every worker.
 
 
 START_SECONDS = 120.0
@@ -101,28 +101,33 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task has no result: "timed out after 5 s", "out of memory (1024 MB)" .."""
+    """Why a task has no result, such as "timed out after 5 s" or "out of memory (1024 MB)"."""
 
     reason: str
 
 
 class _Lost(Exception):
-    """A worker that will answer no more, and why."""
+    """A worker has stopped answering; the message says why."""
 
 
 class _Worker:
-    """A process that answers tasks in their order, and the pipe to it."""
+    """A process that answers tasks in order, and the pipe to it."""
 
     def __init__(self, setup: tuple[Any, ...]):
         self.connection, theirs = Pipe()
         with theirs:
             self.process = _spawn(theirs.fileno())
-        with contextlib.suppress(OSError):  # dead already: its silence will tell
+        with contextlib.suppress(OSError):  # if it is dead, `await_start` reports that
             self.connection.send(setup)
         self.is_ready = False
 
     def await_start(self) -> None:
-        """Raises what the factory raised, and RuntimeError where the process does not start."""
+        """Wait until the worker is ready.
+
+        Raises:
+            Exception: What the factory raised.
+            RuntimeError: If the process does not start.
+        """
         if self.is_ready:
             return
         if not self.connection.poll(START_SECONDS):
@@ -138,8 +143,11 @@ class _Worker:
     def answer(self, seconds: float) -> Any:
         """The result of the next task that was sent.
 
-        A worker that computes, but was left less than its time to do so, is given more. Raises
-        _Lost for one that died or took too long.
+        A worker that is computing, but got less than `seconds` of processor time, is given more
+        time.
+
+        Raises:
+            _Lost: If the worker died or took too long.
         """
         _, before = _processor_time(self.process.pid)
         for _ in range(PATIENCE):
@@ -154,7 +162,7 @@ class _Worker:
         raise _Lost(f"timed out after {seconds:g} s")
 
     def ending(self) -> str:
-        """How a process ended whose end of the pipe is closed."""
+        """How a process ended that has closed its end of the pipe."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
         if (code := self.end()) >= 0:
@@ -163,26 +171,29 @@ class _Worker:
         return signal.Signals(-code).name if known else f"signal {-code}"
 
     def end(self) -> int:
-        """Kills the process at once, whatever it does; its exit code."""
+        """Kill the process at once, whatever it does; returns its exit code."""
         self.process.kill()
         self.connection.close()
         return self.process.wait()
 
 
 class Workers:
-    """Processes that apply one function to tasks, to be used in a `with` block.
+    """Processes that apply one function to tasks, for use in a `with` block.
 
-    Workers start at the first `run`, hash with seed 0, print nowhere, and die with the block, or
-    with their parent. Tasks, arguments and results must pickle. Raises InputError for limits out of
-    range.
+    Workers start at the first `run`, hash with seed 0, print nowhere, and die with the block or
+    with their parent. Tasks, arguments and results must pickle.
 
     Args:
-        factory: "module:attribute"; called in every worker with `arguments`, it gives the function.
-        arguments: of the factory.
-        workers: how many at most; None: as many as this process may use cores.
-        seconds: for each task, on the clock; a worker that computes and was left less of a busy
-            machine's time may take PATIENCE times as long.
-        memory_mb: address space of a worker, where the system limits it (Linux).
+        factory: "module:attribute"; called with `arguments` in every worker, it returns the
+            function.
+        arguments: Arguments of the factory.
+        workers: Maximum number; None for as many as this process may use cores.
+        seconds: Limit for each task, in wall-clock time; a worker that is computing but got less
+            processor time on a busy machine may take PATIENCE times as long.
+        memory_mb: Limit on a worker's address space, where the system supports it (Linux).
+
+    Raises:
+        InputError: For limits out of range.
     """
 
     def __init__(
@@ -203,7 +214,7 @@ class Workers:
         self._setup = (factory, arguments, float(seconds), memory_mb)
         self._seconds = float(seconds)
         self._most = workers or _cores()
-        # Each worker is served by a thread of this process, which mostly waits for it.
+        # Each worker has a thread of this process that waits for it.
         self._threads = ThreadPoolExecutor(self._most)
         self._workers: dict[int, _Worker] = {}
         self._lock = Lock()
@@ -224,11 +235,12 @@ class Workers:
     def run(self, tasks: Sequence[Any]) -> list[Any]:
         """The result of every task, or its Failure, in the order of the tasks.
 
-        Raises what `factory` raised when it is an InputError, and RuntimeError where no worker can
-        start.
+        Raises:
+            InputError: What `factory` raised.
+            RuntimeError: If no worker can start.
         """
         results: list[Any] = [None] * len(tasks)
-        # Many at once, as a turn of a pipe takes longer than a short task, but a share for each.
+        # In batches, since a round trip takes longer than a short task, but enough for all workers.
         size = max(1, min(BATCH, len(tasks) // (4 * self._most)))
         indices = range(len(tasks))
         batches = iter([indices[start : start + size] for start in indices[::size]])
@@ -246,7 +258,7 @@ class Workers:
     def _answer(
         self, slot: int, tasks: Sequence[Any], left: deque[int], results: list[Any]
     ) -> None:
-        """Have a slot's worker, or those after it, answer what is left of a batch."""
+        """Have a slot's worker, or its successors, answer the rest of a batch."""
         while left and (worker := self._worker(slot)):
             worker.await_start()
             try:
@@ -257,11 +269,11 @@ class Workers:
             except _Lost as lost:
                 results[left.popleft()] = Failure(str(lost))
                 self._workers.pop(slot).end()
-            except OSError:  # it died idle, so none of these tasks is at fault
+            except OSError:  # it died before these tasks, none of which is at fault
                 self._workers.pop(slot).end()
 
     def _worker(self, slot: int) -> _Worker | None:
-        """A slot's worker, a new one where there is none; None once the block has ended."""
+        """A slot's worker, a new one if there is none; None once the block has ended."""
         with self._lock:
             if not self._has_ended and slot not in self._workers:
                 self._workers[slot] = _Worker(self._setup)
@@ -270,7 +282,7 @@ class Workers:
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
     paths = [os.path.abspath(path) for path in sys.path]
-    # A session of its own: Ctrl-C reaches the parent alone, which then ends its workers.
+    # In a session of its own, so that Ctrl-C reaches only the parent, which ends its workers.
     return subprocess.Popen(
         [sys.executable, "-c", _BOOT, str(descriptor), json.dumps(paths)],
         pass_fds=[descriptor],
@@ -283,7 +295,7 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
 
 
 def _processor_time(pid: int) -> tuple[bool, float]:
-    """Whether a process runs or waits for a disk, and its processor time so far, where /proc is."""
+    """(whether a process runs or waits for a disk, its processor time in s); needs /proc."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -297,7 +309,7 @@ def _cores() -> int:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker does: makes its function, then answers batches of tasks until nobody asks."""
+    """The main function of a worker: answers batches of tasks until the pipe closes."""
     logging.disable(logging.CRITICAL)
     connection = Connection(descriptor)
     try:
@@ -339,7 +351,7 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    # The parent keeps the time; this ends a busy worker whose parent was killed.
+    # The parent watches the time; this limit ends a busy worker whose parent was killed.
     usage = resource.getrusage(resource.RUSAGE_SELF)
     until = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))

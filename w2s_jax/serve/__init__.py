@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server over a policy with or without a guide, and the client policy."""
+"""The OpenAI-compatible server of a policy with or without a guide, and the client policy."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,22 +19,23 @@ def serve(
     on_ready: Callable[[str], None] = lambda url: None,
     choose_mesh: "ChooseMesh | None" = None,
 ) -> bool:
-    """Answer OpenAI's completions and chat requests with a policy, steered or not.
+    """Answer OpenAI's completions and chat requests with a policy, guided or not.
 
-    Returns after SIGTERM or Ctrl-C, once requests under way are answered or `config.grace` seconds
-    are over. Where something still compiles then, which nothing interrupts, the process ends.
+    Returns after SIGTERM or Ctrl-C, once requests in progress are answered or `config.grace`
+    seconds have passed. If something is still compiling then, which cannot be interrupted, the
+    process ends.
 
     Args:
-        config: What answers and how.
+        config: What answers, and how.
         on_ready: Called with the server's address once it answers.
-        choose_mesh: Chooses for the mesh "auto", as of `search.search_file`.
+        choose_mesh: Chooses the mesh for "auto", as in `search.search_file`.
 
     Returns:
-        False where the engine has failed, which is told on stderr.
+        False if the engine has failed, which is reported on stderr.
 
     Raises:
-        InputError: Before any weight is read, for settings, checkpoints, templates and meshes that
-            are wrong, an address that is taken, and libraries that are not there.
+        InputError: For wrong settings, checkpoints, templates and meshes, an address in use, and
+            missing libraries, before any weight is read.
     """
     libraries = ("starlette", "uvicorn", "pydantic", "prometheus_client")
     missing = [name for name in libraries if find_spec(name) is None]
@@ -42,7 +43,7 @@ def serve(
         raise InputError(
             f'w2s serve needs {", ".join(missing)}; install them with pip install "w2s-jax[serve]"'
         )
-    # Not above: settings are read, and helped with, without these libraries and without jax.
+    # Imported here: settings and their help need neither these libraries nor jax.
     from w2s_jax.serve.run import run
 
     return run(config, on_ready, choose_mesh)

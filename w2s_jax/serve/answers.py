@@ -1,4 +1,4 @@
-"""Answers: the choices that a search has found, and OpenAI's JSON of them, whole or streamed."""
+"""Answers: the choices that a search has found, and OpenAI's JSON of them, complete or streamed."""
 
 import time
 import uuid
@@ -17,7 +17,7 @@ from w2s_jax.text.prompts import INCOMPLETE, decode_tokens, response_end
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0
-"""What stands for −inf, which JSON does not know, as in OpenAI's API."""
+"""Stands for −inf, which JSON does not have, as in OpenAI's API."""
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 _WINDOW = 8
 
@@ -27,11 +27,11 @@ class Choice:
     """A response.
 
     Attributes:
-        text: What it says.
-        tokens: Its token ids, an EOS included.
+        text: Its text.
+        tokens: Its token ids, including an EOS.
         ended_by: "eos", "stop" (the string `stop`) or "length".
-        score: What the search chose by, None where it did not choose.
-        scored: Likelihoods of `tokens`, behind those of the prompt's tokens but the first where the
+        score: The score by which the search chose; None if it did not choose.
+        scored: Likelihoods of `tokens`, after those of the prompt's tokens except the first if the
             prompt is echoed.
         stop: The stop string that ended it.
     """
@@ -59,20 +59,20 @@ def choices_of(tokenizer: Any, job: Job, result: SearchResult) -> tuple[Choice, 
 
 
 def settled_texts(tokenizer: Any, job: Job, result: SearchResult) -> tuple[str, ...]:
-    """Of each choice of a job that runs, the text that will not change any more."""
+    """The text of each choice of a running job that will not change any more."""
     texts = []
     for hypothesis in result.hypotheses:
         text, _ = _text(tokenizer, job, hypothesis)
         texts.append(text if hypothesis.finished else settled(text, job.request.stop))
-    # Of several samples any may be chosen in the end.
+    # Any of the samples may be chosen in the end.
     return (shared(texts),) * job.choices if job.chooses else tuple(texts)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
-    """The head of a growing text that further tokens cannot change.
+    """The beginning of a growing text that further tokens cannot change.
 
-    Left out are a character whose bytes are not all there, which decodes to U+FFFD until they are,
-    and an end that may be the beginning of a stop string.
+    An incomplete character is left out, which decodes to U+FFFD until all its bytes are there, and
+    so is an end that may be the beginning of a stop string.
     """
     text = text.rstrip(INCOMPLETE)
     longest = max(map(len, stop), default=1) - 1
@@ -83,12 +83,12 @@ def settled(text: str, stop: Sequence[str]) -> str:
 
 
 def shared(texts: Sequence[str]) -> str:
-    """What all texts begin with."""
+    """The common beginning of all texts."""
     return commonprefix(texts)  # noqa: RUF071
 
 
 def _text(tokenizer: Any, job: Job, hypothesis: Hypothesis) -> tuple[str, str | None]:
-    """A hypothesis' text and the stop string that ended it."""
+    """A hypothesis' text, and the stop string that ended it."""
     return response_end(
         tokenizer,
         job.prompt,
@@ -101,7 +101,7 @@ def _text(tokenizer: Any, job: Job, hypothesis: Hypothesis) -> tuple[str, str | 
 
 
 class TokenTexts:
-    """Token ids one by one as text: their strings, and where each begins in the whole."""
+    """The text of single tokens, and where each begins in a whole text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -113,7 +113,7 @@ class TokenTexts:
         self._anchor = list(encoded[-1:])
 
     def _of(self, token: int) -> str:
-        r"""A token's own text, its leading space included; "bytes:\xe2" for half a character."""
+        r"""A token's own text with its leading space; "bytes:\xe2" for part of a character."""
         before, whole = self._alone(self._anchor), self._alone([*self._anchor, token])
         text = whole.removeprefix(before) if whole.startswith(before) else self._alone([token])
         if INCOMPLETE not in text:
@@ -127,7 +127,7 @@ class TokenTexts:
         return text
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Where each token's text begins in the text of all, in characters."""
+        """Position in characters of each token's text in the text of all."""
         decode = partial(decode_tokens, self.tokenizer)
         offsets, length, start = [], 0, 0
         for index in range(len(tokens)):
@@ -142,7 +142,7 @@ class TokenTexts:
 
 @lru_cache(maxsize=1)
 def _byte_values() -> dict[str, int]:
-    """The bytes that the characters of byte-level BPE stand for; arXiv 1909 (GPT-2)'s alphabet."""
+    """The bytes by the characters that stand for them in GPT-2's byte-level BPE."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {
@@ -161,8 +161,8 @@ class Writer:
     """Writes the answers to one request.
 
     Args:
-        chat: Which of the two endpoints.
-        model: The served name.
+        chat: Whether it is a chat request.
+        model: The model's name in requests.
         tokens: The texts of tokens, for log-probs.
     """
 
@@ -176,7 +176,7 @@ class Writer:
         }
 
     def whole(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
-        """The answer to a request that does not stream: a choice for every prompt and response."""
+        """The answer to a request without streaming: a choice for every prompt and response."""
         choices: list[Json] = []
         for job, answer in zip(jobs, answers, strict=True):
             for choice in answer:
@@ -188,23 +188,23 @@ class Writer:
         return self._head | {"choices": choices, "usage": usage(jobs, answers)}
 
     def opening(self, index: int, job: Job) -> list[Json]:
-        """What a stream says of a choice before its first text: a role, an echo, or nothing."""
+        """Events of a choice before its first text: its role, an echo, or none."""
         role = [{"delta": {"role": "assistant", "content": ""}}] if self.chat else []
         echo = [self._delta(job.echo)] if job.echo else []
         return [self._chunk(_choice(index, body)) for body in (*role, *echo)]
 
     def piece(self, index: int, text: str) -> Json:
-        """More text of a choice."""
+        """An event with more text of a choice."""
         return self._chunk(_choice(index, self._delta(text)))
 
     def end(self, index: int, job: Job, choice: Choice, text: str) -> Json:
-        """The last of a choice: the rest of its text, why it ended, and its log-probs."""
+        """The last event of a choice: the rest of its text, why it ended, and its log-probs."""
         body = self._delta(text) if text or not self.chat else {"delta": {}}
         last = _choice(index, body, _FINISH[choice.ended_by])
         return self._chunk(last | self._extra(job, choice))
 
     def closing(self, jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
-        """The numbers of tokens, after all choices of a stream."""
+        """The event with the token counts, after all choices of a stream."""
         return self._chunk() | {"usage": usage(jobs, answers)}
 
     def _chunk(self, *choices: Json) -> Json:
@@ -215,10 +215,10 @@ class Writer:
         return {"delta": {"content": text}} if self.chat else {"text": text}
 
     def _extra(self, job: Job, choice: Choice) -> Json:
-        """Log-probs, and what OpenAI's API does not have: score, stop_reason, token ids.
+        """Log-probs, and fields that OpenAI's API does not have: score, stop_reason, token ids.
 
-        As in vLLM stop_reason is the stop string that ended the choice, and null where an EOS did,
-        which a special token given as a stop string is.
+        As in vLLM, stop_reason is the stop string that ended the choice, and null for an EOS, which
+        includes special tokens that were given as stop strings.
         """
         extra: Json = {"stop_reason": choice.stop}
         if choice.score is not None:
@@ -248,7 +248,7 @@ class Writer:
         }
 
     def _top(self, token: int, logprob: float | None, top: list[tuple[int, float]]) -> Json | None:
-        """Log-probs by text; of two tokens with one text, the likelier one's."""
+        """Log-probs by text; of two tokens with the same text, that of the likelier one."""
         if logprob is None:
             return None
         named: dict[str, float] = {}
@@ -263,7 +263,7 @@ class Writer:
 
 
 def usage(jobs: Sequence[Job], answers: Sequence[Sequence[Choice]]) -> Json:
-    """Tokens of the prompts, each once, and of the responses that are returned."""
+    """Token counts: of the prompts, each once, and of the responses that are returned."""
     read = sum(len(job.prompt) for job in jobs)
     written = sum(len(choice.tokens) for answer in answers for choice in answer)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -274,7 +274,7 @@ def _choice(index: int, body: Json, finish: str | None = None) -> Json:
 
 
 def _rows(job: Job, choice: Choice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
-    """(token, log-prob, likeliest tokens) of each; None for the first of an echoed prompt."""
+    """(token, log-prob, likeliest tokens) of each; None for the first token of an echoed prompt."""
     rows: list[tuple[int, float | None, list[tuple[int, float]]]] = []
     tokens, scored = choice.tokens, choice.scored
     if job.echo is not None:

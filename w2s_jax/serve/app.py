@@ -1,4 +1,4 @@
-"""The endpoints: bodies in, JSON or a stream of events out. What answers is an engine."""
+"""The endpoints: request bodies in, JSON or a stream of events out. An engine answers."""
 
 import asyncio
 import hmac
@@ -29,30 +29,30 @@ from w2s_jax.serve.tasks import Done, Event, Failed, Progress, Ticket
 
 _POLL_SECONDS = 0.1
 _BODY_SECONDS = 60.0
-# Read and thrown away of a body that is too large, so that its sender hears why.
+# A body that is too large is read up to here and discarded, so that its sender gets the reason.
 _MOST_DISCARDED = 1 << 26
 _CLIENT_GONE = 499
 _JSON = "application/json"
 _ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 _OPEN = ("/health",)
 _TICKET = "w2s_jax.ticket"
-"""Where the scope of a request keeps its jobs, which end with it."""
+"""Key in a request's scope of its jobs, which end with it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints work with, and the endpoints.
+    """The endpoints, and what they work with.
 
     Attributes:
-        name: The served model's, in requests.
-        engine: What answers jobs, and counts.
-        reader: What makes them of bodies.
+        name: The model's name in requests.
+        engine: Answers jobs, and counts.
+        reader: Makes jobs from bodies.
         tokens: The texts of tokens, for log-probs.
-        key: The bearer token that clients must send, if any.
-        created: When, in seconds since 1970.
-        hosts: The names by which the server may be called beside those of this machine for itself,
-            such as localhost; None for any.
-        most_body: Bytes of a request's body.
+        key: Bearer token that clients must send, if any.
+        created: Time of creation, in seconds since 1970.
+        hosts: Host names under which the server may be called, beside loopback names such as
+            localhost; None for any.
+        most_body: Maximum bytes of a request's body.
     """
 
     name: str
@@ -67,7 +67,13 @@ class Service:
     async def answer(
         self, form: type[Body], read: Callable[[Body], list[Job]], request: Request
     ) -> Response:
-        """POST /v1/completions or /v1/chat/completions: bodies of a form, and what reads them."""
+        """POST /v1/completions or /v1/chat/completions.
+
+        Args:
+            form: The body's type.
+            read: Makes jobs from the body.
+            request: The request.
+        """
         body = read_body(await _raw_body(request, self.most_body), form)
         self._check_name(body.model)
         jobs = await asyncio.to_thread(read, body)
@@ -84,7 +90,7 @@ class Service:
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models, of all that are served or of one."""
+        """GET /v1/models, all or one."""
         told = {"id": self.name, "object": "model", "created": self.created, "owned_by": "w2s_jax"}
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [told]})
@@ -129,7 +135,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 class _Guard:
-    """Counts requests and lets none pass without the key, or to a host that is not this one.
+    """Counts requests, and refuses those without the key or to another host.
 
     However a request ends, its jobs end with it.
     """
@@ -155,7 +161,7 @@ class _Guard:
             app = self.app if refusal is None else _error(refusal)
             await app(scope, receive, counted)
         except asyncio.CancelledError:
-            # The server ends, and whatever this request waited for takes too long.
+            # The server is ending, and what this request waits for takes too long.
             if status == _CLIENT_GONE:
                 await _error(shutting_down())(scope, receive, counted)
         finally:
@@ -182,10 +188,10 @@ class _Guard:
 
 
 def _is_known(host: str, hosts: tuple[str, ...] | None) -> bool:
-    """Whether a request's Host is one of these names or a loopback's; without one no browser asks.
+    """Whether a request's Host is one of `hosts` (None: any), a loopback name, or missing.
 
-    A page of anyone's can have a browser ask this machine under the page's own name (DNS
-    rebinding), and read the answer.
+    Any web page can have a browser call this machine under the page's own host name (DNS
+    rebinding), and read the answer; browsers always send a Host.
     """
     if hosts is None or not host:
         return True
@@ -204,14 +210,14 @@ def _has_key(headers: Headers, key: str | None) -> bool:
     if key is None:
         return True
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    # As bytes, since a text that is not ASCII cannot be compared so.
+    # As bytes, since compare_digest takes no text beyond ASCII.
     is_key = hmac.compare_digest(token.encode("latin-1").strip(), key.encode())
     return is_key and scheme.lower() == "bearer"
 
 
 async def _raw_body(request: Request, most: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # A browser sends other kinds, or none, to a strange server without asking it first.
+    # Browsers send other content types across origins without asking first (CORS preflight).
     if kind != _JSON:
         given = kind or "of no kind"
         raise ApiError(415, f"the body is {given}; send it with Content-Type: {_JSON}")
@@ -237,7 +243,7 @@ async def _raw_body(request: Request, most: int) -> bytes:
 
 
 async def _next(ticket: Ticket, request: Request) -> Event:
-    """The next event; ClientDisconnect when the client goes away before it comes."""
+    """The next event; ClientDisconnect if the client disconnects before it comes."""
     while True:
         try:
             async with asyncio.timeout(_POLL_SECONDS):
@@ -264,7 +270,7 @@ async def _gather(
 async def _stream(
     ticket: Ticket, jobs: Sequence[Job], write: Writer, first: Event, *, usage: bool
 ) -> AsyncIterator[str]:
-    """The lines of a stream: each choice's text as it settles, and no character twice."""
+    """The lines of a stream: each choice's text as it settles, no character twice."""
     line = partial(_line, usage=usage)
     asked = [job for job in jobs for _ in range(job.choices)]
     sent = [""] * len(asked)
@@ -277,7 +283,7 @@ async def _stream(
         if isinstance(event, Failed):
             yield _line(event.error.body)
             return
-        # All prompts of a request have as many choices.
+        # All prompts of a request have the same number of choices.
         job, start = jobs[event.job], event.job * jobs[event.job].choices
         if isinstance(event, Progress):
             for index, text in enumerate(event.texts, start):
@@ -308,6 +314,6 @@ def _error(error: ApiError) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    """Unknown paths and methods, in the same form."""
+    """Unknown paths and methods, as OpenAI's error body."""
     told = f"{request.method} {request.url.path}: {error.detail}"
     return _error(ApiError(error.status_code, told, headers=error.headers or {}))

@@ -1,7 +1,7 @@
 """A policy behind an OpenAI-compatible completions API: texts out, continuations in.
 
-Requests go out side by side, are asked again where that may help, and are counted. No endpoint is a
-default. The key comes from the environment, and no message, file or shown field holds it.
+Requests run concurrently, are retried if that may help, and are counted. There is no default
+endpoint. The key comes from the environment, and is in no message, file or repr.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ Prompt = str | tuple[int, ...]
 
 FINISHES = ("stop", "length", "content_filter")
 MOST_CHOICES = 64
-"""At most this many continuations of one prompt in a request; more of them take several."""
+"""Maximum continuations of one prompt in a request; more take several requests."""
 LONGEST_MESSAGE = 300
 LARGEST_ANSWER = 64 * 2**20
 RETRIED = (408, 409, 425, 429)
-# Fields that settings of a search and an endpoint have alike.
+# Fields with the same name in the settings of a search and in an endpoint.
 _SAME = (
     "api_key_env", "prompts_per_request", "share_draws", "price_prompt", "price_completion",
     "concurrency", "timeout",
@@ -45,9 +45,9 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Usage:
-    """Requests answered, attempts that failed, tokens as the server counts them, and their cost.
+    """Answered requests, failed attempts, tokens as the server counts them, and their cost.
 
-    unmetered: answers without counts, which tokens and cost leave out. cost: None without prices.
+    `unmetered` answers, which give no counts, are in neither. `cost` is None without prices.
     """
 
     requests: int = 0
@@ -66,7 +66,7 @@ class Usage:
 
 
 class Meter:
-    """The one mutable thing: the `usage` so far, safe to add to from several threads."""
+    """Mutable counter: the `usage` so far, safe to add to from several threads."""
 
     def __init__(self) -> None:
         self.usage, self._lock = Usage(), threading.Lock()
@@ -80,23 +80,26 @@ class Meter:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a completions API is, what it costs and how it is asked; the name of the key, not it.
+    """A completions API: its address, the name of its key, prices, and how it is called.
 
-    base_url: up to and without /completions, as "http://127.0.0.1:8000/v1". api_key_env: the
-    environment variable that holds the key; a local server may need none. prompts_per_request: the
-    most hypotheses of one prompt that share a request (None: all W); a server that applies a seed
-    to each text alike draws independently for them only with 1. share_draws: the server is
-    `w2s serve`; its policy alone shall answer, with the draws of a search in one process.
-    token_ids: the server knows return_token_ids (vLLM does) and is sent hypotheses as the token ids
-    that it wrote, so that it never encodes its own text in another way. prices: per million tokens.
+    Attributes:
+        base_url: Address up to, without, /completions, such as "http://127.0.0.1:8000/v1".
+        api_key_env: Environment variable with the key; a local server may need none.
+        prompts_per_request: Maximum hypotheses of a prompt in a request; None for all W. Only 1
+            gives independent draws on a server that uses one seed for each text alike.
+        share_draws: The server is `w2s serve`; its policy alone answers, with the draws of a search
+            in one process.
+        token_ids: The server supports return_token_ids, as vLLM does, and gets hypotheses back as
+            the token ids that it generated, so that it never re-encodes its own text differently.
+        price_prompt, price_completion: Per million tokens.
+        timeout: Seconds for each request.
+        backoff, longest_pause: The pause after attempt i is backoff·2^i seconds, at most
+            longest_pause, minus a random part of up to half of it.
+        longest_retry_after: A longer pause that the server asks for (Retry-After) is honoured up to
+            this many seconds; beyond, the endpoint counts as not answering.
 
-    concurrency: requests at a time. timeout: seconds for each. The pause after attempt i of
-    max_attempts is backoff·2^i seconds, at most longest_pause, less a random part of up to half of
-    it; a longer one that the server asks for (Retry-After) is honoured up to longest_retry_after,
-    beyond which the endpoint counts as not answering.
-
-    Raises InputError for a base_url that is no http(s) address or holds a key, and for numbers out
-    of range.
+    Raises:
+        InputError: For an address that is not http(s) or holds a key, and numbers out of range.
     """
 
     base_url: str
@@ -117,7 +120,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if "@" in parts.netloc or parts.query or parts.fragment:
-            # Not shown: what stands there may be a key.
+            # The address is not shown, since it may hold a key.
             raise InputError(
                 "the endpoint's address holds more than scheme, host and path; keys come from the "
                 "environment variable that --api-key-env names"
@@ -140,15 +143,15 @@ class Endpoint:
                 raise InputError(f"{name} is {value}; it must be a number of seconds above 0")
 
     def pause(self, attempt: int, asked: float | None) -> float:
-        """Seconds to wait after attempt 0, 1, ...; `asked`: what the server asks for."""
-        # Above 2**30 the power would only meet the bound, or overflow.
+        """Seconds to wait after attempt 0, 1, ...; `asked` is what the server asks for."""
+        # Larger powers would exceed the bound anyway, or overflow.
         own = min(self.backoff * 2.0 ** min(attempt, 30), self.longest_pause)
         return max(asked or 0.0, own * random.SystemRandom().uniform(0.5, 1.0))
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why an attempt gave no answer, whether another may, and the pause the server asks for.
+    """Why an attempt failed, whether to retry, and the pause that the server asks for.
 
     A value, since exceptions carry the request, and so the key.
     """
@@ -162,18 +165,17 @@ class _Failure:
 class CompletionsPolicy:
     """A `TextProposer` over POST /v1/completions; made by `open_policy`.
 
-    Every request asks for n continuations of one or more texts, prefix + hypothesis. Its seed
-    depends on (seed, row id, position, lane) alone, so draws do not depend on neighbours.
-    finish_reason "stop" finishes a response and "length" continues it; "content_filter" ends it
-    without an EOS to score.
+    A request asks for n continuations of one or more texts, prompt + hypothesis. Its seed depends
+    only on (seed, row id, position, lane), so that draws do not depend on neighbours. finish_reason
+    "stop" finishes a response, "length" continues it, and "content_filter" ends it without an EOS
+    to score.
 
     Attributes:
-        endpoint: Where it is.
-        render: From a conversation to the text that the response follows.
+        render: Renders a conversation as the text that the response follows.
         config: Its sampling, stop strings and seed are sent.
-        http: A client that has its base address, and sends the key.
-        key: What no message may show.
-        meter: What counts requests and tokens.
+        http: Client with the base address, which sends the key.
+        key: The key, which no message may show.
+        meter: Counts requests and tokens.
     """
 
     endpoint: Endpoint
@@ -185,7 +187,7 @@ class CompletionsPolicy:
 
     @property
     def usage(self) -> Usage:
-        """What was asked and answered so far, with its cost where prices are given."""
+        """The usage so far, with its cost if prices are given."""
         found, endpoint = self.meter.usage, self.endpoint
         if endpoint.price_prompt is None and endpoint.price_completion is None:
             return found
@@ -194,14 +196,12 @@ class CompletionsPolicy:
         return replace(found, cost=cost / 1e6)
 
     def extend(self, extensions: Sequence[Extension]) -> list[list[Continuation]]:
-        """Continuations of every extension, in order; requests go out side by side.
+        """Continuations of every extension, in order, by concurrent requests.
 
-        At most `endpoint.concurrency` at a time; 429, 5xx, time-outs, lost connections and
-        malformed answers are tried again.
+        429, 5xx, timeouts, lost connections and malformed answers are retried.
 
         Raises:
-            EndpointError: at once where the endpoint refuses a request otherwise, and after the
-                last attempt.
+            EndpointError: At once for any other refusal, and after the last attempt.
         """
         prompts: list[Prompt] = []
         for extension in extensions:
@@ -258,7 +258,7 @@ class CompletionsPolicy:
                 future.result()
             return [future.result() for future in futures]
         finally:
-            # After a failure nothing more is asked; what is on its way is not waited for.
+            # After a failure nothing more is sent; pending requests are not waited for.
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -314,7 +314,7 @@ class CompletionsPolicy:
         return _Failure(self._one_line(f"{status} {told}"), again, _retry_after(response.headers))
 
     def _one_line(self, message: str) -> str:
-        """A server's message in one line of bounded length, without the key should it repeat it."""
+        """A server's message in one line of limited length, without the key if it repeats that."""
         if self.key:
             message = message.replace(self.key, "***")
         line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
@@ -324,10 +324,10 @@ class CompletionsPolicy:
 def open_policy(
     endpoint: Endpoint, config: SearchConfig, render: Callable[[Conversation], str]
 ) -> CompletionsPolicy:
-    """A policy behind an endpoint that samples as the config says (top_k only with share_draws).
+    """A policy behind an endpoint, with the config's sampling (top_k only with share_draws).
 
     Raises:
-        InputError: for a key that no header can carry, without showing it.
+        InputError: For a key that no header can carry; it is not shown.
     """
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -340,23 +340,23 @@ def open_policy(
         headers={"Authorization": f"Bearer {key or 'none'}", "Accept": "application/json"},
         timeout=float(endpoint.timeout),
         follow_redirects=True,
-        # As many as there are threads; what was given up may still have one.
+        # No limit beyond the threads: abandoned requests may still hold a connection.
         limits=httpx.Limits(max_connections=None),
     )
     return CompletionsPolicy(endpoint, render, config, http, key)
 
 
 def draw_seed(seed: int, row_id: int, position: int, lane: int) -> int:
-    """A seed in 0 .. 2**31 − 1 for one request, from what tells its draws apart."""
+    """A seed in 0 .. 2**31 − 1 for a request, from what distinguishes its draws."""
     digest = hashlib.blake2b(repr((seed, row_id, position, lane)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _whole(parts: Iterable[bytes], deadline: float) -> bytes:
-    """A body that may come drop by drop; TimeoutError past the deadline.
+    """A body that may arrive in small parts; TimeoutError past the deadline.
 
-    The client's own timeout bounds the time between two drops, not the whole. A body beyond bounds
-    becomes one that is malformed.
+    The client's own timeout limits the time between two parts, not the total. A body that is too
+    large is replaced by a malformed one.
     """
     body = bytearray()
     for part in parts:
@@ -369,7 +369,7 @@ def _whole(parts: Iterable[bytes], deadline: float) -> bytes:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, told in milliseconds, in seconds, or as a date."""
+    """Seconds that a server asks to wait, given in milliseconds, in seconds, or as a date."""
     told = headers.get("retry-after", "")
     try:
         if "retry-after-ms" in headers:
@@ -386,7 +386,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request: `choices` of each prompt, shared out in order to the extensions at `members`."""
+    """A request with `choices` for each prompt, dealt in order to the extensions `members`."""
 
     prompts: Sequence[Prompt]
     choices: int
@@ -398,12 +398,12 @@ def _plan(
 ) -> Iterator[_Plan]:
     """The requests that answer the extensions; no two rows share one.
 
-    Equal prompts go out once, with as many choices as they need together: a server that applies the
-    seed to each prompt alike would give each of them the same continuations.
+    Equal prompts are sent once, with as many choices as all of them need: a server that applies the
+    seed to each prompt would return the same continuations for them.
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (each, prompt) in enumerate(zip(extensions, prompts, strict=True)):
-        # Where draws are told by their places, equal prompts differ.
+        # With share_draws the draws are given by position and lane, so equal prompts differ.
         own = index if endpoint.share_draws else None
         what = (each.row_id, each.position, each.max_tokens, own, each.count, prompt)
         alike.setdefault(what, []).append(index)
@@ -423,7 +423,7 @@ def _runs(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _counts(data: Any) -> dict[str, int]:
-    """The numbers of tokens that an answer tells, of prompt_tokens and completion_tokens."""
+    """The counts of prompt and completion tokens that an answer reports."""
     usage = data.get("usage") or {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     return {name: count for name, count in counts.items() if type(count) is int and count >= 0}
@@ -432,9 +432,9 @@ def _counts(data: Any) -> dict[str, int]:
 def _read(data: Any, counts: Mapping[str, int], body: Mapping[str, Any]) -> list[Continuation]:
     """The choices of an answer as continuations, those of the first prompt first.
 
-    The server counts the tokens of all choices together: one cut by length has max_tokens of them,
-    what is left is shared evenly among the others. Raises ValueError, TypeError, KeyError or
-    AttributeError where the answer is malformed.
+    The server counts the tokens of all choices together: a choice cut by length has max_tokens, and
+    the rest is divided evenly among the others. For a malformed answer raises ValueError,
+    TypeError, KeyError or AttributeError.
     """
     expected, choices = len(body["prompt"]) * body["n"], data["choices"]
     if len(choices) != expected:
@@ -449,14 +449,14 @@ def _read(data: Any, counts: Mapping[str, int], body: Mapping[str, Any]) -> list
         text, finish = _text(choice), choice["finish_reason"]
         ids = _ids(choice) if body.get("return_token_ids") else None
         if finish == "length":
-            # A chunk may end inside a character; its bytes cannot be sent back, so it is written
-            # anew by the next chunk.
+            # A chunk may end inside a character; its bytes cannot be sent back, so the next chunk
+            # generates it again.
             text = text.rstrip(INCOMPLETE)
             found.append(Continuation(text, False, body["max_tokens"], trail=ids))
             continue
         share = -(-left // others)
         left, others = left - share, others - 1
-        # A stop_reason that is text, as vLLM and `w2s serve` give it, is a stop string; no EOS.
+        # A stop_reason that is text, as from vLLM and `w2s serve`, is a stop string, not an EOS.
         stopped = isinstance(choice.get("stop_reason"), str) or finish == "content_filter"
         found.append(Continuation(text, True, share, stopped))
     return found
@@ -468,7 +468,7 @@ def _text(choice: Mapping[str, Any]) -> str:
         raise TypeError(f"a text is {type(text).__name__}")
     if finish not in FINISHES:
         raise ValueError(f'finish_reason is {json.dumps(finish)}, neither "stop" nor "length"')
-    # JSON can spell half a surrogate pair, which no later request could carry.
+    # JSON can contain half a surrogate pair, which no later request could carry.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -483,15 +483,15 @@ def _ids(choice: Mapping[str, Any]) -> tuple[int, ...]:
 def connect(
     settings: SearchFileConfig, config: SearchConfig, render: Callable[[Conversation], str]
 ) -> tuple[CompletionsPolicy, Callable[[], str]]:
-    """The policy behind `settings.endpoint`, and what says how much it was asked.
+    """The policy behind `settings.endpoint`, and a function that tells its usage.
 
     Raises:
-        InputError: as `Endpoint` and `open_policy` do.
+        InputError: As `Endpoint` and `open_policy` do.
     """
     endpoint = Endpoint(
         str(settings.endpoint),
         str(settings.endpoint_model),
-        # Tokens that were drawn need not be those that their text encodes to.
+        # The drawn tokens may differ from those to which their text encodes.
         token_ids=settings.share_draws,
         max_attempts=settings.attempts,
         **{name: getattr(settings, name) for name in _SAME},

@@ -1,4 +1,4 @@
-"""The settings of a server: what it listens to, what requests leave out, the most they may ask."""
+"""A server's settings: where it listens, defaults of requests, and limits of what they may ask."""
 
 import math
 import os
@@ -70,7 +70,7 @@ class ServeConfig(TextScorersConfig, GuidanceConfig):
 
     @property
     def usual_method(self) -> str:
-        """The method of a request that names none."""
+        """The method for requests that name none."""
         return self.method or ("cbs" if self.is_guided else "sample")
 
     @property
@@ -80,16 +80,16 @@ class ServeConfig(TextScorersConfig, GuidanceConfig):
 
     @property
     def longest_response(self) -> int:
-        """The most new tokens that a request may ask for; never less than it gets unasked."""
+        """Maximum new tokens of a request, and at least the default."""
         return max(self.most_tokens, self.max_new_tokens)
 
     @property
     def prompts_at_once(self) -> int:
-        """The most prompts of a request, which are taken on together."""
+        """Maximum prompts of a request, all of which are accepted together."""
         return min(self.most_prompts, self.queue)
 
     def key(self) -> str | None:
-        """The key that clients must send; InputError for one that no header can carry."""
+        """The key that clients must send, None for none; InputError for one no header can carry."""
         key = os.environ.get(self.api_key_env)
         if key is None:
             if self.api_key_env != API_KEY:
@@ -102,7 +102,7 @@ class ServeConfig(TextScorersConfig, GuidanceConfig):
         return key
 
     def check(self) -> None:
-        """Raise InputError for a value out of range, or that no request could ask for either."""
+        """Raise InputError for a value out of range, or that no request could ask for."""
         from w2s_jax.ops.logits import Sampling
 
         sizes = {

@@ -1,7 +1,7 @@
-"""The engine: one thread that owns the device and answers jobs side by side.
+"""The engine: one thread that owns the device and answers jobs concurrently.
 
-Jobs of one program share the slots of one session; sessions take turns, a chunk each. A program
-that is new is compiled on another thread, while the others run. Knows nothing of HTTP.
+Jobs of one program share the slots of one session; sessions take turns, a chunk each. A new program
+is compiled on another thread while the others run. Independent of HTTP.
 """
 
 import copy
@@ -40,23 +40,22 @@ from w2s_jax.serve.tasks import (
 from w2s_jax.text.prompts import decode_tokens
 
 SEATS = 4
-"""Compiled searches that keep their memory on the device."""
+"""Compiled searches that keep their memory on the device at the same time."""
 _PROGRAMS_BEFORE_CLEARING = 64
 
 
 class Engine:
-    """Answers jobs on a thread of its own; `submit` is called from the event loop's.
+    """Answers jobs on a thread of its own; `submit` is called from the event loop's thread.
 
     Attributes:
         state: One of "starting", "ready", "draining", "stopped" and "failed".
-        metrics: What is counted.
+        metrics: Counters and histograms.
 
     Args:
         served: What answers.
-        config: Its slots and queue are heeded here.
-        mesh: That of the models.
-        warm_up: Jobs to be answered before the engine is ready, so that their programs are
-            compiled.
+        config: Its slots and queue are used here.
+        mesh: The models' mesh.
+        warm_up: Jobs to answer before the engine is ready, so that their programs are compiled.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Engine:
         self.served, self.config, self.metrics = served, config, Metrics()
         self._mesh = mesh
         self._warm_up = [Task(job, None, has_slot=True) for job in warm_up]
-        # The thread decodes while others encode, which one tokenizer cannot do at once.
+        # The thread decodes while others encode, which a single tokenizer cannot do concurrently.
         self._tokenizer = copy.deepcopy(served.tokenizer)
         self._groups: OrderedDict[Program, Group] = OrderedDict()
         self._shown: tuple[Group, ...] = ()
@@ -78,7 +77,7 @@ class Engine:
         self._programs: set[Program] = set()
         self._compiler = Compiler(self._wake_up)
         self._likelihoods = Likelihoods(served.models, config.slots, self._compiler)
-        # Of the state and what is open; the thread waits for news: a task, or None for any other.
+        # The lock guards `state` and `_open`. The thread waits for news: tasks, or None for others.
         self._lock = threading.RLock()
         self._news: SimpleQueue[Task | None] = SimpleQueue()
         self._open: set[Task] = set()
@@ -92,7 +91,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no job is under way."""
+        """Whether no job is in progress."""
         return not self._open
 
     @property
@@ -101,11 +100,11 @@ class Engine:
         return self._thread.is_alive() or self._compiler.is_busy
 
     def start(self) -> None:
-        """Begin to warm up, then to answer."""
+        """Start to warm up, then to answer."""
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> Ticket:
-        """Take on all jobs or none; ApiError 429 where the queue is full, 503 when ending."""
+        """Accept all jobs or none; ApiError 429 if the queue is full, 503 if the server ends."""
         with self._lock:
             if self.state == "failed":
                 raise ApiError(503, "the engine has failed; see the server's log", code="failed")
@@ -122,15 +121,15 @@ class Engine:
         return ticket
 
     def drain(self) -> None:
-        """Refuse new jobs from now on; those under way go on."""
+        """Refuse new jobs from now on; those in progress continue."""
         with self._lock:
             if self.state in ("starting", "ready"):
                 self.state = "draining"
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Fail all jobs that are not done with 503, then wait for the thread to end its chunk.
+        """Fail all unfinished jobs with 503, then wait for the thread to end its chunk.
 
-        The thread may be compiling, which nothing interrupts: see `is_running`.
+        The thread may be compiling, which cannot be interrupted: see `is_running`.
         """
         with self._lock:
             if self.state != "failed":
@@ -141,7 +140,7 @@ class Engine:
             self._thread.join(timeout)
 
     def _dismiss(self, error: ApiError) -> None:
-        """Fail all open jobs, from any thread; what is still found for them goes to nobody."""
+        """Fail all open jobs, from any thread; results that still come are dropped."""
         with self._lock:
             tasks, self._open = self._open, set()
         for task in tasks:
@@ -151,7 +150,7 @@ class Engine:
                 task.ticket.cancel()
 
     def _wake_up(self) -> None:
-        """Have the thread look for what is compiled or has ended; from any thread."""
+        """Have the thread look for compiled programs or the end; from any thread."""
         self._news.put(None)
 
     def _count_waiting(self) -> int:
@@ -167,7 +166,7 @@ class Engine:
             progress = True
             while self._take_arrivals(progress):
                 progress = self._turn()
-        except BaseException as error:  # nothing may end this thread unseen
+        except BaseException as error:  # this thread must not end silently
             if isinstance(error, ApiError):
                 sys.stderr.write(f"error: while warming up: {error.message}\n")
             else:
@@ -182,10 +181,10 @@ class Engine:
             self._compiler.close()
 
     def _take_arrivals(self, progress: bool) -> bool:
-        """Sort in what has arrived; False to end.
+        """Queue the tasks that have arrived; False to end.
 
-        Where there is nothing to do, or the last turn got nothing done since all waits for
-        compilations, wait for what arrives or is compiled.
+        Waits for a task or a compilation if there is no work, or if the last turn made no progress
+        because everything waits for compilations.
         """
         self._note_warm_up()
         has_work = bool(self._to_score) or any(group.has_work for group in self._groups.values())
@@ -200,7 +199,7 @@ class Engine:
         return True
 
     def _note_warm_up(self) -> None:
-        """Be ready once its jobs are over; raises what the first of them failed with."""
+        """Become ready once its jobs are done; raises the first one's failure."""
         ends = [task.end for task in self._warm_up]
         for end in ends:
             if isinstance(end, Failed):
@@ -219,19 +218,19 @@ class Engine:
             self._score_or_finish(task)
 
     def _turn(self) -> bool:
-        """A chunk for every group with work, a batch of likelihoods between them.
+        """Run a chunk of every group with work, and a batch of likelihoods after each.
 
-        False where nothing can be done before something is compiled.
+        False if nothing can be done before something is compiled.
         """
         progress = False
-        # For the gauges too, whose threads must not go through a dict that changes.
+        # Also for the gauges, whose threads must not iterate over a changing dict.
         self._shown = tuple(self._groups.values())
         for group in self._shown:
             progress |= self._drop_cancelled(group)
             if group.has_work:
                 try:
                     progress |= self._serve(group)
-                except Exception as error:  # one group's fault is not the others'
+                except Exception as error:  # one group's error must not affect the others
                     self._give_up(group, error)
                     progress = True
             elif group.session is None and not group.is_compiling:
@@ -240,7 +239,7 @@ class Engine:
         return self._score_some() or progress or not self._compiler.is_busy
 
     def _drop_cancelled(self, group: Group) -> bool:
-        """Let go of what nobody waits for; False where there is no such thing."""
+        """Drop the tasks for which nobody waits; False if there are none."""
         gone = [task for task in group.waiting if task.is_cancelled]
         for task in gone:
             group.waiting.remove(task)
@@ -251,7 +250,7 @@ class Engine:
         return bool(gone)
 
     def _serve(self, group: Group) -> bool:
-        """Fill free slots, advance by a chunk, hand out what came of it; False where it waits."""
+        """Fill free slots, run a chunk, and hand out the results; False if the group must wait."""
         if not self._seat(group):
             return False
         self._fill(group)
@@ -276,7 +275,7 @@ class Engine:
         return True
 
     def _seat(self, group: Group) -> bool:
-        """Give a group memory on the device; False where it waits for a compilation or for room."""
+        """Give a group memory on the device; False if it waits for a compilation or for room."""
         others = [other for other in self._groups.values() if other is not group]
         if group.session is not None:
             group.is_leaving &= any(other.waiting and not other.has_seat for other in others)
@@ -290,7 +289,7 @@ class Engine:
         if not self._make_room([other for other in others if other.has_seat]):
             return False
         if len(self._programs) >= _PROGRAMS_BEFORE_CLEARING and not self._compiler.is_busy:
-            # Clients choose settings, each set of which is compiled: do not keep them without end.
+            # Each combination of settings that clients choose is compiled; do not keep all of them.
             jax.clear_caches()
             self._programs.clear()
             self._likelihoods.forget()
@@ -301,7 +300,7 @@ class Engine:
         return False
 
     def _make_room(self, seated: Sequence[Group]) -> bool:
-        """Take the seat of a group that can go, where there is no other; False to wait for one."""
+        """Make a seat free, if necessary that of a group that can leave; False to wait for one."""
         if len(seated) < SEATS:
             return True
         idle = [other for other in seated if not (other.running or other.is_compiling)]
@@ -309,14 +308,14 @@ class Engine:
         if leaving:
             self._unseat(min(leaving, key=lambda other: other.seated))
             return True
-        # Whoever is still to come must have had its turn.
+        # Have the group that was seated first leave, so that others get their turn.
         here = [other for other in seated if other.session is not None]
         if here and not any(other.is_leaving for other in here):
             min(here, key=lambda other: other.seated).is_leaving = True
         return False
 
     def _session_of(self, program: Program, job: Job) -> Session:
-        """A session of a program with all compiled that it runs; for the compiler's thread."""
+        """A session with all its programs compiled; runs on the compiler's thread."""
         served = self.served
         session = sessions.start_session(
             served.models,
@@ -332,7 +331,7 @@ class Engine:
     def _unseat(self, group: Group) -> None:
         group.session = group.future = None
         group.is_leaving = False
-        # Behind the others, so that whoever waited longer is seated first.
+        # To the end, so that groups that have waited longer are seated first.
         self._groups.move_to_end(group.program)
 
     def _fill(self, group: Group) -> None:
@@ -340,7 +339,7 @@ class Engine:
         while free and group.waiting and group.may_add and not group.is_leaving:
             task, slot = group.waiting.popleft(), free[0]
             self._take_from_queue(task)
-            # Before the call, so that the task is not lost where that fails.
+            # Before the call, so that the task is not lost if that fails.
             group.running[slot] = task
             try:
                 group.session = group.open_session.insert(slot, task.job.request)
@@ -354,7 +353,7 @@ class Engine:
         return group.running.pop(slot)
 
     def _show(self, task: Task, result: SearchResult) -> None:
-        """Say what of a running job's text will not change any more."""
+        """Report the text of a running job that will not change any more."""
         texts = settled_texts(self._tokenizer, task.job, result)
         if any(texts) and not task.has_text:
             task.has_text = True
@@ -375,7 +374,7 @@ class Engine:
         self._end(task, Failed(task.index, error))
 
     def _end(self, task: Task, event: Done | Failed | None) -> None:
-        """A task is over; event: what is said of it, None where nobody waits any more."""
+        """End a task; `event` is reported, None if nobody waits for it."""
         self._take_from_queue(task)
         with self._lock:
             self._open.discard(task)
@@ -390,14 +389,14 @@ class Engine:
             self.metrics.waiting_seconds.observe(time.monotonic() - task.arrived)
 
     def _give_up(self, group: Group, error: Exception) -> None:
-        """A group's session cannot go on; jobs that ran side by side are tried one by one.
+        """End a group's broken session; jobs that ran together are retried one by one.
 
-        Whichever is at fault fails alone; the draws of the others are the same again.
+        The one at fault then fails alone; the others get the same draws again.
         """
         told = _fault(error, "the search failed; see the server's log", "search_failed")
         running = list(group.running.values())
         failed = running or list(group.waiting)
-        # What ran waits again, before the others.
+        # The running tasks wait again, before the others.
         group.waiting.extendleft(reversed(running))
         group.running.clear()
         self._unseat(group)
@@ -410,7 +409,7 @@ class Engine:
             self._fail(task, told)
 
     def _score_some(self) -> bool:
-        """Log-probs for a batch of tasks; False where there are none, or all must wait."""
+        """Score log-probs of a batch of tasks; False if there are none, or all must wait."""
         batch, alive = self._likelihoods.ready(self._to_score), []
         for task in batch:
             self._to_score.remove(task)
@@ -433,7 +432,7 @@ class Engine:
 
 
 def _fault(error: Exception, told: str, code: str | None = None) -> ApiError:
-    """What clients hear of an exception; that of the program itself goes to the log alone."""
+    """The error that clients get for an exception; the program's own errors only go to the log."""
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     traceback.print_exception(error, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""From the bodies of requests to jobs: prompts as token ids, settings as a compiled program's.
+"""From request bodies to jobs: prompts as token ids, settings as those of a compiled program.
 
-A program is what must be compiled; everything else a request asks for rides along as numbers.
+A program is what must be compiled; all other settings of a request are passed to it as numbers.
 """
 
 import hashlib
@@ -37,27 +37,27 @@ CHOOSING = {
     "ivg": "integrated value guidance",
     "bon": "best-of-N",
 }
-"""Methods that choose among samples, and so have no likelihood, with their names."""
+"""Names of the methods that choose among samples, and so have no likelihood."""
 _BEAMS = ("cbs", "ivg")
 _MIXING = ("eft", "ivg")
 _SMALLEST_PREFIX = 64
 _SMALLEST_CAPACITY = 16
 _SEED_BITS = 32
 _STREAM_CHUNK = 4
-"""Tokens between two pieces of a stream, for methods that have no chunks of their own."""
-# A temperature and a nucleus that are drawn with; the numbers themselves come with each request.
+"""Tokens between two pieces of a stream, for methods without chunks of their own."""
+# Stand for any temperature and nucleus in a program; the values come with each request.
 _SOME_TEMPERATURE, _SOME_NUCLEUS = 1.0, 0.5
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled search, whose slots any request that needs the same may share.
+    """A compiled search, whose slots are shared by all requests that need it.
 
     Attributes:
         method: Its name in requests.
         config: The search. Its temperature and top-p stand for any; each request brings its own.
-        prefix: Room for all but a prompt's last token.
-        stops: Whether stop strings are looked for, which takes the host.
+        prefix: Capacity for all but a prompt's last token.
+        stops: Whether it looks for stop strings, which involves the host.
     """
 
     method: str
@@ -71,15 +71,14 @@ class Job:
     """One prompt to be answered by a method.
 
     Attributes:
-        program: What answers it.
-        request: The prompt and its numbers, as a search takes them.
-        choices: Responses to return.
-        logprobs: Likeliest tokens to name at each token, None for no log-probs at all.
-        echo: The text that goes before every response; where it is not None, log-probs are given
-            of the prompt too.
-        streams: The client wants text as it comes.
-        tells_ids: The client wants token ids.
-        generates: False where only the prompt is scored.
+        program: The program that answers it.
+        request: The prompt and its numbers, in the form of a search.
+        choices: Number of responses to return.
+        logprobs: Number of likeliest tokens to return at each token; None for no log-probs.
+        echo: Text before every response; if not None, log-probs include the prompt.
+        streams: Whether the client wants text as it comes.
+        tells_ids: Whether the client wants token ids.
+        generates: False if only the prompt is scored.
     """
 
     program: Program
@@ -118,11 +117,11 @@ class Served:
 
     Attributes:
         models: The policy, and the guides that read its tokens.
-        tokenizer: The policy's.
-        template: How the policy reads chats; texts it reads as they stand.
-        guide_templates: The same for each other member of the models, None for one that reads the
+        tokenizer: The policy's tokenizer.
+        template: How the policy reads chats; it reads texts as they are.
+        guide_templates: The same for each other member of the models; None for one that reads the
             policy's tokens.
-        scorers: Of texts, with the log-ratio of the guides in cbs and bon.
+        scorers: Scorers of texts, added to the guides' log-ratio in cbs and bon.
         policy_cache: As in SearchConfig.
     """
 
@@ -135,30 +134,34 @@ class Served:
 
     @property
     def is_guided(self) -> bool:
-        """Whether anything says which responses are good."""
+        """Whether anything scores responses."""
         return bool(self.models.guides) or bool(self.scorers)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """What ends a response: the policy's ids and the end of a turn in its template."""
+        """Ids that end a response: the policy's, and the end of a turn in its template."""
         return ending_ids(self.models.policy.config, self.template)
 
 
 Prompt = tuple[tuple[tuple[int, ...], ...], Conversation]
-"""A prompt as each member reads it (once, where all read the policy's tokens), and as a text."""
+"""(token ids for each member, once if all read the policy's tokens; the prompt as text)."""
 
 
 class Reader:
-    """Turns bodies into jobs; safe to use from several threads."""
+    """Makes jobs from bodies; safe to use from several threads."""
 
     def __init__(self, served: Served, config: ServeConfig) -> None:
         self.served, self.config = served, config
         self._plain = replace(served.template, name="auto")
-        # A tokenizer of transformers may not encode in two threads at once.
+        # A transformers tokenizer cannot encode in two threads concurrently.
         self._lock = threading.Lock()
 
     def completion(self, body: Completion) -> list[Job]:
-        """A job for every prompt. ApiError for what is wrong, too large or not supported."""
+        """A job for every prompt.
+
+        Raises:
+            ApiError: For anything wrong, too large or unsupported.
+        """
         if body.best_of not in (None, body.n):
             raise unsupported(
                 f"best_of is {body.best_of}; it must equal n ({body.n}); "
@@ -174,7 +177,11 @@ class Reader:
         return self._jobs(body, body.max_tokens, read, "prompt", body.logprobs, echo=body.echo)
 
     def chat(self, body: Chat) -> list[Job]:
-        """The job of a chat. ApiError for what is wrong, too large or not supported."""
+        """The job of a chat, as a list.
+
+        Raises:
+            ApiError: For anything wrong, too large or unsupported.
+        """
         if body.top_logprobs and not body.logprobs:
             raise malformed('top_logprobs needs "logprobs": true', "top_logprobs")
         asked = (body.max_tokens, body.max_completion_tokens)
@@ -220,7 +227,16 @@ class Reader:
         *,
         echo: bool = False,
     ) -> list[Job]:
-        """A job for each prompt; asked: new tokens at most, kind: the field of the prompts."""
+        """A job for each prompt.
+
+        Args:
+            body: The request's body.
+            asked: Maximum new tokens, None for the default.
+            read: The prompts.
+            kind: The field of the prompts.
+            logprobs: As in `Job`.
+            echo: Whether the prompt precedes every response.
+        """
         if body.stream_options is not None and not body.stream:
             raise malformed('stream_options needs "stream": true', "stream_options")
         method, width, successors, length = self._sizes(body)
@@ -270,14 +286,14 @@ class Reader:
         return jobs
 
     def _given(self, body: Generation, name: str) -> Any:
-        """A number that a request may leave out to the server."""
+        """A number of the request, or the server's default."""
         own = getattr(body, name)
         return getattr(self.config, name) if own is None else own
 
     def _sizes(self, body: Generation) -> tuple[str, int, int, int]:
-        """Method, W, K and L of a request; ApiError where they are too many or do not fit.
+        """Method, W, K and L of a request; ApiError if they are too large or inconsistent.
 
-        Where the method keeps every sample, W is their number.
+        If the method keeps all samples, W is their number.
         """
         config, method = self.config, body.method or self.config.usual_method
         w, k = body.w or config.beam_width, body.k or config.successors
@@ -329,18 +345,18 @@ class Reader:
             raise unsupported("eft over several templates cannot echo log-probs", "echo")
 
     def _search(self, method: str, sizes: tuple[int, int, int], **settings: Any) -> SearchConfig:
-        """The search that a method is, with W, K and L."""
+        """The search of a method with (W, K, L)."""
         width, successors, length = sizes
         if method not in CHOOSING:
             settings["chunk_length"] = min(_STREAM_CHUNK, settings["max_new_tokens"])
         found = preset(method, w=width, k=successors, l=length, n=width, **settings)
         if method == "ivg" or (method in CHOOSING and self.served.models.guides):
             return found
-        # Samples stay in their places, so that a stream knows which is which.
+        # Samples keep their places, so that a stream can tell them apart.
         return replace(found, beam_width=width, scorer=NoScore())
 
     def _limit(self, asked: int | None, prompt: int, kind: str) -> int:
-        """New tokens at most; ApiError where prompt and response do not fit the models."""
+        """Maximum new tokens; ApiError if prompt and response do not fit the models."""
         most = self.config.longest_response
         if asked is not None and asked > most:
             told = f"max_tokens is {asked}; this server gives at most {most}"
@@ -349,7 +365,7 @@ class Reader:
         positions = min(model.config.max_positions for model in self.served.models.members)
         least = 1 if asked is None else asked
         if prompt + least > positions:
-            # In words that OpenAI's clients look for.
+            # OpenAI's clients search for this wording.
             raise ApiError(
                 400,
                 f"This model's maximum context length is {positions} tokens. However, you "
@@ -362,7 +378,7 @@ class Reader:
 
 
 def folded(seed: int) -> int:
-    """A seed of 64 bits as one of the 32 that draws are made of; those that fit are themselves."""
+    """A 64-bit seed as one of the 32 bits that draws use; unchanged if it fits."""
     if 0 <= seed < 1 << _SEED_BITS:
         return seed
     digest = hashlib.blake2b(str(seed).encode(), digest_size=_SEED_BITS // 8).digest()
@@ -370,19 +386,19 @@ def folded(seed: int) -> int:
 
 
 def capacity_for(tokens: int, most: int) -> int:
-    """The room for new tokens that a program is compiled with: 1, or powers of two from 16."""
+    """The capacity for new tokens of a program: 1, or powers of two from 16."""
     if tokens == 1:
         return 1
     return max(min(power_of_two(tokens, _SMALLEST_CAPACITY), most), tokens)
 
 
 def prefix_for(tokens: int) -> int:
-    """The room for all but a prompt's last token: powers of two from 64."""
+    """The capacity for all but a prompt's last token: powers of two from 64."""
     return power_of_two(tokens - 1, _SMALLEST_PREFIX)
 
 
 def _each(body: Generation, name: str, count: int) -> list[int]:
-    """row_id, position or lane of every prompt; lanes that are not a list do not overlap."""
+    """row_id, position or lane of every prompt; lanes given as one number do not overlap."""
     given = getattr(body, name)
     if isinstance(given, list):
         if len(given) != count:
@@ -392,7 +408,7 @@ def _each(body: Generation, name: str, count: int) -> list[int]:
 
 
 def _prompts(value: Any, most: int) -> list[str | list[int]]:
-    """The prompts of a body: each a text or token ids. ApiError for anything else."""
+    """The prompts of a body: texts or token ids; ApiError for anything else."""
     wrong = malformed("prompt takes a text, a list of token ids, or a list of either", "prompt")
     if isinstance(value, str):
         return [value]
@@ -414,5 +430,5 @@ def _prompts(value: Any, most: int) -> list[str | list[int]]:
 
 
 def _are_ids(value: Any) -> bool:
-    # True and False are ints too.
+    # Compared by type, since True and False are ints too.
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

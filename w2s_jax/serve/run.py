@@ -1,6 +1,6 @@
 """A server from its settings to its end: what answers is loaded, and served on a socket.
 
-Signals begin the end; what is under way then is let run for a while.
+A signal starts the end; requests in progress then get some more time.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _HEADER_SECONDS = 10.0
 def run(
     config: ServeConfig, on_ready: Callable[[str], None], choose_mesh: ChooseMesh | None
 ) -> bool:
-    """Serve, as `w2s_jax.serve.serve` says."""
+    """Serve as described in `w2s_jax.serve.serve`."""
     config.check()
     key = config.key()
     with listen(config.host, config.port) as bound:
@@ -75,10 +75,13 @@ def run(
 def load(
     config: ServeConfig, choose_mesh: ChooseMesh | None = None
 ) -> tuple[Served, Mesh | None, list[str]]:
-    """Everything that answers, its mesh, and a line for each guide on where it scores.
+    """Load everything that answers.
+
+    Returns:
+        What answers, its mesh, and notes, such as where each guide scores.
 
     Raises:
-        InputError: for wrong checkpoints, templates and meshes.
+        InputError: For wrong checkpoints, templates and meshes.
     """
     sources = replace(config.sources(), rewards=config.rewards())
     needs = f"--method {config.method}" if config.method in ("eft", "ivg") else ""
@@ -91,7 +94,7 @@ def load(
     places = config.places(choose)
     steering = checkpoints.load(plan, dtype=config.weights_dtype, places=places)
     assert steering.models is not None
-    # Requests are encoded while scorers of texts encode, which one tokenizer cannot do at once.
+    # Requests and scorers of texts encode concurrently, which a single tokenizer cannot do.
     policy, *others = (copy.deepcopy(model.template) for model in plan.members)
     served = Served(
         steering.models,
@@ -106,7 +109,7 @@ def load(
 
 
 def _usual_search(config: ServeConfig) -> SearchConfig:
-    """What requests run that leave out all they may."""
+    """The search of requests that leave out everything optional."""
     return preset(
         config.usual_method,
         w=config.beam_width,
@@ -119,9 +122,9 @@ def _usual_search(config: ServeConfig) -> SearchConfig:
 
 
 def chat_notes(served: Served, guides: Sequence[Template] = ()) -> list[str]:
-    """A line for each chat template that is missing where chats need it.
+    """A line for each missing chat template that chats need.
 
-    guides: those of the guides that read the policy's tokens.
+    `guides` are the templates of the guides that read the policy's tokens.
     """
     templates: Sequence[Template] = [served.template]
     for scorer in served.scorers:
@@ -142,7 +145,7 @@ def chat_notes(served: Served, guides: Sequence[Template] = ()) -> list[str]:
 
 
 def warm_up_jobs(reader: Reader) -> list[Job]:
-    """A job of the usual method for a prompt of the length to be warmed up for."""
+    """A job of the usual method, with a prompt of `config.warm_up` tokens."""
     config = reader.config
     if not config.warm_up:
         return []
@@ -151,12 +154,16 @@ def warm_up_jobs(reader: Reader) -> list[Job]:
         jobs = reader.completion(body)
     except ApiError as error:
         raise InputError(f"warming up: {error.message}; see also --warm-up") from None
-    # One chunk compiles all that a longer response needs.
+    # One chunk compiles everything that a longer response needs.
     return [replace(job, request=replace(job.request, limit=1)) for job in jobs]
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. Raises InputError where that cannot be."""
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        InputError: If it cannot be bound.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -177,46 +184,46 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Where a bound socket is reached."""
+    """The URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(bound: socket.socket) -> bool:
-    """Whether only this machine reaches a bound socket."""
+    """Whether only this machine can reach a bound socket."""
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 that is closed where a request's headers are not there within `_HEADER_SECONDS`.
+    """HTTP/1.1 that closes a connection without a request's headers within `_HEADER_SECONDS`.
 
-    Counted from the connection, and from the answer to the request before.
+    The time runs from the connection's start, and from the answer to the previous request.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As asyncio's protocols."""
+        """As in asyncio's protocols."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio's protocols."""
+        """As in asyncio's protocols."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's."""
+        """As in uvicorn's protocol."""
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio's protocols."""
+        """As in asyncio's protocols."""
         self._rest()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Set a deadline unless a request has all its headers and is being answered."""
+        """Set a deadline, unless a request has all its headers and is being answered."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._rest()
         elif self._deadline is None:
@@ -229,9 +236,9 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn whose first signal begins an orderly end, whose second one hastens it.
+    """uvicorn whose first signal starts an orderly end, and whose second one speeds it up.
 
-    The third one leaves open requests without an answer.
+    The third one drops open requests without an answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -250,7 +257,7 @@ class Server(uvicorn.Server):
         self.signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Heed a signal; it is not raised again when all is over, so the exit status is 0."""
+        """Count a signal; it is not raised again at the end, so that the exit status is 0."""
         self.signals += 1
         if self.signals > 2:
             self.should_exit = self.force_exit = True
@@ -264,9 +271,17 @@ def serve_app(
     grace: float,
     announce: Callable[[], None],
 ) -> bool:
-    """Serve until SIGTERM or SIGINT; then refuse, let run for `grace` seconds, and answer 503.
+    """Serve until SIGTERM or SIGINT; then refuse jobs, wait up to `grace` seconds, and answer 503.
 
-    announce is called once the engine is ready. Returns False where the engine failed.
+    Args:
+        app: The application.
+        engine: Its engine.
+        bound: The socket.
+        grace: Seconds for the jobs in progress.
+        announce: Called once the engine is ready.
+
+    Returns:
+        False if the engine failed.
     """
     engine.start()
     is_sound = asyncio.run(run_server(Server(app), engine, bound, grace, announce))
@@ -276,9 +291,9 @@ def serve_app(
 
 
 def _end_at_once() -> None:
-    """End the process with status 0 beside a thread that compiles, which nothing interrupts.
+    """End the process with status 0, though a thread is compiling, which cannot be interrupted.
 
-    An ordinary end would take the compiler's objects away from under it, and abort.
+    A normal exit would destroy objects that the compiler is using, and abort.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -288,7 +303,7 @@ def _end_at_once() -> None:
 async def run_server(
     server: Server, engine: Engine, bound: socket.socket, grace: float, announce: Callable[[], None]
 ) -> bool:
-    """Run a server and its engine, which has started, as `serve_app` does."""
+    """Run a server and its engine, which has started, as in `serve_app`."""
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     is_announced = False
     while not (serving.done() or server.signals or engine.state == "failed"):
@@ -301,7 +316,7 @@ async def run_server(
     deadline = clock() + grace
     while not engine.is_idle and clock() < deadline and server.signals < 2:
         await asyncio.sleep(_TICK)
-    # All that is open is answered at once; the thread may have a chunk or a compilation to end.
+    # All open requests are answered at once; the thread may still end a chunk or a compilation.
     await asyncio.to_thread(engine.stop, _LAST_CHUNK)
     server.should_exit = True
     await serving

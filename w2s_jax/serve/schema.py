@@ -1,4 +1,4 @@
-"""The bodies of requests: their fields, read strictly; what a server takes, and its refusals.
+"""The bodies of requests, parsed strictly; which fields a server supports, and its refusals.
 
 An error is a status and OpenAI's error body.
 """
@@ -21,10 +21,10 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status.
-        message: One line, what is wrong and what would be right.
+        message: One line: what is wrong, and what would be right.
         param: The field at fault.
-        code: A word that programs can compare.
-        headers: Of the response, beside the usual ones.
+        code: A word for programs to compare.
+        headers: Further headers of the response.
     """
 
     status: int
@@ -38,7 +38,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON body, as OpenAI's API writes it."""
+        """The JSON body, as in OpenAI's API."""
         fallback = "server_error" if self.status >= _OWN_FAULTS else "invalid_request_error"
         kind = _TYPES.get(self.status, fallback)
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
@@ -46,20 +46,20 @@ class ApiError(Exception):
 
 
 unsupported = partial(ApiError, 400, code="unsupported_parameter")
-"""400: the request is well formed and asks for what this server cannot give. (message, param)"""
+"""400: the request is well-formed, but this server does not support it. (message, param)"""
 malformed = partial(ApiError, 400, code="invalid_request")
-"""400: the request is not of the form that the endpoint takes. (message, param)"""
+"""400: the request does not have the form that the endpoint takes. (message, param)"""
 too_large = partial(ApiError, 400, code="too_large")
-"""400: the request asks for more than this server gives. (message, param)"""
+"""400: the request exceeds a limit of this server. (message, param)"""
 queue_full = partial(ApiError, 429, code="queue_full", headers={"Retry-After": "1"})
-"""429: as many prompts wait as may. (message)"""
+"""429: the queue of prompts is full. (message)"""
 shutting_down = partial(
     ApiError, 503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}
 )
-"""503: the server takes no more requests. ()"""
+"""503: the server accepts no more requests. ()"""
 
 
-# OpenAI's fields that this server cannot heed, and the values that ask for nothing.
+# OpenAI's fields that this server does not support, and their values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()
@@ -75,7 +75,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "suffix": ("",),
 }
-# Fields that change no answer: they name the client or its purpose.
+# Fields that change no answer: they identify the client or its purpose.
 _WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 MOST_STOPS = 16
@@ -100,11 +100,11 @@ class StreamOptions(_Strict):
 
 
 class Generation(_Strict):
-    """What both endpoints take. None: as the server was told to do.
+    """Fields of both endpoints; None takes the server's default.
 
     method, w, k, l, beta, top_k, row_id, position and lane are not OpenAI's: they choose the search
-    and its draws. Of a list, row_id, position and lane go one to each prompt. return_token_ids adds
-    prompt_token_ids and token_ids to the choices, as in vLLM.
+    and its draws. If row_id, position or lane is a list, it has an entry per prompt.
+    return_token_ids adds prompt_token_ids and token_ids to the choices, as in vLLM.
     """
 
     model: str
@@ -131,7 +131,7 @@ class Generation(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields that ask for something; ApiError for one that cannot be heeded."""
+        """The fields with an effect; ApiError for an unsupported one."""
         kept = {}
         for name, value in fields.items():
             if value is None or name in _WITHOUT_EFFECT:
@@ -144,17 +144,17 @@ class Generation(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Stop strings, however they were given."""
+        """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def counts_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class Completion(Generation):
-    """Body of POST /v1/completions. prompt: text, token ids, or a list of either."""
+    """Body of POST /v1/completions; `prompt` is text, token ids, or a list of either."""
 
     prompt: Any
     echo: bool = False
@@ -163,7 +163,7 @@ class Completion(Generation):
 
 
 class Part(_Strict):
-    """A piece of a message's content."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -188,7 +188,7 @@ class ChatMessage(_Strict):
 class Chat(Generation):
     """Body of POST /v1/chat/completions.
 
-    chat_template_kwargs, as in vLLM: values that the chat templates may read.
+    As in vLLM, chat_template_kwargs are values that the chat templates may read.
     """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -200,7 +200,7 @@ class Chat(Generation):
     @field_validator("messages", mode="before")
     @classmethod
     def _plain_messages(cls, messages: Any) -> Any:
-        """Without the empty fields that clients send back; ApiError for what is not supported."""
+        """Messages without the empty fields that clients send back; ApiError if unsupported."""
         if not isinstance(messages, list):
             return messages
         plain = []
@@ -229,7 +229,7 @@ Body = TypeVar("Body", Completion, Chat)
 
 
 def read_body(raw: bytes, form: type[Body]) -> Body:
-    """The body of a request; ApiError 400 where it is malformed or not supported."""
+    """Parse the body of a request; ApiError 400 if it is malformed or unsupported."""
     try:
         fields = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -243,9 +243,9 @@ def read_body(raw: bytes, form: type[Body]) -> Body:
 
 
 def _told(error: ValidationError) -> Exception:
-    """The first fault of a body in one line."""
+    """The first error in a body, as one line."""
     faults = error.errors(include_url=False, include_input=False)
-    # Of a union, the alternative that went furthest says most.
+    # Of a union, the error that is nested deepest says most.
     first = max(faults, key=lambda fault: len(fault["loc"]) if fault["loc"] else 0)
     first = faults[0] if faults[0]["type"] == "missing" else first
     words = [str(word) for word in first["loc"] if not _is_alternative(word)]
@@ -256,5 +256,5 @@ def _told(error: ValidationError) -> Exception:
 
 
 def _is_alternative(word: int | str) -> bool:
-    """Whether a word of a location names one type of a union, no field."""
+    """Whether a part of a location names a type of a union, not a field."""
     return (isinstance(word, str) and not word.isidentifier()) or word in ("str", "int")

@@ -1,7 +1,7 @@
-"""What an engine keeps of its jobs, what it says of them, and the log-probs of their choices.
+"""An engine's records of its jobs, the events it sends, and log-probs of the jobs' choices.
 
-News reach the event loop by tickets; numbers are Prometheus'. What is not compiled yet is compiled
-on a thread of its own, one program after another, beside what the engine runs.
+Events reach the event loop through tickets; metrics are Prometheus'. New programs are compiled on a
+thread of their own, one after another, while the engine runs.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 @dataclass(frozen=True)
 class Progress:
-    """The settled text of each choice of a job so far; never retracted."""
+    """The settled text of each choice of a job so far; it is never retracted."""
 
     job: int
     texts: tuple[str, ...]
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Done:
-    """All choices of a job, best first where the search chose."""
+    """All choices of a job, the best first if the search chose."""
 
     job: int
     choices: tuple[Choice, ...]
@@ -64,9 +64,9 @@ Event = Progress | Done | Failed
 
 
 class Ticket:
-    """The jobs of one request under way: events out, cancellation in.
+    """The jobs of one request in progress: events out, cancellation in.
 
-    Made on the event loop's thread; `put` and `cancel` may be called from any.
+    Created on the event loop's thread; `put` and `cancel` may be called from any thread.
 
     Attributes:
         is_cancelled: Whether nobody waits for events any more.
@@ -82,19 +82,19 @@ class Ticket:
         return await self._events.get()
 
     def put(self, event: Event) -> None:
-        """Hand an event to whoever waits; without effect once the event loop has closed."""
+        """Deliver an event; has no effect once the event loop has closed."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
             self.cancel()
 
     def cancel(self) -> None:
-        """Give up all of the jobs that are not done; slots are freed after the current chunk."""
+        """Give up all unfinished jobs; slots are freed after the current chunk."""
         self.is_cancelled = True
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own; for any thread."""
+    """Counters and histograms of one server, in a registry of their own; thread-safe."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -127,12 +127,12 @@ class Metrics:
 
 
 class Compiler:
-    """Does on threads of its own what compiles.
+    """Runs work that compiles on threads of its own.
 
-    What was compiled before takes no time to speak of, and never waits for what is new.
+    Programs that were compiled before are ready in almost no time, and never wait for new ones.
 
     Args:
-        on_end: Called, on any thread, after each.
+        on_end: Called on any thread after each piece of work.
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -145,18 +145,18 @@ class Compiler:
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything is asked for that has not ended."""
+        """Whether any work has not ended."""
         return bool(self._under_way)
 
     def ask(self, work: Callable[..., Any], *args: Any, known: bool = False) -> Future[Any]:
-        """What `work` returns or raises, once it has its turn; known: it was compiled before."""
+        """A future of `work`; `known` says that its program was compiled before."""
         future = self._pools[known].submit(work, *args)
         self._under_way.add(future)
         future.add_done_callback(self._end)
         return future
 
     def close(self) -> None:
-        """Take nothing more on, and forget what has not begun."""
+        """Accept no more work, and drop what has not started."""
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -166,22 +166,23 @@ class Compiler:
 
 
 Kind = tuple[Proposer, Shape]
-"""Tasks of one kind are scored by one program: a proposer, and the shape of what is scored."""
+"""(proposer, shape of what is scored); tasks of one kind are scored by one program."""
 
 
 @dataclass(eq=False)
 class Task:
-    """A job on its way: what the engine's thread remembers of it.
+    """A job in progress, as the engine's thread records it.
 
     Attributes:
-        job: What is asked for.
+        job: The job.
         ticket: Who waits for it; None for a job of the warm-up.
-        index: Its place in the request.
-        has_slot: Whether it waits in the queue no more.
-        has_text: Whether any of its text was shown.
-        is_suspect: It ran in a session that failed, and is tried alone.
+        index: Its index in the request.
+        arrived: Time of arrival, by the monotonic clock.
+        has_slot: Whether it has left the queue.
+        has_text: Whether any of its text was sent.
+        is_suspect: Whether it ran in a session that failed, and must run alone.
         found: Its choices, which wait for likelihoods.
-        end: What was said of it last, once it is over.
+        end: Its last event, once it is over.
     """
 
     job: Job
@@ -201,7 +202,7 @@ class Task:
 
     @property
     def rows(self) -> list[Response | None]:
-        """What is to be scored of each choice, an echoed prompt included; None for no tokens."""
+        """What to score of each choice, including an echoed prompt; None for no tokens."""
         request, prompts = self.job.request, self.job.request.prompts
         echoed: tuple[int, ...] = ()
         beta = None if request.beta is None else float(request.beta)
@@ -217,11 +218,11 @@ class Task:
 
     @property
     def kind(self) -> Kind:
-        """What the responses were sampled from, and their shape; a beta comes with each of them."""
+        """The proposer of the responses, and their shape; a beta comes with each response."""
         return self.job.program.config.proposer, padded_shape(self.responses)
 
     def tell(self, event: Event) -> None:
-        """Say something to the client, if it is still there."""
+        """Send an event to the client, if it is still there."""
         if isinstance(event, Done | Failed):
             self.end = event
         if self.ticket is not None and not self.is_cancelled:
@@ -233,13 +234,13 @@ class Group:
     """The jobs of one program.
 
     Attributes:
-        program: What they share.
-        waiting: Those without a slot.
-        running: Those in slots of the session.
+        program: The program.
+        waiting: Tasks without a slot.
+        running: Tasks by slot of the session.
         session: None while the group has no memory on the device.
         future: The session that is being compiled, until it is taken.
-        seated: When it was asked for, by the monotonic clock.
-        is_leaving: It takes nothing more on, so that another group may have its memory.
+        seated: When the session was asked for, by the monotonic clock.
+        is_leaving: Whether it accepts no more tasks, so that another group may have its memory.
     """
 
     program: Program
@@ -263,7 +264,7 @@ class Group:
 
     @property
     def is_compiling(self) -> bool:
-        """Whether its session is on the way."""
+        """Whether its session is being compiled."""
         return self.future is not None and not self.future.done()
 
     @property
@@ -273,18 +274,18 @@ class Group:
 
     @property
     def may_add(self) -> bool:
-        """Whether the first that waits may run beside what runs: suspects run alone."""
+        """Whether the first waiting task may run beside those that run: suspects run alone."""
         together = [*self.running.values(), *list(self.waiting)[:1]]
         return len(together) == 1 or not any(task.is_suspect for task in together)
 
 
 class Likelihoods:
-    """Scores tasks in batches of one kind, each of which has a program of its own.
+    """Scores tasks in batches of one kind, with one program per kind.
 
     Args:
-        models: Those that the proposers read.
-        rows: Choices that are scored together.
-        compiler: What compiles the programs.
+        models: The models that the proposers read.
+        rows: Number of choices that are scored together.
+        compiler: Compiles the programs.
     """
 
     def __init__(self, models: SearchModels, rows: int, compiler: Compiler) -> None:
@@ -293,9 +294,9 @@ class Likelihoods:
         self._programs: dict[Kind, Future[None]] = {}
 
     def ready(self, waiting: Iterable[Task]) -> list[Task]:
-        """Tasks to be scored together, the longest-waiting that can be among them.
+        """Tasks to score together: those of a kind that waited longest and whose program is ready.
 
-        The programs of others are asked for; none where all wait for theirs.
+        Programs of other kinds are requested. Empty if all wait for their programs.
         """
         by_kind: dict[Kind, list[Task]] = {}
         for task in waiting:
@@ -306,13 +307,13 @@ class Likelihoods:
                 work = partial(compile_scores, *given, top=self._top, batch_size=self._rows)
                 self._programs[kind] = self._compiler.ask(work)
             elif self._programs[kind].done():
-                # Those that come first and fill one batch; one at least.
+                # The first tasks that fit in one batch, at least one.
                 rows = list(accumulate(len(task.responses) for task in tasks))
                 return tasks[: max(1, bisect_right(rows, self._rows))]
         return []
 
     def score(self, tasks: Sequence[Task]) -> list[tuple[Choice, ...] | ApiError]:
-        """The choices of tasks of one kind with log-probs; 500 for those that a model fails."""
+        """The choices of tasks of one kind, with log-probs; ApiError 500 where a model fails."""
         proposer, shape = tasks[0].kind
         given = (self._models, proposer, [one for task in tasks for one in task.responses])
         settings: dict[str, Any] = {"top": self._top, "batch_size": self._rows, "shape": shape}
@@ -335,5 +336,5 @@ class Likelihoods:
         return outcomes
 
     def forget(self) -> None:
-        """Programs are compiled anew."""
+        """Drop the programs, to be compiled anew."""
         self._programs.clear()

@@ -1,8 +1,8 @@
-"""Batches of token ids at fixed shapes: which rows are in which, held out, packed or padded.
+"""Batches of token ids at fixed shapes: which rows go together, held-out rows, packing, padding.
 
-What a step reads is a pure function of its number, the same on every host, so that data resumes
-exactly. Documents are integer arrays: no tokenizer, no model. Token ids and targets of all of them
-lie in one memory-mapped Arrow file, written once, in the stream format that
+The batch of a step is a pure function of its number, equal on every host, so that data resumes
+exactly. Documents are integer arrays; no tokenizer and no model is used here. The token ids and
+targets of all documents lie in one memory-mapped Arrow file, in the stream format that
 `datasets.Dataset.from_file` opens.
 """
 
@@ -38,7 +38,7 @@ class Documents(Protocol):
 
 
 def shuffled(size: int, seed: int) -> Callable[[int], int]:
-    """An endless order of `range(size)`: position → index, shuffled anew for every epoch."""
+    """An endless order of `range(size)`, from position to index, reshuffled for every epoch."""
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
@@ -49,12 +49,11 @@ def shuffled(size: int, seed: int) -> Callable[[int], int]:
 
 @dataclass(frozen=True)
 class Crops:
-    """Classification batches: one random crop of every document, opened by `first_id`.
+    """Classification batches: one random crop of each document, after the token `first_id`.
 
-    All rows of a step share one width, drawn from `widths` (first token included). A share
-    `openings` starts at the document's first token. Each token is replaced by `pad_id` with
-    probability `token_dropout`. `batch(step)` holds `tokens`, `mask` [rows, width] and `labels`
-    [rows].
+    All rows of a step have one width, drawn from `widths` (`first_id` included). A share `openings`
+    of the crops starts at the document's first token. Each token is replaced by `pad_id` with
+    probability `token_dropout`. A batch holds `tokens`, `mask` [rows, width] and `labels` [rows].
     """
 
     documents: Documents
@@ -89,10 +88,10 @@ class Crops:
 
 @dataclass(frozen=True)
 class Side:
-    """A prompt with one response behind it.
+    """A prompt followed by one response.
 
-    `targets` is True on tokens whose log-probs count, never on the first one; the first `prompt`
-    tokens are the prompt's.
+    `targets` is True on tokens whose log-probs count, never on the first; the prompt is the first
+    `prompt` tokens.
     """
 
     tokens: Int32[np.ndarray, " X"]
@@ -105,12 +104,12 @@ class Side:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents by index; arrays are views of a mapped file.
+    """Documents by index; the arrays are views of a mapped file.
 
     Attributes:
-        tokens, targets: a part each, values and offsets of so many documents.
-        prompts, sources, rows, labels, weights: a number a document.
-        notes: what the writer had to say, such as counts.
+        tokens, targets: (values, offsets) of the documents of each part of the file.
+        prompts, sources, rows, labels, weights: One number per document.
+        notes: What the writer recorded, such as counts.
     """
 
     tokens: list[tuple[np.ndarray, np.ndarray]]
@@ -124,7 +123,7 @@ class TokenStore:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The first document of each part, and their number at the end."""
+        """The first document of each part, and at the end the number of documents."""
         return np.cumsum([0, *(len(offsets) - 1 for _, offsets in self.tokens)])
 
     @cached_property
@@ -152,15 +151,15 @@ FIGURES = (
     "rows", "kept", "dropped", "undesirable", "truncated", "equal", "merged_borders", "tokens",
     "targets",
 )  # fmt: skip
-"""What is counted of rows, examples and documents."""
+"""Names of the counts of rows, examples and documents."""
 _NUMBERS = ("prompt", "source", "row", "label", "weight")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One side of an example: from row `row` of source `source`; `label` is −1, 0 or 1.
+    """One side of an example, from row `row` of source `source`; `label` is −1 (none), 0 or 1.
 
-    `weight` says how much the example counts beside others.
+    `weight` is the example's weight in the loss.
     """
 
     side: Side
@@ -171,10 +170,10 @@ class Document:
 
 
 def write_store(path: Path, blocks: Iterable[list[Document]], notes: Mapping[str, Any]) -> None:
-    """Write blocks of documents; the file appears whole, with `notes` as they are at the end.
+    """Write blocks of documents atomically, with `notes` as they are after the last block.
 
     Raises:
-        InputError: where it cannot be written; whatever `blocks` raises leaves no file.
+        InputError: If it cannot be written. If `blocks` raises, no file is left.
     """
     import pyarrow as pa
 
@@ -200,7 +199,7 @@ def write_store(path: Path, blocks: Iterable[list[Document]], notes: Mapping[str
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there when all is written; several processes may write the same one."""
+    """A file that appears once it is complete; several processes may write the same one."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -213,10 +212,10 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_store(path: Path) -> TokenStore | None:
-    """The documents of a file; None where it is not there or damaged.
+    """The documents of a file; None if it is missing or damaged.
 
-    A stream that was cut between two blocks reads as a shorter one: the notes beside it tell how
-    many tokens there are.
+    A stream cut between two blocks reads as a shorter one, so the number of tokens is checked
+    against the notes.
     """
     import pyarrow as pa
 
@@ -250,21 +249,20 @@ class Packing:
 
 
 def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
-    """Pack documents into rows of `width` tokens, the longest first, each where it leaves least.
+    """Pack documents into rows of `width` tokens by best-fit decreasing (arXiv 2404.10830).
 
-    Every document is in exactly one row, whole. The result depends on the arguments alone: equal
-    lengths keep their order, and of rows with equal room the oldest is filled, as in TRL's "bfd"
-    (arXiv 2404.10830).
+    Documents are not split. As in TRL's "bfd", ties are deterministic: equal lengths keep their
+    order, and of rows with equal room the oldest is filled.
 
     Raises:
-        ValueError: for a document that is empty or longer than a row.
+        ValueError: For a document that is empty or longer than a row.
     """
     if len(lengths) and not 0 < lengths.min() <= lengths.max() <= width:
         raise ValueError(f"documents must have 1 to {width} tokens")
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     rows: list[list[int]] = []
-    # The rows with so much room, the oldest first. Which rooms occur is a set of bits, so that the
-    # least one that suffices is found at once.
+    # A heap of rows for each amount of room left. The amounts that occur are a bit set, in which
+    # the smallest sufficient one is the lowest bit from `length` up.
     by_room: dict[int, list[int]] = {}
     rooms = 0
     for index in order.tolist():
@@ -289,17 +287,17 @@ def best_fit(lengths: Int[np.ndarray, " n"], width: int) -> Packing:
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised rows; one of them is a document, several packed ones, or the two sides of a pair.
+    """Tokenised rows, each of which is a document, several packed ones, or the sides of a pair.
 
     Attributes:
         kind: sequences, pairs or labelled.
-        store: the documents; the sides of a pair follow each other.
-        places: how each source writes the place of a row, before its number.
-        identity: equal for equal rows, tokenizer and options; names caches of what follows from it.
-        weighted: whether batches say how much each pair counts.
-        figures: rows read, examples kept, dropped and truncated, tokens, targets ...
-        rows: the numbers of these rows among all of the store; None where they are all.
-        columns: further arrays of a batch by name, with a value for each row.
+        store: The documents; the two sides of a pair are adjacent.
+        places: How each source writes the place of a row, before its number.
+        identity: Equal for equal rows, tokenizer and options; caches of derived data use it.
+        weighted: Whether batches hold a weight for each pair.
+        figures: Counts of rows, examples kept, dropped and truncated, tokens, targets ...
+        rows: Numbers of these rows in the store; None for all of them.
+        columns: Further arrays of a batch by name, one value per row.
     """
 
     kind: Kind
@@ -327,7 +325,7 @@ class Data:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every row, without padding; of a pair, those of the longer side."""
+        """Tokens in each row, without padding; in a pair, those of the longer side."""
         lengths = self.store.lengths
         if self.packing is not None:
             lengths = np.add.reduceat(lengths[self.packing.documents], self.packing.starts[:-1])
@@ -336,22 +334,22 @@ class Data:
         return lengths[self._numbers]
 
     def chosen(self, rows: np.ndarray) -> "Data":
-        """Some of the rows, in the order of `rows`."""
+        """A selection of the rows, in the order of `rows`."""
         digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16]
         found = replace(self, rows=self._numbers[rows], identity=f"{self.identity}:{digest}")
         return replace(found, columns={name: one[rows] for name, one in self.columns.items()})
 
     def beside(self, name: str, column: np.ndarray) -> "Data":
-        """The same rows, whose batches hold a further array, a value for each row, under a name."""
+        """The same rows, with a further named array in their batches, one value per row."""
         digest = hashlib.sha256(column.tobytes()).hexdigest()[:16]
         columns = {**self.columns, name: column}
         return replace(self, columns=columns, identity=f"{self.identity}+{digest}")
 
     def fitting(self, vocabulary: int) -> "Data":
-        """This data for a model of so many tokens: padding, which no token sees, is one of them.
+        """This data for a model with `vocabulary` tokens, one of which `pad_id` then is.
 
         Raises:
-            InputError: where a document holds a token that the model does not have.
+            InputError: If a document holds a token that the model does not have.
         """
         largest = max(int(values.max(initial=0)) for values, _ in self.store.tokens)
         if largest >= vocabulary:
@@ -362,7 +360,7 @@ class Data:
         return self if self.pad_id < vocabulary else replace(self, pad_id=0)
 
     def names(self, index: int) -> list[str]:
-        """Where the documents of a row stand, as "FILE line N"."""
+        """Places of a row's documents, as "FILE line N"."""
         row = int(self._numbers[index])
         documents = [row * self._sides] if self.packing is None else self.packing.row(row)
         return [
@@ -373,10 +371,10 @@ class Data:
         """The rows at these indices, padded on the right; of them, those in `part`.
 
         `tokens` int32, `targets` bool and `segments` int32 [B, X], or [B, 2, X] for pairs and
-        labelled rows, whose second side is the response of the row before in the batch (TRL's KTO
-        estimates its KL from those) behind the row's own prompt; `labels` bool [B] for these, and
-        `weights` float32 [B] for weighted pairs. X is of all rows at `indices`, also of those not
-        in `part`.
+        labelled rows. The second side of a labelled row is the row's own prompt with the response
+        of the previous row of the batch, from which TRL's KTO estimates its KL; such rows have
+        `labels` bool [B]. Weighted pairs have `weights` float32 [B]. X fits all rows at `indices`,
+        in `part` or not.
         """
         numbers = self._numbers[np.asarray(indices)]
         rows = [self._row(int(number)) for number in numbers]
@@ -416,7 +414,7 @@ class Data:
 
 
 def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -> Batch:
-    """Rows of sides of segments as `tokens`, `targets` and `segments` [B, sides, width]."""
+    """Rows of sides of segments as arrays `tokens`, `targets` and `segments` [B, sides, width]."""
     shape = (len(rows), len(rows[0]), width)
     tokens = np.full(shape, pad_id, np.int32)
     targets, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
@@ -433,7 +431,7 @@ def lay_out(rows: Sequence[Sequence[Sequence[Side]]], width: int, pad_id: int) -
 
 @runtime_checkable
 class Rows(Protocol):
-    """What batches are made of."""
+    """The rows that batches are made of."""
 
     def __len__(self) -> int: ...
     def at(self, indices: np.ndarray, part: slice = ...) -> Batch: ...
@@ -444,13 +442,12 @@ class Rows(Protocol):
 class Batches:
     """Batches of `rows` rows of the data, by step number from 0.
 
-    Every epoch has an order of its own, by (seed, its number), or the data's where `shuffle` is
-    off. The rows that an epoch's last batch lacks come from the next epoch's order. `part` =
-    (first, end) are the rows of a batch that a host takes: as wide as the whole batch and made from
-    all of it.
+    Each epoch has an order of its own, by (seed, epoch), or the data's if `shuffle` is off. An
+    epoch's last batch is filled up from the next epoch. `part` = (first, end) is the range of a
+    batch's rows that this host takes, padded like the whole batch.
 
     Raises:
-        ValueError: where `part` or the data has no rows.
+        ValueError: If `part` or the data has no rows.
     """
 
     data: Rows
@@ -475,22 +472,22 @@ class Batches:
         return slice(*(self.part or (0, self.rows)))
 
     def indices(self, step: int) -> np.ndarray:
-        """Rows of the data in the whole batch of a step, of all hosts."""
+        """Indices in the data of a step's whole batch, over all hosts."""
         positions = np.arange(step * self.rows, (step + 1) * self.rows)
         if not self.shuffle:
             return positions % len(self.data)
         return np.array([self._order(int(position)) for position in positions])  # type: ignore[attr-defined]
 
     def names(self, step: int) -> list[str]:
-        """Where the rows of a step's batch, of all hosts, stand in their files."""
+        """Places in their files of the rows of a step's whole batch, over all hosts."""
         return [name for index in self.indices(step) for name in self.data.names(int(index))]
 
 
 def hold_out(data: Data, count: int, *, seed: int = 0) -> tuple[Data, Data]:
-    """(what is left to train on, `count` rows drawn by the seed), each in the order of the data.
+    """Split the data into (rest, `count` rows drawn by the seed), both in the data's order.
 
     Raises:
-        InputError: where no row would be left.
+        InputError: If no row would be left.
     """
     if not 0 < count < len(data):
         raise InputError(

@@ -1,7 +1,7 @@
-"""Chat templates: how each model wants to read a conversation, as text and as token ids.
+"""Chat templates: how each model reads a conversation, as text and as token ids.
 
-The published ways are jinja texts of their own here. Templates that checkpoints bring along run
-under a limit on their time.
+The published formats are jinja templates here. Templates that come with checkpoints run under a
+time limit.
 """
 
 import difflib
@@ -32,7 +32,7 @@ from w2s_jax.text.prompts import (
 
 @dataclass(frozen=True)
 class Published:
-    """One model's template; `end` is the token that ends its turns, None if the tokenizer's EOS."""
+    """One model's template; `end` is the token that ends a turn, None for the tokenizer's EOS."""
 
     jinja: str
     end: str | None = None
@@ -41,7 +41,7 @@ class Published:
 BOS_TEXTS = ("<s>", "<|begin_of_text|>")
 """How the published templates write BOS."""
 
-# The published scripts pass an empty system message to the models that were trained with one.
+# The published scripts pass an empty system message to models that were trained with one.
 _EMPTY_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}"
     "{% set messages = [{'role': 'system', 'content': ''}] + messages %}"
@@ -126,19 +126,19 @@ PUBLISHED = {
 
 
 TEMPLATE_SECONDS = 5.0
-"""What a chat template may take; those of models take milliseconds."""
+"""Time limit of a chat template; those of models take milliseconds."""
 
 
 class TimeUp(Exception):
-    """The time is up."""
+    """The time limit is exceeded."""
 
 
 def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-    """The tokenizer's apply_chat_template within TEMPLATE_SECONDS.
+    """The tokenizer's apply_chat_template, with a limit of TEMPLATE_SECONDS.
 
     Raises:
-        TimeUp: where it takes longer.
-        Exception: whatever the template raises, which is a program.
+        TimeUp: If it takes longer.
+        Exception: Whatever the template raises; it is a program.
     """
     with within(TEMPLATE_SECONDS):
         return tokenizer.apply_chat_template(list(turns), **options)
@@ -146,19 +146,19 @@ def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TimeUp in what this thread runs inside once it took so many seconds of a processor.
+    """Raise TimeUp in the block once this thread has spent `seconds` of processor time in it.
 
-    Calls are watched, and of code without a file, as jinja makes of templates, each line; a single
-    long operation in C is seen when it ends. Works in every thread, and other threads' load, or the
-    machine's, does not count.
+    Works in every thread; the load of other threads or of the machine does not count. The time is
+    checked at calls and, in code without a file such as jinja's compiled templates, at each line. A
+    single long operation in C is noticed when it ends.
     """
     start = time.thread_time()
 
-    @no_type_check  # it is called for every line
+    @no_type_check  # called for every line, so that run-time checks of types would take long
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
-        # Callbacks of the garbage collector and of weak references lose what is raised in them, and
-        # the watch ends with it: elsewhere than in templates and jinja it is raised later.
+        # An exception in a callback of the garbage collector or a weak reference is lost, and the
+        # trace function with it: outside templates and jinja the limit is therefore doubled.
         limit = seconds if not file.endswith(".py") or "jinja2" in file else 2 * seconds
         if time.thread_time() - start > limit:
             raise TimeUp(f"it takes longer than {seconds:g} seconds")
@@ -174,7 +174,7 @@ def within(seconds: float) -> Iterator[None]:
 
 TEMPLATES = tuple(PUBLISHED)
 TEXT_TEMPLATES = ("imdb", "plain")
-"""Published templates that write no special tokens, so that the tokenizer's own go in front."""
+"""Published templates without special tokens, so that the tokenizer adds its own in front."""
 _NAMES = ("auto", "none", "chat", *TEMPLATES)
 
 
@@ -182,7 +182,7 @@ def read_template_args(text: str, where: str) -> dict[str, Any]:
     """Values for chat templates from a JSON object.
 
     Raises:
-        InputError: beginning with `where`, for anything else.
+        InputError: For anything else; the message begins with `where`.
     """
     try:
         args = json.loads(text)
@@ -198,24 +198,24 @@ def read_template_args(text: str, where: str) -> dict[str, Any]:
 class Template:
     """How one model reads a conversation; made by `load_template`.
 
-    Under `auto` and `none` a text is encoded as it stands, with the special tokens that the
-    tokenizer puts in front, unless it begins with the BOS token itself: BOS is never doubled. What
-    a template renders is encoded without additions, since it writes its special tokens itself; only
-    those of TEXT_TEMPLATES are encoded as texts are.
+    With `auto` and `none` a text is encoded as it is, with the special tokens that the tokenizer
+    adds in front, unless it begins with BOS already: BOS is never doubled. The output of a template
+    is encoded without additions, since it contains its special tokens; only that of TEXT_TEMPLATES
+    is encoded as a text is.
 
-    Special tokens spelled out in a content (`</s>`, `<|eot_id|>`) become those tokens: transformers
-    does so by default, and the published code. Contents from people who are not trusted can
-    therefore close a turn and open another one; filter them before.
+    Special tokens spelled out in a content (`</s>`, `<|eot_id|>`) become those tokens, as in
+    transformers by default and in the published code. Contents from untrusted users can therefore
+    close a turn and open another one; filter them before.
 
-    What renders or encodes raises InputError for messages where the template takes none, and for a
+    Rendering and encoding raise InputError for messages that the template does not take, and for a
     template that fails.
 
     Attributes:
-        tokenizer: any transformers tokenizer.
+        tokenizer: Any transformers tokenizer.
         name: auto, none, chat, a published name, or the path of a .jinja file.
-        jinja: the chat template; None where there is none.
-        where: how messages of errors name this template, such as the flag it came from.
-        args: further values that the template may read, such as enable_thinking.
+        jinja: The chat template; None if there is none.
+        where: Name of this template in error messages, such as the flag it came from.
+        args: Further values that the template may read, such as enable_thinking.
     """
 
     tokenizer: Any
@@ -234,23 +234,24 @@ class Template:
         return self._apply(turns, conversation.tools, conversation.template_args)
 
     def render_whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
-        """The text of a finished conversation, without the opening of another answer.
+        """The text of a finished conversation, without the opening of a further answer.
 
-        For chat templates and files only: published templates always open an answer.
+        Only for chat templates and files: published templates always open an answer.
         """
         if self.name in PUBLISHED:
             raise ValueError(f"the template {self.name} writes no finished conversations")
         return self._apply(messages, tools, opened=False)
 
     def reads(self, name: str) -> bool:
-        """Whether the template names a value so, wherever it takes it from."""
+        """Whether the template contains a variable of this name."""
         return any(token[1:] == ("name", name) for token in _lexed(self.jinja or ""))
 
     def unwritten(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> frozenset[str]:
-        """Names of THOUGHTS that `render_whole` leaves out of a message that has them.
+        """Names of THOUGHTS that `render_whole` omits from a message that has them.
 
-        Some templates know none of these fields, or only another of them, or drop the thoughts of
-        earlier answers. Told by what is written of a mark in the place of each.
+        Some templates know none of these fields, or only another one of them, or drop the thoughts
+        of earlier answers. Each field is replaced by a mark, which is then looked for in the
+        output.
         """
         marks: dict[str, str] = {}
         marked = []
@@ -263,7 +264,7 @@ class Template:
         return frozenset(name for mark, name in marks.items() if mark not in text)
 
     def render_begun(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation whose last message goes on."""
+        """The text of a conversation whose last message is still being written."""
         return self._apply(messages, opened=False, continued=True)
 
     def encode(self, conversation: Conversation) -> list[int]:
@@ -276,12 +277,11 @@ class Template:
     def encode_responses(
         self, conversation: Conversation, responses: Sequence[str]
     ) -> list[list[int]]:
-        """Token ids of the rendered prompt with each response behind it, encoded together.
+        """Token ids of the rendered prompt with each response, encoded together.
 
-        The tokens that one has in common with `encode(conversation)` at its start are the prompt's,
-        and all further ones the response's: where the border falls inside a token, that token is
-        the response's, as in the published code. No EOS is at the end unless the response spells
-        it.
+        Its longest common prefix with `encode(conversation)` is the prompt, the rest is the
+        response: a token that spans the border belongs to the response, as in the published code.
+        No EOS is added.
         """
         if not responses:
             return []
@@ -295,17 +295,17 @@ class Template:
 
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a turn: the published template's own, else the tokenizer's EOS."""
+        """Id of the token that ends a turn: the published template's, or the tokenizer's EOS."""
         end = PUBLISHED[self.name].end if self.name in PUBLISHED else None
         if end is not None:
             found = self.tokenizer.convert_tokens_to_ids(end)
-            # A token that is not there has the id of the unknown token, or none.
+            # A missing token gets the id of the unknown token, or None.
             if found not in (None, self.tokenizer.unk_token_id):
                 return found
         return self.tokenizer.eos_token_id
 
     def describe(self) -> str:
-        """The template in a word for fingerprints: equal where it renders equally."""
+        """The template in a word for fingerprints; equal for templates that render equally."""
         kind = self.name if self.name in _NAMES else "jinja"
         if self.jinja is None:
             return kind
@@ -313,13 +313,13 @@ class Template:
         return f"{kind}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def adds_special_tokens(self, conversation: Conversation, prompt: str) -> bool:
-        """Whether the tokenizer's special tokens go in front of this rendered prompt."""
+        """Whether the tokenizer's special tokens are added in front of this rendered prompt."""
         bos = self.tokenizer.bos_token
         is_text = self.as_it_stands(conversation) or self.name in TEXT_TEMPLATES
         return is_text and not (bos and prompt.startswith(bos))
 
     def as_it_stands(self, conversation: Conversation) -> bool:
-        """Whether this is a text that no template touches."""
+        """Whether the conversation is a text that no template changes."""
         return conversation.text is not None and self.name in ("auto", "none")
 
     def _apply(
@@ -331,9 +331,9 @@ class Template:
         opened: bool = True,
         continued: bool = False,
     ) -> str:
-        """What the template writes.
+        """The template's output.
 
-        opened: with the opening of another answer. continued: as if the last message goes on.
+        With `opened` it opens a further answer; with `continued` the last message stays open.
         """
         if self.name == "none":
             raise InputError(
@@ -383,17 +383,20 @@ class Template:
 def load_template(
     tokenizer: Any, name: str = "auto", *, where: str, args: Mapping[str, Any] | None = None
 ) -> Template:
-    """The template of this name behind a tokenizer.
+    """The template of this name for a tokenizer.
 
-    auto takes a text as it stands and writes messages by the tokenizer's chat template; none takes
-    texts only; chat makes a text one user message of the tokenizer's chat template; a name of
-    TEMPLATES or a path that ends in .jinja does the same with another template. args: values that
-    the template may read.
+    Args:
+        tokenizer: The tokenizer.
+        name: auto keeps texts as they are, and renders messages with the tokenizer's chat template.
+            none takes texts only. chat treats a text as one user message of the tokenizer's chat
+            template. A name of TEMPLATES, or a path that ends in .jinja, does the same with that
+            template.
+        where: Beginning of error messages, such as a flag.
+        args: Values that the template may read.
 
     Raises:
-        InputError: beginning with `where` (a flag, say), for an unknown name, a file that
-            cannot be read, a template that is not jinja, and for chat where the tokenizer has
-            no template.
+        InputError: For an unknown name, a file that cannot be read, a template that is not jinja,
+            and for chat if the tokenizer has no template.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -412,11 +415,11 @@ def load_template(
         )
     template = Template(tokenizer, name, jinja, where, args or {})
     _check_powers(jinja or "", where)
-    if name != "auto":  # whose rows may never need the tokenizer's template
+    if name != "auto":  # with auto, rows may never need the tokenizer's template
         try:
             template.render(Conversation(messages=(Message("user", "text"),)))
         except InputError as error:
-            # What it refuses beyond that may be this message's fault, not its own.
+            # Other errors may be due to this message, not to the template.
             if isinstance(error.__cause__, TemplateSyntaxError):
                 raise
     return template
@@ -425,13 +428,13 @@ def load_template(
 def renderer(
     name: str, *, where: str, args: Mapping[str, Any] | None = None
 ) -> Callable[[Conversation], str]:
-    """How conversations are written for a model whose tokenizer is not here, behind an API.
+    """How conversations are rendered for a model behind an API, whose tokenizer is not here.
 
-    auto and none take texts as they stand; the other names are those of `load_template`, without
-    chat. BOS is left out at the start: servers put it there.
+    auto and none keep texts as they are; the other names are those of `load_template`, except chat.
+    BOS is removed at the start, where servers add it.
 
     Raises:
-        InputError: as `load_template` does, and so does what is returned, as `Template.render`.
+        InputError: As `load_template`; the returned function raises it as `Template.render` does.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -459,7 +462,7 @@ def _read(path: str, where: str) -> str:
 
 
 def _chat_template(tokenizer: Any, name: str, where: str) -> str | None:
-    """The tokenizer's chat template under this name, None where it is not needed or not there."""
+    """The tokenizer's chat template for this name; None if it is not needed or missing."""
     if name == "none" or (name == "auto" and not tokenizer.chat_template):
         return None
     if not tokenizer.chat_template:
@@ -476,19 +479,19 @@ def _chat_template(tokenizer: Any, name: str, where: str) -> str | None:
 
 
 def _lexed(jinja: str) -> list[tuple[int, str, str]]:
-    """A template's tokens as line, kind and text, without spaces; none of what is not jinja."""
+    """A template's tokens as (line, kind, text), without spaces; none for invalid jinja."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
         return [one for one in Environment().lex(jinja) if one[1] != "whitespace"]
-    except TemplateSyntaxError:  # told where it is rendered
+    except TemplateSyntaxError:  # reported when it is rendered
         return []
 
 
 def _check_powers(jinja: str, where: str) -> None:
-    """Raise InputError for a template with a power: one of large numbers cannot be broken off."""
+    """Raise InputError for a template with `**`: a power of large numbers cannot be interrupted."""
     for (_, kind, text), (line, _, operator) in pairwise(_lexed(jinja)):
-        # Behind a bracket or a comma it hands arguments on.
+        # After an opening bracket or a comma it unpacks arguments.
         if operator == "**" and (kind != "operator" or text in (")", "]", "}")):
             raise InputError(
                 f"{where}: the chat template takes a power (**) in line {line}, which may not end"

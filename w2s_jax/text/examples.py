@@ -1,6 +1,6 @@
-"""Rows of training files as examples: what is answered, and the response or responses to it.
+"""Rows of training files as examples: a prompt, and the response or responses to it.
 
-Knows the columns of TRL's, LLaMA-Factory's and the published formats; holds no tokenizer and opens
+Knows the columns of TRL's, LLaMA-Factory's and the published formats; uses no tokenizer and opens
 no file.
 """
 
@@ -37,12 +37,13 @@ class Example:
     """One row of training data.
 
     Attributes:
-        prompt: what the responses answer; None where nothing is, and the one response is the whole
-            text or conversation.
-        responses: one, or the chosen and the rejected one. Text behind a text, else messages.
-        loss: the tokens on which this format's own trainer takes the loss.
-        label: whether the one response is wanted; None where nobody says.
-        weight: how much a pair counts in the loss beside others.
+        prompt: What the responses answer; None if the single response is the whole text or
+            conversation.
+        responses: One, or the chosen and the rejected one: text after a text, messages after
+            messages.
+        loss: The tokens on which this format's own trainer takes the loss.
+        label: Whether the single response is desirable; None if unknown.
+        weight: Weight of a pair in the loss.
     """
 
     prompt: Conversation | None
@@ -54,18 +55,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Reader:
-    """What turns rows of one format into examples of a kind: (row, where it stands) → examples.
+    """Turns rows of one format into examples of a kind: (row, place of the row) → examples.
 
     Attributes:
-        form: the format's name.
-        kinds: what can be made of its rows.
-        columns: those that a row must hold.
-        parse: what a row without nulls, whose columns are there, says.
-        may: further columns that are read.
-        kind: what is made of rows.
+        form: Name of the format.
+        kinds: Kinds of examples that its rows can become.
+        columns: Columns that a row must have.
+        parse: Reads a row that has these columns and no nulls.
+        may: Further columns that are read.
+        kind: The kind of examples to make.
 
     Raises:
-        InputError: beginning with that place, for a row that is not sound.
+        InputError: For a malformed row; the message begins with its place.
     """
 
     form: Format
@@ -80,7 +81,7 @@ class Reader:
         missing = [column for column in self.columns if column not in present]
         if missing:
             raise InputError(f"{where}: no {_names(missing)}; found {_names(present)}")
-        # A response that is not wanted is no sequence to learn, whatever the first row held.
+        # An undesirable response must not be imitated, even if the first row had no label.
         labels = {"label", "kto_tag"} & present.keys() - {*self.columns}
         for name in sorted(labels) if self.kind == "sequences" else ():
             if present[name] is False:
@@ -91,9 +92,9 @@ class Reader:
         return _as_kind(self.kind, self.parse(present, where), where)
 
     def unread(self, row: Row) -> set[str]:
-        """What is no part of examples: columns with text, messages or the like; messages' fields.
+        """Columns of a row, and fields of its messages, that are no part of examples, in quotes.
 
-        As they are told, in quotes.
+        Only columns that hold text, lists or mappings are named.
         """
         known = {*self.columns, *self.may}
         held = {name for name, value in row.items() if isinstance(value, str | list | dict)}
@@ -103,7 +104,7 @@ class Reader:
 
 
 def _unread_fields(value: Any) -> set[str]:
-    """Fields that messages, in lists of any depth, hold something in and that are not read."""
+    """Fields of messages, in lists of any depth, that are neither read nor empty."""
     if isinstance(value, Mapping):
         empty: tuple[Any, ...] = (None, "", [], {})
         return {name for name, held in value.items() if name not in _READ and held not in empty}
@@ -112,15 +113,14 @@ def _unread_fields(value: Any) -> set[str]:
 
 
 def parser(kind: Kind, form: Format, columns: Iterable[str], where: str) -> Reader:
-    """What reads rows with these columns.
+    """The reader of rows with these columns.
 
-    auto takes the first format that the columns hold. A preference row gives `sequences` its chosen
-    response, and `labelled` both of its responses; a labelled row gives `sequences` nothing where
-    its response is not wanted.
+    For `auto` it is the first format whose columns are all there. A preference row gives
+    `sequences` its chosen response, and `labelled` both of its responses; a labelled row with an
+    undesirable response gives `sequences` nothing.
 
     Raises:
-        InputError: beginning with `where`, which names the columns that are missing and those
-            found.
+        InputError: For missing columns, with those found; the message begins with `where`.
     """
     known = [one for one in _PARSERS if kind in one.kinds and form in ("auto", one.form)]
     if not known:
@@ -147,7 +147,7 @@ def _as_kind(kind: Kind, example: Example, where: str) -> tuple[Example, ...]:
 
 
 def _missing(known: list[Reader], found: set[str]) -> str:
-    """Which columns the nearest formats lack; where none is near, what each format needs."""
+    """Columns that the nearest formats lack or, if none is near, the columns of each format."""
     near = [one for one in known if found & {*one.columns, *one.may}]
     least = min((len(set(one.columns) - found) for one in near), default=0)
     sets = [one.columns for one in near if len(set(one.columns) - found) == least]
@@ -166,7 +166,7 @@ def _names(columns: Iterable[str]) -> str:
     return ", ".join(f'"{column}"' for column in columns) or "no columns"
 
 
-# One parser a format: rows without nulls, whose columns are there.
+# One parser for each format, of rows that have its columns and no nulls.
 
 
 def _parse_text(row: Row, where: str) -> Example:
@@ -190,7 +190,7 @@ def _parse_labelled(row: Row, where: str) -> Example:
 
 
 def _parse_preference(row: Row, where: str) -> Example:
-    """An explicit prompt, or the beginning that both sides share (TRL's extract_prompt)."""
+    """An explicit prompt, or the common beginning of both sides (TRL's extract_prompt)."""
     sides = (row["chosen"], row["rejected"])
     both = [isinstance(side, list | tuple) for side in sides]
     if both[0] != both[1]:
@@ -217,9 +217,10 @@ def _parse_preference(row: Row, where: str) -> Example:
 
 
 def _agreed(row: Row, shared: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """The beginning of both sides, which a prompt beside them repeats, or opens with a system's.
+    """The common beginning of both sides, if the row's prompt repeats it.
 
-    A text is one of the user's messages in it, as in UltraFeedback.
+    A system message that only the prompt has comes first. A text prompt must be one of the user's
+    messages in the beginning, as in UltraFeedback.
     """
     value = row.get("prompt")
     if isinstance(value, str):
@@ -239,7 +240,7 @@ def _agreed(row: Row, shared: tuple[Message, ...], where: str) -> tuple[Message,
 
 
 def _check_beside(row: Row, where: str) -> None:
-    """Raise InputError where the prompt of a pair seems to be in a column of another name."""
+    """Raise InputError if a pair's prompt seems to be in a column of another name."""
     asking = {name: _asks(name) for name, value in row.items() if isinstance(value, str | list)}
     found = [name for name, word in asking.items() if word is not None]
     if found:
@@ -251,7 +252,7 @@ def _check_beside(row: Row, where: str) -> None:
 
 
 def _asks(column: str) -> str | None:
-    """The word for which a column seems to be a prompt: "prompt" of userPrompt and prompt_text."""
+    """The word by which a column seems to be a prompt: "prompt" in userPrompt and prompt_text."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower())
     if words and words[-1] in _BODIES:
         words.pop()
@@ -259,7 +260,7 @@ def _asks(column: str) -> str | None:
 
 
 def _parse_responses(row: Row, where: str) -> Example:
-    """The published {prompt, responses, chosen}: two responses, and the better one's index."""
+    """The published {prompt, responses, chosen}: two responses, and the index of the better one."""
     responses, chosen = row["responses"], row["chosen"]
     if not isinstance(responses, list | tuple) or len(responses) != 2:
         raise InputError(f'{where}: "responses" takes a list of two')
@@ -269,7 +270,7 @@ def _parse_responses(row: Row, where: str) -> Example:
 
 
 def _parse_alpaca(row: Row, where: str) -> Example:
-    """LLaMA-Factory's: instruction, and on a line below it input; system; history."""
+    """LLaMA-Factory's Alpaca: instruction, input on the next line, system, history."""
     asked = [text_in(row, column, where) for column in ("instruction", "input") if row.get(column)]
     turns = (*turns_before(row, where), Message("user", "\n".join(asked)))
     return _answered(Conversation(messages=turns), row, where)
@@ -282,7 +283,7 @@ def _parse_content(row: Row, where: str) -> Example:
 
 
 def _parse_sharegpt(row: Row, where: str) -> Example:
-    """LLaMA-Factory's: conversations of {from, value}, by human and gpt; system."""
+    """LLaMA-Factory's ShareGPT: conversations of {from, value} by human and gpt, system."""
     place = f'{where}: "conversations"'
     turns, tools = shared_turns(row, where), tools_of(row, where)
     if "chosen" in row or "rejected" in row:
@@ -297,7 +298,7 @@ def _parse_sharegpt(row: Row, where: str) -> Example:
 
 
 def _answered(prompt: Conversation, row: Row, where: str) -> Example:
-    """The response or the pair of a LLaMA-Factory row behind its prompt."""
+    """The response or the pair of a LLaMA-Factory row, after its prompt."""
     if prompt.messages[-1].role not in ("user", "tool"):
         raise InputError(f"{where}: the prompt must end with what the user says")
     if "chosen" in row:
@@ -315,7 +316,7 @@ def _answered(prompt: Conversation, row: Row, where: str) -> Example:
 
 
 _SIDES = ("chosen", "rejected")
-# The likeliest to be the prompt first.
+# Names of columns that may hold a prompt, the likeliest first.
 _ASKING = (
     "prompt", "prompts", "question", "query", "instruction", "instructions", "problem", "task",
     "request", "messages", "conversation", "dialogue", "dialog", "post", "article", "document",
@@ -328,7 +329,7 @@ _SINGLE: tuple[Kind, ...] = ("sequences", "labelled")
 _TOOLS = ("tools",)
 _READ = ("role", "content", "from", "value", "weight", "function_call", *MORE)
 _ALPACA, _SHARED = ("input", "system", "history"), ("system", "tools")
-# The order is that in which `auto` tries them: a row may hold more columns than its format needs.
+# In the order in which `auto` tries them: a row may have more columns than its format needs.
 _PARSERS = (
     Reader("sharegpt", _SINGLE, ("conversations", "kto_tag"), _parse_sharegpt, _SHARED),
     Reader("sharegpt", _ALL, ("conversations", *_SIDES), _parse_sharegpt, _SHARED),
@@ -354,7 +355,7 @@ def _pair(prompt: Conversation, chosen: Any, rejected: Any, where: str) -> Examp
 
 
 def _behind(prompt: Conversation, responses: Mapping[str, Any], where: str) -> Example:
-    """The responses, by column, behind their prompt, which is a message where they are."""
+    """The responses, by column, after their prompt; a text prompt becomes a message if they are."""
     if prompt.text is not None and any(not isinstance(v, str) for v in responses.values()):
         prompt = Conversation(messages=(Message("user", prompt.text),))
     sides = (_response(value, prompt, f'{where}: "{name}"') for name, value in responses.items())
@@ -373,7 +374,7 @@ def _prompt(row: Row, where: str) -> Conversation:
 
 
 def _response(value: Any, prompt: Conversation, where: str) -> Conversation:
-    """A response in the form of its prompt: text behind text, messages behind messages."""
+    """A response in the form of its prompt: text after text, messages after messages."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list | tuple):
@@ -394,7 +395,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items two sequences share at their start; of tokens, TRL's common_prefix_length."""
+    """Length of the common beginning of two sequences; of tokens, TRL's common_prefix_length."""
     pairs = enumerate(zip(one, other, strict=False))
     differs = (index for index, (left, right) in pairs if left != right)
     return next(differs, min(len(one), len(other)))

@@ -1,6 +1,6 @@
-"""Prompts: what a row asks, as a text or messages with tools; token ids, and text of tokens again.
+"""Prompts as text, or as messages with tools; their token ids, and the text of tokens.
 
-Works with any transformers tokenizer; how a model wants to read messages is in chat.py.
+Works with any transformers tokenizer; the rendering of messages for a model is in chat.py.
 """
 
 import json
@@ -18,14 +18,14 @@ from w2s_jax.text.tokenizer import tokens_behind
 _FIELDS = ("prompt", "messages", "instruction", "conversations")
 _ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}
-"""Roles that chat templates know under another name."""
+"""Other names of roles, and the names under which chat templates know them."""
 _BEFORE = {"instruction": ("system", "history"), "conversations": ("system",)}
-"""What rows of a field may hold beside it, to be read before it."""
-# Of people, whom no template names.
+"""Columns that are read with a prompt field, and come before it."""
+# The name of a speaker, which templates do not write.
 _IDLE = {("name", role) for role in ("system", "user", "assistant")}
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Fields of messages with what an assistant thought, under the names that templates have for it."""
+"""Fields of messages that hold an assistant's reasoning, under the names that templates use."""
 MORE = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
 _MESSAGE = '{"role": "user", "content": "text"}'
 
@@ -34,7 +34,7 @@ _MESSAGE = '{"role": "user", "content": "text"}'
 class Message:
     """One turn; role is system, user, assistant or tool.
 
-    `more` has (name, value) of further fields that chat templates read: the calls of tools, say.
+    `more` has (name, value) of further fields that chat templates read, such as tool_calls.
     """
 
     role: str
@@ -43,16 +43,16 @@ class Message:
 
     @property
     def turn(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
+        """The message in the form that chat templates take."""
         return {"role": self.role, "content": self.content, **dict(self.more)}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a response answers: a text to continue, or messages of which the user's is the last.
+    """What a response answers: a text to continue, or messages of which the last is the user's.
 
-    template_args: values for the chat templates that write it, such as enable_thinking; they go
-    before those of a template. `tools` are those that the assistant may call, as JSON schemas.
+    `template_args` are values for the chat templates, such as enable_thinking, and override those
+    of a template. `tools` are JSON schemas of the functions that the assistant may call.
     """
 
     text: str | None = None
@@ -65,22 +65,23 @@ class Conversation:
             raise ValueError("a conversation is either a text or messages")
 
     def turns(self, role: str) -> tuple[Message, ...]:
-        """The messages; of a text, one of this role."""
+        """The messages; a text becomes one message of this role."""
         return self.messages or (Message(role, self.text or ""),)
 
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
-    """What a row's "prompt" (text or messages), "messages", "instruction" or "conversations" asks.
+    """Read a row's "prompt" (text or messages), "messages", "instruction" or "conversations".
 
-    An instruction is a user's message, with "input" after a blank line where there is one, as in
-    Alpaca's files, behind its "system" text and its "history" (`turns_before`). A message is
-    {"role", "content"}; its content is text or a list of {"type": "text", "text"} parts, which are
-    joined. Of ShareGPT's conversations, of {"from", "value"} turns behind a "system" text, a last
-    turn of the assistant's is left out: like "output", it is what somebody else answered. Messages
-    may call the row's "tools" (`tools_of`). A field that is null counts as absent.
+    An instruction is a user message, with "input" after a blank line if there is one, as in
+    Alpaca's files, after its "system" text and its "history" (`turns_before`). A message is
+    {"role", "content"}; its content is text, or a list of {"type": "text", "text"} parts, which are
+    joined. ShareGPT's conversations are {"from", "value"} turns after a "system" text; a last turn
+    of the assistant is dropped since, like "output", it is an answer. Messages may call the row's
+    "tools" (`tools_of`). A null field counts as absent.
 
     Raises:
-        InputError: beginning with `where`, unless exactly one of the four is there and sound.
+        InputError: Unless exactly one of the four is there and well-formed; the message begins with
+            `where`.
     """
     fields = [field for field in _FIELDS if row.get(field) is not None]
     if not fields:
@@ -93,7 +94,7 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
         raise InputError(f"{where}: {several} in one row; it must hold exactly one of them")
     field, value, tools = fields[0], row[fields[0]], tools_of(row, where)
     for name in ("system", "history"):
-        # What the prompt seems to be asked behind, and is not read.
+        # Context that the prompt seems to need, and that is not read with this field.
         unread = name not in _BEFORE.get(field, ()) and isinstance(row.get(name), str | list)
         if unread and row[name]:
             raise InputError(
@@ -129,9 +130,13 @@ Turns = tuple[Message, ...]
 def messages_of(value: Any, where: str, takes: str = "a list of messages") -> Turns:
     """The messages of a list, whoever speaks last.
 
+    Args:
+        value: The list.
+        where: Beginning of error messages.
+        takes: Names what is expected, in the error for anything but a list.
+
     Raises:
-        InputError: beginning with `where`, for messages that are not sound, and for what is no
-            list, which says what it `takes`.
+        InputError: For malformed messages, and for anything but a list.
     """
     if not isinstance(value, list | tuple):
         raise InputError(f"{where} is {type(value).__name__}; it takes {takes}")
@@ -141,7 +146,7 @@ def messages_of(value: Any, where: str, takes: str = "a list of messages") -> Tu
 
 
 def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
-    """A row's text, empty where it is null or not there; InputError, at `where`, for no text."""
+    """A row's text, empty if null or missing; InputError, beginning with `where`, for no text."""
     value = row.get(column)
     if not isinstance(value, str | None):
         raise InputError(f'{where}: "{column}" is {type(value).__name__}; it takes text')
@@ -149,7 +154,7 @@ def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def tagged(item: Any) -> Any:
-    """A turn of {from, value} as {role, content}; anything else as it is."""
+    """A turn of {from, value} as {role, content}; anything else unchanged."""
     if not isinstance(item, Mapping) or "from" not in item:
         return item
     role, value = item["from"], item.get("value")
@@ -162,10 +167,10 @@ def tagged(item: Any) -> Any:
 
 
 def shared_turns(row: Mapping[str, Any], where: str) -> Turns:
-    """The messages of a ShareGPT row: its "conversations", behind its "system" text if it has one.
+    """The messages of a ShareGPT row: its "conversations", after its "system" text if there is one.
 
     Raises:
-        InputError: beginning with `where`, for what is not sound.
+        InputError: For malformed turns; the message begins with `where`.
     """
     value = row["conversations"]
     items = [tagged(item) for item in value] if isinstance(value, list | tuple) else value
@@ -175,10 +180,10 @@ def shared_turns(row: Mapping[str, Any], where: str) -> Turns:
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
-    """The row's "tools": JSON schemas of functions, as a list or as its JSON text; () without any.
+    """The row's "tools": JSON schemas of functions, as a list or its JSON text; () without any.
 
     Raises:
-        InputError: beginning with `where`, for anything else.
+        InputError: For anything else; the message begins with `where`.
     """
     tools = _json(row.get("tools")) or ()
     if not isinstance(tools, list | tuple) or not all(function_of(one) for one in tools):
@@ -187,14 +192,14 @@ def tools_of(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
 
 
 def function_of(item: Any) -> Mapping[str, Any]:
-    """The {"name", ..} of a tool or a call of one; empty where there is none."""
+    """The {"name", ..} of a tool, or of a call of one; empty if there is none."""
     found = item.get("function") or item if isinstance(item, Mapping) else {}
     named = isinstance(found, Mapping) and isinstance(found.get("name"), str) and found["name"]
     return found if named else {}
 
 
 def _json(value: Any) -> Any:
-    """What a JSON text holds; anything else as it is."""
+    """The value of a JSON text; anything else unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
             return json.loads(value)
@@ -202,11 +207,11 @@ def _json(value: Any) -> Any:
 
 
 def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Row]:
-    """The rows with the named field as their "prompt" too; as they are where none is named.
+    """The rows with the field `field` copied to "prompt"; unchanged if it is None.
 
     Raises:
-        InputError: naming the row as "SOURCE NUMBER", where the field is missing or the row has
-            another prompt beside it.
+        InputError: If the field is missing, or a row has another prompt beside it; the row is named
+            as "SOURCE NUMBER".
     """
     if field is None or field == "prompt":
         return list(rows)
@@ -228,14 +233,14 @@ def prompts_from(rows: Sequence[Row], field: str | None, source: str) -> list[Ro
 
 
 def role_of(name: Any) -> Any:
-    """The role that chat templates know by this name: OpenAI's developer is the system."""
+    """The role's name in chat templates: OpenAI's developer is the system."""
     return _ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def plain(conversation: Conversation) -> str:
-    """The text that a scorer of texts or a judge reads.
+    """The text of a conversation for judges and for scorers that read text.
 
-    A text as it is; of one message, its content; of more, "role: content" lines.
+    A text as it is; the content of a single message; of several, "role: content" lines.
     """
     if conversation.text is not None:
         return conversation.text
@@ -245,10 +250,10 @@ def plain(conversation: Conversation) -> str:
 
 
 def turns_before(row: Mapping[str, Any], where: str) -> Turns:
-    """What goes before an Alpaca row's instruction: its "system", its "history" of pairs.
+    """What precedes an Alpaca row's instruction: its "system", its "history" of pairs.
 
     Raises:
-        InputError: beginning with `where`, for what is not sound.
+        InputError: For anything malformed; the message begins with `where`.
     """
     system, history = text_in(row, "system", where), row.get("history") or ()
     turns = [Message("system", system)] if system else []
@@ -292,7 +297,7 @@ def _message(item: Any, where: str) -> Message:
 
 
 def _calls(value: Any, where: str) -> list[Any]:
-    """Calls of tools with their arguments as an object, which templates write as JSON."""
+    """Tool calls with their arguments as an object, which templates write as JSON."""
     if not isinstance(value, list | tuple) or not all(function_of(call) for call in value):
         raise InputError(f'{where} takes a list of calls, each of a function with a "name"')
     found = []
@@ -317,27 +322,29 @@ def _part(part: Any, where: str) -> str:
 
 
 INCOMPLETE = "\ufffd"
-"""How tokenizers write the bytes of a character that is not complete yet."""
+"""How tokenizers decode the bytes of an incomplete character."""
 
 CONTEXT = 64
-"""Text is decoded behind at most this many of the tokens before it.
+"""Text is decoded after at most this many of the tokens before it.
 
-The same number wherever a response is read, so that its text is the same in scores, traces and
+The number is the same everywhere, so that a response has the same text in scores, traces and
 outputs.
 """
 
 _ESCAPE = re.compile(r"\\[ntr](?![A-Za-z])")
-# Bytes of the longest character in UTF-8; each may be a token of its own.
+# Bytes of the longest UTF-8 character; each may be a token of its own.
 _LONGEST_CHARACTER = 4
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt with the special tokens the tokenizer puts in front; never empty.
+    """Token ids of a prompt, after the special tokens that the tokenizer adds in front.
 
-    Those that it puts behind, an EOS say, are left out: what follows would begin another text. A
-    special token that the prompt spells stays. A prompt that begins with the BOS token gets no
-    second one, and one without tokens becomes the BOS token, or EOS where there is no BOS. Raises
-    InputError where there is neither.
+    Never empty: a prompt without tokens becomes the BOS token, or EOS if there is no BOS. Special
+    tokens that the tokenizer adds at the end, such as EOS, are left out: what follows would begin
+    another text. A special token in the prompt itself stays, and a BOS at its start is not doubled.
+
+    Raises:
+        InputError: If the prompt is empty and there is neither BOS nor EOS.
     """
     check_kind("a prompt", prompt, str, "text")
     check_encodable("the prompt is not text", prompt)
@@ -351,7 +358,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def check_encodable(told: str, *texts: str) -> None:
-    """Raise InputError, which begins as `told`, for a text without a form in UTF-8."""
+    """Raise InputError, beginning with `told`, for a text that UTF-8 cannot encode."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -359,17 +366,16 @@ def check_encodable(told: str, *texts: str) -> None:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Token ids of texts that may go on: with special tokens in front or none, and none behind."""
+    """Token ids of texts that may be continued: no special tokens at the end, optional in front."""
     return [ids for ids, _ in encode_spans(tokenizer, texts, special=special, offsets=False)]
 
 
 def encode_spans(
     tokenizer: Any, texts: Sequence[str], *, special: bool, offsets: bool = True
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """The token ids that `encode_texts` gives, each text's with its tokens' places in it.
+    """The token ids of `encode_texts`, with each token's (start, end) in characters.
 
-    Those are the first character and the end of each token, which takes a fast tokenizer; without
-    `offsets` there is none.
+    The spans take a fast tokenizer; they are empty without `offsets`.
     """
     if not texts:
         return []
@@ -390,7 +396,7 @@ def encode_spans(
 
 
 def decode_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of token ids, special tokens left out, spaces as they are."""
+    """The text of token ids, without special tokens, spaces unchanged."""
     return tokenizer.decode(
         list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -406,13 +412,20 @@ def response_end(
     behind: Sequence[int] = (),
     eos_ids: Sequence[int] = (),
 ) -> tuple[str, str | None]:
-    """What a response's tokens add to their prompt, up to an EOS or stop string, and that string.
+    """The text of a response up to an EOS or a stop string, and that string.
 
-    Read behind the prompt, because some tokenizers drop a leading space from text of its own.
-    finished: whether an EOS or a stop string ended it; a character that its length cut short is
-    left out. behind: tokens that followed before a stop string took them off; where the last of
-    `tokens` holds the beginning of that string, they show it. eos_ids: the last token, if it is one
-    of them, has no text, whether or not the tokenizer knows it as special.
+    It is decoded after its prompt, because some tokenizers drop a leading space.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Token ids of the prompt.
+        tokens: Token ids of the response.
+        finished: Whether EOS or a stop string ended it. Otherwise an incomplete last character is
+            left out.
+        stop: The stop strings.
+        behind: Tokens that followed before a stop string cut them off; they complete the string if
+            `tokens` ends within it.
+        eos_ids: The last token has no text if it is one of these, special to the tokenizer or not.
     """
     text_of = partial(text_behind, partial(decode_tokens, tokenizer), prompt[-CONTEXT:])
     if finished and tokens and tokens[-1] in eos_ids:
@@ -430,9 +443,9 @@ def response_end(
 def text_behind(
     decode: Callable[[Sequence[int]], str], prompt: Sequence[int], tokens: Sequence[int]
 ) -> str:
-    """The text that tokens add to their prompt's; that of the tokens alone where it cannot be told.
+    """The text that tokens add to the prompt's text; that of the tokens alone if it is undefined.
 
-    It cannot where the prompt's text changes with what follows, as inside a multi-byte character.
+    It is undefined if the prompt's text depends on what follows, as within a multi-byte character.
     """
     before, whole = decode(prompt), decode([*prompt, *tokens])
     return whole.removeprefix(before) if whole.startswith(before) else decode(tokens)
@@ -441,9 +454,9 @@ def text_behind(
 def token_texts(
     decode: Callable[[Sequence[int]], str], prompt: Sequence[int], tokens: Sequence[int]
 ) -> list[str]:
-    """What each token adds to the text behind a prompt.
+    """The text that each token adds after a prompt.
 
-    A character that several tokens write belongs to the last of them.
+    A character of several tokens belongs to the last of them.
     """
     texts: list[str] = []
     before = list(prompt[-CONTEXT:])
@@ -460,15 +473,15 @@ def token_texts(
 
 
 def cut(text: str, stop: Sequence[str]) -> str | None:
-    """The text before the first stop string in it, or None where there is none."""
+    """The text before the first stop string in it; None if there is none."""
     starts = [start for start in map(text.find, stop) if start >= 0]
     return text[: min(starts)] if starts else None
 
 
 def escape_notes(stop: Sequence[str]) -> list[str]:
-    r"""A line for each stop string that holds \\n or the like as two characters.
+    r"""A line for each stop string that contains \\n or the like as two characters.
 
-    A shell hands them on so, and so does YAML outside of double quotes.
+    A shell passes them on so, and so does YAML without double quotes.
     """
     return [
         f"note: the stop string {text!r} holds a backslash and a letter, not what they stand for; "
@@ -479,7 +492,7 @@ def escape_notes(stop: Sequence[str]) -> list[str]:
 
 
 def special_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Stop strings as (text to look for, token ids): a special token never shows in the text."""
+    """Split stop strings into (texts to search for, ids of special tokens, which have no text)."""
     special = set(tokenizer.all_special_tokens)
     ids = tuple(tokenizer.convert_tokens_to_ids(text) for text in stop if text in special)
     return tuple(text for text in stop if text not in special), ids

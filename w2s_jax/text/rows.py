@@ -1,12 +1,12 @@
-"""Files of rows, and long jobs over them: finished rows in a journal at once, progress told.
+"""Files of rows, and long jobs over them: a journal of finished rows, and progress messages.
 
-In a file of rows one line is one JSON object and blank lines are not allowed, so the row at index i
-stands on line i + 1. A byte-order mark in front is left out. What a row must hold is for its reader
-to say. Files that are written appear whole or not at all.
+In a file of rows each line is a JSON object and blank lines are not allowed, so the row at index i
+is on line i + 1. A byte-order mark is skipped. The fields of a row are the reader's concern. Files
+are written atomically.
 
-The journal is JSON lines. The first holds the job's fingerprint (its inputs and settings),
-each other one a row under its id. Of several hosts each writes its share of the rows, and one the
-output; no file system need be shared.
+The journal is a file of JSON lines: first the job's fingerprint (its inputs and settings), then one
+row per line under its id. With several hosts each writes its share of the rows, and one the output;
+they need no shared file system.
 """
 
 import codecs
@@ -32,13 +32,12 @@ from w2s_jax.errors import InputError, check_fetched
 
 
 def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
-    """Write parts, one after the other, to a file that a kill at any moment leaves old or new.
+    """Write the parts, in order, to a file atomically: a kill leaves the old or the new content.
 
-    Makes the file's folder.
+    Creates the file's folder.
 
     Raises:
-        InputError: where it cannot be written; whatever else `parts` raises leaves the file as
-            it was.
+        InputError: If it cannot be written. Whatever else `parts` raises leaves the file as it was.
     """
     path = Path(path)
     check_writable(path)
@@ -57,10 +56,10 @@ def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure, before long work, that a file can be written at `path`; makes its folder.
+    """Check, before long work, that a file can be written at `path`; creates its folder.
 
     Raises:
-        InputError: where it cannot.
+        InputError: If it cannot.
     """
     path = Path(path)
     fault = None
@@ -80,7 +79,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a new or renamed entry of a folder survive a power cut."""
+    """Make new or renamed entries of a folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -90,16 +89,16 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Keep other runs off the output at `path` while the block runs.
+    """Lock the output at `path` against other runs inside the block.
 
-    The lock ends with the process, however it ends.
+    The lock ends with the process, however that ends.
 
     Raises:
-        InputError: where another run holds it, and where no file can be made there.
+        InputError: If another run holds it, or no file can be created there.
     """
     path = Path(path)
     check_writable(path)
-    # A file that is reached by a link is the same.
+    # The same file, reached through a link, has the same lock.
     real = path.resolve()
     lock = real.with_name(f".{real.name}.lock")
     with lock.open("w") as file:
@@ -116,10 +115,10 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file holds.
+    """The content of a file.
 
     Raises:
-        InputError: where it cannot be read, or is a pointer of Git LFS.
+        InputError: If it cannot be read, or is a Git LFS pointer.
     """
     check_fetched(path)
     try:
@@ -135,20 +134,21 @@ def read_jsonl(path: str | Path) -> list[Row]:
     """All rows of a .jsonl, .jsonl.gz or .jsonl.xz file, in order.
 
     Raises:
-        InputError: for a missing, unreadable or empty file and, naming the line, for one that
-            is not a JSON object in UTF-8.
+        InputError: For a missing, unreadable or empty file and, naming the line, for one that is
+            not a JSON object in UTF-8.
     """
     path = Path(path)
     return _parse_lines(path, _read(path))
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], str]:
-    """All rows of a file of JSON lines, or of one JSON array, and what its rows stand on.
+    """All rows of a file of JSON lines or of one JSON array.
 
-    The latter is "PATH line" or "PATH row", before a number from 1.
+    Returns:
+        The rows, and "PATH line" or "PATH row", which precedes a row's number from 1 in messages.
 
     Raises:
-        InputError: as `read_jsonl` does.
+        InputError: As `read_jsonl` does.
     """
     path = Path(path)
     data = _read(path)
@@ -167,10 +167,10 @@ def read_rows(path: str | Path) -> tuple[list[Row], str]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows one a line, compressed as the suffix says; the file appears whole or not at all.
+    """Write one row per line, atomically, compressed according to the suffix.
 
     Raises:
-        InputError: where the file cannot be written.
+        InputError: If the file cannot be written.
     """
     path = Path(path)
     compress: dict[str, Callable[[bytes], bytes]] = {
@@ -180,7 +180,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """A row as one line of UTF-8 JSON; text that has no UTF-8 form (lone surrogates) is escaped."""
+    """A row as a line of UTF-8 JSON; text that UTF-8 cannot encode (lone surrogates) is escaped."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -188,7 +188,7 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    """What a file holds, without compression, as its suffix tells it, and a byte-order mark."""
+    """The content of a file, decompressed according to its suffix, without a byte-order mark."""
     data = read_bytes(path)
     decompress = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     try:
@@ -232,17 +232,17 @@ HEADER = "w2s_journal"
 
 @dataclass(frozen=True)
 class Journal:
-    """A journal in a sound state; made by `open_journal` and `job_journal`.
+    """A sound journal; made by `open_journal` and `job_journal`.
 
-    One process writes it at a time. Row i is the share of host i modulo their number. On several
-    hosts, all call each method together, but for `append`.
+    One process writes it at a time. Row i belongs to the host i modulo their number. With several
+    hosts, all call each method together, except `append`.
 
     Attributes:
-        path: where this host's rows go.
-        fingerprint: what tells jobs apart, JSON values by name.
-        others: journals that an earlier run on another number of hosts left to this one.
-        host: the number of this host.
-        count: how many hosts there are.
+        path: The file of this host's rows.
+        fingerprint: What distinguishes jobs, as JSON values by name.
+        others: Journals left to this host by an earlier run with another number of hosts.
+        host: Number of this host.
+        count: Number of hosts.
     """
 
     path: Path
@@ -252,7 +252,7 @@ class Journal:
     count: int = 1
 
     def append(self, row_id: int, row: Mapping[str, Any]) -> None:
-        """Add a finished row; it is on the disk when this returns. The first one makes the file."""
+        """Add a finished row; it is on disk when this returns. The first one creates the file."""
         with self.path.open("ab") as file:
             new = file.tell() == 0
             header = json_line({HEADER: 1, "fingerprint": self.fingerprint}) if new else b""
@@ -263,10 +263,10 @@ class Journal:
             sync_folder(self.path.parent)
 
     def read(self) -> dict[int, Row]:
-        """The finished rows of all hosts by id, without a half-written last line.
+        """The finished rows of all hosts by id, without a torn last line.
 
         Raises:
-            InputError: for a line that is damaged anywhere else.
+            InputError: For a damaged line anywhere else.
         """
         rows: dict[int, Row] = {}
         for path in (*self.others, self.path):
@@ -277,7 +277,7 @@ class Journal:
         return dict(sorted(rows.items()))
 
     def is_own(self, row_id: int) -> bool:
-        """Whether a row is this host's to write: every one, on one host."""
+        """Whether a row is this host's to write; with one host, every row is."""
         return row_id % self.count == self.host
 
     def merge(
@@ -286,13 +286,18 @@ class Journal:
         count: int,
         write: Callable[[str | Path, Iterable[Row]], None] = write_jsonl,
     ) -> None:
-        """Write the rows 0 to count − 1 to `output`, in this order, then remove the journal.
+        """Write the rows 0 to count − 1 to `output`, in order, then remove the journal.
 
         The first host writes, then every host removes its journals. A kill in between leaves them,
         and merging again gives the same file.
 
+        Args:
+            output: The file.
+            count: Number of rows.
+            write: Writes the rows to the file.
+
         Raises:
-            InputError: where rows are missing; nothing is written then.
+            InputError: If rows are missing; nothing is written then.
         """
         rows = self.read()
         missing = [row_id for row_id in range(count) if row_id not in rows]
@@ -304,29 +309,33 @@ class Journal:
         if self.host == 0:
             write(output, (rows[row_id] for row_id in range(count)))
         if self.count > 1:
-            gather_values(None)  # the output is there before a journal goes
+            gather_values(None)  # no journal is removed before the output exists
         for path in (*self.others, self.path):
             path.unlink(missing_ok=True)
 
 
 def told_kept(path: Path) -> str:
-    """Where the rows of a job are that could not be ended, to be put behind the reason."""
+    """Where the finished rows of a failed job are, to be added to the reason of the failure."""
     return f"; what was found for the others is kept in {path}" if path.exists() else ""
 
 
 def journal_path(output: str | Path) -> Path:
-    """Where the journal of a job lies: beside its output, as OUTPUT.journal."""
+    """Path of a job's journal: OUTPUT.journal, beside its output."""
     return Path(f"{output}.journal")
 
 
 def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
     """The journal of a job, with the rows of an earlier run if there are any.
 
-    A half-written last line is cut away. `fingerprint` tells jobs apart: JSON values by name.
+    A torn last line is cut off.
+
+    Args:
+        path: The file.
+        fingerprint: What distinguishes jobs, as JSON values by name.
 
     Raises:
-        InputError: where the journal holds rows of a job with another fingerprint (saying what
-            differs), is damaged or cannot be written.
+        InputError: If the journal has another fingerprint (the message names the differences), is
+            damaged or cannot be written.
     """
     path = Path(path)
     check_writable(path)
@@ -355,7 +364,7 @@ def open_journal(path: str | Path, fingerprint: Mapping[str, Any]) -> Journal:
 
 
 def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], int]:
-    """(fingerprint, None without a whole header; rows by id; bytes to the end of the last row)."""
+    """(fingerprint, None without a complete header; rows by id; bytes up to the last row's end)."""
     lines = read_bytes(path).splitlines(keepends=True)
     fingerprint: dict[str, Any] | None = None
     rows: dict[int, Row] = {}
@@ -383,25 +392,25 @@ def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Row], in
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two mappings do not have alike, by name: (there, here), None for what one has not."""
+    """Names whose values differ in two mappings, with (found, wanted), None for a missing one."""
     names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
     return {name: (found.get(name), wanted.get(name)) for name in names}
 
 
 def host_journal_path(output: str | Path, host: int) -> Path:
-    """Where a host's journal lies: OUTPUT.journal for the first, OUTPUT.host1.journal and so on."""
+    """Path of a host's journal: OUTPUT.journal for the first, then OUTPUT.host1.journal etc."""
     return journal_path(output) if host == 0 else journal_path(f"{output}.host{host}")
 
 
 @contextlib.contextmanager
 def job_journal(output: str | Path, fingerprint: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal beside `output` that this process is to write, locked while the block runs.
+    """The journal beside `output` that this process is to write, locked inside the block.
 
-    On several hosts each has one of its own. Those that an earlier run left here with another
-    number of hosts are taken up too.
+    With several hosts each has its own, and also takes over those that an earlier run with another
+    number of hosts left here.
 
     Raises:
-        InputError: as `locked` and `open_journal` do.
+        InputError: As `locked` and `open_journal` do.
     """
     host, count = own_number()
     left = [at for at in _left_behind(output) if at >= count and at % count == host]
@@ -414,33 +423,34 @@ def job_journal(output: str | Path, fingerprint: Mapping[str, Any]) -> Iterator[
 
 
 def _left_behind(output: str | Path) -> list[int]:
-    """Numbers of the hosts, but the first, whose journals lie beside an output."""
+    """Numbers of the hosts, except the first, whose journals lie beside an output."""
     output = Path(output)
     named = re.compile(re.escape(f"{output.name}.host") + r"(\d+)\.journal", re.ASCII)
     found = (named.fullmatch(path.name) for path in output.parent.glob("*.journal"))
     return sorted(int(each[1]) for each in found if each)
 
 
-_TELL_SECONDS = 30.0  # how often a line is written where there is no terminal
+_TELL_SECONDS = 30.0  # time between lines of progress without a terminal
 
 
 @contextlib.contextmanager
 def progress(
     total: int, unit: str, *, done: int = 0, name: str = ""
 ) -> Iterator[Callable[[int], None]]:
-    """Show how much of some work is done, while the block runs.
+    """Show the progress of some work inside the block.
 
-    On a terminal tqdm's bar. Elsewhere the first host writes lines to standard error: one at the
-    start, as minutes of loading and compiling may follow, then one every 30 s, and the last.
+    On a terminal it is tqdm's bar. Otherwise the first host writes lines to standard error: one at
+    the start, since minutes of loading and compiling may follow, then one every 30 s, and a last
+    one.
 
     Args:
-        total: how many there are; of none nothing is shown.
-        unit: what they are, in the singular.
-        done: how many are done at the start.
-        name: what they are done for.
+        total: Number of units; nothing is shown for 0.
+        unit: Name of a unit, in the singular.
+        done: Units done at the start.
+        name: Name of the work.
 
     Yields:
-        A function that takes how many more are done.
+        A function that takes the number of further units done.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

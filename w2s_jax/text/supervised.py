@@ -1,6 +1,6 @@
-"""Examples as token ids with the tokens that count in the loss, and what becomes of long ones.
+"""Examples as token ids, with the tokens that count in the loss; truncation of long ones.
 
-Text goes through text/chat.py's templates; rows, files and batches are elsewhere.
+Text is rendered by the templates of text/chat.py; rows, files and batches are elsewhere.
 """
 
 import re
@@ -27,10 +27,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example's sides.
+    """The sides of an example.
 
-    merged: the prompt's last tokens became part of the responses. unwritten: fields of messages
-    that the template left out.
+    Attributes:
+        sides: One, or the chosen and the rejected one.
+        merged: Whether the prompt's last tokens merged with the responses.
+        unwritten: Fields of messages that the template left out.
     """
 
     sides: tuple[Side, ...]
@@ -40,7 +42,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """What is tokenised: with the tokenizer's special tokens or without, and what goes behind."""
+    """Text to tokenise.
+
+    Attributes:
+        prompt: The prompt alone, which locates the start of the response; None without a prompt.
+        sides: Each prompt with its response.
+        special: Whether the tokenizer adds its special tokens.
+        end: Token to append to each side, if any.
+        spans: Where the assistant's turns are in each side, in characters.
+        ready: Token ids and marks of sides that the template has tokenised.
+        unwritten: Fields of messages that the template left out.
+    """
 
     prompt: str | None
     sides: tuple[str, ...]
@@ -59,21 +71,25 @@ def encode(
     *,
     append_eos: bool = True,
 ) -> list[Encoded]:
-    """Token ids and targets of examples, which stand at `places`.
+    """Token ids and targets of examples.
 
-    A text is its prompt and response, tokenised together, with EOS behind. Messages are written
-    whole by the tokenizer's chat template or a file, which end turns as they will; a published
-    template is written up to the last answer, which its end token closes. The response begins where
-    the tokens differ from those of the prompt alone: of a token that holds the end of the one and
-    the beginning of the other, and of both responses of a pair at the same place (as in TRL).
+    A text is its prompt and response, tokenised together, followed by EOS. Messages are rendered
+    completely by the tokenizer's chat template or a file, which end turns in their own way; a
+    published template renders up to the last answer, and its end token follows. The response begins
+    where the tokens differ from those of the prompt alone, so that a token across the border
+    belongs to it, and at the same place in both responses of a pair (as in TRL).
 
-    loss_on is auto (as the example says), completion (the response, or the last answer of a
-    conversation), assistant (every answer in it), or all. Which tokens are an answer's is told by
-    the template's {% generation %} marks, or by how the beginnings of the conversation are written.
-    append_eos puts EOS, or a published template's end token, behind what does not end so.
+    Args:
+        template: The template.
+        examples: The examples.
+        places: Their places in files, for error messages.
+        loss_on: auto (what the example says), completion (the response, or the last answer of a
+            conversation), assistant (all its answers), or all. Answers are found by the template's
+            {% generation %} marks, or by rendering the beginnings of the conversation.
+        append_eos: Whether to append EOS, or a published template's end token, where it is missing.
 
     Raises:
-        InputError: beginning with the place, for what the template or the tokenizer refuses.
+        InputError: For what the template or the tokenizer refuses; begins with the place.
     """
     losses = [example.loss if loss_on == "auto" else loss_on for example in examples]
     rendered = []
@@ -92,12 +108,20 @@ def encode(
 
 
 def shorten(encoded: Encoded, max_length: int, policy: Truncation) -> list[Encoded]:
-    """What the policy leaves of an example with a side longer than `max_length`.
+    """Truncate an example with a side longer than `max_length`.
 
-    keep_start cuts the end and keep_end the beginning of each side (TRL's names); keep_response
-    cuts the prompt's beginning first, by as much on both sides, then the end; split makes several
-    examples of one, whose targets are together all but the first of each; drop leaves nothing.
-    Whatever is left without targets on a side is dropped, as in TRL. `error` is for the caller.
+    Sides without targets are dropped with their example, as in TRL.
+
+    Args:
+        encoded: The example.
+        max_length: Maximum tokens of a side.
+        policy: keep_start cuts the end and keep_end the beginning of each side (TRL's names).
+            keep_response cuts the prompt's beginning first, equally on both sides, then the end.
+            split makes several examples of one, whose targets are all but the first token of each.
+            drop leaves nothing, as does error, which the caller handles.
+
+    Returns:
+        What is left, as zero or more examples.
     """
     if max(map(len, encoded.sides)) <= max_length:
         return [encoded] if _counts(encoded) else []
@@ -109,7 +133,7 @@ def shorten(encoded: Encoded, max_length: int, policy: Truncation) -> list[Encod
         parts = [Encoded((_part(side, start, max_length),), encoded.merged) for start in starts]
         return [part for part in parts if _counts(part)]
     cut = 0
-    if policy == "keep_response":  # of the prompt one token stays, for the response to follow
+    if policy == "keep_response":  # one token of the prompt stays, which predicts the response
         over = (min(len(side) - max_length, side.prompt - 1) for side in encoded.sides)
         cut = max(0, *over)
     sides = tuple(
@@ -175,7 +199,7 @@ def _render(template: Template, example: Example, loss: str) -> _Rendered:
 
 
 def _last_answer(example: Example) -> Example:
-    """The last answer of a conversation as the response to what comes before it."""
+    """A conversation's last answer as the response to what precedes it."""
     messages = example.responses[0].messages
     if not messages:
         raise InputError("a text of its own has no prompt; take the loss on all of it")
@@ -187,7 +211,7 @@ def _last_answer(example: Example) -> Example:
 
 
 def _published(template: Template, whole: Sequence[Message], tools: Sequence[Any]) -> str:
-    """A conversation up to its last answer, as a published template writes it."""
+    """A conversation up to its last answer, in a published template's format."""
     if whole[-1].role != "assistant":
         raise InputError("a conversation must end with what the assistant says")
     if tools or any(message.more for message in whole):
@@ -202,7 +226,7 @@ def _published(template: Template, whole: Sequence[Message], tools: Sequence[Any
 def _answers(
     template: Template, whole: Sequence[Message], text: str, tools: Sequence[Any]
 ) -> Spans:  # fmt: skip
-    """Where in a written conversation the assistant's turns are, without the text opening them."""
+    """Spans of the assistant's turns in a rendered conversation, without their opening text."""
     spans = []
     for index, message in enumerate(whole):
         if message.role != "assistant":
@@ -213,7 +237,7 @@ def _answers(
             closing = _closed(template, text, opening + message.content)
         else:
             closing = template.render_whole(whole[: index + 1], tools)
-            # Templates put a system's message of their own in front, which nobody said.
+            # Templates may add a system message of their own in front, which is no answer.
             opening = opening if before else _first_opening(template, closing, tools)
             closing = _as_it_goes_on(text, opening, closing)
         if not (text.startswith(opening) and text.startswith(closing)):
@@ -227,16 +251,16 @@ def _answers(
 
 
 def _first_opening(template: Template, closing: str, tools: Sequence[Any]) -> str:
-    """What a conversation that the assistant begins has in common, whatever is said in it."""
+    """The text that every conversation begun by the assistant shares, whatever its content."""
     said = [(Message("assistant", content),) for content in ("\u2603", "\u260e")]
     rendered = [template.render_whole(one, tools) for one in said]
     return closing[: min(common_length(closing, one) for one in rendered)]
 
 
 def _as_it_goes_on(text: str, opening: str, closing: str) -> str:
-    """A conversation up to an answer, as the whole one begins.
+    """A conversation up to an answer, as the whole conversation begins.
 
-    Templates such as Qwen3's write an answer's thoughts only as long as nothing follows it.
+    Templates such as Qwen3's render an answer's thoughts only while nothing follows it.
     """
     if text.startswith(closing) or not closing.startswith(opening):
         return closing
@@ -245,7 +269,7 @@ def _as_it_goes_on(text: str, opening: str, closing: str) -> str:
 
 
 def _closed(template: Template, text: str, answer: str) -> str:
-    """An answer with the end token that a published template writes behind it."""
+    """An answer with the end token that a published template writes after it."""
     end = PUBLISHED[template.name].end
     behind = text[len(answer) :]
     if end and behind.lstrip(" ").startswith(end):
@@ -256,8 +280,8 @@ def _closed(template: Template, text: str, answer: str) -> str:
 def _by_generation(
     template: Template, whole: Sequence[Message], tools: Sequence[Any]
 ) -> tuple[list[int], list[bool]]:  # fmt: skip
-    """Token ids and marks of a template that says itself what the assistant writes."""
-    template.render_whole(whole, tools)  # its faults in one line
+    """Token ids, and marks of the assistant's tokens, of a template with generation marks."""
+    template.render_whole(whole, tools)  # reports the template's errors in one line
     found = apply_template(
         template.tokenizer,
         [message.turn for message in whole],
@@ -280,7 +304,7 @@ def _end(template: Template) -> int:
 
 
 def _tokenize(tokenizer: Any, rendered: Sequence[_Rendered]) -> dict[tuple[str, bool], _Tokens]:
-    """Ids and character spans of all texts, each tokenised once, many in one call."""
+    """Ids and character spans of all texts; each text is tokenised once, many in one call."""
     found: dict[tuple[str, bool], _Tokens] = {}
     for special in (False, True):
         group = [one for one in rendered if one.special == special]
@@ -304,7 +328,7 @@ def _encoded(
     else:
         rows = [ids for ids, _ in one.ready]
         marks = [np.array(told, bool) for _, told in one.ready]
-    if prompt == []:  # as a search begins
+    if prompt == []:  # a search starts from the same tokens
         prompt = encode_prompt(tokenizer, "")
         rows = [[*prompt, *row] for row in rows]
         marks = [np.pad(mark, (len(prompt), 0)) for mark in marks]
@@ -314,7 +338,7 @@ def _encoded(
         if one.end is not None and not (len(row) > border and row[-1] == one.end):
             row.append(one.end)
         targets = np.arange(len(row)) >= (1 if loss == "all" else max(border, 1))
-        if marks:  # and the end, which is of the last answer
+        if marks:  # the appended end belongs to the last answer
             more = len(row) - len(marks[index])
             targets &= np.pad(marks[index], (0, more), constant_values=True)
         sides.append(Side(np.asarray(row, np.int32), targets, border))

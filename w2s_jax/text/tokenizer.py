@@ -1,9 +1,9 @@
-"""Tokenizers: of checkpoints, doing what their own files say; byte-level BPE, trained; made up.
+"""Tokenizers: loaded from checkpoints as their files define them, trained BPE, and made-up ones.
 
-transformers is imported on the first load, not with this module. SentencePiece models
-(tokenizer.model) become fast tokenizers, exact in their ids, where there is no tokenizer.json:
+transformers is imported on the first load, not with this module. A SentencePiece model
+(tokenizer.model) without a tokenizer.json becomes a fast tokenizer with exactly its ids:
 transformers 5.23 converts such files too, but ranks merges by token id instead of by score and
-drops the dummy prefix, so "a  b" gets other ids.
+drops the dummy prefix, so that "a  b" gets other ids.
 """
 
 import contextlib
@@ -41,19 +41,24 @@ _CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
 
 
 def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer of a SentencePiece file, and its special tokens by role ("bos_token", ...).
+    """Read a SentencePiece BPE model.
 
-    `options` are those of tokenizer_config.json: add_bos_token (default true, as in Llama) and
-    add_eos_token (default false).
+    Args:
+        path: The file.
+        options: Those of tokenizer_config.json: add_bos_token (default true, as in Llama) and
+            add_eos_token (default false).
+
+    Returns:
+        The tokenizer, and its special tokens by role ("bos_token", ...).
 
     Raises:
-        InputError: for a file that is no SentencePiece BPE model.
+        InputError: For a file that is not a SentencePiece BPE model.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    with contextlib.suppress(DecodeError):  # what is left unread fails the next test
+    with contextlib.suppress(DecodeError):  # a file that is not read fails the next test
         model.ParseFromString(path.read_bytes())
     trainer, pieces = model.trainer_spec, model.pieces
     if trainer.model_type != _BPE or not pieces:
@@ -68,7 +73,7 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
             byte_fallback=trainer.byte_fallback,
         )
     )
-    # Spaces become ▁ and back; a dummy prefix is one more ▁ in front, stripped in decoding.
+    # Spaces become ▁ and back. A dummy prefix is a further ▁ in front, which decoding strips.
     dummy = model.normalizer_spec.add_dummy_prefix
     prepend = [normalizers.Prepend(_SPACE)] if dummy else []
     strip = [decoders.Strip(" ", 1, 0)] if dummy else []
@@ -87,7 +92,7 @@ def read_spm(path: Path, options: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the third's score descending."""
+    """All ways to join two pieces into a third one, by descending score of the third."""
     merges = [
         (score, piece[:cut], piece[cut:])
         for piece, score in scores.items()
@@ -120,14 +125,14 @@ BYTES = 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
-    """Learn a byte-level BPE in which END_OF_TEXT has id END_ID and PADDING id PAD_ID.
+    """Train a byte-level BPE in which END_OF_TEXT has id END_ID, and PADDING has id PAD_ID.
 
-    Every string can be encoded and decodes to itself. Encoding with special tokens puts END_OF_TEXT
-    in front, so the same ids open a document for a language model and give a classifier its first
-    token.
+    Every string can be encoded, and decodes to itself. Encoding with special tokens adds
+    END_OF_TEXT in front, so that the same ids open a document for a language model and give a
+    classifier its first token.
 
     Raises:
-        InputError: when `vocab_size` leaves no room for the 256 bytes and the special tokens.
+        InputError: If `vocab_size` leaves no room for the 256 bytes and the special tokens.
     """
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -154,7 +159,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
 
 
 def save_bpe(tokenizer: Tokenizer, directory: str | Path, *, max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer reads."""
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers' AutoTokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -170,7 +175,7 @@ def save_bpe(tokenizer: Tokenizer, directory: str | Path, *, max_length: int) ->
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-# More tokens than this on one side make another vocabulary, not an extended one.
+# With more added tokens than this a vocabulary counts as another one, not as an extended one.
 _ADDED_TOKENS = 256
 _PATTERNS = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json",
@@ -179,18 +184,18 @@ _PATTERNS = [
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint directory, or of a Hugging Face id through its local cache.
+    """The tokenizer of a checkpoint's folder, or of a Hugging Face id through the local cache.
 
     Reads tokenizer.json, else vocab.json with merges.txt, else a SentencePiece tokenizer.model. An
-    adapter without one has that of the base it names. Runs no code from the checkpoint.
+    adapter without one has the tokenizer of the base it names. Runs no code from the checkpoint.
 
     Raises:
-        InputError: when there is no directory, no tokenizer in it, or the files are damaged.
+        InputError: If there is no such folder, no tokenizer in it, or the files are damaged.
     """
     directory = _locate(path_or_hub_id)
     if not holds_tokenizer(directory) and (directory / "adapter_config.json").is_file():
         return load_tokenizer(_base(directory))
-    for path in directory.glob("chat_template*"):  # which are read as they are
+    for path in directory.glob("chat_template*"):  # read without a check of their own
         check_fetched(path)
     try:
         load = _loader(directory)
@@ -220,10 +225,10 @@ def holds_tokenizer(path: str | Path) -> bool:
 
 
 def same_vocabulary(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
-    """Whether every token that both could write has one id, and one map holds the other.
+    """Whether all tokens have the same ids in both, except for a few added at the end of one.
 
-    Sizes do not tell: models pad their embeddings, different tokenizers may have one size, and a
-    fine-tuned model often gained a token or two (a padding token, say) behind its origin's.
+    Sizes say nothing: models pad their embeddings, different tokenizers may have equal sizes, and a
+    fine-tuned model often has an additional token or two, such as padding.
     """
     smaller, larger = sorted((one.get_vocab(), other.get_vocab()), key=len)
     return smaller.items() <= larger.items() and len(larger) - len(smaller) <= _ADDED_TOKENS
@@ -263,7 +268,7 @@ def _base(directory: Path) -> str:
 
 
 def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
-    """What loads a folder's tokenizer, by the first set of files that is whole; None for none."""
+    """What loads a folder's tokenizer: the first set of files that is complete; None if none is."""
     known = (
         (("tokenizer.json",), _load_json),
         (("vocab.json", "merges.txt"), _load_bpe),
@@ -275,14 +280,14 @@ def _loader(directory: Path) -> Callable[..., "PreTrainedTokenizerBase"] | None:
 
 def _load_json(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
     # Not AutoTokenizer: for Llama it replaces the normaliser of tokenizer.json, and " leading"
-    # encodes as "leading". This class keeps to the file, whatever class the config names.
+    # encodes as "leading". This class follows the file, whatever class the config names.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 
 def _load_bpe(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """By AutoTokenizer only where a class is to be found: it imports torch where there is one."""
+    """Uses AutoTokenizer only if a class has to be looked up: it imports torch if there is one."""
     if options.get("tokenizer_class", "GPT2Tokenizer") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         from transformers import GPT2Tokenizer
 
@@ -299,7 +304,7 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
     added = directory / "added_tokens.json"
     if added.is_file():
         ids = json.loads(added.read_text(encoding="utf-8"))
-        # Not normalised: they are found inside words too, not only behind a space.
+        # Not normalised: they are found inside words too, not only after a space.
         backend.add_tokens([AddedToken(one, normalized=False) for one in sorted(ids, key=ids.get)])
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = options.get(role)
@@ -307,13 +312,13 @@ def _load_spm(directory: Path, options: dict[str, Any]) -> "PreTrainedTokenizerB
             special[role] = token["content"] if isinstance(token, dict) else token
     kept = {key: options[key] for key in ("chat_template", "model_max_length") if key in options}
     template = directory / "chat_template.jinja"
-    if template.is_file():  # which goes before the config's, as in transformers
+    if template.is_file():  # takes precedence over the config's, as in transformers
         kept["chat_template"] = template.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **kept)
 
 
 def tokens_behind(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts behind a text: 1 for an EOS, say."""
+    """Number of special tokens that the tokenizer adds at the end of a text; 1 for an EOS."""
     whole, text = _probed(tokenizer)
     starts = range(len(whole) - len(text) + 1 if text else 0)
     found = (start for start in starts if whole[start : start + len(text)] == text)
@@ -321,7 +326,10 @@ def tokens_behind(tokenizer: Any) -> int:
 
 
 def tell_left_out(tokenizer: Any, where: str) -> None:
-    """Log a warning that names the special tokens which prompts go without; `where` begins it."""
+    """Warn of special tokens that the tokenizer adds at the end of texts and prompts leave out.
+
+    `where` begins the message.
+    """
     behind = tokens_behind(tokenizer)
     if behind:
         whole, _ = _probed(tokenizer)
@@ -332,10 +340,11 @@ def tell_left_out(tokenizer: Any, where: str) -> None:
 
 
 def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A text's token ids with the tokenizer's special tokens, and without them.
+    """Token ids of a probing text, with and without the tokenizer's special tokens.
 
-    The text is a letter or, as none is in every vocabulary, that of the first token to come back as
-    tokens other than those. Both are empty where no special tokens are put around a text.
+    The text is a letter or, as none is in every vocabulary, the text of the first token that
+    encodes to tokens other than special ones. Both lists are empty if the tokenizer adds no special
+    tokens.
     """
     added = {*tokenizer([""], add_special_tokens=True).input_ids[0]}
     if not added:
@@ -345,7 +354,7 @@ def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
     for text in chain("a", own):
         try:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-        except Exception:  # what tokenizers raise for what they cannot write
+        except Exception:  # tokenizers raise it for text that they cannot encode
             continue
         if ids and not added.intersection(ids):
             return list(tokenizer(text, add_special_tokens=True).input_ids), ids
@@ -357,17 +366,17 @@ def _probed(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 _END, _UNKNOWN = "[end]", "[unknown]"
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxz"
-_SPLIT = 4  # one word in so many is no token of the guide
+_SPLIT = 4  # one word in four is two tokens of the guide
 
 
 def vocabularies(size: int) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]":
-    """Two made-up vocabularies of one language, for measuring guides that read another one's texts.
+    """Two made-up vocabularies of one language, to measure guides with a vocabulary of their own.
 
-    Words are a prefix and a suffix. The policy has a token for each word; the guide has other ids,
-    and writes one word in four as two tokens, so that its texts are a quarter longer.
+    A word is a prefix and a suffix. The policy has a token for each word. The guide has other ids
+    and writes every fourth word as two tokens, so that its texts are a quarter longer.
 
     Args:
-        size: tokens of each, at most.
+        size: Maximum tokens of each.
 
     Returns:
         The tokenizers of the policy and of the guide.
@@ -394,20 +403,20 @@ def vocabularies(size: int) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokeniz
 
 
 def _syllables(count: int, form: str) -> list[str]:
-    """So many distinct syllables, all of one length."""
+    """`count` distinct syllables, all of the same length."""
     short = [form.format(c=c, v=v) for c in _CONSONANTS for v in _VOWELS]
     if count <= len(short):
         return short[:count]
     return [one[:2] + other for one in short for other in short][:count]
 
 
-# Rows of few shapes
+# Padding to few shapes
 
 
 def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that is not below `count` nor `least`, itself a power of two.
+    """The smallest power of two that is at least `count` and `least`, itself a power of two.
 
-    What is padded to such sizes takes few shapes, and so few programs.
+    Padding to such sizes gives few shapes, and so few programs.
     """
     return max(least, 1 << (max(count, 1) - 1).bit_length())
 
@@ -415,7 +424,7 @@ def power_of_two(count: int, least: int) -> int:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int
 ) -> tuple[Int32[np.ndarray, "B X"], Bool[np.ndarray, "B X"]]:
-    """Right-pad rows to `width` (longer ones are cut); the mask is True on real tokens."""
+    """Right-pad rows to `width`, cutting longer ones; the mask is True on real tokens."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     mask = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
@@ -429,17 +438,17 @@ SMALLEST_BUCKET = 16
 
 
 def bucket(length: int) -> int:
-    """The prefix capacity for a prompt of so many tokens: a power of two from 16.
+    """The prefix capacity for a prompt of `length` tokens: a power of two, at least 16.
 
-    It holds all of the prompt but its last token.
+    It holds all tokens of the prompt but the last.
     """
     return power_of_two(length - 1, SMALLEST_BUCKET)
 
 
 def buckets(lengths: Sequence[int], *, slots: int = 1) -> dict[int, list[int]]:
-    """Indices of the prompts by the prefix capacity they get; a program is compiled for each.
+    """Indices of the prompts by their prefix capacity, each of which takes a compiled program.
 
-    Prompts too few to fill the slots go with the next longer ones, whose programs serve them too.
+    Prompts that are too few to fill the slots join those of the next capacity.
     """
     capacities = [bucket(length) for length in lengths]
     joined: dict[int, list[int]] = {}

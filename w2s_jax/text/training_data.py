@@ -1,7 +1,7 @@
 """Files of training rows: read, tokenised once, cached, packed.
 
-What a row means is in text/examples.py, its tokens in text/supervised.py, and the file of tokens,
-with the batches that are made of it, in text/batches.py.
+The meaning of a row is in text/examples.py, its tokens in text/supervised.py, and the file of
+tokens and its batches in text/batches.py.
 """
 
 import glob
@@ -35,7 +35,7 @@ from w2s_jax.text.supervised import Encoded, Truncation, encode, shorten
 from w2s_jax.text.tokenizer import tell_left_out
 
 _logger = logging.getLogger(__name__)
-_VERSION = 4  # of what is cached: raise it when the same rows would give other tokens
+_VERSION = 4  # of the cache: raise it when the same rows would give other tokens
 _BLOCK = 1000
 
 
@@ -79,22 +79,22 @@ class DataConfig:
 
 
 def load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
-    """The rows of files and data sets, as token ids.
+    """Read files and data sets as token ids.
 
-    Sequences, to imitate, are of rows with `text`, `messages`, `prompt` and `completion`, Alpaca's
-    or ShareGPT's columns; of a preference row the chosen response is read, of labelled rows those
-    that are wanted. Pairs have a chosen and a rejected response (text/examples.py has their
-    columns). Labelled rows have one response that is wanted or not; a preference row gives two.
+    Rows for sequences have `text`, `messages`, `prompt` and `completion`, or Alpaca's or ShareGPT's
+    columns; of a preference row the chosen response is read, of labelled rows only desirable ones.
+    Pairs have a chosen and a rejected response (text/examples.py lists the columns). Labelled rows
+    have one response that is desirable or not; a preference row gives two of them.
 
     Args:
-        kind: what is made of the rows.
-        config: what to read, and how rows become tokens.
-        tokenizer: any transformers tokenizer.
+        kind: Kind of the examples.
+        config: What to read, and how rows become tokens.
+        tokenizer: Any transformers tokenizer.
 
     Raises:
-        InputError: for files and rows that cannot be read, columns that are missing, options that
-            are not for this kind, pairs whose responses are equal unless these are dropped, and
-            data of which nothing is left.
+        InputError: For files and rows that cannot be read, missing columns, options that do not
+            apply to this kind, pairs with equal responses unless they are dropped, and data of
+            which nothing is left.
     """
     data = _tokenised(kind, config, tokenizer)
     if config.packing == "none":
@@ -106,7 +106,7 @@ def load(kind: Kind, config: DataConfig, tokenizer: Any) -> Data:
 
 
 def _check(kind: Kind, config: DataConfig) -> None:
-    """Raise InputError for options that cannot be, or not for rows of this kind."""
+    """Raise InputError for options that are invalid, or do not apply to rows of this kind."""
     what = {"sequences": "single responses", "labelled": "labelled rows"}.get(kind, "pairs")
     if kind != "sequences":
         if config.loss_on not in ("auto", "completion"):
@@ -179,11 +179,11 @@ class Source:
     """One file or data set.
 
     Attributes:
-        name: as the user wrote it.
-        unit: what a number behind the name counts: "line", "row".
-        digest: changes with the content.
-        read: reads all rows, in order, as a sequence of mappings; raises InputError.
-        first, last: where the rows that count begin and end, as numbers or in percent.
+        name: As the user wrote it.
+        unit: What the number of a row counts: "line" or "row".
+        digest: Changes with the content.
+        read: Returns all rows in order, as a sequence of mappings; raises InputError.
+        first, last: Range of the rows in use, as numbers or in percent.
     """
 
     name: str
@@ -194,10 +194,10 @@ class Source:
     last: str = "100%"
 
     def rows(self) -> tuple[Any, range]:
-        """All rows, and the indices of those that count.
+        """All rows, and the indices of those in use.
 
         Raises:
-            InputError: where there is none.
+            InputError: If there are none.
         """
         rows = self.read()
         first, last = (_index(bound, len(rows)) for bound in (self.first, self.last))
@@ -207,18 +207,20 @@ class Source:
         return rows, range(first, last)
 
     def place(self, number: int) -> str:
-        """Where a row stands; numbers are from 1."""
+        """The place of a row, counted from 1."""
         return f"{self.name} {self.unit} {number}"
 
 
 def open_source(name: str, *, split: str = "train") -> Source:
     """The file, folder or data set of this name.
 
-    A data set of the hub is ID or ID:CONFIG. `split` is its split, or a folder's, and may take a
-    part of the rows, of files too: train[:90%], train[500:].
+    Args:
+        name: A path, or the id of a data set on the hub as ID or ID:CONFIG.
+        split: Split of a data set or folder. It may select a part of the rows, of files too:
+            train[:90%], train[500:].
 
     Raises:
-        InputError: for a name that is nothing of this, and for a split that is not there.
+        InputError: For a name that is none of these, and for a split that does not exist.
     """
     path = Path(name).expanduser()
     asked = _SPLIT.fullmatch(split)
@@ -251,9 +253,9 @@ def open_source(name: str, *, split: str = "train") -> Source:
 
 
 def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
-    """What `datasets` takes for a folder.
+    """Arguments of `datasets` for a folder.
 
-    It reads names as patterns; where one holds [, * or ?, the kind of the files must be said.
+    It reads names as glob patterns; a name with [, * or ? must be escaped, and the file kind given.
     """
     if glob.escape(str(path)) == str(path):
         return {"kind": str(path)}
@@ -262,13 +264,13 @@ def _folder(path: Path, files: Sequence[Path]) -> dict[str, str]:
 
 
 def _index(bound: str, rows: int) -> int:
-    """Rounded as `datasets` rounds percents."""
+    """The number of a bound; percents are rounded as in `datasets`."""
     share = bound.endswith("%")
     return min(round(int(bound[:-1]) * rows / 100) if share else int(bound), rows)
 
 
 def _load(shown: str, split: str, kind: str, **options: Any) -> Any:
-    """A split that `datasets` reads; messages of errors show it as `shown`."""
+    """A split read by `datasets`; error messages name it `shown`."""
     import datasets
 
     quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
@@ -276,7 +278,7 @@ def _load(shown: str, split: str, kind: str, **options: Any) -> Any:
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(kind, split=split, **options)
-    except Exception as error:  # whatever its many readers raise
+    except Exception as error:  # its readers raise many types
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
         raise InputError(f"{shown}: cannot be read ({type(cause).__name__}: {reason})") from None
@@ -306,7 +308,7 @@ def _documents(
     template: Template,
     figures: dict[str, int],
 ) -> Iterator[list[Document]]:
-    """Blocks of documents of all rows; counts in `figures` as they go."""
+    """The documents of all rows, in blocks; counts are added to `figures` on the way."""
     examples = _examples(kind, config, sources, figures)
     told: set[str] = set()
     while block := list(islice(examples, _BLOCK)):
@@ -369,7 +371,7 @@ def _tell_unread(place: str, names: Sequence[str]) -> None:
 
 
 def _check_columns(columns: Sequence[str], first: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a NAME=COLUMN that is none, or whose column the first row lacks."""
+    """Raise InputError for a malformed NAME=COLUMN, or a column that the first row lacks."""
     for column in columns:
         name, _, old = column.partition("=")
         if not name or not old:
@@ -380,7 +382,7 @@ def _check_columns(columns: Sequence[str], first: Mapping[str, Any], where: str)
 
 
 def _named(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
-    """A row whose columns have the names of the format: pairs of name and column."""
+    """A row with columns renamed to the format's names, by pairs of (name, column)."""
     if not pairs:
         return row
     taken = {old for _, old in pairs}
@@ -389,7 +391,7 @@ def _named(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> Mapping[
 
 
 def _replaced(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> set[str]:
-    """The columns of a row in whose place `pairs` put others, as they are told."""
+    """Columns of a row that `pairs` replace by others, as told in a message."""
     used = {old for _, old in pairs}
     return {
         f'"{name}", for which --columns takes "{old}"'
@@ -401,7 +403,7 @@ def _replaced(row: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> set[s
 def _weight(row: Mapping[str, Any], column: str, place: str) -> float:
     value: Any = row.get(column)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    # In float32, which holds it, a weight is neither lost nor without end.
+    # Weights are kept in float32, which underflows or overflows beyond these bounds.
     if not number or not 1e-30 < value < 1e30:
         raise InputError(
             f'{place}: "{column}" is {value!r}; as --weight-column it takes a number above 0'
@@ -432,7 +434,7 @@ def _shortened(
 def _identity(
     kind: Kind, config: DataConfig, sources: Sequence[Source], template: Template
 ) -> str:  # fmt: skip
-    """A digest of all that decides on tokens and targets: never of names or of the library."""
+    """A digest of everything that determines tokens and targets, except names and versions."""
     parts = [
         _VERSION,
         kind,
@@ -445,7 +447,7 @@ def _identity(
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of the tokenizer's own rules; padding and truncation, which calls set, are left out."""
+    """A digest of the tokenizer's rules, without padding and truncation, which calls may set."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}

@@ -1,6 +1,6 @@
 """YAML files as mappings and as nested frozen dataclasses, strictly.
 
-Unknown names and wrong kinds are errors.
+Unknown names and values of the wrong type are errors.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def read_mapping(path: str | Path) -> dict[Any, Any]:
     """The mapping in a YAML or JSON file.
 
     Raises:
-        InputError: for a file that cannot be read, is neither, or holds something else.
+        InputError: For a file that cannot be read, is neither YAML nor JSON, or holds no mapping.
     """
     values = _read(Path(path))
     if not isinstance(values, dict):
@@ -32,16 +32,18 @@ T = TypeVar("T")
 
 
 def read_typed(cls: type[T], path: str | Path) -> T:
-    """Read a file; its `extends` names one, from its folder, whose fields hold where it has none.
+    """Read a file as a dataclass.
+
+    Its `extends` names a file, relative to its folder, from which missing fields are taken.
 
     Raises:
-        InputError: naming a missing file, an unknown field or a wrong value.
+        InputError: Naming a missing file, an unknown field or a wrong value.
     """
     return from_mapping(cls, _load(Path(path)), str(path))
 
 
 def from_mapping(cls: type[T], value: Any, where: str) -> T:
-    """Build a dataclass, nested ones included, from YAML values; `where` heads every error."""
+    """Build a dataclass, and those nested in it, from YAML values; `where` begins every error."""
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: expected fields of {cls.__name__}, not {value!r}")
     kinds = typing.get_type_hints(cls)
@@ -97,7 +99,11 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> Any:
 
 
 def _read(path: Path) -> Any:
-    """What a YAML or JSON file holds. Raises InputError for a file that is neither."""
+    """The value in a YAML or JSON file.
+
+    Raises:
+        InputError: If it cannot be read, or is neither.
+    """
     try:
         return yaml.safe_load(read_bytes(path).decode())
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """Saving and restoring a TrainState at a step, asynchronously and atomically, with orbax.
 
-The only place that imports orbax, and only when a directory is opened. What makes a step sound is
-its manifest: checksums of its files, written beside it when all of them are on the disk.
+orbax is imported only here, and only when a directory is opened. A step is sound if its manifest
+matches: checksums of its files, written beside the step once all of them are on disk.
 """
 
 import contextlib
@@ -27,17 +27,18 @@ from w2s_jax.train.step import TrainState
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
-"""JSON values by name: what is saved beside the arrays."""
+"""JSON values by name, which are saved beside the arrays."""
 
 FREE, FILES = "may change", "files"
-"""Parts of an identity: settings by name that a run may go on without; and, under the names of data
-in the identity, digests of its files, which only say which of them changed where data has."""
+"""Keys of two special parts of an identity. FREE holds settings that may differ when a run resumes,
+with a warning. FILES holds digests of data files under the data's name in the identity; they are
+never compared by themselves, but name the changed files in the error message."""
 
 
 class Checkpoints:
     """The checkpoints of one run in a folder, written by one run at a time.
 
-    The last `keep_last` are kept and, with `keep_best`, also the one with the highest score.
+    The last `keep_last` are kept and, with `keep_best`, the one with the highest score as well.
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: bool = False):
@@ -54,15 +55,21 @@ class Checkpoints:
     def restore(
         self, like: TrainState, identity: Mapping[str, Any] | None = None
     ) -> tuple[TrainState, Values] | None:
-        """The newest sound state, in the shapes, dtypes and shardings of `like`, and its values.
+        """Restore the newest sound checkpoint.
 
-        None where the folder holds no checkpoint. Steps that are not sound are told in a warning
-        and removed once one before them is restored. The arrays of `like` are given up.
+        Steps that are not sound are named in a warning, and removed once an earlier one is
+        restored.
+
+        Args:
+            like: A state with the shapes, dtypes and shardings to restore. Its arrays are deleted.
+            identity: What the run depends on, as JSON values; None skips the comparison.
+
+        Returns:
+            The state and the values saved with it; None if the folder holds no checkpoint.
 
         Raises:
-            InputError: and removes nothing, where no step is sound, where `identity` differs from
-                the one saved (but in its part FREE, of which a warning tells), and where the state
-                is of another kind than `like`.
+            InputError: If no step is sound, `identity` differs outside its part FREE, or the state
+                is of another kind than `like`. Nothing is removed then.
         """
         step, faults = self._newest_sound()
         if step is None:
@@ -84,11 +91,11 @@ class Checkpoints:
         return restored
 
     def save(self, state: TrainState, values: Values, score: float | None = None) -> None:
-        """Begin to write a state under its step number; a step that is there stays as it is.
+        """Start to write a state under its step number, unless that step is saved already.
 
-        Returns when the arrays are on the host, and may be donated; on a CPU, where the host's view
-        is the very buffer, when they are written: the next step would otherwise need memory for a
-        second state. An earlier save is waited for, and its failure raised.
+        Returns once the arrays are on the host and may be donated. On a CPU, where the host's view
+        is the device's own buffer, it returns once they are written: the next step would otherwise
+        need memory for a second state. An earlier save is waited for, and its failure raised.
         """
         import orbax.checkpoint as ocp
 
@@ -99,8 +106,8 @@ class Checkpoints:
         if self._manager is None:
             self._quiet.__enter__()
             options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None)
-            # Weights and moments in float32 compress by less than a tenth, for which compression
-            # takes three times the seconds and a second copy of them in memory.
+            # Compression takes less than a tenth off float32 weights and moments, for three times
+            # the time and a second copy in memory.
             handler = ocp.PyTreeCheckpointHandler(use_compression=False)
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -125,7 +132,7 @@ class Checkpoints:
         self._running = (step, self._worker.submit(self._finish, step, score))
 
     def set_score(self, step: int, score: float) -> None:
-        """Give a step that is saved already the score of an evaluation that came after it."""
+        """Set the score of a saved step, from an evaluation that came after the save."""
         self.wait()
         kept = read_manifest(self.folder, step)
         if kept is not None and is_first():
@@ -133,20 +140,20 @@ class Checkpoints:
         self._scores[step] = score
 
     def best_score(self) -> float | None:
-        """The highest score among the steps kept, those still being written included."""
+        """The highest score among the steps that are kept and completely written."""
         best = _best(self._scores)
         return None if best is None else self._scores[best]
 
     def check(self) -> None:
-        """Raise what went wrong in a save that has ended; returns at once."""
+        """Raise the error of a save that has ended, if there is one; returns at once."""
         if self._running is not None and self._running[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when the save that is running, if any, is whole on disk.
+        """Return when the running save, if any, is completely on disk.
 
         Raises:
-            OSError: in one line, where it could not be written; earlier checkpoints stay.
+            OSError: If it could not be written, in one line; earlier checkpoints stay.
         """
         if self._running is None:
             return
@@ -157,19 +164,19 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Wait as `wait` does, and let go of the folder."""
+        """Wait as `wait` does, then release the folder."""
         try:
             self.wait()
         finally:
             self._worker.shutdown()
             if self._manager is not None:
-                with contextlib.suppress(Exception):  # the save's failure again: wait() has told it
+                with contextlib.suppress(Exception):  # the save's failure, which wait() has raised
                     self._manager.close()
                 self._manager = None
                 self._quiet.__exit__()
 
     def _newest_sound(self) -> tuple[int | None, dict[int, str]]:
-        """(newest step whose files are as its manifest says, faults of the later ones)."""
+        """(newest step whose files match its manifest, faults of the later steps by number)."""
         found, faults = None, {}
         for step in reversed(steps_on_disk(self.folder)) if is_first() else ():
             fault = fault_of(self.folder, step)
@@ -183,14 +190,14 @@ class Checkpoints:
         return found, faults
 
     def _clear(self, faults: dict[int, str]) -> None:
-        """Remove the steps with faults, and what saves that were cut off left behind."""
+        """Remove the steps with faults, and the remains of saves that were cut off."""
         if is_first():
             for step in faults:
                 remove_step(self.folder, step)
             for path in unfinished(self.folder):
                 log.warning("%s was cut off while being written; removed", path.name)
                 shutil.rmtree(path, ignore_errors=True)
-        gather_values(None)  # all hosts find it cleared
+        gather_values(None)  # no host goes on before it is cleared
 
     def _finish(self, step: int, score: float | None) -> None:
         """In the background: when a step is committed, write its manifest, then prune."""
@@ -210,9 +217,9 @@ class Checkpoints:
         return [step for step in steps if step not in kept]
 
     def _failure(self, step: int, error: Exception) -> OSError:
-        """One line for a save that failed; what it left is removed to give the space back."""
+        """The error of a failed save, in one line; removes its files to free the space."""
         with contextlib.suppress(Exception):
-            self._manager.wait_until_finished()  # nothing writes any more when it is cleared away
+            self._manager.wait_until_finished()  # nothing may write while it is cleared away
         if is_first():
             if read_manifest(self.folder, step) is None:
                 remove_step(self.folder, step)
@@ -229,24 +236,25 @@ class Checkpoints:
 def read_checkpoint(
     folder: str | Path, like: TrainState, step: int | None = None, *, best: bool = False
 ) -> TrainState:
-    """A saved state: that of `step`, the best by score, or (default) the newest one.
+    """Read a saved state: that of `step`, the best by score, or the newest one (the default).
 
-    The arrays of `like` are given up.
+    The arrays of `like` are deleted.
 
     Raises:
-        InputError: where it is not there or not sound.
+        InputError: If the step is missing or not sound.
     """
     folder = Path(folder).absolute()
     return _restore(folder, _sound_step(folder, step, best=best), like, None)[0]
 
 
 def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """The parameters of a saved state on one device: (step, parameters); by default the newest one.
+    """Read the parameters of a saved state, and nothing else, onto one device.
 
-    Nothing but the parameters is read.
+    Returns:
+        (step, parameters): those of `step`, by default of the newest.
 
     Raises:
-        InputError: where the step is not there or not sound.
+        InputError: If the step is missing or not sound.
     """
     import orbax.checkpoint as ocp
 
@@ -265,20 +273,20 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[int, dict[
 
 
 def best_step(folder: str | Path) -> int | None:
-    """The step with the highest score of those kept; None where no evaluation gave one."""
+    """The kept step with the highest score; None if no evaluation gave one."""
     folder = Path(folder)
     kept = [read_manifest(folder, at) for at in steps_on_disk(folder)]
     return _best({each.step: each.score for each in kept if each})
 
 
 def _best(scores: Mapping[int, float | None]) -> int | None:
-    """The step with the highest score, the last of equal ones."""
+    """The step with the highest score, the last one of a tie."""
     scored = {step: score for step, score in scores.items() if score is not None}
     return max(scored, key=lambda step: (scored[step], step), default=None)
 
 
 def _sound_step(folder: Path, step: int | None, *, best: bool = False) -> int:
-    """The step asked for, the best by score, or the newest; InputError unless it is sound."""
+    """The step asked for, the best by score, or the newest; InputError if it is not sound."""
     steps = steps_on_disk(folder)
     if best:
         step = best_step(folder)
@@ -328,7 +336,7 @@ def _restore(
 def _check_identity(
     folder: Path, step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Raise InputError where an identity differs but in what is FREE, which a warning tells."""
+    """Raise InputError for a difference between identities; within FREE it is only a warning."""
     changed = differences(_flat(found), _flat(json.loads(json.dumps(wanted))))
     parts: dict[str, dict[str, Any]] = {"": {}, FREE: {}, FILES: {}}
     for name, both in changed.items():
@@ -351,7 +359,7 @@ def _check_identity(
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, under dotted names."""
+    """Nested mappings as one mapping with dotted names."""
     flat: dict[str, Any] = {}
     for name, item in value.items():
         nested = isinstance(item, Mapping)
@@ -360,10 +368,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Quiet(logging.Filter):
-    """Leaves out what orbax logs: pages of traces for a failure that is told here in one line."""
+    """Drops orbax's log records: long tracebacks for a failure that is reported here in a line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """False for what orbax logs."""
+        """False for a record of orbax."""
         return "orbax" not in record.pathname
 
     def __enter__(self) -> None:
@@ -374,10 +382,7 @@ class _Quiet(logging.Filter):
 
 
 def _check_space(folder: Path, state: TrainState) -> None:
-    """Raise OSError where the disk has no room for a state, before any of it is written.
-
-    orbax compresses, which takes less than a tenth off trained floats.
-    """
+    """Raise OSError, before writing, if less is free than 90 % of the bytes this host writes."""
     needed = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves((state.params, state.optimizer))
@@ -393,9 +398,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Checksums of a step's files, and the score of its evaluation (higher is better), if any.
+    """Checksums of a step's files: (bytes, SHA-256 in hex) by path inside the step's folder.
 
-    `files` maps a path inside the step's folder to (bytes, SHA-256 in hex).
+    `score` is that of the step's evaluation, higher is better; None without one.
     """
 
     step: int
@@ -404,12 +409,12 @@ class Manifest:
 
 
 def manifest_path(folder: Path, step: int) -> Path:
-    """Where the manifest of a step lies: beside its folder."""
+    """Path of a step's manifest, which lies beside the step's folder."""
     return folder / f"{step}.manifest.json"
 
 
 def make_manifest(folder: Path, step: int, score: float | None = None) -> Manifest:
-    """Read every file of a step; each is on the disk, not only in its cache, when this returns."""
+    """Compute the manifest of a step; all its files are synced to disk when this returns."""
     root = folder / str(step)
     files = {
         path.relative_to(root).as_posix(): (path.stat().st_size, _checksum(path, sync=True))
@@ -422,13 +427,13 @@ def make_manifest(folder: Path, step: int, score: float | None = None) -> Manife
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest beside its step, whole or not at all."""
+    """Write a manifest beside its step, atomically."""
     value = {"version": VERSION, "files": manifest.files, "score": manifest.score}
     write_whole(manifest_path(folder, manifest.step), [json.dumps(value).encode() + b"\n"])
 
 
 def read_manifest(folder: Path, step: int) -> Manifest | None:
-    """The manifest of a step; None where there is none or it is damaged itself."""
+    """The manifest of a step; None if it is missing or damaged."""
     try:
         value = json.loads(manifest_path(folder, step).read_bytes())
         if value["version"] != VERSION:
@@ -441,13 +446,13 @@ def read_manifest(folder: Path, step: int) -> Manifest | None:
 
 
 def steps_on_disk(folder: Path) -> list[int]:
-    """Steps that have a folder, whole or not, from first to last."""
+    """Steps that have a folder, complete or not, in ascending order."""
     found = (path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
     return sorted(int(path.name) for path in found)
 
 
 def fault_of(folder: Path, step: int) -> str | None:
-    """What is wrong with a step's files, in a few words; None where all are as its manifest says.
+    """What is wrong with a step's files, in a few words; None if all match its manifest.
 
     Reads every byte of the step.
     """
@@ -470,12 +475,12 @@ def fault_of(folder: Path, step: int) -> str | None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What saves that were cut off left behind: folders under a temporary name."""
+    """Folders under a temporary name, left by saves that were cut off."""
     return sorted(path for path in folder.glob("*orbax-checkpoint-tmp*") if path.is_dir())
 
 
 def remove_step(folder: Path, step: int) -> None:
-    """Delete a step, if it is there, its manifest first: what a kill leaves does not look whole."""
+    """Delete a step, its manifest first, so that what a kill leaves does not look complete."""
     manifest_path(folder, step).unlink(missing_ok=True)
     shutil.rmtree(folder / str(step), ignore_errors=True)
 

@@ -16,10 +16,10 @@ from tyro.conf import Positional, UseAppendAction, arg
 from w2s_jax.errors import InputError, check_fields
 
 MOST_STEPS = 2**31 - 1
-"""What the state counts steps in holds no more."""
+"""The largest number of a step: the state counts them in int32."""
 
 Ranges = tuple[tuple[str, Callable[[Any], bool], str], ...]
-"""Names of fields, what their values must be unless they are None, and how that is told."""
+"""(field names, test of a value that is not None, wording of the range in messages)."""
 
 RANGES: Ranges = (
     ("learning_rate muon_learning_rate", lambda x: 0 < x < math.inf, "be above 0, and finite"),
@@ -35,7 +35,7 @@ RANGES: Ranges = (
 
 
 def check_ranges(config: Any, ranges: Ranges, told: str) -> None:
-    """Raise InputError for a field that is out of its range, `told` of {name}, {value}, {right}."""
+    """Raise InputError for a field out of its range; `told` formats {name}, {value}, {right}."""
     for names, within, right in ranges:
         for name in names.split():
             value = getattr(config, name, None)
@@ -51,7 +51,7 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raises InputError for a value of another kind, and for one out of range."""
+        """Raise InputError for a value of the wrong type, and for one out of range."""
         check_fields(self)
         check_ranges(self, RANGES, "{name} {value} must {right}")
 
@@ -160,14 +160,14 @@ class RunConfig(OptimizerConfig):
     """Seed of data order, of new weights and of dropout."""
 
     def check(self) -> None:
-        """Raises InputError for a value of another kind, and for one out of range."""
+        """Raise InputError for a value of the wrong type, and for one out of range."""
         super().check()
         if self.max_steps is None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs {self.epochs} must be above 0, and finite")
 
     @property
     def eval_batch(self) -> int:
-        """Examples that are evaluated together."""
+        """Examples in a batch of an evaluation."""
         return self.eval_batch_size or self.batch_size // self.accumulate
 
 
@@ -190,7 +190,7 @@ class LoraOptions(Settings):
     and all weights are trained."""
 
     def check(self) -> None:
-        """Raises InputError for a value of another kind, and for one without effect."""
+        """Raise InputError for a value of the wrong type, and for one without effect."""
         super().check()
         if self.lora_rank and self.continue_adapter:
             raise InputError(
@@ -225,7 +225,7 @@ class LoopConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig, LoraOptions, RunConfig, DataOptions):
-    """What both trainings are told; `sft` and `dpo` check it when they are called."""
+    """Settings of both trainings; `sft` and `dpo` check them when they are called."""
 
     name: ClassVar[str]
     model: Annotated[str | None, arg(metavar="DIR|ID")] = None
@@ -251,10 +251,10 @@ class TrainConfig(LoopConfig, LoraOptions, RunConfig, DataOptions):
     """YAML values of these flags, by file or by the name of a built-in one; flags override them."""
 
     def __post_init__(self) -> None:
-        """Leaves `check` to `sft` and `dpo`: tyro would draw a box around what commands tell."""
+        """Leave `check` to `sft` and `dpo`: tyro would frame an error raised here in a box."""
 
     def check(self) -> None:
-        """Raises InputError for options that are wrong, or do not go together."""
+        """Raise InputError for wrong options, and for options that exclude each other."""
         if isinstance(self.learning_rate, float | int) and not self.learning_rate > 0:
             raise InputError(f"--learning-rate {self.learning_rate} must be above 0")
         super().check()
@@ -289,14 +289,16 @@ class SFTConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss reads: arrays of `PairLogprobs` that must be there, and options with effect."""
+    """What a loss reads: the fields of `PairLogprobs` it needs, and the options that affect it."""
 
     arrays: tuple[str, ...]
     options: tuple[str, ...] = ("beta",)
+    per_token: bool = False
+    """Whether rewards and log-probs are logged as means over a response's tokens, as TRL does."""
 
     @property
     def reference(self) -> bool:
-        """Whether it reads log-probs of the reference."""
+        """Whether it reads log-probs of the reference model."""
         return any(name.startswith("reference") for name in self.arrays)
 
 
@@ -320,26 +322,25 @@ LOSSES: dict[str, LossInputs] = {
     "apo_down": LossInputs(_RATIOS),
     "discopop": LossInputs(_RATIOS, ("beta", "discopop_tau")),
     "sigmoid_norm": LossInputs((*_RATIOS, *_LENGTHS)),
-    "orpo": LossInputs((*_POLICY, *_LENGTHS)),
+    "orpo": LossInputs((*_POLICY, *_LENGTHS), per_token=True),
     "cpo": LossInputs((*_POLICY, "chosen_lengths"), (*_SMOOTHED, "cpo_alpha")),
-    "simpo": LossInputs((*_POLICY, *_LENGTHS), (*_SMOOTHED, "simpo_gamma")),
+    "simpo": LossInputs((*_POLICY, *_LENGTHS), (*_SMOOTHED, "simpo_gamma"), per_token=True),
     "genarm": LossInputs(_POLICY, _SMOOTHED),
     "sft": LossInputs(("policy_chosen", "chosen_lengths"), ()),
     "kto": LossInputs(("policy", "reference"), ("beta", "desirable_weight", "undesirable_weight")),
     "wspo": LossInputs(("policy", "reference", "tuned", "untuned")),
 }
-"""The losses, by TRL's names: what each reads. Their formulas are the functions of losses.py."""
+"""What each loss reads, by TRL's name for it. The formulas are the functions of losses.py."""
 
 ALONE = ("kto", "wspo")
-"""Losses on single responses, which are not mixed with others."""
+"""Losses on single responses, which cannot be mixed with others."""
 
 RENAMED = {
     "aot_pair": "aot_unpaired", "arm": "genarm", "bco": "bco_pair", "cdpo": "sigmoid",
     "dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "slic": "hinge",
     "sppo": "sppo_hard",
 }  # fmt: skip
-"""Names in older releases of TRL and in the papers: hints, and never accepted."""
-
+"""Names from older TRL releases and from papers: suggested in error messages, never accepted."""
 
 OPTION_RANGES: Ranges = (
     ("beta discopop_tau", lambda x: 0 < x < math.inf, "above 0"),
@@ -376,20 +377,20 @@ class PreferenceConfig(Settings):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """The losses by name: DPO's where none is named."""
+        """The losses by name; DPO's ("sigmoid") if none is given."""
         return self.loss_type or ("sigmoid",)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any of the losses reads log-probs of the reference."""
+        """Whether any of the losses reads log-probs of the reference model."""
         return any(LOSSES[name].reference for name in self.losses)
 
     def options(self, loss: str) -> dict[str, float]:
-        """The keyword arguments of `loss` under this config."""
+        """The keyword arguments of `loss` under these settings."""
         return {name: getattr(self, name) for name in LOSSES[loss].options}
 
     def check(self) -> None:
-        """Raises InputError for an unknown loss, and options out of range or without effect."""
+        """Raise InputError for an unknown loss, and for options out of range or without effect."""
         super().check()
         for name in self.losses:
             if name not in LOSSES:
@@ -441,12 +442,12 @@ class DPOConfig(TrainConfig, PreferenceConfig):
 
     @property
     def reference_is_live(self) -> bool:
-        """Whether steps run the reference: kto pairs responses anew, wspo needs every token."""
+        """Whether steps run the reference: kto makes new pairs, wspo needs every token."""
         asked = self.reference_logprobs == "live" or self.losses[0] in ALONE
         return self.needs_reference and asked
 
     def check(self) -> None:
-        """Raises InputError for options that are wrong, or do not go together."""
+        """Raise InputError for wrong options, and for options that exclude each other."""
         super().check()
         wspo = "wspo" in self.losses
         for flag in ("tuned", "untuned"):

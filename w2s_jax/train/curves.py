@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Curve = tuple[list[int], list[float]]
 Run = dict[str, Curve]
-"""(steps, values) by the name of a metric."""
+"""(steps, values) by metric name."""
 
 PANELS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
@@ -27,21 +27,24 @@ PANELS: dict[str, tuple[str, ...]] = {
     "gradient norm": ("grad_norm",),
     "tokens per second": ("tokens_per_second",),
 }
-"""What is drawn together by default, where a run has it; evaluations join their metric's panel."""
+"""Metrics that share a panel by default; an evaluation is drawn in the panel of its metric."""
 
 EVAL = "eval/"
 STYLES = ("-", "--", ":", "-.")
 LARGEST = 1e300
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def plot(config: PlotConfig) -> Path:
-    """Draw the curves of training runs to a PNG; returns where it is.
+    """Draw the curves of training runs to a PNG file.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        InputError: where no run is named, a folder is not that of a run, a metric is in none of
-            them, matplotlib is missing, or the file cannot be written.
+        InputError: If no run is named, a folder is not that of a run, a metric is in none of them,
+            matplotlib is missing, or the file cannot be written.
     """
     if not config.runs:
         raise InputError("RUN_DIR is missing: the folder of a training run")
@@ -53,13 +56,12 @@ def plot(config: PlotConfig) -> Path:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The curves of a run, evaluations under "eval/".
+    """The curves of a run; those of evaluations have names that begin with "eval/".
 
-    Values that cannot be drawn are left out: texts, and numbers that are not finite or beyond
-    1e300.
+    Texts are left out, and so are numbers that are not finite or beyond 1e300.
 
     Raises:
-        InputError: where the folder has no rows of metrics, or rows of another kind of file.
+        InputError: If the folder has no metrics, or rows of another kind of file.
     """
     rows = read_metrics(folder)
     if not rows:
@@ -84,17 +86,21 @@ def _is_number(value: Any) -> bool:
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
-    """What the legend calls each run: its folder's name, or its path where names are equal."""
+    """Names of the runs in the legend: each folder's name, or its path if two names are equal."""
     names = [Path(folder).resolve().name for folder in folders]
     same = len(set(names)) < len(names)
     return [str(folder) for folder in folders] if same else names
 
 
 def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The metrics of each panel, evaluations behind their metric; only those that a run has.
+    """The metrics of each panel, by title; only metrics that some run has.
+
+    Args:
+        runs: The runs' curves.
+        metrics: Metrics to draw, each in a panel of its own; empty for the usual panels.
 
     Raises:
-        InputError: for a metric in `metrics` that no run has.
+        InputError: If no run has one of `metrics`, or there is nothing to draw.
     """
     known = list(dict.fromkeys(name for run in runs for name in run))
     if not known:
@@ -118,13 +124,19 @@ def choose_panels(runs: Sequence[Run], metrics: Sequence[str] = ()) -> dict[str,
 def draw(
     runs: Sequence[Run], names: Sequence[str], output: Path, metrics: Sequence[str] = ()
 ) -> None:
-    """Draw runs over one another, a panel per group of metrics, to `output` (PNG).
+    """Draw runs over one another, one panel per group of metrics, to a PNG file.
 
-    A run keeps its colour, a metric its line; evaluations are dots. With one run the colours tell
-    its metrics apart.
+    A run keeps its colour and a metric its line style; evaluations have dots. With a single run the
+    colours distinguish its metrics.
+
+    Args:
+        runs: Each run's curves.
+        names: The runs' names in the legend.
+        output: The file.
+        metrics: Metrics to draw, each in a panel of its own; empty for the usual panels.
 
     Raises:
-        InputError: without matplotlib, or where the file cannot be written.
+        InputError: If matplotlib is missing, or the file cannot be written.
     """
     panels = choose_panels(runs, metrics)
     columns = min(len(panels), 3)
@@ -166,10 +178,14 @@ def _draw_panel(
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, sizes in inches, that is drawn without a display.
+    """An empty figure that can be drawn without a display.
+
+    Args:
+        width: In inches.
+        height: In inches.
 
     Raises:
-        InputError: without matplotlib.
+        InputError: If matplotlib is missing.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -182,7 +198,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def as_png(figure: "Figure") -> bytes:
-    """A figure of matplotlib as a PNG file."""
+    """A matplotlib figure as the bytes of a PNG file."""
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=130)
     return written.getvalue()

@@ -1,6 +1,6 @@
-"""What a training step takes of each device's memory, from shapes alone: nothing is loaded.
+"""The memory that a training step takes on each device, from shapes alone: nothing is loaded.
 
-The real step is compiled for abstract arguments, on the devices that are there.
+The real step is compiled for abstract arguments, on the devices of this machine.
 """
 
 import contextlib
@@ -34,15 +34,22 @@ from w2s_jax.train.step import Batch, LossFunction, TrainState, init_state, make
 
 @dataclass(frozen=True)
 class TrainingShapes:
-    """A training to be planned. Trained parameters and the optimizer are float32.
+    """A training to be planned; trained parameters and the optimizer's state are float32.
 
     Attributes:
-        rows: examples of a step; a pair of responses is one.
-        lora: adapters on a base that is held in `dtype`, or None to train all parameters.
-        dtype: what is computed in.
-        beside: frozen models that are held too, such as a reference, in `dtype`; the step that is
-            compiled does not read them.
-        eval_rows: examples of an evaluation's batch, by default those of a micro-batch.
+        model: The model's config.
+        objective: Which loss; a dpo example is a pair of sequences.
+        rows: Examples in a step; a pair of responses is one.
+        length: Tokens of a sequence.
+        accumulate: Micro-batches in a step.
+        lora: Adapters on a frozen base in `dtype`; None trains all parameters.
+        dtype: Dtype of the computation.
+        remat: What a backward pass recomputes.
+        optimizer: The optimizer's settings.
+        rules: How the mesh splits the parameters.
+        beside: Frozen models, such as a reference, that are held in `dtype` as well; the compiled
+            step does not read them.
+        eval_rows: Examples in a batch of an evaluation, by default those of a micro-batch.
     """
 
     model: ModelConfig
@@ -60,16 +67,23 @@ class TrainingShapes:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a step reads, of the longest rows."""
+        """Tokens that a step reads if all rows have the full length."""
         return self.rows * self.length * (2 if self.objective == "dpo" else 1)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the fullest device; `limit` is what the device has to give, where it says so.
+    """Bytes on the device that holds most.
 
-    working: gradients, activations and logits, all that the step needs beside its arguments.
-    process: on a CPU, whose memory it shares, what libraries and compiled programs take of it.
+    Attributes:
+        parameters: Trained parameters.
+        optimizer: State of the optimizer.
+        frozen: Frozen parameters.
+        batch: The batch.
+        working: Gradients, activations and logits: what the step needs beside its arguments.
+        devices: Number of devices.
+        limit: Memory of a device, None if it does not report it.
+        process: On a CPU, what libraries and compiled programs take of the same memory.
     """
 
     parameters: int
@@ -83,7 +97,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """The sum of all parts."""
         arguments = self.parameters + self.optimizer + self.frozen + self.batch
         return arguments + self.working + self.process
 
@@ -99,11 +113,20 @@ def estimate_step(
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> Estimate:
-    """The memory of one step; params, batch and frozen hold arrays or `jax.ShapeDtypeStruct`s.
+    """The memory of one step, which is compiled: this takes as long as the first step of a run.
 
-    What has a sharding is counted, and compiled, by its shards. Takes as long as the first step
-    takes to compile. On a CPU this process's own memory, with the step compiled, is counted too;
-    call it where no model is loaded.
+    Arrays with a sharding count by their shards. On a CPU this process's own memory, with the step
+    compiled, is counted too, so that no model should be loaded in it.
+
+    Args:
+        loss: The loss of a step.
+        optimizer: The optimizer.
+        params: Trained parameters, as arrays or `jax.ShapeDtypeStruct`s.
+        batch: A batch, likewise.
+        frozen: What the loss reads and does not train, likewise.
+        accumulate: Micro-batches in the step.
+        compute_dtype: Dtype in which the loss sees parameters; None is their own.
+        mesh: The mesh that the arrays lie on.
     """
     params, frozen, batch = (jax.tree.map(_abstract, tree) for tree in (params, frozen, batch))
     state = abstract_state(params, optimizer)
@@ -118,7 +141,7 @@ def estimate_step(
         optimizer=nbytes(state.optimizer),
         frozen=nbytes(frozen),
         batch=nbytes(batch),
-        # Donated arguments are counted among the outputs that take their place.
+        # Outputs that alias donated arguments take no further memory.
         working=used.temp_size_in_bytes
         + max(0, used.output_size_in_bytes - used.alias_size_in_bytes),
         devices=1 if mesh is None else mesh.size,
@@ -128,13 +151,13 @@ def estimate_step(
 
 
 def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes of `init_state`; what an optimizer holds beside a parameter lies as that does."""
+    """The shapes of `init_state`; a parameter's optimizer state has the parameter's sharding."""
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), params)
 
     places = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def like(path: tuple[Any, ...], held: Any) -> Any:
-        # What belongs to a parameter stands at the end of a path that ends as the parameter's own.
+        # The path of a parameter's optimizer state ends with the path of the parameter.
         ends = (places.get(path[start:]) for start in range(len(path)))
         param = next((one for one in ends if one is not None and one.shape == held.shape), None)
         return (
@@ -158,10 +181,16 @@ def abstract_on_mesh(
 ) -> Model:
     """A model's shapes and dtypes, with the shardings that `shard_model` would give them.
 
-    quantize_as: of a model whose weights are held so.
+    Args:
+        config: The model's config.
+        dtype: Dtype of the parameters.
+        scan_layers: Whether the layers are stacked on a leading axis.
+        mesh: The mesh; None for no shardings.
+        rules: How the mesh splits the parameters.
+        quantize_as: Which weights are quantized, and how.
 
     Raises:
-        InputError: naming the parameter, where the mesh does not divide a dimension.
+        InputError: Naming the parameter, if the mesh does not divide one of its dimensions.
     """
     model, axes = abstract_model(
         config, dtype=dtype, scan_layers=scan_layers, quantize_as=quantize_as
@@ -175,7 +204,7 @@ def abstract_on_mesh(
 def abstract_batch(
     arrays: Mapping[str, tuple[tuple[int, ...], DTypeLike]], mesh: Mesh | None = None
 ) -> Batch:
-    """A batch of these shapes and dtypes, its rows over the batch axes of the mesh."""
+    """A batch of these shapes and dtypes, its rows split over the mesh's batch axes."""
     sharding = None
     if mesh is not None:
         sharding = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES.mesh_axes("batch")))
@@ -186,7 +215,7 @@ def abstract_batch(
 
 
 def report(console: Console, estimate: Estimate) -> None:
-    """Print the estimate as a table, in GiB for each device."""
+    """Print an estimate as a table, in GiB per device."""
     table = Table("on each device", "GiB")
     told = {"working": "gradients and activations", "process": "libraries and programs"}
     for field in fields(estimate)[:5] + fields(estimate)[-1:]:
@@ -202,9 +231,9 @@ def report(console: Console, estimate: Estimate) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process held so far.
+    """The largest resident memory of this process so far, in bytes.
 
-    As Linux tells it; what getrusage tells elsewhere counts in the process that started this one.
+    Read from /proc on Linux: elsewhere getrusage also counts the process that started this one.
     """
     status = Path("/proc/self/status")
     told = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text() if status.exists() else "", re.M)
@@ -215,7 +244,7 @@ def peak_memory() -> int:
 
 
 def _memory_of_a_run() -> int:
-    """This process's peak, once it holds the libraries that a run reads and saves with."""
+    """This process's peak memory with the libraries imported that a run reads and saves with."""
     for library in ("orbax.checkpoint", "pyarrow", "pandas"):
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
@@ -230,7 +259,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes that the fullest device holds of arrays, by their shards where they have shardings."""
+    """Bytes of arrays on the device that holds most; sharded arrays count by their shards."""
 
     def shard(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)

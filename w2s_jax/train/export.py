@@ -1,9 +1,10 @@
-"""From a run's folder to a model, and checkpoints written anew: what `w2s convert` does.
+"""From a run's folder to a model, and checkpoints rewritten: what `w2s convert` does.
 
-A run says what it trains, and any step it keeps can be taken.
+A run's record says what is trained, and any step that the run keeps can be exported.
 
-Weights of few bits hold no small changes, and a guide is a small change: what training made is
-kept in float32 unless another dtype is asked for, and then what rounding loses is measured.
+In a dtype of few bits small changes are lost, and a guide is a small change of its base. What
+training made is therefore kept in float32 unless another dtype is asked for, and then the loss by
+rounding is measured.
 """
 
 import functools
@@ -39,15 +40,17 @@ from w2s_jax.train.config import ConvertConfig
 from w2s_jax.train.loop import CHECKPOINTS
 
 RECORD = "run.json"
-"""The file of a run's folder that says what is trained there."""
+"""File in a run's folder that says what the run trains."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run trains: the checkpoint it began with, and the adapters beside it, if any.
+    """What a run trains.
 
-    base: a hub id or a folder's full path. weights: the identity of its weights, None where the run
-    began with random ones.
+    Attributes:
+        base: The checkpoint that it started from: a hub id or a folder's full path.
+        weights: Hash of the base's weights; None if the run started from random weights.
+        lora: The adapters that are trained on the base, if any.
     """
 
     base: str
@@ -56,13 +59,21 @@ class Record:
 
 
 def write_record(directory: Path, record: Record) -> None:
-    """Write a run's record into its folder. Raises InputError where that is not possible."""
+    """Write a run's record into its folder.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
     text = json.dumps(asdict(record), indent=2) + "\n"
     write_whole(directory / RECORD, [text.encode()])
 
 
 def read_record(directory: Path) -> Record:
-    """The record in a run's folder. Raises InputError where it is missing or malformed."""
+    """Read the record in a run's folder.
+
+    Raises:
+        InputError: If it is missing or malformed.
+    """
     path = directory / RECORD
     check_fetched(path)
     try:
@@ -83,9 +94,9 @@ def is_run(directory: Path) -> bool:
 
 
 def weights_identity(directory: Path) -> str:
-    """A hash of the weights and the config in a checkpoint's directory, by their content.
+    """A hash of the weights and configs in a checkpoint's folder, by their content.
 
-    That of an adapter is of its base's too.
+    For an adapter it covers the base as well.
     """
     digest = hashlib.sha256()
     if is_adapter(directory):
@@ -97,7 +108,7 @@ def weights_identity(directory: Path) -> str:
 
 
 def file_digests(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the files that are here, by the last part of their names: folders may be moved."""
+    """SHA-256 of the files that exist, by file name without the folder, which may be moved."""
     files = (Path(name).expanduser() for name in names)
     return {path.name: _digest(path) for path in files if path.is_file()}
 
@@ -108,13 +119,17 @@ def _digest(path: Path) -> str:
 
 
 def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model | None]:
-    """A step that a run keeps, the newest by default: its number, the model, and what it came from.
+    """Read a step that a run keeps as a model in float32, adapters merged.
 
-    The model is in float32, adapters merged; what it came from is None where that was random.
+    Args:
+        directory: The run's folder.
+        step: The step, by default the newest.
+
+    Returns:
+        (step, model, start): `start` is the model that the run began with, None if it was random.
 
     Raises:
-        InputError: where the step is not there or not sound, and where the adapters' base has
-            changed since.
+        InputError: If the step is missing or not sound, or the adapters' base has changed since.
     """
     record = read_record(directory)
     step, params = read_params(directory / CHECKPOINTS, step)
@@ -132,10 +147,12 @@ def export(directory: Path, step: int | None = None) -> tuple[int, Model, Model 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a dtype loses of the change that training made to the weights.
+    """How much of the change that training made to the weights is lost in a dtype.
 
-    reverted: the share of the changed weights that round to where they began. error: the norm of
-    what rounding moves over that of what training moved.
+    Attributes:
+        dtype: The dtype.
+        reverted: Share of the changed weights that round to their initial value.
+        error: Norm of the rounding error over the norm of the change.
     """
 
     dtype: str
@@ -150,7 +167,11 @@ class Rounding:
 
 
 def rounded(params: Any, dtype: str) -> Any:
-    """The parameters in a dtype. Raises InputError where it does not reach that far."""
+    """The parameters in a dtype.
+
+    Raises:
+        InputError: If a weight overflows in that dtype.
+    """
     made = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(made)):
         raise InputError(f"{dtype} does not hold all weights: some are infinite in it")
@@ -158,9 +179,10 @@ def rounded(params: Any, dtype: str) -> Any:
 
 
 def measure_rounding(start: Mapping[str, Any], trained: Mapping[str, Any], dtype: str) -> Rounding:
-    """What `dtype` would lose of the way from one tree of parameters to another, in what both have.
+    """How much of the change from `start` to `trained` is lost in `dtype`.
 
-    An adapter may have given the model an embedding or a head of other rows.
+    Only leaves of equal path and shape count: an adapter may have resized the embedding or the
+    head.
     """
     before, after = (dict(tree_leaves_with_path(tree)) for tree in (start, trained))
     sums = [
@@ -174,7 +196,7 @@ def measure_rounding(start: Mapping[str, Any], trained: Mapping[str, Any], dtype
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _rounding_sums(start: jax.Array, trained: jax.Array, dtype: str) -> tuple[jax.Array, ...]:
-    """(changed, changed back by rounding, squares of the change, squares of the error)."""
+    """Sums of: changed, reverted by rounding, squares of the change, squares of the error."""
     start, trained = (leaf.astype(jnp.float32) for leaf in (start, trained))
     kept = trained.astype(dtype).astype(jnp.float32)
     changed = trained != start
@@ -184,20 +206,20 @@ def _rounding_sums(start: jax.Array, trained: jax.Array, dtype: str) -> tuple[ja
 
 
 def convert(config: ConvertConfig, *, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Write a checkpoint anew: with an adapter merged, a step of a training run, or another dtype.
+    """Rewrite a checkpoint: with an adapter merged, from a step of a run, or in another dtype.
 
     Args:
-        config: the checkpoint, the folder to write, and what is changed.
-        tell: takes lines on what was read, lost by rounding and written.
+        config: The checkpoint, the folder to write, and what is changed.
+        tell: Called with lines on what was read, lost by rounding and written.
 
     Raises:
-        InputError: for what is wrong, before any weight is read.
+        InputError: For anything wrong, before any weight is read.
     """
     source = locate(config.source)
     adapter = locate(config.merge_lora) if config.merge_lora else None
     _check_places(config, source, adapter)
     check_writable(Path(config.target) / "config.json")
-    # The first tokenizer that is found beside the adapter, the source or its base.
+    # The first tokenizer found with the adapter, the source or the source's base.
     named = locate(read_record(source).base) if is_run(source) else source
     places = filter(None, (adapter, named, base_folder(named) if is_adapter(named) else None))
     tokenizer = next((load_tokenizer(at) for at in places if holds_tokenizer(at)), None)
@@ -228,9 +250,9 @@ def _check_places(config: ConvertConfig, source: Path, adapter: Path | None) -> 
 def _read(
     config: ConvertConfig, source: Path, tell: Callable[[str], None]
 ) -> Model | RewardModel | Classifier:
-    """What is to be written, in its dtype; a line on what that loses of a training."""
+    """The model to write, in its dtype; tells what a training loses in that dtype."""
     adapter = config.source if is_adapter(source) else config.merge_lora
-    # What an adapter adds is lost in the few bits that a base may be stored in.
+    # An adapter's change would be lost in the few bits that its base may be stored in.
     stored = STORED if adapter is None else None
     dtype = stored if config.dtype == "auto" else config.dtype
     start: Model | None

@@ -1,7 +1,7 @@
 """`sft` and `dpo`: from settings to a trained checkpoint in a run's folder.
 
-What tells the two apart is an `Objective`; everything else is the same way for both: read flags and
-configs, then data, then weights, agree with the other hosts, train, write the model.
+An `Objective` is what distinguishes the two. Both go through the same steps: read flags and
+configs, then data, then weights, agree with the other hosts, train, and write the model.
 """
 
 import dataclasses
@@ -66,15 +66,15 @@ from w2s_jax.train.step import (
 from w2s_jax.train.watch import MESH, METRICS
 
 Examples = tuple[Data, Data | None]
-"""Those to train on, and those held out."""
+"""(examples to train on, held-out examples if any)."""
 
-# What an identity holds by content, what changes no number, and what a run may go on without.
+# Flags that are in the identity by content, that change no result, or that may change on resuming.
 _NOT_IN_IDENTITY = {
     "model", "data", "split", "eval_data", "eval_split", "cache", "mesh", "reference", "tuned",
     "untuned", "accumulate", "remat", "epochs", "max_steps", "hosts", "output", "save_dtype",
     "eval_batch_size", "sample_prompts", "tensorboard", "wandb", "estimate", "config",
 } | {item.name for item in fields(LoopConfig)}  # fmt: skip
-# Where a host finds or puts things.
+# Flags that may differ between hosts: where a host finds and puts files.
 _OWN_TO_A_HOST = {
     "hosts", "model", "data", "eval_data", "cache", "output", "config", "reference", "tuned",
     "untuned",
@@ -86,10 +86,10 @@ class Trained:
     """What a training wrote.
 
     Attributes:
-        folder: the run's own; its model lies in `model`.
-        step: the step of that model: the last, or the best one that was asked for.
-        rounding: what another dtype than float32 loses of the training, where the model has one.
-        measured: the evaluation with float32 weights and with those written, where there was one.
+        folder: The run's folder; its model lies in `model`.
+        step: The step of that model: the last one, or the best one if that was asked for.
+        rounding: What is lost of the training in the model's dtype, if that is not float32.
+        measured: The evaluation with float32 weights and with the written ones, if there was one.
     """
 
     folder: Path
@@ -106,33 +106,33 @@ class Trained:
 def sft(config: SFTConfig, *, choose_mesh: ChooseMesh | None = None) -> Trained:
     """Fine-tune a model on texts, prompts with completions, or conversations.
 
-    Goes on from what the run's folder holds. Lines on the data go to stderr.
+    Resumes from what the run's folder holds. Lines about the data go to stderr.
 
     Args:
-        config: the settings, which are the flags of `w2s sft`.
-        choose_mesh: picks the mesh for `mesh="auto"`, as `w2s_jax.plan.meshes.choose_mesh`.
+        config: The settings, which are the flags of `w2s sft`.
+        choose_mesh: Picks the mesh for `mesh="auto"`, as `w2s_jax.plan.meshes.choose_mesh` does.
 
     Returns:
         What was written, and where.
 
     Raises:
-        InputError: before any weight is read, for what is wrong with settings and data.
-        Preempted: a signal asked the run to stop; it is saved, and the same call goes on.
-        Diverged: the loss or a gradient is not finite.
+        InputError: For wrong settings or data, before any weight is read.
+        Preempted: If a signal asked the run to stop. It is saved, and the same call resumes it.
+        Diverged: If the loss or a gradient is not finite.
     """
     return _train(config, choose_mesh)
 
 
 def dpo(config: DPOConfig, *, choose_mesh: ChooseMesh | None = None) -> Trained:
-    """Tune a model on preferences, by DPO, its relatives, KTO or WSPO; else as `sft`."""
+    """Tune a model on preferences, by DPO or a related loss, KTO or WSPO; otherwise as `sft`."""
     return _train(config, choose_mesh)
 
 
 def estimate_memory(config: TrainConfig, *, choose_mesh: ChooseMesh | None = None) -> Estimate:
-    """What a step of this training takes of each device's memory; loads nothing.
+    """The memory that a step of this training takes on each device; loads no weights.
 
     Raises:
-        InputError: as `sft` does.
+        InputError: As `sft` does.
     """
     setup = prepare(config, choose_mesh)
     config = setup.config
@@ -167,7 +167,7 @@ def _train(config: TrainConfig, choose_mesh: ChooseMesh | None) -> Trained:
     check_shared(setup.directory)
     if is_first():
         with locked(setup.directory / METRICS):
-            pass  # no other run's now; the loop holds it from its first step on
+            pass  # fails early if another run holds the lock; the loop takes it for the steps
     agree("run", _alike(config, data, held_out))
     model = _load(setup)
     if setup.objective.reference == "precomputed":
@@ -227,7 +227,7 @@ def _train(config: TrainConfig, choose_mesh: ChooseMesh | None) -> Trained:
 
 
 def _read(setup: Setup) -> Examples:
-    """The examples to train on, and those held out; a line about each on stderr."""
+    """The examples to train on and those held out; writes a line about each to stderr."""
     config = setup.config
     data = _read_files(setup, "data", config.data, config.split, config.limit)
     held_out = None
@@ -260,14 +260,14 @@ def _read_files(
 
 
 def _alike(config: TrainConfig, data: Data, held_out: Data | None) -> dict[str, Any]:
-    """What hosts must have alike before they do anything together: examples, and most flags."""
+    """What must be equal on all hosts before they work together: examples, and most flags."""
     names = {item.name for item in fields(config)} - _OWN_TO_A_HOST
     examples = {"examples": data.identity, "held out": held_out and held_out.identity}
     return {name: getattr(config, name) for name in names} | examples
 
 
 def _identity(config: TrainConfig, setup: Setup, examples: Examples, steps: int) -> dict[str, Any]:
-    """What a run depends on: a folder that holds another run is not gone on with."""
+    """What a run depends on; a folder that holds a run with another identity is refused."""
     names = [item.name for item in fields(config) if item.name not in _NOT_IN_IDENTITY]
     weights = None if config.from_scratch else weights_identity(setup.checkpoint)
     data, held_out = examples
@@ -284,7 +284,7 @@ def _identity(config: TrainConfig, setup: Setup, examples: Examples, steps: int)
 
 
 def _write_begin(setup: Setup, weights: str | None) -> None:
-    """Say in the run's folder what is trained there, and on which mesh."""
+    """Record in the run's folder what is trained there, and on which mesh."""
     write_whole(setup.directory / MESH, [name_of(setup.mesh).encode(), b"\n"])
     if setup.config.from_scratch:
         weights = None
@@ -294,7 +294,7 @@ def _write_begin(setup: Setup, weights: str | None) -> None:
 
 
 def _load(setup: Setup) -> Model:
-    """The model to start from: float32 where all of it is trained."""
+    """The model to start from, in float32 if all of its weights are trained."""
     config, mesh = setup.config, setup.mesh
     if config.from_scratch:
         key = jax.random.key(config.seed)
@@ -306,10 +306,10 @@ def _load(setup: Setup) -> Model:
 
 
 def _start(setup: Setup, model: Model) -> Any:
-    """What is trained, before the first step: all weights in float32, or adapters.
+    """The trained parameters before the first step: all weights in float32, or adapters.
 
-    Parameters that are float32 already are the model's own arrays. On a mesh, new adapters are
-    placed by the rules of what they are beside.
+    Parameters that are in float32 already are the model's own arrays. On a mesh, new adapters are
+    sharded like the weights that they adapt.
     """
     config, mesh, lora = setup.config, setup.mesh, setup.policy.lora
     shape: dict[str, Any] = {"scan_layers": config.scan_layers}
@@ -322,12 +322,12 @@ def _start(setup: Setup, model: Model) -> Any:
 
 
 def _frozen(setup: Setup, model: Model) -> dict[str, Model]:
-    """The models that the loss reads: the base of adapters, a live reference, a guide."""
+    """The models that the loss reads but does not train: an adapter's base, reference, guide."""
     frozen = {} if setup.policy.lora is None else {BASE: model}
     if setup.objective.live and own_reference(setup):
         start = model
         if setup.policy.lora is None and REFERENCE not in setup.objective.frozen:
-            # The arrays of a model that is trained are given up in the first step.
+            # The first step donates the arrays of the model that is trained.
             start = Model(model.config, jax.tree.map(jnp.copy, model.params))
         frozen[REFERENCE] = _reference(setup, start)
     for role in (TUNED, UNTUNED):
@@ -337,7 +337,7 @@ def _frozen(setup: Setup, model: Model) -> dict[str, Model]:
 
 
 def _reference(setup: Setup, model: Model) -> Model:
-    """The reference in the dtype that is computed in: the one named, or the model as it is."""
+    """The reference in the computation's dtype: the one named, or the model before training."""
     if REFERENCE in setup.objective.frozen:
         return _other_model(setup, REFERENCE)
     if setup.config.continue_adapter:
@@ -346,7 +346,7 @@ def _reference(setup: Setup, model: Model) -> Model:
 
 
 def _other_model(setup: Setup, role: str) -> Model:
-    """A frozen model that reads the same tokens; InputError where its vocabulary differs."""
+    """A frozen model with the policy's vocabulary; InputError if it has another one."""
     path = setup.objective.frozen[role]
     folder = locate(path)
     if not same_vocabulary(setup.tokenizer, load_tokenizer(folder)):
@@ -383,17 +383,17 @@ def _with_reference(setup: Setup, model: Model, data: Data, held_out: Data | Non
 
 
 def _check_best(wanted: str, measured: list[str]) -> None:
-    """Raises InputError, before the first step, where an evaluation would not measure `wanted`."""
+    """Raise InputError, before the first step, if an evaluation would not measure `wanted`."""
     known = [f"eval/{name}" for name in measured]
     if wanted.removeprefix("-") not in known:
         raise InputError(f"--keep-best {wanted}: the evaluation measures {', '.join(known)}")
 
 
 def _flops_per_token(policy: Policy, params: Any) -> float:
-    """Operations of one token, forward and backward, without those of attention over its context.
+    """FLOPs of one token, forward and backward, without those of attention over its context.
 
-    Six for every matmul weight, arXiv 2001.08361 section 2.1; four for a frozen one, of which only
-    the gradient towards its input is computed. The embedding counts where it is the head.
+    Six for each matmul weight (arXiv 2001.08361 section 2.1); four for a frozen one, for which only
+    the gradient with respect to its input is computed. The embedding counts if it is also the head.
     """
     everything = abstract_model(policy.config)[0].params
     weights = sum(leaf.size for leaf in jax.tree.leaves(everything) if leaf.ndim > 1)
@@ -405,7 +405,7 @@ def _flops_per_token(policy: Policy, params: Any) -> float:
 
 
 def _save(setup: Setup, state: TrainState, evaluate: Evaluation | None) -> Trained:
-    """Write the trained model, or its adapter, with the tokenizer, into the run's folder."""
+    """Write the trained model, or its adapter, with the tokenizer into the run's folder."""
     best, dtype = setup.config.keep_best, setup.config.save_dtype
     checkpoints = setup.directory / CHECKPOINTS
     if best is not None and best_step(checkpoints) is None:
@@ -436,7 +436,7 @@ def _measured(
     rounding = measure_rounding(_load(setup).params, state.params, dtype)
     measured = None
     if evaluate is not None:
-        # As float32 again, which the program for it is compiled for.
+        # Back in float32, for which the evaluation is compiled already.
         kept = state._replace(params=cast(params, "float32"))
         measured = evaluate(state), evaluate(kept)
     return replace(trained, rounding=rounding, measured=measured)
@@ -444,16 +444,16 @@ def _measured(
 
 NEW_TOKENS = 64
 OPENING = 8
-"""Where a row has no prompt, so many of its first tokens stand for one."""
+"""Tokens at the start of a row without a prompt that serve as its prompt."""
 
 
 def _sampler(
     setup: Setup, frozen: Mapping[str, Model], data: Data
 ) -> Callable[[TrainState], list[dict[str, Any]]]:
-    """What answers the first prompts of `data` with the model of a state, at temperature 0.7.
+    """A function that samples responses to the first prompts of `data`, at temperature 0.7.
 
-    Gives rows of `prompt` and `response`. The draws are the same for every state, so that what
-    changes is the model.
+    It takes a state and returns rows of `prompt` and `response`. The draws are the same for every
+    state, so that only the model makes a difference.
     """
     decode = setup.tokenizer.decode
 
@@ -474,7 +474,7 @@ def _sampler(
 
 
 def _prompt_of(data: Data, index: int) -> list[int]:
-    """What stands before the first target of a row, as token ids."""
+    """Token ids of a row before its first target."""
     batch = data.at([index])
     tokens, targets = (
         batch[name].reshape(-1, batch[name].shape[-1])[0] for name in ("tokens", "targets")

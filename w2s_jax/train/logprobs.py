@@ -1,8 +1,8 @@
-"""Log-probs of the tokens of a batch under a decoder, with [B X V] logits never whole in memory.
+"""Log-probs of the tokens of a batch, without [B X V] logits in memory at once.
 
-Those of a reference model are computed once for all of a data set, and kept on disk under a name
-made of what they depend on: the reference's weights and the data. Holds no loss: what is made of
-the log-probs is in objectives.py.
+The reference model's log-probs are computed once for a data set, and cached on disk under a hash of
+what they depend on: the reference's weights and the data. The losses are in losses.py;
+objectives.py applies them to these log-probs.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from w2s_jax.train.step import Batch, host_rows, place
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 128 * 2**20
-"""Float32 logits alive at a time, unless a caller says otherwise."""
+"""Float32 logits alive at a time on a device, by default."""
 STATES_BYTES = 512 * 2**20
 """Hidden states of a block that a device gathers, with their gradients."""
 
@@ -43,13 +43,18 @@ Marks = Bool[Array | np.ndarray, "B X"]
 
 
 READ = ("tokens", "segments", "targets")
-"""What of a batch a model reads."""
+"""Arrays of a batch that a model reads."""
 REFERENCE = "reference"
 """The role of a reference model, and the name of its log-probs in a batch."""
 
 
 class TokenScores(NamedTuple):
-    """Of every token of a batch, [B X]: its log-prob, and whether it was the likeliest one."""
+    """Scores of the tokens of a batch.
+
+    Attributes:
+        logprobs: Log-prob of each token, in nats, [B, X].
+        correct: Whether each token was the likeliest one, [B, X].
+    """
 
     logprobs: Array
     correct: Array
@@ -65,12 +70,22 @@ def sequence_scores(
     key: Array | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> TokenScores:
-    """Float32 log p(token | the tokens before it in its segment), and whether it was the likeliest.
+    """Score each token given the tokens before it in its segment.
 
-    0.0 and False at padding, at a segment's first token and, where `targets` are given, at every
-    other token; what is not scored costs no time in the head. At most `block_bytes` of logits are
-    alive on a device, forward and backward. Rows lie on the mesh of the model's placement, if any.
-    `remat`, `key`: as in `hidden_states`.
+    Unscored tokens take no time in the head. Rows lie on the mesh of the model's placement, if any.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+        segments: Numbers of the documents packed in a row, from 1; 0 is padding.
+        targets: True on the tokens to score, by default all.
+        remat: What a backward pass recomputes, as in `hidden_states`.
+        key: Key for dropout; None disables it.
+        block_bytes: Bytes of float32 logits alive at a time on a device, forward and backward.
+
+    Returns:
+        Float32 log-probs, and whether each token was the likeliest. Tokens that are not scored have
+        0.0 and False: padding, the first token of a segment, and all but the targets.
     """
     hidden = hidden_states(model, tokens, segments=segments, remat=remat, key=key)
     counted = scored_tokens(segments, targets)
@@ -88,10 +103,10 @@ def weighted_logprob(
     key: Array | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Float[Array, ""], TokenScores]:
-    """The sum of weights · log-probs, and the scores of the tokens whose weight is not zero.
+    """The sum of weights · log-probs, and the scores of the tokens with a weight other than zero.
 
-    As `sequence_scores`, for objectives whose weights do not depend on the log-probs (SFT): a
-    gradient then costs three head matmuls, not four. The scores have no gradient.
+    For objectives whose weights do not depend on the log-probs (SFT): a gradient then takes three
+    head matmuls instead of four. The scores carry no gradient. Otherwise as `sequence_scores`.
     """
     hidden = hidden_states(model, tokens, segments=segments, remat=remat, key=key)
     weights = jnp.where(scored_tokens(segments), weights, 0.0)
@@ -102,7 +117,7 @@ def weighted_logprob(
 def _read_by(
     model: Model, hidden: Array, tokens: Tokens, counted: Array, block_bytes: int
 ) -> tuple[Any, ...]:
-    """What the head's log-probs are made of: every state beside the token that comes next."""
+    """The arguments of the head's log-probs: each hidden state with the token that follows it."""
     kernel = model.params["head"]["kernel"] if not model.config.tied_embeddings else None
     rows = (row_groups(model.placement, len(tokens)), -1)
     return (
@@ -114,21 +129,21 @@ def _read_by(
 
 
 def response_logprobs(model: Model, batch: Batch) -> Float[Array, "*B"]:
-    """Summed log-probs, in nats, of the targets of each row [*B, X] of a batch."""
+    """Log-probs summed over the targets of each row [*B, X] of a batch, in nats."""
     flat, shape = flat_rows(batch)
     scores = sequence_scores(model, **flat)
     return jnp.where(flat["targets"], scores.logprobs, 0.0).sum(-1).reshape(shape)
 
 
 def flat_rows(batch: Batch) -> tuple[Batch, tuple[int, ...]]:
-    """The tokens, segments and targets of rows [*B, X] as [B', X], on the device, and *B."""
+    """Reshape the arrays of a batch from [*B, X] to [B', X], on the device; returns *B as well."""
     shape = batch["tokens"].shape
     flat = {name: jnp.asarray(batch[name]).reshape(-1, shape[-1]) for name in READ}
     return flat, shape[:-1]
 
 
 def scored_tokens(segments: Tokens, targets: Marks | None = None) -> Bool[Array, "B X"]:
-    """True at the tokens that have a log-prob: in a segment, not its first, among the targets."""
+    """True at tokens with a log-prob: targets in a segment, except for its first token."""
     segments = jnp.asarray(segments)
     follows = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))
     scored = follows & (segments > 0)
@@ -136,21 +151,21 @@ def scored_tokens(segments: Tokens, targets: Marks | None = None) -> Bool[Array,
 
 
 def row_groups(placement: Placement, rows: int) -> int:
-    """Into how many groups, each on devices of its own, rows of a batch are split."""
+    """Groups of devices over which the rows of a batch are split; 1 if that is not even."""
     parts = placement.parts("batch", rows)
     return 1 if rows % parts else parts
 
 
 def head_of(config: ModelConfig, placement: Placement, block_bytes: int = BLOCK_BYTES) -> Head:
-    """How a model's logits are made, `block_bytes` of them alive on a device at a time.
+    """How a model's logits are computed, in blocks of at most `block_bytes` on a device.
 
-    Where the vocabulary can be divided by all parts of the weights, it is. Then hidden states of
-    all rows of a block lie on each device, `STATES_BYTES` of them.
+    The vocabulary is split over all devices that share the weights, if it divides. Then each device
+    gathers the hidden states of all rows of a block, `STATES_BYTES` at a time.
     """
     rows = max(1, block_bytes // (4 * config.vocab_size))
     vocab_axis = 0 if config.tied_embeddings else 1
     spread = _spread(config.vocab_size, placement)
-    # In half precision, and their gradients in float32.
+    # Six bytes: two of the state in half precision, four of its gradient in float32.
     states = None if spread.mesh is None else max(1, STATES_BYTES // (6 * config.width))
     return Head(vocab_axis, rows, config.final_softcap, spread, states)
 
@@ -160,7 +175,7 @@ def _spread(vocab_size: int, placement: Placement) -> Spread:
     if mesh is None:
         return Spread()
     batch, vocab = (rules.mesh_axes(axis) for axis in ("batch", "vocab"))
-    # In this order one exchange within the parts of the width cuts the kernel.
+    # In this order one exchange among the shards of the width re-shards the kernel.
     wide = tuple(dict.fromkeys((*vocab, *rules.mesh_axes("embed"))))
     if vocab_size % math.prod(mesh.shape[axis] for axis in wide) == 0:
         vocab = wide
@@ -168,23 +183,31 @@ def _spread(vocab_size: int, placement: Placement) -> Spread:
 
 
 def _next(x: Array | np.ndarray) -> Array:
-    """At every place what stands in the next one; zero at the end."""
+    """Shifted left by one; zero at the end."""
     return jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1)))
 
 
 def _after(x: Array) -> Array:
-    """At every place what stood in the one before; zero at the start."""
+    """Shifted right by one; zero at the start."""
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
 def reference_logprobs(
     model: Model, data: Data, *, rows: int, mesh: Mesh | None = None
 ) -> Float32[np.ndarray, "n 2"]:
-    """Summed log-probs of both responses of every example, in nats; `rows` examples at a time.
+    """Summed log-probs, in nats, of both responses of every example.
 
-    Examples of like length are read together, so that little is padded. On a mesh over several
-    hosts each reads its share of the rows, and all get all the numbers; `rows` must be divisible
-    by the parts of the mesh.
+    Examples of similar length are read together to save padding.
+
+    Args:
+        model: The reference model.
+        data: The examples.
+        rows: Examples in a batch; the mesh must divide them.
+        mesh: The mesh. If it spans several hosts, each reads its share of the rows, and all get all
+            the results.
+
+    Returns:
+        Float32, one row per example: the chosen, then the rejected response.
     """
     check_batch(rows, 1, mesh, flag="--eval-batch-size")
     share = host_rows(mesh, rows)
@@ -206,16 +229,21 @@ def reference_logprobs(
 def with_reference(
     model: Model, data: Data, *, rows: int, cache: Path, identity: str, mesh: Mesh | None = None
 ) -> Data:
-    """The data with the `reference_logprobs` of its rows, float32 [B, 2] of a batch.
+    """The data with a column of `reference_logprobs`, float32 [B, 2] in a batch.
 
-    They are read from the folder `cache` where a run has put them there. `identity` says which
-    weights the model has, and in what dtype; a file that is damaged or of another length is
-    computed anew.
+    Args:
+        model: The reference model.
+        data: The examples.
+        rows: Examples in a batch.
+        cache: Folder from which log-probs of an earlier run are read; a damaged file, or one of
+            another length, is computed anew.
+        identity: What identifies the weights and the dtype of the model.
+        mesh: The mesh.
     """
     digest = hashlib.sha256(f"{identity}\n{data.identity}".encode()).hexdigest()[:24]
     path = cache / f"reference-{digest}.npy"
     found = _read_kept(path, len(data))
-    # What all hosts must do together, all do or none does.
+    # Computing is collective: all hosts must do it, or none.
     if all(gather_values(found is not None)) and found is not None:
         log.info("reference log-probs of %d examples read from %s", len(data), path)
     else:

@@ -1,7 +1,11 @@
 """The training loop: batches by step number, metrics to a file, checkpoints, resuming, stopping.
 
-Holds no objective: the step and the batches are given. A run killed at any moment goes on, when
-it is started again, to the bits of one that was not.
+It knows no objective: the step and the batches are arguments. A run that is killed at any moment
+and started again gives the same bits as one that was not.
+
+metrics.jsonl has a row every `log_every` steps with the means since the row before, `seconds` and
+`num_tokens` over all runs, `tokens_per_second` and, on a device whose peak is known, `mfu`; and a
+row per evaluation, its names under "eval/". Samples go to samples.jsonl.
 """
 
 import math
@@ -41,17 +45,17 @@ from w2s_jax.train.watch import (
 from w2s_jax.train.watch import read_metrics as read_metrics
 
 CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a run's own."""
+"""Folder of the checkpoints in a run's folder."""
 
 
 class Interrupted(BaseException):
-    """Raised by a signal inside `Stop.interruptible`, past any `except Exception` of the block."""
+    """Raised by a signal inside `Stop.interruptible`; no `except Exception` catches it."""
 
 
 class Stop:
-    """While it is entered, SIGTERM and SIGINT set `asked`; a second SIGINT interrupts at once.
+    """Inside its `with` block SIGTERM and SIGINT set `asked`; a second SIGINT interrupts at once.
 
-    Outside the main thread, where no handler can be set, it does nothing.
+    Has no effect outside the main thread, where Python allows no signal handlers.
     """
 
     def __init__(self) -> None:
@@ -71,7 +75,7 @@ class Stop:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that changes nothing: a signal, before or in it, ends it with Interrupted."""
+        """A block that changes no state: a signal before or in it ends it with Interrupted."""
         self._interruptible = True
         try:
             if self.asked:
@@ -112,25 +116,29 @@ def train(
     put: Callable[[Batch], Any] | None = None,
     flops_per_token: float | int | None = None,
 ) -> TrainState:
-    """Run until `steps` are done, going on from the newest sound checkpoint under `directory`.
+    """Train until `steps` steps are done, resuming from the newest sound checkpoint in `directory`.
 
-    `batches(i)` (and `names(i)`, its rows' names for errors) must depend on i alone, counted from
-    0: then the step number is the data position. `put` takes a batch to the devices. `step` reads
-    `frozen`, which is never saved. `identity` holds JSON values that must not change between the
-    runs of a directory: settings, the data's hash; of its parts FREE and FILES see
-    train/checkpoint.py. `schedule(i)` is the learning rate, for the
-    log alone.
-
-    Writes metrics.jsonl: a row every `log_every` steps, with the means since the row before,
-    `seconds` and `num_tokens` over all runs, `tokens_per_second` and, given the FLOPs that a token
-    costs on a device whose peak is known, `mfu`; and a row per evaluation, its names under "eval/".
-    The rows of `sample` go to samples.jsonl. The arrays of `state` are given up.
+    Args:
+        state: The state at step 0. Its arrays are deleted.
+        step: One training step.
+        batches: Batch by step number from 0, on which alone it may depend.
+        steps: Steps in total, including those of earlier runs.
+        config: How often to log, evaluate, sample and save.
+        directory: The run's folder.
+        frozen: What `step` reads besides the state; never saved.
+        identity: JSON values that a resumed run must share; see FREE and FILES in checkpoint.py.
+        evaluate: Measures a state.
+        sample: Rows sampled from a state.
+        names: Names of a batch's rows by step number, for error messages.
+        schedule: Learning rate by step number, for the log alone.
+        sinks: Where rows of metrics are shown as well.
+        put: Moves a batch to the devices.
+        flops_per_token: FLOPs of one token, forward and backward, for `mfu`.
 
     Raises:
-        Preempted: after SIGTERM or SIGINT, the state saved.
-        Diverged: where the loss or the gradient's norm is not finite, nothing saved after.
-        InputError: where the directory holds a run of another identity or no sound checkpoint.
-        OSError: where a checkpoint cannot be written.
+        Preempted: After SIGTERM or SIGINT, once the state is saved.
+        Diverged: If the loss or the gradient's norm is not finite; nothing is saved after that.
+        InputError, OSError: If no checkpoint is sound or of this run; if one cannot be written.
     """
     directory = Path(directory)
     with ExitStack() as stack:
@@ -164,7 +172,7 @@ def train(
 
 @dataclass(kw_only=True)
 class _Run:
-    """One call of `train` after its restore: what it has told, what it must still save."""
+    """One call of `train` after its restore: what it has reported, and what it has yet to save."""
 
     config: LoopConfig
     steps: int
@@ -201,7 +209,7 @@ class _Run:
         self.bar = tqdm(total=self.steps, initial=self.first, desc=name, disable=quiet)
 
     def _open(self) -> None:
-        """Cut the files of rows back to the step the run goes on from, and open them."""
+        """Open the files of rows, truncated to the step from which the run resumes."""
 
         def keep(row: Values) -> bool:
             if row["step"] == self.first and self.due:
@@ -224,7 +232,7 @@ class _Run:
         frozen: Any,
         put: Callable[[Batch], Any],
     ) -> TrainState:
-        """All steps that are left. Metrics are read one step behind, so that no device waits."""
+        """Run the remaining steps; metrics are read one step late, so that no device waits."""
         if self.due:
             score = self._look(self.first, state)
             if score is not None:
@@ -249,7 +257,7 @@ class _Run:
         return state
 
     def _settle(self) -> None:
-        """Read the metrics of the step before, and tell them; raises Diverged."""
+        """Read and log the metrics of the step before; raises Diverged."""
         if self.pending is None:
             return
         (i, metrics), self.pending = self.pending, None
@@ -269,7 +277,7 @@ class _Run:
             self.bar.set_postfix(shown)
 
     def _tell(self, done: int, values: Values) -> None:
-        """Write a row; JSON has no number for a mean over nothing, which is null there."""
+        """Write a row; the mean of nothing is NaN, which JSON lacks, and is written as null."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if METRICS in self.files:
             nulls = dict.fromkeys(values.keys() - finite.keys())
@@ -290,15 +298,15 @@ class _Run:
         if self.config.save_seconds is None:
             return False
         if started() and done % self.config.log_every:
-            return False  # hosts must agree, and asking each other takes time
+            return False  # hosts must agree on this, and an exchange at every step takes time
         return gather_values(time.monotonic() - self.saved_at > self.config.save_seconds)[0]
 
     def _falls(self, done: int, every: int) -> bool:
-        """Whether a thing done every so many steps, and at the end, is due."""
+        """Whether something is due that is done every so many steps, and after the last one."""
         return done == self.steps or (every > 0 and done % every == 0)
 
     def _look(self, done: int, state: TrainState) -> float | None:
-        """Evaluate and sample as is due after a step; returns the score for `keep_best`."""
+        """Evaluate and sample as due after a step; returns the score for `keep_best`."""
         score = None
         self.due = True
         try:
@@ -348,7 +356,7 @@ class _Run:
         return -value if lower else value
 
     def _stop(self, done: int, state: TrainState, *, due: bool) -> None:
-        """Save, and end the run; `due`: what follows this step is for the run that goes on."""
+        """Save and end the run. `due`: the run that resumes has yet to evaluate or sample."""
         self.due = due
         self._save(done, state, None)
         self.checkpoints.wait()
@@ -364,7 +372,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _diverged(self, i: int, what: str, *, by_batch: bool = True) -> Diverged:
-        _close_quietly(self.checkpoints)  # a save that is running holds a good state
+        _close_quietly(self.checkpoints)  # lets a running save of a good state end
         rows = tuple(self.names(i)) if self.names is not None and by_batch else ()
         return Diverged(i + 1, what, rows, self.checkpoints.latest, str(self.where))
 
@@ -376,7 +384,7 @@ class _Run:
         return self.stop.asked
 
     def close(self) -> None:
-        """Let go of files, bar and sinks."""
+        """Close files, progress bar and sinks."""
         self.bar.close()
         closing = [one.close for one in self.writers] + [one.close for one in self.files.values()]
         for close in closing:
@@ -385,7 +393,7 @@ class _Run:
 
 @jax.jit
 def _is_finite(state: TrainState) -> jax.Array:
-    """Whether no parameter is NaN or infinite and nothing of the optimizer is NaN."""
+    """Whether all parameters are finite and no optimizer state is NaN."""
 
     def floats(tree: Any) -> list[jax.Array]:
         return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -396,6 +404,6 @@ def _is_finite(state: TrainState) -> jax.Array:
 
 
 def _close_quietly(checkpoints: Checkpoints) -> None:
-    """End a running save where another error, or none, is on its way; that one is told."""
+    """End a running save, and drop its error: another error, or none, is being reported."""
     with suppress(OSError):
         checkpoints.close()

@@ -1,14 +1,14 @@
-"""The losses, as pure functions of log-probs: the DPO family, KTO, WSPO, and what all share.
+"""The losses as pure functions of log-probs: the DPO family, KTO, WSPO, and shared parts.
 
-Pair losses take a `PairLogprobs`, named as TRL 1.16 names its `loss_type`s, and return one loss per
-pair, Float["B"], float32 for float32; means, weights and metrics are the caller's
-(`preference_loss`). Log-probs are in nats. Metrics have TRL's names.
+Pair losses take a `PairLogprobs` and return one loss per pair, Float["B"], in the dtype of the
+log-probs (nats). They are named as the `loss_type`s of TRL 1.16; means, weights and metrics are the
+caller's (`preference_loss`). Metrics have TRL's names.
 
 In the formulas c and r are the log-ratios log p(y|x) - log p_ref(y|x) of the chosen and of the
 rejected response, b is `beta`, e is `label_smoothing`, s is the logistic function.
 
-A new pair loss is a function here, a line of `PAIR_LOSSES`, and a line of `LOSSES` in config.py
-that says which arrays and options it reads.
+A new pair loss takes a function here, an entry of `PAIR_LOSSES`, and an entry of `LOSSES` in
+config.py that says which arrays and options it reads.
 """
 
 import math
@@ -29,14 +29,13 @@ Lengths = Int[Array, " B"]
 TokenLogprobs = Float[Array, "B X"]
 
 Metrics = dict[str, Any]
-"""Scalars by name, means with the weight of the batch; or `Mean`s, which have their own counts."""
+"""Scalars by name: means with the weight of the batch, or `Mean`s with counts of their own."""
 
 
 class Mean(NamedTuple):
-    """A mean as sum and count, so that those of several batches make one: they are added.
+    """A mean as sum and count, so that the means of several batches combine by addition.
 
-    Of more than one entry, the value is the sum of the entries' means. Where an entry counts
-    nothing there is nothing to report: the value is nan.
+    With several entries, the value is the sum of the entries' means; it is NaN if one has count 0.
     """
 
     total: Any
@@ -44,21 +43,20 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """The value; arrays of any library."""
+        """The mean; works on arrays of any library."""
         return (self.total / self.count).sum()
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PairLogprobs:
-    """A batch of pairs as the losses see it.
+    """Log-probs of a batch of pairs, in nats.
 
-    Args:
-        policy_chosen, policy_rejected: log-probs under the policy, summed over a response.
-        reference_chosen, reference_rejected: the same under the reference; None where it is not
-            read.
-        chosen_lengths, rejected_lengths: the tokens summed over; None where no loss reads them.
-        chosen_nll: takes the place of ORPO's own NLL term where given.
+    Attributes:
+        policy_chosen, policy_rejected: Under the policy, summed over the response, [B].
+        reference_chosen, reference_rejected: Under the reference; None if no loss reads them.
+        chosen_lengths, rejected_lengths: Tokens in the sums, [B]; None if no loss reads them.
+        chosen_nll: Replaces ORPO's own NLL term if given.
     """
 
     policy_chosen: Logprobs
@@ -71,13 +69,13 @@ class PairLogprobs:
 
     @property
     def chosen(self) -> Logprobs:
-        """c: the log-ratio of the chosen response to the reference."""
+        """c: the log-ratio of the chosen response, policy to reference."""
         assert self.reference_chosen is not None
         return self.policy_chosen - self.reference_chosen
 
     @property
     def rejected(self) -> Logprobs:
-        """r: the log-ratio of the rejected response to the reference."""
+        """r: the log-ratio of the rejected response, policy to reference."""
         assert self.reference_rejected is not None
         return self.policy_rejected - self.reference_rejected
 
@@ -88,25 +86,25 @@ class PairLogprobs:
 
 
 Loss = Callable[..., Logprobs]
-"""(pairs, **options) -> one loss per pair; the options are those of `LOSSES` in config.py."""
+"""(pairs, **options) -> one loss per pair; `LOSSES` in config.py lists the options."""
 
 
 def preference_loss(config: PreferenceConfig, pairs: PairLogprobs) -> tuple[Logprobs, Metrics]:
-    """The weighted sum of the config's losses, one number per pair, and the metrics' batch means.
+    """The weighted sum of the config's losses for each pair, and the metrics' batch means.
 
     Its mean over the batch is TRL's loss. With `aot`, `aot_unpaired` and terms that weigh tokens
-    (`sft`, `orpo`, `cpo`) an entry depends on the whole batch. Rewards are beta times the
-    log-ratio to the reference, or the log-prob where there is none.
+    (`sft`, `orpo`, `cpo`) an entry depends on the whole batch. Rewards are beta times the log-ratio
+    to the reference, or times the log-prob if there is none.
 
     Args:
-        config: which losses, their weights and options.
-        pairs: log-probs of B pairs.
+        config: Which losses, their weights and options.
+        pairs: Log-probs of B pairs.
 
     Returns:
-        The losses, and scalars under TRL's names, without gradient.
+        The losses [B], and scalars under TRL's names, without gradient.
 
     Raises:
-        InputError: an array that a loss needs is missing, or a loss is none on pairs.
+        InputError: If an array that a loss needs is missing, or a loss is not one on pairs.
     """
     weights = config.loss_weights or (1.0,) * len(config.losses)
     total = jnp.zeros_like(pairs.policy_chosen)
@@ -123,8 +121,8 @@ def preference_loss(config: PreferenceConfig, pairs: PairLogprobs) -> tuple[Logp
 def _pair_metrics(config: PreferenceConfig, pairs: PairLogprobs) -> Metrics:
     first = next((name for name in config.losses if name != "sft"), "sft")
     chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
-    # ORPO's and SimPO's metrics are of the mean log-probs, as in TRL.
-    if first in ("orpo", "simpo"):
+    # As in TRL, the metrics of such losses use mean log-probs per token.
+    if LOSSES[first].per_token:
         chosen = per_token(chosen, pairs.chosen_lengths)
         rejected = per_token(rejected, pairs.rejected_lengths)
     rewards = config.beta * chosen, config.beta * rejected
@@ -140,9 +138,9 @@ def preference_metrics(
     chosen_rewards: Logprobs,
     rejected_rewards: Logprobs,
 ) -> Metrics:
-    """Batch means under TRL's names: rewards, how far and how often chosen is above, log-probs.
+    """Batch means under TRL's names: rewards, margins, accuracies, log-probs.
 
-    A pair with equal rewards counts as not above. All are scalars, float32 for float32.
+    A pair with equal rewards counts as wrong. All are scalars in the dtype of the log-probs.
     """
     margins = chosen_rewards - rejected_rewards
     return {
@@ -156,12 +154,12 @@ def preference_metrics(
 
 
 def smoothed_logistic(margins: Logprobs, label_smoothing: float) -> Logprobs:
-    """-(1 - e) log s(m) - e log s(-m): a preference that is wrong with probability e."""
+    """-(1 - e) log s(m) - e log s(-m): a preference label that is wrong with probability e."""
     return -(1 - label_smoothing) * log_sigmoid(margins) - label_smoothing * log_sigmoid(-margins)
 
 
 def per_token(logprobs: Logprobs, lengths: Lengths | None) -> Logprobs:
-    """Mean over a response's tokens; an empty response gives its sum."""
+    """Mean log-prob over a response's tokens; the sum for an empty response."""
     assert lengths is not None
     return logprobs / jnp.maximum(lengths, 1)
 
@@ -253,10 +251,10 @@ def sppo_hard(pairs: PairLogprobs, *, beta: float = 0.1) -> Logprobs:
 
 
 def aot(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Logprobs:
-    """Paired AOT: `sigmoid` between the sorted margins of the policy and those of the reference.
+    """Paired AOT: `sigmoid` of the sorted margins of the policy minus those of the reference.
 
-    arXiv 2406.05882. Over the batch, the i-th smallest policy_chosen - policy_rejected is held
-    against the i-th smallest reference_chosen - reference_rejected, so entry i belongs to no row
+    arXiv 2406.05882. The i-th smallest policy_chosen - policy_rejected of the batch is compared
+    with the i-th smallest reference_chosen - reference_rejected, so that entry i belongs to no row
     and the loss depends on the batch. TRL and the paper agree.
     """
     assert pairs.reference_chosen is not None
@@ -269,7 +267,7 @@ def aot(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0.0)
 def aot_unpaired(
     pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Logprobs:
-    """Unpaired AOT: `sigmoid` between the sorted c and the sorted r of the batch, arXiv 2406.05882.
+    """Unpaired AOT: `sigmoid` of the sorted c minus the sorted r of the batch, arXiv 2406.05882.
 
     Older releases of TRL called it `aot_pair`. Entry i belongs to no row and the loss depends on
     the batch. TRL and the paper agree.
@@ -308,11 +306,11 @@ def discopop(pairs: PairLogprobs, *, beta: float = 0.1, discopop_tau: float = 0.
 
 
 def sft(pairs: PairLogprobs) -> Logprobs:
-    """Next-token loss of the chosen responses; its mean is that over all their tokens in the batch.
+    """Next-token loss of the chosen responses; its batch mean is the mean over all their tokens.
 
-    -log p(chosen) / (mean length of the batch): every token weighs the same, as in TRL, where the
-    loss of each pair is that mean. Mixed into others by `loss_type` and `loss_weights`, as in MPO
-    (arXiv 2411.10442) and iterative RPO (arXiv 2404.19733).
+    -log p(chosen) / (mean length in the batch): every token has the same weight, as in TRL, where
+    the loss of each pair is that mean. Mixed into others by `loss_type` and `loss_weights`, as in
+    MPO (arXiv 2411.10442) and iterative RPO (arXiv 2404.19733).
     """
     assert pairs.chosen_lengths is not None
     return -pairs.policy_chosen / jnp.maximum(pairs.chosen_lengths.mean(), 1.0)
@@ -387,20 +385,20 @@ PAIR_LOSSES: Mapping[str, Loss] = {
 
 
 def log_odds(logprobs: Logprobs) -> Logprobs:
-    """log p - log(1 - p) of p = exp(logprobs); p at 1 or above is taken just below 1."""
+    """log p - log(1 - p) for p = exp(logprobs); p of 1 or above is set just below 1."""
     below = jnp.minimum(logprobs, -jnp.finfo(logprobs.dtype).eps)
     small = below < -math.log(2)
-    # Each branch gets an argument at which its derivative is finite, chosen or not.
+    # Each branch gets an argument with a finite derivative, also where it is not selected.
     far = jnp.log1p(-jnp.exp(jnp.where(small, below, -1.0)))
     near = jnp.log(-jnp.expm1(jnp.where(small, -1.0, below)))
     return logprobs - jnp.where(small, far, near)
 
 
 def kto_kl(policy_mismatched: Logprobs, reference_mismatched: Logprobs) -> Float[Array, ""]:
-    """KTO's estimate of KL(policy || reference): the batch mean log-ratio of mismatched responses.
+    """KTO's estimate of KL(policy || reference): the mean log-ratio of mismatched responses.
 
-    The responses are those of the batch, each behind the prompt of another row (TRL: of the next).
-    Held at 0 from below and without gradient, arXiv 2402.01306, as in TRL.
+    The responses are those of the batch, each after the prompt of another row (TRL: of the next).
+    Clipped at 0 from below and without gradient, arXiv 2402.01306, as in TRL.
     """
     kl = (policy_mismatched - reference_mismatched).mean()
     return jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
@@ -434,10 +432,10 @@ def kto_metrics(
     *,
     beta: float = 0.1,
 ) -> Metrics:
-    """TRL's metrics of a KTO batch: means over its desirable and over its undesirable responses.
+    """TRL's metrics of a KTO batch: means over the desirable and over the undesirable responses.
 
-    A mean has its own count, as a batch may hold few of a kind, or none; the margin is the mean of
-    the desirable ones less that of the others.
+    Each mean has a count of its own, as a batch may hold few responses of a kind, or none. The
+    margin is the mean of the desirable ones minus that of the undesirable ones.
     """
     rewards = beta * (policy - reference)
 
@@ -469,18 +467,18 @@ def wspo(
 ) -> Logprobs:
     """WSPO: the mean over the response's tokens of (b (log p - log p_ref) - (log p_t - log p_u))^2.
 
-    arXiv 2410.18640: the policy learns the shift of the guide from untuned (u) to tuned (t) at
-    1 / b of its strength, b the paper's gamma. The paper writes the squared L2 distance of the
-    log-ratios; which vector it is of follows the code published with it: that of the tokens where
-    `mask` is True, divided by their number. TRL has no such loss.
+    arXiv 2410.18640: the policy learns the shift of the guide from untuned (u) to tuned (t) at 1 /
+    b of its strength. The paper writes the squared L2 distance of the log-ratios without defining
+    the vector; as in the code published with it, here it is over the tokens where `mask` is True,
+    divided by their number. TRL has no such loss.
 
     Args:
-        policy: log p(token | before) of responses, [B, X], in nats.
-        reference: the same tokens under the reference.
-        tuned: under the guide's tuned model, of the same vocabulary.
-        untuned: under its untuned model.
+        policy: log p(token | before) of the responses, [B, X], in nats.
+        reference: The same tokens under the reference.
+        tuned: Under the guide's tuned model, which has the same vocabulary.
+        untuned: Under the guide's untuned model.
         mask: True on the tokens of the responses.
-        beta: the paper's gamma.
+        beta: The paper's gamma.
     """
     error = jnp.where(mask, beta * (policy - reference) - (tuned - untuned), 0.0)
     return (error**2).sum(-1) / jnp.maximum(mask.sum(-1), 1)
@@ -489,7 +487,7 @@ def wspo(
 def classification(
     logits: Float[Array, "B labels"], labels: Int[Array, " B"]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Mean cross-entropy of integer labels, in nats, with the accuracy of the largest logit."""
+    """Mean cross-entropy of integer labels, in nats, and the accuracy of the largest logit."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
     loss = -jnp.take_along_axis(logprobs, labels[:, None], axis=1).mean()
     accuracy = (logits.argmax(-1) == labels).mean(dtype=jnp.float32)

@@ -1,8 +1,8 @@
 """Binds models to losses: from a batch of token ids to the value that a step differentiates.
 
-The formulas are in losses.py and its neighbours. Batches hold `tokens` Int["B X"], `segments`
-Int["B X"] (0 on padding) and `targets` Bool["B X"] (tokens whose log-probs count); pairs hold the
-same as ["B 2 X"], chosen first.
+The formulas are in losses.py. Batches hold `tokens` Int["B X"], `segments` Int["B X"] (0 on
+padding) and `targets` Bool["B X"] (tokens whose log-probs count); pairs hold the same with shape
+["B 2 X"], chosen first.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,16 +44,19 @@ from w2s_jax.train.step import Batch, LossFunction
 Frozen = Mapping[str, Model]
 
 BASE, TUNED, UNTUNED = "base", "tuned", "untuned"
-"""What `frozen` holds beside the REFERENCE: the base of adapters, and a guide."""
+"""Roles of frozen models other than REFERENCE: the base of adapters, and a guide."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The model in training, as a function of what is trained and what is frozen.
+    """The model in training, as a function of its trained and its frozen parameters.
 
-    Without `lora` the parameters are the model's own; with it they are adapters on the frozen
-    base. `remat` says what a layer's backward pass computes again (`models.model.hidden_states`),
-    `placement` where the model lies, and with it the rows of a batch.
+    Attributes:
+        config: The model's config.
+        lora: Adapters on a frozen base, which are then what is trained; None trains the model
+            itself.
+        remat: What a layer's backward pass recomputes, as in `models.model.hidden_states`.
+        placement: Where the model lies, and with it the rows of a batch.
     """
 
     config: ModelConfig
@@ -62,31 +65,31 @@ class Policy:
     placement: Placement = ON_ONE_DEVICE
 
     def model(self, params: Any, frozen: Frozen) -> Model:
-        """The model under these parameters; it shares the arrays of a frozen base."""
+        """The model with these parameters; shares the arrays of a frozen base."""
         if self.lora is None:
             return Model(self.config, params, self.placement)
         whole = attach(frozen[BASE].params, params, self.lora)
         return Model(self.config, whole, self.placement)
 
     def scores(self, params: Any, frozen: Frozen, batch: Batch, key: Array | None) -> TokenScores:
-        """Scores of every token of a batch [B, X] under the model; `key` is for dropout."""
+        """Scores of the tokens of a batch [B, X] under the model; `key` is for dropout."""
         return _scores(self.model(params, frozen), batch, **self.reading(key))
 
     def reading(self, key: Array | None) -> dict[str, Any]:
-        """How a batch is read in training; without dropout a key would only cost time."""
+        """Options for reading a batch in training; without dropout a key would only cost time."""
         drops = self.lora is not None and self.lora.dropout > 0
         return {"remat": self.remat, "key": key if drops else None}
 
 
 def reference_of(frozen: Frozen) -> Model:
-    """The reference model: the one given, else the base itself, as adapters start at zero."""
+    """The reference model: the one given, or the base, which adapters equal before training."""
     return frozen[REFERENCE] if REFERENCE in frozen else frozen[BASE]
 
 
 def sft_loss(policy: Policy) -> LossFunction:
-    """Next-token loss in nats, the mean over the targets of a batch [B, X], which weighs as many.
+    """Next-token loss in nats: the mean over a batch's targets [B, X], weighted by their number.
 
-    Every target weighs the same, so long rows count for more than short ones, as in TRL.
+    Every target has the same weight, so that long rows count for more than short ones, as in TRL.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
@@ -106,11 +109,12 @@ def sft_loss(policy: Policy) -> LossFunction:
 def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
     """The losses of a PreferenceConfig over pairs [B, 2, X], chosen first.
 
-    A pair weighs 1, or as `weights` Float["B"] of the batch says: the loss is the sum of weight ×
-    loss over the sum of the weights, of all micro-batches of a step.
-    Where a loss reads the reference, `reference` Float["B 2"] of the batch holds its log-probs, or
-    else the frozen reference computes them. Losses that tie the pairs of a batch together (aot,
-    bco_pair, and the next-token terms) do so within a micro-batch.
+    A pair has weight 1, or that in `weights` Float["B"] of the batch: the loss is the sum of weight
+    × loss over the sum of the weights, over all micro-batches of a step. Losses that couple the
+    pairs of a batch (aot, aot_unpaired, the next-token terms) do so within a micro-batch.
+
+    The reference's log-probs are `reference` Float["B 2"] of the batch, or else are computed by the
+    frozen reference.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
@@ -143,10 +147,10 @@ def pair_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
 
 
 def kto_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
-    """KTO over rows [B, 2, X]: a response and one of another row behind the same prompt.
+    """KTO over rows [B, 2, X]: a response, and one of another row after the same prompt.
 
     `labels` Bool["B"] says which responses are desirable; `reference` is as in `pair_loss`. The
-    mismatched responses only estimate the divergence, and have no backward pass.
+    mismatched responses serve only to estimate the KL divergence, and have no backward pass.
     """
     options = preference.options("kto")
     beta = options["beta"]
@@ -172,7 +176,7 @@ def kto_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
 def wspo_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
     """WSPO over responses [B, X] under four models: in training, reference, tuned, untuned.
 
-    The guide and the reference are frozen; a response weighs 1.
+    The guide and the reference are frozen. Each response has weight 1.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> tuple[Array, Array, Metrics]:
@@ -200,7 +204,7 @@ def wspo_loss(policy: Policy, preference: PreferenceConfig) -> LossFunction:
 
 
 def preference_objective(policy: Policy, preference: PreferenceConfig) -> LossFunction:
-    """The loss function of whatever losses a PreferenceConfig names."""
+    """The loss function for the losses that a PreferenceConfig names."""
     alone: dict[str, Callable[[Policy, PreferenceConfig], LossFunction]] = {
         "kto": kto_loss, "wspo": wspo_loss
     }  # fmt: skip
@@ -214,7 +218,7 @@ def _scores(model: Model, batch: Batch, **reading: Any) -> TokenScores:
 
 
 def _on_device(batch: Batch) -> Batch:
-    """Batches may come as NumPy arrays."""
+    """The batch as jax arrays; it may come as NumPy arrays."""
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
@@ -225,11 +229,11 @@ def _reference(frozen: Frozen, batch: Batch) -> Float[Array, "B 2"]:
 
 
 def _accuracy(scores: TokenScores, targets: Bool[Array, "B X"]) -> Mean:
-    """Share of targets that the model holds likeliest."""
+    """Share of the targets that are the model's likeliest token."""
     counts = (mask.sum().astype(jnp.float32) for mask in (scores.correct & targets, targets))
     return jax.lax.stop_gradient(Mean(*counts))
 
 
 def _read(batch: Batch) -> Float[Array, ""]:
-    """Tokens of a batch, prompts included and padding not."""
+    """Number of tokens in a batch, prompts included, padding excluded."""
     return (batch["segments"] > 0).sum().astype(jnp.float32)

@@ -1,6 +1,7 @@
 """What is known of a training before its data and weights are read.
 
-`Objective` is what tells `sft` from `dpo`; `Setup` what settings, configs and files make of it.
+`Objective` is what distinguishes `sft` from `dpo`; `Setup` is what follows from settings, configs
+and files.
 """
 
 import functools
@@ -30,26 +31,27 @@ from w2s_jax.train.step import LossFunction, compute_dtype
 from w2s_jax.train.watch import mesh_before
 
 MODEL = "model"
-"""Folder of the trained model in a run's own."""
+"""Folder of the trained model in a run's folder."""
 CACHE = "cache"
 DEFAULT_LENGTH = 1024
 ADAPTER_PEAK = 10
-"""How much higher the learning rate of adapters is by default, as in TRL's documentation."""
+"""Factor on the default learning rate for adapters, as in TRL's documentation."""
 
 ChooseMesh = Callable[[TrainingShapes], ChosenMesh]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training is beside its settings.
+    """What distinguishes a training from others, beside its settings.
 
     Attributes:
-        kind: of the examples.
-        peak: learning rate by default, of all weights.
-        loss: of a policy.
-        columns: what a batch holds beside tokens, by name: shape behind the rows, and dtype.
-        frozen: checkpoints that the loss reads, by role.
-        reference: whether the loss reads a reference: not, its precomputed log-probs, or the model.
+        kind: Kind of the examples.
+        peak: Default peak of the learning rate if all weights are trained.
+        loss: The loss function of a policy.
+        columns: Arrays of a batch other than tokens, by name: shape after the rows, and dtype.
+        frozen: Checkpoints of the frozen models that the loss reads, by role.
+        reference: "precomputed" if the loss reads the reference's log-probs from the batch, "live"
+            if it runs the reference model, None if it reads no reference.
     """
 
     kind: Kind
@@ -61,16 +63,16 @@ class Objective:
 
     @property
     def sides(self) -> int:
-        """Sequences of an example."""
+        """Sequences in an example."""
         return 1 if self.kind == "sequences" else 2
 
     @property
     def live(self) -> bool:
-        """Whether steps run the reference."""
+        """Whether steps run the reference model."""
         return self.reference == "live"
 
     def batch(self, rows: int, length: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shapes and dtypes of a batch of the longest rows."""
+        """Shapes and dtypes of a batch in which all rows have the full length."""
         shape = (rows, length) if self.sides == 1 else (rows, self.sides, length)
         tokens = {"tokens": (shape, "int32"), "segments": (shape, "int32")}
         columns = {name: ((rows, *rest), dtype) for name, (rest, dtype) in self.columns.items()}
@@ -79,7 +81,18 @@ class Objective:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known before data and weights are read; the settings without their "by default"."""
+    """What is known before data and weights are read.
+
+    Attributes:
+        config: The settings, with defaults that depend on the model filled in.
+        objective: What is trained for.
+        checkpoint: Folder of the model to train.
+        model: Its config.
+        tokenizer: Its tokenizer.
+        policy: The model in training.
+        directory: The run's folder.
+        mesh: The mesh; None for one device.
+    """
 
     config: TrainConfig
     objective: Objective
@@ -92,18 +105,18 @@ class Setup:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """Dtype of the model's computations."""
         return compute_dtype(self.config.dtype)
 
     @property
     def length(self) -> int:
-        """Tokens of an example at most."""
+        """Maximum tokens of an example."""
         assert self.config.max_length is not None
         return self.config.max_length
 
     @property
     def cache(self) -> Path:
-        """Where tokenised data and reference log-probs are kept."""
+        """Folder of tokenised data and reference log-probs."""
         cache = self.config.cache
         return Path(cache).expanduser() if cache else self.directory / CACHE
 
@@ -118,7 +131,7 @@ class Setup:
 
     @property
     def frozen_folders(self) -> dict[str, Path]:
-        """Where the models lie that the loss reads, beside the one that is trained."""
+        """Folders of the frozen models that the loss reads, by role."""
         return {role: locate(path) for role, path in self.objective.frozen.items()}
 
 
@@ -152,10 +165,14 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup:
-    """Check the settings, and read the model's config and its tokenizer.
+    """Check the settings, and read the model's config and tokenizer.
+
+    Args:
+        config: The settings.
+        choose_mesh: Picks the mesh for `mesh="auto"`.
 
     Raises:
-        InputError: for what is wrong with them.
+        InputError: For wrong settings, and for a model that cannot be read.
     """
     config.check()
     if config.model is None:
@@ -190,14 +207,14 @@ def prepare(config: TrainConfig, choose_mesh: ChooseMesh | None = None) -> Setup
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raises InputError where TensorBoard or W&B is asked for, and is not installed."""
+    """Raise InputError if TensorBoard or W&B is asked for and not installed."""
     for asked, needed in ((config.tensorboard, "tensorboardX"), (config.wandb, "wandb")):
         if asked:
             watch.check_installed(needed)
 
 
 def check_length(length: int, config: ModelConfig, model: str) -> None:
-    """Raise InputError unless --max-length is of 2 tokens up to the positions of the model."""
+    """Raise InputError unless --max-length lies between 2 and the model's positions."""
     if not 2 <= length <= config.max_positions:
         what = f"more than the {config.max_positions} positions of {model}"
         what = "below 2, the shortest there is" if length < 2 else what
@@ -205,7 +222,7 @@ def check_length(length: int, config: ModelConfig, model: str) -> None:
 
 
 def training_shapes(setup: Setup) -> TrainingShapes:
-    """The shapes of a step, and of the models that it reads beside the one that is trained."""
+    """The shapes of a step, and of the frozen models in memory beside it."""
     config, folders = setup.config, setup.frozen_folders
     beside = {role: load_config(at) for role, at in folders.items()} | frozen_configs(setup)
     beside.pop(BASE, None)
@@ -225,7 +242,7 @@ def training_shapes(setup: Setup) -> TrainingShapes:
 
 
 def _new_adapters(config: TrainConfig) -> LoraConfig | None:
-    """The config of new adapters; None where there are none. InputError for one out of range."""
+    """The config of new adapters, None if there are none; InputError for one out of range."""
     if not config.lora_rank:
         return None
     return LoraConfig(
@@ -240,7 +257,7 @@ def _new_adapters(config: TrainConfig) -> LoraConfig | None:
 def _adapters(
     config: TrainConfig, new: LoraConfig | None, checkpoint: Path, model: ModelConfig
 ) -> LoraConfig | None:
-    """The adapters' config, new or gone on with; InputError where the model can have none such."""
+    """The adapters' config, new or continued; InputError if the model cannot have them."""
     if new is not None and is_adapter(checkpoint):
         raise InputError(
             f"--model {config.model} is an adapter itself; train it further with "
@@ -258,7 +275,7 @@ def _adapters(
 
 
 def _check_output(setup: Setup) -> None:
-    """Raises InputError where the model that is written would replace one that is read."""
+    """Raise InputError if the model to write would replace one that is read."""
     target = setup.directory / MODEL
     read = [setup.checkpoint, *setup.frozen_folders.values()]
     read += [base_folder(folder) for folder in read if is_adapter(folder)]
@@ -276,7 +293,7 @@ def _check_output(setup: Setup) -> None:
 
 
 def frozen_configs(setup: Setup) -> dict[str, ModelConfig]:
-    """The shapes of the frozen models that a step reads."""
+    """The configs of the frozen models that a step reads, by role."""
     frozen = {} if setup.policy.lora is None else {BASE: setup.model}
     if setup.objective.live and own_reference(setup):
         frozen[REFERENCE] = setup.model
@@ -287,6 +304,6 @@ def frozen_configs(setup: Setup) -> dict[str, ModelConfig]:
 
 
 def own_reference(setup: Setup) -> bool:
-    """Whether a live reference has weights of its own: adapters are zero on their base at first."""
+    """Whether a live reference has weights of its own; new adapters start equal to their base."""
     named = REFERENCE in setup.objective.frozen
     return named or setup.config.continue_adapter or setup.policy.lora is None

@@ -1,7 +1,7 @@
-"""The one train step: jitted, donated, with gradient accumulation, for every objective; evaluation.
+"""The train step, one for every objective: jitted, donated, with accumulation; and evaluation.
 
-Batches lie over the mesh's data axes, each host's share on that host; parameters as their rules in
-models/ say.
+The rows of a batch are split over the mesh's data axes, each host holding its own; parameters are
+split by their rules in models/.
 """
 
 import math
@@ -33,17 +33,24 @@ LossFunction = Callable[[Any, Any, Batch, Array | None], tuple[Array, Array, Met
 """(params, frozen, batch, key) -> (mean loss, weight of the mean, metrics).
 
 `frozen` is what the loss reads and does not train: a LoRA base, a reference, guides, or None. The
-weight says how much the batch counts beside others of the same step: target tokens for SFT, pairs
-for DPO. With it, accumulated gradients equal those of one large batch. Metrics are means with the
-same weight; those named in `SUMMED` are sums.
+weight is that of the batch among the micro-batches of a step: the number of target tokens for SFT,
+of pairs for DPO. With it, accumulated gradients equal those of one large batch. Metrics are means
+with the same weight, except those named in `SUMMED`.
 """
 
 SUMMED = ("num_tokens",)
-"""Metrics of which micro-batches add up."""
+"""Metrics that are summed over micro-batches."""
 
 
 class TrainState(NamedTuple):
-    """All that training changes; `key` stays as it was and each step folds its number into it."""
+    """All that training changes.
+
+    Attributes:
+        step: Steps done, int32.
+        params: The trained parameters.
+        optimizer: The optimizer's state.
+        key: Constant; each step folds its number into it.
+    """
 
     step: Array
     params: Any
@@ -54,9 +61,14 @@ class TrainState(NamedTuple):
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, key: Array, *, copy: bool = True
 ) -> TrainState:
-    """State at step 0. The first step donates its arrays, so those of `params` are copied.
+    """The state at step 0.
 
-    With copy=False they are not, which halves their memory: nobody may read `params` afterwards.
+    Args:
+        params: The parameters.
+        optimizer: The optimizer.
+        key: The random key.
+        copy: Whether to copy the parameters, which the first step donates. Without a copy memory is
+            halved, and nobody may read `params` afterwards.
     """
     params = jax.tree.map(jnp.array, params) if copy else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
@@ -73,14 +85,16 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `(state, frozen, batch) -> (state, metrics)` that donates the state alone.
 
-    With `accumulate` > 1 the leading axis of every array in the batch is cut into that many equal
-    micro-batches, whose gradients and metrics are averaged by the weights that `loss` returns. A
-    weight of zero leaves the micro-batch out, whatever its values.
-
-    Parameters and optimizer keep the dtype they have (float32); with `compute_dtype` the loss sees
-    the floating-point leaves of params and frozen in that dtype. With a `mesh`, micro-batches
-    stay spread over its batch axes. The new state lies where `like` does, a state on a mesh or the
-    shapes of one: left to itself the compiler may choose otherwise, and compile again for it.
+    Args:
+        loss: The loss function.
+        optimizer: The optimizer.
+        accumulate: Micro-batches into which the leading axis of every array of the batch is cut.
+            Gradients and metrics are averaged by the weights that `loss` returns; one of weight 0
+            is ignored, whatever its values.
+        compute_dtype: Dtype of floating-point params and frozen in the loss; None keeps theirs.
+        mesh: Mesh over whose batch axes every micro-batch is spread.
+        like: A state, or shapes of one, whose shardings the new state keeps. Otherwise the compiler
+            may choose others, and then has to compile again.
     """
 
     def value_and_gradient(
@@ -133,19 +147,19 @@ def make_train_step(
 
 
 def compute_dtype(dtype: str) -> str:
-    """What "auto" stands for: float32 on a CPU, where it is faster, else bfloat16."""
+    """Resolves "auto": float32 on a CPU, where it is faster, otherwise bfloat16."""
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def narrow(dtype: str) -> str | None:
-    """What parameters are cast to before a loss sees them; None where they are that already."""
+    """The dtype to which parameters are cast for the loss; None if they are in it already."""
     return None if compute_dtype(dtype) == "float32" else compute_dtype(dtype)
 
 
 def cast(tree: Any, dtype: DTypeLike | None) -> Any:
-    """The tree with its floating-point leaves in `dtype` (None: as they are)."""
+    """The tree with its floating-point leaves in `dtype`; unchanged if that is None."""
     if dtype is None:
         return tree
 
@@ -156,7 +170,7 @@ def cast(tree: Any, dtype: DTypeLike | None) -> Any:
 
 
 def _part(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(means, what is summed)."""
+    """Split metrics into (means, sums)."""
     sums = {
         name: value for name, value in metrics.items() if name in SUMMED or isinstance(value, Mean)
     }
@@ -164,7 +178,7 @@ def _part(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _spread(x: Any, parts: int, mesh: Mesh | None) -> Array:
-    """[n ..] as [parts, n / parts ..], with every part over all devices of the batch axes."""
+    """[n ..] as [parts, n / parts ..], each part spread over all devices of the batch axes."""
     out = jnp.reshape(x, (parts, -1, *x.shape[1:]))
     if mesh is None:
         return out
@@ -173,9 +187,9 @@ def _spread(x: Any, parts: int, mesh: Mesh | None) -> Array:
 
 
 def host_rows(mesh: Mesh | None, rows: int) -> slice:
-    """The rows of a batch that this host's devices hold, and what lies between them.
+    """The rows of a batch from the first to the last that this host's devices hold.
 
-    `rows` must be divisible by the parts of the mesh. Hosts that share a part read the same rows.
+    The parts of the mesh must divide `rows`. Hosts that share a part read the same rows.
     """
     if mesh is None:
         return slice(0, rows)
@@ -186,9 +200,12 @@ def host_rows(mesh: Mesh | None, rows: int) -> slice:
 
 
 def place(batch: Batch, mesh: Mesh | None, rows: int | None = None) -> Batch:
-    """A batch as device arrays, cut along their first axis; without a mesh as it is.
+    """A batch as device arrays, split along the first axis; unchanged without a mesh.
 
-    With `rows`, those of the whole batch, it holds this host's alone: `host_rows` of them.
+    Args:
+        batch: Arrays with the rows of the whole batch or, with `rows`, this host's `host_rows`.
+        mesh: The mesh.
+        rows: Rows of the whole batch over all hosts.
     """
     if mesh is None:
         return batch
@@ -209,16 +226,16 @@ def place(batch: Batch, mesh: Mesh | None, rows: int | None = None) -> Batch:
 
 
 def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch as device arrays, all of it on every device; every host gives the same."""
+    """A batch as device arrays, replicated on every device; all hosts must give the same."""
     if mesh is None:
         return batch
     return {name: everywhere(np.asarray(array), mesh) for name, array in batch.items()}
 
 
 def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """The state with what lies on one device (counts, the key) on all of the mesh's.
+    """The state with arrays on a single device (counts, the key) replicated over the mesh.
 
-    What a checkpoint restores lies where it lay before; a step takes no arrays of both kinds.
+    A step takes no mix of both kinds, and a checkpoint restores arrays to where they lay before.
     """
     if mesh is None:
         return state
@@ -230,9 +247,9 @@ def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
 
 
 def number_of_steps(config: RunConfig, rows: int) -> int:
-    """The steps of a run, in which an epoch's every row is read; InputError for too many."""
+    """The steps of a run, so that every row of an epoch is read; InputError for too many."""
     wanted = config.epochs * rows / config.batch_size
-    # A share such as 0.1 of an epoch is no exact number, and is not to make a step more.
+    # Rounding errors, as in 0.1 of an epoch, must not add a step.
     steps = config.max_steps or max(1, math.ceil(wanted - 1e-9 * wanted))
     if steps > MOST_STEPS:
         raise InputError(f"{config.epochs:g} epochs are {steps:.3g} steps, {MOST_STEPS} at most")
@@ -241,19 +258,23 @@ def number_of_steps(config: RunConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What measures a state: the loss and its metrics over held-out examples, by weight.
+    """Measures a state: the loss and its metrics over held-out examples, by weight.
 
-    Examples are read in order, without dropout; what is left of them after whole batches is a
-    batch of its own. Those that the mesh does not divide are read on every part of it, few at a
-    time. A mean over no example is nan.
+    Examples are read in order, without dropout; the rest after whole batches is a smaller batch.
+    Examples that the mesh does not divide are read on all devices, a few at a time. A mean over no
+    examples is NaN.
 
     Attributes:
-        rows: examples of a batch.
-        dtype: what the loss sees parameters in; None where they are that already.
+        loss: The loss function.
+        data: The held-out examples.
+        frozen: The frozen models that the loss reads, by role.
+        rows: Examples in a batch.
+        dtype: Dtype to which parameters are cast for the loss; None does not cast.
+        mesh: The mesh.
 
     Raises:
-        InputError: for batches that the mesh does not divide.
-        FloatingPointError: from a call, where a mean over examples is no number.
+        InputError: For batches that the mesh does not divide.
+        FloatingPointError: From a call, if a mean over examples is not finite.
     """
 
     loss: LossFunction
@@ -275,7 +296,7 @@ class Evaluation:
         return jax.jit(measure)
 
     def metrics(self, params: Any) -> list[str]:
-        """The names of what is measured; computes nothing."""
+        """The names of the metrics; computes nothing."""
         batch = self.data.at(np.resize(np.arange(len(self.data)), self.rows))
         return list(jax.eval_shape(self._measure, params, dict(self.frozen), batch)[1])
 
@@ -303,7 +324,7 @@ class Evaluation:
             stop = min(start + self.rows, divided)
             own = host_rows(self.mesh, stop - start)
             yield place(self.data.at(_beside_another(start, stop), own), self.mesh, stop - start)
-        # Two at the least, as some losses pair the rows of a batch.
+        # At least two, as some losses pair the rows of a batch.
         few = max(2, self.rows // parts)
         for start in range(divided, count, few):
             stop = min(start + few, count)
@@ -312,17 +333,17 @@ class Evaluation:
 
 
 def _beside_another(start: int, stop: int) -> np.ndarray:
-    """The examples of a batch; one that is alone has the one before it behind it.
+    """Indices of a batch's examples; a single one is followed by the example before it.
 
-    Labelled examples are read with the response of another in their batch (TRL's KTO pairs one that
-    is left over with itself, which is no estimate of the divergence).
+    A labelled example is read with the response of another one of its batch. (TRL's KTO pairs a
+    single one with itself, which estimates no divergence.)
     """
     alone = stop - start == 1 and start > 0
     return np.array([start, start - 1]) if alone else np.arange(start, stop)
 
 
 def _as_mean(value: Any, weight: float) -> Mean:
-    """A metric of a batch as sums in float64; one of a batch without weight counts nothing."""
+    """A metric of a batch as float64 sums; that of a batch of weight 0 has count 0."""
     if not isinstance(value, Mean):
         value = Mean(weight * value if weight else 0.0, weight)
     return Mean(*(np.asarray(part, np.float64) for part in value))
@@ -332,7 +353,7 @@ _EPSILON = 1e-8
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 to the peak, then as `config.schedule` says."""
+    """Learning rate by step: linear warm-up from 0 to the peak, then `config.schedule`."""
     peak = _peak(config)
     warmup = round(config.warmup if config.warmup >= 1 else config.warmup * steps)
     rest = max(steps - warmup, 1)
@@ -354,9 +375,9 @@ def _peak(config: OptimizerConfig) -> float:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole chain: global-norm clip, then the named optimizer with its schedule over `steps`.
+    """The full chain: clipping by global norm, then the optimizer with its schedule.
 
-    Weight decay never reaches biases and norms; under Muon it reaches the layers' kernels alone.
+    Weight decay never applies to biases and norms; under Muon, only to the kernels of layers.
     """
     update = _update(config, make_schedule(config, steps))
     if not config.max_grad_norm:
@@ -382,13 +403,13 @@ def _update(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradient
 
 
 def _decayed(params: Any) -> Any:
-    """True for the leaves that weight decay reaches."""
+    """True for the leaves to which weight decay applies."""
     reached = ("kernel", "embedding", "lora_a", "lora_b")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in reached, params)
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (orthogonalised momentum) at its own peak; both peaks follow one schedule."""
+    """Muon (orthogonalised momentum) with a peak of its own; both peaks follow one schedule."""
     ratio = config.muon_learning_rate / _peak(config)
     return muon(
         lambda step: ratio * schedule(step),
@@ -403,12 +424,12 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Which axes of a layer's kernel go in and which come out; None leaves the leaf to AdamW."""
+    """Input and output axes of the kernels of layers; None leaves the leaf to AdamW."""
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         if path[-1].key != "kernel" or not path[0].key.startswith("layers"):
             return None
-        # Stacked layers have a leading axis, along which every matrix stands by itself.
+        # Stacked layers have a leading axis, which is a batch axis for the orthogonalisation.
         axes = tuple(range(leaf.ndim))[path[0].key == "layers" :]
         ins = 2 if path[-2].key == "out" else 1
         return MuonDimensionNumbers(axes[:ins], axes[ins:])

@@ -1,6 +1,6 @@
-"""What a run tells while it trains: running means, speed, and where they are sent.
+"""What a run reports while it trains: running means, speed, and where they are sent.
 
-Rows of metrics and samples are files of JSON lines, cut back, when a run goes on, to its step.
+Metrics and samples are files of JSON lines, truncated to the step from which a run resumes.
 """
 
 import contextlib
@@ -24,20 +24,28 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Writer:
-    """Somewhere numbers by step are shown: `write(step, values)`, and `close()` when none come."""
+    """Where metrics by step are shown.
+
+    Attributes:
+        write: Takes a step and its values.
+        close: Called after the last write.
+    """
 
     write: Callable[[int, Values], None]
     close: Callable[[], None]
 
 
 Sink = Callable[[Path, int], Writer]
-"""(directory of the run, step it goes on from) -> its writer; what came after that step is void."""
+"""(run's directory, step from which it resumes) -> a writer; values of later steps are void."""
 
 
 class Meter:
-    """Means since the last row, tokens and seconds over all runs, and the speed of this one.
+    """Means since the last row, tokens and seconds over all runs, and the speed of this run.
 
-    `flops_per_token` (forward and backward) with `peak` (FLOP/s of all devices together) gives MFU.
+    Args:
+        saved: Values of `Meter.saved` to resume from.
+        flops_per_token: FLOPs of one token, forward and backward; with `peak` gives MFU.
+        peak: FLOP/s of all devices together.
     """
 
     def __init__(
@@ -59,9 +67,9 @@ class Meter:
         self._counted = "num_tokens" in saved
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Count one step; a value that is not finite is left out.
+        """Add the metrics of one step; a value that is not finite is left out.
 
-        Steps count alike, but in a `losses.Mean` as many times as it counts.
+        Steps have equal weight, except in a `losses.Mean`, which has its own counts.
         """
         tokens = 0
         for name, value in metrics.items():
@@ -81,7 +89,7 @@ class Meter:
             self._fresh += tokens
 
     def row(self) -> Values:
-        """Means since the row before, `seconds`, `num_tokens` (both so far), and the speed."""
+        """Means since the last row, `seconds` and `num_tokens` so far, and the speed."""
         values: Values = {"seconds": round(self.seconds(), 2)}
         if self._counted:
             values["num_tokens"] = self._tokens
@@ -102,7 +110,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this block (evaluation, samples) does not count against the speed."""
+        """A block (evaluation, samples) whose time does not count in the speed."""
         began = time.monotonic()
         try:
             yield
@@ -111,11 +119,11 @@ class Meter:
                 self._since += time.monotonic() - began
 
     def seconds(self) -> float:
-        """Seconds spent over all runs."""
+        """Seconds over all runs."""
         return self._earlier + time.monotonic() - self._started
 
     def saved(self) -> Values:
-        """JSON values from which a Meter goes on to the same bits."""
+        """JSON values from which a Meter resumes to the same bits."""
         kept: Values = {"sums": self._sums, "counts": self._counts, "seconds": self.seconds()}
         return {**kept, "num_tokens": self._tokens} if self._counted else kept
 
@@ -127,12 +135,12 @@ PEAKS = {
     "GH200": 989e12, "B200": 2250e12, "GB200": 2450e12, "L4": 121e12, "L40S": 362e12,
     "RTX 4090": 165e12, "V100": 125e12,
 }  # fmt: skip
-"""Dense bfloat16 FLOP/s of one device, from the makers' data sheets (V100: float16); the keys are
-looked for in jax's `device_kind`, longest first."""
+"""Dense bfloat16 FLOP/s of one device, from the makers' data sheets (V100: float16). The keys are
+searched for in jax's `device_kind`, the longest first."""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device of this kind; None where it is not known (CPUs).
+    """Dense bfloat16 FLOP/s of a kind of device; None if it is unknown (CPUs).
 
     Source: the data sheets of Google Cloud TPU and of NVIDIA, without sparsity.
     """
@@ -148,7 +156,7 @@ _EXTRAS = {"tensorboardX": ("TensorBoard", "tensorboard"), "wandb": ("W&B", "wan
 
 
 def check_installed(module: str) -> None:
-    """Raises InputError where tensorboardX or wandb, whichever is asked for, is not installed."""
+    """Raise InputError if `module`, tensorboardX or wandb, is not installed."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -160,7 +168,7 @@ def tensorboard(directory: Path, step: int) -> Writer:
     """A Sink: event files in `directory`/tensorboard (extra `tensorboard`).
 
     Raises:
-        InputError: where tensorboardX is not installed.
+        InputError: If tensorboardX is not installed.
     """
     check_installed("tensorboardX")
     from tensorboardX import SummaryWriter
@@ -180,11 +188,11 @@ def wandb(
 ) -> Sink:
     """A Sink to Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no network.
 
-    The run's id is kept in the directory, so that a run that goes on is one run there too. Values
-    are drawn over `step`, and steps done twice are shown twice.
+    The W&B run's id is kept in the directory, so that a resumed run is one run there too. Values
+    are plotted over `step`; steps that were done twice appear twice.
 
     Raises:
-        InputError: when it is opened, where wandb is not installed.
+        InputError: When it is opened, if wandb is not installed.
     """
 
     def sink(directory: Path, step: int) -> Writer:
@@ -209,11 +217,11 @@ def wandb(
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 MESH = "mesh.txt"
-"""Where a run's folder says, in words, on which mesh it last ran."""
+"""File in a run's folder with the mesh of its last run, in words."""
 
 
 class RowFile:
-    """A file of rows that grows; every row is with the system when `write` returns."""
+    """A file of rows that grows; a row has been handed to the system when `write` returns."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -225,18 +233,21 @@ class RowFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Return when every row is on the disk."""
+        """Return when every row is on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def cut_back(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
-    """Keep the rows up to the first that is torn or that `keep` refuses; returns them.
+    """Truncate a file of rows before the first row that is torn or that `keep` refuses.
 
-    The file is written anew, whole or not at all; without one it begins empty.
+    The file is rewritten atomically; a missing one becomes an empty one.
+
+    Returns:
+        The rows that are kept.
     """
     kept = []
     for row in read_records(path):
@@ -248,7 +259,7 @@ def cut_back(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
 
 
 def read_records(path: Path) -> list[Row]:
-    """The rows of a file up to the first that is torn; none where there is no file."""
+    """The rows of a file before the first torn one; none if there is no file."""
     check_fetched(path)
     rows: list[Row] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
@@ -262,12 +273,12 @@ def read_records(path: Path) -> list[Row]:
 
 
 def read_metrics(directory: str | Path) -> list[Row]:
-    """The rows of a run's metrics.jsonl; none where it has not begun."""
+    """The rows of a run's metrics.jsonl; none if it has not started."""
     return read_records(Path(directory) / METRICS)
 
 
 def mesh_before(directory: Path) -> str | None:
-    """The mesh that a training run's folder had last, in words; None where it does not say."""
+    """The mesh of the last run in a training run's folder, in words; None if unknown."""
     try:
         return (directory / MESH).read_text(errors="replace").strip()
     except OSError:

@@ -3,7 +3,7 @@
 The two cores of a v5p share no vector memory, so that a compiler keeps scores in main memory. On
 other chips it brings keys of several heads into another order where it reads them block by block.
 The kernel holds scores and sums of one slot in a core's own, and reads every key and value once, as
-the caches lie. Which version runs is decided in `models/decoder.py`.
+the caches lie. Which version runs is decided in `models/forward.py`.
 
 A slot is gone through step by step: the blocks of its prefix, which all hypotheses read at once;
 then block by block each hypothesis' response; at last each one's own new tokens, after which
