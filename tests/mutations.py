@@ -201,8 +201,8 @@ FAULTS = (
     Fault(
         "reasoning-agreed-silence",
         "w2s_jax/reasoning/selection.py",
-        "if first == second and (first or empty):",
-        "if first == second:",
+        "if first == second and (first or empty))",
+        "if first == second)",
         "stage I keeps questions on which both models give no answer",
         ("tests/reasoning/test_selection.py",),
     ),

@@ -19,7 +19,12 @@ import w2s_jax.models.save as save
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import Model
-from w2s_jax.models.parameters import stack_layers
+from w2s_jax.models.parameters import (
+    input_major_params,
+    is_output_major,
+    output_major_params,
+    stack_layers,
+)
 from w2s_jax.models.save import save_model
 from w2s_jax.ops.sharding import make_mesh
 
@@ -55,11 +60,15 @@ def assert_same_params(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize(("case", "scan_layers"), list(zip(CASES, itertools.cycle([False, True]))))
-def test_logits_are_those_of_transformers(case, scan_layers):
+LAYOUTS = ({}, {"scan_layers": True}, {"decoding": True})
+
+
+@pytest.mark.parametrize(("case", "layout"), list(zip(CASES, itertools.cycle(LAYOUTS))), ids=str)
+def test_logits_are_those_of_transformers(case, layout):
     expected = load_file(GOLDEN / case / "expected.safetensors")
-    model = load_model(GOLDEN / case, scan_layers=scan_layers)
-    assert model.scan_layers == scan_layers
+    model = load_model(GOLDEN / case, **layout)
+    assert model.scan_layers == ("scan_layers" in layout)
+    assert is_output_major(model.params) == ("decoding" in layout)
     logits = model(jnp.asarray(expected["tokens"]))
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=0)
@@ -67,13 +76,23 @@ def test_logits_are_those_of_transformers(case, scan_layers):
 
 @pytest.mark.parametrize("case", CASES)
 def test_saved_files_hold_the_tensors_that_were_loaded(case, tmp_path):
-    model = load_model(GOLDEN / case)
-    save_model(model, tmp_path)
     original = {}
     for file in (GOLDEN / case).glob("model*.safetensors"):
         original |= load_file(file)
-    assert_same_tensors(load_file(tmp_path / "model.safetensors"), original)
-    assert load_config(tmp_path) == model.config
+    for decoding in (False, True):
+        model = load_model(GOLDEN / case, decoding=decoding)
+        save_model(model, tmp_path)
+        assert_same_tensors(load_file(tmp_path / "model.safetensors"), original)
+        assert load_config(tmp_path) == model.config
+    plain = load_model(GOLDEN / case).params
+    assert_same_params(input_major_params(model.params), plain)
+    again = output_major_params(plain, tied=model.config.tied_embeddings)
+    assert_same_params(again, model.params)
+
+
+def test_the_decoding_layout_is_of_layers_apart_on_one_cpu():
+    for options in ({"scan_layers": True}, {"mesh": make_mesh("data=1")}):
+        assert not is_output_major(load_model(GOLDEN / "gpt2", decoding=True, **options).params)
 
 
 def test_both_layouts_are_saved_alike(tmp_path):

@@ -36,10 +36,10 @@ def transformers_logits(directory, tokens):
     return logits_of(model.eval(), tokens)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_logits(case, scan_layers):
+@pytest.mark.parametrize("layout", [{}, {"scan_layers": True}, {"decoding": True}], ids=str)
+def test_logits(case, layout):
     directory, tokens, expected = case
-    logits = load_model(directory, scan_layers=scan_layers)(jnp.asarray(tokens))
+    logits = load_model(directory, **layout)(jnp.asarray(tokens))
     np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
 

@@ -60,17 +60,19 @@ def test_a_quantised_model_computes_with_what_its_weights_stand_for(case, config
 
 
 @pytest.mark.parametrize(
-    ("case", "config", "dtype", "scan_layers"),
+    ("case", "config", "dtype", "layout"),
     [
-        ("gpt2", INT4, "float32", True),
-        ("llama_grouped", INT8, "bfloat16", False),
-        ("llama_grouped", INT4, "bfloat16", True),
+        ("gpt2", INT4, "float32", "scan_layers"),
+        ("gpt2", INT4, "float32", "decoding"),
+        ("llama_grouped", INT8, "bfloat16", None),
+        ("llama_grouped", INT8, "bfloat16", "decoding"),
+        ("llama_grouped", INT4, "bfloat16", "scan_layers"),
     ],
     ids=str,
 )
-def test_loading_quantises_as_one_would_afterwards(case, config, dtype, scan_layers, monkeypatch):
+def test_loading_quantises_as_one_would_afterwards(case, config, dtype, layout, monkeypatch):
     monkeypatch.setattr("w2s_jax.models.huggingface.BLOCK_BYTES", 300)
-    options = {"dtype": dtype, "scan_layers": scan_layers}
+    options = {"dtype": dtype} | ({layout: True} if layout else {})
     loaded = load_model(GOLDEN / case, quantize=config, **options)
     assert loaded.dtype == dtype
     assert_same(loaded.params, quantize(load_model(GOLDEN / case, **options).params, config))

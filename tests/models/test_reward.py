@@ -14,7 +14,7 @@ from tests.tiny import VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_reward_model
 from w2s_jax.models.model import hidden_states
-from w2s_jax.models.parameters import unstack_layers
+from w2s_jax.models.parameters import is_output_major, unstack_layers
 from w2s_jax.models.reward import Classifier, EncoderConfig, RewardModel, init_classifier
 from w2s_jax.models.save import save_classifier, save_reward_model
 
@@ -118,6 +118,11 @@ def test_saved_and_loaded_again_it_is_the_same(tmp_path, fields, scan_layers):
     layers = unstack_layers(loaded.params)
     assert jax.tree.structure(layers) == jax.tree.structure(model.params)
     jax.tree.map(np.testing.assert_array_equal, layers, model.params)
+    tokens = np.arange(12, dtype=np.int32)[None] + 3
+    expected = np.asarray(model(tokens))
+    decoding = load_reward_model(tmp_path, decoding=True)
+    assert is_output_major(decoding.params)
+    np.testing.assert_allclose(decoding(tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_head_with_a_bias_keeps_it(tmp_path):

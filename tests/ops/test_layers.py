@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from w2s_jax.ops.layers import (
+    FEW_ROWS,
+    OutputMajor,
     QTensor,
     dequantize,
     dot,
+    input_major,
     layer_norm,
+    output_major,
     quantize_array,
     rms_norm,
     take_rows,
@@ -106,6 +110,45 @@ def test_products_are_those_with_the_whole_weight(name, bits, group, scale_dtype
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_allclose(plain, np.einsum(equation, x, weight), atol=2e-5)
     np.testing.assert_allclose(again, whole(tensor), rtol=1e-6)
+
+
+# One row, few, and many are products of different forms.
+@pytest.mark.parametrize("rows", [1, 7, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("kind", [None, (8, None), (4, 4)], ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_an_output_major_weight_gives_the_same_product(name, kind, rows):
+    equation, x_shape, shape, contracted, options = PRODUCTS[name]
+    rng = np.random.default_rng(2)
+    axes = tuple(axis + len(shape) for axis in contracted)
+    x = rng.normal(size=(rows, *x_shape[-len(axes) :])).astype(np.float32)
+    weight = rng.normal(size=shape).astype(np.float32)
+    index = np.array([1, 0])
+
+    @jax.jit
+    def run(x, weight):
+        held = weight
+        if kind is not None:
+            held = quantize_array(weight, contracted, bits=kind[0], group=kind[1])
+        kept = output_major(held, axes)
+        made = (held, dot(x, kept, **options), input_major(kept, axes))
+        return *made, take_rows(kept, index) if name == "tied" else None
+
+    held, found, again, taken = run(x, weight)
+    value = weight if kind is None else whole(held)
+    expected = np.einsum(equation.replace("x", ""), x.astype(np.float64), value)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    if taken is not None:
+        np.testing.assert_allclose(taken, value[index], rtol=1e-6)
+
+
+def test_few_rows_have_the_weight_on_the_left():
+    """Of itself XLA puts the larger side on the right, where CPUs are slower."""
+    kept = OutputMajor(jnp.ones((24, 16)), (16, 24))
+    for rows, left in ((1, False), (2, True), (FEW_ROWS, True), (FEW_ROWS + 1, False)):
+        text = jax.jit(dot).lower(jnp.ones((rows, 16)), kept).compile().as_text()
+        assert (f"f32[24,{rows}]{{1,0}} dot(" in text) == left
 
 
 def test_products_in_bfloat16_keep_its_dtype():

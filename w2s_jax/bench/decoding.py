@@ -19,6 +19,7 @@ from w2s_jax.bench.floor import measure_rates, search_work, timed_twice
 from w2s_jax.bench.setup import PEERS, call, missing, random_model
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_to_hf
+from w2s_jax.models.model import for_decoding
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import search
 from w2s_jax.search.config import SearchConfig, sample
@@ -107,7 +108,7 @@ def prompts_of(config: ModelConfig, options: Options) -> list[list[int]]:
 
 def own_seconds(config: ModelConfig, options: Options) -> Side:
     """What this package takes."""
-    model = random_model(config, 0, dtype=options.dtype)
+    model = for_decoding(random_model(config, 0, dtype=options.dtype))
     whole = partial(search, model, None, prompts_of(config, options), settings(options))
     return _side(options, *timed_twice(whole, options.repeats))
 

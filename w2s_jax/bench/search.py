@@ -26,7 +26,7 @@ from w2s_jax.bench.setup import (
 )
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.model import Model
+from w2s_jax.models.model import Model, for_decoding
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig, cbs
 from w2s_jax.search.scorers import TextLogRatio, TextModel
@@ -110,8 +110,8 @@ def measure(options: SearchBenchConfig, config: SearchConfig) -> Figures:
     """Time whole searches (the median of the repeats), then the phases of one, and the rates."""
     dtype = jnp.dtype(options.dtype)
     policy_shape, guide_shape = shapes_of(options)
-    policy = random_model(policy_shape, 0, dtype=dtype)
-    tuned, untuned = (random_model(guide_shape, seed, dtype=dtype) for seed in (1, 2))
+    policy = for_decoding(random_model(policy_shape, 0, dtype=dtype))
+    tuned, untuned = (for_decoding(random_model(guide_shape, seed, dtype=dtype)) for seed in (1, 2))
     guide = Guide(tuned, untuned)
     generator = np.random.default_rng(0)
     size = (options.batch_size, options.prompt_tokens)

@@ -69,7 +69,7 @@ def _decoders(*names: str, dtype: Any) -> "tuple[list[Model], Any]":
     from w2s_jax.text.tokenizer import load_tokenizer
 
     with _assets() as assets:
-        models = [load_model(assets / name, dtype=dtype) for name in names]
+        models = [load_model(assets / name, dtype=dtype, decoding=True) for name in names]
         return models, load_tokenizer(assets / names[0])
 
 

@@ -170,7 +170,7 @@ def _policies(
     yield AS_STORED, models
     del models
     place = plan.sources.checkpoints["policy"]
-    options: dict[str, Any] = {"dtype": dtype, "mesh": places.mesh}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": places.mesh, "decoding": True}
     for spec, config in specs.items():
         options |= {"scan_layers": places.scan_layers, "quantize": config}
         policy = load_decoders({place: places.policy}, plan.adapters, **options)[place]

@@ -184,7 +184,7 @@ class Build:
         output = folder / demo_models.PAIRS
         if not output.is_file():
             texts = list(self._reviews("train"))
-            untuned = load_model(self.work / "untuned" / "model")
+            untuned = load_model(self.work / "untuned" / "model", decoding=True)
             demo_models.sample_pairs(
                 self.recipe.preferences, untuned, self._gold(), tokenizer, texts, output
             )

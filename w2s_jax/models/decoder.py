@@ -7,7 +7,8 @@ queries attend to is a function that it is given. Passes over a search's cache a
 Parameters lie in one of two layouts. A subtree for each layer is quick to decode on a CPU or a
 single device: GPT-2-124M in float32, 16 rows, on 2 cores, makes 247 tokens/s so, and 54 with its
 layers stacked under a scan. Stacked on a leading axis, layers are compiled once for all of them,
-and a gradient can recompute each.
+and a gradient can recompute each. Of layers apart, the matrices may be kept output-major, which
+CPUs multiply with few rows more than twice as fast (`ops.layers.OutputMajor`).
 
 Matmuls are in the parameters' dtype; norms, rotary angles, softmax and logits in float32. Scores
 are small differences of two models' log-probs, of which rounding to bfloat16 would leave little.
@@ -28,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.attention import rotate, rotation
-from w2s_jax.ops.layers import QTensor, dot, layer_norm, rms_norm, take_rows
+from w2s_jax.ops.layers import OutputMajor, QTensor, Weight, dot, layer_norm, rms_norm, take_rows
 from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
 
@@ -62,6 +63,8 @@ def _declare(
     module: Any, name: str, initialise: Callable[..., Array], axes: Axes, shape: tuple[int, ...]
 ) -> Any:
     """A parameter of a module: the one place where its shape, axes and initialiser are said."""
+    if isinstance(held := module.get_variable("params", name), OutputMajor):
+        return held  # of another shape inside, which Flax would refuse
     boxed = nn.with_logical_partitioning(initialise, axes)
     return module.param(name, boxed, shape, module.dtype)
 
@@ -69,7 +72,8 @@ def _declare(
 class Linear(nn.Module):
     """Contracts the last `contract` axes of x with the kernel's first ones.
 
-    The kernel may be a QTensor (`quantize.py`). Where the parameters hold an adapter beside it
+    The kernel may be a QTensor (`quantize.py`), or kept output-major (`parameters.py`), or both.
+    Where the parameters hold an adapter beside it
     (`lora.py`) its product is added; its dropout acts only in calls with a "dropout" key.
     """
 
@@ -91,7 +95,9 @@ class Linear(nn.Module):
             out = out + self._low_rank(x)
         return out
 
-    def _gathered(self, kernel: Array | QTensor) -> Array | QTensor:
+    def _gathered(self, kernel: Weight) -> Weight:
+        if isinstance(kernel, OutputMajor):
+            return kernel
         if isinstance(kernel, QTensor):
             return replace(kernel, values=self._gathered(kernel.values))
         return self.placement.gather_axis(kernel, self.axes, "embed")

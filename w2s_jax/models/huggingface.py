@@ -8,9 +8,11 @@ quantised on the way where asked. Which tensor is which parameter is in `paramet
 import contextlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from w2s_jax.errors import InputError, check_fetched, check_kind
-from w2s_jax.models.parameters import Index
+from w2s_jax.models.parameters import STACKED, Index, Parameter, layer_name, summed_axes
 from w2s_jax.models.quantize import QuantizeConfig, scale_axes
 from w2s_jax.ops.layers import QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes, Rules, resolve
@@ -216,6 +218,43 @@ class Source:
     axes: Axes
     read: Callable[[Index], np.ndarray]
     major: tuple[int, ...] = (0,)
+
+
+def stacked_sources(per_layer: Mapping[str, Source], layers: int) -> dict[str, Source]:
+    """The parameters of the stacked layout, reading from those of the per-layer layout."""
+
+    def read(sources: list[Source], index: Index) -> np.ndarray:
+        return np.stack([source.read(index[1:]) for source in sources[index[0]]])
+
+    stacked = {path: one for path, one in per_layer.items() if not path.startswith(f"{STACKED}_")}
+    first = f"{layer_name(0)}/"
+    for path, one in per_layer.items():
+        if path.startswith(first):
+            rest = path.removeprefix(first)
+            every = [per_layer[f"{layer_name(layer)}/{rest}"] for layer in range(layers)]
+            shape, axes = (layers, *one.shape), (STACKED, *one.axes)
+            major = (0, *(axis + 1 for axis in one.major))
+            stacked[f"{STACKED}/{rest}"] = Source(shape, axes, partial(read, every), major)
+    return stacked
+
+
+def output_major_sources(
+    table: Mapping[str, Parameter],
+    tensors: Mapping[str, StoredTensor],
+    tied: bool,
+    quantize: QuantizeConfig | None,
+) -> dict[str, Source]:
+    """The matrices as [outputs, inputs], as most files hold them; without those to be quantised."""
+    sources: dict[str, Source] = {}
+    for path, row in table.items():
+        axes = summed_axes(path, tied)
+        if axes is None or (quantize and quantize.contracted(path)):
+            continue
+        inputs = math.prod(row.shape[axis] for axis in axes)
+        shape = (math.prod(row.shape) // inputs, inputs)
+        read = partial(row.read_outputs, tensors, axes)
+        sources[path] = Source(shape, (None, None), read)
+    return sources
 
 
 def materialise(

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
@@ -32,20 +31,21 @@ from w2s_jax.models.huggingface import (
     locate,
     materialise,
     open_tensors,
+    output_major_sources,
     read_json,
+    stacked_sources,
 )
 from w2s_jax.models.lora import attach, merge, take_vocabulary, with_vocabulary
-from w2s_jax.models.model import STORED, Model, parameter_dtype
+from w2s_jax.models.model import STORED, Model, decodes_output_major, parameter_dtype
 from w2s_jax.models.parameters import (
     LANGUAGE_HEAD,
     REWARD_HEADS,
-    STACKED,
-    Index,
     Parameter,
     StoredHead,
     decoder_parameters,
     full_name,
-    layer_name,
+    is_output_major,
+    output_major_params,
     reward_head,
 )
 from w2s_jax.models.peft import adapted_config, base_folder, base_of, load_adapter
@@ -61,6 +61,7 @@ from w2s_jax.models.reward import (
     init_classifier,
     stored_in_encoder,
 )
+from w2s_jax.ops.layers import OutputMajor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
 
 
@@ -73,6 +74,12 @@ class Loading:
     rules: Rules = DEFAULT_RULES
     scan_layers: bool = False
     quantize: QuantizeConfig | None = None
+    decoding: bool = False
+
+    @property
+    def output_major(self) -> bool:
+        """Whether matrices are kept as CPUs decode."""
+        return self.decoding and decodes_output_major(self.mesh, scan_layers=self.scan_layers)
 
     @property
     def placement(self) -> Placement:
@@ -88,6 +95,7 @@ def load_model(
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
     quantize: QuantizeConfig | None = None,
+    decoding: bool = False,
 ) -> Model:
     """Load a decoder from a directory, or from the Hugging Face hub through its local cache.
 
@@ -104,6 +112,8 @@ def load_model(
         rules: Which axes of it split which of the parameters' logical axes.
         scan_layers: Stack the layers on a leading axis (see `decoder.py`).
         quantize: Weights become QTensors as they are read; adapters then stay beside them.
+        decoding: Keep matrices output-major where a CPU is to read few tokens at a time, as in a
+            search: twice as fast there. Nothing changes elsewhere, on a mesh, or with scan_layers.
 
     Returns:
         The model, which knows where its parameters lie.
@@ -113,7 +123,7 @@ def load_model(
             supported, a damaged file, and any tensor unmapped, missing, duplicate or misshapen.
     """
     directory = locate(path_or_hub_id)
-    how = Loading(dtype, mesh, rules, scan_layers, quantize)
+    how = Loading(dtype, mesh, rules, scan_layers, quantize, decoding)
     if is_adapter(directory):
         return _load_adapted(directory, None, True, how)
     config = _own_config(directory)
@@ -150,7 +160,10 @@ def _load_adapted(directory: Path, base: Model | None, merged: bool, how: Loadin
     lora, adapter = load_adapter(directory, config, dtype=base.dtype, **place)
     base = with_vocabulary(base, config, adapter)
     into = merge if merged and not is_quantized(base.params) else attach
-    return Model(base.config, into(base.params, adapter, lora), base.placement)
+    params = into(base.params, adapter, lora)
+    if is_output_major(base.params):  # what the adapter replaces is not yet
+        params = output_major_params(params, tied=config.tied_embeddings)
+    return Model(base.config, params, base.placement)
 
 
 def load_config(path_or_hub_id: str | Path) -> ModelConfig:
@@ -205,27 +218,15 @@ def load_parameters(
         for path, row in table.items()
     }
     if how.scan_layers:
-        sources = _stacked(sources, config.layers)
-    params = materialise(sources, dtype, how.rules, how.mesh, how.quantize)
-    return unflatten_dict(params, sep="/")
-
-
-def _stacked(per_layer: Mapping[str, Source], layers: int) -> dict[str, Source]:
-    """The parameters of the stacked layout, reading from those of the per-layer layout."""
-
-    def read(sources: list[Source], index: Index) -> np.ndarray:
-        return np.stack([source.read(index[1:]) for source in sources[index[0]]])
-
-    stacked = {path: one for path, one in per_layer.items() if not path.startswith(f"{STACKED}_")}
-    first = f"{layer_name(0)}/"
-    for path, one in per_layer.items():
-        if path.startswith(first):
-            rest = path.removeprefix(first)
-            every = [per_layer[f"{layer_name(layer)}/{rest}"] for layer in range(layers)]
-            shape, axes = (layers, *one.shape), (STACKED, *one.axes)
-            major = (0, *(axis + 1 for axis in one.major))
-            stacked[f"{STACKED}/{rest}"] = Source(shape, axes, partial(read, every), major)
-    return stacked
+        sources = stacked_sources(sources, config.layers)
+    tied = config.tied_embeddings and head == LANGUAGE_HEAD
+    place: Any = dtype, how.rules, how.mesh, how.quantize
+    if not how.output_major:
+        return unflatten_dict(materialise(sources, *place), sep="/")
+    rows_first = output_major_sources(table, tensors, tied, how.quantize)
+    params: dict[str, Any] = {**materialise(sources | rows_first, *place)}
+    params |= {path: OutputMajor(params[path], table[path].shape) for path in rows_first}
+    return output_major_params(unflatten_dict(params, sep="/"), tied=tied)
 
 
 def _match(
@@ -279,6 +280,7 @@ def load_reward_model(
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     scan_layers: bool = False,
+    decoding: bool = False,
 ) -> RewardModel | Classifier:
     """Load a reward model from a directory or a hub id: a decoder's, or an encoder classifier.
 
@@ -291,7 +293,10 @@ def load_reward_model(
     Raises:
         InputError: as `load_model` does, and for a checkpoint with no head that is known here.
     """
-    directory, how = locate(path_or_hub_id), Loading(dtype, mesh, rules, scan_layers)
+    directory, how = (
+        locate(path_or_hub_id),
+        Loading(dtype, mesh, rules, scan_layers, None, decoding),
+    )
     if is_adapter(directory):
         return _load_adapted_reward(directory, base_of(directory) if base is None else base, how)
     config = load_reward_config(directory)
@@ -326,7 +331,10 @@ def _load_adapted_reward(directory: Path, base: str | Path, how: Loading) -> Rew
     if not new:
         raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
     labels = _adapted_labels(labels, new)
-    return RewardModel(config, merge(params, adapter, lora), new, labels, found.placement)
+    merged = merge(params, adapter, lora)
+    if how.output_major:
+        merged = output_major_params(merged, tied=False)
+    return RewardModel(config, merged, new, labels, found.placement)
 
 
 def is_reward_model(path_or_hub_id: str | Path) -> bool:

@@ -29,7 +29,8 @@ from w2s_jax.models.parameters import (
     module_of,
     unstack_layers,
 )
-from w2s_jax.ops.layers import QTensor
+from w2s_jax.models.quantize import is_quantized
+from w2s_jax.ops.layers import OutputMajor, input_major, output_major
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")
@@ -192,11 +193,18 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
         if FACTORS[0] in change:
             a, b = (change[name] for name in FACTORS)
             kernel = flat[(*place, "kernel")]
-            if isinstance(kernel, QTensor):
+            if is_quantized({"kernel": kernel}):
                 raise InputError(
                     f"{'/'.join(place)} is quantised, which no adapter is merged into; attach it"
                 )
-            flat[(*place, "kernel")] = _added(kernel, a, b, lora.scale, place[0] == STACKED)
+            added = functools.partial(
+                _added, a=a, b=b, scale=lora.scale, stacked=place[0] == STACKED
+            )
+            if isinstance(kernel, OutputMajor):
+                axes = tuple(range(contracted(place[-1])))
+                flat[(*place, "kernel")] = output_major(added(input_major(kernel, axes)), axes)
+            else:
+                flat[(*place, "kernel")] = added(kernel)
     return unflatten_dict(flat)
 
 
@@ -213,8 +221,10 @@ def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -
     params = dict(base.params)
     if base.config.tied_embeddings and not config.tied_embeddings:
         embedding = params["embed"]["embedding"]
-        if isinstance(embedding, QTensor):
+        if is_quantized(params["embed"]):
             raise InputError("an adapter that unties the head needs a base that is not quantised")
+        if isinstance(embedding, OutputMajor):
+            embedding = embedding.values
         params["head"] = {"kernel": embedding.T}
     return replace(base, config=config, params=take_vocabulary(params, adapter))
 

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
+from w2s_jax.ops.layers import OutputMajor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
 Index = tuple[slice, ...]
@@ -81,6 +82,18 @@ class Stored:
         slices = tuple(slice(*bounds) for bounds in ranges)
         array = tensor[slices[::-1]].T if self.transposed else tensor[slices]
         return array.reshape(lengths)[tuple(inner)]
+
+    def read_outputs(
+        self, tensor: Any, shape: tuple[int, ...], summed: tuple[int, ...], index: Index
+    ) -> np.ndarray:
+        """Whole rows of a matrix [outputs, inputs], whose `summed` axes are its inputs'.
+
+        Files of torch's Linear and of embeddings hold it so, and are read in one piece.
+        """
+        if self.transposed or summed[0] > 0:
+            return tensor[index[0]]
+        rows, start = index[0], (self.part or 0) * math.prod(shape[len(summed) :])
+        return tensor[:, start + rows.start : start + rows.stop].T
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """A parameter as the files keep it (or its part of a stored tensor)."""
@@ -215,6 +228,12 @@ class Parameter:
     axes: Axes
     stored: Stored
 
+    def read_outputs(
+        self, tensors: Mapping[str, Any], summed: tuple[int, ...], index: Index
+    ) -> np.ndarray:
+        """Whole rows of it as a matrix [outputs, inputs]; `summed` as of `summed_axes`."""
+        return self.stored.read_outputs(tensors[self.stored.name], self.shape, summed, index)
+
     def read(self, tensors: Mapping[str, Any], index: Index | None = None) -> np.ndarray:
         """A rectangular part of it, or all of it, from the tensors of files."""
         index = (slice(None),) * len(self.shape) if index is None else index
@@ -298,6 +317,50 @@ def stack_layers(params: dict, layers: int) -> dict:
     rest = {name: subtree for name, subtree in params.items() if name not in names}
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
     return rest | {STACKED: stacked}
+
+
+def summed_axes(path: str, tied: bool) -> tuple[int, ...] | None:
+    """The axes of the matrix at "layers_3/mlp/up/kernel" that products sum over.
+
+    Of an embedding those are a tied head's. None for what no product reads.
+    """
+    module, _, leaf = path.rpartition("/")
+    if leaf == "kernel":
+        return tuple(range(contracted(module.rpartition("/")[2])))
+    return (1,) if path == "embed/embedding" and tied else None
+
+
+def output_major_params(params: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """The parameters in the layout in which CPUs decode: every matrix is an `OutputMajor`.
+
+    What is one already stays as it is.
+
+    Args:
+        params: A decoder's, its layers apart, quantised or not.
+        tied: Whether the embedding is its head too.
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    for path, leaf in flat.items():
+        axes = summed_axes(path, tied)
+        if axes is not None and not isinstance(leaf, OutputMajor):
+            flat[path] = output_major(leaf, axes)
+    return unflatten_dict(flat, sep="/")
+
+
+def is_output_major(params: Mapping[str, Any]) -> bool:
+    """Whether any of a decoder's matrices is an `OutputMajor`."""
+    return any(isinstance(leaf, OutputMajor) for leaf in flatten_dict(dict(params)).values())
+
+
+def input_major_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with arrays again in place of every `OutputMajor`."""
+    flat = flatten_dict(dict(params), sep="/")
+    for path, leaf in flat.items():
+        if isinstance(leaf, OutputMajor):
+            axes = summed_axes(path, tied=True)
+            assert axes is not None
+            flat[path] = input_major(leaf, axes)
+    return unflatten_dict(flat, sep="/")
 
 
 def unstack_layers(params: dict) -> dict:

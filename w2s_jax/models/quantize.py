@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from w2s_jax.errors import InputError
 from w2s_jax.models.parameters import PROJECTIONS, kernel_axes
-from w2s_jax.ops.layers import DEPTHS, QTensor, quantize_array, scales_shape
+from w2s_jax.ops.layers import DEPTHS, OutputMajor, QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes
 
 _WEIGHTS = (*PROJECTIONS, "head", "embedding")
@@ -115,8 +115,9 @@ def read_quantize(spec: str) -> QuantizeConfig:
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:
-    """Whether any of a decoder's parameters is a QTensor."""
-    return any(isinstance(leaf, QTensor) for leaf in flatten_dict(dict(params)).values())
+    """Whether any of a decoder's parameters is a QTensor, in itself or as an `OutputMajor`'s."""
+    leaves = jax.tree.leaves(dict(params), is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return any(isinstance(leaf, QTensor) for leaf in leaves)
 
 
 def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any
     flat = flatten_dict(dict(params), sep="/")
     for path, leaf in flat.items():
         contracted = config.contracted(path)
-        if isinstance(leaf, QTensor):
+        if is_quantized({path: leaf}):
             raise InputError(f"{path} is quantised already; take the weights as they were stored")
         if contracted is not None:
             flat[path] = _quantized(leaf, contracted, config, path)
@@ -145,10 +146,13 @@ _compiled = jax.jit(quantize_array, static_argnames=("contracted", "bits", "grou
 
 def _quantized(
     leaf: Any, contracted: tuple[int, ...], config: QuantizeConfig, path: str
-) -> QTensor:
+) -> QTensor | OutputMajor:
     group = config.group_of(tuple(leaf.shape), contracted, path)
     options: dict[str, Any] = {"bits": config.bits, "group": group}
     options |= {"contracted": contracted, "scale_dtype": jnp.dtype(config.scale_dtype)}
+    if isinstance(leaf, OutputMajor):
+        kept = _compiled(leaf.values, **options | {"contracted": (-1,)})
+        return OutputMajor(kept, leaf.shape)
     shardings = _shardings(leaf, contracted, group, path)
     if shardings is None:
         return _compiled(leaf, **options)

@@ -19,6 +19,7 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import Json, mapping, number, read_fields, refused, size
 from w2s_jax.models.model import Model, check_positions, hidden_states
 from w2s_jax.models.parameters import REWARD_HEADS, Stored, stored_as
+from w2s_jax.ops.layers import dot
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 
 SCORE = REWARD_HEADS[0]
@@ -65,10 +66,7 @@ class RewardModel:
 
     def head_of(self, hidden: Float[Array, "*rows D"]) -> Float32[Array, "*rows labels"]:
         """The labels' logits of states after the last norm, as `forward` gives them."""
-        kernel, contract = self.head["kernel"], ((hidden.ndim - 1,), (0,))
-        out = jax.lax.dot_general(
-            hidden, kernel, (contract, ((), ())), preferred_element_type=jnp.float32
-        )
+        out = dot(hidden, self.head["kernel"], dtype=jnp.float32)
         return out + self.head["bias"].astype(jnp.float32) if "bias" in self.head else out
 
 

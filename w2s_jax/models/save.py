@@ -33,6 +33,7 @@ from w2s_jax.models.parameters import (
     STACKED,
     Parameter,
     decoder_parameters,
+    input_major_params,
     layer_name,
     reward_head,
 )
@@ -125,7 +126,7 @@ def _save(
     max_shard_bytes: int,
 ) -> None:
     """Write parameters, in either layout and of one dtype, with `hf` as their config.json."""
-    flat = flatten_dict(params, sep="/")
+    flat = flatten_dict(input_major_params(params), sep="/")
     leaves: dict[str, tuple[Any, int | None]] = {}
     for path, leaf in flat.items():
         kind, _, rest = path.partition("/")

@@ -6,7 +6,8 @@ gradient keeps their input and computes the statistics again.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,67 @@ class QTensor:
     def ndim(self) -> int:
         """The weight's."""
         return len(self.values.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputMajor:
+    """A weight kept with its outputs' axes first, in place of the array: how CPUs decode fastest.
+
+    A CPU multiplies few rows two to three times as fast where the weight is on the left and each of
+    its rows, an output's, is contiguous. An array of the usual shape with such strides in memory
+    would not do: XLA copies it for every product.
+
+    Attributes:
+        values: [outputs, inputs], each the product of those axes; an array, or a QTensor.
+        shape: The weight's own, as everything but a product sees it.
+    """
+
+    values: Any
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """The weight's."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """What it computes as."""
+        return self.values.dtype
+
+
+Weight = Array | QTensor | OutputMajor
+
+
+def output_major(weight: Array | QTensor, contract: tuple[int, ...]) -> OutputMajor:
+    """The same weight with its outputs' axes first.
+
+    Args:
+        weight: Any but an OutputMajor.
+        contract: The axes that a product sums over, from the start, in order.
+    """
+    order = (*(axis for axis in range(weight.ndim) if axis not in contract), *contract)
+    outputs = weight.ndim - len(contract)
+
+    def arranged(array: Array) -> Array:
+        moved = array.transpose(order)
+        return moved.reshape(math.prod(moved.shape[:outputs]), -1)
+
+    shape = tuple(weight.shape)
+    if not isinstance(weight, QTensor):
+        return OutputMajor(arranged(weight), shape)
+    values, scales = arranged(weight.values), arranged(weight.scales)
+    return OutputMajor(replace(weight, values=values, scales=scales, axis=-1), shape)
+
+
+def input_major(weight: OutputMajor, contract: tuple[int, ...]) -> Array:
+    """The array that `output_major` was given; of a QTensor, what it stands for."""
+    values = weight.values
+    values = dequantize(values) if isinstance(values, QTensor) else values
+    order = (*(axis for axis in range(weight.ndim) if axis not in contract), *contract)
+    apart = values.reshape([weight.shape[axis] for axis in order])
+    return apart.transpose([order.index(axis) for axis in range(weight.ndim)])
 
 
 def scales_shape(
@@ -142,17 +204,17 @@ def dequantize(tensor: QTensor, dtype: DTypeLike | None = None) -> Array:
     return whole.astype(tensor.dtype if dtype is None else dtype)
 
 
-def take_rows(table: Array | QTensor, index: Array) -> Array:
+def take_rows(table: Weight, index: Array) -> Array:
     """Entries of the leading axis of a table [V, D], in its dtype: [*index, D]."""
-    if not isinstance(table, QTensor):
-        return table[index]
-    rows = (table.values[index], table.scales[index])
-    return dequantize(QTensor(*rows, table.axis, table.group, table.dtype))
+    held: Array | QTensor = table.values if isinstance(table, OutputMajor) else table
+    if not isinstance(held, QTensor):
+        return held[index]
+    return dequantize(replace(held, values=held.values[index], scales=held.scales[index]))
 
 
 def dot(
     x: Array,
-    weight: Array | QTensor,
+    weight: Weight,
     contract: int = 1,
     *,
     transposed: bool = False,
@@ -171,32 +233,61 @@ def dot(
         transposed: whether the weight's last axes are its input's.
         dtype: of the result, and what products are summed in; x's by default.
     """
+    if isinstance(weight, OutputMajor):
+        outputs = weight.shape[:-contract] if transposed else weight.shape[contract:]
+        rows = x.reshape(-1, weight.values.shape[1])
+        product = _weight_first if 1 < len(rows) <= FEW_ROWS else _product
+        out = _dot(rows, weight.values, ((1,), (1,)), dtype, product)
+        return out.reshape(*x.shape[:-contract], *outputs)
     first = weight.ndim - contract if transposed else 0
     axes = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(first, first + contract)))
-    out_dtype = x.dtype if dtype is None else dtype
+    return _dot(x, weight, axes, dtype, _product)
+
+
+_AxisPair = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _dot(
+    x: Array,
+    weight: Array | QTensor,
+    axes: _AxisPair,
+    dtype: DTypeLike | None,
+    product: Callable[..., Array],
+) -> Array:
+    """The product over x's and the weight's `axes`."""
     if not isinstance(weight, QTensor):
         promoted = jnp.promote_types(x.dtype, weight.dtype)
-        x, weight = x.astype(promoted), weight.astype(promoted)
-        return jax.lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=dtype)
+        return product(x.astype(promoted), weight.astype(promoted), (axes, ((), ())), dtype)
+    out_dtype = x.dtype if dtype is None else dtype
     # Tied to x, so that no loop over tokens converts the weight once and for all ahead of itself.
     x, values = jax.lax.optimization_barrier((x, weight.values))
     if weight.group is None:
-        out = _product(x, values, (axes, ((), ())), out_dtype)
+        out = product(x, values, (axes, ((), ())), out_dtype)
         scales = jnp.squeeze(weight.scales, axes[1]).astype(jnp.float32)
         return (out * scales).astype(out_dtype)
-    if math.prod(x.shape[:-contract]) > weight.group:
+    if math.prod(x.shape[: x.ndim - len(axes[0])]) > weight.group:
         held = QTensor(values, weight.scales, weight.axis, weight.group, weight.dtype)
-        return _product(x, dequantize(held, x.dtype), (axes, ((), ())), out_dtype)
+        return product(x, dequantize(held, x.dtype), (axes, ((), ())), out_dtype)
     return _by_groups(x, values, weight, axes).astype(out_dtype)
 
 
-def _product(x: Array, values: Array, numbers: Any, dtype: DTypeLike) -> Array:
+def _product(x: Array, values: Array, numbers: Any, dtype: DTypeLike | None) -> Array:
     return jax.lax.dot_general(x, values.astype(x.dtype), numbers, preferred_element_type=dtype)
 
 
-def _by_groups(
-    x: Array, values: Array, weight: QTensor, axes: tuple[tuple[int, ...], ...]
-) -> Array:
+FEW_ROWS = 48
+"""Up to so many rows a CPU multiplies faster with the weight on the left; from 64 on, and for one
+row, both sides are alike."""
+
+
+def _weight_first(x: Array, values: Array, numbers: Any, dtype: DTypeLike | None) -> Array:
+    """`_product` of [rows, inputs] and [outputs, inputs], with the weight on the left."""
+    out = jax.lax.dot_general(values.astype(x.dtype), x, numbers, preferred_element_type=dtype)
+    # The compiler would swap the sides of a transposed product back.
+    return jax.lax.optimization_barrier(out).T
+
+
+def _by_groups(x: Array, values: Array, weight: QTensor, axes: _AxisPair) -> Array:
     """The product, each group of inputs apart, then summed with its scales; float32."""
     group, at = weight.group, weight.ndim + weight.axis
     apart, inner = _grouped(values, (weight.axis,), group)

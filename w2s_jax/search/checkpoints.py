@@ -442,7 +442,7 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
 
     quantize = plan.sources.quantize
     options: dict[str, Any] = {
-        "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers
+        "dtype": dtype, "mesh": places.mesh, "scan_layers": places.scan_layers, "decoding": True
     }  # fmt: skip
     # A quantised policy is of its own even where a guide is the same checkpoint: guides are not
     # quantised. Else the policy comes first, and such a guide lies as the policy does.
