@@ -307,17 +307,15 @@ def _reading(role: str, model: Model, cache: KVCache, shapes: SearchShapes) -> l
     """The programs of a model that reads text: for a prompt, a chunk of all rows, a selection."""
     config, width = shapes.config, shapes.config.length + incremental_text.MERGES
     whole = last = _ints(shapes.slots, config.beam_width)
-    tokens, longer = _ints(shapes.slots, config.rows, width), _ints(2, 0)
-    given = (model, cache, whole, last, tokens, longer)
+    given = (model, cache, whole, last, _ints(shapes.slots, config.rows, width))
     prompt = (_ints(), _ints(bucket(shapes.prompt_tokens)), _ints())
-    read_rows = partial(incremental_text.read_rows, first=width)
 
     def keep() -> Any:
-        *_, read = jax.eval_shape(read_rows, *given)
+        *_, read = jax.eval_shape(incremental_text.read_rows, *given)
         return incremental_text.keep.trace(cache, read, whole, last)
 
     prefill = partial(incremental_text.prefill_slot.trace, model, cache, *prompt)
-    score = partial(incremental_text.read_rows.trace, *given, first=width)
+    score = partial(incremental_text.read_rows.trace, *given)
     own, size = nbytes(model), nbytes(cache)
     chunk = partial(Program, calls=1, times=config.chunks, role=role)
     return [

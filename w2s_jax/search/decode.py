@@ -203,65 +203,6 @@ def _targets(tokens: Int[Array, "P R n"], hypotheses: int) -> Int[Array, "P W M 
     return jnp.concatenate([first, jnp.repeat(rest, successors, axis=3)], axis=2)
 
 
-def read_longer(
-    model: Model,
-    cache: KVCache,
-    chunk: LayersKV | None,
-    logprobs: Float[Array, "P R f"],
-    tokens: Int[Array, "P R n"],
-    longer: Int[Array, "2 m"],
-) -> tuple[Float[Array, "P R n"], LayersKV]:
-    """Score the tokens beyond the first f of a few rows, each row as a slot of its own.
-
-    Args:
-        model: the reader.
-        cache: its cache, the stems committed.
-        chunk: keys and values of the first f − 1 tokens, as `read_chunk` returns them.
-        logprobs: float32 [P, R, f], of the first f tokens.
-        tokens: int32 [P, R, n], all tokens.
-        longer: int32 [2, m], slots and row indices of the rows to read on; a row index of R or more
-            stands for none.
-
-    Returns:
-        Log-probs float32 [P, R, n] and the chunk's keys and values, [P, R, n − 1, G, C] a layer,
-        with zeros where nothing was read.
-    """
-    slots, places = longer
-    rows, first = logprobs.shape[1:]
-    more = tokens.shape[2] - first
-    behind = ((0, 0), (0, 0), (0, more))
-    real = jnp.minimum(places, rows - 1)
-    parents = real // (rows // cache.committed_length.shape[1])
-    over = jax.vmap if isinstance(cache.prefix, KV) else lambda f: f
-    wide = jax.tree.map(over(lambda x: jnp.pad(x, (*behind, (0, 0), (0, 0)))), chunk)
-    alone = KVCache(
-        jax.tree.map(over(lambda x: x[slots]), cache.prefix),
-        jax.tree.map(over(lambda x: x[slots, parents][:, None]), cache.committed),
-        cache.prefix_length[slots],
-        cache.committed_length[slots, parents][:, None],
-        # They are few, so that no axis of a mesh need divide them.
-        replace(cache.placement, rules=cache.placement.rules.replace(slots=None)),
-    )
-    found = forward(
-        model.config,
-        model.params,
-        tokens[slots, real][:, None, first - 1 : -1],
-        Layout(False, 1, more),
-        cache=alone,
-        chunk=jax.tree.map(over(lambda x: x[slots, real][:, None]), wide),
-        chunk_start=jnp.int32(first - 1),
-    )
-    scores = blocked_token_logprobs(
-        found.hidden.reshape(1, len(slots) * more, -1),
-        tokens[slots, real, first:].reshape(1, -1, 1),
-        lambda hidden: logits(model.config, model.params, hidden),
-        block=max(1, LOGIT_BYTES // (4 * model.config.vocab_size)),
-    ).reshape(-1, more)
-    put = over(lambda x, new: x.at[slots, places].set(new[:, 0], mode="drop"))
-    logprobs = jnp.pad(logprobs, behind).at[slots, places, first:].set(scores, mode="drop")
-    return logprobs, jax.tree.map(put, wide, found.chunk)
-
-
 def read_ends(
     model: Model,
     cache: KVCache,

@@ -22,11 +22,11 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
-from w2s_jax.search.decode import prefill, read_chunk, read_ends, read_longer, start_cache
+from w2s_jax.search.decode import prefill, read_chunk, read_ends, start_cache
 from w2s_jax.search.likelihood import padded_width, token_likelihoods
 from w2s_jax.search.methods import PolicyProposer
 from w2s_jax.search.models import SearchModels
-from w2s_jax.text.tokenizer import bucket, pad_rows, power_of_two
+from w2s_jax.text.tokenizer import bucket, pad_rows
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,6 @@ Place = tuple[int, int]
 
 MERGES = 2
 """Tokens by which a chunk's encoding may exceed its length before a wider program is needed."""
-
-LONG_SHARE = 4
-"""Longer rows are read on in a second call where they are at most one in this many."""
-
-CALL_TOKENS = 32
-"""The cost of reading the weights once more, in tokens read (CPU, float32: 24 to 40)."""
-
-COPIED_ENTRIES = 32
-"""Cache entries whose copy costs as much as reading a token (CPU, float32, 12 × 768)."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +136,7 @@ def read_logprobs(
     """
 
     def together(cache: KVCache | None, plan: _Plan) -> tuple:
-        device = (plan.committed, plan.last, plan.tokens, plan.longer)
-        return read_rows(model, cache, *device, first=plan.first)
+        return read_rows(model, cache, plan.committed, plan.last, plan.tokens)
 
     def settle(place: Place, tokens: np.ndarray, stem: Known, row: np.ndarray) -> tuple:
         read = row[: len(tokens) - len(stem.tokens)]
@@ -157,7 +147,7 @@ def read_logprobs(
     def alone(tokens: np.ndarray) -> float:
         return float(logprobs_alone(model, tokens).sum(dtype=np.float32))
 
-    found, sums = _read(model, reading, texts, together, settle, alone, read_on=True)
+    found, sums = _read(model, reading, texts, together, settle, alone)
     unsound = frozenset(place for place, total in sums.items() if np.isnan(total))
     return replace(found, unsound=unsound), sums
 
@@ -236,9 +226,6 @@ class _Plan:
         last: int32 [P, W], the stems: last tokens that stay, which are read again.
         tokens: int32 [P, R, n], the tokens behind them.
         counts: int32 [P, R], how many of these there are.
-        first: tokens that are read of every row at once.
-        longer: int32 [2, m], slots and row indices of those whose further tokens are read alone; a
-            row index of R or more stands for none.
     """
 
     stems: dict[Place, int]
@@ -246,8 +233,6 @@ class _Plan:
     last: np.ndarray
     tokens: np.ndarray
     counts: np.ndarray
-    first: int
-    longer: np.ndarray
 
 
 def _read(
@@ -257,8 +242,6 @@ def _read(
     together: Callable[[KVCache | None, _Plan], tuple],
     settle: Callable[[Place, np.ndarray, Known, np.ndarray], tuple[Known, Any]],
     alone: Callable[[np.ndarray], Any],
-    *,
-    read_on: bool = False,
 ) -> tuple[Reading, dict[Place, Any]]:
     """Read texts behind what has been read of them.
 
@@ -270,7 +253,6 @@ def _read(
         settle: from a place, its tokens, what was known of them, and the row's output: what is
             known now, and the row's value.
         alone: the value of tokens for which nothing read before can be used.
-        read_on: whether the program can read a few rows further than the others.
 
     Returns:
         The new state, and the value of each place.
@@ -279,7 +261,7 @@ def _read(
     found = {place: alone(tokens) for place, tokens in merged.items()}
     pending: dict[Place, Known] = {}
     if rows:
-        reading, plan = _prepare(model, reading, rows, read_on)
+        reading, plan = _prepare(model, reading, rows)
         said, cache, buffer = together(reading.cache, plan)
         read = to_host(said)
         for place, tokens in rows.items():
@@ -322,7 +304,7 @@ def _split(
 
 
 def _prepare(
-    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray], read_on: bool
+    model: Model, reading: Reading, rows: Mapping[Place, np.ndarray]
 ) -> tuple[Reading, _Plan]:
     reading = _read_prompts(model, reading, rows)
     stems: dict[Place, int] = {}
@@ -330,23 +312,18 @@ def _prepare(
         alike = common(tokens, reading.parent(place).tokens)
         stems[reading.group(place)] = min(stems.get(reading.group(place), alike), alike)
     behind = {place: tokens[stems[reading.group(place)] :] for place, tokens in rows.items()}
-    first, more, count = _widths(reading, [len(tokens) for tokens in behind.values()], read_on)
+    width = _width(reading.width, max(map(len, behind.values())))
     each = (len(reading.prefix), reading.hypotheses)
     shape = (each[0], each[1] * reading.successors)
-    longer = np.array([[0], [shape[1]]], np.int32).repeat(count, axis=1)
-    for i, place in enumerate(place for place, tokens in behind.items() if len(tokens) > first):
-        longer[:, i] = place
     most = max(stem - int(reading.prefix[slot]) for (slot, _), stem in stems.items())
-    reading = _grow(reading, "committed", most + first + more)
+    reading = _grow(reading, "committed", most + width)
     plan = _Plan(
         stems=stems,
         # Where nothing is read, the stem is written beyond the cache, and so dropped.
         committed=np.full(each, reading.capacity("committed"), np.int32),
         last=np.zeros(each, np.int32),
-        tokens=np.zeros((*shape, first + more), np.int32),
+        tokens=np.zeros((*shape, width), np.int32),
         counts=np.zeros(shape, np.int32),
-        first=first,
-        longer=longer,
     )
     for place, tokens in rows.items():
         group = reading.group(place)
@@ -356,31 +333,6 @@ def _prepare(
         plan.tokens[place][: len(behind[place])] = behind[place]
         plan.counts[place] = len(behind[place])
     return reading, plan
-
-
-def _widths(reading: Reading, counts: Sequence[int], read_on: bool) -> tuple[int, int, int]:
-    """How to read rows of these numbers of tokens at the lowest cost, counted in tokens.
-
-    Either all rows are read as wide as the longest, or the longest are read on in a second call.
-    Where at most every LONG_SHARE-th row is longer than the others, to pad all rows to its width
-    may cost more than that call, which copies the cache entries that these rows attend to.
-
-    Returns:
-        Tokens read of every row, further tokens, and of how many rows.
-    """
-    hypotheses = len(reading.prefix) * reading.hypotheses
-    rows, most, usual = hypotheses * reading.successors, max(counts), reading.width
-    best = (_width(usual, most), 0, 0)
-    least: float = hypotheses + rows * (best[0] - 1)
-    longer = max(1, rows // LONG_SHARE)
-    copied = longer * (reading.capacity("prefix") + reading.capacity("committed"))
-    for first in range(usual, min(most, 2 * usual) if read_on else 0, max(2, usual // 4)):
-        more = power_of_two(most - first, 2)
-        extra = longer * more + copied / COPIED_ENTRIES + CALL_TOKENS
-        cost = hypotheses + rows * (first - 1) + extra
-        if cost < least and sum(count > first for count in counts) <= longer:
-            best, least = (first, more, longer), cost
-    return best
 
 
 def _width(usual: int, most: int) -> int:
@@ -453,11 +405,11 @@ def prefill_slot(model: Model, cache: KVCache, slot: Any, prompt: Any, length: A
     return prefill(model, cache, slot, prompt, length).constrain()
 
 
-@partial(jax.jit, donate_argnums=1, static_argnames="first")
+@partial(jax.jit, donate_argnums=1)
 def read_rows(
-    model: Model, cache: KVCache, committed: Any, last: Any, tokens: Any, longer: Any, *, first: int
+    model: Model, cache: KVCache, committed: Any, last: Any, tokens: Any
 ) -> tuple[Array, KVCache, LayersKV | None]:
-    """Score the tokens of every row: the first `first` of each, and the others of `longer` rows.
+    """Score the tokens of every row.
 
     Arguments are as in `_Plan`; the cache is donated.
 
@@ -466,9 +418,7 @@ def read_rows(
         the last token of every row.
     """
     cache = replace(cache, committed_length=committed)
-    logprobs, cache, chunk = read_chunk(model, cache, last, tokens[:, :, :first])
-    if longer.shape[1]:
-        logprobs, chunk = read_longer(model, cache, chunk, logprobs, tokens, longer)
+    logprobs, cache, chunk = read_chunk(model, cache, last, tokens)
     return logprobs, cache.constrain(), chunk
 
 
