@@ -47,11 +47,11 @@ class HostConfig:
     """This process among `count`, of which it is number `index`, from 0.
 
     Attributes:
-        count: the number of processes; 1 where jax finds it out at the start.
-        index: the number of this one.
+        count: The number of processes; 1 where jax finds it out at the start.
+        index: The number of this one.
         address: HOST:PORT of the first one's coordinator, None where jax finds it.
-        source: what told, as messages name it.
-        one_device: the one device of its host that is this process's, as the other ones belong to
+        source: What told, as messages name it.
+        one_device: The one device of its host that is this process's, as the other ones belong to
             other processes; None where all are its own.
     """
 
@@ -83,10 +83,10 @@ def find_hosts(asked: str = "auto", *, slices: bool = True) -> HostConfig | None
             "off", "jax" (whatever jax.distributed.initialize() detects, a Kubernetes job say) or
             "auto": a SLURM step or an Open MPI job of several tasks, a TPU slice of several
             workers.
-        slices: whether "auto" looks for a TPU slice.
+        slices: Whether "auto" looks for a TPU slice.
 
     Raises:
-        InputError: for anything else, and where a launcher does not tell enough.
+        InputError: For anything else, and where a launcher does not tell enough.
     """
     if asked == "off":
         return None
@@ -201,13 +201,13 @@ def start_hosts(
     and a status.
 
     Args:
-        config: the hosts, and which of them this is.
-        start_seconds: how long they wait for one another.
-        heartbeat_seconds: a host that was not heard of for so long is dead.
+        config: The hosts, and which of them this is.
+        start_seconds: How long they wait for one another.
+        heartbeat_seconds: A host that was not heard of for so long is dead.
 
     Raises:
-        HostsParted: where the coordinator does not answer in time.
-        InputError: on the first host, where the address given for it is none.
+        HostsParted: Where the coordinator does not answer in time.
+        InputError: On the first host, where the address given for it is none.
     """
     import jax
 
@@ -349,7 +349,7 @@ def gather_bytes(payload: bytes) -> list[bytes]:
     """What every host gives, in the order of the hosts.
 
     Raises:
-        InputError: on every host, where they have different numbers of devices.
+        InputError: On every host, where they have different numbers of devices.
     """
     if not started():
         return [payload]

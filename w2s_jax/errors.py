@@ -170,10 +170,10 @@ def check_kind(name: str, value: Any, kind: Any, taken: str) -> None:
     """Raise InputError, "NAME takes TAKEN, not ..", unless a value is of this kind.
 
     Args:
-        name: what the value is called.
+        name: What the value is called.
         value: anything.
-        kind: an annotation; int and float stand for all whole and all real numbers, without bool.
-        taken: what the kind is called.
+        kind: An annotation; int and float stand for all whole and all real numbers, without bool.
+        taken: What the kind is called.
     """
     if not _fits(kind, value):
         raise InputError(f"{name} takes {taken}, not {shown(value)}")

@@ -75,7 +75,7 @@ def run(options: SearchBenchConfig) -> Figures:
     """Measure, print a table, and write the figures where `options.json` says.
 
     Raises:
-        InputError: for sizes out of range and for a path that cannot be written.
+        InputError: For sizes out of range and for a path that cannot be written.
     """
     config = check(options)
     figures = measure(options, config)

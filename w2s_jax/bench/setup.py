@@ -29,9 +29,9 @@ def check_settings(config: BenchConfig, least: Mapping[str, int], by_shape: Sequ
     """Raise InputError for a file that cannot be written, and for sizes that are wrong.
 
     Args:
-        config: the settings.
-        least: fields and the least that each may be.
-        by_shape: fields that a named shape decides. Widths among them are of whole heads.
+        config: The settings.
+        least: Fields and the least that each may be.
+        by_shape: Fields that a named shape decides. Widths among them are of whole heads.
     """
     if config.json is not None:
         check_writable(config.json)
@@ -61,7 +61,7 @@ def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) ->
     """The JSON line that a program prints for a job, whose file is its last argument.
 
     Raises:
-        RuntimeError: with the program's last words, where it fails.
+        RuntimeError: With the program's last words, where it fails.
         subprocess.TimeoutExpired: where it takes longer than so many seconds; it is ended.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -92,12 +92,12 @@ def run(options: TrainBenchConfig, *, apart: bool = True) -> Figures:
     """Measure, print a table, and write the figures where `options.json` says.
 
     Args:
-        options: the shapes and sizes.
-        apart: whether this package's steps are taken in a process of their own; otherwise their
+        options: The shapes and sizes.
+        apart: Whether this package's steps are taken in a process of their own; otherwise their
             peak of memory is that of all that this process did.
 
     Raises:
-        InputError: for sizes out of range and for a path that cannot be written.
+        InputError: For sizes out of range and for a path that cannot be written.
     """
     options = replace(options, trl_python=options.trl_python or sys.executable)
     check(options)

@@ -27,7 +27,7 @@ class Evaluate(JudgeConfig, QuantisationConfig, Hosts):
         """Reward all rows, or measure the policy, and print the table.
 
         Raises:
-            InputError: before any weight is read, for what is wrong.
+            InputError: Before any weight is read, for what is wrong.
         """
         if self.quantisation_report is not None:
             return self._report_quantisation()

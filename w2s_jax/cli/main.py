@@ -36,7 +36,7 @@ def find_config(flags: Sequence[str], *, folder: str) -> Path | None:
     another.
 
     Raises:
-        InputError: for a file or a name that is not there.
+        InputError: For a file or a name that is not there.
     """
     asked = None
     for place, flag in enumerate(flags):
@@ -80,7 +80,7 @@ def config_flags(source: Path, command: type[Any], flags: Sequence[str]) -> list
     Keys are flag names in any spelling (`chunk_length`, `chunk-length`, `l`).
 
     Raises:
-        InputError: for a file that is not YAML, is not a mapping or holds an unknown key.
+        InputError: For a file that is not YAML, is not a mapping or holds an unknown key.
     """
     from w2s_jax.text.typed_yaml import read_mapping
 
@@ -309,8 +309,8 @@ def parse(args: Sequence[str]) -> Command:
     """The command that a command line asks for, its config file under its flags.
 
     Raises:
-        InputError: for an unknown command and a wrong config file.
-        SystemExit: with status 2, after a message, where flags are wrong; with 0 after --help.
+        InputError: For an unknown command and a wrong config file.
+        SystemExit: With status 2, after a message, where flags are wrong; with 0 after --help.
     """
     words = _words(args)
     module, name, _ = COMMANDS[words]

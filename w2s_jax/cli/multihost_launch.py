@@ -85,10 +85,10 @@ def run_together(
     """Start jax over the hosts in a child process, attempt the command there, return its status.
 
     Args:
-        config: the hosts, and which of them this is.
-        attempt: does the command's work.
-        heeds_stop: whether the command saves and ends on SIGTERM; others are ended by it.
-        heartbeat_seconds: a host that was not heard of for so long is dead.
+        config: The hosts, and which of them this is.
+        attempt: Does the command's work.
+        heeds_stop: Whether the command saves and ends on SIGTERM; others are ended by it.
+        heartbeat_seconds: A host that was not heard of for so long is dead.
 
     Returns:
         The exit status. 75 means that a host has died or did not come; a rerun on all hosts goes

@@ -72,7 +72,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         The summary, as `summarise` gives it.
 
     Raises:
-        InputError: for more prompts than there are openings, or an output that cannot be written.
+        InputError: For more prompts than there are openings, or an output that cannot be written.
     """
     folder, openings = Path(config.output), read_openings(config.prompts)
     settings: dict[str, Any] = {

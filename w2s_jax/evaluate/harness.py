@@ -65,7 +65,7 @@ def register() -> type:
     lm-eval makes it from the arguments that `steered_config` reads.
 
     Raises:
-        InputError: where lm_eval is not installed.
+        InputError: Where lm_eval is not installed.
     """
     try:
         from lm_eval.api import registry
@@ -85,14 +85,14 @@ def lm_eval(
     """Run lm-eval's tasks on a policy, alone or steered; with `config.output` write the results.
 
     Args:
-        config: the policy with what steers it, and the tasks.
-        tell: takes lines on how the models are used, before the tasks are run.
+        config: The policy with what steers it, and the tasks.
+        tell: Takes lines on how the models are used, before the tasks are run.
 
     Returns:
-        lm-eval's results.
+        Lm-eval's results.
 
     Raises:
-        InputError: for what is wrong, first for what costs little.
+        InputError: For what is wrong, first for what costs little.
     """
     model_class = register()
     load_steered = prepare_steered(config)
@@ -158,7 +158,7 @@ def steered_config(arguments: Mapping[str, Any]) -> SteeredConfig:
     device is left to JAX, and "auto" for a batch size is 8 rows.
 
     Raises:
-        InputError: for an argument that is not known, and for a missing policy.
+        InputError: For an argument that is not known, and for a missing policy.
     """
     given = {name: value for name, value in arguments.items() if name not in _LEFT_OUT}
     for name in given:
@@ -193,7 +193,7 @@ def decoding_of(steered: Steered, arguments: Mapping[str, Any]) -> Decoding:
     config; its stop strings come after the config's own.
 
     Raises:
-        InputError: for values out of range.
+        InputError: For values out of range.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 

@@ -47,14 +47,14 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     With `config.output` each row's reward is written there, and with `config.json` the figures.
 
     Args:
-        config: the files, the reward model and how it reads them.
+        config: The files, the reward model and how it reads them.
 
     Returns:
         The figures as JSON values: "reward_model", "label", the `Summary` of each file as
         "results" and "against", and their `Comparison` as "comparison".
 
     Raises:
-        InputError: before any weight is read, for what is wrong with files and settings; after
+        InputError: Before any weight is read, for what is wrong with files and settings; after
             all rows, for rewards that are no finite numbers.
     """
     if not config.results or not config.reward_model:

@@ -90,7 +90,7 @@ def report_quantisation(config: QuantisationConfig) -> Iterator[Report]:
     finished is there when one fails.
 
     Raises:
-        InputError: before any weight is read, for what is wrong with settings and texts; later
+        InputError: Before any weight is read, for what is wrong with settings and texts; later
             where weights cannot be read.
     """
     specs = {spec: read_quantize(spec) for spec in config.quantise or USUAL}
@@ -190,15 +190,15 @@ def measure(
     """Read the texts, continue their beginnings and search behind them, with the models' policy.
 
     Args:
-        models: the policy and the guides of the search; without guides nothing is searched.
-        texts: token ids, two at least.
-        config: the sizes of prompts, continuations and the search.
-        policy_cache: what the policy's keys and values are kept as, as in SearchConfig.
-        mesh: that of the models.
-        on_row: called for every text read, continued or searched.
+        models: The policy and the guides of the search; without guides nothing is searched.
+        texts: Token ids, two at least.
+        config: The sizes of prompts, continuations and the search.
+        policy_cache: What the policy's keys and values are kept as, as in SearchConfig.
+        mesh: That of the models.
+        on_row: Called for every text read, continued or searched.
 
     Raises:
-        InputError: for texts that do not fit the models.
+        InputError: For texts that do not fit the models.
     """
     prompts = [text[: min(config.prompt_tokens, max(1, len(text) // 2))] for text in texts]
     policy, slots = models.policy, config.batch_size

@@ -48,13 +48,13 @@ def write_report(
     and objectives may be left out.
 
     Args:
-        path: the HTML file.
-        rows: the trace, a row for each prompt.
-        title: of the page.
-        settings: shown as they are: values by name, nothing secret.
+        path: The HTML file.
+        rows: The trace, a row for each prompt.
+        title: Of the page.
+        settings: Shown as they are: values by name, nothing secret.
 
     Raises:
-        InputError: where the file cannot be written, and for a row that is not of this form or
+        InputError: Where the file cannot be written, and for a row that is not of this form or
             whose row_id came before.
     """
     write_whole(path, _page(rows, title, settings))
@@ -64,7 +64,7 @@ def shading_scale(log_ratios: np.ndarray) -> float:
     """The log-ratio at which the shading of tokens is strongest, a round number.
 
     Args:
-        log_ratios: any shape, in nats.
+        log_ratios: Any shape, in nats.
 
     Returns:
         The first round number (1, 1.5, 2, 3, ... times a power of ten) that 98 % of the finite ones
@@ -211,7 +211,7 @@ def shade(tokens: Sequence[tuple[str, float | int]], *, scale: float | None = No
 
     Args:
         tokens: (text, log p_tuned − log p_untuned) each, in nats.
-        scale: where the shading is strongest; by default `shading_scale` of these tokens.
+        scale: Where the shading is strongest; by default `shading_scale` of these tokens.
     """
     scale = _scale(tokens) if scale is None else scale
     text = Text()
@@ -232,10 +232,10 @@ def show(
     Characters that the console's encoding lacks become question marks.
 
     Args:
-        console: where it is printed.
-        prompt: what the response answers.
-        tokens: those of the response, as `shade` takes them.
-        score: of the response, in nats.
+        console: Where it is printed.
+        prompt: What the response answers.
+        tokens: Those of the response, as `shade` takes them.
+        score: Of the response, in nats.
     """
     scale, coloured = _scale(tokens), _is_coloured(console)
     body = shade(tokens, scale=scale) if coloured else _numbered(tokens)

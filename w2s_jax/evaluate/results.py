@@ -33,13 +33,13 @@ def alpaca_rows(
     dataset and datasplit are the row's own where it has them, "alpaca_eval" and "eval" where not.
 
     Args:
-        rows: search's output: an "instruction" (kept from the input) and its "response" each.
-        generator: names the system on the leaderboard.
-        reference: rows of instructions, such as AlpacaEval's 805, of which every one must be
+        rows: Search's output: an "instruction" (kept from the input) and its "response" each.
+        generator: Names the system on the leaderboard.
+        reference: Rows of instructions, such as AlpacaEval's 805, of which every one must be
             answered exactly once, and no other.
 
     Raises:
-        InputError: naming the row, for a field that is missing or not text, an instruction that is
+        InputError: Naming the row, for a field that is missing or not text, an instruction that is
             there twice, and one that is missing from or foreign to the reference.
     """
     if not generator:
@@ -84,7 +84,7 @@ def write_alpaca(
     """Write `alpaca_rows` of these arguments as a JSON array; the file appears whole or not at all.
 
     Raises:
-        InputError: as `alpaca_rows` does, and where the file cannot be written.
+        InputError: As `alpaca_rows` does, and where the file cannot be written.
     """
     answered = alpaca_rows(rows, generator=generator, reference=reference)
     # Escaped beyond ASCII: a response may hold text that has no UTF-8 form.
@@ -155,7 +155,7 @@ def read_results(path: str | Path) -> Results:
     AlpacaEval's files.
 
     Raises:
-        InputError: naming the line, for one that does not.
+        InputError: Naming the line, for one that does not.
     """
     rows, unit = read_rows(path)
     conversations, responses = [], []
@@ -178,14 +178,14 @@ def encode_behind(
     """Token ids of every prompt, written by the template, with its response behind it.
 
     Args:
-        results: the rows.
-        template: how the reward model reads a prompt.
-        limit: the most tokens of a row.
-        end: whether the template's end token is put behind the response.
-        cut: which side of more than `limit` tokens is dropped.
+        results: The rows.
+        template: How the reward model reads a prompt.
+        limit: The most tokens of a row.
+        end: Whether the template's end token is put behind the response.
+        cut: Which side of more than `limit` tokens is dropped.
 
     Raises:
-        InputError: naming the line, where the template fails and for too many tokens if nothing may
+        InputError: Naming the line, where the template fails and for too many tokens if nothing may
             be cut.
     """
     eos = [template.eos_id] if end and template.eos_id is not None else []
@@ -211,7 +211,7 @@ def encode_plain(results: Results, tokenizer: Any, limit: int) -> list[list[int]
     """Token ids of every prompt and response as one plain text, the end cut off at `limit`.
 
     Raises:
-        InputError: naming the line, for a text without tokens.
+        InputError: Naming the line, for a text without tokens.
     """
     pairs = zip(results.conversations, results.responses, strict=True)
     encoded = encode_texts(tokenizer, [plain(asked) + said for asked, said in pairs], limit)

@@ -127,10 +127,10 @@ def bootstrap_interval(
     """The percentile interval of the mean under resampling with replacement (Efron 1979).
 
     Args:
-        values: what the mean is of.
-        samples: how many means are drawn.
-        level: the share of them that lie in the interval.
-        seed: the same one gives the same interval.
+        values: What the mean is of.
+        samples: How many means are drawn.
+        level: The share of them that lie in the interval.
+        seed: The same one gives the same interval.
     """
     rng, count = np.random.default_rng(seed), len(values)
     block = max(1, BLOCK // count)
@@ -197,15 +197,15 @@ def rewards(
     programs are compiled, each once. Equal rows are read once, and so tie exactly.
 
     Args:
-        model: what rewards.
-        encoded: token ids of each row.
-        batch_size: rows that are read side by side.
-        label: the label whose logit is the reward, by name or number.
-        on_batch: called with the indices and the rewards of every batch when it is done.
-        mesh: the model's; a batch is split over its devices, where they divide it.
+        model: What rewards.
+        encoded: Token ids of each row.
+        batch_size: Rows that are read side by side.
+        label: The label whose logit is the reward, by name or number.
+        on_batch: Called with the indices and the rewards of every batch when it is done.
+        mesh: The model's; a batch is split over its devices, where they divide it.
 
     Raises:
-        InputError: for a row that is empty or exceeds the model's positions, and as `contrast`.
+        InputError: For a row that is empty or exceeds the model's positions, and as `contrast`.
     """
     weights, limit = contrast(label_names(model), label), model.config.max_positions
     for number, row in enumerate(encoded, start=1):

@@ -90,11 +90,11 @@ class Steered:
         """Likelihoods of (prompts, response) token ids under the policy or the EFT mixture.
 
         Args:
-            pairs: the prompts of all models on the policy's tokens, and the response, each.
-            on_scored: hears each one, with its index, as soon as it is there.
+            pairs: The prompts of all models on the policy's tokens, and the response, each.
+            on_scored: Hears each one, with its index, as soon as it is there.
 
         Raises:
-            InputError: as `check_likelihood` and `score_responses` do.
+            InputError: As `check_likelihood` and `score_responses` do.
         """
         self.check_likelihood()
         rows = [Response(prompts, tuple(response)) for prompts, response in pairs]
@@ -110,12 +110,12 @@ class Steered:
         """The best response to each question, up to its end; row ids must differ.
 
         Args:
-            questions: what is answered.
-            decoding: how all of them are decoded.
-            on_text: hears each one, with its row id, as it is done.
+            questions: What is answered.
+            decoding: How all of them are decoded.
+            on_text: Hears each one, with its row id, as it is done.
 
         Raises:
-            InputError: as `search` does.
+            InputError: As `search` does.
         """
         tokenizer = self.plan.tokenizer
         texts, ids = special_stops(tokenizer, decoding.stop)
@@ -156,7 +156,7 @@ def prepare_steered(config: SteeredConfig) -> Callable[[], Steered]:
     """Check the settings; what is returned reads the checkpoints that the method needs.
 
     Raises:
-        InputError: for settings that are wrong; what is returned raises it where a checkpoint is
+        InputError: For settings that are wrong; what is returned raises it where a checkpoint is
             missing or wrong, and for vocabularies that differ where the method needs one.
     """
     places, method = config.places(), config.method

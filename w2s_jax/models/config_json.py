@@ -174,7 +174,7 @@ def config_from_hf(
     The end-of-sequence ids of `generation_config` (generation_config.json) join its own.
 
     Raises:
-        InputError: for an architecture, rope kind or activation that is not supported, for a
+        InputError: For an architecture, rope kind or activation that is not supported, for a
             malformed field, and for a field that would change the logits and is not honoured here.
     """
     check_kind("config_from_hf", hf, Mapping, "the contents of a config.json")
@@ -203,7 +203,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The contents of a config.json that `config_from_hf` and transformers (4.41 and later) read.
 
     Raises:
-        InputError: naming the fields that the architecture's config.json cannot express.
+        InputError: Naming the fields that the architecture's config.json cannot express.
     """
     architecture, eos_ids = config.architecture, list(config.eos_ids)
     if architecture not in ARCHITECTURES:

@@ -68,7 +68,7 @@ def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) ->
     Only files that match `patterns` are fetched.
 
     Raises:
-        InputError: when there is neither.
+        InputError: When there is neither.
     """
     check_kind("a checkpoint's place", path_or_hub_id, str | Path, "a folder or a hub id")
     path, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
@@ -137,7 +137,7 @@ def open_file(path: Path) -> Tensors:
     """The tensors of one safetensors file by name; values stay on disk.
 
     Raises:
-        InputError: when it is missing or damaged.
+        InputError: When it is missing or damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -166,7 +166,7 @@ def open_tensors(directory: Path) -> Tensors:
     """Every tensor of a directory's safetensors, single or sharded, by name; values stay on disk.
 
     Raises:
-        InputError: when there are none, when a file is damaged or missing, when the index and the
+        InputError: When there are none, when a file is damaged or missing, when the index and the
             files disagree, and when two files hold the same tensor.
     """
     names = [SINGLE]
@@ -271,7 +271,7 @@ def materialise(
     that the scales are those of the whole; where groups have scales, no more than the part is.
 
     Raises:
-        InputError: before anything is read, where the mesh does not divide a parameter, its scales,
+        InputError: Before anything is read, where the mesh does not divide a parameter, its scales,
             or a group it.
     """
 

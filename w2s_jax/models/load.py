@@ -143,7 +143,7 @@ def load_adapted(
     `merged` or not.
 
     Raises:
-        InputError: as `load_model` and `load_adapter` do.
+        InputError: As `load_model` and `load_adapter` do.
     """
     return _load_adapted(locate(path_or_hub_id), base, merged, Loading(**options))
 
@@ -172,7 +172,7 @@ def load_config(path_or_hub_id: str | Path) -> ModelConfig:
     For an adapter it is that of the base it names, with what the adapter changes of it.
 
     Raises:
-        InputError: for a missing or malformed file, and as `config_from_hf` says.
+        InputError: For a missing or malformed file, and as `config_from_hf` says.
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
@@ -207,7 +207,7 @@ def load_parameters(
     `head` says under which name their "head/kernel" is kept.
 
     Raises:
-        InputError: for any tensor unmapped, missing, duplicate or misshapen.
+        InputError: For any tensor unmapped, missing, duplicate or misshapen.
     """
     check_placing(how.mesh, how.rules)
     check_kind("quantize", how.quantize, QuantizeConfig | None, "a QuantizeConfig")
@@ -291,7 +291,7 @@ def load_reward_model(
     are those of `load_model` but for `quantize`; an encoder is small and stays whole.
 
     Raises:
-        InputError: as `load_model` does, and for a checkpoint with no head that is known here.
+        InputError: As `load_model` does, and for a checkpoint with no head that is known here.
     """
     directory, how = (
         locate(path_or_hub_id),
@@ -351,7 +351,7 @@ def load_reward_config(path_or_hub_id: str | Path) -> ModelConfig | EncoderConfi
     """The config of a reward model, a decoder's or an encoder's, without its weights.
 
     Raises:
-        InputError: for a missing or malformed file and for a model that is not supported.
+        InputError: For a missing or malformed file and for a model that is not supported.
     """
     directory = locate(path_or_hub_id)
     if is_adapter(directory):
@@ -371,7 +371,7 @@ def load_reward_labels(path_or_hub_id: str | Path) -> tuple[str, ...]:
     """The names of a reward model's labels, one for each logit, without its weights.
 
     Raises:
-        InputError: as `load_reward_model` does, but for the tensors' shapes.
+        InputError: As `load_reward_model` does, but for the tensors' shapes.
     """
     directory = locate(path_or_hub_id)
     config = load_reward_config(directory)
@@ -441,7 +441,7 @@ def load_classifier(path_or_hub_id: str | Path, *, dtype: Any = None) -> Classif
     """Load an encoder classifier from a directory or a hub id; `dtype` as in `load_model`.
 
     Raises:
-        InputError: for a missing directory or file, another architecture, an activation other than
+        InputError: For a missing directory or file, another architecture, an activation other than
             GELU, and any tensor missing, misshapen or too many.
     """
     directory = locate(path_or_hub_id)

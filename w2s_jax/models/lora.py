@@ -92,7 +92,7 @@ def targeted(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     """The projections of this decoder that are adapted; "gate" falls away where there is none.
 
     Raises:
-        InputError: where none is left.
+        InputError: Where none is left.
     """
     held = [name for name in PROJECTIONS if config.gated_mlp or name != "gate"]
     found = tuple(name for name in held if name in _projections(lora.targets))
@@ -130,7 +130,7 @@ def init_adapter(
     both layouts hold the same numbers.
 
     Raises:
-        InputError: where the model has none of the targets.
+        InputError: Where the model has none of the targets.
     """
     flat: dict[str, Array] = {}
     shapes = _factor_shapes(config, lora)
@@ -165,7 +165,7 @@ def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConf
     layers are stacked), which `decoder.Linear` reads.
 
     Raises:
-        InputError: where the adapter does not fit the base.
+        InputError: Where the adapter does not fit the base.
     """
     flat, stacked = flatten_dict(params), STACKED in params
     for place, change in _changes(flat, adapter).items():
@@ -183,7 +183,7 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
     Computed in float32, then cast to the kernel's dtype.
 
     Raises:
-        InputError: where the adapter does not fit the base, or that is quantised.
+        InputError: Where the adapter does not fit the base, or that is quantised.
     """
     flat = flatten_dict(params)
     for place, change in _changes(flat, adapter).items():
@@ -278,7 +278,7 @@ def stack_adapter(adapter: Mapping[str, Any], layers: int) -> dict[str, Any]:
     receive no gradient. Stacked adapters are returned as they are.
 
     Raises:
-        InputError: where whole parameters are replaced in some layers only.
+        InputError: Where whole parameters are replaced in some layers only.
     """
     if STACKED in adapter:
         return dict(adapter)
@@ -341,7 +341,7 @@ def abstract_adapter(
     """The shapes, dtypes and, on a mesh, shardings of a fresh adapter; nothing is allocated.
 
     Raises:
-        InputError: as `init_adapter` and `shard_adapter` do.
+        InputError: As `init_adapter` and `shard_adapter` do.
     """
     flat: dict[str, jax.ShapeDtypeStruct] = {}
     lead = (config.layers,) if scan_layers else ()
@@ -363,7 +363,7 @@ def shard_adapter(
     """The same adapter split over a mesh as its base is.
 
     Raises:
-        InputError: naming the parameter, where the mesh does not divide a dimension.
+        InputError: Naming the parameter, where the mesh does not divide a dimension.
     """
     shardings = resolve_tree(adapter_axes(config, adapter), dict(adapter), rules, mesh)
     return jax.device_put(dict(adapter), shardings)

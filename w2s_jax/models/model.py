@@ -45,7 +45,7 @@ def parameter_dtype(dtype: Any, stored: Any) -> jnp.dtype:
     Float64, where it is stored, is read as the widest that JAX computes in.
 
     Raises:
-        InputError: as `floating_dtype` does.
+        InputError: As `floating_dtype` does.
     """
     dtype = quickest_dtype() if dtype is None else dtype
     if isinstance(dtype, str) and dtype == STORED:
@@ -114,7 +114,7 @@ def init_model(
     """A model with random parameters (normal, 0.02; norms at one, biases at zero).
 
     Raises:
-        InputError: for what is no ModelConfig, and for a dtype that is no floating-point type.
+        InputError: For what is no ModelConfig, and for a dtype that is no floating-point type.
     """
     check_kind("init_model", config, ModelConfig, "a ModelConfig")
     return Model(config, _drawing(config, floating_dtype(dtype), scan_layers)(key))
@@ -203,7 +203,7 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
     """The same model with its parameters split over a mesh as the rules say.
 
     Raises:
-        InputError: naming the parameter, where the mesh does not divide a dimension.
+        InputError: Naming the parameter, where the mesh does not divide a dimension.
     """
     check_placing(mesh, rules)
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)

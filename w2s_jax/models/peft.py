@@ -58,7 +58,7 @@ def base_of(path_or_hub_id: str | Path) -> str:
     """The base that an adapter names: a hub id, or a folder, also relative to the adapter's own.
 
     Raises:
-        InputError: where it names none, and where the base is an adapter itself.
+        InputError: Where it names none, and where the base is an adapter itself.
     """
     directory = locate(path_or_hub_id)
     name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -80,7 +80,7 @@ def base_folder(path_or_hub_id: str | Path) -> Path:
     """Where the base that an adapter names lies.
 
     Raises:
-        InputError: as `base_of` does, and, naming the adapter, where the base is not there.
+        InputError: As `base_of` does, and, naming the adapter, where the base is not there.
     """
     directory = locate(path_or_hub_id)
     name = base_of(directory)
@@ -98,7 +98,7 @@ def adapted_config(
     embedding.
 
     Raises:
-        InputError: for missing or damaged files.
+        InputError: For missing or damaged files.
     """
     directory = locate(path_or_hub_id)
     with about(directory):
@@ -144,7 +144,7 @@ def load_adapter(
     `alpha_pattern` scale a module unlike the others, lora_b holds the difference.
 
     Raises:
-        InputError: for missing or damaged files, for what is not supported, named, for an adapter
+        InputError: For missing or damaged files, for what is not supported, named, for an adapter
             that was made for another base, and for any tensor unmapped, missing or duplicate.
     """
     directory = locate(path_or_hub_id)
@@ -184,7 +184,7 @@ def load_factors(
     """An adapter in float32 that is to be trained further beside its base, of this config.
 
     Raises:
-        InputError: as `load_adapter` does, for what is no adapter, and for one that holds whole
+        InputError: As `load_adapter` does, for what is no adapter, and for one that holds whole
             parameters, which are not trained beside a base.
     """
     directory = locate(path_or_hub_id)
@@ -376,7 +376,7 @@ def save_adapter(
     written as blocks of one adapter of three times the rank. `tokenizer` is written beside it.
 
     Raises:
-        InputError: for an adapter that holds whole parameters, and when the directory is not
+        InputError: For an adapter that holds whole parameters, and when the directory is not
             writable.
     """
     flat = flatten_dict(unstack_layers(dict(adapter)), sep="/")

@@ -38,7 +38,7 @@ def read_lora(hf: Json) -> LoraConfig:
     """Rank, alpha, dropout and kind of scale; the targets are left at their default.
 
     Raises:
-        InputError: for what is not supported, named, and for a malformed field.
+        InputError: For what is not supported, named, and for a malformed field.
     """
     if hf.get("peft_type") != "LORA":
         raise InputError(f"peft_type {hf.get('peft_type')!r} is not supported; LORA is")
@@ -87,7 +87,7 @@ def module_lora(hf: Json, lora: LoraConfig, module: str) -> LoraConfig:
     A pattern's key is a module's name, or the end of one, as in peft.utils.get_pattern_key.
 
     Raises:
-        InputError: for a key that is no pattern.
+        InputError: For a key that is no pattern.
     """
     found: list[float | None] = []
     for field in _PATTERNS:
@@ -102,7 +102,7 @@ def is_target(hf: Json, module: str) -> bool:
     """Whether PEFT would adapt a module (peft.tuners.tuners_utils.check_target_module_exists).
 
     Raises:
-        InputError: for a malformed pattern.
+        InputError: For a malformed pattern.
     """
     saved = hf.get("modules_to_save") or []
     if _named(hf.get("exclude_modules"), module) or any(

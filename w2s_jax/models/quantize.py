@@ -102,7 +102,7 @@ def read_quantize(spec: str) -> QuantizeConfig:
     """A config from "int8", "int8:128", "int4" (in groups of 128), "int4:64+head+embedding".
 
     Raises:
-        InputError: for anything else.
+        InputError: For anything else.
     """
     match = re.fullmatch(r"int(4|8)(?::(\d+))?((?:\+\w+)*)", spec)
     if match is None:
@@ -127,7 +127,7 @@ def quantize(params: Mapping[str, Any], config: QuantizeConfig) -> dict[str, Any
     are those of the whole.
 
     Raises:
-        InputError: for parameters that are quantised already, a group that does not divide a
+        InputError: For parameters that are quantised already, a group that does not divide a
             weight, and a mesh that does not divide the groups.
     """
     flat = flatten_dict(dict(params), sep="/")

@@ -231,7 +231,7 @@ def encoder_from_hf(hf: Json) -> EncoderConfig:
     """Read the contents of a config.json, with transformers' defaults for what it omits.
 
     Raises:
-        InputError: for another architecture, an activation other than GELU, a malformed field.
+        InputError: For another architecture, an activation other than GELU, a malformed field.
     """
     if hf.get("model_type") != ENCODER:
         raise InputError(f"model_type {hf.get('model_type')!r} is not {ENCODER!r}")
@@ -284,7 +284,7 @@ def contrast(names: Sequence[str], label: str | int | None = None) -> Float32[np
     positive (1) minus the negative (0).
 
     Raises:
-        InputError: for an unknown label, and for more than two labels and no choice.
+        InputError: For an unknown label, and for more than two labels and no choice.
     """
     weights = np.zeros(len(names), np.float32)
     if label is None and len(names) == 2:

@@ -55,7 +55,7 @@ def save_model(
     `tokenizer` (anything with `save_pretrained`) is written beside it.
 
     Raises:
-        InputError: when config.json cannot express the model, when the model is quantised, or the
+        InputError: When config.json cannot express the model, when the model is quantised, or the
             directory is not writable.
     """
     check_kind("save_model", model, Model, "what load_model gives")
@@ -80,7 +80,7 @@ def save_reward_model(
     (anything with `save_pretrained`) is written beside it.
 
     Raises:
-        InputError: when config.json cannot express the model or the directory is not writable.
+        InputError: When config.json cannot express the model or the directory is not writable.
     """
     hf = config_to_hf(model.config)
     names = [re.sub("LMHeadModel|ForCausalLM", "", name) for name in hf["architectures"]]
@@ -104,7 +104,7 @@ def save_classifier(
     `tokenizer` (anything with `save_pretrained`) is written beside them.
 
     Raises:
-        InputError: when the directory is not writable.
+        InputError: When the directory is not writable.
     """
     leaves = {}
     for path, leaf in flatten_dict(classifier.params, sep="/").items():
@@ -199,7 +199,7 @@ def write_files(
     alone writes.
 
     Raises:
-        InputError: saying what `sort` of files, when that is not possible.
+        InputError: Saying what `sort` of files, when that is not possible.
     """
     if not is_first():
         for names in tensors.values():

@@ -188,14 +188,14 @@ def attend_part(
     there, and neither is ever multiplied out.
 
     Args:
-        query: its heads H are a multiple of the key heads G.
+        query: Its heads H are a multiple of the key heads G.
         keys: float, or int8 with `key_scales`.
         values: float, or int8 with `value_scales`.
         mask: True where a query may see a key.
         key_scales: float32, of int8 keys.
         value_scales: float32, of int8 values.
-        scale: the factor on query·key.
-        softcap: c of c·tanh(s/c), to which a score s is mapped (arXiv 2408.00118).
+        scale: The factor on query·key.
+        softcap: C of c·tanh(s/c), to which a score s is mapped (arXiv 2408.00118).
     """
     if key_scales is not None:
         # Tied to the query, so that no loop over tokens converts them once ahead of itself.

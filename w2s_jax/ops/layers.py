@@ -143,9 +143,9 @@ def quantize_array(
 
     Args:
         array: NumPy arrays give NumPy arrays, with the same bits as jax gives.
-        contracted: the axes that a product sums over, counted from the end, in order.
+        contracted: The axes that a product sums over, counted from the end, in order.
         bits: 8 or 4.
-        group: entries of the last contracted axis that share a scale; None for all of them.
+        group: Entries of the last contracted axis that share a scale; None for all of them.
         scale_dtype: float32 or bfloat16.
     """
     xp: Any = np if isinstance(array, np.ndarray) else jnp
@@ -229,9 +229,9 @@ def dot(
     Args:
         x: [.., in], of `contract` input axes.
         weight: [in, out], or [out, in] where `transposed`.
-        contract: how many axes are summed over.
-        transposed: whether the weight's last axes are its input's.
-        dtype: of the result, and what products are summed in; x's by default.
+        contract: How many axes are summed over.
+        transposed: Whether the weight's last axes are its input's.
+        dtype: Of the result, and what products are summed in; x's by default.
     """
     if isinstance(weight, OutputMajor):
         outputs = weight.shape[:-contract] if transposed else weight.shape[contract:]
@@ -312,8 +312,8 @@ def rms_norm(
 
     Args:
         x: states.
-        scale: the weight.
-        epsilon: added to the mean square.
+        scale: The weight.
+        epsilon: Added to the mean square.
         offset: 1 for Gemma, whose checkpoints store the scale less one.
     """
     wide = x.astype(jnp.float32)

@@ -48,12 +48,12 @@ def mesh_of(
     chosen for "auto".
 
     Args:
-        spec: the flag's value.
-        choose: picks the mesh for "auto"; None where a command needs its mesh named.
-        before: the name of the mesh that this run had when it was stopped.
+        spec: The flag's value.
+        choose: Picks the mesh for "auto"; None where a command needs its mesh named.
+        before: The name of the mesh that this run had when it was stopped.
 
     Raises:
-        InputError: as `make_mesh` and `choose` do, for "auto" without `choose`, and where hosts
+        InputError: As `make_mesh` and `choose` do, for "auto" without `choose`, and where hosts
             were given different specs.
     """
     import jax
@@ -85,7 +85,7 @@ def named_mesh(spec: str) -> "Mesh":
     """The mesh of --mesh where it is not chosen.
 
     Raises:
-        InputError: as `make_mesh` and `check_named` do, and for "auto".
+        InputError: As `make_mesh` and `check_named` do, and for "auto".
     """
     from w2s_jax.ops.sharding import make_mesh
 

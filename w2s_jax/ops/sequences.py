@@ -256,10 +256,10 @@ def attend_rows(
         keys: [B G X C]. X is a multiple of `block`: the kernel cuts no last block short.
         values: [B G X C].
         segments: [B X], of which each sees itself alone; None where there is one.
-        window: the last how many tokens are seen; None for all.
-        block: of `BLOCKS`.
-        softcap: of the scores.
-        interpret: runs on any device, slowly.
+        window: The last how many tokens are seen; None for all.
+        block: Of `BLOCKS`.
+        softcap: Of the scores.
+        interpret: Runs on any device, slowly.
 
     Returns:
         What they attend to, as `query`.

@@ -30,7 +30,7 @@ def mesh_shape(spec: str, devices: int) -> Shape:
     dcn_tensor multiply their axis.
 
     Raises:
-        InputError: for a malformed spec and for sizes whose product is not the number of devices.
+        InputError: For a malformed spec and for sizes whose product is not the number of devices.
     """
     inner, across = _sizes(spec, devices)
     data, fsdp, tensor = (a * b for a, b in zip(inner, across, strict=True))
@@ -45,7 +45,7 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     are cut into equal runs in their order, so that the same spec works where they are virtual.
 
     Raises:
-        InputError: as `mesh_shape` does, and where there is another number of slices.
+        InputError: As `mesh_shape` does, and where there is another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     return Mesh(device_grid(spec, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -191,7 +191,7 @@ class Rules:
         """The mesh axes that split an axis of this size on a mesh of these sizes.
 
         Raises:
-            InputError: as `mesh_axes` does.
+            InputError: As `mesh_axes` does.
         """
         found = self.mesh_axes(axis)
         parts = math.prod(sizes.get(target, 1) for target in found)
@@ -240,7 +240,7 @@ def parse_rules(text: str) -> Rules:
     """Rules from a preset's name and changes to it: "search", "train,mlp=fsdp+tensor,kv_heads=".
 
     Raises:
-        InputError: for unknown presets, logical axes and mesh axes.
+        InputError: For unknown presets, logical axes and mesh axes.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name not in PRESETS:
@@ -274,7 +274,7 @@ def resolve(
     """The sharding of an array whose dimensions carry these logical axes (None: never split).
 
     Raises:
-        InputError: saying `name`, for an unknown logical or mesh axis, for one mesh axis used twice
+        InputError: Saying `name`, for an unknown logical or mesh axis, for one mesh axis used twice
             (of size 1 too, so that small meshes catch it), and for a dimension that the mesh does
             not divide, with the nearest meshes that do.
     """
@@ -399,7 +399,7 @@ class Placement:
         Without a mesh the tree as it is.
 
         Raises:
-            InputError: as `resolve_tree` does.
+            InputError: As `resolve_tree` does.
         """
         if self.mesh is None:
             return tree

@@ -49,10 +49,10 @@ class RewardSource:
     """A reward model.
 
     Attributes:
-        path: its checkpoint.
-        weight: what its rewards are multiplied by.
-        template: its chat template.
-        label: the label whose logit is the reward, where it has more than two.
+        path: Its checkpoint.
+        weight: What its rewards are multiplied by.
+        template: Its chat template.
+        label: The label whose logit is the reward, where it has more than two.
     """
 
     path: str
@@ -67,15 +67,15 @@ class Sources:
 
     Attributes:
         policy: None where it is behind an API.
-        guides: pairs of models.
-        rewards: reward models.
-        policy_template: the policy's chat template.
+        guides: Pairs of models.
+        rewards: Reward models.
+        policy_template: The policy's chat template.
         score_on: "tokens" has guides score the policy's tokens, on the device; "text" has them
             encode responses anew; "auto" is "tokens" for every guide with the policy's vocabulary.
-        folders: where checkpoints of these names are.
-        quantize: how the policy's weights are quantised, None for not at all. Guides never are,
+        folders: Where checkpoints of these names are.
+        quantize: How the policy's weights are quantised, None for not at all. Guides never are,
             since a log-ratio is a small difference.
-        template_args: values for all chat templates.
+        template_args: Values for all chat templates.
     """
 
     policy: str | None
@@ -121,10 +121,10 @@ class ModelPlan:
     """A checkpoint whose tokenizer and config have been read.
 
     Attributes:
-        role: its key in `Sources.checkpoints`.
-        called: its kind and path, for messages.
-        path: its folder or hub id.
-        template: the chat template that it reads conversations with.
+        role: Its key in `Sources.checkpoints`.
+        called: Its kind and path, for messages.
+        path: Its folder or hub id.
+        template: The chat template that it reads conversations with.
         config: None for reward models, whose heads are read with their weights.
     """
 
@@ -155,11 +155,11 @@ class SteeringPlan:
     """Sources whose tokenizers, templates and configs have been read; no weights are loaded yet.
 
     Attributes:
-        sources: what was planned.
+        sources: What was planned.
         policy: None where it is behind an API.
-        guides: in the order of the sources.
-        rewards: in the order of the sources.
-        adapters: the checkpoints that are adapters, by path.
+        guides: In the order of the sources.
+        rewards: In the order of the sources.
+        adapters: The checkpoints that are adapters, by path.
     """
 
     sources: Sources
@@ -248,7 +248,7 @@ class SteeringPlan:
             Token ids: one sequence where all models read the same, else one for each.
 
         Raises:
-            InputError: where a template fails.
+            InputError: Where a template fails.
         """
         read = [tuple(model.template.encode(conversation)) for model in self.members]
         return (read[0],) if all(one == read[0] for one in read) else tuple(read)
@@ -260,7 +260,7 @@ class SteeringPlan:
         it is taken to be the policy's.
 
         Raises:
-            InputError: where they do not; the message begins with `where`.
+            InputError: Where they do not; the message begins with `where`.
         """
         for model in self.models:
             if model.config is None:
@@ -278,9 +278,9 @@ class Steering:
     """A policy with its guides on tokens, and scorers of texts.
 
     Attributes:
-        models: policy and guides; None where the policy is behind an API.
-        scorers: of texts.
-        names: of a hypothesis's objectives in their order: guides on tokens, then scorers.
+        models: Policy and guides; None where the policy is behind an API.
+        scorers: Of texts.
+        names: Of a hypothesis's objectives in their order: guides on tokens, then scorers.
     """
 
     models: SearchModels | None
@@ -305,7 +305,7 @@ def read_folders(path: str | Path) -> dict[str, str]:
     Folders are relative to the file.
 
     Raises:
-        InputError: for a file that is not such a mapping, and for a folder that does not exist.
+        InputError: For a file that is not such a mapping, and for a folder that does not exist.
     """
     folders = {}
     for name, folder in read_mapping(path).items():
@@ -322,12 +322,12 @@ def plan(sources: Sources, *, needs_tokens: str = "") -> SteeringPlan:
     """Read the tokenizers, templates and configs of all sources.
 
     Args:
-        sources: the models by name.
-        needs_tokens: what requires every guide to score tokens, such as "--method eft", for
+        sources: The models by name.
+        needs_tokens: What requires every guide to score tokens, such as "--method eft", for
             messages; "" if nothing does.
 
     Raises:
-        InputError: for files that are missing or unreadable, templates that do not fit, and guides
+        InputError: For files that are missing or unreadable, templates that do not fit, and guides
             of another vocabulary where tokens are required.
     """
     places, decoders = sources.checkpoints, {"policy", *chain(*sources.guide_roles)}
@@ -431,12 +431,12 @@ def load(plan: SteeringPlan, *, dtype: str | None = None, places: Places = ONE_D
     """Read the weights; a checkpoint that is named twice, or is the base of adapters, is read once.
 
     Args:
-        plan: what to load.
-        dtype: as in `load_model`.
-        places: mesh and sharding rules.
+        plan: What to load.
+        dtype: As in `load_model`.
+        places: Mesh and sharding rules.
 
     Raises:
-        InputError: for checkpoints that cannot be read, and for a mesh that does not divide them.
+        InputError: For checkpoints that cannot be read, and for a mesh that does not divide them.
     """
     from w2s_jax.models.load import load_reward_model
 
@@ -480,7 +480,7 @@ def weights_stamp(folder: Path) -> str:
     """A short hash of the names, sizes and times of a checkpoint's files, and of its base's.
 
     Raises:
-        InputError: for an adapter that names no base.
+        InputError: For an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter
     from w2s_jax.models.peft import base_of

@@ -29,8 +29,8 @@ def compile_session(session: Session, request: Request) -> Session:
     other.
 
     Args:
-        session: an empty session.
-        request: an example.
+        session: An empty session.
+        request: An example.
 
     Returns:
         The session, empty again; the given one must not be used any more.

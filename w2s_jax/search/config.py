@@ -25,23 +25,23 @@ class SearchConfig:
         beam_width: W.
         successors: K.
         chunk_length: L.
-        max_new_tokens: tokens of a response at most.
+        max_new_tokens: Tokens of a response at most.
         sampling: temperature, top_k and top_p of the draws.
-        proposer: which logits are sampled from.
-        scorer: what values tokens.
-        selector: what keeps W candidates.
-        eos_ids: token ids that end a response; None for the policy's.
-        stop: strings that end a response and are not part of it.
-        seed: of the run, 0 .. 2**32 − 1.
+        proposer: Which logits are sampled from.
+        scorer: What values tokens.
+        selector: What keeps W candidates.
+        eos_ids: Token ids that end a response; None for the policy's.
+        stop: Strings that end a response and are not part of it.
+        seed: Of the run, 0 .. 2**32 − 1.
         slots: P, prompts searched side by side; None for 8 or fewer.
-        reference_quirks: follow the published code: a finished hypothesis is a candidate K times,
+        reference_quirks: Follow the published code: a finished hypothesis is a candidate K times,
             and one cut by length is scored with an EOS behind it.
-        policy_cache: what the policy's keys and values are kept as: "auto" (the dtype of its
+        policy_cache: What the policy's keys and values are kept as: "auto" (the dtype of its
             weights) or "int8". Those of guides keep their dtype, since log-ratios are small
             differences.
 
     Raises:
-        InputError: for a size below 1, a seed out of range, an unknown policy_cache, an empty stop
+        InputError: For a size below 1, a seed out of range, an unknown policy_cache, an empty stop
             string, and a scorer that needs values which the proposer does not compute.
     """
 
@@ -190,12 +190,12 @@ def preset(method: str, **settings: Any) -> SearchConfig:
     """The settings of a method by name.
 
     Args:
-        method: one of METHODS.
-        **settings: those of LETTERS, of which each method reads its own and ignores the others; and
+        method: One of METHODS.
+        **settings: Those of LETTERS, of which each method reads its own and ignores the others; and
             further fields of SearchConfig.
 
     Raises:
-        InputError: for another method.
+        InputError: For another method.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}")

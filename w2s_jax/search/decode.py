@@ -39,12 +39,12 @@ def start_cache(model: Model, *, dtype: DTypeLike | None = None, **sizes: int) -
     """An empty cache for prompts of up to prefix_capacity + 1 tokens, placed as the model is.
 
     Args:
-        model: the model that will read.
-        dtype: of keys and values, by default the model's; int8 quantises them.
+        model: The model that will read.
+        dtype: Of keys and values, by default the model's; int8 quantises them.
         **sizes: slots, hypotheses, prefix_capacity and committed_capacity.
 
     Raises:
-        InputError: where the mesh does not divide the slots or the key/value heads.
+        InputError: Where the mesh does not divide the slots or the key/value heads.
     """
 
     def build() -> KVCache:
@@ -74,8 +74,8 @@ def prefill(
     of them is.
 
     Args:
-        model: the reader.
-        cache: its cache.
+        model: The reader.
+        cache: Its cache.
         slot: int32 [], the slot's index.
         prompt: int32 [S], right-padded; S is the capacity of the prefix part.
         length: int32 [], tokens of the prompt, the last one included.
@@ -213,8 +213,8 @@ def read_ends(
     """The hidden state at the last counted token of each row, or at its stem where none is counted.
 
     Args:
-        model: the reader.
-        cache: its cache.
+        model: The reader.
+        cache: Its cache.
         last: int32 [P, W], the last token of every hypothesis.
         tokens: int32 [P, R, n], right-padded.
         counts: int32 [P, R], how many of them count.
@@ -240,7 +240,7 @@ class Draws:
     All are arrays, so that no value of theirs is compiled in: scalars, or [P] for all slots.
 
     Attributes:
-        key: the prompt's typed PRNG key.
+        key: The prompt's typed PRNG key.
         position: int32, added to the response position of each draw.
         lane: int32, added to the lane w·K + k of each draw.
         limit: int32, new tokens at most.
@@ -281,7 +281,7 @@ class Draws:
         """The tokens that may be drawn and their logits, at each slot's own temperature and top_p.
 
         Args:
-            sampling: the config's, which says what cuts are made.
+            sampling: The config's, which says what cuts are made.
             logits: float32 [P, .., V].
 
         Returns:
@@ -296,8 +296,8 @@ def draw_numbers(config: SearchConfig, own: Any = None) -> tuple[Any, ...]:
     """The fields of `Draws` after its key, as NumPy scalars.
 
     Args:
-        config: the search, whose values are the defaults.
-        own: an object with fields of these names, such as a `results.Request`; those that it lacks
+        config: The search, whose values are the defaults.
+        own: An object with fields of these names, such as a `results.Request`; those that it lacks
             or that are None take the defaults.
     """
     usual: dict[str, Any] = {
@@ -335,8 +335,8 @@ class Chunk:
         tokens: int32 [P, R, L].
         values: float32 [P, R, L, J], what the proposer says of each token; None where not needed.
         faults: bool [P, R, L, F], whether each source's logits were no distribution at the draw.
-        caches: one for each model that reads, the hypotheses' last tokens committed.
-        buffers: keys and values of all but the last token, [P, R, L − 1, G, C] a layer, one for
+        caches: One for each model that reads, the hypotheses' last tokens committed.
+        buffers: Keys and values of all but the last token, [P, R, L − 1, G, C] a layer, one for
             each model that reads.
     """
 
@@ -358,11 +358,11 @@ def sample_chunk(
     """Sample L tokens for each of the K successors of every hypothesis.
 
     Args:
-        models: the policy and the guides; the proposer says which of them read.
-        config: the search: its proposer mixes logits, and values drawn tokens if the scorer needs
+        models: The policy and the guides; the proposer says which of them read.
+        config: The search: its proposer mixes logits, and values drawn tokens if the scorer needs
             that.
         draws: [P] each.
-        caches: one for each model that reads.
+        caches: One for each model that reads.
         last: int32 [P, W], the hypotheses' last tokens, one array for each model that reads; each
             is read once, not once for each successor.
         base: int32 [P], response position of the chunk's first token.
@@ -423,7 +423,7 @@ def row_ends(
     Args:
         tokens: int32 [P, R, L], the chunk.
         base: int32 [P], response position of its first token.
-        eos_ids: token ids that end a response.
+        eos_ids: Token ids that end a response.
         limit: int32 [P], tokens of a response at most.
 
     Returns:

@@ -60,7 +60,7 @@ def read_questions(rows: Sequence[Row], source: str) -> Questions:
     """The rows with the conversation of each.
 
     Raises:
-        InputError: for a row without one; the message begins with "SOURCE NUMBER".
+        InputError: For a row without one; the message begins with "SOURCE NUMBER".
     """
     talks = [conversation_of(row, f"{source} {number}") for number, row in enumerate(rows, start=1)]
     return Questions(rows, talks, source=source)
@@ -77,14 +77,14 @@ def encode_questions(
     """The rows with their conversations and prompts.
 
     Args:
-        plan: the models that read.
-        rows: of a file.
-        source: what rows are called in messages, before their number.
-        max_new_tokens: tokens of a response at most.
-        read: turns a conversation into a prompt; by default `plan.prompts`.
+        plan: The models that read.
+        rows: Of a file.
+        source: What rows are called in messages, before their number.
+        max_new_tokens: Tokens of a response at most.
+        read: Turns a conversation into a prompt; by default `plan.prompts`.
 
     Raises:
-        InputError: naming the row, for one without a conversation, a template that fails, and a
+        InputError: Naming the row, for one without a conversation, a template that fails, and a
             prompt that leaves too few positions in a model.
     """
     questions, prompts = read_questions(rows, source), []
@@ -103,10 +103,10 @@ class SteeredPolicy:
     """A policy in this process with what steers it.
 
     Attributes:
-        plan: the models, with tokenizers and templates.
-        steering: the loaded models and scorers.
-        config: the search.
-        mesh: the models'.
+        plan: The models, with tokenizers and templates.
+        steering: The loaded models and scorers.
+        config: The search.
+        mesh: The models'.
     """
 
     plan: SteeringPlan
@@ -179,10 +179,10 @@ def answer_row(
     An input field named response, score, hypotheses or trace is overwritten.
 
     Args:
-        row: the input row.
-        responses: the texts of the hypotheses, best first.
-        hypotheses: the same as `Hypothesis` or `TextHypothesis`.
-        names: of the objectives; where there are several, a hypothesis lists them by name.
+        row: The input row.
+        responses: The texts of the hypotheses, best first.
+        hypotheses: The same as `Hypothesis` or `TextHypothesis`.
+        names: Of the objectives; where there are several, a hypothesis lists them by name.
     """
     kept: list[Row] = []
     for response, one in zip(responses, hypotheses, strict=True):
@@ -211,16 +211,16 @@ def search_rows(
     of the rows.
 
     Args:
-        policy: what searches.
-        questions: the rows.
-        journal: takes the answers.
-        method: named in traces.
-        traced: whether a row gets a field "trace" with what its search looked at.
-        on_row: called with each answer; with None for one that another host writes.
+        policy: What searches.
+        questions: The rows.
+        journal: Takes the answers.
+        method: Named in traces.
+        traced: Whether a row gets a field "trace" with what its search looked at.
+        on_row: Called with each answer; with None for one that another host writes.
 
     Raises:
-        RowsFailed: once all others are in the journal, for rows that a model fails, naming it.
-        InputError: as `search` and `search_texts` do.
+        RowsFailed: Once all others are in the journal, for rows that a model fails, naming it.
+        InputError: As `search` and `search_texts` do.
     """
     waiting = sorted(set(range(len(questions.rows))) - set(journal.read()))
     chunks: dict[int, list[ChunkTrace]] = {}
@@ -267,9 +267,9 @@ class SearchedFile:
     """The outcome of `search_file`.
 
     Attributes:
-        rows: rows of the output.
-        searched: rows searched by this call.
-        seconds: how long that took.
+        rows: Rows of the output.
+        searched: Rows searched by this call.
+        seconds: How long that took.
     """
 
     rows: int
@@ -305,20 +305,20 @@ def search_file(
     Args:
         config: input, search, and output. Further fields of a subclass count as settings of the
             run, unless they are named in `settings.NOT_IN_FINGERPRINT`.
-        tell: called with lines for the user: where each guide scores, what an endpoint has cost.
+        tell: Called with lines for the user: where each guide scores, what an endpoint has cost.
         progress: makes, from the number of rows and of those already done, a context whose value is
             called with how many more are done.
-        on_row: called with each answer as it is found; rows are then traced.
+        on_row: Called with each answer as it is found; rows are then traced.
         connect: returns, for the search and a function that renders prompts, the policy behind
             `config.endpoint` and a function that says what was used.
-        choose_mesh: chooses the mesh for "auto" from plan, search, places, and the tokens of the
+        choose_mesh: Chooses the mesh for "auto" from plan, search, places, and the tokens of the
             longest prompt.
-        check_rows: raises InputError for rows that `write` could not write.
-        write: writes the output's rows to a path.
-        write_report: writes `config.report` (path, traces, title=, settings=).
+        check_rows: Raises InputError for rows that `write` could not write.
+        write: Writes the output's rows to a path.
+        write_report: Writes `config.report` (path, traces, title=, settings=).
 
     Raises:
-        InputError: before any weight is read, for wrong settings, rows and checkpoints; and for
+        InputError: Before any weight is read, for wrong settings, rows and checkpoints; and for
             rows that could not be searched, once all others were.
     """
     searching, sources = config.search_config(), config.sources_of_all()

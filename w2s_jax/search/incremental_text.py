@@ -59,15 +59,15 @@ class Reading:
     Attributes:
         hypotheses: W.
         successors: K.
-        width: tokens of a row that a read takes unless texts need more.
-        cache: on the device; None until the first text.
-        buffer: keys and values of the rows of the last read; None when there are none.
+        width: Tokens of a row that a read takes unless texts need more.
+        cache: On the device; None until the first text.
+        buffer: Keys and values of the rows of the last read; None when there are none.
         prefix: int [P], tokens of each prompt in the prefix part of the cache, −1 where it has not
             been read; the committed part holds those behind.
-        prompts: each slot's prompt as int32 tokens; None where there is none.
+        prompts: Each slot's prompt as int32 tokens; None where there is none.
         known: [P][W], what has been read of each hypothesis.
-        pending: what each row of the last read would be as a hypothesis.
-        unsound: rows of the last read for which the model gave no finite number.
+        pending: What each row of the last read would be as a hypothesis.
+        unsound: Rows of the last read for which the model gave no finite number.
     """
 
     hypotheses: int
@@ -125,9 +125,9 @@ def read_logprobs(
     """Read candidates and score their responses.
 
     Args:
-        model: the reader.
-        reading: its state.
-        texts: token ids of prompt and response, encoded together, by slot and row.
+        model: The reader.
+        reading: Its state.
+        texts: Token ids of prompt and response, encoded together, by slot and row.
 
     Returns:
         The new state, and for each place the sum of float32 log-probs, in nats, of the tokens
@@ -180,7 +180,7 @@ def keep_rows(reading: Reading, parents: np.ndarray, rows: np.ndarray) -> Readin
     """The reading of the kept hypotheses.
 
     Args:
-        reading: the state after a read.
+        reading: The state after a read.
         parents: int [P, W], the old hypothesis of each new one.
         rows: int [P, W], the row whose chunk it takes.
     """
@@ -221,7 +221,7 @@ class _Plan:
     A group is the rows of one hypothesis, named by slot and hypothesis.
 
     Attributes:
-        stems: tokens of each group that stay.
+        stems: Tokens of each group that stay.
         committed: int32 [P, W], entries of the committed part that stay, and so the stem's place.
         last: int32 [P, W], the stems: last tokens that stay, which are read again.
         tokens: int32 [P, R, n], the tokens behind them.
@@ -246,13 +246,13 @@ def _read(
     """Read texts behind what has been read of them.
 
     Args:
-        model: the reader.
-        reading: its state.
-        texts: token ids by slot and row.
-        together: the program; it returns an output for each row, the cache, and the rows' buffer.
-        settle: from a place, its tokens, what was known of them, and the row's output: what is
+        model: The reader.
+        reading: Its state.
+        texts: Token ids by slot and row.
+        together: The program; it returns an output for each row, the cache, and the rows' buffer.
+        settle: From a place, its tokens, what was known of them, and the row's output: what is
             known now, and the row's value.
-        alone: the value of tokens for which nothing read before can be used.
+        alone: The value of tokens for which nothing read before can be used.
 
     Returns:
         The new state, and the value of each place.

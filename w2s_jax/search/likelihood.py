@@ -66,9 +66,9 @@ class Response:
     """Tokens to score and the prompts before them.
 
     Attributes:
-        prompts: token ids of one prompt for all models, or of one each in the order (policy, tuned
+        prompts: Token ids of one prompt for all models, or of one each in the order (policy, tuned
             0, untuned 0, ...), where templates differ.
-        tokens: the response's token ids, the same for all models.
+        tokens: The response's token ids, the same for all models.
         beta: β of EFT for this response; None for the proposer's.
     """
 
@@ -103,12 +103,12 @@ def token_likelihoods(
     is 0 and `greedy` is False; its `top` ids are 0 with log-prob −inf.
 
     Args:
-        models: the policy and the guides that the proposer mixes.
-        proposer: the policy alone, or the EFT mixture.
+        models: The policy and the guides that the proposer mixes.
+        proposer: The policy alone, or the EFT mixture.
         tokens: int32 [B, X].
         mask: bool [B, X], False on padding; by default all True.
         beta: float32 [B], β of each row; by default the proposer's.
-        top: how many of the likeliest tokens to return for each place.
+        top: How many of the likeliest tokens to return for each place.
 
     Returns:
         Likelihoods, n = X.
@@ -150,17 +150,17 @@ def score_responses(
     compiled.
 
     Args:
-        models: the policy and the guides that the proposer mixes.
-        proposer: the policy alone, or the EFT mixture.
-        responses: token ids, behind prompts of one or all models.
-        top: how many of the likeliest tokens to return for each place.
-        batch_size: rows that are read side by side.
-        shape: at least the `padded_shape` of all; with it one program is compiled.
-        on_scored: called with the index and result of each response as soon as it is scored.
+        models: The policy and the guides that the proposer mixes.
+        proposer: The policy alone, or the EFT mixture.
+        responses: Token ids, behind prompts of one or all models.
+        top: How many of the likeliest tokens to return for each place.
+        batch_size: Rows that are read side by side.
+        shape: At least the `padded_shape` of all; with it one program is compiled.
+        on_scored: Called with the index and result of each response as soon as it is scored.
 
     Raises:
-        RowsFailed: once all others are scored, for rows where a model's logits are NaN or infinite.
-        InputError: naming the row, for an empty prompt or response, an id outside the vocabulary, a
+        RowsFailed: Once all others are scored, for rows where a model's logits are NaN or infinite.
+        InputError: Naming the row, for an empty prompt or response, an id outside the vocabulary, a
             wrong number of prompts, a row beyond a model's positions, and a `top` beyond the
             vocabulary.
     """
@@ -197,7 +197,7 @@ def check_response(models: SearchModels, response: Response, where: str) -> None
     """Check that the models can score a response.
 
     Raises:
-        InputError: where they cannot; the message begins with `where`.
+        InputError: Where they cannot; the message begins with `where`.
     """
     count, members = len(response.prompts), len(models.members)
     if count not in (1, members):
@@ -283,14 +283,14 @@ def _likelihoods(
     """Likelihoods of targets.
 
     Args:
-        models: the policy and the guides.
-        proposer: what mixes their logits.
-        rows: for all models, or for each, what it reads: (tokens [B, X], mask [B, X], starts [B]).
+        models: The policy and the guides.
+        proposer: What mixes their logits.
+        rows: For all models, or for each, what it reads: (tokens [B, X], mask [B, X], starts [B]).
             The state at `starts` + t predicts target t.
-        targets: the tokens to score.
+        targets: The tokens to score.
         real: False on padding.
         beta: β of each row.
-        top: how many of the likeliest tokens to return for each place.
+        top: How many of the likeliest tokens to return for each place.
     """
     places = proposer.readers(models)
     readers = [models.members[place] for place in places]

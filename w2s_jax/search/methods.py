@@ -71,9 +71,9 @@ class Proposer(Protocol):
         That is where one logit is NaN or +inf, or all are −inf.
 
         Args:
-            models: the policy and the guides.
-            logits: those of each reader.
-            mark: a number that is finite where the mixed logits are a distribution: their
+            models: The policy and the guides.
+            logits: Those of each reader.
+            mark: A number that is finite where the mixed logits are a distribution: their
                 normaliser, or the logit of the sampled token.
         """
 
@@ -104,11 +104,11 @@ class EFTProposer(Proposer):
 
     Attributes:
         beta: β, at least 0; of a slot whose request has none of its own.
-        top_k: above 0, only the policy's top_k likeliest tokens may be drawn, so that guides never
+        top_k: Above 0, only the policy's top_k likeliest tokens may be drawn, so that guides never
             bring in a token that the policy finds unlikely (PAD, arXiv 2410.04070 section 3.4).
 
     Raises:
-        InputError: for a beta or a top_k out of range.
+        InputError: For a beta or a top_k out of range.
     """
 
     beta: float | int = 1.0
@@ -154,11 +154,11 @@ def implicit_rewards(models: SearchModels, logprobs: tuple[Array, ...]) -> Float
     """w_i·(log p_tuned_i − log p_untuned_i) of each guide, in nats.
 
     Args:
-        models: the policy and the guides.
-        logprobs: in the order tuned 0, untuned 0, tuned 1, ...
+        models: The policy and the guides.
+        logprobs: In the order tuned 0, untuned 0, tuned 1, ...
 
     Raises:
-        InputError: where there is no guide.
+        InputError: Where there is no guide.
     """
     if not models.guides:
         raise InputError(
@@ -291,7 +291,7 @@ class Selection:
     """The chosen candidates.
 
     Attributes:
-        candidates: what was chosen from.
+        candidates: What was chosen from.
         chosen: int32 [P, W], indices into the candidates.
         parents: int32 [P, W], the old hypothesis of each new one.
         rows: int32 [P, W], the row whose chunk a new hypothesis takes; any row of its parent where
@@ -317,11 +317,11 @@ def select_among(
     A finished hypothesis is one candidate; with reference_quirks it is K, in place of its rows.
 
     Args:
-        selector: what selects.
+        selector: What selects.
         rows: float32 [P, R, J], objectives of the R = W·K rows; not read for finished hypotheses.
         hypotheses: float32 [P, W, J], objectives before the chunk.
         finished: bool [P, W], which hypotheses had finished.
-        reference_quirks: as of `SearchConfig`.
+        reference_quirks: As of `SearchConfig`.
     """
     width = finished.shape[1]
     count = rows.shape[1] // width
@@ -354,11 +354,11 @@ class Maximin(Selector):
     mixtures p of the candidates c. Source: RMOD, arXiv 2503.08796 eq. 8 and algorithm 1.
 
     Attributes:
-        scale: above 0.
+        scale: Above 0.
         steps: Newton steps, at least 1.
 
     Raises:
-        InputError: for a scale or steps out of range.
+        InputError: For a scale or steps out of range.
     """
 
     scale: float = 1.0

@@ -76,7 +76,7 @@ class SearchModels:
         """The token ids that end a response: these, or else the policy's, that all models know.
 
         Raises:
-            InputError: where there are such ids and none of them can be proposed.
+            InputError: Where there are such ids and none of them can be proposed.
         """
         ids = self.policy.config.eos_ids if ids is None else ids
         known = tuple(eos for eos in ids if 0 <= eos < self.vocabulary)
@@ -145,7 +145,7 @@ def search_models(policy: Model, guides: Guide | Sequence[Guide] | None) -> Sear
     (`text.tokenizer.same_vocabulary`).
 
     Raises:
-        InputError: where the sizes differ by more than padding does (1024), and for what is no
+        InputError: Where the sizes differ by more than padding does (1024), and for what is no
             model or guide.
     """
     if isinstance(guides, Model):
@@ -177,8 +177,8 @@ class Places:
     """A mesh for all models, or one device; a large policy may be split otherwise than its guides.
 
     Attributes:
-        policy, others: rules of the policy, and of guides and reward models.
-        stacked: whether layers are stacked for a scan, so that programs of many layers compile
+        policy, others: Rules of the policy, and of guides and reward models.
+        stacked: Whether layers are stacked for a scan, so that programs of many layers compile
             quickly; None stacks them on a mesh of several devices.
     """
 
@@ -241,13 +241,13 @@ def find_adapters(
     """Those of the checkpoints that are adapters, by path.
 
     Args:
-        paths: each with that of a guide's untuned model, where it is the tuned one, or "". The base
+        paths: Each with that of a guide's untuned model, where it is the tuned one, or "". The base
             of a tuned model that names one which is not here is its untuned model, where that is a
             folder.
-        folders: where the names of bases are.
+        folders: Where the names of bases are.
 
     Raises:
-        InputError: for a checkpoint that is not there and an adapter that names no base.
+        InputError: For a checkpoint that is not there and an adapter that names no base.
     """
     from w2s_jax.models.huggingface import is_adapter, locate
     from w2s_jax.models.peft import base_of
@@ -285,7 +285,7 @@ def load_decoders(
     of fewer bits would lose most of what is added to them. `options` are those of `load_model`.
 
     Raises:
-        InputError: for checkpoints that cannot be read and adapters for another base.
+        InputError: For checkpoints that cannot be read and adapters for another base.
     """
     from w2s_jax.models.load import load_adapted, load_model
 

@@ -39,18 +39,18 @@ class Request:
     temperature, top_p and beta are the config's where they are None, limit is its max_new_tokens.
 
     Attributes:
-        row_id: with the seed it decides the draws.
-        prompts: token ids, one sequence for all models or one each (policy, tuned 0, untuned 0,
+        row_id: With the seed it decides the draws.
+        prompts: Token ids, one sequence for all models or one each (policy, tuned 0, untuned 0,
             ...).
-        conversation: the prompt for scorers of texts.
-        stop: strings that end a response.
-        seed: with row_id it decides the draws.
-        limit: new tokens at most, up to the config's max_new_tokens.
-        temperature: of the sampling; 0 is greedy.
-        top_p: of the sampling.
+        conversation: The prompt for scorers of texts.
+        stop: Strings that end a response.
+        seed: With row_id it decides the draws.
+        limit: New tokens at most, up to the config's max_new_tokens.
+        temperature: Of the sampling; 0 is greedy.
+        top_p: Of the sampling.
         beta: β of an EFT proposer.
-        position: added to the response position of each draw.
-        lane: added to the lane of each draw.
+        position: Added to the response position of each draw.
+        lane: Added to the lane of each draw.
     """
 
     row_id: int
@@ -78,12 +78,12 @@ class Hypothesis:
     """A response and its score.
 
     Attributes:
-        tokens: token ids, an EOS included.
-        score: the sum of its objectives.
-        finished: an EOS or a stop string ended it; otherwise max_new_tokens did.
-        objectives: sums of token scores, then scores of texts.
-        token_scores: what each token added; empty where no scorer is on tokens.
-        behind: where a stop string ended it, the tokens sampled after the last one that counts,
+        tokens: Token ids, an EOS included.
+        score: The sum of its objectives.
+        finished: An EOS or a stop string ended it; otherwise max_new_tokens did.
+        objectives: Sums of token scores, then scores of texts.
+        token_scores: What each token added; empty where no scorer is on tokens.
+        behind: Where a stop string ended it, the tokens sampled after the last one that counts,
             which may hold the beginning of that string.
     """
 
@@ -118,12 +118,12 @@ class ChunkTrace:
     """The candidates of one chunk of one prompt, c of them, and which of them were kept.
 
     Attributes:
-        row_id: of the prompt.
-        parents: c indices of the hypotheses that they continue.
-        texts: what they add; "" where a finished hypothesis is carried over.
+        row_id: Of the prompt.
+        parents: C indices of the hypotheses that they continue.
+        texts: What they add; "" where a finished hypothesis is carried over.
         objectives: float32 [c, J].
-        finished: whether an EOS or a stop string ended them.
-        kept: c indices among the new hypotheses, −1 for those that were dropped.
+        finished: Whether an EOS or a stop string ended them.
+        kept: C indices among the new hypotheses, −1 for those that were dropped.
     """
 
     row_id: int
@@ -159,11 +159,11 @@ class Questions:
     """The rows of a file with their conversations, and their prompts as the models read them.
 
     Attributes:
-        rows: as they were read.
-        conversations: one for each row.
-        prompts: for each row the token ids of one sequence for all models, or of one each; empty
+        rows: As they were read.
+        conversations: One for each row.
+        prompts: For each row the token ids of one sequence for all models, or of one each; empty
             for a policy that only gives text.
-        source: what rows are called in messages, before their number.
+        source: What rows are called in messages, before their number.
     """
 
     rows: Sequence[Row]
@@ -177,14 +177,14 @@ class TextRow:
     """A live row of a proposal as text.
 
     Attributes:
-        slot: where its prompt is.
+        slot: Where its prompt is.
         row: 0 .. R − 1, its row in the slot.
-        parent: the hypothesis that it continues.
-        text: all of its response so far, up to its end.
-        new: what this chunk adds.
-        length: tokens of its response; of a policy that only gives text, those of this chunk.
-        end: what ended it.
-        trail: what a proposer of texts wants back.
+        parent: The hypothesis that it continues.
+        text: All of its response so far, up to its end.
+        new: What this chunk adds.
+        length: Tokens of its response; of a policy that only gives text, those of this chunk.
+        end: What ended it.
+        trail: What a proposer of texts wants back.
     """
 
     slot: int
@@ -244,10 +244,10 @@ def live_rows(
     """Every live row of the used slots as text, cut at stop strings.
 
     Args:
-        state: the state after proposing.
-        proposal: the rows.
-        requests: the request in each used slot.
-        decode: turns token ids into text.
+        state: The state after proposing.
+        proposal: The rows.
+        requests: The request in each used slot.
+        decode: Turns token ids into text.
         texts: False leaves out the texts of rows without a stop string.
     """
     arrays = (state.tokens, state.base, state.active, state.finished, state.draws.limit)
@@ -305,10 +305,10 @@ def trace(
     A finished hypothesis is listed once, also with reference_quirks.
 
     Args:
-        rows: the live rows.
-        selection: what was chosen.
+        rows: The live rows.
+        selection: What was chosen.
         finished: bool [P, W], which hypotheses had finished before the chunk.
-        requests: the request in each used slot.
+        requests: The request in each used slot.
 
     Returns:
         A trace for each slot with candidates.

@@ -36,29 +36,29 @@ def search(
     """Search a response for every prompt.
 
     Args:
-        policy: what responses are sampled from.
-        guides: tuned and untuned models with the policy's vocabulary.
-        prompts: token ids, one sequence each.
-        config: the method and its sizes, as `search.config.cbs` and others make it.
-        guide_prompts: for every prompt, what each guide model reads in place of it (tuned 0,
+        policy: What responses are sampled from.
+        guides: Tuned and untuned models with the policy's vocabulary.
+        prompts: Token ids, one sequence each.
+        config: The method and its sizes, as `search.config.cbs` and others make it.
+        guide_prompts: For every prompt, what each guide model reads in place of it (tuned 0,
             untuned 0, tuned 1, ...), where templates differ.
-        scorers: of texts, beside the guides; they need `conversations`.
-        conversations: one for each prompt.
-        row_ids: with config.seed they decide a prompt's draws, whatever is searched beside it; by
+        scorers: Of texts, beside the guides; they need `conversations`.
+        conversations: One for each prompt.
+        row_ids: With config.seed they decide a prompt's draws, whatever is searched beside it; by
             default 0, 1, ...
-        decode: turns token ids into text; stop strings, scorers and on_chunk need it.
-        on_result: called with each result as soon as its prompt is done, in the order of finishing.
-        on_chunk: called with the candidates of each chunk and which of them were kept.
-        mesh: the models'; the slots are split over its devices.
-        rules: how they are split.
+        decode: Turns token ids into text; stop strings, scorers and on_chunk need it.
+        on_result: Called with each result as soon as its prompt is done, in the order of finishing.
+        on_chunk: Called with the candidates of each chunk and which of them were kept.
+        mesh: The models'; the slots are split over its devices.
+        rules: How they are split.
 
     Returns:
         The results in the order of the prompts.
 
     Raises:
-        RowsFailed: once all others are done, for rows where a model's logits are NaN or infinite or
+        RowsFailed: Once all others are done, for rows where a model's logits are NaN or infinite or
             a score is not finite.
-        InputError: for an empty prompt, token ids outside the vocabulary, a prompt that leaves no
+        InputError: For an empty prompt, token ids outside the vocabulary, a prompt that leaves no
             room for max_new_tokens in a model's positions, stop strings, scorers or on_chunk
             without decode, a mesh that does not divide the slots or the heads, prompts that are no
             token ids, and a policy or a guide that is none.

@@ -46,12 +46,12 @@ class Candidate:
     """A response, whole so far, that may be kept.
 
     Attributes:
-        slot: where its prompt is.
+        slot: Where its prompt is.
         row: 0 .. R − 1, its row in the slot.
-        parent: row // K, the hypothesis that it continues.
-        conversation: its prompt.
-        response: its text.
-        finished: whether an EOS ended it, which is then scored behind it.
+        parent: Row // K, the hypothesis that it continues.
+        conversation: Its prompt.
+        response: Its text.
+        finished: Whether an EOS ended it, which is then scored behind it.
     """
 
     slot: int
@@ -91,7 +91,7 @@ class TextScorer(Protocol):
         """The memory of the kept hypotheses.
 
         Args:
-            memory: the memory after `score`.
+            memory: The memory after `score`.
             parents: int [P, W], the old hypothesis of each new one.
             rows: int [P, W], the row that continues it.
         """
@@ -108,9 +108,9 @@ def at_fault(
     without it is itself at fault.
 
     Args:
-        scorer: what scored.
-        memory: the memory that `score` returned.
-        candidates: what was scored.
+        scorer: What scored.
+        memory: The memory that `score` returned.
+        candidates: What was scored.
         scores: float32, one of each candidate.
     """
     usual = (f"{SCORER}{type(scorer).__name__} {_NOT_FINITE}",)
@@ -132,9 +132,9 @@ def score_candidates(
     """Score candidates by several scorers.
 
     Args:
-        scorers: n of them.
-        memories: what each remembers.
-        candidates: the rows to score.
+        scorers: N of them.
+        memories: What each remembers.
+        candidates: The rows to score.
         shape: P and R.
 
     Returns:
@@ -165,7 +165,7 @@ class FunctionScorer(TextScorer):
     fail, as do those with a number that is not finite, and the others go on.
 
     Raises:
-        InputError: where it raises for each of several prompts, and for a result that is not one
+        InputError: Where it raises for each of several prompts, and for a result that is not one
             number for each response.
     """
 
@@ -409,7 +409,7 @@ def encode_candidates(
         Token ids by slot and row.
 
     Raises:
-        InputError: where an EOS is to be scored and the template's tokenizer has none.
+        InputError: Where an EOS is to be scored and the template's tokenizer has none.
     """
     if scores_end and template.eos_id is None:
         raise InputError(

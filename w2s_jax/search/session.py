@@ -47,13 +47,13 @@ class Slotted:
     """Slots under search as the host sees them, whatever proposes.
 
     Attributes:
-        config: the search.
+        config: The search.
         slots: P, prompts side by side.
-        scorers, memories: of texts, and what each of them remembers.
-        traced: whether to fill `chunks`.
-        requests: the request in each used slot.
-        failed: slots whose texts a scorer could not value, and the models at fault.
-        chunks: the candidates of the last chunk and which of them were kept, by slot.
+        scorers, memories: Of texts, and what each of them remembers.
+        traced: Whether to fill `chunks`.
+        requests: The request in each used slot.
+        failed: Slots whose texts a scorer could not value, and the models at fault.
+        chunks: The candidates of the last chunk and which of them were kept, by slot.
     """
 
     config: SearchConfig
@@ -120,10 +120,10 @@ class Session(Slotted):
     """The models, the state on the device, and the content of its slots.
 
     Attributes:
-        models: the policy and the guides on its tokens.
-        state: their caches and all hypotheses.
+        models: The policy and the guides on its tokens.
+        state: Their caches and all hypotheses.
         prefix_capacity: S; a prompt may have one token more.
-        decode: turns token ids into text.
+        decode: Turns token ids into text.
     """
 
     models: SearchModels
@@ -140,7 +140,7 @@ class Session(Slotted):
         """The session with a request in a slot, in place of its content.
 
         Raises:
-            InputError: for a slot that does not exist, a prompt without tokens or longer than the
+            InputError: For a slot that does not exist, a prompt without tokens or longer than the
                 session has room for, numbers out of range, a limit beyond the config's, and stop
                 strings without `decode`.
         """
@@ -270,18 +270,18 @@ def start_session(
     """A session of empty slots.
 
     Args:
-        models: the policy and the guides on its tokens.
-        config: the search.
+        models: The policy and the guides on its tokens.
+        config: The search.
         slots: P, prompts side by side.
         prefix_capacity: S; a prompt may have one token more.
-        decode: turns token ids into text; stop strings, scorers of texts and traces need it.
-        scorers: of texts.
-        traced: whether to fill `Session.chunks`.
-        mesh: the models'.
-        rules: how the slots are split over it.
+        decode: Turns token ids into text; stop strings, scorers of texts and traces need it.
+        scorers: Of texts.
+        traced: Whether to fill `Session.chunks`.
+        mesh: The models'.
+        rules: How the slots are split over it.
 
     Raises:
-        InputError: where `decode` is missing, and as `start_search` and
+        InputError: Where `decode` is missing, and as `start_search` and
             `SearchModels.known_eos_ids` do.
     """
     models.known_eos_ids(config.eos_ids)
@@ -328,19 +328,19 @@ def search_all(
     """Search all requests.
 
     Args:
-        models: the policy and the guides on its tokens.
-        config: the search.
-        requests: the prompts.
-        scorers: of texts.
-        on_result: called with each result as soon as its prompt is done.
-        **options: those of `search_requests`.
+        models: The policy and the guides on its tokens.
+        config: The search.
+        requests: The prompts.
+        scorers: Of texts.
+        on_result: Called with each result as soon as its prompt is done.
+        **options: Those of `search_requests`.
 
     Returns:
         The results in the order of the requests.
 
     Raises:
-        RowsFailed: as `run.search` does.
-        InputError: as `run.search` does.
+        RowsFailed: As `run.search` does.
+        InputError: As `run.search` does.
     """
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
@@ -367,20 +367,20 @@ def search_requests(
     refused.
 
     Args:
-        models: the policy and the guides on its tokens.
-        config: the search.
-        requests: the prompts.
+        models: The policy and the guides on its tokens.
+        config: The search.
+        requests: The prompts.
         slots: P, prompts side by side.
-        on_chunk: called with the candidates of each chunk and which of them were kept.
+        on_chunk: Called with the candidates of each chunk and which of them were kept.
         alone: False has requests that are too few to fill the slots join the next longer ones; with
             True a request's own length decides the program that it runs in.
-        **options: those of `start_session`.
+        **options: Those of `start_session`.
 
     Yields:
         (index of the request, its result or RowFailed) as requests finish.
 
     Raises:
-        InputError: as `start_session` and `Session.insert` do.
+        InputError: As `start_session` and `Session.insert` do.
     """
     longest = [max(map(len, request.prompts)) for request in requests]
     found = buckets(longest) if alone else buckets(longest, slots=slots)
@@ -402,9 +402,9 @@ def run_slots(
     A slot is refilled as soon as it is free, so that a long response does not keep others waiting.
 
     Args:
-        session: a `Session`, or one over texts with the same methods.
-        requests: pairs of an index and a request.
-        on_chunk: called with the candidates of each chunk and which of them were kept.
+        session: A `Session`, or one over texts with the same methods.
+        requests: Pairs of an index and a request.
+        on_chunk: Called with the candidates of each chunk and which of them were kept.
 
     Yields:
         (index, result or RowFailed) as requests finish.
@@ -440,7 +440,7 @@ def collect(
     """The results in the order of their requests; `on_result` is called with each as it comes.
 
     Raises:
-        RowsFailed: after the last outcome, for requests that failed.
+        RowsFailed: After the last outcome, for requests that failed.
     """
     found: dict[int, R] = {}
     failures: list[RowFailed] = []
@@ -465,7 +465,7 @@ def check_request(models: SearchModels, config: SearchConfig, request: Request, 
     """Check that the models can search behind the prompts of a request.
 
     Raises:
-        InputError: where they cannot; the message begins with `where`.
+        InputError: Where they cannot; the message begins with `where`.
     """
     count, members = len(request.prompts), len(models.members)
     if count not in (1, members):
@@ -489,9 +489,9 @@ def hypothesis_text(
     """The text of a hypothesis, without what ended it.
 
     Args:
-        tokenizer: the policy's.
-        prompt: token ids before the response.
-        hypothesis: the response.
+        tokenizer: The policy's.
+        prompt: Token ids before the response.
+        hypothesis: The response.
         **ends: `stop` and `eos_ids`, what ends responses beside the tokenizer's own EOS.
     """
     given: dict[str, Any] = {"finished": hypothesis.finished, "behind": hypothesis.behind, **ends}

@@ -72,10 +72,10 @@ class GuidanceConfig:
         """The mesh, and the rules by which models are placed on it.
 
         Args:
-            choose: picks the mesh for "auto", given the rules alone.
+            choose: Picks the mesh for "auto", given the rules alone.
 
         Raises:
-            InputError: for wrong rules, and as `mesh_of` does.
+            InputError: For wrong rules, and as `mesh_of` does.
         """
         from w2s_jax.ops.meshes import mesh_of
         from w2s_jax.ops.sharding import parse_rules
@@ -92,7 +92,7 @@ class GuidanceConfig:
             guided: False leaves the guides out.
 
         Raises:
-            InputError: for guides that are not pairs, a wrong file of names, and wrong
+            InputError: For guides that are not pairs, a wrong file of names, and wrong
                 quantisation.
         """
         from w2s_jax.models.quantize import read_quantize
@@ -134,7 +134,7 @@ class GuidanceConfig:
         """The values of --template-args.
 
         Raises:
-            InputError: where it is no JSON object.
+            InputError: Where it is no JSON object.
         """
         from w2s_jax.text.chat import read_template_args
 
@@ -168,7 +168,7 @@ class TextScorersConfig:
         """The reward models.
 
         Raises:
-            InputError: where the number of weights differs from that of models.
+            InputError: Where the number of weights differs from that of models.
         """
         from w2s_jax.search.checkpoints import RewardSource
 
@@ -182,7 +182,7 @@ class TextScorersConfig:
         """The Python functions as scorers.
 
         Raises:
-            InputError: for a function that cannot be imported, and where the number of weights
+            InputError: For a function that cannot be imported, and where the number of weights
                 differs.
         """
         from w2s_jax.search.scorers import FunctionScorer
@@ -251,7 +251,7 @@ class MethodConfig:
         """The search that these flags describe.
 
         Raises:
-            InputError: for a value out of range, and a flag of another method.
+            InputError: For a value out of range, and a flag of another method.
         """
         from w2s_jax.ops.logits import Sampling
         from w2s_jax.search.config import preset
@@ -377,7 +377,7 @@ class SearchFileConfig(EndpointConfig, TextScorersConfig, MethodConfig, Guidance
         """All checkpoints.
 
         Raises:
-            InputError: where the method lacks one or does not use one.
+            InputError: Where the method lacks one or does not use one.
         """
         if (self.policy is None) == (self.endpoint is None):
             raise InputError("name what writes: either --policy or --endpoint")
@@ -402,7 +402,7 @@ def import_function(name: str) -> Callable[..., Any]:
     """The function that "package.module:function" names; the working directory is searched too.
 
     Raises:
-        InputError: where there is none.
+        InputError: Where there is none.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:

@@ -62,7 +62,7 @@ class SearchState:
         objectives: float32 [P, W, J], j sums over the counted token scores, then scores of texts.
         finished: bool [P, W], an EOS or a stop string ended the response.
         faults: bool [P, F], sources whose logits were no distribution, which ends the search.
-        proposer, scorer: one cache for each model that the proposer, or the scorer, reads.
+        proposer, scorer: One cache for each model that the proposer, or the scorer, reads.
     """
 
     seed: Array
@@ -108,16 +108,16 @@ def start_search(
     """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens.
 
     Args:
-        models: the policy and the guides.
-        config: the search.
+        models: The policy and the guides.
+        config: The search.
         slots: P, prompts side by side.
         prefix_capacity: S.
-        text_objectives: scores of each hypothesis that come from outside the program.
-        mesh: the models'.
-        rules: how the slots are split over it.
+        text_objectives: Scores of each hypothesis that come from outside the program.
+        mesh: The models'.
+        rules: How the slots are split over it.
 
     Raises:
-        InputError: where the mesh does not divide the slots or the key/value heads.
+        InputError: Where the mesh does not divide the slots or the key/value heads.
     """
     placed = models if mesh is None else _placed(models, Placement(mesh, rules))
     # The program depends on neither; without them, another seed does not compile it again.
@@ -239,13 +239,13 @@ def insert_prompt(
     Every model reads the prompt alone, so that its numbers do not depend on other slots.
 
     Args:
-        models: the policy and the guides.
-        state: the state to insert into.
+        models: The policy and the guides.
+        state: The state to insert into.
         slot: int32 [], the slot's index.
-        row_id: int32 or uint32 []; with the seed it decides the draws, unless `own` does.
+        row_id: Int32 or uint32 []; with the seed it decides the draws, unless `own` does.
         prompt: int32 [S + 1], right-padded, or [M, S + 1] where each model reads its own.
         length: int32 [] or [M], tokens of the prompt, at least 1.
-        own: the prompt's own draws.
+        own: The prompt's own draws.
     """
     config, count = state.config, len(models.members)
     prompts = jnp.broadcast_to(prompt, (count, prompt.shape[-1]))
@@ -299,7 +299,7 @@ class Proposal:
             `base`.
         finished: bool [P, R], an EOS or a stop string ended the response.
         faults: bool [P, R, L, F], whether each source's logits were no distribution at the draw.
-        buffers: keys and values of the chunk, one for each model that the proposer reads.
+        buffers: Keys and values of the chunk, one for each model that the proposer reads.
     """
 
     tokens: Array
@@ -320,7 +320,7 @@ class Scored:
         end_scores: float32 [P, R, j] or None, of an EOS behind rows cut by length
             (reference_quirks).
         faults: bool [P, F], sources whose logits were no distribution at a token that counts.
-        buffers: keys and values of the chunk, one for each model that the scorer reads.
+        buffers: Keys and values of the chunk, one for each model that the scorer reads.
     """
 
     token_scores: Array
@@ -397,9 +397,9 @@ def select(
     """Keep W candidates of each slot, with their responses and cache entries.
 
     Args:
-        state: the state before the chunk.
-        proposal: the rows.
-        scored: their scores on tokens.
+        state: The state before the chunk.
+        proposal: The rows.
+        scored: Their scores on tokens.
         totals: float32 [P, R, n], scores of whole responses from outside the program.
     """
     config, length = state.config, state.config.length

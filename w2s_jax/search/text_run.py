@@ -28,14 +28,14 @@ class Extension:
     seed, row_id, position and lane tell every draw from the others.
 
     Attributes:
-        row_id: of its prompt.
-        conversation: its prompt.
-        response: its text so far.
-        count: continuations that are asked for.
-        max_tokens: of each continuation.
-        position: tokens asked for it so far, those of all earlier chunks.
-        lane: row (0 .. W·K − 1) of its first continuation.
-        trail: what the proposer returned with the response's last continuation; None at first.
+        row_id: Of its prompt.
+        conversation: Its prompt.
+        response: Its text so far.
+        count: Continuations that are asked for.
+        max_tokens: Of each continuation.
+        position: Tokens asked for it so far, those of all earlier chunks.
+        lane: Row (0 .. W·K − 1) of its first continuation.
+        trail: What the proposer returned with the response's last continuation; None at first.
     """
 
     row_id: int
@@ -53,12 +53,12 @@ class Continuation:
     """Text that continues a response.
 
     Attributes:
-        text: what was written.
-        finished: whether the response ends here; if not, it was cut by max_tokens.
-        tokens: how many it took.
-        stopped: it was ended by a stop string, or anything else without an EOS to score; not by an
+        text: What was written.
+        finished: Whether the response ends here; if not, it was cut by max_tokens.
+        tokens: How many it took.
+        stopped: It was ended by a stop string, or anything else without an EOS to score; not by an
             EOS.
-        trail: what the proposer wants back with the next extension.
+        trail: What the proposer wants back with the next extension.
     """
 
     text: str
@@ -81,13 +81,13 @@ class TextHypothesis:
     """A response and its score.
 
     Attributes:
-        response: its text, without what ended it.
-        score: the sum of the objectives.
-        finished: an EOS or a stop string ended it, not max_new_tokens.
-        objectives: weighted scores, one of each scorer.
-        by_eos: an EOS is scored behind it.
-        trail: what the proposer wants back.
-        token_count: tokens that its continuations took, as the proposer counts them.
+        response: Its text, without what ended it.
+        score: The sum of the objectives.
+        finished: An EOS or a stop string ended it, not max_new_tokens.
+        objectives: Weighted scores, one of each scorer.
+        by_eos: An EOS is scored behind it.
+        trail: What the proposer wants back.
+        token_count: Tokens that its continuations took, as the proposer counts them.
     """
 
     response: str = ""
@@ -104,9 +104,9 @@ class TextResult:
     """The hypotheses that a prompt's search kept.
 
     Attributes:
-        row_id: of the prompt.
-        hypotheses: best first.
-        tokens: how many were proposed for it in all.
+        row_id: Of the prompt.
+        hypotheses: Best first.
+        tokens: How many were proposed for it in all.
     """
 
     row_id: int
@@ -125,8 +125,8 @@ class Beam:
 
     Attributes:
         hypotheses: W of them.
-        base: tokens asked for each.
-        tokens: proposed for all, dropped ones included.
+        base: Tokens asked for each.
+        tokens: Proposed for all, dropped ones included.
     """
 
     hypotheses: tuple[TextHypothesis, ...]
@@ -139,8 +139,8 @@ class TextSession(Slotted):
     """Slots of a search over texts; `session.Session` is that of one on the device.
 
     Attributes:
-        proposer: what continues the texts.
-        beams: the hypotheses in each used slot.
+        proposer: What continues the texts.
+        beams: The hypotheses in each used slot.
     """
 
     proposer: TextProposer
@@ -284,22 +284,22 @@ def search_texts(
     it, one that a stop string ended is not; with reference_quirks one cut by length is.
 
     Args:
-        proposer: continues the texts.
-        scorers: a score is Σ_j weight_j·score_j over them.
-        conversations: the prompts.
-        config: the search. max_new_tokens counts the tokens asked for, max_tokens of each chunk,
+        proposer: Continues the texts.
+        scorers: A score is Σ_j weight_j·score_j over them.
+        conversations: The prompts.
+        config: The search. max_new_tokens counts the tokens asked for, max_tokens of each chunk,
             whatever came. Sampling and eos_ids are left to the proposer; the scorer must be the
             default or NoScore.
-        row_ids: by which the proposer tells the draws apart; by default 0, 1, ...
-        on_result: called with each result as soon as its prompt is done.
-        on_chunk: called with the candidates of each chunk and which of them were kept.
+        row_ids: By which the proposer tells the draws apart; by default 0, 1, ...
+        on_result: Called with each result as soon as its prompt is done.
+        on_chunk: Called with the candidates of each chunk and which of them were kept.
 
     Returns:
         The results in the order of the conversations.
 
     Raises:
-        RowsFailed: once all others are done, for rows with a score that is not finite.
-        InputError: for a config that needs the policy's logits, for no scorer where the method
+        RowsFailed: Once all others are done, for rows with a score that is not finite.
+        InputError: For a config that needs the policy's logits, for no scorer where the method
             scores, and as the proposer and the scorers do.
     """
     _check(config, scorers)
@@ -322,12 +322,12 @@ class TextPolicy:
     """A policy that only gives text, for `file.search_rows`.
 
     Attributes:
-        proposer: continues texts.
-        scorers: of texts.
-        config: the search.
-        names: of a hypothesis's objectives.
-        render: a conversation as the text that a response follows.
-        called: names of the models in messages.
+        proposer: Continues texts.
+        scorers: Of texts.
+        config: The search.
+        names: Of a hypothesis's objectives.
+        render: A conversation as the text that a response follows.
+        called: Names of the models in messages.
     """
 
     proposer: TextProposer

@@ -28,7 +28,7 @@ def switched_on() -> bool:
     would compile different programs.
 
     Raises:
-        InputError: for another value.
+        InputError: For another value.
     """
     value = os.environ.get(SWITCH, "on")
     if value not in ("on", "off"):
@@ -44,9 +44,9 @@ def has_kernel(dtype: Any, placement: Placement, in_blocks: bool = False) -> boo
     read, since no compiler splits a kernel.
 
     Args:
-        dtype: of the queries.
-        placement: where the cache lies.
-        in_blocks: whether a compiler would read the keys, of several heads, block by block.
+        dtype: Of the queries.
+        placement: Where the cache lies.
+        in_blocks: Whether a compiler would read the keys, of several heads, block by block.
     """
     devices = jax.devices() if placement.mesh is None else placement.mesh.devices.flat
     if placement.mesh is None and len(devices) > 1:

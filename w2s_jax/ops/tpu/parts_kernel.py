@@ -93,18 +93,18 @@ def attend(
     value's of its weights. Each device of a mesh attends for its own slots and heads.
 
     Args:
-        query: every one must see a key.
-        prefix: the prompts' keys and values [P S G C].
-        committed: those of the responses [P W T G C].
-        own: those [P W X G C] of the new tokens themselves, and of those written in a chunk before
+        query: Every one must see a key.
+        prefix: The prompts' keys and values [P S G C].
+        committed: Those of the responses [P W T G C].
+        own: Those [P W X G C] of the new tokens themselves, and of those written in a chunk before
             them.
-        own_mask: which of `own` a new token sees.
-        layer: the number of the layer, where the other two parts have all layers in front.
-        window: the sliding window, where there is one.
-        scale: the factor on query·key.
-        softcap: c of c·tanh(s/c), to which a score s is mapped.
-        placement: where the arrays lie.
-        interpret: whether it runs on any device, slowly.
+        own_mask: Which of `own` a new token sees.
+        layer: The number of the layer, where the other two parts have all layers in front.
+        window: The sliding window, where there is one.
+        scale: The factor on query·key.
+        softcap: C of c·tanh(s/c), to which a score s is mapped.
+        placement: Where the arrays lie.
+        interpret: Whether it runs on any device, slowly.
     """
     run = functools.partial(_attend, scale=scale, softcap=softcap, interpret=interpret)
     layer_axes = () if layer is None else (None,)

@@ -89,10 +89,10 @@ def room(sizes: Sizes, head_width: int, itemsize: int, kept: int) -> int:
     """Bytes of vector memory: queries, sums, scores, and twice what comes and goes.
 
     Args:
-        sizes: of the blocks.
+        sizes: Of the blocks.
         head_width: C.
-        itemsize: bytes of a number of the queries.
-        kept: bytes of a number of keys and values.
+        itemsize: Bytes of a number of the queries.
+        kept: Bytes of a number of keys and values.
     """
     rows = sizes.width * sizes.kv_heads * sizes.rows
     sums = 4 * rows * (2 * head_width + 2 * LANES)
