@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tyro.conf import UseAppendAction
 
 import w2s_jax
-from w2s_jax import distributed
+from w2s_jax import distributed, program_cache
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
 from w2s_jax.errors import Diverged, InputError, Preempted, Undivided
 
@@ -177,6 +177,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("dpo",): ("train", "DPO", "tune a model on preferences: DPO, its relatives, KTO, WSPO"),
     ("reason",): ("reason", "Reason", "train a strong model on weak supervision that it can trust"),
     ("plot",): ("plot", "Plot", "draw the curves of training runs"),
+    ("cache",): ("cache", "Cache", "show or delete the compiled programs kept for later runs"),
     ("convert",): ("convert", "Convert", "write a checkpoint anew: merge an adapter, change dtype"),
     ("eval",): ("evaluate", "Evaluate", "rewards of a file of responses, and who wins"),
     ("lm-eval",): ("lm_eval", "LMEval", "tasks of lm-evaluation-harness on a steered policy"),
@@ -194,6 +195,10 @@ PREEMPTED = 75
 """A run was asked to stop and is saved: EX_TEMPFAIL, "run again"."""
 FAILED = 1
 WRONG_INPUT = 2
+NO_CACHE = "--no-cache"
+"""Before the command: it keeps no compiled programs and uses none."""
+COMPILES_ANEW = ("cache", "convert", "plot", "bench")
+"""First words of commands that keep none either: some compile nothing, others time compilation."""
 HEED_STOP = {("sft",), ("dpo",)}
 """Commands that save and end when SIGTERM comes."""
 
@@ -209,6 +214,9 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == [NO_CACHE]:
+        args = args[1:]
+        program_cache.stop()
     if args == ["--version"]:
         print(f"w2s {w2s_jax.__version__}")
         return 0
@@ -221,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = parse(args)
+        if args[0] not in COMPILES_ANEW and (note := program_cache.start()):
+            print(note, file=sys.stderr)
         together = _hosts_of(command, _words(args))
         if together is not None:
             return together(partial(_attempt, command))
@@ -361,7 +371,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "  --version  print the version",
+            "  --version   print the version",
+            f"  {NO_CACHE}  before a command: keep no compiled programs and use none",
         ]
     )
 
