@@ -60,7 +60,13 @@ def test_programs_are_found_again_and_damaged_ones_compiled_anew(compute, tmp_pa
 def test_a_small_limit_is_held(compute, tmp_path):
     compute(JAX_COMPILATION_CACHE_MAX_SIZE="3000")
     kept = [path.stat().st_size for path in tmp_path.glob("programs/*/*-cache")]
-    assert sum(kept) <= 3000
+    assert 0 < sum(kept) <= 3000
+    # Without its time of use one would keep jax from writing any other.
+    for path in tmp_path.glob("programs/*/*-atime"):
+        path.unlink()
+    (_, _, hits), told = compute(JAX_COMPILATION_CACHE_MAX_SIZE="3000")
+    assert hits == "hits 0"
+    assert not [line for line in told if "compil" in line]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(compute, tmp_path):
@@ -83,22 +89,52 @@ def test_jaxs_own_setting_is_left_alone(monkeypatch, tmp_path):
 
 def test_the_command_shows_and_clears(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("W2S_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+    for name in (program_cache.LIMIT, program_cache.FOLDER):
+        monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "programs" / program_cache.machine()
     folder.mkdir(parents=True)
     (folder / "one-cache").write_bytes(bytes(2**20))
     (folder / "one-atime").write_bytes(bytes(8))
+    own = tmp_path / "programs" / "thesis" / "draft"
+    own.parent.mkdir()
+    own.write_text("of the user's")
     assert main(["cache"]) == 0
     shown = f"{tmp_path}/programs: 1 programs, 1.0 MiB"
     assert capsys.readouterr().out == f"{shown}, at most 2048 MiB for each kind of machine\n"
     assert main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out == f"{shown} deleted\n"
-    assert not list(tmp_path.iterdir())
+    assert not folder.exists()
+    assert own.read_text() == "of the user's"
     assert main(["cache"]) == 0
     assert "0 programs" in capsys.readouterr().out
 
 
 def test_no_cache_stands_before_the_command(monkeypatch, tmp_path, capsys):
+    configured = []
+    monkeypatch.setattr(program_cache, "_configure", configured.append)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     monkeypatch.setenv("W2S_CACHE_DIR", str(tmp_path))
-    assert main(["--no-cache", "cache", "--clear"]) == 0
+    assert main(["--no-cache", "--no-cache", "cache", "--clear"]) == 0
     assert capsys.readouterr().out == "no programs are kept: W2S_CACHE_DIR is empty\n"
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+def test_commands_that_search_or_train_keep_programs(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(program_cache, "start", lambda: started.append("programs are not kept"))
+    for command, keeps in (("search", True), ("sft", True), ("bench search", False)):
+        flags = {"search": ["--policy=/none", "--prompts=/none", "--output=/none"]}
+        flags |= {"sft": ["--model=/none", "--data=/none", "--output=/none/here"]}
+        flags |= {"bench search": ["--policy-layers=0"]}
+        started.clear()
+        assert main([*command.split(), *flags[command]]) == 2, capsys.readouterr()
+        assert bool(started) == keeps, command
+
+
+def test_an_unknown_home_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("W2S_CACHE_DIR", "~nobody-of-this-name/programs")
+    assert main(["cache"]) == 2
+    assert "W2S_CACHE_DIR names a folder" in capsys.readouterr().err
+    assert program_cache.start().startswith("compiled programs are not kept: ")

@@ -179,7 +179,8 @@ def test_a_search_takes_a_quantised_policy_and_cache(
     assert "enough" in capsys.readouterr().err
     ((policy, guides, cache),) = seen
     assert cache == "int8"
-    plain = [load_model(folder, dtype="float32").params for folder in models[1::2]]
+    options = {"dtype": "float32", "decoding": True}
+    plain = [load_model(folder, **options).params for folder in models[1::2]]
     jax.tree.map(
         np.testing.assert_array_equal, policy.params, quantize(plain[0], read_quantize(flags[1]))
     )

@@ -123,7 +123,7 @@ def test_three_commands_from_a_preference_file_to_a_steered_policy(
     assert main([*steered, *files]) == 2
     assert "enough" in capsys.readouterr().err
     for found, folder in zip(searched[0], (model, tuned, untuned), strict=True):
-        wanted = load_model(folder, dtype="float32").params
+        wanted = load_model(folder, dtype="float32", decoding=True).params
         jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
 
 

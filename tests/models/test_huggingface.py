@@ -18,15 +18,17 @@ import w2s_jax.models.huggingface as hf
 import w2s_jax.models.save as save
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_config, load_model
-from w2s_jax.models.model import Model
+from w2s_jax.models.model import Model, for_decoding, shard_model
 from w2s_jax.models.parameters import (
     input_major_params,
     is_output_major,
     output_major_params,
     stack_layers,
 )
+from w2s_jax.models.quantize import quantize, read_quantize
 from w2s_jax.models.save import save_model
 from w2s_jax.ops.sharding import make_mesh
+from w2s_jax.train.logprobs import sequence_scores
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -88,6 +90,30 @@ def test_saved_files_hold_the_tensors_that_were_loaded(case, tmp_path):
     assert_same_params(input_major_params(model.params), plain)
     again = output_major_params(plain, tied=model.config.tied_embeddings)
     assert_same_params(again, model.params)
+
+
+def test_what_takes_parameters_takes_those_for_decoding():
+    plain = load_model(GOLDEN / "llama_grouped")
+    decoding = for_decoding(plain)
+    assert is_output_major(decoding.params)
+    tokens = np.arange(12, dtype=np.int32)[None] + 3
+    expected = np.asarray(sequence_scores(plain, tokens, np.ones_like(tokens)).logprobs)
+    found = sequence_scores(decoding, tokens, np.ones_like(tokens)).logprobs
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    layers = plain.config.layers
+    stacked = stack_layers(decoding.params, layers)
+    assert_same_params(stacked, stack_layers(plain.params, layers))
+    mesh = make_mesh("data=1")
+    assert_same_params(shard_model(decoding, mesh).params, plain.params)
+    # Products with scales of groups are no faster so.
+    grouped = quantize(decoding.params, read_quantize("int8:4"))
+    assert_same_params(
+        grouped["layers_0"], quantize(plain.params, read_quantize("int8:4"))["layers_0"]
+    )
+    again = output_major_params(grouped, tied=False)
+    assert_same_params(again["layers_0"], grouped["layers_0"])
+    with pytest.raises(InputError, match="for_decoding takes what load_model gives"):
+        for_decoding(GOLDEN)
 
 
 def test_the_decoding_layout_is_of_layers_apart_on_one_cpu():

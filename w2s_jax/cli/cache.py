@@ -1,8 +1,9 @@
 """`w2s cache`: the compiled programs that commands keep on disk."""
 
+import os
 from dataclasses import dataclass
 
-from w2s_jax.program_cache import VARIABLE, clear, usage
+from w2s_jax.program_cache import FOLDER, VARIABLE, clear, usage
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,7 @@ class Cache:
             print(f"no programs are kept: {VARIABLE} is empty")
             return
         told = f"{found.folder}: {found.programs} programs, {found.size / 2**20:.1f} MiB"
-        most = f"at most {found.limit / 2**20:.0f} MiB for each kind of machine"
-        print(f"{told} deleted" if self.clear else f"{told}, {most}")
+        limit = f"at most {found.limit / 2**20:.0f} MiB" if found.limit >= 0 else "without a limit"
+        print(f"{told} deleted" if self.clear else f"{told}, {limit} for each kind of machine")
+        if FOLDER in os.environ:
+            print(f"jax keeps programs in {os.environ[FOLDER]}, as {FOLDER} says")

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -197,8 +198,9 @@ FAILED = 1
 WRONG_INPUT = 2
 NO_CACHE = "--no-cache"
 """Before the command: it keeps no compiled programs and uses none."""
-COMPILES_ANEW = ("cache", "convert", "plot", "bench")
-"""First words of commands that keep none either: some compile nothing, others time compilation."""
+COMPILES_ANEW = ("cache", "convert", "plot", "bench", "plan")
+"""First words of commands that keep none either: some compile nothing, some time it, and programs
+for machines that are not there cannot be read again."""
 HEED_STOP = {("sft",), ("dpo",)}
 """Commands that save and end when SIGTERM comes."""
 
@@ -214,7 +216,7 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] == [NO_CACHE]:
+    while args[:1] == [NO_CACHE]:
         args = args[1:]
         program_cache.stop()
     if args == ["--version"]:
@@ -229,9 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = parse(args)
-        if args[0] not in COMPILES_ANEW and (note := program_cache.start()):
-            print(note, file=sys.stderr)
         together = _hosts_of(command, _words(args))
+        # Of several hosts one writes: a folder that they do not share would help it alone.
+        shared = together is None or program_cache.VARIABLE in os.environ
+        if shared and args[0] not in COMPILES_ANEW and (note := program_cache.start()):
+            print(note, file=sys.stderr)
         if together is not None:
             return together(partial(_attempt, command))
         _run(command)

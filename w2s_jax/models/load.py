@@ -45,6 +45,7 @@ from w2s_jax.models.parameters import (
     decoder_parameters,
     full_name,
     is_output_major,
+    output_major_leaf,
     output_major_params,
     reward_head,
 )
@@ -225,8 +226,11 @@ def load_parameters(
         return unflatten_dict(materialise(sources, *place), sep="/")
     rows_first = output_major_sources(table, tensors, tied, how.quantize)
     params: dict[str, Any] = {**materialise(sources | rows_first, *place)}
-    params |= {path: OutputMajor(params[path], table[path].shape) for path in rows_first}
-    return output_major_params(unflatten_dict(params, sep="/"), tied=tied)
+    for path in params:  # one by one, so that no more than one of them is held twice
+        if path in rows_first:
+            params[path] = OutputMajor(params[path], table[path].shape)
+        params[path] = output_major_leaf(path, params[path], tied=tied)
+    return unflatten_dict(params, sep="/")
 
 
 def _match(
@@ -321,7 +325,7 @@ def _load_adapted_reward(directory: Path, base: str | Path, how: Loading) -> Rew
         raise InputError(f"{directory}: adapters on encoders ({base}) are not supported")
     place: dict[str, Any] = {"mesh": how.mesh, "rules": how.rules, "scan_layers": how.scan_layers}
     read = load_reward_model if is_reward_model(base) else load_model
-    found = read(base, dtype=how.dtype, **place)
+    found = read(base, dtype=how.dtype, decoding=how.decoding, **place)
     assert isinstance(found, RewardModel | Model)
     old = dict(found.head) if isinstance(found, RewardModel) else {}
     params = {name: subtree for name, subtree in found.params.items() if name != "head"}

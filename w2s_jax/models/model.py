@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Remat, initial_params, logits, read_sequences
-from w2s_jax.models.parameters import declared, output_major_params
+from w2s_jax.models.parameters import declared, input_major_params, output_major_params
 from w2s_jax.models.quantize import QuantizeConfig, quantize, quantized_axes
 from w2s_jax.ops.sharding import (
     DEFAULT_RULES,
@@ -131,7 +131,11 @@ def for_decoding(model: Model) -> Model:
     On one CPU they are kept output-major, which makes a search of one prompt twice as fast; any
     other model is returned as it is. Until the given one is dropped, its weights are held twice:
     `load_model(.., decoding=True)` reads them so at once.
+
+    Raises:
+        InputError: For what is no Model.
     """
+    check_kind("for_decoding", model, Model, "what load_model gives")
     if not decodes_output_major(model.placement.mesh, scan_layers=model.scan_layers):
         return model
     tied = model.config.tied_embeddings
@@ -206,6 +210,7 @@ def shard_model(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model
         InputError: Naming the parameter, where the mesh does not divide a dimension.
     """
     check_placing(mesh, rules)
+    model = replace(model, params=input_major_params(model.params))
     _, axes = abstract_model(model.config, dtype=model.dtype, scan_layers=model.scan_layers)
     shardings = resolve_tree(quantized_axes(axes, model.params), model.params, rules, mesh)
     return Model(model.config, jax.device_put(model.params, shardings), Placement(mesh, rules))

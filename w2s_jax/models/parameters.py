@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
-from w2s_jax.ops.layers import OutputMajor, input_major, output_major
+from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
 Index = tuple[slice, ...]
@@ -313,6 +313,7 @@ def stack_layers(params: dict, layers: int) -> dict:
     """
     if STACKED in params:
         return params
+    params = input_major_params(params)
     names = [layer_name(layer) for layer in range(layers)]
     rest = {name: subtree for name, subtree in params.items() if name not in names}
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
@@ -330,21 +331,37 @@ def summed_axes(path: str, tied: bool) -> tuple[int, ...] | None:
     return (1,) if path == "embed/embedding" and tied else None
 
 
+def output_major_leaf(path: str, leaf: Any, *, tied: bool) -> Any:
+    """A parameter as CPUs decode it: an `OutputMajor` of a matrix, anything else as it is.
+
+    Of a quantised one only where a scale serves a whole channel: products of groups gain nothing.
+    """
+    axes = summed_axes(path, tied)
+    grouped = isinstance(leaf, QTensor) and leaf.group is not None
+    if axes is None or grouped or isinstance(leaf, OutputMajor):
+        return leaf
+    return output_major(leaf, axes)
+
+
+def input_major_leaf(path: str, leaf: Any) -> Any:
+    """A parameter in its own shape again, where it is an `OutputMajor`; else as it is."""
+    if not isinstance(leaf, OutputMajor):
+        return leaf
+    axes = summed_axes(path, tied=True)
+    assert axes is not None
+    return input_major(leaf, axes)
+
+
 def output_major_params(params: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     """The parameters in the layout in which CPUs decode: every matrix is an `OutputMajor`.
-
-    What is one already stays as it is.
 
     Args:
         params: A decoder's, its layers apart, quantised or not.
         tied: Whether the embedding is its head too.
     """
     flat = flatten_dict(dict(params), sep="/")
-    for path, leaf in flat.items():
-        axes = summed_axes(path, tied)
-        if axes is not None and not isinstance(leaf, OutputMajor):
-            flat[path] = output_major(leaf, axes)
-    return unflatten_dict(flat, sep="/")
+    kept = {path: output_major_leaf(path, leaf, tied=tied) for path, leaf in flat.items()}
+    return unflatten_dict(kept, sep="/")
 
 
 def is_output_major(params: Mapping[str, Any]) -> bool:
@@ -355,12 +372,7 @@ def is_output_major(params: Mapping[str, Any]) -> bool:
 def input_major_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with arrays again in place of every `OutputMajor`."""
     flat = flatten_dict(dict(params), sep="/")
-    for path, leaf in flat.items():
-        if isinstance(leaf, OutputMajor):
-            axes = summed_axes(path, tied=True)
-            assert axes is not None
-            flat[path] = input_major(leaf, axes)
-    return unflatten_dict(flat, sep="/")
+    return unflatten_dict({p: input_major_leaf(p, leaf) for p, leaf in flat.items()}, sep="/")
 
 
 def unstack_layers(params: dict) -> dict:

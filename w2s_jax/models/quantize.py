@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.parameters import PROJECTIONS, kernel_axes
+from w2s_jax.models.parameters import PROJECTIONS, input_major_leaf, kernel_axes
 from w2s_jax.ops.layers import DEPTHS, OutputMajor, QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes
 
@@ -150,7 +150,9 @@ def _quantized(
     group = config.group_of(tuple(leaf.shape), contracted, path)
     options: dict[str, Any] = {"bits": config.bits, "group": group}
     options |= {"contracted": contracted, "scale_dtype": jnp.dtype(config.scale_dtype)}
-    if isinstance(leaf, OutputMajor):
+    if isinstance(leaf, OutputMajor) and group is not None:
+        leaf = input_major_leaf(path, leaf)
+    elif isinstance(leaf, OutputMajor):
         kept = _compiled(leaf.values, **options | {"contracted": (-1,)})
         return OutputMajor(kept, leaf.shape)
     shardings = _shardings(leaf, contracted, group, path)

@@ -33,7 +33,7 @@ from w2s_jax.models.parameters import (
     STACKED,
     Parameter,
     decoder_parameters,
-    input_major_params,
+    input_major_leaf,
     layer_name,
     reward_head,
 )
@@ -126,7 +126,7 @@ def _save(
     max_shard_bytes: int,
 ) -> None:
     """Write parameters, in either layout and of one dtype, with `hf` as their config.json."""
-    flat = flatten_dict(input_major_params(params), sep="/")
+    flat = flatten_dict(dict(params), sep="/")
     leaves: dict[str, tuple[Any, int | None]] = {}
     for path, leaf in flat.items():
         kind, _, rest = path.partition("/")
@@ -144,7 +144,7 @@ def _save(
     def fetch(name: str) -> np.ndarray:
         arrays = []
         for path in parts[name]:
-            leaf, layer = leaves[path]
+            leaf, layer = input_major_leaf(path, leaves[path][0]), leaves[path][1]
             arrays.append(stored[path].arranged(to_host(leaf if layer is None else leaf[layer])))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 

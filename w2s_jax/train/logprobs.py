@@ -24,6 +24,7 @@ from w2s_jax.distributed import gather_values, is_first
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import Remat
 from w2s_jax.models.model import Model, hidden_states
+from w2s_jax.models.parameters import input_major_leaf
 from w2s_jax.ops.logits import Head, Spread, head_logprobs, weighted_head_logprobs
 from w2s_jax.ops.meshes import check_batch
 from w2s_jax.ops.sharding import Placement
@@ -118,11 +119,12 @@ def _read_by(
     model: Model, hidden: Array, tokens: Tokens, counted: Array, block_bytes: int
 ) -> tuple[Any, ...]:
     """The arguments of the head's log-probs: each hidden state with the token that follows it."""
-    kernel = model.params["head"]["kernel"] if not model.config.tied_embeddings else None
+    module, leaf = ("embed", "embedding") if model.config.tied_embeddings else ("head", "kernel")
+    head = input_major_leaf(f"{module}/{leaf}", model.params[module][leaf])
     rows = (row_groups(model.placement, len(tokens)), -1)
     return (
         head_of(model.config, model.placement, block_bytes),
-        model.params["embed"]["embedding"] if kernel is None else kernel,
+        head,
         hidden.reshape(*rows, hidden.shape[-1]),
         *(_next(x).reshape(rows) for x in (tokens, counted)),
     )
