@@ -362,7 +362,7 @@ def read_sequences(
         scan = (params["layers"], jnp.asarray(window_of, jnp.int32))
         (x, _), kv = jax.lax.scan(body, (x, jnp.zeros((), jnp.int32)), scan)
     else:
-        layers = []
+        layers, apply = [], jax.jit(apply)  # those alike are traced and lowered once
         for i in range(config.layers):
             reach = Reach((windows[window_of[i]],), None, mask, segments, placement)
             x, layer_kv = apply(params[f"layers_{i}"], x, turn, reach, fold(i))

@@ -197,6 +197,8 @@ def _run_layers(
 ) -> tuple[Array, Any, Any]:
     """Each layer's caches go in and come out by themselves."""
     parts: list[LayerKV] = []
+    # A program within the program: layers that are alike are traced and lowered once.
+    apply = jax.jit(apply, static_argnums=3)
     prefix: Any = cache.prefix
     committed: Any = cache.committed
     for i, window in enumerate(layer_windows(view.config)[1]):
