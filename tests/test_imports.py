@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 import w2s_jax
 
 PACKAGE = Path(w2s_jax.__file__).parent
-TOP = {"distributed", "errors", "program_cache"}  # leaves that every room may use
+TOP = {"distributed", "errors"}  # leaves that every room may use
 
 BELOW_SEARCH = {"ops", "models", "text"}
 BELOW_EVALUATE = {*BELOW_SEARCH, "search", "train"}

@@ -1,4 +1,4 @@
-"""The entry point `w2s`: finds the command, reads its flags, tells errors in one line.
+"""The entry point `w2s`: finds the command, reads its flags, has its programs kept, tells errors.
 
 A command is a frozen dataclass with a `run` method, in a module imported only when asked for. A
 config file is YAML values of its flags, which become flags put before the user's own, so that both
@@ -7,11 +7,14 @@ are checked by the same rules.
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import inspect
 import os
+import platform
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any, Protocol
 from tyro.conf import UseAppendAction
 
 import w2s_jax
-from w2s_jax import distributed, program_cache
+from w2s_jax import distributed
 from w2s_jax.cli.multihost_launch import Attempt, End, run_started, run_together
 from w2s_jax.errors import Diverged, InputError, Preempted, Undivided
 
@@ -196,6 +199,17 @@ PREEMPTED = 75
 """A run was asked to stop and is saved: EX_TEMPFAIL, "run again"."""
 FAILED = 1
 WRONG_INPUT = 2
+CACHE = "W2S_CACHE_DIR"
+"""The folder of what may be made again; set to nothing, no programs are kept."""
+FOLDER, LIMIT = "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"
+ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
+SETTINGS = {
+    LIMIT: str(2 * 2**30),
+    # A small program takes less time to compile than to find.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""jax's settings beside the folder of programs; those that the environment gives stay."""
 NO_CACHE = "--no-cache"
 """Before the command: it keeps no compiled programs and uses none."""
 COMPILES_ANEW = ("cache", "convert", "plot", "bench", "plan")
@@ -218,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     while args[:1] == [NO_CACHE]:
         args = args[1:]
-        program_cache.stop()
+        keep_none()
     if args == ["--version"]:
         print(f"w2s {w2s_jax.__version__}")
         return 0
@@ -233,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(args)
         together = _hosts_of(command, _words(args))
         # Of several hosts one writes: a folder that they do not share would help it alone.
-        shared = together is None or program_cache.VARIABLE in os.environ
-        if shared and args[0] not in COMPILES_ANEW and (note := program_cache.start()):
+        shared = together is None or CACHE in os.environ
+        if shared and args[0] not in COMPILES_ANEW and (note := keep_programs()):
             print(note, file=sys.stderr)
         if together is not None:
             return together(partial(_attempt, command))
@@ -246,6 +260,99 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end.line, file=sys.stderr)
         return end.status
     return 0
+
+
+def programs_folder() -> Path | None:
+    """The folder of all machines' programs; None where none are kept.
+
+    Raises:
+        RuntimeError: Where nothing tells which folder is the user's home.
+    """
+    import platformdirs
+
+    given = os.environ.get(CACHE)
+    if given == "":
+        return None
+    found = platformdirs.user_cache_path("w2s_jax") if given is None else Path(given).expanduser()
+    return found.absolute() / "programs"
+
+
+def machine() -> str:
+    """A name that machines share whose CPUs have the same instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    told = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features")}
+    instructions = " ".join([platform.processor(), *sorted(told)])
+    return f"{platform.machine()}-{hashlib.sha256(instructions.encode()).hexdigest()[:12]}"
+
+
+def keep_programs() -> str | None:
+    """Have jax keep the compiled programs of this process, and of those that it starts.
+
+    jax holds its folder to a size and locks it; its keys are of the program, of jax, XLA and their
+    flags, and of the kind of device. Which instructions a CPU has is not in them, so every kind of
+    machine has a folder of its own. A folder that the environment names for jax is left alone.
+
+    Returns:
+        One line for the user, where none can be kept.
+    """
+    folder: Path | None = None
+    try:
+        folder = programs_folder()
+        folder = folder and folder / machine()
+        if folder is None or os.environ.get(FOLDER, str(folder)) != str(folder):
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"0")
+        probe.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        os.environ[CACHE] = ""
+        why = getattr(error, "strerror", None) or str(error)
+        place = f"{folder}: " if folder else ""
+        return f"compiled programs are not kept: {place}{why} ({CACHE} names another folder)"
+    given = {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
+    _configure(given | {FOLDER: str(folder)})
+    _tell_faults_once()
+    return None
+
+
+def _configure(given: Mapping[str, str]) -> None:
+    """Settings of jax, here and in processes started from here."""
+    os.environ.update(given)
+    if "jax" not in sys.modules:
+        return
+    import jax  # which has read the environment before
+
+    kinds: dict[str, Any] = {FOLDER: str, ENABLED: lambda told: told == "true"}
+    for name, value in given.items():
+        kind = kinds.get(name, float if "SECS" in name else int)
+        jax.config.update(name.lower(), kind(value))
+
+
+def _tell_faults_once() -> None:
+    """Have what jax warns of its cache be one line in all; it compiles then, as without one."""
+    show = warnings.showwarning
+    told: list[str] = []
+
+    def showwarning(message: Any, *rest: Any, **named: Any) -> None:
+        text = str(message).split("\n")[0]
+        if "persistent compilation cache" not in text and not text.startswith("Cache value for"):
+            show(message, *rest, **named)
+        elif not told:
+            told.append(text)
+            line = f"compiled anew, or not kept for later runs: {text} (`w2s cache --clear` helps)"
+            sys.stderr.write(f"{line}\n")
+
+    warnings.showwarning = showwarning
+
+
+def keep_none() -> None:
+    """Keep no programs and use none, here and in processes started from here."""
+    os.environ[CACHE] = ""
+    _configure({ENABLED: "false"})
 
 
 def _attempt(command: Command) -> End:
