@@ -105,6 +105,10 @@ def test_what_takes_parameters_takes_those_for_decoding():
     assert_same_params(stacked, stack_layers(plain.params, layers))
     mesh = make_mesh("data=1")
     assert_same_params(shard_model(decoding, mesh).params, plain.params)
+    eighths = quantize(plain.params, read_quantize("int8"))
+    kept = for_decoding(dataclasses.replace(plain, params=eighths))
+    assert is_output_major(kept.params)
+    assert_same_params(shard_model(kept, mesh).params, eighths)
     # Products with scales of groups are no faster so.
     grouped = quantize(decoding.params, read_quantize("int8:4"))
     assert_same_params(

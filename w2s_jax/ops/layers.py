@@ -103,13 +103,21 @@ def output_major(weight: Array | QTensor, contract: tuple[int, ...]) -> OutputMa
     return OutputMajor(replace(weight, values=values, scales=scales, axis=-1), shape)
 
 
-def input_major(weight: OutputMajor, contract: tuple[int, ...]) -> Array:
-    """The array that `output_major` was given; of a QTensor, what it stands for."""
-    values = weight.values
-    values = dequantize(values) if isinstance(values, QTensor) else values
+def input_major(weight: OutputMajor, contract: tuple[int, ...]) -> Array | QTensor:
+    """The weight that `output_major` was given, of which `contract` were the axes summed over."""
     order = (*(axis for axis in range(weight.ndim) if axis not in contract), *contract)
-    apart = values.reshape([weight.shape[axis] for axis in order])
-    return apart.transpose([order.index(axis) for axis in range(weight.ndim)])
+
+    def back(array: Array, shape: tuple[int, ...]) -> Array:
+        apart = array.reshape([shape[axis] for axis in order])
+        return apart.transpose([order.index(axis) for axis in range(weight.ndim)])
+
+    kept = weight.values
+    if not isinstance(kept, QTensor):
+        return back(kept, weight.shape)
+    summed = tuple(axis - weight.ndim for axis in contract)
+    small = scales_shape(weight.shape, summed, kept.group)
+    values, scales = back(kept.values, weight.shape), back(kept.scales, small)
+    return replace(kept, values=values, scales=scales, axis=summed[-1])
 
 
 def scales_shape(

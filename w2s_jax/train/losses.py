@@ -8,7 +8,7 @@ In the formulas c and r are the log-ratios log p(y|x) - log p_ref(y|x) of the ch
 rejected response, b is `beta`, e is `label_smoothing`, s is the logistic function.
 
 A new pair loss takes a function here, an entry of `PAIR_LOSSES`, and an entry of `LOSSES` in
-config.py that says which arrays and options it reads.
+config.py that says which arrays and options it reads; of single responses, see README.md.
 """
 
 import math
