@@ -297,10 +297,8 @@ def load_reward_model(
     Raises:
         InputError: As `load_model` does, and for a checkpoint with no head that is known here.
     """
-    directory, how = (
-        locate(path_or_hub_id),
-        Loading(dtype, mesh, rules, scan_layers, None, decoding),
-    )
+    directory = locate(path_or_hub_id)
+    how = Loading(dtype, mesh, rules, scan_layers, decoding=decoding)
     if is_adapter(directory):
         return _load_adapted_reward(directory, base_of(directory) if base is None else base, how)
     config = load_reward_config(directory)
@@ -336,7 +334,7 @@ def _load_adapted_reward(directory: Path, base: str | Path, how: Loading) -> Rew
         raise InputError(f"{directory}: neither the adapter nor its base {base} has a reward head")
     labels = _adapted_labels(labels, new)
     merged = merge(params, adapter, lora)
-    if how.output_major:
+    if is_output_major(found.params):
         merged = output_major_params(merged, tied=False)
     return RewardModel(config, merged, new, labels, found.placement)
 

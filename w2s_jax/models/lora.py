@@ -25,12 +25,13 @@ from w2s_jax.models.parameters import (
     STACKED,
     contracted,
     declared,
+    input_major_leaf,
     layer_name,
     module_of,
+    output_major_leaf,
     unstack_layers,
 )
 from w2s_jax.models.quantize import is_quantized
-from w2s_jax.ops.layers import OutputMajor, input_major, output_major
 from w2s_jax.ops.sharding import DEFAULT_RULES, Axes, Rules, resolve_tree, with_shardings
 
 FACTORS = ("lora_a", "lora_b")
@@ -197,14 +198,12 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
                 raise InputError(
                     f"{'/'.join(place)} is quantised, which no adapter is merged into; attach it"
                 )
-            added = functools.partial(
-                _added, a=a, b=b, scale=lora.scale, stacked=place[0] == STACKED
-            )
-            if isinstance(kernel, OutputMajor):
-                axes = tuple(range(contracted(place[-1])))
-                flat[(*place, "kernel")] = output_major(added(input_major(kernel, axes)), axes)
-            else:
-                flat[(*place, "kernel")] = added(kernel)
+            path = "/".join((*place, "kernel"))
+            own = input_major_leaf(path, kernel)
+            added = _added(own, a, b, lora.scale, place[0] == STACKED)
+            if own is not kernel:
+                added = output_major_leaf(path, added, tied=False)
+            flat[(*place, "kernel")] = added
     return unflatten_dict(flat)
 
 
@@ -223,9 +222,7 @@ def with_vocabulary(base: Model, config: ModelConfig, adapter: dict[str, Any]) -
         embedding = params["embed"]["embedding"]
         if is_quantized(params["embed"]):
             raise InputError("an adapter that unties the head needs a base that is not quantised")
-        if isinstance(embedding, OutputMajor):
-            embedding = embedding.values
-        params["head"] = {"kernel": embedding.T}
+        params["head"] = {"kernel": input_major_leaf("embed/embedding", embedding).T}
     return replace(base, config=config, params=take_vocabulary(params, adapter))
 
 
