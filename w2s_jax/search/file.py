@@ -303,13 +303,13 @@ def search_file(
     share the rows.
 
     Args:
-        config: input, search, and output. Further fields of a subclass count as settings of the
+        config: Input, search, and output. Further fields of a subclass count as settings of the
             run, unless they are named in `settings.NOT_IN_FINGERPRINT`.
         tell: Called with lines for the user: where each guide scores, what an endpoint has cost.
-        progress: makes, from the number of rows and of those already done, a context whose value is
+        progress: Makes, from the number of rows and of those already done, a context whose value is
             called with how many more are done.
         on_row: Called with each answer as it is found; rows are then traced.
-        connect: returns, for the search and a function that renders prompts, the policy behind
+        connect: Returns, for the search and a function that renders prompts, the policy behind
             `config.endpoint` and a function that says what was used.
         choose_mesh: Chooses the mesh for "auto" from plan, search, places, and the tokens of the
             longest prompt.
