@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -26,10 +27,10 @@ print("hits", sum("cache_hits" in name for name in events))
 def compute(tmp_path):
     """Runs a small program in a process of its own that keeps it; its lines, and its errors'."""
 
-    def run(folder=tmp_path, **more):
+    def run(limit=2**30):
         names = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
         env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-        env |= {"W2S_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)} | more
+        env |= {"W2S_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), cli.LIMIT: str(limit)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, "-c", SOURCE]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -49,29 +50,48 @@ def test_programs_are_found_again_and_damaged_ones_compiled_anew(compute, tmp_pa
     entries = sorted(tmp_path.glob("programs/*/*-cache"))
     assert found.programs == len(entries) > 0
     assert found.size == sum(path.stat().st_size for path in entries)
-    for path in entries:
-        path.write_bytes(b"damaged")
-    spoilt, told = compute()
+    entries[0].write_bytes(b"damaged")
+    for path in entries[1:]:
+        path.unlink()
+        path.with_name(path.name.replace("-cache", "-atime")).unlink()
+    limit = found.size // 2
+    spoilt, told = compute(limit)
     assert spoilt == [*first[:2], "hits 0"]
+    assert 0 < cache.usage().size <= limit
     told = [line for line in told if "compil" in line]
     assert len(told) == 1
     assert told[0].startswith("compiled anew, or not kept for later runs: Error reading")
 
 
-def test_a_small_limit_is_held(compute, tmp_path):
-    compute(JAX_COMPILATION_CACHE_MAX_SIZE="3000")
-    kept = [path.stat().st_size for path in tmp_path.glob("programs/*/*-cache")]
-    assert 0 < sum(kept) <= 3000
+@pytest.fixture
+def fresh(monkeypatch):
+    """Has no setting of jax's cache in the environment, and none reach the jax of this process."""
+    for name in (cli.FOLDER, cli.ENABLED, *cli.SETTINGS):
+        monkeypatch.setenv(name, "")  # so that what is set by the test goes again
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(compute, tmp_path):
+def test_jax_is_told_a_folder_and_a_limit(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("W2S_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "7")
+    assert cli.keep_programs() is None
+    folder = tmp_path / "programs" / cli.machine()
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(2 * 2**30)
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "7"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(fresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    (note, value, hits), told = compute(tmp_path / "file")
+    monkeypatch.setenv("W2S_CACHE_DIR", str(tmp_path / "file"))
+    note = cli.keep_programs()
     assert note.startswith("compiled programs are not kept: ")
     assert "Not a directory (W2S_CACHE_DIR names another folder)" in note
-    assert float(value) > 0
-    assert hits == "hits 0"
-    assert not [line for line in told if "cache" in line]
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 def test_jaxs_own_setting_is_left_alone(monkeypatch, tmp_path):
