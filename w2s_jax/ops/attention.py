@@ -217,14 +217,14 @@ def attend_part(
     if value_scales is not None:
         weights = weights * _of_keys(value_scales)
     weighted = jnp.einsum(
-        "pagmhj,pajgc->pamghc",
+        "pagmhj,pajgc->pagmhc",
         weights.astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
     )
     shape = (slots, groups, count, heads)
     return Partial(
-        weighted.reshape(*shape, width),
+        jnp.moveaxis(weighted, 2, 3).reshape(*shape, width),
         jnp.moveaxis(total, 2, 3).reshape(shape),
         jnp.moveaxis(maximum, 2, 3).reshape(shape),
     )

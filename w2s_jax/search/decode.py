@@ -5,6 +5,7 @@ loop samples K successors of L tokens for every hypothesis, from the logits of o
 as the config's proposer mixes them. Nothing is scored or selected here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from w2s_jax.models.cache import (
 from w2s_jax.models.decoder import logits, read_sequences
 from w2s_jax.models.forward import Layout, forward
 from w2s_jax.models.model import Model
+from w2s_jax.models.parameters import is_output_major
 from w2s_jax.ops.logits import Sampling, blocked_token_logprobs, choose, shortlist
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.methods import Logits
@@ -394,11 +396,13 @@ def sample_chunk(
         for model, cache in zip(members, caches, strict=True)
     )
 
+    held = tuple(map(_ahead_of_steps, members, caches))
+
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         buffers, tokens = carry
         reads = [
-            read_step(model, cache, buffer, tokens, t - 1)
-            for model, cache, buffer in zip(members, caches, buffers, strict=True)
+            read_step(model, in_step(), buffer, tokens, t - 1)
+            for model, in_step, buffer in zip(members, held, buffers, strict=True)
         ]
         drawn = draw(tuple(logits for logits, _ in reads), draws.keys(base + t, rows))
         return (tuple(buffer for _, buffer in reads), drawn[0]), drawn
@@ -410,6 +414,30 @@ def sample_chunk(
         said = jax.tree.map(join, said, later)
     tokens, values, faults = said
     return Chunk(tokens, values, faults, caches, buffers)
+
+
+def _ahead_of_steps(model: Model, cache: KVCache) -> Callable[[], KVCache]:
+    """A function that gives the cache to each step of a loop that does not change it.
+
+    A CPU's products copy keys and values into the order that they take, and would in every step.
+    Laid out in that order ahead of the loop they are copied once, and held twice meanwhile.
+    """
+    if not is_output_major(model.params) or part_dtype(cache.prefix) == jnp.int8:
+        return lambda: cache
+
+    def moved(move: Callable[[KV], KV], cache: KVCache) -> KVCache:
+        parts = (cache.prefix, cache.committed)
+        own = [jax.tree.map(move, part, is_leaf=lambda x: isinstance(x, KV)) for part in parts]
+        return replace(cache, prefix=own[0], committed=own[1])
+
+    def laid_out(part: KV) -> KV:
+        return KV(jnp.moveaxis(part.keys, -3, -1), jnp.moveaxis(part.values, -3, -2))
+
+    def as_cached(part: KV) -> KV:
+        return KV(jnp.moveaxis(part.keys, -1, -3), jnp.moveaxis(part.values, -2, -3))
+
+    kept = jax.lax.optimization_barrier(moved(laid_out, cache))
+    return lambda: moved(as_cached, kept)
 
 
 def row_ends(
