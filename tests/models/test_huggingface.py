@@ -295,7 +295,7 @@ def test_a_hub_id_is_fetched_without_pickle(monkeypatch, tmp_path):
         asked[name] = allow_patterns
         return str(GOLDEN / "gpt2")
 
-    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_model("somebody/tiny-gpt2").config.architecture == "gpt2"
     for patterns in asked.values():
         chosen = list(

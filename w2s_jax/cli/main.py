@@ -7,6 +7,7 @@ are checked by the same rules.
 
 import dataclasses
 import difflib
+import gc
 import hashlib
 import importlib
 import inspect
@@ -230,6 +231,7 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    gc.set_threshold(5_000)  # Imports and tracing make many objects, of which few are in cycles.
     while args[:1] == [NO_CACHE]:
         args = args[1:]
         keep_none()

@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
@@ -80,6 +78,9 @@ def locate(path_or_hub_id: str | Path, patterns: tuple[str, ...] = _PATTERNS) ->
         raise InputError(f"{path} is a file; give the directory that holds {CONFIG}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise InputError(f"{name}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:

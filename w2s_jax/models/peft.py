@@ -15,7 +15,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from scipy.linalg import block_diag
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
@@ -335,6 +334,8 @@ def _joined(
 
     Projections with factors of their own lie in blocks, which multiplies the rank.
     """
+    from scipy.linalg import block_diag
+
     first = factors[0][0]
     if all(np.array_equal(a, first) for a, _ in factors):
         return first, np.concatenate([b for _, b in factors])
