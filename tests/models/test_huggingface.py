@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import w2s_jax.models.huggingface as hf
 import w2s_jax.models.save as save
 from w2s_jax.errors import InputError
 from w2s_jax.models.load import load_config, load_model
