@@ -1,8 +1,7 @@
 """The entry point `w2s`: finds the command, reads its flags, has its programs kept, tells errors.
 
-A command is a frozen dataclass with a `run` method, in a module imported only when asked for. A
-config file is YAML values of its flags, which become flags put before the user's own, so that both
-are checked by the same rules.
+A command is a frozen dataclass with a `run` method, in a module imported only when asked for. The
+values of a config file become flags put before the user's own, so that the same rules check both.
 """
 
 import dataclasses
@@ -261,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(end.line, file=sys.stderr)
         return end.status
+    gc.freeze()  # Else the interpreter looks for cycles in all of it once more when it ends.
     return 0
 
 
