@@ -132,19 +132,27 @@ def search(rehearse: bool, tell: Callable[[Any], None]) -> Any:
         options = SearchBenchConfig(
             shape="llama-8b", dtype="bfloat16", batch_size=4, prompt_tokens=512, repeats=3
         )
-    return {"options": asdict(options), **asdict(bench.run(options))}
+    (figures,) = bench.run(options)
+    return {"options": asdict(options), **asdict(figures)}
 
 
 def decoding(rehearse: bool, tell: Callable[[Any], None]) -> Any:
-    """Plain decoding of as many rows by this package and by transformers."""
+    """`w2s bench generate`: plain decoding of as many rows, by transformers as well."""
     from w2s_jax.bench import decoding as bench
-    from w2s_jax.bench.setup import named_shape
+    from w2s_jax.bench.config import GenerateBenchConfig
 
     if rehearse:
-        config, options = toy_shape(), bench.Options(2, 2, 5, 4, dtype="float32", repeats=1)
+        options = GenerateBenchConfig(
+            architecture="llama", layers=1, width=64, vocab=64, batch_size=2, samples=2,
+            prompt_tokens=5, max_new_tokens=4, repeats=1, compare=("generate",),
+        )  # fmt: skip
     else:
-        config, options = named_shape("llama-8b"), bench.Options(seconds=55)
-    return {"options": asdict(options), **asdict(bench.run(config, options))}
+        options = GenerateBenchConfig(
+            shape="llama-8b", dtype="bfloat16", batch_size=4, prompt_tokens=512,
+            compare=("generate",), compare_seconds=55,
+        )  # fmt: skip
+    (figures,) = bench.run(options)
+    return {"options": asdict(options), **asdict(figures)}
 
 
 def training(rehearse: bool, tell: Callable[[Any], None]) -> Any:
@@ -173,16 +181,6 @@ def training(rehearse: bool, tell: Callable[[Any], None]) -> Any:
         shares["mfu"] = rate / published[0]
         sys.stdout.write(f"MFU {shares['mfu']:.1%}, of {published[0] / 1e12:.0f} TFLOP/s\n")
     return {"options": asdict(options), **asdict(figures), "shares": shares}
-
-
-def toy_shape() -> Any:
-    """A small llama."""
-    from w2s_jax.bench import train
-    from w2s_jax.bench.config import TrainBenchConfig
-
-    return train.shape(
-        TrainBenchConfig(architecture="llama", layers=1, width=64, vocab=64, length=32)
-    )
 
 
 # Limits add up to less than eight minutes.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tiny import tiny_config, tiny_model
-from w2s_jax.bench.floor import Rates, Work, read_work, search_work
+from w2s_jax.bench.floor import Rates, Work, mean_rates, read_work, search_work
 from w2s_jax.search.config import cbs
 
 
@@ -14,6 +14,17 @@ def test_work_takes_the_larger_of_its_two_times():
     assert rates.seconds(Work(200.0, 10.0)) == 2.0
     assert rates.seconds(Work(200.0, 30.0)) == 3.0
     assert Work(1.0, 2.0) + Work(3.0, 4.0) == Work(4.0, 6.0)
+
+
+def test_a_machine_that_drifts_is_said():
+    before = Rates(100e9, 10e9)
+    rates = mean_rates(before, Rates(108e9, 10e9))
+    assert (rates.operations, rates.bytes, rates.steady) == (104e9, 10e9, True)
+    assert rates.seconds(Work(208e9, 0.0)) == 2.0
+    assert "not steady" not in str(rates)
+    rates = mean_rates(before, Rates(100e9, 8e9))
+    assert rates.drift == pytest.approx(0.25)
+    assert "not steady: these differ by 25%" in str(rates)
 
 
 @pytest.mark.parametrize("fields", [{}, {"gated_mlp": False}, {"heads": 2, "kv_heads": 1}])

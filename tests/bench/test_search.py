@@ -40,20 +40,30 @@ def quick_rates(monkeypatch):
 def asked(monkeypatch):
     """What each search that is timed was given; none is run."""
     asked = []
-    monkeypatch.setattr(bench, "search", lambda *args, **settings: asked.append((args, settings)))
+
+    def search(*args, **settings):
+        asked.append((args, settings))
+        settings.get("on_result", str)(None)
+
+    monkeypatch.setattr(bench, "search", search)
     return asked
 
 
 def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
     """The phases are run."""
     path = tmp_path / "bench.json"
-    figures = run(SearchBenchConfig(**SMALL, json=str(path)))
+    (figures,) = run(SearchBenchConfig(**SMALL, json=str(path)))
     for (_, _, prompts, config), _ in asked:
         assert np.shape(prompts) == (2, 3)
         assert (config.max_new_tokens, config.length, config.slots) == (4, 2, 2)
     written = json.loads(path.read_text())
     assert written["options"]["batch_size"] == 2
     assert "json" not in written["options"]
+    assert written["machine"]["device"] == "cpu"
+    assert 0 < figures.first_row_seconds < 1
+    assert figures.peak_bytes > 10_000_000
+    rates = written["rates"]
+    assert rates["bytes"] == (rates["before"]["bytes"] + rates["after"]["bytes"]) / 2
     assert written["prompts_per_second"] == figures.prompts_per_second > 0
     assert figures.tokens_per_second == pytest.approx(4 * figures.prompts_per_second)
     assert figures.floor_share == pytest.approx(
@@ -63,6 +73,22 @@ def test_figures_are_printed_and_written(tmp_path, capsys, quick_rates, asked):
     told = capsys.readouterr().out
     assert "share of the floor" in told
     assert "guides of another vocabulary" not in told
+    assert "CPU cores, jax 0." in told
+
+
+def test_a_curve_has_a_row_for_each_point(tmp_path, capsys, quick_rates, asked, monkeypatch):
+    monkeypatch.setattr(bench, "phase_seconds", lambda *_: dict.fromkeys(bench.PHASES, 1.0))
+    path = tmp_path / "bench.json"
+    curve = ("batch_size=1,2", "wk=2x1")
+    found = run(SearchBenchConfig(**SMALL, curve=curve, json=str(path)))
+    configs = [config for (_, _, _, config), _ in asked[::2]]
+    assert [one.slots for one in configs] == [1, 2, 2]
+    assert [(one.beam_width, one.successors) for one in configs] == [(4, 4), (4, 4), (2, 1)]
+    assert len({id(args[0]) for args, _ in asked}) == 1
+    rows = json.loads(path.read_text())["curve"]
+    assert list(rows) == ["batch_size=1", "batch_size=2", "wk=2x1"]
+    assert rows["wk=2x1"]["tokens_per_second"] == found[2].tokens_per_second
+    assert "share of floor" in capsys.readouterr().out
 
 
 def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
@@ -81,7 +107,7 @@ def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):
 
 @pytest.mark.slow
 def test_searches_are_timed_on_the_device_and_across_vocabularies(capsys, quick_rates):
-    figures = run(SearchBenchConfig(**SMALL, cross_vocabulary=True))
+    (figures,) = run(SearchBenchConfig(**SMALL, cross_vocabulary=True))
     across = figures.cross_vocabulary
     assert figures.compile_seconds > 0
     assert across.compile_seconds > 0

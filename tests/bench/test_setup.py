@@ -15,7 +15,13 @@ from w2s_jax.errors import InputError
 NAMES = ("scale", "bias", "kernel")
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama-1b", 1.236), ("llama-8b", 8.030)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gpt2", 0.1236), ("qwen2.5-0.5b", 0.494), ("llama-1b", 1.236), ("llama-3b", 3.213),
+        ("llama-8b", 8.030),
+    ],
+)  # fmt: skip
 def test_shapes_are_of_their_published_sizes(name, billions):
     config = named_shape(name)
     embeddings = config.vocab_size * config.width * (1 if config.tied_embeddings else 2)
@@ -26,6 +32,7 @@ def test_a_shape_stands_in_place_of_sizes():
     policy, guide = search.shapes_of(SearchBenchConfig(shape="llama-8b"))
     assert (policy, guide) == (named_shape("llama-8b"), named_shape("llama-1b"))
     assert train.shape(TrainBenchConfig(shape="llama-1b")) == guide
+    assert search.shapes_of(SearchBenchConfig(shape="gpt2")) == (named_shape("gpt2"),) * 2
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,10 @@ def test_a_shape_stands_in_place_of_sizes():
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"shape": "llama-9b"}, "--shape llama-9b: no such shape; known are llama-1b, llama-8b"),
+        (
+            {"shape": "llama-9b"},
+            "--shape llama-9b: no such shape; known are gpt2, qwen2.5-0.5b, llama",
+        ),
         ({"shape": "llama-1b", "vocab": 9}, "--vocab is set beside --shape, which decides it"),
     ],
 )

@@ -56,10 +56,10 @@ def test_every_command_has_help_for_every_flag(words, capsys):
     ("args", "problem"),
     [
         (["srch"], "unknown command 'srch'; the commands are demo, search, sft, dpo, reason,"),
-        (["bench"], "bench is followed by another word: bench search, bench train"),
+        (["bench"], "bench is followed by another word: bench search, bench generate, bench train"),
         (
             ["bench", "--repeats", "2"],
-            "bench is followed by another word: bench search, bench train",
+            "bench is followed by another word: bench search, bench generate, bench train",
         ),
         (["bench", "train", "--shape", "llama-9b"], "--shape llama-9b: no such shape; known are"),
         ([*SEARCH, "--config", "none.yaml"], "--config none.yaml: no such file"),

@@ -18,6 +18,8 @@ from w2s_jax.models.config import ModelConfig
 from w2s_jax.search.config import SearchConfig
 
 PHASES = ("prefill", "proposing", "scoring", "selecting")
+DRIFT = 0.1
+"""By more than this the rates before and after differ on a machine that is not steady."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,35 @@ class Rates:
     def seconds(self, work: Work) -> float:
         """The larger of the work's operations and its bytes over their rates."""
         return max(work.operations / self.operations, work.bytes / self.bytes)
+
+
+@dataclass(frozen=True)
+class MeanRates(Rates):
+    """The means of the rates before and after what was timed, since machines drift.
+
+    drift: by what share the higher exceeds the lower, of the rate that differs more.
+    steady: whether that is at most `DRIFT`.
+    """
+
+    before: Rates
+    after: Rates
+    drift: float
+    steady: bool
+
+    def __str__(self) -> str:
+        told = (
+            f"{self.operations / 1e9:.0f} GFLOP/s in matmuls and {self.bytes / 1e9:.1f} GB/s of "
+            "memory, the means of before and after what was timed"
+        )
+        return told if self.steady else f"{told}; not steady: these differ by {self.drift:.0%}"
+
+
+def mean_rates(before: Rates, after: Rates) -> MeanRates:
+    """The means of two measurements, and how far these are apart."""
+    pairs = ((before.operations, after.operations), (before.bytes, after.bytes))
+    operations, moved = (sum(pair) / 2 for pair in pairs)
+    drift = max(max(pair) / min(pair) for pair in pairs) - 1
+    return MeanRates(operations, moved, before, after, drift, drift <= DRIFT)
 
 
 def read_work(

@@ -3,9 +3,11 @@
 What the floor counts is in `floor.py`.
 """
 
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,19 +16,38 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from w2s_jax.bench.beside import (
+    SAMPLING,
+    Beside,
+    beside_cells,
+    compare,
+    generate_job,
+    prompts_of,
+    report_beside,
+)
 from w2s_jax.bench.config import SearchBenchConfig
-from w2s_jax.bench.floor import PHASES, measure_rates, search_work, timed_twice
+from w2s_jax.bench.curves import points, run_points
+from w2s_jax.bench.floor import (
+    PHASES,
+    MeanRates,
+    mean_rates,
+    measure_rates,
+    search_work,
+    timed_twice,
+)
 from w2s_jax.bench.setup import (
-    GUIDE_SHAPE,
     check_settings,
     gpt2,
+    guide_shape,
     named_shape,
+    peak_bytes,
     random_model,
-    write_figures,
+    reset_peak,
 )
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model, for_decoding
+from w2s_jax.models.save import save_model
 from w2s_jax.search import Guide, SearchModels, insert_prompt, search, start_search, step
 from w2s_jax.search.config import SearchConfig, cbs
 from w2s_jax.search.scorers import TextLogRatio, TextModel
@@ -44,17 +65,22 @@ SIZES = ("policy_layers", "policy_width", "guide_layers", "guide_width", "vocab"
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured. Seconds are of one batch; a floor is the least such time."""
+    """What was measured. Seconds are of one batch; a floor is the least such time.
+
+    first_row_seconds: from the first call of `search` to the first response, with compilation.
+    """
 
     prompts_per_second: float
     tokens_per_second: float
     seconds_per_prompt: float
+    first_row_seconds: float
     compile_seconds: float
+    peak_bytes: int
     phase_seconds: dict[str, float]
     floor_seconds: dict[str, float]
     floor_share: float
-    matmul_operations_per_second: float
-    bytes_per_second: float
+    rates: MeanRates
+    beside: Beside
     cross_vocabulary: "CrossFigures | None" = None
 
 
@@ -71,17 +97,42 @@ class CrossFigures:
     compile_seconds: float
 
 
-def run(options: SearchBenchConfig) -> Figures:
-    """Measure, print a table, and write the figures where `options.json` says.
+@dataclass(frozen=True)
+class Subject:
+    """The models, and the folders of their checkpoints (policy, tuned, untuned) where needed."""
+
+    policy: Model
+    guide: Guide
+    checkpoints: tuple[str, ...] = ()
+
+
+def run(options: SearchBenchConfig) -> list[Figures]:
+    """Measure the point or those of the curve, print tables, and write what was asked for.
 
     Raises:
         InputError: For sizes out of range and for a path that cannot be written.
     """
-    config = check(options)
-    figures = measure(options, config)
-    report(Console(), options, figures)
-    write_figures(options, figures)
-    return figures
+    each = points(options).values()
+    for point in each:
+        check(point)
+    longest = max(each, key=lambda point: point.prompt_tokens + point.max_new_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = make_subject(longest, Path(folder) if "hf" in options.compare else None)
+        return run_points(options, partial(measure, subject), report, cells)
+
+
+def make_subject(options: SearchBenchConfig, folder: Path | None = None) -> Subject:
+    """Random models of the options' shapes; their checkpoints are written into a folder."""
+    policy, guide = shapes_of(options)
+    models: list[Model] = []
+    folders: list[str] = []
+    for seed, config in enumerate((policy, guide, guide)):
+        model = random_model(config, seed, dtype=jnp.dtype(options.dtype))
+        if folder is not None:
+            folders.append(str(folder / str(seed)))
+            save_model(model, folders[-1])
+        models.append(for_decoding(model))
+    return Subject(models[0], Guide(models[1], models[2]), tuple(folders))
 
 
 def check(options: SearchBenchConfig) -> SearchConfig:
@@ -91,13 +142,13 @@ def check(options: SearchBenchConfig) -> SearchConfig:
         raise InputError("--cross-vocabulary has vocabularies of its own; leave --shape out")
     beam = (options.beam_width, options.successors, options.chunk_length)
     sizes = {"max_new_tokens": options.max_new_tokens, "slots": options.batch_size}
-    return cbs(*beam, **sizes, eos_ids=())
+    return cbs(*beam, **sizes, sampling=SAMPLING, eos_ids=())
 
 
 def shapes_of(options: SearchBenchConfig) -> tuple[ModelConfig, ModelConfig]:
     """The policy's shape, and that of both models of the guide."""
     if options.shape is not None:
-        return named_shape(options.shape), named_shape(GUIDE_SHAPE)
+        return named_shape(options.shape), guide_shape(options.shape)
     # Texts in another vocabulary are longer.
     positions = 2 * (options.prompt_tokens + options.max_new_tokens)
     return (
@@ -106,22 +157,42 @@ def shapes_of(options: SearchBenchConfig) -> tuple[ModelConfig, ModelConfig]:
     )
 
 
-def measure(options: SearchBenchConfig, config: SearchConfig) -> Figures:
-    """Time whole searches (the median of the repeats), then the phases of one, and the rates."""
-    dtype = jnp.dtype(options.dtype)
-    policy_shape, guide_shape = shapes_of(options)
-    policy = for_decoding(random_model(policy_shape, 0, dtype=dtype))
-    tuned, untuned = (for_decoding(random_model(guide_shape, seed, dtype=dtype)) for seed in (1, 2))
-    guide = Guide(tuned, untuned)
-    generator = np.random.default_rng(0)
-    size = (options.batch_size, options.prompt_tokens)
-    prompts = generator.integers(2, policy_shape.vocab_size, size).tolist()
-    whole = partial(search, policy, guide, prompts, config)
+def jobs_of(subject: Subject, options: SearchBenchConfig) -> dict[str, dict[str, Any]]:
+    """What is compared with, as jobs of `peers.py`."""
+    search_job = {
+        "checkpoints": subject.checkpoints,
+        "beam_width": options.beam_width,
+        "successors": options.successors,
+        "chunk_length": options.chunk_length,
+    }
+    plain = generate_job(subject.policy.config, options.beam_width * options.successors)
+    return {name: search_job if name == "hf" else plain for name in options.compare}
+
+
+def measure(subject: Subject, options: SearchBenchConfig) -> Figures:
+    """Time whole searches (the median of the repeats), then the phases of one.
+
+    What they are compared with runs first.
+    """
+    config, dtype = check(options), jnp.dtype(options.dtype)
+    policy, guide = subject.policy, subject.guide
+    found = compare(policy.config, options, jobs_of(subject, options))
+    prompts = prompts_of(policy.config, options)
+    # Of a point before this one there may be programs that serve it as well.
+    jax.clear_caches()
+    before = measure_rates(dtype)
+    reset_peak()
+    done: list[float] = []
+    whole = partial(
+        search, policy, guide, prompts, config, on_result=lambda _: done.append(time.perf_counter())
+    )
+    start = time.perf_counter()
     first, seconds = timed_twice(whole, options.repeats)
-    rates = measure_rates(dtype)
+    peak = peak_bytes()
+    rates = mean_rates(before, measure_rates(dtype))
     work = search_work(
-        policy_shape,
-        (guide_shape, guide_shape),
+        policy.config,
+        (guide.tuned.config, guide.untuned.config),
         config,
         prompt_tokens=options.prompt_tokens,
         slots=options.batch_size,
@@ -136,12 +207,14 @@ def measure(options: SearchBenchConfig, config: SearchConfig) -> Figures:
         prompts_per_second=options.batch_size / seconds,
         tokens_per_second=options.batch_size * options.max_new_tokens / seconds,
         seconds_per_prompt=seconds / options.batch_size,
+        first_row_seconds=done[0] - start,
         compile_seconds=first - seconds,
+        peak_bytes=peak,
         phase_seconds=phases,
         floor_seconds=floors,
         floor_share=sum(floors.values()) / seconds,
-        matmul_operations_per_second=rates.operations,
-        bytes_per_second=rates.bytes,
+        rates=rates,
+        beside=found.over(seconds),
         cross_vocabulary=across,
     )
 
@@ -234,7 +307,8 @@ def report(console: Console, options: SearchBenchConfig, figures: Figures) -> No
         f"{figures.seconds_per_prompt:.3f} s per prompt, "
         f"{figures.prompts_per_second:.3g} prompts/s, "
         f"{figures.tokens_per_second:.3g} response tokens/s, "
-        f"compilation {figures.compile_seconds:.1f} s"
+        f"compilation {figures.compile_seconds:.1f} s, first response after "
+        f"{figures.first_row_seconds:.1f} s, peak memory {figures.peak_bytes / 2**30:.2f} GiB"
     )
     table = Table("phase", "seconds", "floor, seconds", "share of floor")
     for phase in PHASES:
@@ -248,8 +322,19 @@ def report(console: Console, options: SearchBenchConfig, figures: Figures) -> No
             f"policy's): {across.seconds_per_prompt:.3f} s per prompt, {across.ratio:.2f} times "
             f"the search on the device; compilation {across.compile_seconds:.1f} s"
         )
-    console.print(
-        f"share of the floor {figures.floor_share:.0%}, at "
-        f"{figures.matmul_operations_per_second / 1e9:.0f} GFLOP/s in matmuls and "
-        f"{figures.bytes_per_second / 1e9:.1f} GB/s of memory, both measured in this run"
-    )
+    report_beside(console, figures.beside)
+    console.print(f"share of the floor {figures.floor_share:.0%}, at {figures.rates}")
+
+
+def cells(figures: Figures) -> dict[str, str]:
+    """A row of the table of a curve."""
+    return {
+        "s/prompt": f"{figures.seconds_per_prompt:.3f}",
+        "tokens/s": f"{figures.tokens_per_second:.1f}",
+        "share of floor": f"{figures.floor_share:.0%}",
+        "compile s": f"{figures.compile_seconds:.1f}",
+        "first row s": f"{figures.first_row_seconds:.1f}",
+        "peak GiB": f"{figures.peak_bytes / 2**30:.2f}",
+        **beside_cells(figures.beside),
+        "drift": f"{figures.rates.drift:.0%}",
+    }

@@ -1,11 +1,13 @@
 """What measurements are made of: shapes with random weights, other programs, and their files."""
 
+import contextlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from w2s_jax.bench.config import BenchConfig
+from w2s_jax.bench.config import BenchConfig, ModelBenchConfig
 from w2s_jax.errors import InputError
 from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.model import Model, abstract_model
 from w2s_jax.text.rows import check_writable
+from w2s_jax.train.estimate import peak_memory
 
 PEERS = str(Path(__file__).with_name("peers.py"))
 """The program that runs other packages, by an interpreter that has them."""
@@ -35,7 +38,7 @@ def check_settings(config: BenchConfig, least: Mapping[str, int], by_shape: Sequ
     """
     if config.json is not None:
         check_writable(config.json)
-    shape = getattr(config, "shape", None)
+    shape = config.shape
     if shape is not None:
         named_shape(shape)
     for field in fields(config):
@@ -50,11 +53,40 @@ def check_settings(config: BenchConfig, least: Mapping[str, int], by_shape: Sequ
             )
 
 
-def write_figures(config: BenchConfig, figures: Any, **more: Any) -> None:
-    """Write the settings, more of them, and the figures, a dataclass, where the config says."""
+def write_figures(config: BenchConfig, figures: Mapping[str, Any], **more: Any) -> None:
+    """Write the settings, more of them, the machine and the figures where the config says."""
     if config.json is not None:
-        text = json.dumps({"options": config.as_row() | more, **asdict(figures)}, indent=2)
-        Path(config.json).write_text(text + "\n")
+        told = {"options": config.as_row() | more, "machine": machine(), **figures}
+        Path(config.json).write_text(json.dumps(told, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the version of jax."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "cores": cores,
+        "jax": jax.__version__,
+    }
+
+
+def told_machine() -> str:
+    """The same as a line."""
+    return "{devices} × {device}, {cores} CPU cores, jax {jax}".format(**machine())
+
+
+def reset_peak() -> None:
+    """Have `peak_bytes` forget what was before, where the system can; a GPU's cannot."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory that was held: on the device, or by this process where that is a CPU."""
+    held = jax.devices()[0].memory_stats()
+    return held["peak_bytes_in_use"] if held else peak_memory()
 
 
 def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) -> dict[str, Any]:
@@ -73,6 +105,7 @@ def call(job: Mapping[str, Any], *command: str, seconds: float | None = None) ->
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@cache
 def missing(python: str, modules: str, advice: str) -> str | None:
     """Why modules ("torch, trl") cannot be imported by this interpreter, or None."""
     try:
@@ -89,11 +122,17 @@ def _run(*command: str, seconds: float | None = None) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
 
 
-SHAPES = {"llama-1b": "meta-llama/Llama-3.2-1B", "llama-8b": "meta-llama/Meta-Llama-3-8B"}
+SHAPES = {
+    "gpt2": "openai-community/gpt2",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "llama-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3b": "meta-llama/Llama-3.2-3B",
+    "llama-8b": "meta-llama/Meta-Llama-3-8B",
+}
+MODEL_SIZES = ("architecture", "layers", "width", "vocab")
+"""Settings of a single model that a named shape decides."""
 HEAD = 64
 """Numbers of a head, where no shape is named."""
-GUIDE_SHAPE = "llama-1b"
-"""The shape of the guides of a policy of a named shape."""
 SPREAD = 0.02
 """Standard deviation of the weights."""
 
@@ -103,6 +142,25 @@ def named_shape(name: str) -> ModelConfig:
     if name not in SHAPES:
         raise InputError(f"--shape {name}: no such shape; known are {', '.join(SHAPES)}")
     return config_from_hf(KNOWN[SHAPES[name]])
+
+
+def guide_shape(name: str) -> ModelConfig:
+    """The shape of the guides of a policy of a named shape: the first of the same vocabulary."""
+    wanted = named_shape(name).vocab_size
+    return next(one for one in map(named_shape, SHAPES) if one.vocab_size == wanted)
+
+
+def model_shape(options: ModelBenchConfig, positions: int) -> ModelConfig:
+    """The decoder that a single model's options describe, with room for so many tokens."""
+    if options.shape is not None:
+        return named_shape(options.shape)
+    found = gpt2(options.vocab, options.width, options.layers, positions)
+    if options.architecture == "gpt2":
+        return found
+    same = ("vocab_size", "width", "layers", "heads", "head_width", "mlp_width", "max_positions")
+    sizes: dict[str, Any] = {name: getattr(found, name) for name in same}
+    kv_heads = found.heads // 4 or found.heads
+    return ModelConfig("llama", kv_heads=kv_heads, tied_embeddings=True, **sizes)
 
 
 def gpt2(vocab: int, width: int, layers: int, positions: int) -> ModelConfig:

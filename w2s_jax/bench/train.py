@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax.bench.config import TrainBenchConfig
-from w2s_jax.bench.floor import measure_rates, read_work
+from w2s_jax.bench.floor import MeanRates, Rates, mean_rates, measure_rates, read_work
 from w2s_jax.bench.setup import (
+    MODEL_SIZES,
     PEERS,
     call,
     check_settings,
-    gpt2,
     missing,
-    named_shape,
+    model_shape,
+    peak_bytes,
     random_model,
+    reset_peak,
+    told_machine,
     write_figures,
 )
 from w2s_jax.errors import InputError
@@ -42,7 +45,6 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.save import save_model
 from w2s_jax.text.tokenizer import vocabularies
 from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
-from w2s_jax.train.estimate import peak_memory
 from w2s_jax.train.logprobs import REFERENCE
 from w2s_jax.train.objectives import Policy, pair_loss, sft_loss
 from w2s_jax.train.step import Batch, init_state, make_optimizer, make_train_step
@@ -52,8 +54,6 @@ LEARNING_RATE = 1e-5
 LEAST = {
     "layers": 1, "batch_size": 1, "repeats": 1, "rounds": 1, "prompt_tokens": 1, "vocab": 32,
 }  # fmt: skip
-SIZES = ("architecture", "layers", "width", "vocab")
-"""Settings that a named shape decides."""
 NO_TRL = "install the extra 'parity' or give --trl-python"
 
 
@@ -74,18 +74,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Figures:
-    """By objective: this package, TRL where it was asked for, and the share of the matmul rate."""
+    """By objective: this package, TRL where it was asked for, and the operations of a step."""
 
     own: dict[str, Side]
     trl: dict[str, Side]
     operations: dict[str, float]
-    matmul_operations_per_second: float
+    rates: MeanRates
     no_trl: str | None = None
 
     def share(self, objective: str) -> float:
         """Of the operations that the machine can do, those a step needs."""
         needed = self.operations[objective] / self.own[objective].seconds
-        return needed / self.matmul_operations_per_second
+        return needed / self.rates.operations
 
 
 def run(options: TrainBenchConfig, *, apart: bool = True) -> Figures:
@@ -103,17 +103,19 @@ def run(options: TrainBenchConfig, *, apart: bool = True) -> Figures:
     check(options)
     figures = measure(options, apart=apart)
     report(Console(), options, figures)
-    write_figures(options, figures, apart=apart)
+    write_figures(options, asdict(figures), apart=apart)
     return figures
 
 
 def check(options: TrainBenchConfig) -> None:
     """Raises InputError for sizes out of range and for a shape that is not known."""
-    check_settings(options, LEAST, SIZES)
+    check_settings(options, LEAST, MODEL_SIZES)
     if options.batch_size % 2 and "dpo" in options.objectives:
         raise InputError(f"--batch-size is {options.batch_size}; DPO needs an even number of rows")
     if options.length <= options.prompt_tokens:
         raise InputError(f"--length {options.length} leaves nothing after the prompt's tokens")
+    if options.length > (most := shape(options).max_positions):
+        raise InputError(f"--length {options.length}: --shape {options.shape} has {most} positions")
     unknown = [name for name in options.objectives if name not in OBJECTIVES]
     if unknown or not options.objectives:
         raise InputError(f"--objectives must be of {', '.join(OBJECTIVES)}, not {unknown}")
@@ -121,19 +123,11 @@ def check(options: TrainBenchConfig) -> None:
 
 def shape(options: TrainBenchConfig) -> ModelConfig:
     """The decoder that is trained."""
-    if options.shape is not None:
-        return named_shape(options.shape)
-    found = gpt2(options.vocab, options.width, options.layers, options.length)
-    if options.architecture == "gpt2":
-        return found
-    same = ("vocab_size", "width", "layers", "heads", "head_width", "mlp_width", "max_positions")
-    sizes: dict[str, Any] = {name: getattr(found, name) for name in same}
-    kv_heads = found.heads // 4 or found.heads
-    return ModelConfig("llama", kv_heads=kv_heads, tied_embeddings=True, **sizes)
+    return model_shape(options, options.length)
 
 
 def measure(options: TrainBenchConfig, *, apart: bool) -> Figures:
-    """Run the programs in turns, then measure the matmul rate in this process."""
+    """Run the programs in turns; each of this package's measures the rates as well."""
     config, python = shape(options), options.trl_python or sys.executable
     no_trl = missing(python, "torch, trl", NO_TRL) if options.trl else None
     with_trl = options.trl and no_trl is None
@@ -156,10 +150,11 @@ def measure(options: TrainBenchConfig, *, apart: bool) -> Figures:
         name: {objective: summary(rounds, tokens) for objective, rounds in own.items()}
         for name, own in found.items()
     }
+    rounds = [one["rates"] for own in found["own"].values() for one in own]
     return Figures(
         **sides,
         operations={name: step_operations(options, config, name) for name in options.objectives},
-        matmul_operations_per_second=measure_rates(jnp.dtype(options.dtype)).operations,
+        rates=mean_rates(Rates(*rounds[0][0]), Rates(*rounds[-1][1])),
         no_trl=no_trl,
     )
 
@@ -203,9 +198,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """Take the job's steps with this package, on its checkpoint's weights or on random ones.
 
     Returns:
-        Seconds, CPU seconds and losses by step, and peak memory.
+        Seconds, CPU seconds and losses by step, peak memory, and the machine's rates before and
+        after them.
     """
     dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
+    before = measure_rates(jnp.dtype(job["dtype"]))
+    reset_peak()
     if "checkpoint" in job:
         model = load_model(job["checkpoint"])
     else:
@@ -232,13 +230,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started[0])
         cpu_seconds.append(time.process_time() - started[1])
         losses.append(float(metrics["loss"]))
-    peak = peak_memory()
-    held = jax.devices()[0].memory_stats()
+    held = peak_bytes()
     return {
+        "rates": [astuple(before), astuple(measure_rates(jnp.dtype(job["dtype"])))],
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "losses": losses,
-        "peak_bytes": held["peak_bytes_in_use"] if held else peak,
+        "peak_bytes": held,
     }
 
 
@@ -317,8 +315,7 @@ def report(console: Console, options: TrainBenchConfig, figures: Figures) -> Non
                 f"{own.peak_bytes / other.peak_bytes:.2f} times its memory"
             )
         console.print(line)
-    rate = figures.matmul_operations_per_second
-    console.print(f"{rate / 1e9:.0f} GFLOP/s in matmuls, measured in this run")
+    console.print(f"{figures.rates}; {told_machine()}")
     if figures.no_trl is not None:
         console.print(f"TRL was not measured: {figures.no_trl}")
 

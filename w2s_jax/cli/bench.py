@@ -1,16 +1,17 @@
-"""`w2s bench search` and `w2s bench train`. The measuring is in w2s_jax/bench."""
+"""`w2s bench search`, `generate` and `train`. The measuring is in w2s_jax/bench."""
 
 from dataclasses import dataclass
 
-from w2s_jax.bench.config import SearchBenchConfig, TrainBenchConfig
+from w2s_jax.bench.config import GenerateBenchConfig, SearchBenchConfig, TrainBenchConfig
 
 
 @dataclass(frozen=True)
 class BenchSearch(SearchBenchConfig):
     """Measure chunk-level beam search on random weights.
 
-    Prints prompts and tokens per second, the time in
-    prefill, proposing, scoring and selecting, compile time, and the share of the roofline floor.
+    Prints prompts and tokens per second, the time in prefill, proposing, scoring and selecting,
+    compile time, time to the first response, peak memory, and the share of the roofline floor;
+    with --compare the ratio to transformers, measured in the same run.
     """
 
     def run(self) -> None:
@@ -18,6 +19,20 @@ class BenchSearch(SearchBenchConfig):
         from w2s_jax.bench import search
 
         search.run(self)
+
+
+@dataclass(frozen=True)
+class BenchGenerate(GenerateBenchConfig):
+    """Measure plain sampling on random weights, and transformers' in the same run.
+
+    Prints tokens per second, compile time, peak memory, and the share of the roofline floor.
+    """
+
+    def run(self) -> None:
+        """Run the benchmark and print its figures."""
+        from w2s_jax.bench import decoding
+
+        decoding.run(self)
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("plan", "dpo"): ("plan", "PlanDPO", "compile a step of dpo for a TPU slice"),
     ("plan", "matrix"): ("plan", "PlanMatrix", "plan every chip, model size and work: one table"),
     ("bench", "search"): ("bench", "BenchSearch", "measure search on random weights"),
+    ("bench", "generate"): ("bench", "BenchGenerate", "measure plain sampling on random weights"),
     ("bench", "train"): ("bench", "BenchTrain", "measure training on random weights, and TRL's"),
 }
 

@@ -113,15 +113,15 @@ _LLAMA_3: dict[str, Any] = {
 }  # fmt: skip
 _LLAMA_3_8B = _llama(4096, 32, 32, 8, 14336, **_LLAMA_3)
 _LLAMA_3_70B = _llama(8192, 80, 64, 8, 28672, **_LLAMA_3)
-_LLAMA_3_2_1B = _llama(
-    2048, 16, 32, 8, 8192, **_LLAMA_3 | {
-        "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 131072,
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
+_LLAMA_3_2: dict[str, Any] = _LLAMA_3 | {
+    "tie_word_embeddings": True, "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     },
-)  # fmt: skip
+}  # fmt: skip
+_LLAMA_3_2_1B = _llama(2048, 16, 32, 8, 8192, head_dim=64, **_LLAMA_3_2)
+_LLAMA_3_2_3B = _llama(3072, 28, 24, 8, 8192, head_dim=128, **_LLAMA_3_2)
 _LLAMA_2_7B = _llama(4096, 32, 32, 32, 11008)
 _LLAMA_2_70B = _llama(8192, 80, 64, 8, 28672)
 _MISTRAL_7B = _llama(
@@ -133,6 +133,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-70B": _LLAMA_3_70B,
     "meta-llama/Meta-Llama-3-70B-Instruct": _LLAMA_3_70B,
     "meta-llama/Llama-3.2-1B": _LLAMA_3_2_1B,
+    "meta-llama/Llama-3.2-3B": _LLAMA_3_2_3B,
     "meta-llama/Llama-2-7b-hf": _LLAMA_2_7B,
     "meta-llama/Llama-2-7b-chat-hf": _LLAMA_2_7B,
     "meta-llama/Llama-2-13b-chat-hf": _llama(5120, 40, 40, 40, 13824),
@@ -141,4 +142,27 @@ KNOWN: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "HuggingFaceH4/zephyr-7b-beta": _MISTRAL_7B,
+    "openai-community/gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    },
+    "Qwen/Qwen2.5-0.5B": _llama(
+        896,
+        24,
+        14,
+        2,
+        4864,
+        model_type="qwen2",
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        bos_token_id=151643,
+        eos_token_id=151643,
+    ),
 }
