@@ -1,7 +1,8 @@
 """Measures plain decoding on random weights, and transformers' beside it on the same rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,11 @@ def run(options: GenerateBenchConfig) -> list[Figures]:
         check_settings(point, LEAST, MODEL_SIZES)
         settings(point)
     config = max(map(shape, each), key=lambda config: config.max_positions)
-    model = for_decoding(random_model(config, 0, dtype=jnp.dtype(options.dtype)))
+
+    @cache
+    def model() -> Model:
+        return for_decoding(random_model(config, 0, dtype=jnp.dtype(options.dtype)))
+
     return run_points(options, partial(measure, model), report, cells)
 
 
@@ -82,11 +87,15 @@ def settings(options: GenerateBenchConfig) -> SearchConfig:
     )
 
 
-def measure(model: Model, options: GenerateBenchConfig) -> Figures:
-    """Time whole runs (the median of the repeats), behind transformers' own."""
-    config, dtype = model.config, jnp.dtype(options.dtype)
+def measure(make: Callable[[], Model], options: GenerateBenchConfig) -> Figures:
+    """Time whole runs (the median of the repeats), behind transformers' own.
+
+    The model is made behind them as well, so that memory need not hold both.
+    """
+    config, dtype = shape(options), jnp.dtype(options.dtype)
     job = generate_job(config, options.samples)
     found = compare(config, options, dict.fromkeys(options.compare, job))
+    model = make()
     jax.clear_caches()
     before = measure_rates(dtype)
     reset_peak()

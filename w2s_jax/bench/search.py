@@ -169,7 +169,7 @@ def jobs_of(subject: Subject, options: SearchBenchConfig) -> dict[str, dict[str,
     return {name: search_job if name == "hf" else plain for name in options.compare}
 
 
-def measure(subject: Subject, options: SearchBenchConfig) -> Figures:
+def measure(subject: Subject, options: SearchBenchConfig, *, with_phases: bool = True) -> Figures:
     """Time whole searches (the median of the repeats), then the phases of one.
 
     What they are compared with runs first.
@@ -199,7 +199,9 @@ def measure(subject: Subject, options: SearchBenchConfig) -> Figures:
         size=dtype.itemsize,
     )
     floors = {phase: rates.seconds(work[phase]) for phase in PHASES}
-    phases = phase_seconds(SearchModels(policy, (guide,)), prompts, config)
+    phases = {}
+    if with_phases:
+        phases = phase_seconds(SearchModels(policy, (guide,)), prompts, config)
     across = None
     if options.cross_vocabulary:
         across = measure_across(policy, guide, prompts, config, options, seconds)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -79,6 +80,7 @@ def told_machine() -> str:
 
 def reset_peak() -> None:
     """Have `peak_bytes` forget what was before, where the system can; a GPU's cannot."""
+    time.sleep(0.2)  # What is no longer held is given back a moment later.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
