@@ -88,7 +88,9 @@ def test_a_curve_has_a_row_for_each_point(tmp_path, capsys, quick_rates, asked, 
     rows = json.loads(path.read_text())["curve"]
     assert list(rows) == ["batch_size=1", "batch_size=2", "wk=2x1"]
     assert rows["wk=2x1"]["tokens_per_second"] == found[2].tokens_per_second
-    assert "share of floor" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert told[-4].split()[:2] == ["s/prompt", "floor"]
+    assert told[-1].split()[0] == "wk=2x1"
 
 
 def test_guides_of_another_vocabulary_read_the_texts_of_the_prompts(asked):

@@ -106,4 +106,4 @@ def report_beside(console: Console, found: Beside) -> None:
 
 def beside_cells(found: Beside) -> dict[str, str]:
     """The ratios as entries of a table."""
-    return {f"times {name}": f"{ratio:.2f}" for name, ratio in found.ratios.items()}
+    return {f"× {name}": f"{ratio:.2f}" for name, ratio in found.ratios.items()}

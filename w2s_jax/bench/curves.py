@@ -70,7 +70,8 @@ def run_points(
         report(console, point, found[name])
     rows: dict[str, Any] = {name: asdict(one) for name, one in found.items()}  # type: ignore[call-overload]
     if options.curve:
-        table = Table("", *cells(next(iter(found.values()))))
+        # With lines between its columns it would not fit into 80 letters.
+        table = Table("", *cells(next(iter(found.values()))), box=None)
         for name, figures in found.items():
             table.add_row(name, *cells(figures).values())
         console.print(table)

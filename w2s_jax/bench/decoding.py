@@ -139,11 +139,10 @@ def report(console: Console, options: GenerateBenchConfig, figures: Figures) -> 
 def cells(figures: Figures) -> dict[str, str]:
     """A row of the table of a curve."""
     return {
-        "seconds": f"{figures.own.seconds:.3f}",
         "tokens/s": f"{figures.tokens_per_second:.0f}",
-        "share of floor": f"{figures.floor_share:.0%}",
-        "compile s": f"{figures.own.first_seconds:.1f}",
-        "peak GiB": f"{figures.own.peak_bytes / 2**30:.2f}",
+        "floor": f"{figures.floor_share:.0%}",
+        "compile": f"{figures.own.first_seconds:.1f}",
+        "GiB": f"{figures.own.peak_bytes / 2**30:.2f}",
         **beside_cells(figures.beside),
         "drift": f"{figures.rates.drift:.0%}",
     }

@@ -332,11 +332,10 @@ def cells(figures: Figures) -> dict[str, str]:
     """A row of the table of a curve."""
     return {
         "s/prompt": f"{figures.seconds_per_prompt:.3f}",
-        "tokens/s": f"{figures.tokens_per_second:.1f}",
-        "share of floor": f"{figures.floor_share:.0%}",
-        "compile s": f"{figures.compile_seconds:.1f}",
-        "first row s": f"{figures.first_row_seconds:.1f}",
-        "peak GiB": f"{figures.peak_bytes / 2**30:.2f}",
+        "floor": f"{figures.floor_share:.0%}",
+        "compile": f"{figures.compile_seconds:.1f}",
+        "first": f"{figures.first_row_seconds:.1f}",
+        "GiB": f"{figures.peak_bytes / 2**30:.2f}",
         **beside_cells(figures.beside),
         "drift": f"{figures.rates.drift:.0%}",
     }
