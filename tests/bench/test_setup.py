@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tiny import tiny_config
-from w2s_jax.bench import search, train
-from w2s_jax.bench.config import SearchBenchConfig, TrainBenchConfig
+from w2s_jax.bench import decoding, search, train
+from w2s_jax.bench.config import GenerateBenchConfig, SearchBenchConfig, TrainBenchConfig
 from w2s_jax.bench.setup import _draw, named_shape, random_model
 from w2s_jax.errors import InputError
 
@@ -51,6 +51,19 @@ def test_a_shape_stands_in_place_of_sizes():
 def test_wrong_shapes_are_refused(check, config, fields, told):
     with pytest.raises(InputError, match=told):
         check(config(**fields))
+
+
+@pytest.mark.parametrize(
+    ("check", "config"),
+    [
+        (search.check, SearchBenchConfig(shape="gpt2", prompt_tokens=1000)),
+        (decoding.run, GenerateBenchConfig(shape="gpt2", curve=("prompt_tokens=9,1000",))),
+        (train.check, TrainBenchConfig(shape="gpt2", length=1050)),
+    ],
+)
+def test_a_shape_without_room_is_refused(check, config):
+    with pytest.raises(InputError, match="1050 tokens; a model of --shape has 1024 positions"):
+        check(config)
 
 
 def test_weights_are_drawn_in_their_own_dtype():

@@ -24,6 +24,7 @@ from w2s_jax.bench.curves import points, run_points
 from w2s_jax.bench.floor import MeanRates, mean_rates, measure_rates, search_work, timed_twice
 from w2s_jax.bench.setup import (
     MODEL_SIZES,
+    check_positions,
     check_settings,
     model_shape,
     peak_bytes,
@@ -61,7 +62,7 @@ def run(options: GenerateBenchConfig) -> list[Figures]:
     each = points(options).values()
     for point in each:
         check_settings(point, LEAST, MODEL_SIZES)
-        settings(point)
+        check_positions(shape(point), point.prompt_tokens + settings(point).max_new_tokens)
     config = max(map(shape, each), key=lambda config: config.max_positions)
 
     @cache

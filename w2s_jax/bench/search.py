@@ -36,6 +36,7 @@ from w2s_jax.bench.floor import (
     timed_twice,
 )
 from w2s_jax.bench.setup import (
+    check_positions,
     check_settings,
     gpt2,
     guide_shape,
@@ -140,6 +141,8 @@ def check(options: SearchBenchConfig) -> SearchConfig:
     check_settings(options, LEAST, SIZES)
     if options.shape is not None and options.cross_vocabulary:
         raise InputError("--cross-vocabulary has vocabularies of its own; leave --shape out")
+    for config in shapes_of(options):
+        check_positions(config, options.prompt_tokens + options.max_new_tokens)
     beam = (options.beam_width, options.successors, options.chunk_length)
     sizes = {"max_new_tokens": options.max_new_tokens, "slots": options.batch_size}
     return cbs(*beam, **sizes, sampling=SAMPLING, eos_ids=())

@@ -152,6 +152,14 @@ def guide_shape(name: str) -> ModelConfig:
     return next(one for one in map(named_shape, SHAPES) if one.vocab_size == wanted)
 
 
+def check_positions(config: ModelConfig, tokens: int) -> None:
+    """Raise InputError where a model has no room for so many tokens."""
+    if tokens > config.max_positions:
+        raise InputError(
+            f"{tokens} tokens; a model of --shape has {config.max_positions} positions"
+        )
+
+
 def model_shape(options: ModelBenchConfig, positions: int) -> ModelConfig:
     """The decoder that a single model's options describe, with room for so many tokens."""
     if options.shape is not None:

@@ -28,6 +28,7 @@ from w2s_jax.bench.setup import (
     MODEL_SIZES,
     PEERS,
     call,
+    check_positions,
     check_settings,
     missing,
     model_shape,
@@ -114,8 +115,7 @@ def check(options: TrainBenchConfig) -> None:
         raise InputError(f"--batch-size is {options.batch_size}; DPO needs an even number of rows")
     if options.length <= options.prompt_tokens:
         raise InputError(f"--length {options.length} leaves nothing after the prompt's tokens")
-    if options.length > (most := shape(options).max_positions):
-        raise InputError(f"--length {options.length}: --shape {options.shape} has {most} positions")
+    check_positions(shape(options), options.length)
     unknown = [name for name in options.objectives if name not in OBJECTIVES]
     if unknown or not options.objectives:
         raise InputError(f"--objectives must be of {', '.join(OBJECTIVES)}, not {unknown}")
