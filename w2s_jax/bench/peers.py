@@ -106,9 +106,9 @@ class Reader:
 def search(job: dict[str, Any]) -> dict[str, Any]:
     """Chunk-level beam search (arXiv 2405.19262), as it is written with transformers' caches.
 
-    All prompts are searched at once, and no token ends a row. Each model reads a token once: the
-    policy one token of all rows at a time, from the K-fold cache of the hypotheses; the guides the
-    whole chunk at once. Then each cache keeps the rows that were selected.
+    All prompts are searched at once, and no token ends a row. The policy reads one token of all
+    rows at a time, behind the K-fold cache of the hypotheses; the guides a whole chunk at once.
+    Then each cache keeps the rows that were selected.
 
     Returns:
         As `timed`, and of the last run the tokens [P, W, T] and scores [P, W], best first.

@@ -214,8 +214,7 @@ SETTINGS = {
 NO_CACHE = "--no-cache"
 """Before the command: it keeps no compiled programs and uses none."""
 COMPILES_ANEW = ("cache", "convert", "plot", "bench", "plan")
-"""First words of commands that keep none either: some compile nothing, some time it, and programs
-for machines that are not there cannot be read again."""
+"""First words of commands that keep none: programs of absent machines cannot be read again."""
 HEED_STOP = {("sft",), ("dpo",)}
 """Commands that save and end when SIGTERM comes."""
 
