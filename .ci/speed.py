@@ -1,9 +1,9 @@
 """Whether a search is still as fast as it was, by ratios within one run: `python .ci/speed.py`.
 
 One prompt alone, on a small shape. On two idle CPU cores (460 GFLOP/s) the share of the floor is
-0.46-0.50 and the throughput 2.5-2.6 times that of the same search in transformers; with a third
-process on these cores 0.37 and 5.3. The bounds are about half of the former. Without torch only the
-share is looked at. Exit status 1: a ratio is below its bound in every try.
+0.46-0.51 where memory is read at 43 GB/s, and 0.37 where at 68 GB/s, which changes from run to run;
+the throughput is 2.5-2.7 times that of the same search in transformers, and more beside other work.
+Without torch only the share is looked at. Exit status 1: a ratio is below its bound in every try.
 """
 
 import sys
