@@ -13,13 +13,14 @@ from tests.tiny import EOS, VOCAB, tiny_model
 from w2s_jax.errors import InputError
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search import FunctionScorer, Guide, Request, search, search_models, step
-from w2s_jax.search.compile import compile_session
+from w2s_jax.search.compile import compile_session, compiled_beside
 from w2s_jax.search.config import cbs, sample
 from w2s_jax.search.methods import NoScore
 from w2s_jax.search.session import (
     done_program,
     insert_program,
     release_program,
+    search_requests,
     start_session,
 )
 from w2s_jax.text.prompts import Conversation, cut
@@ -111,6 +112,36 @@ def test_where_texts_are_scored_two_chunks_are_searched_ahead(start):
     assert BEAM.length < max(map(len, seen)) <= 2 * BEAM.length
     assert not session.requests
     assert run(session, [request]) == run(start(config, **options), [request])
+
+
+def by_length(policy, guide):
+    """What a search finds for prompts of two lengths, in 3 slots as nothing else here."""
+    requests = [Request(index, (PROMPTS[0] * times,)) for index, times in enumerate((1, 9, 1, 1))]
+    models, how = search_models(policy, guide), {"slots": 3, "beside": compiled_beside}
+    return dict(search_requests(models, SAMPLES, requests, **how))
+
+
+def test_the_programs_of_the_next_length_are_compiled_beside_the_search(policy, guide):
+    """Of shapes alone, and the search uses what another thread has compiled."""
+    with compilations() as everywhere, compilations(here=True) as here:
+        by_length(policy, guide)
+    # What makes the state, insert, step, done and release; for one length each.
+    assert len(here) == len(set(here)) == 5
+    assert sorted(everywhere) == sorted([*here, *here])
+
+
+def test_what_cannot_be_compiled_beside_a_search_does_not_end_it(
+    policy, guide, monkeypatch, caplog
+):
+    expected = by_length(policy, guide)
+
+    def fail(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr("w2s_jax.search.compile.start_search", fail)
+    with caplog.at_level("INFO"):
+        assert by_length(policy, guide) == expected
+    assert "could not be compiled" in caplog.text
 
 
 def test_each_slot_heeds_its_own_numbers(start, policy):

@@ -14,6 +14,7 @@ from w2s_jax.errors import InputError
 from w2s_jax.evaluate.config import SteeredConfig
 from w2s_jax.ops.logits import Sampling
 from w2s_jax.search.checkpoints import Steering, SteeringPlan, load, plan
+from w2s_jax.search.compile import compiled_beside
 from w2s_jax.search.config import SearchConfig, preset
 from w2s_jax.search.likelihood import Response, ScoredResponse, score_responses
 from w2s_jax.search.models import SearchModels
@@ -142,6 +143,7 @@ class Steered:
             decode=partial(decode_tokens, tokenizer),
             on_result=lambda result: on_text(result.row_id, text(result)),
             mesh=self.mesh,
+            beside=compiled_beside,
         )
         return [text(result) for result in results]
 

@@ -26,10 +26,11 @@ from w2s_jax.reasoning.config import GenerationConfig
 from w2s_jax.reasoning.questions import Overflow, fit_prompts, read_demonstrations, read_questions
 from w2s_jax.search import Request, SearchConfig, SearchModels, search_models
 from w2s_jax.search.checkpoints import GuideSource, Sources, SteeringPlan, load, plan
+from w2s_jax.search.compile import compiled_beside
 from w2s_jax.search.config import cbs, sample
-from w2s_jax.search.models import ONE_DEVICE, Places
+from w2s_jax.search.models import ONE_DEVICE, Places, check_prompts_fit
 from w2s_jax.search.results import Hypothesis, SearchResult
-from w2s_jax.search.session import check_request, hypothesis_text, search_requests
+from w2s_jax.search.session import hypothesis_text, search_requests
 from w2s_jax.text.prompts import decode_tokens, encode_prompt, special_stops
 from w2s_jax.text.rows import Row, journal_path, locked, open_journal, read_jsonl, write_jsonl
 from w2s_jax.text.typed_yaml import from_mapping
@@ -176,9 +177,8 @@ def generate(
         requests = [asked[index].request for index in waiting]
         # Of all requests, so that a resumed run uses the same programs.
         slots = min(config.batch_size, len(asked))
-        found = search_requests(
-            models, search_config, requests, slots=slots, decode=decode, alone=True, mesh=mesh
-        )
+        how: dict[str, Any] = {"decode": decode, "mesh": mesh, "beside": compiled_beside}
+        found = search_requests(models, search_config, requests, slots=slots, alone=True, **how)
         for place, result in found:
             if isinstance(result, RowFailed):
                 failures.append(result)
@@ -288,7 +288,7 @@ def _requests(
             samples = range(config.samples)[first : first + config.samples_per_request]
             request = Request(row_key(row_id), (prompt,), seed=seed, lane=lane)
             found.append(_Asked(row_id, samples, request))
-        check_request(models, search_config, found[-1].request, where)
+        check_prompts_fit(models, (prompt,), search_config.max_new_tokens, where)
     return found
 
 

@@ -21,6 +21,7 @@ from w2s_jax.distributed import agree, is_first, started
 from w2s_jax.errors import InputError, RowsFailed
 from w2s_jax.ops.meshes import ChosenMesh, batch_parts, check_batch
 from w2s_jax.search.checkpoints import Sources, Steering, SteeringPlan, load, plan, weights_stamp
+from w2s_jax.search.compile import compiled_beside
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import ONE_DEVICE, Places
 from w2s_jax.search.results import (
@@ -137,6 +138,7 @@ class SteeredPolicy:
             scorers=self.steering.scorers,
             decode=partial(decode_tokens, self.plan.tokenizer),
             mesh=self.mesh,
+            beside=compiled_beside,
             **heard,
         )
 
@@ -255,11 +257,9 @@ def search_rows(
         on_row(row)
 
     try:
-        heard = {"on_result": keep, "on_chunk": note if traced else None}
-        policy.search(questions, waiting, **heard)
+        policy.search(questions, waiting, on_result=keep, on_chunk=note if traced else None)
     except RowsFailed as failed:
-        where = questions.source
-        raise failed.named(policy.called, where=where, number=lambda index: index + 1) from None
+        raise failed.named(policy.called, where=questions.source, number=lambda i: i + 1) from None
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,35 @@ def check_ids(tokens: Sequence[int], vocabulary: int, where: str) -> None:
         raise InputError(f"{where}: a token id lies outside the vocabulary of {vocabulary}")
 
 
+def check_prompts_fit(
+    models: SearchModels, prompts: Sequence[Sequence[int]], limit: int, where: str
+) -> None:
+    """Check that the models can search behind a prompt for all of them, or one each.
+
+    Args:
+        models: The policy and the guides.
+        prompts: Token ids.
+        limit: New tokens at most.
+        where: What messages begin with.
+
+    Raises:
+        InputError: Where they cannot.
+    """
+    count, members = len(prompts), len(models.members)
+    if count not in (1, members):
+        raise InputError(f"{where}: {count} prompts for {members} models; give one each")
+    for name, model, prompt, vocabulary in models.prompts_of_members(prompts):
+        if not len(prompt):
+            raise InputError(f"{where}: the prompt has no tokens; give at least one (BOS, say)")
+        check_ids(prompt, vocabulary, where)
+        positions = model.config.max_positions
+        if len(prompt) + limit > positions:
+            raise InputError(
+                f"{where}: a prompt of {len(prompt)} tokens and {limit} new ones do not fit the "
+                f"{name}'s {positions} positions; shorten it or lower max_new_tokens"
+            )
+
+
 def member_names(guides: int) -> tuple[str, ...]:
     """What to call the policy and the models of so many guides in messages."""
     if guides == 1:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from w2s_jax.errors import InputError, check_kind, shown
 from w2s_jax.models.model import Model
 from w2s_jax.ops.sharding import DEFAULT_RULES, Rules, check_placing
+from w2s_jax.search.compile import compiled_beside
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.models import Guide, search_models
 from w2s_jax.search.results import ChunkTrace, Decode, Request, SearchResult
@@ -78,6 +79,7 @@ def search(
         decode=decode,
         mesh=mesh,
         rules=rules,
+        beside=compiled_beside,
     )
 
 

@@ -5,6 +5,7 @@ newest may be used. `run_slots` is the loop over many prompts; a server runs one
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -21,7 +22,7 @@ from w2s_jax.search import step
 from w2s_jax.search.config import SearchConfig
 from w2s_jax.search.decode import draws_of, make_draws
 from w2s_jax.search.methods import EFTProposer, LogRatio, NoScore, Selection
-from w2s_jax.search.models import SearchModels, check_ids
+from w2s_jax.search.models import SearchModels, check_prompts_fit
 from w2s_jax.search.results import (
     ChunkTrace,
     Decode,
@@ -289,8 +290,9 @@ def start_session(
         raise InputError(
             "stop strings, scorers of texts and traces need `decode`, which turns token ids to text"
         )
-    sizes = {"slots": slots, "prefix_capacity": prefix_capacity, "text_objectives": len(scorers)}
-    state = start_search(models, config, **sizes, mesh=mesh, rules=rules)
+    sizes: dict[str, Any] = {"slots": slots, "prefix_capacity": prefix_capacity}
+    sizes |= {"text_objectives": len(scorers), "mesh": mesh, "rules": rules}
+    state = start_search(models, config, **sizes)
     session = Session(
         config=state.config,
         slots=slots,
@@ -345,7 +347,8 @@ def search_all(
     if scorers and not models.guides and isinstance(config.scorer, LogRatio):
         config = replace(config, scorer=NoScore())
     for request in requests:
-        check_request(models, config, request, f"row {request.row_id}")
+        limit = config.max_new_tokens if request.limit is None else request.limit
+        check_prompts_fit(models, request.prompts, limit, f"row {request.row_id}")
     slots = slots_for(config, len(requests))
     found = search_requests(models, config, requests, slots=slots, scorers=scorers, **options)
     return collect(found, len(requests), on_result)
@@ -359,6 +362,7 @@ def search_requests(
     slots: int,
     on_chunk: Callable[[ChunkTrace], None] | None = None,
     alone: bool = False,
+    beside: Callable[..., AbstractContextManager[Callable[[], object]]] | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, SearchResult | RowFailed]]:
     """Search requests, those of about one length side by side.
@@ -374,6 +378,7 @@ def search_requests(
         on_chunk: Called with the candidates of each chunk and which of them were kept.
         alone: False has requests that are too few to fill the slots join the next longer ones; with
             True a request's own length decides the program that it runs in.
+        beside: Compiles for the next length while one is searched, as `compiled_beside` does.
         **options: Those of `start_session`.
 
     Yields:
@@ -384,18 +389,24 @@ def search_requests(
     """
     longest = [max(map(len, request.prompts)) for request in requests]
     found = buckets(longest) if alone else buckets(longest, slots=slots)
-    for capacity, members in (found or {SMALLEST_BUCKET: []}).items():
-        options |= {"slots": slots, "prefix_capacity": capacity, "traced": on_chunk is not None}
-        session = start_session(models, config, **options)
+    planned = [*(found or {SMALLEST_BUCKET: []}).items()]
+    options |= {"slots": slots, "traced": on_chunk is not None}
+    for (capacity, members), later in zip(planned, [*planned[1:], None], strict=True):
+        session = start_session(models, config, prefix_capacity=capacity, **options)
         waiting = ((index, requests[index]) for index in members)
-        yield from run_slots(session, waiting, on_chunk)
-        del session  # before the next one's caches are made
+        ahead: AbstractContextManager[Any] = nullcontext()
+        if beside and later:
+            ahead = beside(session, later[0], requests[later[1][0]])
+        with ahead as start:
+            yield from run_slots(session, waiting, on_chunk, start)
+            del session  # before the next one's caches are made
 
 
 def run_slots(
     session: Any,
     requests: Iterable[tuple[int, Request]],
     on_chunk: Callable[[ChunkTrace], None] | None = None,
+    on_compiled: Callable[[], object] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Search indexed requests in the slots of a session.
 
@@ -405,6 +416,7 @@ def run_slots(
         session: A `Session`, or one over texts with the same methods.
         requests: Pairs of an index and a request.
         on_chunk: Called with the candidates of each chunk and which of them were kept.
+        on_compiled: Called after the first chunk, which has compiled what all others run.
 
     Yields:
         (index, result or RowFailed) as requests finish.
@@ -426,6 +438,9 @@ def run_slots(
             for chunk in session.chunks.values():
                 on_chunk(chunk)
         done = session.done_slots()
+        if on_compiled is not None:
+            on_compiled()
+            on_compiled = None
         found, failed = session.outcomes(done) if done else ({}, {})
         for slot, outcome in (found | failed).items():
             yield index_of[slot], outcome
@@ -459,28 +474,6 @@ def collect(
 def slots_for(config: SearchConfig, prompts: int) -> int:
     """P: prompts that are searched side by side."""
     return config.slots or max(1, min(DEFAULT_SLOTS, prompts))
-
-
-def check_request(models: SearchModels, config: SearchConfig, request: Request, where: str) -> None:
-    """Check that the models can search behind the prompts of a request.
-
-    Raises:
-        InputError: Where they cannot; the message begins with `where`.
-    """
-    count, members = len(request.prompts), len(models.members)
-    if count not in (1, members):
-        raise InputError(f"{where}: {count} prompts for {members} models; give one each")
-    limit = config.max_new_tokens if request.limit is None else request.limit
-    for name, model, prompt, vocabulary in models.prompts_of_members(request.prompts):
-        if not len(prompt):
-            raise InputError(f"{where}: the prompt has no tokens; give at least one (BOS, say)")
-        check_ids(prompt, vocabulary, where)
-        positions = model.config.max_positions
-        if len(prompt) + limit > positions:
-            raise InputError(
-                f"{where}: a prompt of {len(prompt)} tokens and {limit} new ones do not fit the "
-                f"{name}'s {positions} positions; shorten it or lower max_new_tokens"
-            )
 
 
 def hypothesis_text(

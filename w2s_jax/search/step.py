@@ -1,7 +1,4 @@
-"""The state of a search, and one chunk of it – propose, score, select – as one program.
-
-`session.py` holds the host's side of it, `run.py` the loop over prompts and chunks.
-"""
+"""The state of a search, and one chunk of it – propose, score, select – as one program."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -104,6 +101,7 @@ def start_search(
     text_objectives: int = 0,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
+    abstract: bool = False,
 ) -> SearchState:
     """A state of empty slots with room for prompts of up to prefix_capacity + 1 tokens.
 
@@ -115,6 +113,7 @@ def start_search(
         text_objectives: Scores of each hypothesis that come from outside the program.
         mesh: The models'.
         rules: How the slots are split over it.
+        abstract: Compile what makes the state, and return one of `jax.ShapeDtypeStruct`s.
 
     Raises:
         InputError: Where the mesh does not divide the slots or the key/value heads.
@@ -122,8 +121,10 @@ def start_search(
     placed = models if mesh is None else _placed(models, Placement(mesh, rules))
     # The program depends on neither; without them, another seed does not compile it again.
     usual = replace(config, seed=0, slots=None)
-    sizes = (slots, prefix_capacity, text_objectives)
-    return _empty(placed, np.uint32(config.seed), usual, sizes, mesh, rules)
+    given = (np.uint32(config.seed), usual, (slots, prefix_capacity, text_objectives), mesh, rules)
+    if abstract:
+        _empty.lower(placed, *given).compile()
+    return (_empty.eval_shape if abstract else _empty)(placed, *given)
 
 
 def _placed(models: SearchModels, usual: Placement) -> SearchModels:
@@ -377,8 +378,7 @@ def score(
         unsound = unsound.at[..., reader].set(jnp.isnan(found))
     faults = _faults(state, unsound, lengths)
     state = replace(state, scorer=tuple(read[1] for read in reads))
-    kept = tuple(read[2] for read in reads)
-    return state, Scored(scores[:, :, : config.length], ends, faults, kept)
+    return state, Scored(scores[:, :, : config.length], ends, faults, tuple(r[2] for r in reads))
 
 
 def _faults(
