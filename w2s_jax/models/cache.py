@@ -57,6 +57,9 @@ class KV:
         return self.key_scales is not None
 
 
+MOVED = 128
+"""Entries of each hypothesis that a selection moves at a time, where there are more."""
+
 LayersKV = tuple[KV, ...] | KV
 """One part for every layer: a tuple in the per-layer layout, one stacked KV in the other."""
 
@@ -193,45 +196,55 @@ def commit_chunk(
     rows the successor of which the first `count` entries of chunk [P, R, ., G, C] are appended.
     The prefix is untouched.
     """
-    lengths = cache.committed_length
+    lengths, committed = cache.committed_length, cache.committed
     if parents is not None:
         lengths = jnp.take_along_axis(lengths, parents, axis=1)
+        committed = _follow(committed, parents, jnp.max(lengths))
 
-    def move(committed: Array, written: Array | None) -> Array:
-        if parents is not None:
-            committed = jnp.take_along_axis(committed, parents[:, :, None, None, None], axis=1)
-        if written is None:
-            return committed
+    def append(committed: Array, written: Array) -> Array:
         kept = jnp.take_along_axis(written[:, :, :count], rows[:, :, None, None, None], axis=1)
         return write_committed(committed, kept, lengths)
 
-    written = chunk if count else None
-    if isinstance(cache.committed, KV):
-        assert not isinstance(written, tuple)
-        committed: LayersKV = _layer_by_layer(move, cache.committed, written)
-    else:
-        assert not isinstance(written, KV)
-        layers = written or (None,) * len(cache.committed)
-        pairs = zip(cache.committed, layers, strict=True)
-        committed = tuple(_moved(move, old, new) for old, new in pairs)
+    if chunk is not None and count:
+        if isinstance(committed, KV):
+            committed = _layer_by_layer(append, committed, chunk)
+        else:
+            committed = jax.tree.map(append, committed, chunk)
     return replace(cache, committed=committed, committed_length=lengths + count)
 
 
-def _moved(move: Callable[..., Array], committed: KV, written: KV | None) -> KV:
-    if written is None:
-        return jax.tree.map(lambda old: move(old, None), committed)
-    return jax.tree.map(move, committed, written)
+def _follow(committed: LayersKV, parents: Int[Array, "P W"], longest: Int[Array, ""]) -> LayersKV:
+    """Every hypothesis's entries replaced by its parent's, of which none has more than `longest`.
 
-
-def _layer_by_layer(move: Callable[..., Array], stack: KV, written: KV | None) -> KV:
-    """`move` on a stack of layers, one after another and in place.
-
-    All at once, the moved stack would stand beside the old one: a copy of the largest part.
+    In place, some entries of all after the others: moved at once, all would be held twice, and on a
+    CPU the pages of that copy would take longer than the copying.
     """
 
+    def move(held: Array, start: Int[Array, ""] | int, size: int) -> Array:
+        old = jax.lax.dynamic_slice_in_dim(held, start, size, axis=-3)
+        stacked = (1,) * (held.ndim - 5)
+        new = jnp.take_along_axis(old, parents.reshape(*stacked, *parents.shape, 1, 1, 1), axis=-4)
+        return jax.lax.dynamic_update_slice_in_dim(held, new, start, axis=-3)
+
+    def block(index: Array, committed: LayersKV) -> LayersKV:
+        return jax.tree.map(partial(move, start=index * MOVED, size=MOVED), committed)
+
+    capacity = jax.tree.leaves(committed)[0].shape[-3]
+    blocks, left = divmod(capacity, MOVED)
+    if blocks:
+        used = jnp.minimum(blocks, -(-longest // MOVED))
+        committed = jax.lax.fori_loop(0, used, block, committed)
+    if left:
+        committed = jax.tree.map(partial(move, start=blocks * MOVED, size=left), committed)
+    return committed
+
+
+def _layer_by_layer(append: Callable[..., Array], stack: KV, chunk: LayersKV) -> KV:
+    """`append` on a stack of layers, one after another and in place."""
+
     def body(index: Array, stack: KV) -> KV:
-        layer = _moved(move, *jax.tree.map(partial(take_layer, index=index), (stack, written)))
-        return put_layer(stack, layer, index)
+        layers = jax.tree.map(partial(take_layer, index=index), (stack, chunk))
+        return put_layer(stack, jax.tree.map(append, *layers), index)
 
     return jax.lax.fori_loop(0, stack.keys.shape[0], body, stack)
 
