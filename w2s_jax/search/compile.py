@@ -60,8 +60,8 @@ def compiled_beside(
     program that it compiles, as does the process. (A daemon that XLA keeps busy would abort it.)
     What cannot be compiled here is compiled, and its error told, where it is to run.
 
-    Nothing is compiled on a mesh, nor for models that were put on a device by name: the state
-    becomes bound to that device by the first insertion, so that there are two kinds of it.
+    Nothing is compiled on a mesh or several hosts, nor for models that were put on a device by
+    name: the first insertion binds the state to that device, so that there are two kinds of it.
 
     Args:
         session: An empty session that is alike but for its capacity.
@@ -73,7 +73,7 @@ def compiled_beside(
     """
     models = session.models
     bound = any(getattr(leaf, "committed", False) for leaf in jax.tree.leaves(models))
-    if session.state.mesh is not None or bound:
+    if session.state.mesh is not None or jax.process_count() > 1 or bound:
         yield lambda: None
         return
     later, stopped = replace(session, prefix_capacity=prefix_capacity), Event()
