@@ -406,7 +406,7 @@ def run_slots(
     session: Any,
     requests: Iterable[tuple[int, Request]],
     on_chunk: Callable[[ChunkTrace], None] | None = None,
-    on_compiled: Callable[[], object] | None = None,
+    on_first: Callable[[], object] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Search indexed requests in the slots of a session.
 
@@ -416,7 +416,7 @@ def run_slots(
         session: A `Session`, or one over texts with the same methods.
         requests: Pairs of an index and a request.
         on_chunk: Called with the candidates of each chunk and which of them were kept.
-        on_compiled: Called after the first chunk, which has compiled what all others run.
+        on_first: Called behind the first results, which what it starts is not to delay.
 
     Yields:
         (index, result or RowFailed) as requests finish.
@@ -438,13 +438,13 @@ def run_slots(
             for chunk in session.chunks.values():
                 on_chunk(chunk)
         done = session.done_slots()
-        if on_compiled is not None:
-            on_compiled()
-            on_compiled = None
         found, failed = session.outcomes(done) if done else ({}, {})
         for slot, outcome in (found | failed).items():
             yield index_of[slot], outcome
             session = refill(session, slot)
+        if done and on_first is not None:
+            on_first()
+            on_first = None
 
 
 def collect(
