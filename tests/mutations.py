@@ -81,8 +81,8 @@ FAULTS = (
     Fault(
         "models-stale-cache",
         "w2s_jax/models/cache.py",
-        "committed = jnp.take_along_axis(committed, parents[:, :, None, None, None], axis=1)",
-        "committed = committed[:, : parents.shape[1]]",
+        "committed = _follow(committed, parents, jnp.max(lengths))",
+        "committed = jax.tree.map(lambda held: held, committed)",
         "after selection a hypothesis keeps the cache of its place, not of its parent",
         ("tests/search/test_oracle.py",),
     ),
