@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_json import ARCHITECTURES, config_from_hf
+from w2s_jax.models.config_json import config_from_hf
+from w2s_jax.models.families import ARCHITECTURES
 from w2s_jax.models.huggingface import (
     ADAPTER_CONFIG,
     CONFIG,

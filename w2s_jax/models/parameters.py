@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
+from w2s_jax.models.families import tensor_names, tensor_prefix
 from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
@@ -180,42 +181,6 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
     )
 
 
-_LLAMA = {
-    "embed": "model.embed_tokens",
-    "layers/attention_norm": "model.layers.{i}.input_layernorm",
-    "layers/attention/query": "model.layers.{i}.self_attn.q_proj",
-    "layers/attention/key": "model.layers.{i}.self_attn.k_proj",
-    "layers/attention/value": "model.layers.{i}.self_attn.v_proj",
-    "layers/attention/query_norm": "model.layers.{i}.self_attn.q_norm",
-    "layers/attention/key_norm": "model.layers.{i}.self_attn.k_norm",
-    "layers/attention/out": "model.layers.{i}.self_attn.o_proj",
-    "layers/mlp_norm": "model.layers.{i}.post_attention_layernorm",
-    "layers/mlp/gate": "model.layers.{i}.mlp.gate_proj",
-    "layers/mlp/up": "model.layers.{i}.mlp.up_proj",
-    "layers/mlp/down": "model.layers.{i}.mlp.down_proj",
-    "final_norm": "model.norm",
-}
-# Gemma 2 gives the name post_attention_layernorm to a norm that others do not have.
-_GEMMA2 = _LLAMA | {
-    "layers/post_attention_norm": "model.layers.{i}.post_attention_layernorm",
-    "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
-    "layers/post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
-}
-_GPT2 = {
-    "embed": "transformer.wte",
-    "positions": "transformer.wpe",
-    "layers/attention_norm": "transformer.h.{i}.ln_1",
-    "layers/attention/query": "transformer.h.{i}.attn.c_attn",
-    "layers/attention/key": "transformer.h.{i}.attn.c_attn",
-    "layers/attention/value": "transformer.h.{i}.attn.c_attn",
-    "layers/attention/out": "transformer.h.{i}.attn.c_proj",
-    "layers/mlp_norm": "transformer.h.{i}.ln_2",
-    "layers/mlp/up": "transformer.h.{i}.mlp.c_fc",
-    "layers/mlp/down": "transformer.h.{i}.mlp.c_proj",
-    "final_norm": "transformer.ln_f",
-}
-_NAMES = {"gpt2": _GPT2, "gemma2": _GEMMA2}
-
 # Constants that older versions of transformers saved among the weights.
 _BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
@@ -247,7 +212,7 @@ def decoder_parameters(
 
     A language model's head is in it unless it is tied; a reward model's is `reward_head`'s.
     """
-    names = _NAMES.get(config.architecture, _LLAMA) | {"head": head.name}
+    names = tensor_names(config.architecture) | {"head": head.name}
     return {
         path: Parameter(shape, axes, stored_as(names, path))
         for path, (shape, axes) in declared(config).items()
@@ -293,7 +258,7 @@ def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) 
 
     None for what no parameter is read from: a buffer, the unused head of a wrapped language model.
     """
-    decoder = "transformer." if config.architecture == "gpt2" else "model."
+    decoder = tensor_prefix(config.architecture)
     if head.wrapped:
         if name.removeprefix("model.") == LANGUAGE_HEAD.weight:
             return None

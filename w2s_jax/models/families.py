@@ -1,0 +1,184 @@
+"""The table of architectures: what their files call things, and what transformers assumes.
+
+A row says how config.json names fields and how checkpoints name tensors; no code is here.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+_LLAMA_TENSORS = {
+    "embed": "model.embed_tokens",
+    "layers/attention_norm": "model.layers.{i}.input_layernorm",
+    "layers/attention/query": "model.layers.{i}.self_attn.q_proj",
+    "layers/attention/key": "model.layers.{i}.self_attn.k_proj",
+    "layers/attention/value": "model.layers.{i}.self_attn.v_proj",
+    "layers/attention/query_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers/attention/key_norm": "model.layers.{i}.self_attn.k_norm",
+    "layers/attention/out": "model.layers.{i}.self_attn.o_proj",
+    "layers/mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/mlp/gate": "model.layers.{i}.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.{i}.mlp.up_proj",
+    "layers/mlp/down": "model.layers.{i}.mlp.down_proj",
+    "final_norm": "model.norm",
+}
+# Gemma 2 gives the name post_attention_layernorm to a norm that others do not have.
+_GEMMA2_TENSORS = _LLAMA_TENSORS | {
+    "layers/post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "layers/post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_GPT2_TENSORS = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "layers/attention_norm": "transformer.h.{i}.ln_1",
+    "layers/attention/query": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/key": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/value": "transformer.h.{i}.attn.c_attn",
+    "layers/attention/out": "transformer.h.{i}.attn.c_proj",
+    "layers/mlp_norm": "transformer.h.{i}.ln_2",
+    "layers/mlp/up": "transformer.h.{i}.mlp.c_fc",
+    "layers/mlp/down": "transformer.h.{i}.mlp.c_proj",
+    "final_norm": "transformer.ln_f",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    name: of transformers' class. names: fields of ModelConfig that files hold under another name,
+    read as their type says. defaults: what transformers assumes where config.json is silent; an
+    optional field that is not among them is not read. Sizes of matrices have no default: a file
+    without them is a broken file. fixed: fields of ModelConfig that are always so. tensors: the
+    modules' names in checkpoints, with {i} for a layer's number. prefix: what stands before the
+    tensors' names in the files of a language model, and not in those of the decoder alone.
+    """
+
+    name: str
+    names: dict[str, str]
+    defaults: dict[str, Any]
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, str] = dataclasses.field(default_factory=lambda: _LLAMA_TENSORS)
+    prefix: str = "model."
+
+
+_NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
+_ROTARY_NAMES = _NAMES | {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "mlp_width": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "activation": "hidden_act",
+}
+# Gemma's files hold it under two names.
+ACTIVATION_FIELDS = ("activation_function", "hidden_act", "hidden_activation")
+# Where one of these is null, it follows from the other sizes.
+DERIVED = ("n_inner", "num_key_value_heads", "head_dim")
+_BIASED = _ROTARY_NAMES | {"out_bias": "attention_bias", "qkv_bias": "attention_bias"}
+_ROTARY: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_LLAMA = _ROTARY | {"bos_token_id": 1, "eos_token_id": 2}
+_QWEN = _ROTARY | {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+    "max_position_embeddings": 32768,
+}
+_GEMMA = _ROTARY | {
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        _NAMES
+        | {
+            "width": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "mlp_width": "n_inner",
+            "max_positions": "n_positions",
+            "norm_epsilon": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
+        {
+            "n_inner": None,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+        {"norm": "layer", "position": "learned", "gated_mlp": False}
+        | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+        _GPT2_TENSORS,
+        "transformer.",
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        _BIASED | {"mlp_bias": "mlp_bias"},
+        _LLAMA | {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _ROTARY_NAMES,
+        _LLAMA
+        | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _ROTARY_NAMES, _QWEN, {"qkv_bias": True}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _BIASED,
+        _QWEN | {"head_dim": 128, "attention_bias": False},
+        {"query_key_norm": True},
+    ),
+    "gemma": Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _BIASED
+        | {
+            "activation": "hidden_activation",
+            "attention_softcap": "attn_logit_softcapping",
+            "final_softcap": "final_logit_softcapping",
+        },
+        _GEMMA
+        | {
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "layer_types": None,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        {"norm_offset": 1.0, "post_norms": True},
+        _GEMMA2_TENSORS,
+    ),
+}
+ARCHITECTURES = tuple(FAMILIES)
+
+
+def tensor_names(architecture: str) -> dict[str, str]:
+    """The modules' names in checkpoints; those of Llama for an architecture of one's own."""
+    return FAMILIES[architecture].tensors if architecture in FAMILIES else _LLAMA_TENSORS
+
+
+def tensor_prefix(architecture: str) -> str:
+    """What the files of a decoder alone leave out before its tensors' names."""
+    return FAMILIES[architecture].prefix if architecture in FAMILIES else "model."
