@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import w2s_jax.models.save as save
 from w2s_jax.errors import InputError
+from w2s_jax.models import huggingface
 from w2s_jax.models.load import load_config, load_model
 from w2s_jax.models.model import Model, for_decoding, shard_model
 from w2s_jax.models.parameters import (
@@ -89,6 +90,32 @@ def test_saved_files_hold_the_tensors_that_were_loaded(case, tmp_path):
     assert_same_params(input_major_params(model.params), plain)
     again = output_major_params(plain, tied=model.config.tied_embeddings)
     assert_same_params(again, model.params)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_parameters_share_no_memory_with_files_nor_host_arrays_that_change(
+    decoding, checkpoint, monkeypatch
+):
+    made, aligned = [], huggingface._aligned
+
+    def noted(*args):
+        made.append(aligned(*args))
+        return made[-1]
+
+    monkeypatch.setattr(huggingface, "_aligned", noted)
+    folder = checkpoint("llama_grouped")
+    params = load_model(folder, decoding=decoding).params
+    leaves = jax.tree.leaves(params)
+    assert len(made) == (len(leaves) if decoding else 0)
+    held = {leaf.unsafe_buffer_pointer() for leaf in leaves}
+    assert held.issuperset(host.ctypes.data for host in made)
+    before, hosts = jax.tree.map(np.array, params), [host.copy() for host in made]
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert_same_params(params, before)
+    donated = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    assert_same_params(donated(params), jax.tree.map(lambda leaf: leaf + 1, before))
+    np.testing.assert_equal(made, hosts)
 
 
 def test_what_takes_parameters_takes_those_for_decoding():

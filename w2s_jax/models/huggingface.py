@@ -204,8 +204,11 @@ def _other_weights(directory: Path) -> str:
     return f"; {others[0]} is pickle, which is never read: convert it to safetensors"
 
 
-BLOCK_BYTES = 1 << 24
-"""About so many bytes of a parameter are read from a file at a time."""
+BLOCK_BYTES = 1 << 21
+"""About so many bytes of a parameter are read from a file at a time: what a CPU's caches hold."""
+
+STRIP = 32
+"""So many rows of a file are transposed at a time: one cache line of each column."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +267,15 @@ def materialise(
     rules: Rules,
     mesh: Mesh | None,
     quantize: QuantizeConfig | None = None,
+    aligned: bool = False,
 ) -> dict[str, jax.Array | QTensor]:
     """The parameters' values, on a mesh each read part by part into its shards, as `rules` say.
 
     Weights that `quantize` names are quantised as they are read. Where a mesh splits the inputs of
     a weight with one scale a channel, all inputs of a part's channels are read, by each process, so
     that the scales are those of the whole; where groups have scales, no more than the part is.
+    `aligned` arrays are those that a CPU takes without a copy: where they are donated, they are
+    copied only then, so it is for parameters that are only read.
 
     Raises:
         InputError: Before anything is read, where the mesh does not divide a parameter, its scales,
@@ -283,7 +289,7 @@ def materialise(
     for path, source in sources.items():
         contracted = None if quantize is None else quantize.contracted(path)
         if quantize is None or contracted is None:
-            makers[path] = _plain(path, source, dtype, shard)
+            makers[path] = _plain(path, source, dtype, shard, aligned)
         else:
             makers[path] = _quantized(path, source, dtype, shard, quantize, contracted)
     return {path: make() for path, make in makers.items()}
@@ -292,17 +298,41 @@ def materialise(
 Shard = Callable[[str, Axes, tuple[int, ...]], NamedSharding | None]
 
 
-def _plain(path: str, source: Source, dtype: jnp.dtype, shard: Shard) -> Callable[[], jax.Array]:
+def _plain(
+    path: str, source: Source, dtype: jnp.dtype, shard: Shard, aligned: bool
+) -> Callable[[], jax.Array]:
     shape = source.shape
     sharding = shard(path, source.axes, shape)
 
     def part(index: Index) -> list[np.ndarray]:
-        host = np.empty([stop - start for start, stop in _bounds(index, shape)], dtype)
+        sizes = [stop - start for start, stop in _bounds(index, shape)]
+        host = _aligned(sizes, np.dtype(dtype)) if aligned else np.empty(sizes, dtype)
         for block, place in _blocks(index, shape, source.major, host.dtype.itemsize):
-            host[place] = source.read(block)
+            _copy(source.read(block), host[place])
         return [host]
 
     return lambda: _place([shape], [sharding], lambda index: index, part)[0]
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """New memory at a multiple of 64 bytes, which `jax.device_put` on a CPU takes as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(values: np.ndarray, into: np.ndarray) -> None:
+    """Write values into an array of perhaps another dtype, transposed ones strip by strip."""
+    if values.flags.c_contiguous:
+        into[...] = values
+        return
+    bits = np.dtype(f"u{into.dtype.itemsize}")  # bfloat16 NumPy moves one by one
+    axis = int(np.argmax(values.strides))
+    step = max(1, STRIP // math.prod(values.shape[axis + 1 :]))
+    for start in range(0, values.shape[axis], step):
+        strip = (*(slice(None),) * axis, slice(start, start + step))
+        into[strip].view(bits)[...] = values[strip].astype(into.dtype, copy=False).view(bits)
 
 
 def _quantized(

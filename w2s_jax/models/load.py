@@ -226,7 +226,7 @@ def load_parameters(
     if not how.output_major:
         return unflatten_dict(materialise(sources, *place), sep="/")
     rows_first = output_major_sources(table, tensors, tied, how.quantize)
-    params: dict[str, Any] = {**materialise(sources | rows_first, *place)}
+    params: dict[str, Any] = {**materialise(sources | rows_first, *place, aligned=True)}
     for path in params:  # one by one, so that no more than one of them is held twice
         if path in rows_first:
             params[path] = OutputMajor(params[path], table[path].shape)
