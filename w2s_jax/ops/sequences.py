@@ -27,6 +27,12 @@ BLOCKS = (512, 256, 128)
 Not tuned on a device: larger ones read keys less often, and fit the vector memory at C = 256 too.
 """
 
+CHUNK, CHUNKS = 128, 8
+"""Without a kernel, queries go through in at most so many chunks, of so many tokens at least.
+
+Each chunk computes scores of the keys up to its end: of long sequences little more than half.
+"""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -104,9 +110,13 @@ def _forward(
         return out.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32)
 
     def by_scores(query: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        mask = reach.mask(query.shape[2])
-        part = attend_part(query, keys, values, mask, scale=scale, softcap=softcap)
-        return merge([part]), part.maximum + jnp.log(part.total)
+        mask, found = reach.mask(query.shape[2]), []
+        for own, seen in _spans(query.shape[2]):
+            cut = (query[:, :, own], keys[:, :, seen], values[:, :, seen], mask[:, :, own, seen])
+            part = attend_part(*cut, scale=scale, softcap=softcap)
+            found.append((merge([part]), part.maximum + jnp.log(part.total)))
+        out, normaliser = (jnp.concatenate(rows, 2) for rows in zip(*found, strict=True))
+        return out, normaliser
 
     run = _dispatch(by_kernel, by_scores, kernels(query, keys, values, reach, scale, softcap))
     out, normaliser = run(query, keys, values)
@@ -126,10 +136,20 @@ def _backward(
         return pull(slope.astype(given[0].dtype))
 
     def by_scores(query: Array, keys: Array, values: Array, slope: Array) -> tuple[Array, ...]:
-        mask = reach.mask(query.shape[2])
-        return _pull_scores(
-            (query, keys, values, mask, out, normaliser), slope, scale=scale, softcap=softcap
-        )
+        length, pulled = query.shape[2], []
+        mask = reach.mask(length)
+        for own, seen in _spans(length):
+            rows = query[:, :, own], keys[:, :, seen], values[:, :, seen], mask[:, :, own, seen]
+            residuals = (*rows, out[:, :, own], normaliser[:, :, own])
+            by_query, *others = _pull_scores(
+                residuals, slope[:, :, own], scale=scale, softcap=softcap
+            )
+            later = [(0, 0)] * 2 + [(0, length - others[0].shape[2])] + [(0, 0)] * 2
+            pulled.append((by_query, *(jnp.pad(x, later) for x in others)))
+        by_query, by_keys, by_values = zip(*pulled, strict=True)
+        found = jnp.concatenate(by_query, 2), sum(by_keys), sum(by_values)
+        given = query, keys, values
+        return tuple(x.astype(like.dtype) for x, like in zip(found, given, strict=True))
 
     run = _dispatch(by_kernel, by_scores, kernels(query, keys, values, reach, scale, softcap))
     return (*run(query, keys, values, slope), None)
@@ -150,10 +170,18 @@ def _dispatch(
     return partial(jax.lax.platform_dependent, default=by_scores, **branches)
 
 
+def _spans(length: int) -> list[tuple[slice, slice]]:
+    """Which queries go together where all scores are computed, and the keys that they may see."""
+    chunk = max(CHUNK, -(-length // CHUNKS))
+    return [
+        (slice(start, start + chunk), slice(0, start + chunk)) for start in range(0, length, chunk)
+    ]
+
+
 def _pull_scores(
     residuals: tuple, slope: Array, *, scale: float | int, softcap: float | None
 ) -> tuple[Array, Array, Array]:
-    """The gradients by query, keys and values, from scores that are computed again."""
+    """The float32 gradients by query, keys and values, from scores that are computed again."""
     query, keys, values, mask, out, normaliser = residuals
     slots, groups, count, heads, width = query.shape
     shape = (slots, groups, count, keys.shape[3], heads // keys.shape[3])
@@ -174,11 +202,7 @@ def _pull_scores(
     by_scores = by_scores.astype(keys.dtype)
     by_query = dot("paghmj,pajgc->pamghc", by_scores, keys).reshape(query.shape)
     by_keys = dot("paghmj,pamghc->pajgc", by_scores, grouped)
-    return (
-        by_query.astype(query.dtype),
-        by_keys.astype(keys.dtype),
-        by_values.astype(values.dtype),
-    )
+    return by_query, by_keys, by_values
 
 
 def kernels(
