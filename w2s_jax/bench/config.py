@@ -123,6 +123,11 @@ class TrainBenchConfig(ModelBenchConfig):
     """Tokens of a row."""
     prompt_tokens: int = 64
     """Of these, tokens of the prompt of a pair."""
+    packed: bool = False
+    """SFT reads rows of four documents of random lengths, each of which sees itself alone."""
+    lora_rank: int = 0
+    """Train adapters of this rank on all projections, with twice as much alpha; 0 trains all
+    weights. GPT-2's queries, keys and values share a factor in TRL's and have their own in ours."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; the trained weights stay float32."""
     repeats: int = 3

@@ -1,7 +1,7 @@
 """Programs of their own: decoding, search and training with torch, timed on rows of token ids.
 
-`python peers.py JOB_JSON` prints one JSON line. Needs torch and transformers, trl too for a
-training, and nothing of this package, so that any interpreter that has those can run it.
+`python peers.py JOB_JSON` prints one JSON line. Needs torch and transformers, trl and peft
+too for a training, and nothing of this package, so that any interpreter that has those can run it.
 """
 
 import inspect
@@ -183,6 +183,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -208,7 +209,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     dpo, narrow = job["objective"] == "dpo", job["dtype"] == "bfloat16"
     on_gpu = torch.cuda.is_available()
-    options = {"beta": 0.1} if dpo else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    # Packing marks documents by their positions alone, which attention reads them from.
+    texts = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": job["packed"]}
+    options = {"beta": 0.1} if dpo else texts
+    lora = None
+    if job["lora_rank"]:
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=job["lora_rank"], lora_alpha=2 * job["lora_rank"],
+            target_modules="all-linear", fan_in_fan_out=job["config"]["model_type"] == "gpt2",
+        )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         args: Any = (DPOConfig if dpo else SFTConfig)(
             output_dir=folder, max_steps=job["steps"], max_length=job["length"],
@@ -226,6 +235,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             train_dataset=Dataset.from_list(job["rows"]),
             processing_class=PreTrainedTokenizerFast.from_pretrained(job["tokenizer"]),
             callbacks=[clock],
+            peft_config=lora,
         )  # fmt: skip
         trainer.train()
     return {

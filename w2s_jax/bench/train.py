@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,22 @@ from w2s_jax.errors import InputError
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_json import config_from_hf, config_to_hf
 from w2s_jax.models.load import load_model
+from w2s_jax.models.lora import LoraConfig, abstract_adapter, init_adapter
 from w2s_jax.models.model import Model
 from w2s_jax.models.save import save_model
 from w2s_jax.text.tokenizer import vocabularies
 from w2s_jax.train.config import OptimizerConfig, PreferenceConfig
 from w2s_jax.train.logprobs import REFERENCE
-from w2s_jax.train.objectives import Policy, pair_loss, sft_loss
+from w2s_jax.train.objectives import BASE, Policy, pair_loss, sft_loss
 from w2s_jax.train.step import Batch, init_state, make_optimizer, make_train_step
 
 OBJECTIVES = ("sft", "dpo")
 LEARNING_RATE = 1e-5
+DOCUMENTS = 4
+"""In a packed row."""
 LEAST = {
     "layers": 1, "batch_size": 1, "repeats": 1, "rounds": 1, "prompt_tokens": 1, "vocab": 32,
+    "lora_rank": 0,
 }  # fmt: skip
 NO_TRL = "install the extra 'parity' or give --trl-python"
 
@@ -115,6 +120,10 @@ def check(options: TrainBenchConfig) -> None:
         raise InputError(f"--batch-size is {options.batch_size}; DPO needs an even number of rows")
     if options.length <= options.prompt_tokens:
         raise InputError(f"--length {options.length} leaves nothing after the prompt's tokens")
+    if options.packed and ("dpo" in options.objectives or options.length <= DOCUMENTS):
+        raise InputError(
+            f"--packed is for --objectives sft alone, and rows of more than {DOCUMENTS} tokens"
+        )
     check_positions(shape(options), options.length)
     unknown = [name for name in options.objectives if name not in OBJECTIVES]
     if unknown or not options.objectives:
@@ -129,7 +138,7 @@ def shape(options: TrainBenchConfig) -> ModelConfig:
 def measure(options: TrainBenchConfig, *, apart: bool) -> Figures:
     """Run the programs in turns; each of this package's measures the rates as well."""
     config, python = shape(options), options.trl_python or sys.executable
-    no_trl = missing(python, "torch, trl", NO_TRL) if options.trl else None
+    no_trl = missing(python, "torch, trl, peft", NO_TRL) if options.trl else None
     with_trl = options.trl and no_trl is None
     trainers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"own": train}
     if apart:
@@ -177,8 +186,7 @@ def job_of(options: TrainBenchConfig, config: ModelConfig, objective: str) -> di
 
     if objective == "sft":
         texts = ids(steps * options.batch_size, options.length)
-        # TRL divides the loss by the labels, also by one in first place, which has no log-prob.
-        rows = [{"input_ids": text, "labels": [-100, *text[1:]]} for text in texts]
+        rows = [_text(text, documents(options), rng) for text in texts]
     else:
         count, response = steps * options.batch_size // 2, options.length - options.prompt_tokens
         sides = (ids(count, options.prompt_tokens), ids(count, response), ids(count, response))
@@ -192,6 +200,21 @@ def job_of(options: TrainBenchConfig, config: ModelConfig, objective: str) -> di
         "no_dropout": dict.fromkeys(off, 0.0),
         "rows": rows,
     }
+
+
+def documents(options: TrainBenchConfig) -> int:
+    """The documents of a row."""
+    return DOCUMENTS if options.packed else 1
+
+
+def _text(ids: list[int], count: int, rng: np.random.Generator) -> dict[str, list[int]]:
+    """A row of so many documents in the columns that TRL's packing makes."""
+    cuts = np.sort(rng.choice(np.arange(1, len(ids)), count - 1, replace=False))
+    labels = np.array(ids)
+    # TRL divides the loss by the labels, also by one in first place, which has no log-prob.
+    labels[[0, *cuts]] = -100
+    lengths = np.diff([0, *cuts, len(ids)])
+    return {"input_ids": ids, "labels": labels.tolist(), "seq_lengths": lengths.tolist()}
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -208,19 +231,23 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         model = load_model(job["checkpoint"])
     else:
         model = random_model(config_from_hf(job["config"]), 0)
-    policy, frozen = Policy(model.config), {}
+    rank, params, frozen = job["lora_rank"], model.params, {}
+    lora = LoraConfig(rank, alpha=2.0 * rank) if rank else None
+    policy = Policy(model.config, lora)
     loss = pair_loss(policy, PreferenceConfig()) if dpo else sft_loss(policy)
-    if dpo:
-        # A reference is never changed, so the first state's copy is the only one.
-        params = jax.tree.map(lambda x: x.astype("bfloat16") if narrow else x, model.params)
-        frozen = {REFERENCE: Model(model.config, params)}
+    if dpo or lora:
+        # What is frozen is never changed, so the first state's copy is the only one.
+        cast = jax.tree.map(lambda x: x.astype("bfloat16") if narrow else x, params)
+        frozen = {BASE if lora else REFERENCE: Model(model.config, cast)}
+    if lora:
+        params = init_adapter(model.config, lora, jax.random.key(0))
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=job["learning_rate"], schedule="constant", warmup=0.0),
         job["steps"],
     )
     step = make_train_step(loss, optimizer, compute_dtype="bfloat16" if narrow else None)
-    state = init_state(model.params, optimizer, jax.random.key(0))
-    del model
+    state = init_state(params, optimizer, jax.random.key(0))
+    del model, params
     size = job["batch_size"] // (2 if dpo else 1)
     seconds, cpu_seconds, losses = [], [], []
     for start in range(0, job["steps"] * size, size):
@@ -242,16 +269,18 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 def batch_of(rows: list[dict[str, list[int]]], dpo: bool) -> Batch:
     """The batch of rows that all have one length."""
-    sides = ("chosen_ids", "rejected_ids")
-    ids: list = [
-        [row["prompt_ids"] + row[side] for side in sides] if dpo else row["input_ids"]
-        for row in rows
-    ]
-    # The first token of a text has no log-prob.
-    prompt = len(rows[0]["prompt_ids"]) if dpo else 1
-    tokens = np.asarray(ids, np.int32)
-    targets = np.broadcast_to(np.arange(tokens.shape[-1]) >= prompt, tokens.shape)
-    return {"tokens": tokens, "segments": np.ones_like(tokens), "targets": targets.copy()}
+    if dpo:
+        sides = ("chosen_ids", "rejected_ids")
+        ids = [[row["prompt_ids"] + row[side] for side in sides] for row in rows]
+        tokens = np.asarray(ids, np.int32)
+        prompt = np.arange(tokens.shape[-1]) < len(rows[0]["prompt_ids"])
+        targets, segments = np.tile(~prompt, (*tokens.shape[:2], 1)), np.ones_like(tokens)
+    else:
+        tokens = np.asarray([row["input_ids"] for row in rows], np.int32)
+        targets = np.asarray([row["labels"] for row in rows]) >= 0
+        # The first token of a document, and no other, has no label.
+        segments = np.cumsum(~targets, axis=1, dtype=np.int32)
+    return {"tokens": tokens, "segments": segments, "targets": targets}
 
 
 def summary(rounds: list[dict[str, Any]], tokens: int) -> Side:
@@ -271,17 +300,24 @@ def summary(rounds: list[dict[str, Any]], tokens: int) -> Side:
 
 
 def step_operations(options: TrainBenchConfig, config: ModelConfig, objective: str) -> float:
-    """Matmul operations of a step: three forward passes, four where a reference is read as well."""
-    start = options.prompt_tokens if objective == "dpo" else 1
-    forward = read_work(
-        config,
-        4,
-        rows=options.batch_size * options.length,
-        context=options.length / 2,
-        cached=0,
-        scored=options.batch_size * (options.length - start),
-    ).operations
-    return float(forward * (4 if objective == "dpo" else 3))
+    """Matmul operations of a step: three forward passes, four where a reference is read as well.
+
+    Frozen weights, beside adapters, take one pass fewer: they have no gradient.
+    """
+    dpo, count = objective == "dpo", documents(options)
+    start = options.prompt_tokens if dpo else count
+    rows = options.batch_size * options.length
+    # Of a text cut at random places, the mean of the tokens behind which a token stands.
+    context = options.length / (count + 1)
+    scored = options.batch_size * (options.length - start)
+    read = partial(read_work, config, 4, rows=rows, cached=0, scored=scored)
+    passes = 3 + dpo
+    if not options.lora_rank:
+        return float(passes * read(context=context).operations)
+    weights = read(context=0.0).operations
+    adapter = abstract_adapter(config, LoraConfig(options.lora_rank))
+    own = 2 * rows * sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    return float(passes * read(context=context).operations - weights + 3 * own)
 
 
 def report(console: Console, options: TrainBenchConfig, figures: Figures) -> None:
@@ -291,6 +327,8 @@ def report(console: Console, options: TrainBenchConfig, figures: Figures) -> Non
         f"{options.shape or config.architecture} {config.layers} × {config.width}, "
         f"vocabulary {config.vocab_size}, "
         f"{options.dtype}; {options.batch_size} rows of {options.length} tokens a step"
+        + f", in {DOCUMENTS} documents each" * options.packed
+        + f"; LoRA rank {options.lora_rank}" * bool(options.lora_rank)
     )
     table = Table(
         "objective", "trainer", "s/step", "CPU s/step", "tokens/s", "peak GiB", "first loss"
