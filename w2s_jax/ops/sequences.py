@@ -7,7 +7,7 @@ each on its share of a mesh. Which version runs is chosen where a program is low
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
@@ -140,14 +140,12 @@ def _backward(
         mask = reach.mask(length)
         for own, seen in _spans(length):
             rows = query[:, :, own], keys[:, :, seen], values[:, :, seen], mask[:, :, own, seen]
-            residuals = (*rows, out[:, :, own], normaliser[:, :, own])
-            by_query, *others = _pull_scores(
-                residuals, slope[:, :, own], scale=scale, softcap=softcap
-            )
+            saved = (*rows, out[:, :, own], normaliser[:, :, own])
+            by_query, *others = _pull_scores(saved, slope[:, :, own], scale=scale, softcap=softcap)
             later = [(0, 0)] * 2 + [(0, length - others[0].shape[2])] + [(0, 0)] * 2
             pulled.append((by_query, *(jnp.pad(x, later) for x in others)))
-        by_query, by_keys, by_values = zip(*pulled, strict=True)
-        found = jnp.concatenate(by_query, 2), sum(by_keys), sum(by_values)
+        queries, *seen_by = zip(*pulled, strict=True)
+        found = jnp.concatenate(queries, 2), *(reduce(jnp.add, xs) for xs in seen_by)
         given = query, keys, values
         return tuple(x.astype(like.dtype) for x, like in zip(found, given, strict=True))
 
