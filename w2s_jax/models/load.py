@@ -222,11 +222,11 @@ def load_parameters(
     if how.scan_layers:
         sources = stacked_sources(sources, config.layers)
     tied = config.tied_embeddings and head == LANGUAGE_HEAD
-    place: Any = dtype, how.rules, how.mesh, how.quantize
+    read = partial(materialise, dtype=dtype, rules=how.rules, mesh=how.mesh, quantize=how.quantize)
     if not how.output_major:
-        return unflatten_dict(materialise(sources, *place), sep="/")
+        return unflatten_dict(read(sources), sep="/")
     rows_first = output_major_sources(table, tensors, tied, how.quantize)
-    params: dict[str, Any] = {**materialise(sources | rows_first, *place, aligned=True)}
+    params: dict[str, Any] = {**read(sources | rows_first, aligned=True)}
     for path in params:  # one by one, so that no more than one of them is held twice
         if path in rows_first:
             params[path] = OutputMajor(params[path], table[path].shape)
