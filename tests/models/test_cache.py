@@ -14,8 +14,21 @@ def stacked(layers):
     return jax.tree.map(lambda *own: np.stack(own), *layers)
 
 
+def head_major(layers):
+    """Keys [.., G, C, J] and values [.., G, J, C] of arrays [.., J, G, C]."""
+    return tuple(
+        KV(np.moveaxis(kv.keys, -3, -1), np.moveaxis(kv.values, -3, -2), head_major=True)
+        for kv in layers
+    )
+
+
+def usual(name, held):
+    """An array of a head-major layer as [.., J, G, C]."""
+    return np.moveaxis(held, -1 if name == "keys" else -2, -3)
+
+
 @pytest.mark.parametrize("capacity", [7, 16, 19])
-@pytest.mark.parametrize("layout", [tuple, stacked])
+@pytest.mark.parametrize("layout", [tuple, stacked, head_major])
 def test_winners_follow_their_parents(capacity, layout, monkeypatch):
     """In fewer entries than move at a time, in whole blocks of them, and with some left."""
     monkeypatch.setattr(caches, "MOVED", 8)
@@ -23,7 +36,7 @@ def test_winners_follow_their_parents(capacity, layout, monkeypatch):
 
     def part(*shape):
         return tuple(
-            KV(*draw.normal(size=(2, *shape, 1, 2)).astype(np.float32)) for _ in range(LAYERS)
+            KV(*draw.normal(size=(2, *shape, 2, 3)).astype(np.float32)) for _ in range(LAYERS)
         )
 
     prefix, committed = part(SLOTS, 4), part(SLOTS, WIDTH, capacity)
@@ -40,6 +53,7 @@ def test_winners_follow_their_parents(capacity, layout, monkeypatch):
             held = found.committed if layout is stacked else found.committed[layer]
             held = np.asarray(getattr(held, name))
             held = held[layer] if layout is stacked else held
+            held = usual(name, held) if layout is head_major else held
             for slot, w in np.ndindex(SLOTS, WIDTH):
                 length = lengths[slot, w]
                 behind = new[slot, rows[slot, w]]

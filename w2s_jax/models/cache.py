@@ -25,11 +25,12 @@ reading one token of each hypothesis, in one program.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.layers import quantize_array
@@ -44,17 +45,46 @@ class KV:
     prefix [P, S, G, C]; committed [P, W, T, G, C]; chunk [P, R, L − 1, G, C], as its last
     token is read with the next one. Where they are int8, each entry is to be multiplied by its
     scale: float32, of the same shape but for a C of 1.
+
+    head_major: the J entries lie behind the heads, keys [.., G, C, J] and values [.., G, J, C]. So
+    a CPU's products take them; laid out otherwise they are copied in every token step. Not of int8.
     """
 
     keys: Array
     values: Array
     key_scales: Array | None = None
     value_scales: Array | None = None
+    head_major: bool = field(default=False, metadata={"static": True})
 
     @property
     def is_quantized(self) -> bool:
         """Whether the entries are int8."""
         return self.key_scales is not None
+
+    @property
+    def room(self) -> int:
+        """J, the entries that it has room for."""
+        return self.keys.shape[-1 if self.head_major else -3]
+
+    def map(self, apply: Callable[..., Array], *others: "KV") -> "KV":
+        """`apply(array, *arrays of others, axis)` of keys, values and scales.
+
+        The axis is the one of the entries in the array, counted from the last.
+        """
+        names = ("keys", "values", *(("key_scales", "value_scales") if self.is_quantized else ()))
+        axes = {"keys": -1, "values": -2} if self.head_major else {}
+        made: dict[str, Any] = {
+            name: apply(*(getattr(kv, name) for kv in (self, *others)), axes.get(name, -3))
+            for name in names
+        }
+        return replace(self, **made)
+
+    def arranged(self, head_major: bool) -> "KV":
+        """The same entries, which lie in their usual order now, in the order told."""
+        if not head_major or self.head_major:
+            return self
+        moved = replace(self, head_major=True)
+        return moved.map(lambda array, axis: jnp.moveaxis(array, -3, axis))
 
 
 MOVED = 128
@@ -90,7 +120,11 @@ class KVCache:
 
 
 def empty_part(
-    config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike, stacked: bool
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    stacked: bool,
+    head_major: bool = False,
 ) -> LayersKV:
     """Zeros for one part of every layer; `shape` is the part's shape without [G, C].
 
@@ -99,7 +133,7 @@ def empty_part(
     full = (*shape, config.kv_heads, config.head_width)
     if stacked:
         return _zeros((config.layers, *full), dtype)
-    return tuple(_zeros(full, dtype) for _ in range(config.layers))
+    return tuple(_zeros(full, dtype).arranged(head_major) for _ in range(config.layers))
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> KV:
@@ -121,9 +155,14 @@ def quantize_part(part: KV) -> KV:
     return KV(keys.values, values.values, keys.scales, values.scales)
 
 
+def any_layer(part: LayersKV) -> KV:
+    """A layer of a part, or the stack of all: what holds of it holds of every layer."""
+    return part if isinstance(part, KV) else part[0]
+
+
 def part_dtype(part: LayersKV) -> jnp.dtype:
     """What a part's keys and values are kept as; int8 where they are quantised."""
-    return (part if isinstance(part, KV) else part[0]).keys.dtype
+    return any_layer(part).keys.dtype
 
 
 def empty_cache(
@@ -135,12 +174,14 @@ def empty_cache(
     committed_capacity: int,
     dtype: DTypeLike,
     stacked: bool,
+    head_major: bool = False,
     placement: Placement = ON_ONE_DEVICE,
 ) -> KVCache:
     """A cache of zeros with room for prefix_capacity + committed_capacity tokens a hypothesis."""
+    empty = partial(empty_part, config, dtype=dtype, stacked=stacked, head_major=head_major)
     return KVCache(
-        prefix=empty_part(config, (slots, prefix_capacity), dtype, stacked),
-        committed=empty_part(config, (slots, hypotheses, committed_capacity), dtype, stacked),
+        prefix=empty((slots, prefix_capacity)),
+        committed=empty((slots, hypotheses, committed_capacity)),
         prefix_length=jnp.zeros((slots,), jnp.int32),
         committed_length=jnp.zeros((slots, hypotheses), jnp.int32),
         placement=placement,
@@ -152,10 +193,17 @@ def cache_axes(cache: KVCache) -> KVCache:
     stacked = isinstance(cache.prefix, KV)
 
     def part(layers: LayersKV, *axes: str) -> LayersKV:
+        layer = any_layer(layers)
         names = (*(("layers",) if stacked else ()), *axes, "kv_heads", "head_width")
-        is_quantized = (layers if isinstance(layers, KV) else layers[0]).is_quantized
-        scales = (*names[:-1], None) if is_quantized else None
-        kv = KV(names, names, scales, scales)  # type: ignore[arg-type]
+        scales = (*names[:-1], None) if layer.is_quantized else None
+
+        def of_entries(old: Any, axis: int) -> Any:
+            *others, entry, heads, width = old
+            ends = {-1: (heads, width, entry), -2: (heads, entry, width)}
+            return (*others, *ends.get(axis, (entry, heads, width)))
+
+        named: Any = {"keys": names, "values": names, "key_scales": scales, "value_scales": scales}
+        kv = replace(layer, **named).map(of_entries)
         return kv if isinstance(layers, KV) else (kv,) * len(layers)
 
     return replace(
@@ -167,19 +215,26 @@ def cache_axes(cache: KVCache) -> KVCache:
     )
 
 
-def write_committed(
-    committed: Shaped[Array, "P W T G C"],
-    new: Shaped[Array, "P W n G C"],
-    start: Int[Array, "P W"],
-) -> Shaped[Array, "P W T G C"]:
-    """Write n entries of each hypothesis from its own start; what would pass T is dropped."""
-    slots, hypotheses, count = new.shape[:3]
+def write_committed(committed: KV, new: KV, start: Int[Array, "P W"]) -> KV:
+    """Write n entries of each hypothesis from its own start; what would pass T is dropped.
+
+    Args:
+        committed: The committed part of a layer.
+        new: The entries, [P, W, n, G, C], in their usual order.
+        start: int32 [P, W].
+    """
+    slots, hypotheses, count = new.keys.shape[:3]
     index = start[:, :, None] + jnp.arange(count)
     slot = jnp.arange(slots)[:, None, None]
     hypothesis = jnp.arange(hypotheses)[None, :, None]
-    return committed.at[slot, hypothesis, index].set(
-        new, mode="drop", unique_indices=True, indices_are_sorted=True
-    )
+
+    def write(committed: Array, new: Array, axis: int) -> Array:
+        place = (slot, hypothesis, *(slice(None),) * (axis + 3), index)
+        return committed.at[place].set(
+            new, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    return committed.map(write, new)
 
 
 def commit_chunk(
@@ -201,15 +256,22 @@ def commit_chunk(
         lengths = jnp.take_along_axis(lengths, parents, axis=1)
         committed = _follow(committed, parents, jnp.max(lengths))
 
-    def append(committed: Array, written: Array) -> Array:
-        kept = jnp.take_along_axis(written[:, :, :count], rows[:, :, None, None, None], axis=1)
+    def take(written: Array, axis: int) -> Array:
+        first = jax.lax.slice_in_dim(written, 0, count, axis=written.ndim + axis)
+        kept = jnp.take_along_axis(first, rows[:, :, None, None, None], axis=1)
+        return jnp.moveaxis(kept, axis, -3)
+
+    def append(committed: KV, written: KV) -> KV:
+        kept = replace(written.map(take), head_major=False)
         return write_committed(committed, kept, lengths)
 
     if chunk is not None and count:
         if isinstance(committed, KV):
+            assert isinstance(chunk, KV)
             committed = _layer_by_layer(append, committed, chunk)
         else:
-            committed = jax.tree.map(append, committed, chunk)
+            assert isinstance(chunk, tuple)
+            committed = tuple(map(append, committed, chunk))
     return replace(cache, committed=committed, committed_length=lengths + count)
 
 
@@ -220,31 +282,32 @@ def _follow(committed: LayersKV, parents: Int[Array, "P W"], longest: Int[Array,
     CPU the pages of that copy would take longer than the copying.
     """
 
-    def move(held: Array, start: Int[Array, ""] | int, size: int) -> Array:
-        old = jax.lax.dynamic_slice_in_dim(held, start, size, axis=-3)
+    def move(held: Array, axis: int, start: Int[Array, ""] | int, size: int) -> Array:
+        old = jax.lax.dynamic_slice_in_dim(held, start, size, axis)
         stacked = (1,) * (held.ndim - 5)
         new = jnp.take_along_axis(old, parents.reshape(*stacked, *parents.shape, 1, 1, 1), axis=-4)
-        return jax.lax.dynamic_update_slice_in_dim(held, new, start, axis=-3)
+        return jax.lax.dynamic_update_slice_in_dim(held, new, start, axis)
 
-    def block(index: Array, committed: LayersKV) -> LayersKV:
-        return jax.tree.map(partial(move, start=index * MOVED, size=MOVED), committed)
+    def block(committed: LayersKV, start: Int[Array, ""] | int, size: int) -> LayersKV:
+        apply = partial(move, start=start, size=size)
+        if isinstance(committed, KV):
+            return committed.map(apply)
+        return tuple(layer.map(apply) for layer in committed)
 
-    capacity = jax.tree.leaves(committed)[0].shape[-3]
-    blocks, left = divmod(capacity, MOVED)
+    blocks, left = divmod(any_layer(committed).room, MOVED)
     if blocks:
         used = jnp.minimum(blocks, -(-longest // MOVED))
-        committed = jax.lax.fori_loop(0, used, block, committed)
-    if left:
-        committed = jax.tree.map(partial(move, start=blocks * MOVED, size=left), committed)
-    return committed
+        step = lambda index, committed: block(committed, index * MOVED, MOVED)  # noqa: E731
+        committed = jax.lax.fori_loop(0, used, step, committed)
+    return block(committed, blocks * MOVED, left) if left else committed
 
 
-def _layer_by_layer(append: Callable[..., Array], stack: KV, chunk: LayersKV) -> KV:
+def _layer_by_layer(append: Callable[[KV, KV], KV], stack: KV, chunk: KV) -> KV:
     """`append` on a stack of layers, one after another and in place."""
 
     def body(index: Array, stack: KV) -> KV:
         layers = jax.tree.map(partial(take_layer, index=index), (stack, chunk))
-        return put_layer(stack, jax.tree.map(append, *layers), index)
+        return put_layer(stack, append(*layers), index)
 
     return jax.lax.fori_loop(0, stack.keys.shape[0], body, stack)
 

@@ -17,6 +17,7 @@ from w2s_jax.models.cache import (
     KV,
     KVCache,
     LayersKV,
+    any_layer,
     put_layer,
     quantize_part,
     take_layer,
@@ -161,7 +162,7 @@ def forward(
     offsets = _offsets(layout, chunk_start)
     base = cache.prefix_length[:, None] + cache.committed_length
     positions = (base[:, :, None] + offsets).astype(jnp.int32)
-    capacity = layout.length if chunk is None else _room(chunk, 2)
+    capacity = layout.length if chunk is None else any_layer(chunk).room
     windows, _ = layer_windows(config)
     reaches = [None if windows == (None,) else jnp.int32(one or _FAR) for one in windows]
     masks = (_masks(one, positions, layout, cache, capacity, chunk_start) for one in windows)
@@ -257,11 +258,6 @@ def _choose(masks: tuple[Masks, ...], window: int | Array) -> Masks:
     return jax.tree.map(pick, *masks)
 
 
-def _room(part: LayersKV, axis: int) -> int:
-    """The size of one axis of a layer's part."""
-    return part.keys.shape[axis + 1] if isinstance(part, KV) else part[0].keys.shape[axis]
-
-
 def _offsets(layout: Layout, chunk_start: Array | None) -> Array:
     """How far the new tokens [M] stand behind what a cache holds."""
     stem = int(layout.stem)
@@ -278,12 +274,12 @@ def _masks(
     capacity: int,
     chunk_start: Array | None,
 ) -> Masks:
-    index = jnp.arange(_room(cache.prefix, 1))
+    index = jnp.arange(any_layer(cache.prefix).room)
     prefix = (index < cache.prefix_length[:, None])[:, None, None, :]
     if window is not None:
         queries = positions.reshape(positions.shape[0], 1, -1, 1)
         prefix = prefix & (index > queries - window)
-    index = jnp.arange(_room(cache.committed, 2))
+    index = jnp.arange(any_layer(cache.committed).room)
     limit = cache.committed_length + int(layout.stem)
     committed = (index < limit[:, :, None])[:, :, None, :]
     if window is not None:
@@ -316,15 +312,18 @@ def _extend(kv: LayerKV, new: KV, view: View) -> LayerKV:
     layout, committed, branches = view.layout, kv.committed, None
     if layout.stem:
         stem = jax.tree.map(lambda x: x[:, :, :1], new)
-        committed = jax.tree.map(partial(write_committed, start=view.stem_start), committed, stem)
+        committed = write_committed(committed, stem, view.stem_start)
     if layout.successors * layout.length:
         branches = jax.tree.map(lambda x: _branches(x, layout), new)
         if kv.chunk is not None:
             assert view.chunk_start is not None, "a buffer needs the place to write at"
-            at: Any = {"start_index": view.chunk_start, "axis": 2}
-            write = partial(jax.lax.dynamic_update_slice_in_dim, **at)
-            branches = jax.tree.map(write, kv.chunk, branches)
+            write = partial(_write_chunk, view.chunk_start)
+            branches = kv.chunk.map(write, branches.arranged(kv.chunk.head_major))
     return LayerKV(kv.prefix, committed, branches)
+
+
+def _write_chunk(start: Array, chunk: Array, new: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(chunk, new, start, axis)
 
 
 def _branches(x: Array, layout: Layout) -> Array:
@@ -350,7 +349,7 @@ def attend_parts(query: Array, kv: LayerKV, masks: Masks, view: View) -> Array:
 
     def attend(queries: Array, part: KV, mask: Array | None) -> attention.Partial:
         held: Any = (part.keys, part.values, mask, part.key_scales, part.value_scales)
-        return attention.attend_in_blocks(queries, *held, **options)
+        return attention.attend_in_blocks(queries, *held, head_major=part.head_major, **options)
 
     def of_slots(query: Array, held: tuple[LayerKV, tuple]) -> Array:
         kv, (prefix_mask, committed_mask, chunk_mask) = held
@@ -381,7 +380,7 @@ def attend_by_kernel(
     """
     config, layout, placement = view.config, view.layout, view.placement
     split = _split(query, placement)
-    keys = max(part.keys.shape[-3] for part in (before.prefix, before.committed))
+    keys = max(before.prefix.room, before.committed.room)
     several = config.kv_heads // split.heads > 1
     in_blocks = several and attention.goes_in_blocks(query, keys, split)
     if not tpu.has_kernel(query.dtype, placement, in_blocks):

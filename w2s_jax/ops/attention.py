@@ -172,14 +172,15 @@ class Partial:
 
 def attend_part(
     query: Float[Array, "P A m H C"],
-    keys: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
-    values: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
+    keys: Float[Array, "P A _ _ _"] | Int8[Array, "P A J G C"],
+    values: Float[Array, "P A _ _ _"] | Int8[Array, "P A J G C"],
     mask: Bool[Array, "#P #A #m J"],
     key_scales: Float[Array, "P A J G 1"] | None = None,
     value_scales: Float[Array, "P A J G 1"] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
+    head_major: bool = False,
 ) -> Partial:
     """Partial attention of m queries in each of A groups over the J keys that the group shares.
 
@@ -189,22 +190,25 @@ def attend_part(
 
     Args:
         query: Its heads H are a multiple of the key heads G.
-        keys: float, or int8 with `key_scales`.
-        values: float, or int8 with `value_scales`.
+        keys: float [P A J G C], or int8 with `key_scales`.
+        values: float [P A J G C], or int8 with `value_scales`.
         mask: True where a query may see a key.
         key_scales: float32, of int8 keys.
         value_scales: float32, of int8 values.
         scale: The factor on query·key.
         softcap: C of c·tanh(s/c), to which a score s is mapped (arXiv 2408.00118).
+        head_major: Keys are [P A G C J] instead and values [P A G J C], as CPUs multiply them.
     """
+    key_axes, value_axes = ("pagcj", "pagjc") if head_major else ("pajgc", "pajgc")
     if key_scales is not None:
         # Tied to the query, so that no loop over tokens converts them once ahead of itself.
         query, keys, values = jax.lax.optimization_barrier((query, keys, values))
         keys, values = keys.astype(query.dtype), values.astype(query.dtype)
     slots, groups, count, heads, width = query.shape
-    kv_heads = keys.shape[3]
+    kv_heads = keys.shape[2 if head_major else 3]
     grouped = query.reshape(slots, groups, count, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("pamghc,pajgc->pagmhj", grouped, keys, preferred_element_type=jnp.float32)
+    product = f"pamghc,{key_axes}->pagmhj"
+    scores = jnp.einsum(product, grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * scale
     if key_scales is not None:
         scores = scores * _of_keys(key_scales)
@@ -217,7 +221,7 @@ def attend_part(
     if value_scales is not None:
         weights = weights * _of_keys(value_scales)
     weighted = jnp.einsum(
-        "pagmhj,pajgc->pagmhc",
+        f"pagmhj,{value_axes}->pagmhc",
         weights.astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
@@ -232,8 +236,8 @@ def attend_part(
 
 def attend_in_blocks(
     query: Float[Array, "P A m H C"],
-    keys: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
-    values: Float[Array, "P A J G C"] | Int8[Array, "P A J G C"],
+    keys: Float[Array, "P A _ _ _"] | Int8[Array, "P A J G C"],
+    values: Float[Array, "P A _ _ _"] | Int8[Array, "P A J G C"],
     mask: Bool[Array, "#P #A #m J"],
     key_scales: Float[Array, "P A J G 1"] | None = None,
     value_scales: Float[Array, "P A J G 1"] | None = None,
@@ -241,6 +245,7 @@ def attend_in_blocks(
     scale: float,
     softcap: float | None = None,
     devices: int = 1,
+    head_major: bool = False,
 ) -> Partial:
     """`attend_part` over blocks of the keys one after another, where all scores would be many.
 
@@ -250,10 +255,11 @@ def attend_in_blocks(
     """
     slots, groups, count, heads, _ = query.shape
     largest = functools.partial(_largest, 4 * slots * groups * count * heads / devices)
-    run = functools.partial(_blocks, scale=scale, softcap=softcap)
+    options: Any = {"scale": scale, "softcap": softcap, "head_major": head_major}
+    run = functools.partial(_blocks, **options)
     arrays = (query, keys, values, mask, key_scales, value_scales)
-    if keys.shape[2] <= largest(TPU_BLOCK_BYTES):
-        return attend_part(*arrays, scale=scale, softcap=softcap)
+    if mask.shape[-1] <= largest(TPU_BLOCK_BYTES):
+        return attend_part(*arrays, **options)
     return jax.lax.platform_dependent(
         *arrays,
         tpu=functools.partial(run, largest=largest(TPU_BLOCK_BYTES)),
@@ -327,12 +333,13 @@ def _turned(
     return jax.lax.fori_loop(0, own // together, turn, start).reshape(shape.shape)
 
 
-def _blocks(query: Array, keys: Array, *more: Any, largest: int, **options: Any) -> Partial:
+def _blocks(
+    query: Array, keys: Array, values: Array, mask: Array, *scales: Any, largest: int, **how: Any
+) -> Partial:
     """`attend_part` of the same arrays and options, at most `largest` keys at a time."""
-    total = keys.shape[2]
+    total, axes = mask.shape[-1], (4, 3) if how["head_major"] else (2, 2)
     if total <= largest:
-        return attend_part(query, keys, *more, **options)
-    values, mask, *scales = more
+        return attend_part(query, keys, values, mask, *scales, **how)
     blocks = -(-total // largest)
     # Of one size, since the body of a loop has one shape, and of whole tiles.
     size = -(-total // (blocks * LANES)) * LANES
@@ -341,15 +348,15 @@ def _blocks(query: Array, keys: Array, *more: Any, largest: int, **options: Any)
         # The last one reaches back, over keys that were seen.
         start = jnp.minimum(at * size, total - size)
 
-        def cut(x: Array, axis: int = 2) -> Array:
+        def cut(x: Array, axis: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
         # Cut before use: compilers would read all keys ahead, for every block.
-        own: Any = jax.lax.optimization_barrier((cut(keys), cut(values)))
-        own_scales: Any = [None if x is None else cut(x) for x in scales]
+        own: Any = jax.lax.optimization_barrier(tuple(map(cut, (keys, values), axes)))
+        own_scales: Any = [None if x is None else cut(x, 2) for x in scales]
         new = cut(mask, 3) & (start + jnp.arange(size) >= at * size)
         part = (*own, new, *own_scales)
-        return join([seen, attend_part(query, *part, **options)])
+        return join([seen, attend_part(query, *part, **how)])
 
     return jax.lax.fori_loop(0, blocks, block, unseen(query))
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.cache import KV, KVCache, cache_axes
+from w2s_jax.models.cache import KVCache, any_layer, cache_axes
 from w2s_jax.models.config import KNOWN, ModelConfig
 from w2s_jax.models.config_json import config_from_hf
 from w2s_jax.models.lora import abstract_adapter
@@ -384,7 +384,7 @@ def _layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def _cache_shapes(cache: KVCache) -> dict[str, tuple[int, ...]]:
     """Whole shapes of both parts of a cache, for one layer."""
     parts = (("prefix", cache.prefix), ("committed", cache.committed))
-    layers = ((name, part if isinstance(part, KV) else part[0]) for name, part in parts)
+    layers = ((name, any_layer(part)) for name, part in parts)
     # Stacked layers have a leading axis.
     return {name: tuple(part.keys.shape)[-4 - (name == "committed") :] for name, part in layers}
 

@@ -5,7 +5,6 @@ loop samples K successors of L tokens for every hypothesis, from the logits of o
 as the config's proposer mixes them. Nothing is scored or selected here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from w2s_jax.models.cache import (
     KV,
     KVCache,
     LayersKV,
+    any_layer,
     empty_cache,
     empty_part,
     part_dtype,
@@ -48,13 +48,15 @@ def start_cache(model: Model, *, dtype: DTypeLike | None = None, **sizes: int) -
     Raises:
         InputError: Where the mesh does not divide the slots or the key/value heads.
     """
+    kept = model.dtype if dtype is None else dtype
 
     def build() -> KVCache:
         return empty_cache(
             model.config,
             **sizes,
-            dtype=model.dtype if dtype is None else dtype,
+            dtype=kept,
             stacked=model.scan_layers,
+            head_major=_is_head_major(model, kept),
             placement=model.placement,
         ).constrain()
 
@@ -90,6 +92,8 @@ def prefill(
     if part_dtype(cache.prefix) == jnp.int8:
         read = jax.tree.map(quantize_part, read, is_leaf=lambda part: isinstance(part, KV))
     stacked = model.scan_layers
+    if isinstance(read, tuple):
+        read = tuple(layer.arranged(any_layer(cache.prefix).head_major) for layer in read)
 
     def put(prefix: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(prefix, new, slot, axis=int(stacked))
@@ -128,7 +132,13 @@ def start_chunk(
     The dtype is chosen as in `start_cache`.
     """
     kept = model.dtype if dtype is None else dtype
-    return empty_part(model.config, (slots, rows, length), kept, model.scan_layers)
+    shape, stacked = (slots, rows, length), model.scan_layers
+    return empty_part(model.config, shape, kept, stacked, _is_head_major(model, kept))
+
+
+def _is_head_major(model: Model, dtype: DTypeLike) -> bool:
+    """Whether a cache lies as CPUs' products take it: where the weights do, and are not int8."""
+    return is_output_major(model.params) and jnp.dtype(dtype) != jnp.int8
 
 
 def read_step(
@@ -396,13 +406,11 @@ def sample_chunk(
         for model, cache in zip(members, caches, strict=True)
     )
 
-    held = tuple(map(_ahead_of_steps, members, caches))
-
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         buffers, tokens = carry
         reads = [
-            read_step(model, in_step(), buffer, tokens, t - 1)
-            for model, in_step, buffer in zip(members, held, buffers, strict=True)
+            read_step(model, cache, buffer, tokens, t - 1)
+            for model, cache, buffer in zip(members, caches, buffers, strict=True)
         ]
         drawn = draw(tuple(logits for logits, _ in reads), draws.keys(base + t, rows))
         return (tuple(buffer for _, buffer in reads), drawn[0]), drawn
@@ -414,30 +422,6 @@ def sample_chunk(
         said = jax.tree.map(join, said, later)
     tokens, values, faults = said
     return Chunk(tokens, values, faults, caches, buffers)
-
-
-def _ahead_of_steps(model: Model, cache: KVCache) -> Callable[[], KVCache]:
-    """A function that gives the cache to each step of a loop that does not change it.
-
-    A CPU's products copy keys and values into the order that they take, and would in every step.
-    Laid out in that order ahead of the loop they are copied once, and held twice meanwhile.
-    """
-    if not is_output_major(model.params) or part_dtype(cache.prefix) == jnp.int8:
-        return lambda: cache
-
-    def moved(move: Callable[[KV], KV], cache: KVCache) -> KVCache:
-        parts = (cache.prefix, cache.committed)
-        own = [jax.tree.map(move, part, is_leaf=lambda x: isinstance(x, KV)) for part in parts]
-        return replace(cache, prefix=own[0], committed=own[1])
-
-    def laid_out(part: KV) -> KV:
-        return KV(jnp.moveaxis(part.keys, -3, -1), jnp.moveaxis(part.values, -3, -2))
-
-    def as_cached(part: KV) -> KV:
-        return KV(jnp.moveaxis(part.keys, -1, -3), jnp.moveaxis(part.values, -2, -3))
-
-    kept = jax.lax.optimization_barrier(moved(laid_out, cache))
-    return lambda: moved(as_cached, kept)
 
 
 def row_ends(

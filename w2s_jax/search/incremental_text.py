@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.models.cache import KV, KVCache, LayersKV, commit_chunk
+from w2s_jax.models.cache import KVCache, LayersKV, any_layer, commit_chunk
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.search.decode import prefill, read_chunk, read_ends, start_cache
@@ -92,8 +92,7 @@ class Reading:
 
     def capacity(self, part: str) -> int:
         """Tokens that a part of the cache holds: S of "prefix", T of "committed"."""
-        layers = getattr(self.cache, part)
-        return (layers if isinstance(layers, KV) else layers[0]).keys.shape[-3]
+        return any_layer(getattr(self.cache, part)).room
 
 
 def start_reading(slots: int, hypotheses: int, successors: int, chunk_length: int) -> Reading:
@@ -442,6 +441,5 @@ def read_last(
 @partial(jax.jit, donate_argnums=0)
 def keep(cache: KVCache, buffer: LayersKV, parents: Any, rows: Any) -> KVCache:
     """The cache (donated) of the kept hypotheses: their parents' entries, then their rows'."""
-    first = buffer if isinstance(buffer, KV) else buffer[0]
-    count = first.keys.shape[-3]
+    count = any_layer(buffer).room
     return commit_chunk(cache, buffer, parents=parents, rows=rows, count=count).constrain()
