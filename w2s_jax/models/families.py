@@ -53,6 +53,8 @@ class Family:
     without them is a broken file. fixed: fields of ModelConfig that are always so. tensors: the
     modules' names in checkpoints, with {i} for a layer's number. prefix: what stands before the
     tensors' names in the files of a language model, and not in those of the decoder alone.
+    Modules of one name are one tensor, query before key before value, gate before up:
+    interleaved says that they are so in each head, and else side by side.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Family:
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     tensors: dict[str, str] = dataclasses.field(default_factory=lambda: _LLAMA_TENSORS)
     prefix: str = "model."
+    interleaved: bool = False
 
 
 _NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
@@ -182,3 +185,8 @@ def tensor_names(architecture: str) -> dict[str, str]:
 def tensor_prefix(architecture: str) -> str:
     """What the files of a decoder alone leave out before its tensors' names."""
     return FAMILIES[architecture].prefix if architecture in FAMILIES else "model."
+
+
+def heads_interleaved(architecture: str) -> bool:
+    """Whether query, key and value of one tensor lie side by side in each head."""
+    return architecture in FAMILIES and FAMILIES[architecture].interleaved

@@ -8,7 +8,7 @@ this table derive abstract shapes, shardings, reading, writing and adapters.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
-from w2s_jax.models.families import tensor_names, tensor_prefix
+from w2s_jax.models.families import heads_interleaved, tensor_names, tensor_prefix
 from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
@@ -33,19 +33,41 @@ def layer_name(layer: int) -> str:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Which outputs of a stored tensor are a parameter's, where several share it.
+
+    The tensor's `total` outputs are `stretches` of equal length. In each, one run is the
+    parameter's, `start` behind the stretch's first.
+    """
+
+    start: int
+    total: int
+    stretches: int = 1
+
+    def runs(self, outputs: int, first: int, last: int) -> list[slice]:
+        """Where outputs first .. last of a parameter of so many are among the tensor's."""
+        run, found = outputs // self.stretches, []
+        for stretch in range(first // run, -(-last // run)):
+            shift = self.start + stretch * (self.total // self.stretches - run)
+            own = max(first, stretch * run), min(last, (stretch + 1) * run)
+            found.append(slice(own[0] + shift, own[1] + shift))
+        return found
+
+
+@dataclass(frozen=True)
 class Stored:
     """How files hold one parameter: the tensor's name and how its axes lie there.
 
     groups: how many of our axes, in order, make up each stored axis: (1, 2) stores [D, H, C] as
         [D, H·C], (2,) stores [H, C] as [H·C].
     transposed: the stored axes are in the opposite order, [out, in].
-    part: the parameter is this one of three equal parts of the last stored axis.
+    span: the parameter is these outputs of the tensor; None where it is all of them.
     """
 
     name: str
     groups: tuple[int, ...] = (1,)
     transposed: bool = False
-    part: int | None = None
+    span: Span | None = None
 
     def grouped(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The parameter's shape with its axes joined as stored, before any transposing."""
@@ -58,13 +80,19 @@ class Stored:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The whole stored tensor's shape, given the parameter's."""
         *most, last = self.grouped(shape)
-        sizes = (*most, last if self.part is None else 3 * last)
+        sizes = (*most, last if self.span is None else self.span.total)
         return sizes[::-1] if self.transposed else sizes
 
     @property
     def major_axis(self) -> int:
         """The axis of the parameter that the tensor's first one begins with."""
         return sum(self.groups[:-1]) if self.transposed else 0
+
+    def runs(self, shape: tuple[int, ...], first: int = 0, last: int | None = None) -> list[slice]:
+        """Where in the tensor's outputs those from `first` to `last` of the parameter are."""
+        outputs = self.grouped(shape)[-1]
+        last = outputs if last is None else last
+        return [slice(first, last)] if self.span is None else self.span.runs(outputs, first, last)
 
     def read(self, tensor: Any, shape: tuple[int, ...], index: Index) -> np.ndarray:
         """A rectangular part of a parameter, touching only the stored bytes that cover it."""
@@ -73,15 +101,16 @@ class Stored:
             major, *minor = shape[axis : axis + group]
             start, stop, _ = index[axis].indices(major)
             step = math.prod(minor)
-            ranges.append((start * step, stop * step))
+            ranges.append(slice(start * step, stop * step))
             lengths += [stop - start, *minor]
             inner += [slice(None), *index[axis + 1 : axis + group]]
             axis += group
-        if self.part is not None:
-            offset = self.part * math.prod(shape[-self.groups[-1] :])
-            ranges[-1] = (ranges[-1][0] + offset, ranges[-1][1] + offset)
-        slices = tuple(slice(*bounds) for bounds in ranges)
-        array = tensor[slices[::-1]].T if self.transposed else tensor[slices]
+        *most, outputs = ranges
+        slices = [(*most, run) for run in self.runs(shape, outputs.start, outputs.stop)]
+        if self.transposed:
+            array = _joined([tensor[part[::-1]] for part in slices], 0).T
+        else:
+            array = _joined([tensor[part] for part in slices], -1)
         return array.reshape(lengths)[tuple(inner)]
 
     def read_outputs(
@@ -91,15 +120,36 @@ class Stored:
 
         Files of torch's Linear and of embeddings hold it so, and are read in one piece.
         """
-        if self.transposed or summed[0] > 0:
+        if summed[0] > 0:
             return tensor[index[0]]
-        rows, start = index[0], (self.part or 0) * math.prod(shape[len(summed) :])
-        return tensor[:, start + rows.start : start + rows.stop].T
+        runs = self.runs(shape, index[0].start, index[0].stop)
+        rows = [tensor[run] if self.transposed else tensor[:, run].T for run in runs]
+        return _joined(rows, 0)
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
-        """A parameter as the files keep it (or its part of a stored tensor)."""
+        """A parameter as the files keep it (or its outputs of a stored tensor)."""
         flat = array.reshape(self.grouped(array.shape))
         return flat.T if self.transposed else flat
+
+    def write(self, tensor: np.ndarray, array: np.ndarray) -> None:
+        """Put a parameter in its place in a stored tensor."""
+        axis = 0 if self.transposed else -1
+        whole, own = (np.moveaxis(x, axis, 0) for x in (tensor, self.arranged(array)))
+        self.put(whole, own, array.shape)
+
+    def put(self, whole: np.ndarray, own: np.ndarray, shape: tuple[int, ...]) -> None:
+        """Put what belongs to each output of a parameter where the tensor's outputs are."""
+        begun = 0
+        for run in self.runs(shape):
+            whole[run] = own[begun : (begun := begun + run.stop - run.start)]
+
+    def take(self, whole: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What `put` put there."""
+        return _joined([whole[run] for run in self.runs(shape)], 0)
+
+
+def _joined(arrays: list[np.ndarray], axis: int) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 
 
 @dataclass(frozen=True)
@@ -162,8 +212,8 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
     """Where files keep the parameter at a path such as "layers_3/attention/query/kernel".
 
     How its axes lie follows from its kind alone: heads and their width are one axis, torch's Linear
-    is [out, in], and GPT-2's Conv1D, known by its name c_*, [in, out], query, key and value side by
-    side. `names` holds the modules' names, with {i} for a layer's number.
+    is [out, in], and GPT-2's Conv1D, known by its name c_*, [in, out]. `names` holds the modules'
+    names, with {i} for a layer's number.
     """
     module, _, leaf = path.rpartition("/")
     projection = module.rpartition("/")[2]
@@ -177,7 +227,6 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
         f"{name}.{'bias' if leaf == 'bias' else 'weight'}",
         groups.get(leaf, (1,)),
         transposed=leaf == "kernel" and not convolution,
-        part=QKV.index(projection) if name.endswith(".c_attn") else None,
     )
 
 
@@ -213,10 +262,30 @@ def decoder_parameters(
     A language model's head is in it unless it is tied; a reward model's is `reward_head`'s.
     """
     names = tensor_names(config.architecture) | {"head": head.name}
-    return {
+    table = {
         path: Parameter(shape, axes, stored_as(names, path))
         for path, (shape, axes) in declared(config).items()
     }
+    return table | _sharing(table, config.heads if heads_interleaved(config.architecture) else 1)
+
+
+def _sharing(table: Mapping[str, Parameter], stretches: int) -> dict[str, Parameter]:
+    """The parameters that share a tensor, with their spans of it: side by side in each stretch."""
+    shared: dict[str, dict[str, int]] = {}
+    for path, row in table.items():
+        shared.setdefault(row.stored.name, {})[path] = row.stored.grouped(row.shape)[-1]
+    found: dict[str, Parameter] = {}
+    for outputs in shared.values():
+        start, total = 0, sum(outputs.values())
+        for path in sorted(outputs, key=_place_of) if len(outputs) > 1 else ():
+            stored = replace(table[path].stored, span=Span(start, total, stretches))
+            found[path] = replace(table[path], stored=stored)
+            start += outputs[path] // stretches
+    return found
+
+
+def _place_of(path: str) -> int:
+    return PROJECTIONS.index(path.split("/")[-2])
 
 
 def reward_head(

@@ -209,10 +209,7 @@ def _open(directory: Path) -> Tensors:
 
 
 def _modules(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
-    """The kernels that files keep in each module that can be adapted, by their places.
-
-    Those of one tensor lie in the order of their parts.
-    """
+    """The kernels that files keep in each module that can be adapted, by their places."""
     table = decoder_parameters(config)
     modules: dict[str, dict[str, Parameter]] = {}
     for layer in range(config.layers):
@@ -290,13 +287,12 @@ def _read_factors(
     lora: LoraConfig,
 ) -> dict[str, np.ndarray]:
     """lora_a and lora_b of one module's kernels; `own` is its scale, `lora` is to be it."""
-    # A kernel's input axes, then its output's, each flattened.
-    shapes = [row.stored.grouped(row.shape) for row in kernels.values()]
-    inputs, outputs = shapes[0][0], sum(outputs for _, outputs in shapes)
+    inputs, outputs = _sizes(kernels)
     for name, expected in (("A", (own.rank, inputs)), ("B", (outputs, own.rank))):
         _check_shape(_tensor(module, name), pair[name], expected)
     a, b = (np.asarray(pair[name][:], np.float32) for name in "AB")
-    blocks = np.split(b * np.float32(own.scale / lora.scale), len(kernels))
+    b = b * np.float32(own.scale / lora.scale)
+    blocks = [row.stored.take(b, row.shape) for row in kernels.values()]
     factors = [(a, block) for block in blocks]
     if len(kernels) > 1 and own.rank == len(kernels) * lora.rank:
         factors = _apart(a, blocks) or factors
@@ -308,6 +304,13 @@ def _read_factors(
         flat[f"{place}/lora_a"] = a.T.reshape(*row.shape[:split], len(a))
         flat[f"{place}/lora_b"] = b.T.reshape(len(a), *row.shape[split:])
     return flat
+
+
+def _sizes(kernels: Mapping[str, Parameter]) -> tuple[int, int]:
+    """Inputs and outputs of the module that holds these kernels."""
+    row = next(iter(kernels.values()))
+    first, second = row.stored.shape(row.shape)
+    return (second, first) if row.stored.transposed else (first, second)
 
 
 def _check_shape(name: str, values: Any, expected: tuple[int, ...]) -> None:
@@ -329,17 +332,19 @@ def _apart(a: np.ndarray, blocks: list[np.ndarray]) -> list[tuple[np.ndarray, np
 
 def _joined(
     factors: list[tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """PEFT's A [r, inputs] and B [outputs, r] of a module that fuses projections.
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """PEFT's A [r, inputs] of a module that fuses projections, and what of its B is each one's.
 
     Projections with factors of their own lie in blocks, which multiplies the rank.
     """
-    from scipy.linalg import block_diag
-
     first = factors[0][0]
     if all(np.array_equal(a, first) for a, _ in factors):
-        return first, np.concatenate([b for _, b in factors])
-    return np.concatenate([a for a, _ in factors]), block_diag(*(b for _, b in factors))
+        return first, [b for _, b in factors]
+    ranks = np.cumsum([0, *(len(a) for a, _ in factors)])
+    blocks = [np.zeros((len(b), ranks[-1]), b.dtype) for _, b in factors]
+    for block, (_, b), start, stop in zip(blocks, factors, ranks[:-1], ranks[1:], strict=True):
+        block[:, start:stop] = b
+    return np.concatenate([a for a, _ in factors]), blocks
 
 
 def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[str, np.ndarray]:
@@ -374,7 +379,7 @@ def save_adapter(
     """Write an adapter, in either layout, that `load_adapter` and PEFT load onto `base`.
 
     Where files fuse projections (GPT-2's c_attn) that have factors of their own here, these are
-    written as blocks of one adapter of three times the rank. `tokenizer` is written beside it.
+    written as blocks of one adapter of as many times the rank. `tokenizer` is written beside it.
 
     Raises:
         InputError: For an adapter that holds whole parameters, and when the directory is not
@@ -401,19 +406,22 @@ def save_adapter(
 
 
 def _module_factors(
-    flat: Mapping[str, Any], places: Iterable[str]
+    flat: Mapping[str, Any], kernels: Mapping[str, Parameter]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """PEFT's A and B of one module; None where nothing of it is adapted."""
-    pairs: list[tuple[np.ndarray, np.ndarray] | None] = []
-    for place in places:
-        pair = None
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for place in kernels:
         if f"{place}/lora_a" in flat:
             a, b = to_host(tuple(flat[f"{place}/{name}"] for name in FACTORS))
-            pair = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
-        pairs.append(pair)
-    held = next((pair for pair in pairs if pair is not None), None)
-    if held is None:
+            pairs[place] = a.reshape(-1, len(b)).T, b.reshape(len(b), -1).T
+    if not pairs:
         return None
-    empty = np.zeros_like(held[0]), np.zeros_like(held[1])
-    factors = [empty if pair is None else pair for pair in pairs]
-    return factors[0] if len(factors) == 1 else _joined(factors)
+    none = np.zeros_like(next(iter(pairs.values()))[0])
+    for place, row in kernels.items():
+        outputs = row.stored.grouped(row.shape)[-1]
+        pairs.setdefault(place, (none, np.zeros((outputs, len(none)), none.dtype)))
+    a, blocks = _joined([pairs[place] for place in kernels])
+    b = np.empty((_sizes(kernels)[1], len(a)), a.dtype)
+    for row, block in zip(kernels.values(), blocks, strict=True):
+        row.stored.put(b, block, row.shape)
+    return a, b

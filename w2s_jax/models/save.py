@@ -136,21 +136,26 @@ def _save(
         else:
             leaves[path] = leaf, None
     stored = {path: table[path].stored for path in leaves}
-    # A tensor of several parameters is theirs side by side, in the order of their parts.
-    parts: dict[str, list[str]] = {}
-    for path, row in sorted(stored.items(), key=lambda item: item[1].part or 0):
-        parts.setdefault(row.name, []).append(path)
+    sharing: dict[str, list[str]] = {}
+    for path, row in stored.items():
+        sharing.setdefault(row.name, []).append(path)
+
+    def host(path: str) -> np.ndarray:
+        leaf, layer = input_major_leaf(path, leaves[path][0]), leaves[path][1]
+        return to_host(leaf if layer is None else leaf[layer])
 
     def fetch(name: str) -> np.ndarray:
-        arrays = []
-        for path in parts[name]:
-            leaf, layer = input_major_leaf(path, leaves[path][0]), leaves[path][1]
-            arrays.append(stored[path].arranged(to_host(leaf if layer is None else leaf[layer])))
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        first, *others = sharing[name]
+        if not others:
+            return stored[first].arranged(host(first))
+        whole = np.empty(stored[first].shape(table[first].shape), model.dtype)
+        for path in sharing[name]:
+            stored[path].write(whole, host(path))
+        return whole
 
     sizes = {
         name: model.dtype.itemsize * sum(math.prod(table[path].shape) for path in paths)
-        for name, paths in parts.items()
+        for name, paths in sharing.items()
     }
     _write_checkpoint(directory, hf, sizes, fetch, tokenizer, max_shard_bytes)
 
