@@ -39,6 +39,12 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.25, 2.5],
+    "long_factor": [1.0, 2.0, 8.0],
+}
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -75,6 +81,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_linear": ("llama", small(rope_parameters={"rope_type": "linear", "factor": 2.5})),
     "mistral": ("mistral", small(num_key_value_heads=2, sliding_window=5)),
     "mistral_full": ("mistral", small(sliding_window=None, head_dim=8, hidden_act="gelu")),
+    "phi3": ("phi3", small(num_key_value_heads=1, sliding_window=5, vocab_size=41)),
+    "phi3_long": (
+        "phi3",
+        small(
+            hidden_size=32,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=20,
+            rope_parameters=LONGROPE,
+        ),
+    ),
     "qwen2": (
         "qwen2",
         small(

@@ -22,6 +22,7 @@ class ModelConfig:
 
     norm_offset: the norm multiplies by `norm_offset + scale` (Gemma: 1).
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
+    rotary_width: so many entries of each head, the first, are rotated; None means all.
     sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
         None sees all. The empty tuple means None in every layer.
     eos_ids: any of them ends a response.
@@ -43,6 +44,7 @@ class ModelConfig:
     norm_offset: float = 0.0
     position: Literal["rotary", "learned"] = "rotary"
     rope: Rope = dataclasses.field(default_factory=Rope)
+    rotary_width: int | None = None
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
@@ -79,8 +81,28 @@ class ModelConfig:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
-        if self.position == "rotary" and self.head_width % 2:
+        if self.position == "rotary":
+            self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        if self.rotary_width is None and self.head_width % 2:
             raise InputError(f"rotary heads need an even width, not {self.head_width}")
+        if self.rotated % 2 or not 2 <= self.rotated <= self.head_width:
+            raise InputError(
+                f"{self.rotated} of {self.head_width} entries of a head are rotated; "
+                "it must be an even number of them"
+            )
+        held = [len(self.rope.short_factor), len(self.rope.long_factor)]
+        if self.rope.kind == "longrope" and held != [self.rotated // 2] * 2:
+            raise InputError(
+                f"longrope has {held[0]} short and {held[1]} long factors; "
+                f"{self.rotated} entries of a head are rotated, which takes {self.rotated // 2}"
+            )
+
+    @property
+    def rotated(self) -> int:
+        """How many entries of each head are rotated, where positions are rotary."""
+        return self.head_width if self.rotary_width is None else self.rotary_width
 
     @property
     def matmul_parameters(self) -> int:

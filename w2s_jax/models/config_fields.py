@@ -115,6 +115,7 @@ def read_fields(config: type, names: Mapping[str, str], hf: Json) -> dict[str, A
 
 
 _KINDS = (*ROPE_KINDS, "dynamic")
+_SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
 _EXAMPLE = '{"rope_type": "linear", "factor": 2.0}'
 # Our fields of a rope, and what files call them, beside its factor and original positions.
@@ -124,6 +125,7 @@ _ROPE_NAMES = {
         "high_frequency_factor": "high_freq_factor",
     },
     "yarn": {name: name for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")},
+    "longrope": {name: name for name in ("short_factor", "long_factor", "attention_factor")},
 }
 
 
@@ -134,12 +136,12 @@ def read_rope(hf: Json) -> tuple[Rope, int]:
     original × factor; without it `linear` and `yarn` stretch `max_position_embeddings`.
     """
     max_positions = size(hf, "max_position_embeddings")
-    held = [(name, mapping(hf, name, _EXAMPLE)) for name in ("rope_scaling", "rope_parameters")]
-    name, scaling = next((one for one in held if one[1]), held[0])
+    name, scaling = _scaling(hf)
     if any(isinstance(value, Mapping) for value in scaling.values()):
         raise InputError("config field rope_parameters differs by layer, which is not supported")
-    refuse_partial(scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "su" or (kind == "yarn" and "short_factor" in scaling):
+        kind = "longrope"  # the first Phi-3 files' names of it
     if kind not in _KINDS:
         raise InputError(f"rope kind {kind!r} is not supported; supported: {', '.join(_KINDS)}")
     # The bounds of YaRN's rotations are logarithms to this base.
@@ -151,15 +153,40 @@ def read_rope(hf: Json) -> tuple[Rope, int]:
         return Rope(theta=theta), min(max_positions, given or max_positions)
     original = given or max_positions
     rope = _scaled_rope(Rope(theta, kind), scaling, original, max_positions, f"{name}.")
+    if kind == "default":
+        return rope, max_positions
+    if kind == "longrope":
+        return rope, original
     if given:
         return rope, max(max_positions, int(given * rope.factor))
     return rope, int(max_positions * rope.factor) if kind in ("linear", "yarn") else max_positions
 
 
-def refuse_partial(hf: Json) -> None:
-    """Raise InputError where only a part of each head is rotated."""
-    if hf.get("partial_rotary_factor") not in (None, 1):
-        raise InputError("config field partial_rotary_factor is not 1, which is not supported")
+def _scaling(hf: Json) -> tuple[str, Json]:
+    """What a file says of its rope, and under which name."""
+    held = [(name, mapping(hf, name, _EXAMPLE)) for name in ("rope_scaling", "rope_parameters")]
+    return next((one for one in held if one[1]), held[0])
+
+
+def read_rotary_width(hf: Json, head_width: int, *, known: bool) -> int | None:
+    """How many entries of each head are rotated; None for all.
+
+    Raises:
+        InputError: Where they are not all, unless that is `known` of the architecture.
+    """
+    share = {_SHARE: 1.0}
+    for place in (hf, _scaling(hf)[1]):
+        share |= {_SHARE: place[_SHARE]} if place.get(_SHARE) is not None else {}
+    width = int(head_width * number(share, _SHARE, above=0))
+    if share[_SHARE] != 1 and not known:
+        raise InputError(f"config field {_SHARE} is not 1, which is not supported")
+    return None if width == head_width else width
+
+
+def rotary_share(config: Any) -> float:
+    """The share of each head that a ModelConfig rotates, from which readers find the width."""
+    share = config.rotated / config.head_width
+    return share if int(config.head_width * share) == config.rotated else math.nextafter(share, 1)
 
 
 def _scaled_rope(rope: Rope, scaling: Json, original: int, max_positions: int, where: str) -> Rope:
@@ -181,6 +208,14 @@ def _scaled_rope(rope: Rope, scaling: Json, original: int, max_positions: int, w
     def given(name: str, usual: float, **bounds: Any) -> float:
         return usual if scaling.get(name) is None else read(name, **bounds)
 
+    if rope.kind == "longrope":
+        return scaled(
+            factor=max(1.0, max_positions / original),
+            attention_factor=optional_number(scaling, "attention_factor", above=0, where=where),
+            original_max_positions=original,
+            short_factor=_factors(scaling, "short_factor", where),
+            long_factor=_factors(scaling, "long_factor", where),
+        )
     factor = given("factor", max_positions / original, least=1)
     return scaled(
         factor=factor,
@@ -190,6 +225,13 @@ def _scaled_rope(rope: Rope, scaling: Json, original: int, max_positions: int, w
         truncate=switch({"truncate": True, **scaling}, "truncate"),
         original_max_positions=original,
     )
+
+
+def _factors(scaling: Json, name: str, where: str) -> tuple[float, ...]:
+    values = scaling.get(name)
+    if not isinstance(values, list):
+        raise refused(where + name, values, "a list of numbers above 0")
+    return tuple(number({name: value}, name, above=0, where=where) for value in values)
 
 
 def _yarn_attention_factor(scaling: Json, factor: float, where: str) -> float | None:
@@ -203,16 +245,26 @@ def _yarn_attention_factor(scaling: Json, factor: float, where: str) -> float | 
     return (over * growth + 1.0) / (under * growth + 1.0)
 
 
-def write_rope(rope: Rope, max_positions: int) -> dict[str, Any] | None:
-    """The rope_scaling that `read_rope` reads back; None for the plain rope."""
+def write_rope(rope: Rope, max_positions: int) -> dict[str, Any]:
+    """The fields of a config.json that `read_rope` reads back.
+
+    `rope_theta` and `rope_scaling` rather than `rope_parameters`: transformers 4 and 5 read them.
+    """
+    hf: dict[str, Any] = {"max_position_embeddings": max_positions, "rope_theta": rope.theta}
     if rope.kind == "default":
-        return None
+        return hf | {"rope_scaling": None}
     names = _ROPE_NAMES.get(rope.kind, {})
     given = {name: getattr(rope, field) for field, name in names.items()}
-    return {
-        "rope_type": rope.kind,
-        "factor": rope.factor,
-        # So that the positions are not taken for those before the scaling.
-        _ORIGINAL: rope.original_max_positions or int(max_positions / rope.factor),
-        **{name: value for name, value in given.items() if value is not None},
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+        if value is not None
     }
+    original = rope.original_max_positions or int(max_positions / rope.factor)
+    if rope.kind == "longrope":
+        # Its positions are those of the long factors, and transformers 4 takes no other fields.
+        hf["max_position_embeddings"] = round(original * rope.factor)
+        return hf | {_ORIGINAL: original, "rope_scaling": {"type": rope.kind, **given}}
+    # With the original positions, so that the others are not taken for those before the scaling.
+    scaling = {"rope_type": rope.kind, "factor": rope.factor, _ORIGINAL: original, **given}
+    return hf | {"rope_scaling": scaling}

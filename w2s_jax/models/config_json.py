@@ -15,8 +15,9 @@ from w2s_jax.models.config_fields import (
     Json,
     read_fields,
     read_rope,
-    refuse_partial,
+    read_rotary_width,
     refused,
+    rotary_share,
     size,
     switch,
     write_rope,
@@ -54,7 +55,6 @@ def config_from_hf(
     for name in _REFUSED:
         if hf.get(name):
             raise InputError(f"config field {name} is set, which is not supported")
-    refuse_partial(hf)
     family = FAMILIES[architecture]
     hf = {**family.defaults, **hf}
     eos_ids = _token_ids(hf, "eos_token_id")
@@ -95,11 +95,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if architecture == "gpt2":
         hf["scale_attn_weights"] = config.attention_scale is None
     else:
-        # `rope_theta` and `rope_scaling` rather than `rope_parameters`: transformers 4 and 5 both
-        # read them.
-        hf["max_position_embeddings"] = config.max_positions
-        hf["rope_theta"] = config.rope.theta
-        hf["rope_scaling"] = write_rope(config.rope, config.max_positions)
+        hf |= write_rope(config.rope, config.max_positions)
+    if "partial_rotary_factor" in family.defaults:
+        hf["partial_rotary_factor"] = rotary_share(config)
     if architecture == "gemma2":
         scale = config.attention_scale or config.head_width**-0.5
         hf["query_pre_attn_scalar"] = round(scale**-2)
@@ -139,7 +137,11 @@ def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
         fields["attention_scale"] = size(hf, "query_pre_attn_scalar") ** -0.5
     if "sliding_window" in family.defaults:
         fields["sliding_windows"] = _read_windows(family.defaults, hf, fields["layers"])
-    return {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width} | fields
+    fields = {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width} | fields
+    if "rope" in fields:
+        known = "partial_rotary_factor" in family.defaults
+        fields["rotary_width"] = read_rotary_width(hf, fields["head_width"], known=known)
+    return fields
 
 
 def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:

@@ -266,7 +266,7 @@ def turn_of(config: ModelConfig, positions: Int[Array, "P W M"]) -> Turn:
     """The rotary angles of these positions, once for all layers."""
     if config.position != "rotary":
         return None
-    return rotation(positions, config.rope, config.head_width)
+    return rotation(positions, config.rope, config.rotated)
 
 
 def final_norm(config: ModelConfig, params: dict, x: Float[Array, "*rows D"]) -> Array:

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+QKV = ("query", "key", "value")
 _LLAMA_TENSORS = {
     "embed": "model.embed_tokens",
     "layers/attention_norm": "model.layers.{i}.input_layernorm",
@@ -28,6 +29,11 @@ _GEMMA2_TENSORS = _LLAMA_TENSORS | {
     "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
     "layers/post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
 }
+_PHI3_TENSORS = (
+    _LLAMA_TENSORS
+    | {f"layers/attention/{name}": "model.layers.{i}.self_attn.qkv_proj" for name in QKV}
+    | {f"layers/mlp/{name}": "model.layers.{i}.mlp.gate_up_proj" for name in ("gate", "up")}
+)
 _GPT2_TENSORS = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
@@ -145,6 +151,21 @@ FAMILIES = {
         _ROTARY_NAMES,
         _LLAMA
         | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        _ROTARY_NAMES,
+        _LLAMA
+        | {
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "partial_rotary_factor": 1.0,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        tensors=_PHI3_TENSORS,
     ),
     "qwen2": Family("Qwen2ForCausalLM", _ROTARY_NAMES, _QWEN, {"qkv_bias": True}),
     "qwen3": Family(

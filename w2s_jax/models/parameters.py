@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
-from w2s_jax.models.families import heads_interleaved, tensor_names, tensor_prefix
+from w2s_jax.models.families import QKV, heads_interleaved, tensor_names, tensor_prefix
 from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
@@ -188,7 +188,6 @@ REWARD_HEADS = (
 )
 
 
-QKV = ("query", "key", "value")
 ATTENTION, MLP = (*QKV, "out"), ("gate", "up", "down")
 PROJECTIONS = (*ATTENTION, *MLP)
 

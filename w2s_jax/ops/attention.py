@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Rope:
 
     `linear` reads factor; `llama3` reads factor, low/high_frequency_factor and
     original_max_positions; `yarn` reads factor, beta_fast, beta_slow, original_max_positions,
-    truncate and attention_factor (None: the paper's 0.1·ln(factor) + 1).
+    truncate and attention_factor (None: the paper's 0.1·ln(factor) + 1); `longrope` reads
+    short_factor, one number a frequency, and factor, original_max_positions and attention_factor
+    (None: the paper's √(1 + ln(factor) / ln(original))). Its long_factor, for positions beyond the
+    original ones, turns all keys otherwise, those kept too; it is held for files alone.
     """
 
     theta: float = 10000.0
@@ -37,15 +40,17 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
-def inverse_frequencies(rope: Rope, head_width: int) -> tuple[np.ndarray, float]:
-    """Angles per position, float32 [C/2], and the factor on cosine and sine (1 except for yarn).
+def inverse_frequencies(rope: Rope, width: int) -> tuple[np.ndarray, float]:
+    """Angles per position, float32 [width/2], and the factor on cosine and sine.
 
     Computed on the host once per trace. Sources: arXiv 2104.09864 (default), arXiv 2306.15595
-    (linear), the Llama 3.1 release (llama3), arXiv 2309.00071 (yarn).
+    (linear), the Llama 3.1 release (llama3), arXiv 2309.00071 (yarn), arXiv 2402.13753 (longrope).
     """
-    exponent = np.arange(0, head_width, 2, dtype=np.float32) / head_width
+    exponent = np.arange(0, width, 2, dtype=np.float32) / width
     base = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     if rope.kind == "default":
         return base, 1.0
@@ -54,7 +59,9 @@ def inverse_frequencies(rope: Rope, head_width: int) -> tuple[np.ndarray, float]
     if rope.kind == "llama3":
         return _llama3(rope, base), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, base, head_width)
+        return _yarn(rope, base, width)
+    if rope.kind == "longrope":
+        return _longrope(rope, base)
     raise ValueError(f"rope kind {rope.kind!r} is none of {', '.join(ROPE_KINDS)}")
 
 
@@ -90,11 +97,19 @@ def _yarn(rope: Rope, base: np.ndarray, head_width: int) -> tuple[np.ndarray, fl
     return scaled.astype(np.float32), factor
 
 
+def _longrope(rope: Rope, base: np.ndarray) -> tuple[np.ndarray, float]:
+    factor = rope.attention_factor
+    if factor is None:
+        grown = math.log(rope.factor) / math.log(rope.original_max_positions)
+        factor = math.sqrt(1 + grown) if rope.factor > 1 else 1.0
+    return base / np.asarray(rope.short_factor, np.float32), factor
+
+
 def rotation(
-    positions: Int[Array, "*batch"], rope: Rope, head_width: int
+    positions: Int[Array, "*batch"], rope: Rope, width: int
 ) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """Cosines and sines of the positions' angles, float32."""
-    frequencies, factor = inverse_frequencies(rope, head_width)
+    """Cosines and sines of the positions' angles, float32, for so many of a head's entries."""
+    frequencies, factor = inverse_frequencies(rope, width)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -104,13 +119,20 @@ def rotate(
     cosine: Float[Array, "*batch half"],
     sine: Float[Array, "*batch half"],
 ) -> Float[Array, "*batch heads C"]:
-    """Rotate queries or keys by their positions' angles; float32 inside, their dtype outside."""
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    """Rotate queries or keys by their positions' angles; float32 inside, their dtype outside.
+
+    Of a head that is wider than the angles are for, what is behind stays as it is.
+    """
+    width = 2 * cosine.shape[-1]
+    first, second = jnp.split(heads[..., :width].astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[..., None, :], sine[..., None, :]
     turned = jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
     )
-    return turned.astype(heads.dtype)
+    turned = turned.astype(heads.dtype)
+    if width == heads.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, heads[..., width:]], axis=-1)
 
 
 MASKED = -1e30
