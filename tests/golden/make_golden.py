@@ -30,6 +30,8 @@ GOLDEN = (
     "qwen3",
     "gemma",
     "gemma2",
+    "mixtral",
+    "qwen3_moe",
 )
 SHARDED = "mistral"
 

@@ -93,6 +93,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=LONGROPE,
         ),
     ),
+    "mixtral": (
+        "mixtral",
+        small(num_key_value_heads=2, sliding_window=5, num_local_experts=5, num_experts_per_tok=2),
+    ),
+    "mixtral_all": ("mixtral", small(num_local_experts=3, num_experts_per_tok=3, head_dim=8)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        small(
+            num_key_value_heads=2,
+            head_dim=10,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=12,
+            norm_topk_prob=True,
+        ),
+    ),
+    "qwen3_moe_biased": (
+        "qwen3_moe",
+        small(
+            attention_bias=True,
+            num_experts=4,
+            num_experts_per_tok=1,
+            moe_intermediate_size=20,
+            use_sliding_window=True,
+            sliding_window=4,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen2": (
         "qwen2",
         small(

@@ -198,8 +198,8 @@ def test_yarn_takes_its_attention_factor_from_mscale():
         ({}, "model_type None is not supported"),
         (LLAMA | {"hidden_act": "mish"}, "activation 'mish' is not supported; supported: silu"),
         (
-            LLAMA | {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-            "rope kind 'longrope' is not supported; supported: default, linear, llama3, yarn, dyn",
+            LLAMA | {"rope_scaling": {"type": "wavy", "factor": 2.0}},
+            "rope kind 'wavy' is not supported; supported: default, linear, llama3, yarn, longrope",
         ),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a number"),
         (

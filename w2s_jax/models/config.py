@@ -21,6 +21,8 @@ class ModelConfig:
     F mlp_width, V vocab_size.
 
     norm_offset: the norm multiplies by `norm_offset + scale` (Gemma: 1).
+    experts: MLPs of mlp_width side by side in each layer, of which experts_per_token read a token;
+        with normalised_experts the weights of their results sum to one. 1 is a plain MLP.
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
     rotary_width: so many entries of each head, the first, are rotated; None means all.
     sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
@@ -50,6 +52,9 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    experts: int = 1
+    experts_per_token: int = 1
+    normalised_experts: bool = True
     query_key_norm: bool = False
     post_norms: bool = False
     tied_embeddings: bool = False
@@ -81,6 +86,10 @@ class ModelConfig:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
+        if self.experts_per_token > self.experts:
+            raise InputError(
+                f"{self.experts_per_token} experts a token of {self.experts}; at most all can be"
+            )
         if self.position == "rotary":
             self._check_rotary()
 
@@ -106,10 +115,23 @@ class ModelConfig:
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters in the matmuls of all layers; each costs a token two operations."""
+        """Parameters in the matmuls of all layers; each costs a token two operations.
+
+        Of experts only those that read a token.
+        """
+        return self.parameters_read(1)
+
+    def parameters_read(self, tokens: float) -> int:
+        """Parameters in the matmuls of all layers that so many tokens meet.
+
+        Of experts as many as even routing by chance gives.
+        """
         attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
         mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
-        return self.layers * (attention + mlp)
+        if self.experts == 1:
+            return self.layers * (attention + mlp)
+        met = self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
+        return self.layers * round(attention + self.width * self.experts + met * mlp)
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **other: Any) -> dict:

@@ -31,6 +31,8 @@ _REFUSED = (
     "quantization_config",
     "per_layer_config",
     "add_cross_attention",
+    "clip_qkv",
+    "mlp_only_layers",
     "scale_attn_by_inverse_layer_idx",
     "use_bidirectional_attention",
     "use_mrope",
@@ -56,6 +58,11 @@ def config_from_hf(
         if hf.get(name):
             raise InputError(f"config field {name} is set, which is not supported")
     family = FAMILIES[architecture]
+    if "experts" in family.names:
+        if hf.get("decoder_sparse_step", 1) != 1:
+            raise InputError("config field decoder_sparse_step is not 1, which is not supported")
+        counts = [hf[name] for name in ("num_experts", "num_local_experts") if name in hf]
+        hf = {**hf, family.names["experts"]: counts[0]} if counts else hf
     hf = {**family.defaults, **hf}
     eos_ids = _token_ids(hf, "eos_token_id")
     eos_ids += _token_ids(generation_config or {}, "eos_token_id")

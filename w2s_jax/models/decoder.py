@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.attention import rotate, rotation
+from w2s_jax.ops.experts import AXES, ExpertWeight, mixture, route
 from w2s_jax.ops.layers import OutputMajor, QTensor, Weight, dot, layer_norm, rms_norm, take_rows
 from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
@@ -78,7 +79,7 @@ class Linear(nn.Module):
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: Axes
     contract: int = 1
     bias: bool = False
     dtype: DTypeLike = jnp.float32
@@ -188,6 +189,74 @@ class MLP(nn.Module):
         return linear(out, ("mlp", "embed"), name="down")(activate(*wide))
 
 
+class Experts(nn.Module):
+    """The MLPs of a mixture, of which each token is read by those that were chosen for it."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+    placement: Placement = ON_ONE_DEVICE
+
+    @nn.compact
+    def __call__(self, x: Array, weights: Array, chosen: Array) -> Array:
+        config, placement = self.config, self.placement
+        into = (config.experts, config.width, config.mlp_width)
+        kernels = {
+            name: ExpertKernel(
+                into if name != "down" else (into[0], into[2], into[1]),
+                AXES[name],
+                self.dtype,
+                placement,
+                name=name,
+            )()
+            for name in AXES
+        }
+        if self.is_initializing():
+            return x
+        activation = ACTIVATIONS[config.activation]
+        return mixture(x, weights, chosen, kernels, activation, placement)
+
+
+class ExpertKernel(nn.Module):
+    """The kernels of a projection, one for each expert, which may be a QTensor."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    dtype: DTypeLike
+    placement: Placement
+
+    @nn.compact
+    def __call__(self) -> ExpertWeight:
+        gather = partial(self.placement.gather_axis, axes=self.axes, axis="embed")
+        kernel = _declare(self, "kernel", NORMAL, self.axes, self.shape)
+        if isinstance(kernel, QTensor):
+            kernel = replace(kernel, values=gather(kernel.values))
+        else:
+            kernel = gather(kernel)
+        names = ("lora_a", "lora_b", "lora_scale")
+        return ExpertWeight(kernel, *(self.get_variable("params", name) for name in names))
+
+
+class Mixture(nn.Module):
+    """Experts in an MLP's place, and the router that chooses among them, in float32."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+    placement: Placement = ON_ONE_DEVICE
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        place: Any = {"dtype": self.dtype, "placement": self.placement}
+        router = Linear((config.width, config.experts), ("embed", None), **place, name="router")
+        every, weights, chosen = route(
+            router(x.astype(jnp.float32)),
+            config.experts_per_token,
+            normalised=config.normalised_experts,
+        )
+        self.sow("routing", "chosen", (every, chosen))
+        return Experts(config, **place, name="experts")(x, weights, chosen)
+
+
 class Block(nn.Module):
     """One decoder layer: attention and MLP, each behind its norm and added to the stream."""
 
@@ -206,7 +275,8 @@ class Block(nn.Module):
             mixed = norm(name="post_attention_norm")(mixed)
         x = x + mixed
         normed = norm(name="mlp_norm")(x)
-        mixed = MLP(config, self.dtype, self.placement, name="mlp")(normed)
+        kind = MLP if config.experts == 1 else Mixture
+        mixed = kind(config, self.dtype, self.placement, name="mlp")(normed)
         if config.post_norms:
             mixed = norm(name="post_mlp_norm")(mixed)
         return x + mixed, kept

@@ -34,6 +34,19 @@ _PHI3_TENSORS = (
     | {f"layers/attention/{name}": "model.layers.{i}.self_attn.qkv_proj" for name in QKV}
     | {f"layers/mlp/{name}": "model.layers.{i}.mlp.gate_up_proj" for name in ("gate", "up")}
 )
+# Of experts by their number; the router is named after what it decides.
+_EXPERTS = {
+    f"layers/mlp/experts/{name}": f"model.layers.{{i}}.mlp.experts.{{e}}.{name}_proj"
+    for name in ("gate", "up", "down")
+}
+_QWEN_MOE_TENSORS = _LLAMA_TENSORS | _EXPERTS | {"layers/mlp/router": "model.layers.{i}.mlp.gate"}
+_MIXTRAL = "model.layers.{i}.block_sparse_moe"
+_MIXTRAL_TENSORS = _LLAMA_TENSORS | {
+    "layers/mlp/router": f"{_MIXTRAL}.gate",
+    "layers/mlp/experts/gate": f"{_MIXTRAL}.experts.{{e}}.w1",
+    "layers/mlp/experts/up": f"{_MIXTRAL}.experts.{{e}}.w3",
+    "layers/mlp/experts/down": f"{_MIXTRAL}.experts.{{e}}.w2",
+}
 _GPT2_TENSORS = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
@@ -57,10 +70,10 @@ class Family:
     read as their type says. defaults: what transformers assumes where config.json is silent; an
     optional field that is not among them is not read. Sizes of matrices have no default: a file
     without them is a broken file. fixed: fields of ModelConfig that are always so. tensors: the
-    modules' names in checkpoints, with {i} for a layer's number. prefix: what stands before the
-    tensors' names in the files of a language model, and not in those of the decoder alone.
-    Modules of one name are one tensor, query before key before value, gate before up:
-    interleaved says that they are so in each head, and else side by side.
+    modules' names in checkpoints, with {i} for a layer's number and {e} for an expert's. prefix:
+    what stands before the tensors' names in the files of a language model, and not in those of the
+    decoder alone. Modules of one name are one tensor, query before key before value, gate before
+    up: interleaved says that they are so in each head, and else side by side.
     """
 
     name: str
@@ -102,6 +115,10 @@ _QWEN = _ROTARY | {
     "max_window_layers": 28,
     "layer_types": None,
     "max_position_embeddings": 32768,
+}
+_EXPERT_NAMES = {
+    "experts_per_token": "num_experts_per_tok",
+    "normalised_experts": "norm_topk_prob",
 }
 _GEMMA = _ROTARY | {
     "head_dim": 256,
@@ -167,12 +184,42 @@ FAMILIES = {
         },
         tensors=_PHI3_TENSORS,
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _ROTARY_NAMES
+        | {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+        _LLAMA
+        | {
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+        },
+        {"normalised_experts": True},
+        _MIXTRAL_TENSORS,
+    ),
     "qwen2": Family("Qwen2ForCausalLM", _ROTARY_NAMES, _QWEN, {"qkv_bias": True}),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _BIASED,
         _QWEN | {"head_dim": 128, "attention_bias": False},
         {"query_key_norm": True},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _BIASED | _EXPERT_NAMES | {"mlp_width": "moe_intermediate_size", "experts": "num_experts"},
+        _ROTARY
+        | {
+            "attention_bias": False,
+            "norm_topk_prob": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+        },
+        {"query_key_norm": True},
+        _QWEN_MOE_TENSORS,
     ),
     "gemma": Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),
     "gemma2": Family(

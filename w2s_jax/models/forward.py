@@ -177,7 +177,9 @@ def forward(
         cache.placement,
     )
     x = embed(config, params, tokens, positions)
-    block, turn = Block(config, x.dtype), turn_of(config, positions)
+    # Widths are whole, or else a token step would gather weights.
+    place = replace(cache.placement, rules=cache.placement.rules.replace(embed=None))
+    block, turn = Block(config, x.dtype, place), turn_of(config, positions)
 
     def apply(params: dict, x: Array, kv: LayerKV, window: int | Array) -> tuple[Array, LayerKV]:
         attend = partial(_attend_layer, kv, _choose(view.masks, window), view)

@@ -24,7 +24,15 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from w2s_jax.errors import InputError, check_fetched, check_kind
-from w2s_jax.models.parameters import STACKED, Index, Parameter, layer_name, summed_axes
+from w2s_jax.models.parameters import (
+    EXPERTS,
+    STACKED,
+    Index,
+    Parameter,
+    layer_name,
+    of_expert,
+    summed_axes,
+)
 from w2s_jax.models.quantize import QuantizeConfig, scale_axes
 from w2s_jax.ops.layers import QTensor, quantize_array, scales_shape
 from w2s_jax.ops.sharding import Axes, Rules, resolve
@@ -226,20 +234,39 @@ class Source:
 
 def stacked_sources(per_layer: Mapping[str, Source], layers: int) -> dict[str, Source]:
     """The parameters of the stacked layout, reading from those of the per-layer layout."""
-
-    def read(sources: list[Source], index: Index) -> np.ndarray:
-        return np.stack([source.read(index[1:]) for source in sources[index[0]]])
-
     stacked = {path: one for path, one in per_layer.items() if not path.startswith(f"{STACKED}_")}
     first = f"{layer_name(0)}/"
-    for path, one in per_layer.items():
+    for path in per_layer:
         if path.startswith(first):
             rest = path.removeprefix(first)
             every = [per_layer[f"{layer_name(layer)}/{rest}"] for layer in range(layers)]
-            shape, axes = (layers, *one.shape), (STACKED, *one.axes)
-            major = (0, *(axis + 1 for axis in one.major))
-            stacked[f"{STACKED}/{rest}"] = Source(shape, axes, partial(read, every), major)
+            stacked[f"{STACKED}/{rest}"] = _side_by_side(every, STACKED)
     return stacked
+
+
+def expert_sources(per_expert: Mapping[str, Source], experts: int) -> dict[str, Source]:
+    """The parameters of all experts side by side, reading from those of each."""
+    found: dict[str, Source] = {}
+    for path, one in per_expert.items():
+        first, match, last = path.partition(f"/{EXPERTS}/0/")
+        if match:
+            whole = f"{first}/{EXPERTS}/{last}"
+            every = [per_expert[of_expert(whole, expert)] for expert in range(experts)]
+            found[whole] = _side_by_side(every, EXPERTS)
+        elif f"/{EXPERTS}/" not in path:
+            found[path] = one
+    return found
+
+
+def _side_by_side(sources: list[Source], axis: str) -> Source:
+    """Sources of one shape as one, with a leading axis of this name."""
+
+    def read(index: Index) -> np.ndarray:
+        return np.stack([source.read(index[1:]) for source in sources[index[0]]])
+
+    one = sources[0]
+    major = (0, *(place + 1 for place in one.major))
+    return Source((len(sources), *one.shape), (axis, *one.axes), read, major)
 
 
 def output_major_sources(

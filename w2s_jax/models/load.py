@@ -28,6 +28,7 @@ from w2s_jax.models.huggingface import (
     Tensors,
     about,
     equal,
+    expert_sources,
     is_adapter,
     locate,
     materialise,
@@ -219,6 +220,7 @@ def load_parameters(
         path: Source(row.shape, row.axes, partial(row.read, tensors), (row.stored.major_axis,))
         for path, row in table.items()
     }
+    sources = expert_sources(sources, config.experts)
     if how.scan_layers:
         sources = stacked_sources(sources, config.layers)
     tied = config.tied_embeddings and head == LANGUAGE_HEAD

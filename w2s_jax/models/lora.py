@@ -6,6 +6,7 @@ was trained so, whole parameters in place of the base's. Files: `models/peft.py`
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +22,17 @@ from w2s_jax.errors import InputError, check_fields
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import (
+    ATTENTION,
+    EXPERTS,
     PROJECTIONS,
     STACKED,
     contracted,
     declared,
     input_major_leaf,
     layer_name,
+    leading_axes,
     module_of,
+    of_expert,
     output_major_leaf,
     unstack_layers,
 )
@@ -102,6 +107,12 @@ def targeted(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
             f"LoRA targets {', '.join(lora.targets) or '()'}: a {config.architecture} has none of "
             f"them; it has {', '.join(held)}"
         )
+    of_experts = [name for name in found if EXPERTS in module_of(config, name)]
+    if lora.dropout and of_experts:
+        raise InputError(
+            f"LoRA dropout on experts ({', '.join(of_experts)}) is not supported; make it 0, or "
+            f"target {', '.join(ATTENTION)} alone"
+        )
     return found
 
 
@@ -139,8 +150,8 @@ def init_adapter(
         drawn = jax.random.split(jax.random.fold_in(key, layer), len(PROJECTIONS))
         keys = dict(zip(PROJECTIONS, drawn, strict=True))
         for name, (a, b) in shapes.items():
-            limit = math.prod(a[:-1]) ** -0.5
-            place = f"{layer_name(layer)}/{module_of(name)}"
+            place = f"{layer_name(layer)}/{module_of(config, name)}"
+            limit = math.prod(a[leading_axes(f"{place}/lora_a") : -1]) ** -0.5
             flat[f"{place}/lora_a"] = jax.random.uniform(keys[name], a, dtype, -limit, limit)
             flat[f"{place}/lora_b"] = jnp.zeros(b, dtype)
     adapter = unflatten_dict(flat, sep="/")
@@ -153,9 +164,10 @@ def _factor_shapes(
     """The shapes of A and B of a layer's adapted projections, by their names."""
     table, shapes = declared(config), {}
     for name in targeted(config, lora):
-        kernel, _ = table[f"{layer_name(0)}/{module_of(name)}/kernel"]
-        split = contracted(name)
-        shapes[name] = (*kernel[:split], lora.rank), (lora.rank, *kernel[split:])
+        path = f"{layer_name(0)}/{module_of(config, name)}/kernel"
+        kernel, lead = table[path][0], leading_axes(path)
+        split = lead + contracted(name)
+        shapes[name] = (*kernel[:split], lora.rank), (*kernel[:lead], lora.rank, *kernel[split:])
     return shapes
 
 
@@ -200,17 +212,18 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConfi
                 )
             path = "/".join((*place, "kernel"))
             own = input_major_leaf(path, kernel)
-            added = _added(own, a, b, lora.scale, place[0] == STACKED)
+            added = _added(own, a, b, lora.scale, leading_axes(path))
             if own is not kernel:
                 added = output_major_leaf(path, added, tied=False)
             flat[(*place, "kernel")] = added
     return unflatten_dict(flat)
 
 
-@functools.partial(jax.jit, static_argnames="stacked")
-def _added(kernel: Array, a: Array, b: Array, scale: float | Array, stacked: bool) -> Array:
-    multiply = functools.partial(jnp.tensordot, axes=1, precision="highest")
-    product = jax.vmap(multiply) if stacked else multiply
+@functools.partial(jax.jit, static_argnames="lead")
+def _added(kernel: Array, a: Array, b: Array, scale: float | Array, lead: int) -> Array:
+    product = functools.partial(jnp.tensordot, axes=1, precision="highest")
+    for _ in range(lead):
+        product = jax.vmap(product)
     change = product(a.astype(jnp.float32), b.astype(jnp.float32))
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
 
@@ -247,15 +260,16 @@ def _changes(
     for place, change in changes.items():
         for name, leaf in change.items():
             base = flat.get((*place, "kernel" if name in FACTORS else name))
-            _check_fit("/".join(place), name, leaf, base, int(place[0] == STACKED))
+            _check_fit("/".join(place), name, leaf, base)
     return changes
 
 
-def _check_fit(place: str, name: str, leaf: Any, base: Any, lead: int) -> None:
-    """Raise InputError unless a leaf is of the shape that its base, behind `lead` axes, takes."""
+def _check_fit(place: str, name: str, leaf: Any, base: Any) -> None:
+    """Raise InputError unless a leaf is of the shape that its base takes."""
     if base is None:
         raise InputError(f"the adapter changes {place}, which its base does not have")
-    shape, split = base.shape, contracted(place.rpartition("/")[2]) + lead
+    shape, lead = base.shape, leading_axes(f"{place}/{name}")
+    split = contracted(place.rpartition("/")[2]) + lead
     expected = shape
     if name == "lora_a":
         expected = (*shape[:split], leaf.shape[-1])
@@ -283,20 +297,41 @@ def stack_adapter(adapter: Mapping[str, Any], layers: int) -> dict[str, Any]:
     rest = {name: subtree for name, subtree in adapter.items() if name not in names}
     per_layer = [flatten_dict(adapter.get(name, {})) for name in names]
     paths = dict.fromkeys(path for flat in per_layer for path in flat)
-    stacked = {path: _stacked([flat.get(path) for flat in per_layer], path) for path in paths}
+    stacked = {}
+    for path in paths:
+        lead = leading_axes("/".join(path))
+        axis = {FACTORS[0]: -1, FACTORS[1]: lead}.get(path[-1])
+        stacked[path] = _stacked([flat.get(path) for flat in per_layer], "/".join(path), axis)
     return rest | ({STACKED: unflatten_dict(stacked)} if stacked else {})
 
 
-def _stacked(leaves: list[Any], path: tuple[str, ...]) -> Array:
+def stack_experts(config: ModelConfig, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path with all experts' side by side, of those of each as the table has them.
+
+    An expert without an adapter gets zeros, as in `stack_adapter`.
+    """
+    found, rank_axis = {}, {FACTORS[0]: -1, FACTORS[1]: 0}
+    for path, leaf in flat.items():
+        whole = re.sub(rf"/{EXPERTS}/\d+/", f"/{EXPERTS}/", path)
+        if whole == path:
+            found[path] = leaf
+        elif whole not in found:
+            every = [flat.get(of_expert(whole, expert)) for expert in range(config.experts)]
+            found[whole] = _stacked(every, whole, rank_axis.get(path.rpartition("/")[2]))
+    return found
+
+
+def _stacked(leaves: list[Any], path: str, axis: int | None) -> Array:
+    """Leaves on a new leading axis; of factors those that are missing or short along `axis` too."""
     held = [leaf for leaf in leaves if leaf is not None]
-    if path[-1] not in FACTORS:
+    if axis is None:
         if len(held) < len(leaves):
             raise InputError(
-                f"the adapter replaces {'/'.join(path)} in some layers only, which stacked layers "
+                f"the adapter replaces {path} in some layers only, which stacked layers "
                 "cannot hold; load the model with its layers apart"
             )
         return jnp.stack(held)
-    axis = held[0].ndim - 1 if path[-1] == "lora_a" else 0
+    axis %= held[0].ndim
     rank = max(leaf.shape[axis] for leaf in held)
     none = jax.lax.slice_in_dim(held[0], 0, 0, axis=axis)
 
@@ -318,7 +353,7 @@ def adapter_axes(config: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, A
         if name not in FACTORS:
             return (None,) * leaf.ndim  # the head of a reward model
         _, base = table["/".join((*place, "kernel"))]
-        lead = int(place[0] == STACKED)
+        lead = leading_axes("/".join(path))
         split = lead + contracted(place[-1])
         return (*base[:split], None) if name == "lora_a" else (*base[:lead], None, *base[split:])
 
@@ -346,7 +381,7 @@ def abstract_adapter(
         for name, shapes in _factor_shapes(config, lora).items():
             for factor, shape in zip(FACTORS, shapes, strict=True):
                 leaf = jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype))
-                flat[f"{layer}/{module_of(name)}/{factor}"] = leaf
+                flat[f"{layer}/{module_of(config, name)}/{factor}"] = leaf
     adapter = unflatten_dict(flat, sep="/")
     if mesh is None:
         return adapter

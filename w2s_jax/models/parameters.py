@@ -24,7 +24,7 @@ from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
 Index = tuple[slice, ...]
-STACKED = "layers"
+STACKED, EXPERTS = "layers", "experts"
 
 
 def layer_name(layer: int) -> str:
@@ -202,9 +202,24 @@ def contracted(projection: str) -> int:
     return kernel_axes(projection)[0]
 
 
-def module_of(projection: str) -> str:
+def module_of(config: ModelConfig, projection: str) -> str:
     """Where a projection is in its layer, as in "attention/query"."""
-    return f"{'attention' if projection in ATTENTION else 'mlp'}/{projection}"
+    if projection in ATTENTION:
+        return f"attention/{projection}"
+    return f"mlp/{projection}" if config.experts == 1 else f"mlp/{EXPERTS}/{projection}"
+
+
+def leading_axes(path: str) -> int:
+    """How many axes of a kernel or a factor are numbers of layers and of experts."""
+    return int(path.startswith(f"{STACKED}/")) + (f"/{EXPERTS}/" in path)
+
+
+def of_expert(path: str, expert: int) -> str:
+    """Where the table keeps one expert's part of the parameter at "layers_3/mlp/experts/up/kernel".
+
+    Files hold each expert's kernels by themselves.
+    """
+    return path.replace(f"/{EXPERTS}/", f"/{EXPERTS}/{expert}/")
 
 
 def stored_as(names: Mapping[str, str], path: str) -> Stored:
@@ -212,13 +227,13 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
 
     How its axes lie follows from its kind alone: heads and their width are one axis, torch's Linear
     is [out, in], and GPT-2's Conv1D, known by its name c_*, [in, out]. `names` holds the modules'
-    names, with {i} for a layer's number.
+    names, with {i} for a layer's number and {e} for an expert's.
     """
     module, _, leaf = path.rpartition("/")
     projection = module.rpartition("/")[2]
-    layer = re.match(rf"{STACKED}_(\d+)/", path)
-    name = names[re.sub(rf"^{STACKED}_\d+/", f"{STACKED}/", module)]
-    name = name.format(i=layer[1]) if layer else name
+    numbers = re.match(rf"{STACKED}_(\d+)/(?:mlp/{EXPERTS}/(\d+)/)?", path)
+    name = names[re.sub(r"_\d+(?=/)|(?<=/)\d+/", "", module)]
+    name = name.format(i=numbers[1], e=numbers[2]) if numbers else name
     axes = kernel_axes(projection)
     groups = {"kernel": axes, "embedding": (1, 1), "bias": axes[1:]}
     convolution = name.rpartition(".")[2].startswith("c_")
@@ -231,6 +246,17 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
 
 # Constants that older versions of transformers saved among the weights.
 _BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+
+
+def stored_places(config: ModelConfig, path: str) -> dict[str, tuple[int, ...]]:
+    """The table's paths of a parameter in either layout, and where in its array each lies."""
+    kind, _, rest = path.partition("/")
+    layers = {f"{layer_name(layer)}/{rest}": (layer,) for layer in range(config.layers)}
+    places: dict[str, tuple[int, ...]] = {**layers} if kind == STACKED else {path: ()}
+    if f"/{EXPERTS}/" not in path:
+        return places
+    every = range(config.experts)
+    return {of_expert(one, e): (*at, e) for one, at in places.items() for e in every}
 
 
 @dataclass(frozen=True)
@@ -258,12 +284,19 @@ def decoder_parameters(
 ) -> dict[str, Parameter]:
     """The table by paths of the per-layer layout, as in "layers_3/mlp/up/kernel".
 
-    A language model's head is in it unless it is tied; a reward model's is `reward_head`'s.
+    Each expert has rows of its own, "layers_3/mlp/experts/7/up/kernel". A language model's head is
+    in it unless it is tied; a reward model's is `reward_head`'s.
     """
     names = tensor_names(config.architecture) | {"head": head.name}
+    rows: dict[str, tuple[tuple[int, ...], Axes]] = {}
+    for path, (shape, axes) in declared(config).items():
+        if leading_axes(path):
+            each = (of_expert(path, expert) for expert in range(config.experts))
+            rows |= dict.fromkeys(each, (shape[1:], axes[1:]))
+        else:
+            rows[path] = shape, axes
     table = {
-        path: Parameter(shape, axes, stored_as(names, path))
-        for path, (shape, axes) in declared(config).items()
+        path: Parameter(shape, axes, stored_as(names, path)) for path, (shape, axes) in rows.items()
     }
     return table | _sharing(table, config.heads if heads_interleaved(config.architecture) else 1)
 
@@ -356,9 +389,11 @@ def stack_layers(params: dict, layers: int) -> dict:
 def summed_axes(path: str, tied: bool) -> tuple[int, ...] | None:
     """The axes of the matrix at "layers_3/mlp/up/kernel" that products sum over.
 
-    Of an embedding those are a tied head's. None for what no product reads.
+    Of an embedding those are a tied head's. None for what no product reads, and for experts.
     """
     module, _, leaf = path.rpartition("/")
+    if f"/{EXPERTS}/" in path:
+        return None
     if leaf == "kernel":
         return tuple(range(contracted(module.rpartition("/")[2])))
     return (1,) if path == "embed/embedding" and tied else None

@@ -31,7 +31,7 @@ from w2s_jax.models.huggingface import (
     open_file,
     read_json,
 )
-from w2s_jax.models.lora import FACTORS, LoraConfig, shard_adapter, stack_adapter
+from w2s_jax.models.lora import FACTORS, LoraConfig, shard_adapter, stack_adapter, stack_experts
 from w2s_jax.models.parameters import (
     LANGUAGE_HEAD,
     PROJECTIONS,
@@ -42,6 +42,7 @@ from w2s_jax.models.parameters import (
     layer_name,
     module_of,
     reward_head,
+    stored_places,
     unstack_layers,
 )
 from w2s_jax.models.peft_json import is_target, module_lora, read_lora, write_lora
@@ -165,6 +166,7 @@ def load_adapter(
             raise InputError("it unties the head from the embedding; take `adapted_config`")
         for module, pair in factors.items():
             flat |= _read_factors(module, modules[module], pair, places[module], lora)
+    flat = stack_experts(config, flat)
     found = {path.split("/")[-2] for path in flat if path.endswith(FACTORS[0])}
     lora = replace(lora, targets=tuple(name for name in PROJECTIONS if name in found))
     adapter = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in flat.items()}, sep="/")
@@ -214,11 +216,11 @@ def _modules(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
     modules: dict[str, dict[str, Parameter]] = {}
     for layer in range(config.layers):
         for name in PROJECTIONS:
-            place = f"{layer_name(layer)}/{module_of(name)}"
-            row = table.get(f"{place}/kernel")
-            if row is not None:
-                module = row.stored.name.removesuffix(".weight")
-                modules.setdefault(module, {})[place] = row
+            path = f"{layer_name(layer)}/{module_of(config, name)}/kernel"
+            for one in stored_places(config, path):
+                if one in table:
+                    module = table[one].stored.name.removesuffix(".weight")
+                    modules.setdefault(module, {})[one.removesuffix("/kernel")] = table[one]
     return modules
 
 
@@ -391,6 +393,11 @@ def save_adapter(
         raise InputError(
             f"the adapter holds {whole[0]} whole, which is not written in PEFT's format; merge it"
         )
+    flat = {
+        place: leaf[at] if at else leaf
+        for path, leaf in flat.items()
+        for place, at in stored_places(config, path).items()
+    }
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     modules = _modules(config)

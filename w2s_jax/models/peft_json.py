@@ -172,7 +172,8 @@ def _shortened(ranks: Mapping[str, int], known: list[str]) -> dict[str, int]:
         words = module.split(".")
         for start in (len(words) - 1, len(words) - 2, 0):
             name = ".".join(words[start:])
-            if all(ranks.get(other) == rank for other in known if other.endswith(f".{name}")):
+            ending = (other for other in known if other.endswith(f".{name}"))
+            if short.get(name) == rank or all(ranks.get(other) == rank for other in ending):
                 short[name] = rank
                 break
     return short

@@ -30,12 +30,11 @@ from w2s_jax.models.huggingface import (
 )
 from w2s_jax.models.model import Model
 from w2s_jax.models.parameters import (
-    STACKED,
     Parameter,
     decoder_parameters,
     input_major_leaf,
-    layer_name,
     reward_head,
+    stored_places,
 )
 from w2s_jax.models.quantize import is_quantized
 from w2s_jax.models.reward import SCORE, Classifier, RewardModel, encoder_to_hf, stored_in_encoder
@@ -127,22 +126,18 @@ def _save(
 ) -> None:
     """Write parameters, in either layout and of one dtype, with `hf` as their config.json."""
     flat = flatten_dict(dict(params), sep="/")
-    leaves: dict[str, tuple[Any, int | None]] = {}
+    leaves: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for path, leaf in flat.items():
-        kind, _, rest = path.partition("/")
-        if kind == STACKED:
-            layers = range(model.config.layers)
-            leaves |= {f"{layer_name(layer)}/{rest}": (leaf, layer) for layer in layers}
-        else:
-            leaves[path] = leaf, None
+        places = stored_places(model.config, path)
+        leaves |= {place: (leaf, at) for place, at in places.items()}
     stored = {path: table[path].stored for path in leaves}
     sharing: dict[str, list[str]] = {}
     for path, row in stored.items():
         sharing.setdefault(row.name, []).append(path)
 
     def host(path: str) -> np.ndarray:
-        leaf, layer = input_major_leaf(path, leaves[path][0]), leaves[path][1]
-        return to_host(leaf if layer is None else leaf[layer])
+        leaf, at = input_major_leaf(path, leaves[path][0]), leaves[path][1]
+        return to_host(leaf[at] if at else leaf)
 
     def fetch(name: str) -> np.ndarray:
         first, *others = sharing[name]

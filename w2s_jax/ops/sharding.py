@@ -208,6 +208,8 @@ DEFAULT_RULES = Rules(()).replace(
     kv_heads="tensor",
     head_width=None,
     mlp="tensor",
+    experts="tensor",
+    expert_width=None,
     positions=None,
     slots=("data", "fsdp"),
     members=None,
@@ -223,9 +225,13 @@ DEFAULT_RULES = Rules(()).replace(
 
 # A token step reads every weight once: gathering those split over fsdp would cost more than all
 # else. So fsdp takes part in what is parallel inside a layer, and widths stay whole.
-SEARCH_RULES = DEFAULT_RULES.replace(embed=None, mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor"))
+SEARCH_RULES = DEFAULT_RULES.replace(
+    embed=None, **dict.fromkeys(("mlp", "experts", "vocab"), ("fsdp", "tensor"))
+)
 # A small model beside a large one may be whole on every device: nothing is exchanged for it.
-REPLICATED_RULES = SEARCH_RULES.replace(mlp=None, vocab=None, heads=None, kv_heads=None)
+REPLICATED_RULES = SEARCH_RULES.replace(
+    mlp=None, experts=None, vocab=None, heads=None, kv_heads=None
+)
 PRESETS = {"train": DEFAULT_RULES, "search": SEARCH_RULES, "replicated": REPLICATED_RULES}
 
 
