@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from w2s_jax.distributed import to_host
 from w2s_jax.errors import InputError
-from w2s_jax.models.cache import KVCache, LayersKV, any_layer, commit_chunk
+from w2s_jax.models.cache import KV, KVCache, LayersKV, any_layer, commit_chunk
 from w2s_jax.models.model import Model
 from w2s_jax.models.reward import RewardModel
 from w2s_jax.search.decode import prefill, read_chunk, read_ends, start_cache
@@ -384,11 +384,14 @@ def _grow(reading: Reading, part: str, least: int) -> Reading:
     # What is copied at every chunk is worth a size between the powers of two.
     more = (room if least > room - room // 4 else room - room // 4) - capacity
 
-    def widen(array: Array) -> Array:
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + [(0, more), (0, 0), (0, 0)])
+    def widen(array: Array, axis: int) -> Array:
+        added = [(0, 0)] * array.ndim
+        added[axis] = (0, more)
+        return jnp.pad(array, added)
 
     assert reading.cache is not None
-    wide = jax.tree.map(widen, getattr(reading.cache, part))
+    held = getattr(reading.cache, part)
+    wide = held.map(widen) if isinstance(held, KV) else tuple(kv.map(widen) for kv in held)
     cache = replace(reading.cache, **{part: wide})
     if cache.placement.mesh is not None:
         cache = jax.jit(KVCache.constrain)(cache)
