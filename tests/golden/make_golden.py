@@ -25,6 +25,8 @@ GOLDEN = (
     "llama_grouped",
     "llama_3_1",
     "mistral",
+    "gpt_neox",
+    "opt_projected",
     "phi3_long",
     "qwen2",
     "qwen3",

@@ -21,6 +21,21 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("mistral", {"target_modules": ["o_proj", "down_proj", "k_proj"], "lora_alpha": 3}),
+    "gpt_neox": (
+        "gpt_neox",
+        {"target_modules": ["query_key_value", "dense", "dense_4h_to_h"], "bias": "lora_only"},
+    ),
+    "gpt_neox_all": ("gpt_neox_sequential", {"target_modules": "all-linear"}),
+    "opt": ("opt_projected", {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]}),
+    "phi3": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "phi3_ranks": (
+        "phi3_long",
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"qkv_proj": 2},
+            "alpha_pattern": {"gate_up_proj": 3},
+        },
+    ),
     "qwen2": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
     "qwen2_ranks": (
         "qwen2",

@@ -81,7 +81,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_linear": ("llama", small(rope_parameters={"rope_type": "linear", "factor": 2.5})),
     "mistral": ("mistral", small(num_key_value_heads=2, sliding_window=5)),
     "mistral_full": ("mistral", small(sliding_window=None, head_dim=8, hidden_act="gelu")),
-    "phi3": ("phi3", small(num_key_value_heads=1, sliding_window=5, vocab_size=41)),
+    "gpt_neox": ("gpt_neox", small(hidden_size=32, rotary_pct=0.5, vocab_size=59)),
+    "gpt_neox_sequential": (
+        "gpt_neox",
+        small(
+            use_parallel_residual=False,
+            rotary_pct=1.0,
+            rotary_emb_base=500,
+            attention_bias=False,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "opt": ("opt", small(ffn_dim=36)),
+    "opt_projected": (
+        "opt",
+        small(ffn_dim=36, word_embed_proj_dim=10, do_layer_norm_before=False),
+    ),
+    "opt_bare": (
+        "opt",
+        small(
+            ffn_dim=20,
+            word_embed_proj_dim=16,
+            enable_bias=False,
+            tie_word_embeddings=False,
+            activation_function="gelu",
+        ),
+    ),
+    "phi3": ("phi3", small(num_key_value_heads=1, sliding_window=5, vocab_size=59)),
     "phi3_long": (
         "phi3",
         small(
@@ -212,7 +238,11 @@ def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
     rope = hf.pop("rope_parameters", None)
     if rope is not None:
         rope = dict(rope)
-        hf["rope_theta"] = rope.pop("rope_theta")
+        neox = hf["model_type"] == "gpt_neox"
+        hf["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            share = rope.pop("partial_rotary_factor")
+            hf["rotary_pct" if neox else "partial_rotary_factor"] = share
         kind = rope.pop("rope_type")
         key = "rope_type" if kind == "llama3" else "type"  # the older name of the key
         hf["rope_scaling"] = None if kind == "default" else {key: kind, **rope}

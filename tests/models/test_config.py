@@ -31,6 +31,8 @@ GPT2 = {
 }
 
 
+NEOX = LLAMA | {"model_type": "gpt_neox"}
+OPT = LLAMA | {"model_type": "opt", "ffn_dim": 48, "max_position_embeddings": 64}
 QWEN = LLAMA | {"model_type": "qwen2", "use_sliding_window": True}
 NAN = math.nan
 
@@ -112,7 +114,7 @@ def test_gemma2_alternates_windows_from_the_first_layer():
     assert config.sliding_windows == (7, None, 7, None)
     assert (config.attention_softcap, config.final_softcap) == (50.0, 30.0)
     assert config.attention_scale == 144**-0.5
-    assert config.post_norms
+    assert config.norm_placement == "sandwich"
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
@@ -152,7 +154,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 def scaled(kind, *, rope_theta=1e4, **fields):
     """LLAMA with a rope of this kind, sound but for these fields."""
-    sound = {"linear": {"factor": 2.0}, "llama3": LLAMA3, "yarn": YARN}[kind]
+    sound = {"linear": {"factor": 2.0}, "llama3": LLAMA3, "yarn": YARN, "longrope": {}}[kind]
     return LLAMA | {"rope_theta": rope_theta, "rope_scaling": {"type": kind} | sound | fields}
 
 
@@ -201,6 +203,15 @@ def test_yarn_takes_its_attention_factor_from_mscale():
             LLAMA | {"rope_scaling": {"type": "wavy", "factor": 2.0}},
             "rope kind 'wavy' is not supported; supported: default, linear, llama3, yarn, longrope",
         ),
+        (scaled("longrope", factor=2.0), "rope_scaling.short_factor is None; it must be a list"),
+        (
+            scaled("longrope", factor=2.0, short_factor=[1.0], long_factor=[2.0]),
+            "longrope has 1 short and 1 long factors; 8 entries of a head are rotated, which take",
+        ),
+        (NEOX | {"rotary_pct": 0.4}, "3 of 8 entries of a head are rotated; it must be an even"),
+        (OPT | {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is set"),
+        (OPT | {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is off"),
+        (OPT | {"word_embed_proj_dim": 0}, "word_embed_proj_dim is 0; it must be a positive"),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a number"),
         (
             LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

@@ -336,7 +336,10 @@ def test_on_a_mesh_the_shards_and_the_rewards_are_the_same(run_python, tmp_path)
 
 # Live parity with torch.
 
-PARITY = ["llama", "llama_grouped", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "gemma2"]
+PARITY = [
+    "llama", "llama_grouped", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "gemma2",
+    "phi3", "phi3_long", "gpt_neox", "gpt_neox_sequential", "opt", "opt_projected",
+]  # fmt: skip
 
 
 def padded(vocabulary, pad):

@@ -21,16 +21,24 @@ from w2s_jax.search.decode import (
 )
 
 KINDS = {
-    "sliding windows, stacked": {"sliding_windows": (3, None), "scan_layers": True},
+    "sliding windows, parallel, stacked": {
+        "sliding_windows": (3, None),
+        "parallel_residual": True,
+        "rotary_width": 2,
+        "scan_layers": True,
+    },
     "learned positions": {
         "layers": 1,
         "position": "learned",
+        "position_offset": 2,
+        "embed_width": 10,
         "norm": "layer",
+        "norm_placement": "residual",
         "gated_mlp": False,
         "tied_embeddings": True,
     },
 }
-CAPS = {"attention_softcap": 5.0, "final_softcap": 4.0, "post_norms": True}
+CAPS = {"attention_softcap": 5.0, "final_softcap": 4.0, "norm_placement": "sandwich"}
 KINDS["windows, soft-caps"] = {"sliding_windows": (3, None), **CAPS}
 KINDS["windows, soft-caps, stacked"] = KINDS["windows, soft-caps"] | {"scan_layers": True}
 # Each kind of layer and each way to attend meets another: ways to attend know nothing of a kind but
@@ -38,7 +46,7 @@ KINDS["windows, soft-caps, stacked"] = KINDS["windows, soft-caps"] | {"scan_laye
 CASES = [
     ("learned positions", ""),
     ("windows, soft-caps", "in blocks"),
-    ("sliding windows, stacked", "in turns"),
+    ("sliding windows, parallel, stacked", "in turns"),
     ("windows, soft-caps, stacked", "by the kernel"),
 ]
 SLOTS, WIDTH, COUNT, LENGTH = 2, 2, 2, 3

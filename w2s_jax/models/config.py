@@ -20,9 +20,16 @@ class ModelConfig:
     Letters as in the shapes of arrays: D width, N layers, H heads, G kv_heads, C head_width,
     F mlp_width, V vocab_size.
 
+    embed_width: of the embedding and of what the head reads, where it is not D: projections
+        without biases lie between.
+    position_offset: so many rows of the learned positions stand before the first one's (OPT: 2).
     norm_offset: the norm multiplies by `norm_offset + scale` (Gemma: 1).
     experts: MLPs of mlp_width side by side in each layer, of which experts_per_token read a token;
         with normalised_experts the weights of their results sum to one. 1 is a plain MLP.
+    norm_placement: what attention and MLP, f, make of the stream x: "pre" x + f(norm(x)),
+        "sandwich" x + norm(f(norm(x))), "branch" x + norm(f(x)), "residual" norm(x + f(x)),
+        without a norm behind the last layer.
+    parallel_residual: the MLP reads what the attention of its layer reads, x, and not their sum.
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
     rotary_width: so many entries of each head, the first, are rotated; None means all.
     sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
@@ -44,7 +51,10 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
+    norm_placement: Literal["pre", "sandwich", "branch", "residual"] = "pre"
+    parallel_residual: bool = False
     position: Literal["rotary", "learned"] = "rotary"
+    position_offset: int | None = None
     rope: Rope = dataclasses.field(default_factory=Rope)
     rotary_width: int | None = None
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -56,8 +66,8 @@ class ModelConfig:
     experts_per_token: int = 1
     normalised_experts: bool = True
     query_key_norm: bool = False
-    post_norms: bool = False
     tied_embeddings: bool = False
+    embed_width: int | None = None
     embedding_multiplier: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
@@ -107,6 +117,11 @@ class ModelConfig:
                 f"longrope has {held[0]} short and {held[1]} long factors; "
                 f"{self.rotated} entries of a head are rotated, which takes {self.rotated // 2}"
             )
+
+    @property
+    def head_inputs(self) -> int:
+        """The width of the embedding and of what the head reads."""
+        return self.width if self.embed_width is None else self.embed_width
 
     @property
     def rotated(self) -> int:

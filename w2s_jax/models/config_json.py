@@ -36,6 +36,7 @@ _REFUSED = (
     "scale_attn_by_inverse_layer_idx",
     "use_bidirectional_attention",
     "use_mrope",
+    "_remove_final_layer_norm",
 )
 
 
@@ -63,7 +64,8 @@ def config_from_hf(
             raise InputError("config field decoder_sparse_step is not 1, which is not supported")
         counts = [hf[name] for name in ("num_experts", "num_local_experts") if name in hf]
         hf = {**hf, family.names["experts"]: counts[0]} if counts else hf
-    hf = {**family.defaults, **hf}
+    named = {name: hf[alias] for alias, name in family.aliases.items() if alias in hf}
+    hf = {**family.defaults, **named, **hf}
     eos_ids = _token_ids(hf, "eos_token_id")
     eos_ids += _token_ids(generation_config or {}, "eos_token_id")
     return ModelConfig(
@@ -101,6 +103,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if architecture == "gpt2":
         hf["scale_attn_weights"] = config.attention_scale is None
+    elif architecture == "opt":
+        hf["do_layer_norm_before"] = config.norm_placement == "pre"
+        hf["word_embed_proj_dim"] = config.head_inputs
     else:
         hf |= write_rope(config.rope, config.max_positions)
     if "partial_rotary_factor" in family.defaults:
@@ -108,6 +113,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if architecture == "gemma2":
         scale = config.attention_scale or config.head_width**-0.5
         hf["query_pre_attn_scalar"] = round(scale**-2)
+    hf = {**hf, **{alias: hf.pop(name) for alias, name in family.aliases.items()}}
     given, written = vars(config), vars(config_from_hf(hf))
     lost = [field for field in given if given[field] != written[field]]
     if lost:
@@ -136,6 +142,8 @@ def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
         if width % heads:
             raise InputError(f"config field n_embd is {width}, not a multiple of n_head, {heads}")
         fields["attention_scale"] = None if switch(hf, "scale_attn_weights") else 1.0
+    elif architecture == "opt":
+        fields |= _read_opt(hf, width)
     else:
         fields["rope"], fields["max_positions"] = read_rope(hf)
     if architecture in ("gemma", "gemma2"):
@@ -149,6 +157,18 @@ def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
         known = "partial_rotary_factor" in family.defaults
         fields["rotary_width"] = read_rotary_width(hf, fields["head_width"], known=known)
     return fields
+
+
+def _read_opt(hf: Json, width: int) -> dict[str, Any]:
+    """Where OPT's norms are, and how wide its embedding is."""
+    if not switch({"layer_norm_elementwise_affine": True, **hf}, "layer_norm_elementwise_affine"):
+        raise InputError("config field layer_norm_elementwise_affine is off, which is unsupported")
+    given = hf["word_embed_proj_dim"]
+    narrow = width if given is None else size(hf, "word_embed_proj_dim")
+    return {
+        "norm_placement": "pre" if switch(hf, "do_layer_norm_before") else "residual",
+        "embed_width": None if narrow == width else narrow,
+    }
 
 
 def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:

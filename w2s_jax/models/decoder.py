@@ -258,7 +258,7 @@ class Mixture(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, each behind its norm and added to the stream."""
+    """One decoder layer: attention and MLP added to the stream, normed as the config says."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -266,20 +266,27 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, turn: Turn, attend: Attend) -> tuple[Array, Any]:
-        config = self.config
+        config, where = self.config, self.config.norm_placement
         norm: Any = partial(Norm, config, dtype=self.dtype)
-        normed = norm(name="attention_norm")(x)
+
+        def read(name: str) -> Array:
+            return norm(name=f"{name}_norm")(x) if where in ("pre", "sandwich") else x
+
+        def add(name: str, mixed: Array) -> Array:
+            if where in ("sandwich", "branch"):
+                after = f"post_{name}_norm" if where == "sandwich" else f"{name}_norm"
+                mixed = norm(name=after)(mixed)
+            return norm(name=f"{name}_norm")(x + mixed) if where == "residual" else x + mixed
+
         attention = Attention(config, self.dtype, self.placement, name="attention")
-        mixed, kept = attention(normed, turn, attend)
-        if config.post_norms:
-            mixed = norm(name="post_attention_norm")(mixed)
-        x = x + mixed
-        normed = norm(name="mlp_norm")(x)
+        mixed, kept = attention(read("attention"), turn, attend)
         kind = MLP if config.experts == 1 else Mixture
-        mixed = kind(config, self.dtype, self.placement, name="mlp")(normed)
-        if config.post_norms:
-            mixed = norm(name="post_mlp_norm")(mixed)
-        return x + mixed, kept
+        mlp = kind(config, self.dtype, self.placement, name="mlp")
+        if config.parallel_residual:
+            x = add("mlp", mlp(read("mlp")))
+            return add("attention", mixed), kept
+        x = add("attention", mixed)
+        return add("mlp", mlp(read("mlp"))), kept
 
 
 def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layers: bool) -> dict:
@@ -287,11 +294,11 @@ def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layer
 
     Call under `jax.eval_shape` for shapes and axes alone; `meta.unbox` strips the boxes.
     """
-    keys = iter(jax.random.split(key, config.layers + 4))
+    keys = iter(jax.random.split(key, config.layers + 6))
 
-    def embedding(axis: str, size: int) -> dict[str, Any]:
+    def embedding(axis: str, size: int, width: int) -> dict[str, Any]:
         draw = nn.with_logical_partitioning(NORMAL, (axis, "embed"))
-        return {"embedding": draw(next(keys), (size, config.width), dtype)}
+        return {"embedding": draw(next(keys), (size, width), dtype)}
 
     def block(key: Array) -> dict:
         x = jnp.zeros((1, 1, 1, config.width), dtype)
@@ -299,9 +306,10 @@ def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layer
         idle = lambda query, key, value: (query, None)  # noqa: E731
         return Block(config, dtype).init(key, x, turn, idle)["params"]
 
-    params = {"embed": embedding("vocab", config.vocab_size)}
+    params = {"embed": embedding("vocab", config.vocab_size, config.head_inputs)}
     if config.position == "learned":
-        params["positions"] = embedding("positions", config.max_positions)
+        rows = config.max_positions + (config.position_offset or 0)
+        params["positions"] = embedding("positions", rows, config.width)
     layer_keys = jnp.stack([next(keys) for _ in range(config.layers)])
     if scan_layers:
         params["layers"] = jax.tree.map(
@@ -312,10 +320,19 @@ def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layer
     else:
         params |= {f"layers_{i}": block(key) for i, key in enumerate(layer_keys)}
     example = jnp.zeros((1, config.width), dtype)
-    params["final_norm"] = Norm(config, dtype=dtype).init(next(keys), example)["params"]
+    if config.norm_placement != "residual":
+        params["final_norm"] = Norm(config, dtype=dtype).init(next(keys), example)["params"]
+
+    def linear(inputs: int, outputs: int, axes: Axes) -> dict[str, Any]:
+        given = jnp.zeros((1, inputs), dtype)
+        return Linear((inputs, outputs), axes, dtype=dtype).init(next(keys), given)["params"]
+
+    narrow = config.head_inputs
+    if config.embed_width is not None:
+        params["project_in"] = linear(narrow, config.width, (None, "embed"))
+        params["project_out"] = linear(config.width, narrow, ("embed", None))
     if not config.tied_embeddings:
-        head = Linear((config.width, config.vocab_size), ("embed", "vocab"), dtype=dtype)
-        params["head"] = head.init(next(keys), example)["params"]
+        params["head"] = linear(narrow, config.vocab_size, ("embed", "vocab"))
     return params
 
 
@@ -327,8 +344,10 @@ def embed(
     x = take_rows(table, tokens)
     if config.embedding_multiplier != 1.0:
         x = x * jnp.asarray(config.embedding_multiplier, table.dtype)
+    if config.embed_width is not None:
+        x = dot(x, params["project_in"]["kernel"])
     if config.position == "learned":
-        x = x + params["positions"]["embedding"][positions]
+        x = x + params["positions"]["embedding"][positions + (config.position_offset or 0)]
     return x
 
 
@@ -341,7 +360,9 @@ def turn_of(config: ModelConfig, positions: Int[Array, "P W M"]) -> Turn:
 
 def final_norm(config: ModelConfig, params: dict, x: Float[Array, "*rows D"]) -> Array:
     """The states that the head reads, of those behind the last layer."""
-    return Norm(config).apply({"params": params["final_norm"]}, x)
+    if config.norm_placement != "residual":
+        x = Norm(config).apply({"params": params["final_norm"]}, x)
+    return x if config.embed_width is None else dot(x, params["project_out"]["kernel"])
 
 
 def logits(

@@ -47,6 +47,32 @@ _MIXTRAL_TENSORS = _LLAMA_TENSORS | {
     "layers/mlp/experts/up": f"{_MIXTRAL}.experts.{{e}}.w3",
     "layers/mlp/experts/down": f"{_MIXTRAL}.experts.{{e}}.w2",
 }
+_GPT_NEOX_TENSORS = {
+    "embed": "gpt_neox.embed_in",
+    "layers/attention_norm": "gpt_neox.layers.{i}.input_layernorm",
+    **{f"layers/attention/{name}": "gpt_neox.layers.{i}.attention.query_key_value" for name in QKV},
+    "layers/attention/out": "gpt_neox.layers.{i}.attention.dense",
+    "layers/mlp_norm": "gpt_neox.layers.{i}.post_attention_layernorm",
+    "layers/mlp/up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+    "layers/mlp/down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "head": "embed_out",
+}
+_OPT_TENSORS = {
+    "embed": "model.decoder.embed_tokens",
+    "positions": "model.decoder.embed_positions",
+    "project_in": "model.decoder.project_in",
+    "project_out": "model.decoder.project_out",
+    "layers/attention_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
+    "layers/attention/query": "model.decoder.layers.{i}.self_attn.q_proj",
+    "layers/attention/key": "model.decoder.layers.{i}.self_attn.k_proj",
+    "layers/attention/value": "model.decoder.layers.{i}.self_attn.v_proj",
+    "layers/attention/out": "model.decoder.layers.{i}.self_attn.out_proj",
+    "layers/mlp_norm": "model.decoder.layers.{i}.final_layer_norm",
+    "layers/mlp/up": "model.decoder.layers.{i}.fc1",
+    "layers/mlp/down": "model.decoder.layers.{i}.fc2",
+    "final_norm": "model.decoder.final_layer_norm",
+}
 _GPT2_TENSORS = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
@@ -73,7 +99,8 @@ class Family:
     modules' names in checkpoints, with {i} for a layer's number and {e} for an expert's. prefix:
     what stands before the tensors' names in the files of a language model, and not in those of the
     decoder alone. Modules of one name are one tensor, query before key before value, gate before
-    up: interleaved says that they are so in each head, and else side by side.
+    up: interleaved says that they are so in each head, and else side by side. aliases: what files
+    call fields that others have under the name behind it.
     """
 
     name: str
@@ -83,6 +110,7 @@ class Family:
     tensors: dict[str, str] = dataclasses.field(default_factory=lambda: _LLAMA_TENSORS)
     prefix: str = "model."
     interleaved: bool = False
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 _NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
@@ -169,6 +197,51 @@ FAMILIES = {
         _LLAMA
         | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        _BIASED | {"norm_epsilon": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+        _ROTARY
+        | {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.25,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        {"norm": "layer", "gated_mlp": False, "mlp_bias": True},
+        _GPT_NEOX_TENSORS,
+        "gpt_neox.",
+        interleaved=True,
+        aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        _NAMES
+        | {
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "mlp_width": "ffn_dim",
+            "max_positions": "max_position_embeddings",
+            "activation": "activation_function",
+        }
+        | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), "enable_bias"),
+        {
+            "activation_function": "relu",
+            "do_layer_norm_before": True,
+            "word_embed_proj_dim": None,
+            "enable_bias": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        {"norm": "layer", "position": "learned", "position_offset": 2, "gated_mlp": False},
+        _OPT_TENSORS,
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
         _ROTARY_NAMES,
@@ -238,7 +311,7 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
             "attn_logit_softcapping": 50.0,
         },
-        {"norm_offset": 1.0, "post_norms": True},
+        {"norm_offset": 1.0, "norm_placement": "sandwich"},
         _GEMMA2_TENSORS,
     ),
 }

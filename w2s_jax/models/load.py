@@ -50,6 +50,7 @@ from w2s_jax.models.parameters import (
     output_major_leaf,
     output_major_params,
     reward_head,
+    stored_head,
 )
 from w2s_jax.models.peft import adapted_config, base_folder, base_of, load_adapter
 from w2s_jax.models.quantize import QuantizeConfig, is_quantized
@@ -253,11 +254,12 @@ def _match(
             raise InputError(f"{directory}: tensor {full} is there twice, {how}")
         if full is not None:
             tensors[full] = values
-    if config.tied_embeddings and head == LANGUAGE_HEAD and head.weight in tensors:
+    own = stored_head(config, head).weight
+    if config.tied_embeddings and head == LANGUAGE_HEAD and own in tensors:
         embedding = tensors.get(table["embed/embedding"].stored.name)
-        if embedding is not None and not equal(tensors.pop(head.weight), embedding):
+        if embedding is not None and not equal(tensors.pop(own), embedding):
             raise InputError(
-                f"{directory}: {head.weight} differs from the embedding, though {CONFIG} ties them"
+                f"{directory}: {own} differs from the embedding, though {CONFIG} ties them"
             )
     kind = config.architecture + (f" with {head.name}" if head != LANGUAGE_HEAD else "")
     problems = {

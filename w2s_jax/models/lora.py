@@ -25,6 +25,7 @@ from w2s_jax.models.parameters import (
     ATTENTION,
     EXPERTS,
     PROJECTIONS,
+    QKV,
     STACKED,
     contracted,
     declared,
@@ -49,11 +50,20 @@ _ALIASES = {
     "gate_proj": ("gate",),
     "up_proj": ("up",),
     "down_proj": ("down",),
-    "c_attn": ("query", "key", "value"),
+    "c_attn": QKV,
     "c_proj": ("out", "down"),
     "attn.c_proj": ("out",),
     "mlp.c_proj": ("down",),
     "c_fc": ("up",),
+    "qkv_proj": QKV,
+    "gate_up_proj": ("gate", "up"),
+    "query_key_value": QKV,
+    "dense": ("out",),
+    "dense_h_to_4h": ("up",),
+    "dense_4h_to_h": ("down",),
+    "out_proj": ("out",),
+    "fc1": ("up",),
+    "fc2": ("down",),
     "all-linear": PROJECTIONS,
 }
 
@@ -120,7 +130,7 @@ def _projections(targets: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for target in targets:
         bare = target.removeprefix("self_attn.")
-        bare = bare if bare in _ALIASES else bare.removeprefix("mlp.").removeprefix("attn.")
+        bare = bare if bare in _ALIASES else re.sub(r"^(mlp|attn|attention)\.", "", bare)
         if bare not in PROJECTIONS and bare not in _ALIASES:
             known = ", ".join((*PROJECTIONS, *_ALIASES))
             raise InputError(f"unknown LoRA target {target!r}; known are {known}")

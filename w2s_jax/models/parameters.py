@@ -188,6 +188,12 @@ REWARD_HEADS = (
 )
 
 
+def stored_head(config: ModelConfig, head: StoredHead = LANGUAGE_HEAD) -> StoredHead:
+    """The head under the name by which files of the architecture keep it."""
+    name = tensor_names(config.architecture).get("head", LANGUAGE_HEAD.name)
+    return replace(head, name=name) if head == LANGUAGE_HEAD else head
+
+
 ATTENTION, MLP = (*QKV, "out"), ("gate", "up", "down")
 PROJECTIONS = (*ATTENTION, *MLP)
 
@@ -245,7 +251,7 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
 
 
 # Constants that older versions of transformers saved among the weights.
-_BUFFERS = re.compile(r"\.h\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_BUFFERS = re.compile(r"\.\d+\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 
 def stored_places(config: ModelConfig, path: str) -> dict[str, tuple[int, ...]]:
@@ -287,7 +293,7 @@ def decoder_parameters(
     Each expert has rows of its own, "layers_3/mlp/experts/7/up/kernel". A language model's head is
     in it unless it is tied; a reward model's is `reward_head`'s.
     """
-    names = tensor_names(config.architecture) | {"head": head.name}
+    names = tensor_names(config.architecture) | {"head": stored_head(config, head).name}
     rows: dict[str, tuple[tuple[int, ...], Axes]] = {}
     for path, (shape, axes) in declared(config).items():
         if leading_axes(path):
@@ -325,7 +331,9 @@ def reward_head(
 ) -> dict[str, Parameter]:
     """The rows of a reward model's head, which stands in the place of a language model's."""
     names = {"head": head.name}
-    shapes = {"head/kernel": (config.width, labels)} | ({"head/bias": (labels,)} if bias else {})
+    shapes = {"head/kernel": (config.head_inputs, labels)} | (
+        {"head/bias": (labels,)} if bias else {}
+    )
     axes: dict[str, Axes] = {"head/kernel": ("embed", None), "head/bias": (None,)}
     return {
         path: Parameter(shape, axes[path], stored_as(names, path)) for path, shape in shapes.items()
@@ -361,13 +369,16 @@ def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) 
     """
     decoder = tensor_prefix(config.architecture)
     if head.wrapped:
-        if name.removeprefix("model.") == LANGUAGE_HEAD.weight:
+        if name.removeprefix("model.") in (LANGUAGE_HEAD.weight, stored_head(config).weight):
             return None
         for prefix in (f"model.{decoder}", "transformer."):
             if name.startswith(prefix):
                 name = decoder + name.removeprefix(prefix)
                 break
-    if name not in (head.weight, head.bias) and not name.startswith(decoder):
+    own = stored_head(config, head)
+    if name == head.weight:
+        return own.weight
+    if name not in (own.weight, own.bias) and not name.startswith(decoder):
         name = decoder + name
     return None if _BUFFERS.search(name) else name
 

@@ -42,6 +42,7 @@ from w2s_jax.models.parameters import (
     layer_name,
     module_of,
     reward_head,
+    stored_head,
     stored_places,
     unstack_layers,
 )
@@ -109,7 +110,7 @@ def adapted_config(
 def _adapted(config: ModelConfig, whole: Tensors, head: StoredHead) -> ModelConfig:
     """`adapted_config`, given the adapter's whole tensors."""
     held = _held_vocabulary(config, whole)
-    if not held or any(tensor.shape[1:] != (config.width,) for tensor in held):
+    if not held or any(tensor.shape[1:] != (config.head_inputs,) for tensor in held):
         return config
     rows = held[0].shape[0]
     if head != LANGUAGE_HEAD:
@@ -123,7 +124,7 @@ def _adapted(config: ModelConfig, whole: Tensors, head: StoredHead) -> ModelConf
 def _held_vocabulary(config: ModelConfig, whole: Tensors) -> list[Any]:
     """The embedding and the head that an adapter holds, of whole tensors by their full names."""
     embedding = decoder_parameters(config)["embed/embedding"].stored.name
-    return [whole[name] for name in (embedding, LANGUAGE_HEAD.weight) if name in whole]
+    return [whole[name] for name in (embedding, stored_head(config).weight) if name in whole]
 
 
 def load_adapter(
@@ -160,7 +161,7 @@ def load_adapter(
         adapted = _adapted(config, whole, head)
         held = _held_vocabulary(config, whole)
         if config.tied_embeddings and len(held) == 2 and equal(*held):
-            del whole[LANGUAGE_HEAD.weight]  # the embedding again
+            del whole[stored_head(config).weight]  # the embedding again
         flat = _read_whole(config, whole, head)
         if head == LANGUAGE_HEAD and adapted != config:
             raise InputError("it unties the head from the embedding; take `adapted_config`")
@@ -358,7 +359,7 @@ def _read_whole(config: ModelConfig, whole: Tensors, head: StoredHead) -> dict[s
     expected = {row.stored.name: row.stored.shape(row.shape) for row in table.values()}
     for name, values in whole.items():
         if name not in expected:
-            tied = name == LANGUAGE_HEAD.weight and config.tied_embeddings
+            tied = name == stored_head(config).weight and config.tied_embeddings
             why = "its base ties the head to the embedding" if tied else "its base has no such part"
             raise InputError(f"tensor {_PREFIX}{name} cannot be taken: {why}")
         _check_shape(f"{_PREFIX}{name}", values, expected[name])
