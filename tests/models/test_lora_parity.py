@@ -82,6 +82,8 @@ def paths(tree):
         ("llama_grouped", ("key", "out", "down"), False),
         ("qwen2", ("query", "value"), False),
         ("gemma2", PROJECTIONS, True),
+        ("mixtral", PROJECTIONS, False),
+        ("qwen3_moe", ("query", "gate", "up", "down"), False),
     ],
 )
 def test_peft_loads_an_adapter_that_was_trained_here(name, targets, rslora, tmp_path):
