@@ -391,7 +391,7 @@ def _grow(reading: Reading, part: str, least: int) -> Reading:
 
     assert reading.cache is not None
     held = getattr(reading.cache, part)
-    wide = held.map(widen) if isinstance(held, KV) else tuple(kv.map(widen) for kv in held)
+    wide: Any = held.map(widen) if isinstance(held, KV) else tuple(kv.map(widen) for kv in held)
     cache = replace(reading.cache, **{part: wide})
     if cache.placement.mesh is not None:
         cache = jax.jit(KVCache.constrain)(cache)
