@@ -1,4 +1,4 @@
-"""`w2s convert`: a checkpoint written anew: an adapter merged, a run's step, or another dtype."""
+"""`w2s convert`: a checkpoint written anew: an adapter merged, a run's step, a GGUF file."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from w2s_jax.train.config import ConvertConfig
 
 @dataclass(frozen=True)
 class Convert(ConvertConfig):
-    """Write a checkpoint anew: with an adapter merged, a step of a training run, or another dtype.
+    """Write a checkpoint anew: an adapter merged, a run's step, a GGUF file, another dtype.
 
     The target is a folder that w2s and transformers load: config.json, safetensors, tokenizer.
     """

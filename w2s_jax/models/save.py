@@ -112,7 +112,7 @@ def save_classifier(
     dtype = next(iter(leaves.values())).dtype.name
     sizes = {name: leaf.nbytes for name, leaf in leaves.items()}
     hf = encoder_to_hf(classifier.config) | {"torch_dtype": dtype}
-    _write_checkpoint(directory, hf, sizes, leaves.__getitem__, tokenizer)
+    write_checkpoint(directory, hf, sizes, leaves.__getitem__, tokenizer)
 
 
 def _save(
@@ -152,10 +152,10 @@ def _save(
         name: model.dtype.itemsize * sum(math.prod(table[path].shape) for path in paths)
         for name, paths in sharing.items()
     }
-    _write_checkpoint(directory, hf, sizes, fetch, tokenizer, max_shard_bytes)
+    write_checkpoint(directory, hf, sizes, fetch, tokenizer, max_shard_bytes)
 
 
-def _write_checkpoint(
+def write_checkpoint(
     directory: str | Path,
     hf: Mapping[str, Any],
     sizes: Mapping[str, int],
@@ -168,7 +168,9 @@ def _write_checkpoint(
     `sizes` gives every tensor's bytes; above `max_shard_bytes` the files are sharded. Everything is
     written beside its place first, then renamed, config.json last: an interrupted write leaves the
     old checkpoint, or at worst a directory that is refused for its missing config.json.
-    Raises InputError when the directory is not writable.
+
+    Raises:
+        InputError: When the directory is not writable.
     """
     shards = _shards(sizes, max_shard_bytes)
     index = {

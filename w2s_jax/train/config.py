@@ -476,13 +476,15 @@ class ConvertConfig:
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """Checkpoint: a folder or a Hugging Face id; an adapter brings the base that it names. Or the
-    folder of a training run, of which a checkpoint is written, its adapters merged."""
+    folder of a training run, of which a checkpoint is written, its adapters merged. Or a .gguf file
+    (pip install 'w2s-jax[gguf]'), whose tensors are dequantised."""
     target: Annotated[Positional[str], arg(metavar="TARGET")]
     """Folder to write; what it holds of an earlier checkpoint is replaced."""
     merge_lora: Annotated[str | None, arg(metavar="DIR|ID")] = None
     """Adapter in PEFT's format that is merged into SOURCE."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; auto is as stored, and float32 for what was trained: adapters, runs."""
+    """Dtype of the weights; auto is as stored, and float32 for what was trained – adapters, runs –
+    or quantised."""
     step: int | None = None
     """Step of a run's checkpoints, by default the newest."""
 

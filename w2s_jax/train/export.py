@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_leaves_with_path
 
 from w2s_jax.errors import InputError, check_fetched
+from w2s_jax.models.gguf import convert_gguf, is_gguf
 from w2s_jax.models.huggingface import is_adapter, locate
 from w2s_jax.models.load import (
     is_reward_model,
@@ -206,7 +207,7 @@ def _rounding_sums(start: jax.Array, trained: jax.Array, dtype: str) -> tuple[ja
 
 
 def convert(config: ConvertConfig, *, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Rewrite a checkpoint: with an adapter merged, from a step of a run, or in another dtype.
+    """Rewrite a checkpoint: an adapter merged, a run's step, a GGUF file, or in another dtype.
 
     Args:
         config: The checkpoint, the folder to write, and what is changed.
@@ -215,6 +216,13 @@ def convert(config: ConvertConfig, *, tell: Callable[[str], None] = lambda line:
     Raises:
         InputError: For anything wrong, before any weight is read.
     """
+    if is_gguf(config.source):
+        for flag, given in (("--merge-lora", config.merge_lora), ("--step", config.step)):
+            if given is not None:
+                raise InputError(f"{flag} goes with a checkpoint; convert {config.source} first")
+        check_writable(Path(config.target) / "config.json")
+        convert_gguf(config.source, config.target, dtype=config.dtype, tell=tell)
+        return
     source = locate(config.source)
     adapter = locate(config.merge_lora) if config.merge_lora else None
     _check_places(config, source, adapter)
