@@ -94,7 +94,7 @@ def open_gguf(path: str | Path) -> GGUF:
         raise InputError(f"{place}: no such file")
     try:
         reader = GGUFReader(place)
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
         raise InputError(f"{place} is no GGUF file, or is cut off ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
