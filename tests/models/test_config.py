@@ -130,7 +130,7 @@ def test_qwen_windows_begin_after_the_full_layers(architecture):
 
 def test_qwen2_has_biases_and_qwen3_query_key_norms():
     assert (read(model_type="qwen2").qkv_bias, read(model_type="qwen2").out_bias) == (True, False)
-    assert read(model_type="qwen3").query_key_norm
+    assert read(model_type="qwen3").query_key_norm == "head"
     assert read(model_type="qwen3").head_width == 128
 
 
@@ -278,7 +278,7 @@ def test_what_is_not_supported_is_named_in_one_line(hf, message):
     ("changes", "fields"),
     [
         ({"sliding_windows": (4, None, None, None)}, "sliding_windows"),
-        ({"query_key_norm": True}, "query_key_norm"),
+        ({"query_key_norm": "head"}, "query_key_norm"),
         ({"attention_scale": 1.0, "final_softcap": 5.0}, "attention_scale, final_softcap"),
         ({"qkv_bias": True}, "out_bias"),
     ],

@@ -52,7 +52,7 @@ def test_no_token_sees_the_future():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_abstract_shapes_and_axes_are_those_of_the_parameters(scan_layers):
-    config = tiny_config(query_key_norm=True, norm_placement="sandwich", qkv_bias=True)
+    config = tiny_config(query_key_norm="head", norm_placement="sandwich", qkv_bias=True)
     shapes, axes = abstract_model(config, scan_layers=scan_layers)
     real = init_model(config, jax.random.key(0), scan_layers=scan_layers)
     assert jax.tree.map(jnp.shape, real.params) == jax.tree.map(lambda x: x.shape, shapes.params)

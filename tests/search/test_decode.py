@@ -10,6 +10,7 @@ import pytest
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.cache import commit_chunk
 from w2s_jax.ops import attention, tpu
+from w2s_jax.ops.attention import Rope
 from w2s_jax.ops.tpu import parts_kernel, parts_sizes
 from w2s_jax.search.decode import (
     prefill,
@@ -23,8 +24,10 @@ from w2s_jax.search.decode import (
 KINDS = {
     "sliding windows, parallel, stacked": {
         "sliding_windows": (3, None),
+        "sliding_rope": Rope(theta=100.0),
         "parallel_residual": True,
         "rotary_width": 2,
+        "query_key_norm": "width",
         "scan_layers": True,
     },
     "learned positions": {
@@ -39,7 +42,7 @@ KINDS = {
     },
 }
 CAPS = {"attention_softcap": 5.0, "final_softcap": 4.0, "norm_placement": "sandwich"}
-KINDS["windows, soft-caps"] = {"sliding_windows": (3, None), **CAPS}
+KINDS["windows, soft-caps"] = {"sliding_windows": (3, None), "rope_layers": (True, False), **CAPS}
 KINDS["windows, soft-caps, stacked"] = KINDS["windows, soft-caps"] | {"scan_layers": True}
 # Each kind of layer and each way to attend meets another: ways to attend know nothing of a kind but
 # its windows, soft-caps and stacking.

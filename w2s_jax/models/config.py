@@ -4,11 +4,14 @@ Neither a plan nor a bench needs a download: what decides on shapes in their con
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.attention import Rope
+
+T = TypeVar("T")
 
 _LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
 
@@ -23,6 +26,7 @@ class ModelConfig:
     embed_width: of the embedding and of what the head reads, where it is not D: projections
         without biases lie between.
     position_offset: so many rows of the learned positions stand before the first one's (OPT: 2).
+    norm: "layer_plain" is a layer norm without scale and bias.
     norm_offset: the norm multiplies by `norm_offset + scale` (Gemma: 1).
     experts: MLPs of mlp_width side by side in each layer, of which experts_per_token read a token;
         with normalised_experts the weights of their results sum to one. 1 is a plain MLP.
@@ -30,6 +34,9 @@ class ModelConfig:
         "sandwich" x + norm(f(norm(x))), "branch" x + norm(f(x)), "residual" norm(x + f(x)),
         without a norm behind the last layer.
     parallel_residual: the MLP reads what the attention of its layer reads, x, and not their sum.
+    query_key_norm: of each head, or of the width of all heads together.
+    sliding_rope: of the layers with a sliding window, where theirs differs from `rope`.
+    rope_layers: False for a layer whose queries and keys are not rotated; empty: all are.
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
     rotary_width: so many entries of each head, the first, are rotated; None means all.
     sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
@@ -48,7 +55,7 @@ class ModelConfig:
     head_width: int
     mlp_width: int
     max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "layer_plain"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
     norm_placement: Literal["pre", "sandwich", "branch", "residual"] = "pre"
@@ -57,6 +64,8 @@ class ModelConfig:
     position_offset: int | None = None
     rope: Rope = dataclasses.field(default_factory=Rope)
     rotary_width: int | None = None
+    sliding_rope: Rope | None = None
+    rope_layers: tuple[bool, ...] = ()
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
@@ -65,7 +74,7 @@ class ModelConfig:
     experts: int = 1
     experts_per_token: int = 1
     normalised_experts: bool = True
-    query_key_norm: bool = False
+    query_key_norm: Literal["none", "head", "width"] = "none"
     tied_embeddings: bool = False
     embed_width: int | None = None
     embedding_multiplier: float = 1.0
@@ -81,11 +90,15 @@ class ModelConfig:
         check_fields(self)
         if not any(self.sliding_windows):
             object.__setattr__(self, "sliding_windows", ())
-        elif len(self.sliding_windows) != self.layers:
-            raise InputError(
-                f"{len(self.sliding_windows)} sliding windows for {self.layers} layers; "
-                "give one per layer"
-            )
+        if not self.sliding_windows or self.sliding_rope == self.rope:
+            object.__setattr__(self, "sliding_rope", None)
+        if all(self.rope_layers):
+            object.__setattr__(self, "rope_layers", ())
+        for name in ("sliding_windows", "rope_layers"):
+            given = len(getattr(self, name))
+            if given not in (0, self.layers):
+                named = name.replace("_", " ")
+                raise InputError(f"{given} {named} for {self.layers} layers; give one per layer")
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         for name in sizes:
             if not 1 <= getattr(self, name) <= _LARGEST:
@@ -147,6 +160,25 @@ class ModelConfig:
             return self.layers * (attention + mlp)
         met = self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
         return self.layers * round(attention + self.width * self.experts + met * mlp)
+
+
+def layer_windows(config: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The distinct sliding windows, and for every layer the index of its own among them."""
+    return _distinct(config.sliding_windows or (None,) * config.layers)
+
+
+def layer_ropes(config: ModelConfig) -> tuple[tuple[Rope | None, ...], tuple[int, ...]]:
+    """The distinct ropes, None for no rotation, and for every layer the index of its own."""
+    sliding = config.rope if config.sliding_rope is None else config.sliding_rope
+    ropes = [sliding if window else config.rope for window in config.sliding_windows]
+    ropes = ropes or [config.rope] * config.layers
+    turned = config.rope_layers or (True,) * config.layers
+    return _distinct([rope if turn else None for rope, turn in zip(ropes, turned, strict=True)])
+
+
+def _distinct(values: Sequence[T]) -> tuple[tuple[T, ...], tuple[int, ...]]:
+    distinct = tuple(dict.fromkeys(values))
+    return distinct, tuple(distinct.index(value) for value in values)
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **other: Any) -> dict:

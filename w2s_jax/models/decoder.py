@@ -14,10 +14,10 @@ Matmuls are in the parameters' dtype; norms, rotary angles, softmax and logits i
 are small differences of two models' log-probs, of which rounding to bfloat16 would leave little.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from w2s_jax.models.cache import KV, LayersKV
-from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config import ModelConfig, layer_ropes, layer_windows
 from w2s_jax.ops.attention import rotate, rotation
 from w2s_jax.ops.experts import AXES, ExpertWeight, mixture, route
 from w2s_jax.ops.layers import OutputMajor, QTensor, Weight, dot, layer_norm, rms_norm, take_rows
@@ -44,6 +44,8 @@ NORMAL, ZEROS = nn.initializers.normal(0.02), nn.initializers.zeros
 
 Turn = tuple[Array, Array] | None
 """Cosines and sines of the rotary angles; None where positions are learned."""
+
+T = TypeVar("T")
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """query [P W M H C], key, value [P W M G C] → mixed [P W M H C], and what its layer hands on."""
@@ -115,21 +117,28 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """The config's norm over the last axis."""
+    """The config's norm over the last axes, as many as are named."""
 
     config: ModelConfig
-    axis: str = "embed"
+    axes: tuple[str, ...] = ("embed",)
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config, axes, shape = self.config, (self.axis,), (x.shape[-1],)
-        start = nn.initializers.constant(1.0 - config.norm_offset)
-        scale = _declare(self, "scale", start, axes, shape)
+        config, shape = self.config, x.shape[x.ndim - len(self.axes) :]
+        flat, epsilon = x.reshape(*x.shape[: x.ndim - len(shape)], -1), config.norm_epsilon
+
+        def vector(name: str, start: Callable[..., Array]) -> Array:
+            if config.norm == "layer_plain":
+                return start(None, flat.shape[-1:])
+            return _declare(self, name, start, self.axes, shape).reshape(-1)
+
+        scale = vector("scale", nn.initializers.constant(1.0 - config.norm_offset))
         if config.norm == "rms":
-            return rms_norm(x, scale, epsilon=config.norm_epsilon, offset=config.norm_offset)
-        bias = _declare(self, "bias", ZEROS, axes, shape)
-        return layer_norm(x, scale, bias, epsilon=config.norm_epsilon)
+            normed = rms_norm(flat, scale, epsilon=epsilon, offset=config.norm_offset)
+        else:
+            normed = layer_norm(flat, scale, vector("bias", ZEROS), epsilon=epsilon)
+        return normed.reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -151,9 +160,11 @@ class Attention(nn.Module):
         query = project("query", config.heads, "heads")
         key = project("key", config.kv_heads, "kv_heads")
         value = project("value", config.kv_heads, "kv_heads")
-        if config.query_key_norm:
-            query = Norm(config, "head_width", self.dtype, name="query_norm")(query)
-            key = Norm(config, "head_width", self.dtype, name="key_norm")(key)
+        if config.query_key_norm != "none":
+            own = slice(int(config.query_key_norm == "head"), None)
+            query_axes, key_axes = ("heads", "head_width")[own], ("kv_heads", "head_width")[own]
+            query = Norm(config, query_axes, self.dtype, name="query_norm")(query)
+            key = Norm(config, key_axes, self.dtype, name="key_norm")(key)
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
         mixed, kept = attend(query, key, value)
@@ -302,7 +313,7 @@ def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layer
 
     def block(key: Array) -> dict:
         x = jnp.zeros((1, 1, 1, config.width), dtype)
-        turn = turn_of(config, jnp.zeros((1, 1, 1), jnp.int32))
+        turn = turns_of(config, jnp.zeros((1, 1, 1), jnp.int32))[0]
         idle = lambda query, key, value: (query, None)  # noqa: E731
         return Block(config, dtype).init(key, x, turn, idle)["params"]
 
@@ -320,8 +331,9 @@ def initial_params(config: ModelConfig, key: Array, dtype: DTypeLike, scan_layer
     else:
         params |= {f"layers_{i}": block(key) for i, key in enumerate(layer_keys)}
     example = jnp.zeros((1, config.width), dtype)
-    if config.norm_placement != "residual":
-        params["final_norm"] = Norm(config, dtype=dtype).init(next(keys), example)["params"]
+    last = Norm(config, dtype=dtype).init(next(keys), example)
+    if last and config.norm_placement != "residual":
+        params["final_norm"] = last["params"]
 
     def linear(inputs: int, outputs: int, axes: Axes) -> dict[str, Any]:
         given = jnp.zeros((1, inputs), dtype)
@@ -351,17 +363,17 @@ def embed(
     return x
 
 
-def turn_of(config: ModelConfig, positions: Int[Array, "P W M"]) -> Turn:
-    """The rotary angles of these positions, once for all layers."""
+def turns_of(config: ModelConfig, positions: Int[Array, "P W M"]) -> tuple[Turn, ...]:
+    """The rotary angles of these positions by each of the `layer_ropes`, once for all layers."""
     if config.position != "rotary":
-        return None
-    return rotation(positions, config.rope, config.rotated)
+        return (None,)
+    return tuple(rotation(positions, rope, config.rotated) for rope in layer_ropes(config)[0])
 
 
 def final_norm(config: ModelConfig, params: dict, x: Float[Array, "*rows D"]) -> Array:
     """The states that the head reads, of those behind the last layer."""
     if config.norm_placement != "residual":
-        x = Norm(config).apply({"params": params["final_norm"]}, x)
+        x = Norm(config).apply({"params": params.get("final_norm", {})}, x)
     return x if config.embed_width is None else dot(x, params["project_out"]["kernel"])
 
 
@@ -378,11 +390,17 @@ def logits(
     return out
 
 
-def layer_windows(config: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """The distinct sliding windows, and for every layer the index of its own among them."""
-    windows = config.sliding_windows or (None,) * config.layers
-    distinct = tuple(dict.fromkeys(windows))
-    return distinct, tuple(distinct.index(window) for window in windows)
+def choose(options: Sequence[T], index: int | Array | None) -> T:
+    """One of several trees of arrays, by its index, which a scan over layers traces."""
+    if len(options) == 1:
+        return options[0]
+    if isinstance(index, int):
+        return options[index]
+
+    def pick(*choices: Array) -> Array:
+        return jnp.stack(jnp.broadcast_arrays(*choices))[index]
+
+    return jax.tree.map(pick, *options)
 
 
 def attention_scale(config: ModelConfig) -> float | int:
@@ -422,13 +440,13 @@ def read_sequences(
     positions = _positions(tokens, mask, segments)
     windows, window_of = layer_windows(config)
     x = placement.spread_lookup(embed(config, params, tokens, positions), "embed")
-    turn = turn_of(config, positions)
+    turns, (_, rope_of) = turns_of(config, positions), layer_ropes(config)
     block = Block(config, x.dtype, placement)
 
-    def apply(params: dict, x: Array, turn: Turn, reach: Reach, key: Array | None) -> Any:
+    def apply(params: dict, x: Array, turns: Any, rope: Any, reach: Reach, key: Any) -> Any:
         attend = partial(_attend_sequence, config, reach)
         rngs = None if key is None else {"dropout": key}
-        x, kv = block.apply({"params": params}, x, turn, attend, rngs=rngs)
+        x, kv = block.apply({"params": params}, x, choose(turns, rope), attend, rngs=rngs)
         return placement.spread(x), kv
 
     scanned = "layers" in params
@@ -444,20 +462,20 @@ def read_sequences(
     if scanned:
         every = Reach(windows, None, mask, segments, placement)
 
-        def body(carry: tuple[Array, Array], layer: tuple[dict, Array]) -> tuple[Any, KV]:
-            (x, index), (layer_params, window) = carry, layer
+        def body(carry: tuple[Array, Array], layer: tuple[dict, Array, Array]) -> tuple[Any, KV]:
+            (x, index), (layer_params, window, rope) = carry, layer
             reach = replace(every, chosen=window) if len(windows) > 1 else every
-            x, kv = apply(layer_params, x, turn, reach, fold(index))
+            x, kv = apply(layer_params, x, turns, rope, reach, fold(index))
             return (x, index + 1), kv
 
-        scan = (params["layers"], jnp.asarray(window_of, jnp.int32))
+        scan = (params["layers"], jnp.asarray(window_of), jnp.asarray(rope_of))
         (x, _), kv = jax.lax.scan(body, (x, jnp.zeros((), jnp.int32)), scan)
     else:
         layers, apply = [], jax.jit(apply)  # those alike are traced and lowered once
         for i in range(config.layers):
             reach = Reach((windows[window_of[i]],), None, mask, segments, placement)
-            x, layer_kv = apply(params[f"layers_{i}"], x, turn, reach, fold(i))
-            layers.append(layer_kv)
+            x, own = apply(params[f"layers_{i}"], x, (turns[rope_of[i]],), None, reach, fold(i))
+            layers.append(own)
         kv = tuple(layers)
     return final_norm(config, params, x)[:, 0], kv
 

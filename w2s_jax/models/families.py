@@ -277,7 +277,7 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         _BIASED,
         _QWEN | {"head_dim": 128, "attention_bias": False},
-        {"query_key_norm": True},
+        {"query_key_norm": "head"},
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -291,7 +291,7 @@ FAMILIES = {
             "max_position_embeddings": 32768,
             "num_key_value_heads": 4,
         },
-        {"query_key_norm": True},
+        {"query_key_norm": "head"},
         _QWEN_MOE_TENSORS,
     ),
     "gemma": Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),

@@ -23,14 +23,14 @@ from w2s_jax.models.cache import (
     take_layer,
     write_committed,
 )
-from w2s_jax.models.config import ModelConfig
+from w2s_jax.models.config import ModelConfig, layer_ropes, layer_windows
 from w2s_jax.models.decoder import (
     Block,
     attention_scale,
+    choose,
     embed,
     final_norm,
-    layer_windows,
-    turn_of,
+    turns_of,
 )
 from w2s_jax.ops import attention, tpu
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
@@ -179,11 +179,11 @@ def forward(
     x = embed(config, params, tokens, positions)
     # Widths are whole, or else a token step would gather weights.
     place = replace(cache.placement, rules=cache.placement.rules.replace(embed=None))
-    block, turn = Block(config, x.dtype, place), turn_of(config, positions)
+    block, turns = Block(config, x.dtype, place), turns_of(config, positions)
 
-    def apply(params: dict, x: Array, kv: LayerKV, window: int | Array) -> tuple[Array, LayerKV]:
-        attend = partial(_attend_layer, kv, _choose(view.masks, window), view)
-        return block.apply({"params": params}, x, turn, attend)
+    def apply(params: dict, x: Array, kv: LayerKV, window: Any, rope: Any) -> tuple[Array, LayerKV]:
+        attend = partial(_attend_layer, kv, choose(view.masks, window), view)
+        return block.apply({"params": params}, x, choose(turns, rope), attend)
 
     run = _run_stacked if "layers" in params else _run_layers
     x, committed, chunk = run(params, x, cache, chunk, view, apply)
@@ -192,7 +192,8 @@ def forward(
     return Forward(final_norm(config, params, x), cache, chunk)
 
 
-Apply = Callable[[dict, Array, LayerKV, int | Array], tuple[Array, LayerKV]]
+Apply = Callable[[dict, Array, LayerKV, Any, Any], tuple[Array, LayerKV]]
+"""The last two: which of the distinct windows and ropes is the layer's."""
 
 
 def _run_layers(
@@ -201,12 +202,13 @@ def _run_layers(
     """Each layer's caches go in and come out by themselves."""
     parts: list[LayerKV] = []
     # A program within the program: layers that are alike are traced and lowered once.
-    apply = jax.jit(apply, static_argnums=3)
+    apply = jax.jit(apply, static_argnums=(3, 4))
     prefix: Any = cache.prefix
     committed: Any = cache.committed
-    for i, window in enumerate(layer_windows(view.config)[1]):
+    kinds = zip(layer_windows(view.config)[1], layer_ropes(view.config)[1], strict=True)
+    for i, kind in enumerate(kinds):
         kv = LayerKV(prefix[i], committed[i], None if chunk is None else chunk[i])
-        x, kv = apply(params[f"layers_{i}"], x, kv, window)
+        x, kv = apply(params[f"layers_{i}"], x, kv, *kind)
         parts.append(kv)
     chunks = None if parts[0].chunk is None else tuple(kv.chunk for kv in parts)
     return x, tuple(kv.committed for kv in parts), chunks
@@ -222,12 +224,12 @@ def _run_stacked(
     prefix: Any = cache.prefix
     committed: Any = cache.committed
     stem = view.layout.stem
-    windows = jnp.asarray(layer_windows(view.config)[1], jnp.int32)
-    scanned = (params["layers"], prefix, None if stem else committed, windows)
+    kinds = [jnp.asarray(of(view.config)[1], jnp.int32) for of in (layer_windows, layer_ropes)]
+    scanned = (params["layers"], prefix, None if stem else committed, kinds)
 
     def body(carry: tuple, layer: tuple) -> tuple[tuple, KV | None]:
         x, (stems, buffer), index = carry
-        layer_params, own_prefix, read, window = layer
+        layer_params, own_prefix, read, kind = layer
         at = partial(jax.tree.map, partial(take_layer, index=index))
         kv = LayerKV(
             own_prefix,
@@ -235,7 +237,7 @@ def _run_stacked(
             at(buffer),
             Stacked(prefix, stems or committed, index),
         )
-        x, kv = apply(layer_params, x, kv, window)
+        x, kv = apply(layer_params, x, kv, *kind)
         fresh = kv.chunk if buffer is None else None
         stems = None if stems is None else put_layer(stems, kv.committed, index)
         buffer = None if buffer is None else put_layer(buffer, kv.chunk, index)
@@ -244,20 +246,6 @@ def _run_stacked(
     start = (x, (committed if stem else None, chunk), jnp.zeros((), jnp.int32))
     (x, (stems, buffer), _), fresh = jax.lax.scan(body, start, scanned)
     return x, committed if stems is None else stems, fresh if buffer is None else buffer
-
-
-def _choose(masks: tuple[Masks, ...], window: int | Array) -> Masks:
-    """The masks of one layer, by the index of its window, which a scan does not know."""
-    if len(masks) == 1:
-        return masks[0]
-    if isinstance(window, int):
-        return masks[window]
-
-    def pick(*choices: Array) -> Array:
-        shape = jnp.broadcast_shapes(*(choice.shape for choice in choices))
-        return jnp.stack([jnp.broadcast_to(choice, shape) for choice in choices])[window]
-
-    return jax.tree.map(pick, *masks)
 
 
 def _offsets(layout: Layout, chunk_start: Array | None) -> Array:

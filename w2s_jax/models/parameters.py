@@ -228,12 +228,13 @@ def of_expert(path: str, expert: int) -> str:
     return path.replace(f"/{EXPERTS}/", f"/{EXPERTS}/{expert}/")
 
 
-def stored_as(names: Mapping[str, str], path: str) -> Stored:
+def stored_as(names: Mapping[str, str], path: str, rank: int = 1) -> Stored:
     """Where files keep the parameter at a path such as "layers_3/attention/query/kernel".
 
     How its axes lie follows from its kind alone: heads and their width are one axis, torch's Linear
     is [out, in], and GPT-2's Conv1D, known by its name c_*, [in, out]. `names` holds the modules'
-    names, with {i} for a layer's number and {e} for an expert's.
+    names, with {i} for a layer's number and {e} for an expert's; a norm's scale has `rank` axes
+    here, and one in files.
     """
     module, _, leaf = path.rpartition("/")
     projection = module.rpartition("/")[2]
@@ -245,7 +246,7 @@ def stored_as(names: Mapping[str, str], path: str) -> Stored:
     convolution = name.rpartition(".")[2].startswith("c_")
     return Stored(
         f"{name}.{'bias' if leaf == 'bias' else 'weight'}",
-        groups.get(leaf, (1,)),
+        groups.get(leaf, (rank,)),
         transposed=leaf == "kernel" and not convolution,
     )
 
@@ -302,7 +303,8 @@ def decoder_parameters(
         else:
             rows[path] = shape, axes
     table = {
-        path: Parameter(shape, axes, stored_as(names, path)) for path, (shape, axes) in rows.items()
+        path: Parameter(shape, axes, stored_as(names, path, len(shape)))
+        for path, (shape, axes) in rows.items()
     }
     return table | _sharing(table, config.heads if heads_interleaved(config.architecture) else 1)
 

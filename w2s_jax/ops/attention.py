@@ -106,10 +106,14 @@ def _longrope(rope: Rope, base: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def rotation(
-    positions: Int[Array, "*batch"], rope: Rope, width: int
+    positions: Int[Array, "*batch"], rope: Rope | None, width: int
 ) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """Cosines and sines of the positions' angles, float32, for so many of a head's entries."""
-    frequencies, factor = inverse_frequencies(rope, width)
+    """Cosines and sines of the positions' angles, float32, for so many of a head's entries.
+
+    Without a rope all angles are 0.
+    """
+    none = np.zeros(width // 2, np.float32), 1.0
+    frequencies, factor = none if rope is None else inverse_frequencies(rope, width)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
