@@ -201,6 +201,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             attn_logit_softcapping=None,
         ),
     ),
+    "gemma3_text": (
+        "gemma3_text",
+        small(
+            num_hidden_layers=7,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=20,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        ),
+    ),
+    "gemma3_text_capped": (
+        "gemma3_text",
+        small(
+            head_dim=12,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            sliding_window=6,
+            layer_types=["full_attention", "sliding_attention"],
+            final_logit_softcapping=3.0,
+            attn_logit_softcapping=2.0,
+        ),
+    ),
 }
 
 
@@ -237,6 +263,9 @@ def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
     hf["torch_dtype"] = hf.pop("dtype")
     rope = hf.pop("rope_parameters", None)
     if rope is not None:
+        if "full_attention" in rope:
+            hf["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
         rope = dict(rope)
         neox = hf["model_type"] == "gpt_neox"
         hf["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
@@ -254,8 +283,9 @@ def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_types_of_2024(hf: dict[str, Any]) -> list[str]:
-    if hf["model_type"] == "gemma2":
-        windowed = [layer % 2 == 0 for layer in range(hf["num_hidden_layers"])]
+    pattern = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}.get(hf["model_type"])
+    if pattern:
+        windowed = [layer % pattern > 0 for layer in range(1, hf["num_hidden_layers"] + 1)]
     else:
         first = hf.get("max_window_layers", 0) if hf.get("use_sliding_window") else 10**6
         windowed = [layer >= first for layer in range(hf["num_hidden_layers"])]

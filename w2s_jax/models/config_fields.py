@@ -114,6 +114,7 @@ def read_fields(config: type, names: Mapping[str, str], hf: Json) -> dict[str, A
     }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 _KINDS = (*ROPE_KINDS, "dynamic")
 _SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
@@ -127,6 +128,24 @@ _ROPE_NAMES = {
     "yarn": {name: name for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")},
     "longrope": {name: name for name in ("short_factor", "long_factor", "attention_factor")},
 }
+
+
+def read_ropes(hf: Json, sliding_theta: str | None) -> dict[str, Any]:
+    """A ModelConfig's ropes and positions; `sliding_theta` as of a Family."""
+    rope, max_positions = read_rope(_of_kind(hf, FULL) if sliding_theta else hf)
+    fields = {"rope": rope, "max_positions": max_positions}
+    if sliding_theta is not None:
+        local = _of_kind(hf, SLIDING) | {"rope_theta": hf[sliding_theta]}
+        fields["sliding_rope"] = read_rope(local)[0]
+    return fields
+
+
+def _of_kind(hf: Json, kind: str) -> dict[str, Any]:
+    """The same file with what it says of the rope of one kind of layers alone."""
+    scaling = _scaling(hf)[1]
+    by_kind = scaling.keys() <= {FULL, SLIDING}
+    own = mapping(scaling, kind, _EXAMPLE) if by_kind else scaling if kind == FULL else {}
+    return {**hf, "rope_scaling": None, "rope_parameters": own}
 
 
 def read_rope(hf: Json) -> tuple[Rope, int]:
@@ -243,6 +262,20 @@ def _yarn_attention_factor(scaling: Json, factor: float, where: str) -> float | 
         return given
     growth = 0.1 * math.log(max(factor, 1.0))
     return (over * growth + 1.0) / (under * growth + 1.0)
+
+
+def write_ropes(config: Any, sliding_theta: str | None) -> dict[str, Any]:
+    """The fields of a config.json that `read_ropes` reads back, of a ModelConfig."""
+    hf = write_rope(config.rope, config.max_positions)
+    if sliding_theta is None:
+        return hf
+    sliding = config.rope if config.sliding_rope is None else config.sliding_rope
+    by_kind = {}
+    for kind, rope in ((FULL, config.rope), (SLIDING, sliding)):
+        scaling = write_rope(rope, config.max_positions)["rope_scaling"]
+        by_kind[kind] = {"rope_theta": rope.theta} | (scaling or {"rope_type": "default"})
+    # By kind for transformers 5 and, for 4, as it has it.
+    return {sliding_theta: sliding.theta} | hf | {"rope_parameters": by_kind}
 
 
 def write_rope(rope: Rope, max_positions: int) -> dict[str, Any]:

@@ -12,15 +12,17 @@ from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.config_fields import (
     ACTIVATION_NAMES,
+    FULL,
+    SLIDING,
     Json,
     read_fields,
-    read_rope,
+    read_ropes,
     read_rotary_width,
     refused,
     rotary_share,
     size,
     switch,
-    write_rope,
+    write_ropes,
 )
 from w2s_jax.models.families import ACTIVATION_FIELDS, ARCHITECTURES, FAMILIES
 
@@ -107,10 +109,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         hf["do_layer_norm_before"] = config.norm_placement == "pre"
         hf["word_embed_proj_dim"] = config.head_inputs
     else:
-        hf |= write_rope(config.rope, config.max_positions)
+        hf |= write_ropes(config, family.sliding_theta)
     if "partial_rotary_factor" in family.defaults:
         hf["partial_rotary_factor"] = rotary_share(config)
-    if architecture == "gemma2":
+    if "query_pre_attn_scalar" in family.defaults:
         scale = config.attention_scale or config.head_width**-0.5
         hf["query_pre_attn_scalar"] = round(scale**-2)
     hf = {**hf, **{alias: hf.pop(name) for alias, name in family.aliases.items()}}
@@ -145,10 +147,10 @@ def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
     elif architecture == "opt":
         fields |= _read_opt(hf, width)
     else:
-        fields["rope"], fields["max_positions"] = read_rope(hf)
-    if architecture in ("gemma", "gemma2"):
+        fields = read_ropes(hf, family.sliding_theta) | fields
+    if architecture.startswith("gemma"):
         fields["embedding_multiplier"] = math.sqrt(width)
-    if architecture == "gemma2":
+    if "query_pre_attn_scalar" in family.defaults:
         fields["attention_scale"] = size(hf, "query_pre_attn_scalar") ** -0.5
     if "sliding_window" in family.defaults:
         fields["sliding_windows"] = _read_windows(family.defaults, hf, fields["layers"])
@@ -183,8 +185,9 @@ def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
         full = min(size(hf, "max_window_layers", least=0), layers)
         return (None,) * full + (window,) * (layers - full)
     if kinds is None:
-        return tuple(None if layer % 2 else window for layer in range(layers))
-    by_kind = {"full_attention": None, "sliding_attention": window}
+        every = size(hf, "sliding_window_pattern")
+        return tuple(window if layer % every else None for layer in range(1, layers + 1))
+    by_kind = {FULL: None, SLIDING: window}
     named = isinstance(kinds, list) and all(kind in [*by_kind] for kind in kinds)
     if not named or len(kinds) != layers:
         taken = f"a list that names one of {', '.join(by_kind)} for each of {layers} layers"
@@ -195,12 +198,12 @@ def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
 def _write_windows(config: ModelConfig, known: Json) -> dict[str, Any]:
     windows = config.sliding_windows or (None,) * config.layers
     window = next((size for size in windows if size), None)
-    kinds = ["sliding_attention" if size else "full_attention" for size in windows]
+    kinds = [SLIDING if size else FULL for size in windows]
     hf = {
         "use_sliding_window": window is not None,
-        # transformers builds Gemma 2's windowed mask even where no layer uses it.
-        "sliding_window": window or (4096 if config.architecture == "gemma2" else None),
-        "max_window_layers": kinds.count("full_attention"),
+        # transformers builds some models' windowed mask even where no layer uses it.
+        "sliding_window": window or (4096 if "sliding_window_pattern" in known else None),
+        "max_window_layers": kinds.count(FULL),
         "layer_types": kinds,
     }
     return {name: value for name, value in hf.items() if name in known}

@@ -100,7 +100,8 @@ class Family:
     what stands before the tensors' names in the files of a language model, and not in those of the
     decoder alone. Modules of one name are one tensor, query before key before value, gate before
     up: interleaved says that they are so in each head, and else side by side. aliases: what files
-    call fields that others have under the name behind it.
+    call fields that others have under the name behind it. sliding_theta: the field that holds the
+    base of the plain rope of layers with a sliding window, where `rope_scaling` is for the others.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Family:
     prefix: str = "model."
     interleaved: bool = False
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    sliding_theta: str | None = None
 
 
 _NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
@@ -158,6 +160,19 @@ _GEMMA = _ROTARY | {
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,
+}
+_GEMMA2_NAMES = _BIASED | {
+    "activation": "hidden_activation",
+    "attention_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+}
+_GEMMA2 = _GEMMA | {
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "sliding_window_pattern": 2,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
 }
 FAMILIES = {
     "gpt2": Family(
@@ -297,22 +312,30 @@ FAMILIES = {
     "gemma": Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _BIASED
-        | {
-            "activation": "hidden_activation",
-            "attention_softcap": "attn_logit_softcapping",
-            "final_softcap": "final_logit_softcapping",
-        },
-        _GEMMA
-        | {
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "layer_types": None,
-            "final_logit_softcapping": 30.0,
-            "attn_logit_softcapping": 50.0,
-        },
+        _GEMMA2_NAMES,
+        _GEMMA2,
         {"norm_offset": 1.0, "norm_placement": "sandwich"},
         _GEMMA2_TENSORS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        # The positions are those after the scaling.
+        _GEMMA2_NAMES | {"max_positions": "max_position_embeddings"},
+        _GEMMA2
+        | dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"))
+        | {
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "max_position_embeddings": 131072,
+            # Published files leave these out where they are so.
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        {"norm_offset": 1.0, "norm_placement": "sandwich", "query_key_norm": "head"},
+        _GEMMA2_TENSORS,
+        sliding_theta="rope_local_base_freq",
     ),
 }
 ARCHITECTURES = tuple(FAMILIES)
