@@ -15,6 +15,7 @@ from w2s_jax.models.config_fields import (
     FULL,
     SLIDING,
     Json,
+    mapping,
     read_fields,
     read_ropes,
     read_rotary_width,
@@ -24,7 +25,7 @@ from w2s_jax.models.config_fields import (
     switch,
     write_ropes,
 )
-from w2s_jax.models.families import ACTIVATION_FIELDS, ARCHITECTURES, FAMILIES
+from w2s_jax.models.families import ACTIVATION_FIELDS, ARCHITECTURES, FAMILIES, TEXT_PARTS
 
 _SUPPORTED = ", ".join(ARCHITECTURES)
 
@@ -57,6 +58,9 @@ def config_from_hf(
     architecture = hf.get("model_type")
     if architecture not in ARCHITECTURES:
         raise InputError(f"model_type {architecture!r} is not supported; supported: {_SUPPORTED}")
+    if architecture in TEXT_PARTS:
+        hf = _text_part(hf)
+        architecture = hf["model_type"]
     for name in _REFUSED:
         if hf.get(name):
             raise InputError(f"config field {name} is set, which is not supported")
@@ -87,10 +91,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         InputError: Naming the fields that the architecture's config.json cannot express.
     """
     architecture, eos_ids = config.architecture, list(config.eos_ids)
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"architecture {architecture!r} has no config.json; supported: {_SUPPORTED}"
-        )
+    if architecture not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"architecture {architecture!r} has no config.json; supported: {known}")
     family = FAMILIES[architecture]
     activation = ACTIVATION_NAMES[config.activation]
     hf = {
@@ -123,6 +126,17 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             f"config.json of {architecture} cannot express this model's {', '.join(lost)}"
         )
     return hf
+
+
+def _text_part(hf: Json) -> Json:
+    """What the config.json of a multimodal model says of its text part."""
+    kind = TEXT_PARTS[hf["model_type"]]
+    part = mapping(hf, "text_config", f'{{"model_type": "{kind}", ..}}')
+    found = part.get("model_type", kind)
+    if not part or found != kind:
+        told = f"a text_config of {found!r}" if part else "no text_config"
+        raise InputError(f"a {hf['model_type']} with {told} is not supported; it has a {kind!r}")
+    return {**hf, **part, "model_type": kind}
 
 
 def _token_ids(hf: Json, name: str) -> list[int]:

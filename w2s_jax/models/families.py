@@ -338,7 +338,9 @@ FAMILIES = {
         sliding_theta="rope_local_base_freq",
     ),
 }
-ARCHITECTURES = tuple(FAMILIES)
+# Multimodal architectures, of which the text part is read, and what it is.
+TEXT_PARTS = {"gemma3": "gemma3_text"}
+ARCHITECTURES = (*FAMILIES, *TEXT_PARTS)
 
 
 def tensor_names(architecture: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 What is in the files is in `huggingface.py`, which tensor is which parameter in `parameters.py`.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from w2s_jax.models.parameters import (
     StoredHead,
     decoder_parameters,
     full_name,
+    is_of_images,
     is_output_major,
     output_major_leaf,
     output_major_params,
@@ -67,6 +69,8 @@ from w2s_jax.models.reward import (
 )
 from w2s_jax.ops.layers import OutputMajor
 from w2s_jax.ops.sharding import DEFAULT_RULES, Placement, Rules, check_placing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,9 @@ def _match(
 ) -> Tensors:
     """The directory's tensors by full name, exactly those that the parameters ask for."""
     shapes = {row.stored.name: row.stored.shape(row.shape) for row in table.values()}
+    images = sum(is_of_images(config, name) for name in found)
+    if images:
+        log.warning("%s: only its text part is read; %d tensors read images", directory, images)
     tensors: Tensors = {}
     for name, values in found.items():
         full = full_name(config, name, head)

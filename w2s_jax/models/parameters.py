@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
-from w2s_jax.models.families import QKV, heads_interleaved, tensor_names, tensor_prefix
+from w2s_jax.models.families import QKV, TEXT_PARTS, heads_interleaved, tensor_names, tensor_prefix
 from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
@@ -364,12 +364,25 @@ def declared(
     return rows
 
 
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def is_of_images(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor belongs to the part of a multimodal checkpoint that is not read."""
+    return config.architecture in TEXT_PARTS.values() and _IMAGES.match(name) is not None
+
+
 def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) -> str | None:
     """A tensor's name with the prefix that base-model checkpoints leave out.
 
-    None for what no parameter is read from: a buffer, the unused head of a wrapped language model.
+    None for what no parameter is read from: a buffer, the unused head of a wrapped language model,
+    what reads images.
     """
     decoder = tensor_prefix(config.architecture)
+    if is_of_images(config, name):
+        return None
+    if config.architecture in TEXT_PARTS.values():
+        name = re.sub(r"^(model\.)?language_model\.(model\.)?", "", name)
     if head.wrapped:
         if name.removeprefix("model.") in (LANGUAGE_HEAD.weight, stored_head(config).weight):
             return None
