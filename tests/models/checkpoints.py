@@ -227,6 +227,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             attn_logit_softcapping=2.0,
         ),
     ),
+    "olmo": ("olmo", small(num_key_value_heads=2, clip_qkv=0.8)),
+    "olmo_biased": ("olmo", small(attention_bias=True, tie_word_embeddings=True)),
+    "olmo2": ("olmo2", small(num_key_value_heads=2, vocab_size=47)),
+    "olmo2_biased": ("olmo2", small(attention_bias=True, tie_word_embeddings=True)),
+    "olmo3": (
+        "olmo3",
+        small(
+            num_hidden_layers=5,
+            num_key_value_heads=2,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": YARN_ROPE | {"rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        ),
+    ),
+    "olmo3_full": ("olmo3", small(layer_types=["full_attention"] * 2, attention_bias=True)),
 }
 
 

@@ -35,6 +35,7 @@ class ModelConfig:
         without a norm behind the last layer.
     parallel_residual: the MLP reads what the attention of its layer reads, x, and not their sum.
     query_key_norm: of each head, or of the width of all heads together.
+    qkv_clip: the largest size of an entry of queries, keys and values, before they are rotated.
     sliding_rope: of the layers with a sliding window, where theirs differs from `rope`.
     rope_layers: False for a layer whose queries and keys are not rotated; empty: all are.
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
@@ -75,6 +76,7 @@ class ModelConfig:
     experts_per_token: int = 1
     normalised_experts: bool = True
     query_key_norm: Literal["none", "head", "width"] = "none"
+    qkv_clip: float | None = None
     tied_embeddings: bool = False
     embed_width: int | None = None
     embedding_multiplier: float = 1.0

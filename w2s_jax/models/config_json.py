@@ -62,7 +62,7 @@ def config_from_hf(
         hf = _text_part(hf)
         architecture = hf["model_type"]
     for name in _REFUSED:
-        if hf.get(name):
+        if hf.get(name) and name not in FAMILIES[architecture].names.values():
             raise InputError(f"config field {name} is set, which is not supported")
     family = FAMILIES[architecture]
     if "experts" in family.names:

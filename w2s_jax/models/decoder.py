@@ -14,10 +14,10 @@ Matmuls are in the parameters' dtype; norms, rotary angles, softmax and logits i
 are small differences of two models' log-probs, of which rounding to bfloat16 would leave little.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from flax.core import meta
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.models.cache import KV, LayersKV
+from w2s_jax.models.cache import KV, LayersKV, choose
 from w2s_jax.models.config import ModelConfig, layer_ropes, layer_windows
 from w2s_jax.ops.attention import rotate, rotation
 from w2s_jax.ops.experts import AXES, ExpertWeight, mixture, route
@@ -44,8 +44,6 @@ NORMAL, ZEROS = nn.initializers.normal(0.02), nn.initializers.zeros
 
 Turn = tuple[Array, Array] | None
 """Cosines and sines of the rotary angles; None where positions are learned."""
-
-T = TypeVar("T")
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """query [P W M H C], key, value [P W M G C] → mixed [P W M H C], and what its layer hands on."""
@@ -165,6 +163,9 @@ class Attention(nn.Module):
             query_axes, key_axes = ("heads", "head_width")[own], ("kv_heads", "head_width")[own]
             query = Norm(config, query_axes, self.dtype, name="query_norm")(query)
             key = Norm(config, key_axes, self.dtype, name="key_norm")(key)
+        if config.qkv_clip is not None:
+            bounds = -config.qkv_clip, config.qkv_clip
+            query, key, value = (jnp.clip(x, *bounds) for x in (query, key, value))
         if turn is not None:
             query, key = rotate(query, *turn), rotate(key, *turn)
         mixed, kept = attend(query, key, value)
@@ -388,19 +389,6 @@ def logits(
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out
-
-
-def choose(options: Sequence[T], index: int | Array | None) -> T:
-    """One of several trees of arrays, by its index, which a scan over layers traces."""
-    if len(options) == 1:
-        return options[0]
-    if isinstance(index, int):
-        return options[index]
-
-    def pick(*choices: Array) -> Array:
-        return jnp.stack(jnp.broadcast_arrays(*choices))[index]
-
-    return jax.tree.map(pick, *options)
 
 
 def attention_scale(config: ModelConfig) -> float | int:

@@ -29,6 +29,10 @@ _GEMMA2_TENSORS = _LLAMA_TENSORS | {
     "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
     "layers/post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
 }
+_OLMO2_TENSORS = _LLAMA_TENSORS | {
+    "layers/attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
 _PHI3_TENSORS = (
     _LLAMA_TENSORS
     | {f"layers/attention/{name}": "model.layers.{i}.self_attn.qkv_proj" for name in QKV}
@@ -160,6 +164,12 @@ _GEMMA = _ROTARY | {
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,
+}
+_OLMO = _ROTARY | {
+    "attention_bias": False,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 1,
+    "eos_token_id": 50279,
 }
 _GEMMA2_NAMES = _BIASED | {
     "activation": "hidden_activation",
@@ -336,6 +346,35 @@ FAMILIES = {
         {"norm_offset": 1.0, "norm_placement": "sandwich", "query_key_norm": "head"},
         _GEMMA2_TENSORS,
         sliding_theta="rope_local_base_freq",
+    ),
+    "olmo": Family(
+        "OlmoForCausalLM",
+        {field: name for field, name in _BIASED.items() if field != "norm_epsilon"}
+        | {"qkv_clip": "clip_qkv"},
+        _OLMO,
+        {"norm": "layer_plain", "norm_epsilon": 1e-5},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        _BIASED,
+        _OLMO | {"rms_norm_eps": 1e-5},
+        {"norm_placement": "branch", "query_key_norm": "width"},
+        _OLMO2_TENSORS,
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        _BIASED,
+        _OLMO
+        | {
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "layer_types": None,
+            "sliding_window_pattern": 4,
+            "rope_theta": 5e5,
+        },
+        {"norm_placement": "branch", "query_key_norm": "width"},
+        _OLMO2_TENSORS,
+        sliding_theta="rope_theta",
     ),
 }
 # Multimodal architectures, of which the text part is read, and what it is.

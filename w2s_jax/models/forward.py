@@ -18,6 +18,7 @@ from w2s_jax.models.cache import (
     KVCache,
     LayersKV,
     any_layer,
+    choose,
     put_layer,
     quantize_part,
     take_layer,
@@ -27,7 +28,6 @@ from w2s_jax.models.config import ModelConfig, layer_ropes, layer_windows
 from w2s_jax.models.decoder import (
     Block,
     attention_scale,
-    choose,
     embed,
     final_norm,
     turns_of,
