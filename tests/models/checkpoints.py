@@ -244,6 +244,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "olmo3_full": ("olmo3", small(layer_types=["full_attention"] * 2, attention_bias=True)),
+    "smollm3": ("smollm3", small(num_hidden_layers=5, num_key_value_heads=2)),
+    "smollm3_sliding": (
+        "smollm3",
+        small(
+            num_hidden_layers=3,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            use_sliding_window=True,
+            sliding_window=5,
+            no_rope_layers=[0, 1, 0],
+        ),
+    ),
 }
 
 

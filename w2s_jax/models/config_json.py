@@ -104,7 +104,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": config.pad_id,
-        **_write_windows(config, family.defaults),
+        **_write_layers(config, family.defaults),
     }
     if architecture == "gpt2":
         hf["scale_attn_weights"] = config.attention_scale is None
@@ -166,6 +166,8 @@ def _read_shape(architecture: str, hf: Json) -> dict[str, Any]:
         fields["embedding_multiplier"] = math.sqrt(width)
     if "query_pre_attn_scalar" in family.defaults:
         fields["attention_scale"] = size(hf, "query_pre_attn_scalar") ** -0.5
+    if "no_rope_layers" in family.defaults:
+        fields["rope_layers"] = _read_rope_layers(hf, fields["layers"])
     if "sliding_window" in family.defaults:
         fields["sliding_windows"] = _read_windows(family.defaults, hf, fields["layers"])
     fields = {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width} | fields
@@ -187,6 +189,17 @@ def _read_opt(hf: Json, width: int) -> dict[str, Any]:
     }
 
 
+def _read_rope_layers(hf: Json, layers: int) -> tuple[bool, ...]:
+    """Which layers rotate queries and keys: those with a 1 under no_rope_layers."""
+    turned = hf["no_rope_layers"]
+    if turned is None:
+        every = size(hf, "no_rope_layer_interval")
+        return tuple(layer % every > 0 for layer in range(1, layers + 1))
+    if not isinstance(turned, list) or len(turned) < layers or {*map(repr, turned)} - {"0", "1"}:
+        raise refused("no_rope_layers", turned, f"a list of 0 or 1 for each of {layers} layers")
+    return tuple(map(bool, turned[:layers]))
+
+
 def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
     if hf["sliding_window"] is None:
         return ()
@@ -198,6 +211,9 @@ def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
     if kinds is None and "max_window_layers" in known:
         full = min(size(hf, "max_window_layers", least=0), layers)
         return (None,) * full + (window,) * (layers - full)
+    if kinds is None and "no_rope_layers" in known:
+        turned = _read_rope_layers(hf, layers)
+        return tuple(None if rotated else window for rotated in turned)
     if kinds is None:
         every = size(hf, "sliding_window_pattern")
         return tuple(window if layer % every else None for layer in range(1, layers + 1))
@@ -209,7 +225,7 @@ def _read_windows(known: Json, hf: Json, layers: int) -> tuple[int | None, ...]:
     return tuple(by_kind[kind] for kind in kinds)
 
 
-def _write_windows(config: ModelConfig, known: Json) -> dict[str, Any]:
+def _write_layers(config: ModelConfig, known: Json) -> dict[str, Any]:
     windows = config.sliding_windows or (None,) * config.layers
     window = next((size for size in windows if size), None)
     kinds = [SLIDING if size else FULL for size in windows]
@@ -219,5 +235,6 @@ def _write_windows(config: ModelConfig, known: Json) -> dict[str, Any]:
         "sliding_window": window or (4096 if "sliding_window_pattern" in known else None),
         "max_window_layers": kinds.count(FULL),
         "layer_types": kinds,
+        "no_rope_layers": [*map(int, config.rope_layers or (True,) * config.layers)],
     }
     return {name: value for name, value in hf.items() if name in known}

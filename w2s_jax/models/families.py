@@ -376,6 +376,27 @@ FAMILIES = {
         _OLMO2_TENSORS,
         sliding_theta="rope_theta",
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        _BIASED | {"mlp_bias": "mlp_bias"},
+        _ROTARY
+        | {
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+    ),
 }
 # Multimodal architectures, of which the text part is read, and what it is.
 TEXT_PARTS = {"gemma3": "gemma3_text"}
