@@ -257,6 +257,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             no_rope_layers=[0, 1, 0],
         ),
     ),
+    "granite": (
+        "granite",
+        small(
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.3,
+            residual_multiplier=0.4,
+            logits_scaling=1.7,
+        ),
+    ),
+    "granite_biased": ("granite", small(attention_bias=True, mlp_bias=True, residual_multiplier=2)),
 }
 
 

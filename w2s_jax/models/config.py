@@ -38,6 +38,8 @@ class ModelConfig:
     qkv_clip: the largest size of an entry of queries, keys and values, before they are rotated.
     sliding_rope: of the layers with a sliding window, where theirs differs from `rope`.
     rope_layers: False for a layer whose queries and keys are not rotated; empty: all are.
+    residual_multiplier: of what attention and MLP add to the stream.
+    logit_divisor: of the logits, ahead of the soft-cap.
     attention_scale: factor on query·key; None means `head_width ** -0.5`.
     rotary_width: so many entries of each head, the first, are rotated; None means all.
     sliding_windows: one entry per layer; with window w, query i sees keys j with i - w < j <= i;
@@ -80,6 +82,8 @@ class ModelConfig:
     tied_embeddings: bool = False
     embed_width: int | None = None
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_divisor: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None
@@ -111,6 +115,8 @@ class ModelConfig:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
+        if self.logit_divisor <= 0:
+            raise InputError(f"logit_divisor is {self.logit_divisor}; it must be above 0")
         if self.experts_per_token > self.experts:
             raise InputError(
                 f"{self.experts_per_token} experts a token of {self.experts}; at most all can be"

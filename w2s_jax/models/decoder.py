@@ -288,6 +288,7 @@ class Block(nn.Module):
             if where in ("sandwich", "branch"):
                 after = f"post_{name}_norm" if where == "sandwich" else f"{name}_norm"
                 mixed = norm(name=after)(mixed)
+            mixed = mixed if config.residual_multiplier == 1 else mixed * config.residual_multiplier
             return norm(name=f"{name}_norm")(x + mixed) if where == "residual" else x + mixed
 
         attention = Attention(config, self.dtype, self.placement, name="attention")
@@ -386,6 +387,8 @@ def logits(
         out = dot(hidden, params["embed"]["embedding"], transposed=True, dtype=jnp.float32)
     else:
         out = dot(hidden, params["head"]["kernel"], dtype=jnp.float32)
+    if config.logit_divisor != 1:
+        out = out / config.logit_divisor
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out

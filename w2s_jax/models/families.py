@@ -397,6 +397,28 @@ FAMILIES = {
             "pad_token_id": 128004,
         },
     ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        _BIASED
+        | {
+            "mlp_bias": "mlp_bias",
+            "embedding_multiplier": "embedding_multiplier",
+            "attention_scale": "attention_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "logit_divisor": "logits_scaling",
+        },
+        _LLAMA
+        | {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048}
+        | dict.fromkeys(
+            (
+                "embedding_multiplier",
+                "attention_multiplier",
+                "residual_multiplier",
+                "logits_scaling",
+            ),
+            1.0,
+        ),
+    ),
 }
 # Multimodal architectures, of which the text part is read, and what it is.
 TEXT_PARTS = {"gemma3": "gemma3_text"}

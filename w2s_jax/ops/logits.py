@@ -231,9 +231,9 @@ class Spread:
 class Head:
     """How hidden states become logits, and how many rows of these are alive at a time.
 
-    The kernel is [V D] with `vocab_axis` 0 and [D V] with 1; `softcap` c maps a logit z to
-    c·tanh(z/c). Float32 logits of at most `block` whole rows exist on a device at any moment, and
-    hidden states of at most `states` rows.
+    The kernel is [V D] with `vocab_axis` 0 and [D V] with 1. Logits are divided by `divisor`; then
+    `softcap` c maps a logit z to c·tanh(z/c). Float32 logits of at most `block` whole rows exist on
+    a device at any moment, and hidden states of at most `states` rows.
     """
 
     vocab_axis: int
@@ -241,6 +241,7 @@ class Head:
     softcap: float | None = None
     spread: Spread = Spread()
     states: int | None = None
+    divisor: float = 1.0
 
     def blocks(self, groups: int, rows: int) -> int:
         """Into how many blocks so many rows of each group are cut."""
@@ -336,6 +337,8 @@ def _head_logits(head: Head, kernel: Array, hidden: Array) -> Array:
     contract = (((hidden.ndim - 1,), (1 - head.vocab_axis,)), ((), ()))
     out = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=jnp.float32)
     out = head.spread.logits(out)
+    if head.divisor != 1:
+        out = out / head.divisor
     return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
 
 
@@ -368,8 +371,9 @@ def _pulled(
 
 
 def _by_logits(head: Head, logits: Array, tokens: Array, normaliser: Array, slope: Array) -> Array:
-    """Gradient by the logits before the soft-cap, of logprobs that weigh `slope` each."""
+    """Gradient by the logits as they are multiplied, of logprobs that weigh `slope` each."""
     hit = tokens[..., None] == jnp.arange(logits.shape[-1])
+    slope = slope if head.divisor == 1 else slope / head.divisor
     out = slope[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
     return out if head.softcap is None else out * (1.0 - jnp.square(logits / head.softcap))
 

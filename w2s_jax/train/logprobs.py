@@ -169,7 +169,7 @@ def head_of(config: ModelConfig, placement: Placement, block_bytes: int = BLOCK_
     spread = _spread(config.vocab_size, placement)
     # Six bytes: two of the state in half precision, four of its gradient in float32.
     states = None if spread.mesh is None else max(1, STATES_BYTES // (6 * config.width))
-    return Head(vocab_axis, rows, config.final_softcap, spread, states)
+    return Head(vocab_axis, rows, config.final_softcap, spread, states, config.logit_divisor)
 
 
 def _spread(vocab_size: int, placement: Placement) -> Spread:
