@@ -35,7 +35,7 @@ ALLOWED = {
 PEERS = ("bench/peers.py",)
 # Libraries that are heavy, or whose types must not spread: where their imports may stand.
 HOMES = {
-    "transformers": ("models/huggingface.py", "text/", *PEERS),
+    "transformers": ("models/huggingface.py", "models/gguf.py", "text/", *PEERS),
     "safetensors": ("models/huggingface.py", "models/save.py", "text/"),
     "huggingface_hub": ("models/huggingface.py", "text/"),
     "orbax": ("train/checkpoint.py",),

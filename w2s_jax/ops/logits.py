@@ -22,8 +22,8 @@ from w2s_jax.errors import InputError, check_fields
 class Sampling:
     """How a token is drawn; filters apply in the order temperature, top-k, top-p.
 
-    temperature 0 is greedy (top_k and top_p are then without effect); top_k 0 and top_p 1 keep
-    every token. Raises InputError for values outside these ranges.
+    temperature 0 is greedy, whatever top_k and top_p; top_k 0 and top_p 1 keep every token.
+    InputError for values outside these ranges.
     """
 
     temperature: float = 1.0
@@ -231,9 +231,9 @@ class Spread:
 class Head:
     """How hidden states become logits, and how many rows of these are alive at a time.
 
-    The kernel is [V D] with `vocab_axis` 0 and [D V] with 1. Logits are divided by `divisor`; then
-    `softcap` c maps a logit z to c·tanh(z/c). Float32 logits of at most `block` whole rows exist on
-    a device at any moment, and hidden states of at most `states` rows.
+    The kernel is [V D] with `vocab_axis` 0 and [D V] with 1. Logits are divided by `divisor`, and
+    `softcap` c maps one, z, to c·tanh(z/c). At most `block` whole rows of float32 logits are on a
+    device at any moment, and hidden states of at most `states` rows.
     """
 
     vocab_axis: int
@@ -336,16 +336,13 @@ def _put(rows: Array, new: Array, block: Array) -> Array:
 def _head_logits(head: Head, kernel: Array, hidden: Array) -> Array:
     contract = (((hidden.ndim - 1,), (1 - head.vocab_axis,)), ((), ()))
     out = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=jnp.float32)
-    out = head.spread.logits(out)
-    if head.divisor != 1:
-        out = out / head.divisor
+    out = head.spread.logits(out) / head.divisor
     return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
 
 
 def _read(head: Head, logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     """Log-prob of each token, whether it is the likeliest, and the log of the normaliser."""
-    top = logits.max(-1)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    top, normaliser = logits.max(-1), jax.nn.logsumexp(logits, axis=-1)
     if head.spread.mesh is None:
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     else:
@@ -373,8 +370,7 @@ def _pulled(
 def _by_logits(head: Head, logits: Array, tokens: Array, normaliser: Array, slope: Array) -> Array:
     """Gradient by the logits as they are multiplied, of logprobs that weigh `slope` each."""
     hit = tokens[..., None] == jnp.arange(logits.shape[-1])
-    slope = slope if head.divisor == 1 else slope / head.divisor
-    out = slope[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
+    out = (slope / head.divisor)[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
     return out if head.softcap is None else out * (1.0 - jnp.square(logits / head.softcap))
 
 
