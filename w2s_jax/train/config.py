@@ -483,7 +483,7 @@ class ConvertConfig:
     merge_lora: Annotated[str | None, arg(metavar="DIR|ID")] = None
     """Adapter in PEFT's format that is merged into SOURCE."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; auto is as stored, or float32 for adapters, runs and quantised files."""
+    """Dtype of the weights; auto is as stored, or float32 of adapters, runs, quantised files."""
     step: int | None = None
     """Step of a run's checkpoints, by default the newest."""
 
