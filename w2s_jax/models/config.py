@@ -4,7 +4,9 @@ Neither a plan nor a bench needs a download: what decides on shapes in their con
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +14,7 @@ from w2s_jax.errors import InputError, check_fields
 from w2s_jax.ops.attention import Rope
 
 T = TypeVar("T")
+Json = Mapping[str, Any]
 
 _LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
 
@@ -265,3 +268,62 @@ KNOWN: dict[str, dict[str, Any]] = {
         eos_token_id=151643,
     ),
 }
+
+
+# Checked readers of a config.json's fields; a wrong one is named with what it lies in (`where`).
+
+
+def refused(name: str, value: Any, taken: str) -> InputError:
+    """The error that names a field, its value and what it takes."""
+    told = repr(value)
+    told = told if len(told) <= 80 else f"{told[:79]}…"
+    return InputError(f"config field {name} is {told}; it must be {taken}")
+
+
+def size(hf: Json, name: str, *, least: int = 1, where: str = "") -> int:
+    """A whole number from `least` on. Raises InputError for anything else."""
+    if name not in hf:
+        raise InputError(f"config field {where}{name} is missing")
+    value = hf[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        taken = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+        raise refused(where + name, value, taken)
+    return value
+
+
+def number(
+    hf: Json, name: str, *, above: float = -math.inf, least: float = -math.inf, where: str = ""
+) -> float:
+    """A finite number above one bound or from the other on. Raises InputError for anything else."""
+    value = hf.get(name)
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # not of NaN; whole numbers may be too large for one
+        and value > above
+        and value >= least
+    ):
+        return float(value)
+    taken = f"a number above {above:g}" if above > -math.inf else f"a number of at least {least:g}"
+    raise refused(where + name, value, taken)
+
+
+def optional_number(hf: Json, name: str, **bounds: Any) -> float | None:
+    """`number`, or None where the field is null or not there."""
+    return None if hf.get(name) is None else number(hf, name, **bounds)
+
+
+def switch(hf: Json, name: str) -> bool:
+    """true or false, which null is too. Raises InputError for anything else: texts are all true."""
+    value = hf.get(name)
+    if value not in (None, False, True):
+        raise refused(name, value, "true or false")
+    return bool(value)
+
+
+def mapping(hf: Json, name: str, example: str) -> Json:
+    """A JSON object, empty where the field is null or not there. Raises InputError otherwise."""
+    value = hf.get(name)
+    if not isinstance(value, Mapping | None):
+        raise refused(name, value, f"a mapping such as {example}")
+    return value or {}

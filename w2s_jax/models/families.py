@@ -424,17 +424,5 @@ FAMILIES = {
 TEXT_PARTS = {"gemma3": "gemma3_text"}
 ARCHITECTURES = (*FAMILIES, *TEXT_PARTS)
 
-
-def tensor_names(architecture: str) -> dict[str, str]:
-    """The modules' names in checkpoints; those of Llama for an architecture of one's own."""
-    return FAMILIES[architecture].tensors if architecture in FAMILIES else _LLAMA_TENSORS
-
-
-def tensor_prefix(architecture: str) -> str:
-    """What the files of a decoder alone leave out before its tensors' names."""
-    return FAMILIES[architecture].prefix if architecture in FAMILIES else "model."
-
-
-def heads_interleaved(architecture: str) -> bool:
-    """Whether query, key and value of one tensor lie side by side in each head."""
-    return architecture in FAMILIES and FAMILIES[architecture].interleaved
+OWN = Family("", {}, {})
+"""What stands for an architecture of one's own: tensors as Llama's."""

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.models.decoder import initial_params
-from w2s_jax.models.families import QKV, TEXT_PARTS, heads_interleaved, tensor_names, tensor_prefix
+from w2s_jax.models.families import FAMILIES, OWN, QKV, TEXT_PARTS
 from w2s_jax.ops.layers import OutputMajor, QTensor, input_major, output_major
 from w2s_jax.ops.sharding import Axes
 
@@ -190,7 +190,7 @@ REWARD_HEADS = (
 
 def stored_head(config: ModelConfig, head: StoredHead = LANGUAGE_HEAD) -> StoredHead:
     """The head under the name by which files of the architecture keep it."""
-    name = tensor_names(config.architecture).get("head", LANGUAGE_HEAD.name)
+    name = FAMILIES.get(config.architecture, OWN).tensors.get("head", LANGUAGE_HEAD.name)
     return replace(head, name=name) if head == LANGUAGE_HEAD else head
 
 
@@ -294,7 +294,8 @@ def decoder_parameters(
     Each expert has rows of its own, "layers_3/mlp/experts/7/up/kernel". A language model's head is
     in it unless it is tied; a reward model's is `reward_head`'s.
     """
-    names = tensor_names(config.architecture) | {"head": stored_head(config, head).name}
+    family = FAMILIES.get(config.architecture, OWN)
+    names = family.tensors | {"head": stored_head(config, head).name}
     rows: dict[str, tuple[tuple[int, ...], Axes]] = {}
     for path, (shape, axes) in declared(config).items():
         if leading_axes(path):
@@ -306,7 +307,7 @@ def decoder_parameters(
         path: Parameter(shape, axes, stored_as(names, path, len(shape)))
         for path, (shape, axes) in rows.items()
     }
-    return table | _sharing(table, config.heads if heads_interleaved(config.architecture) else 1)
+    return table | _sharing(table, config.heads if family.interleaved else 1)
 
 
 def _sharing(table: Mapping[str, Parameter], stretches: int) -> dict[str, Parameter]:
@@ -378,7 +379,7 @@ def full_name(config: ModelConfig, name: str, head: StoredHead = LANGUAGE_HEAD) 
     None for what no parameter is read from: a buffer, the unused head of a wrapped language model,
     what reads images.
     """
-    decoder = tensor_prefix(config.architecture)
+    decoder = FAMILIES.get(config.architecture, OWN).prefix
     if is_of_images(config, name):
         return None
     if config.architecture in TEXT_PARTS.values():

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_fields import Json
+from w2s_jax.models.config import Json, ModelConfig
 from w2s_jax.models.lora import LoraConfig
 
 # Fields that change what an adapter computes, when they are set.

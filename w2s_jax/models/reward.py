@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from w2s_jax.errors import InputError
-from w2s_jax.models.config import ModelConfig
-from w2s_jax.models.config_fields import Json, mapping, number, read_fields, refused, size
+from w2s_jax.models.config import Json, ModelConfig, mapping, number, refused, size
+from w2s_jax.models.config_json import read_fields
 from w2s_jax.models.model import Model, check_positions, hidden_states
 from w2s_jax.models.parameters import REWARD_HEADS, Stored, stored_as
 from w2s_jax.ops.layers import dot
