@@ -22,10 +22,10 @@ last token lies in the committed part for the same reason: every chunk, the firs
 reading one token of each hypothesis, in one program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,6 @@ from jaxtyping import Array, Int
 from w2s_jax.models.config import ModelConfig
 from w2s_jax.ops.layers import quantize_array
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
-
-T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -312,19 +310,6 @@ def _layer_by_layer(append: Callable[[KV, KV], KV], stack: KV, chunk: KV) -> KV:
         return put_layer(stack, append(*layers), index)
 
     return jax.lax.fori_loop(0, stack.keys.shape[0], body, stack)
-
-
-def choose(options: Sequence[T], index: int | Array | None) -> T:
-    """One of several trees of arrays, by its index, which a scan over layers traces."""
-    if len(options) == 1:
-        return options[0]
-    if isinstance(index, int):
-        return options[index]
-
-    def pick(*choices: Array) -> Array:
-        return jnp.stack(jnp.broadcast_arrays(*choices))[index]
-
-    return jax.tree.map(pick, *options)
 
 
 def take_layer(stack: Array, index: Array) -> Array:

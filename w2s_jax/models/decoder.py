@@ -26,11 +26,20 @@ from flax.core import meta
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from w2s_jax.models.cache import KV, LayersKV, choose
+from w2s_jax.models.cache import KV, LayersKV
 from w2s_jax.models.config import ModelConfig, layer_ropes, layer_windows
 from w2s_jax.ops.attention import rotate, rotation
 from w2s_jax.ops.experts import AXES, ExpertWeight, mixture, route
-from w2s_jax.ops.layers import OutputMajor, QTensor, Weight, dot, layer_norm, rms_norm, take_rows
+from w2s_jax.ops.layers import (
+    OutputMajor,
+    QTensor,
+    Weight,
+    choose,
+    dot,
+    layer_norm,
+    rms_norm,
+    take_rows,
+)
 from w2s_jax.ops.sequences import Reach, attend_sequence
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Axes, Placement
 

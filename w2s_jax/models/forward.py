@@ -18,7 +18,6 @@ from w2s_jax.models.cache import (
     KVCache,
     LayersKV,
     any_layer,
-    choose,
     put_layer,
     quantize_part,
     take_layer,
@@ -33,6 +32,7 @@ from w2s_jax.models.decoder import (
     turns_of,
 )
 from w2s_jax.ops import attention, tpu
+from w2s_jax.ops.layers import choose
 from w2s_jax.ops.sharding import ON_ONE_DEVICE, Placement
 from w2s_jax.ops.tpu import parts_kernel
 

@@ -6,10 +6,10 @@ gradient keeps their input and computes the statistics again.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+T = TypeVar("T")
 DEPTHS = (4, 8)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -386,3 +387,16 @@ def _layer_backward(
 
 
 layer_norm.defvjp(_layer_forward, _layer_backward)
+
+
+def choose(options: Sequence[T], index: int | Array | None) -> T:
+    """One of several trees of arrays, by its index, which a scan over layers traces."""
+    if len(options) == 1:
+        return options[0]
+    if isinstance(index, int):
+        return options[index]
+
+    def pick(*choices: Array) -> Array:
+        return jnp.stack(jnp.broadcast_arrays(*choices))[index]
+
+    return jax.tree.map(pick, *options)
