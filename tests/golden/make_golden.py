@@ -32,6 +32,11 @@ GOLDEN = (
     "qwen3",
     "gemma",
     "gemma2",
+    "gemma3_text",
+    "granite",
+    "olmo",
+    "olmo3",
+    "smollm3",
     "mixtral",
     "qwen3_moe",
 )

@@ -56,6 +56,14 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma",
         {"target_modules": ["v_proj", "down_proj"], "modules_to_save": ["embed_tokens"]},
     ),
+    "gemma3": (
+        "gemma3_text",
+        {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [0, 5]},
+    ),
+    "granite": ("granite", {"target_modules": ["q_proj", "o_proj", "up_proj"]}),
+    "olmo": ("olmo_biased", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    "olmo3": ("olmo3", {"target_modules": "all-linear", "modules_to_save": ["q_norm"]}),
+    "smollm3": ("smollm3", {"target_modules": ["k_proj", "v_proj", "gate_proj"]}),
     "gemma2": ("gemma2", {"target_modules": "all-linear", "lora_dropout": 0.1}),
 }
 

@@ -207,7 +207,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             num_hidden_layers=7,
             num_key_value_heads=2,
             head_dim=8,
-            query_pre_attn_scalar=20,
+            query_pre_attn_scalar=120,
             sliding_window=4,
             rope_parameters={
                 "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 4.0},
@@ -224,7 +224,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window=6,
             layer_types=["full_attention", "sliding_attention"],
             final_logit_softcapping=3.0,
-            attn_logit_softcapping=2.0,
+            attn_logit_softcapping=2.0,  # transformers does not apply it
         ),
     ),
     "olmo": ("olmo", small(num_key_value_heads=2, clip_qkv=0.8)),
@@ -305,7 +305,8 @@ def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
     hf["torch_dtype"] = hf.pop("dtype")
     rope = hf.pop("rope_parameters", None)
     if rope is not None:
-        if "full_attention" in rope:
+        by_kind = "full_attention" in rope
+        if by_kind:
             hf["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
             rope = rope["full_attention"]
         rope = dict(rope)
@@ -315,7 +316,7 @@ def as_of_2024(hf: dict[str, Any]) -> dict[str, Any]:
             share = rope.pop("partial_rotary_factor")
             hf["rotary_pct" if neox else "partial_rotary_factor"] = share
         kind = rope.pop("rope_type")
-        key = "rope_type" if kind == "llama3" else "type"  # the older name of the key
+        key = "rope_type" if kind == "llama3" or by_kind else "type"  # the older name of the key
         hf["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
     if hf["model_type"] == "gemma":
         hf |= {"hidden_act": "gelu", "hidden_activation": None}

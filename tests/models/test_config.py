@@ -8,6 +8,7 @@ import pytest
 from w2s_jax.errors import InputError
 from w2s_jax.models.config_json import config_from_hf, config_to_hf
 from w2s_jax.models.load import load_config
+from w2s_jax.models.parameters import declared
 from w2s_jax.ops.attention import Rope
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -35,6 +36,9 @@ NEOX = LLAMA | {"model_type": "gpt_neox"}
 OPT = LLAMA | {"model_type": "opt", "ffn_dim": 48, "max_position_embeddings": 64}
 QWEN = LLAMA | {"model_type": "qwen2", "use_sliding_window": True}
 NAN = math.nan
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+ORIGINAL = "original_max_position_embeddings"
 
 
 def read(**changes):
@@ -117,6 +121,82 @@ def test_gemma2_alternates_windows_from_the_first_layer():
     assert config.norm_placement == "sandwich"
 
 
+# What config.json of gemma-3-4b says of its text part.
+GEMMA3 = {
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+}
+
+
+def test_gemma3_is_its_text_part_with_positions_as_they_are_after_the_scaling():
+    config = config_from_hf(GEMMA3)
+    assert (config.architecture, config.eos_ids) == ("gemma3_text", (1, 106))
+    assert (config.heads, config.kv_heads, config.vocab_size) == (8, 4, 262208)
+    assert config.sliding_windows == ((1024,) * 5 + (None,)) * 5 + (1024,) * 4
+    assert config.rope == Rope(1e6, "linear", factor=8.0)
+    assert (config.sliding_rope, config.max_positions) == (Rope(1e4), 131072)
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_ropes_and_windows_that_follow_from_the_number_of_a_layer():
+    olmo = read(model_type="olmo3", rope_scaling=YARN | {ORIGINAL: 512})
+    assert olmo.sliding_windows == (4096,) * 3 + (None,)
+    assert (olmo.rope.kind, olmo.sliding_rope) == ("yarn", Rope(5e5))
+    assert read(model_type="olmo3").sliding_rope is None
+    smol = read(model_type="smollm3", use_sliding_window=True, sliding_window=7)
+    assert (smol.rope_layers, smol.sliding_windows) == ((True,) * 3 + (False,), (None,) * 3 + (7,))
+    assert read(model_type="smollm3", no_rope_layers=[1] * 6).rope_layers == ()
+
+
+def sizes(kind, width, mlp, layers, heads, kv_heads, vocabulary, tied=False, **other):
+    return other | {
+        "model_type": kind,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
+# Sizes in config.json, and how many numbers the safetensors hold.
+PUBLISHED = {
+    "Qwen1.5-0.5B": (sizes("qwen2", 1024, 2816, 24, 16, 16, 151936, True), 463_987_712),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (sizes("qwen2", 1536, 8960, 28, 12, 2, 151936), 1_777_088_000),
+    "DeepSeek-R1-Distill-Llama-8B": (
+        sizes("llama", 4096, 14336, 32, 32, 8, 128256, rope_scaling=LLAMA3 | {ORIGINAL: 8192}),
+        8_030_261_248,
+    ),
+    "Llama-3.2-1B": (sizes("llama", 2048, 8192, 16, 32, 8, 128256, True), 1_235_814_400),
+    "TinyLlama-1.1B": (sizes("llama", 2048, 5632, 22, 32, 4, 32000), 1_100_048_384),
+    "Yi-6B": (sizes("llama", 4096, 11008, 32, 32, 4, 64000), 6_061_035_520),
+    "deepseek-llm-7b": (sizes("llama", 4096, 11008, 30, 32, 32, 102400), 6_910_365_696),
+    "gemma-3-270m": (sizes("gemma3_text", 640, 2048, 18, 4, 1, 262144, True), 268_098_176),
+    "OLMo-1B": (sizes("olmo", 2048, 8192, 16, 16, 16, 50304, True), 1_176_764_416),
+    "OLMo-2-1B": (sizes("olmo2", 2048, 8192, 16, 16, 16, 100352), 1_484_916_736),
+    "Olmo-3-7B": (sizes("olmo3", 4096, 11008, 32, 32, 32, 100278), 7_298_011_136),
+    "SmolLM3-3B": (sizes("smollm3", 2048, 11008, 36, 16, 4, 128256, True), 3_075_098_624),
+    "granite-3.0-2b": (sizes("granite", 2048, 8192, 40, 32, 8, 49155, True), 2_533_531_648),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters(name):
+    hf, numbers = PUBLISHED[name]
+    shapes = [shape for shape, _ in declared(config_from_hf(hf)).values()]
+    assert sum(map(math.prod, shapes)) == numbers
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_qwen_windows_begin_after_the_full_layers(architecture):
     windowed = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
@@ -145,11 +225,6 @@ def test_end_of_sequence_ids_are_merged_with_the_generation_config():
 def test_rope_scaling_under_both_names_of_its_kind(key):
     config = read(rope_theta=500.0, rope_scaling={key: "linear", "factor": 3})
     assert config.rope == Rope(500.0, "linear", 3.0)
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
-ORIGINAL = "original_max_position_embeddings"
 
 
 def scaled(kind, *, rope_theta=1e4, **fields):
@@ -229,6 +304,11 @@ def test_yarn_takes_its_attention_factor_from_mscale():
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config is set"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention is set"),
+        ({"model_type": "gemma3"}, "a gemma3 with no text_config is not supported"),
+        (GEMMA3 | {"text_config": LLAMA}, "a text_config of 'llama' is not supported"),
+        (LLAMA | {"clip_qkv": 8.0}, "clip_qkv is set"),
+        (LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1]}, "a list of 0 or 1 for"),
+        (LLAMA | {"model_type": "granite", "logits_scaling": 0}, "logit_divisor is 0.0; it must"),
         (GPT2 | {"n_head": 5}, "n_embd is 32, not a multiple of n_head, 5"),
         (LLAMA | {"rope_theta": 0}, "rope_theta is 0; it must be a number above 0"),
         (LLAMA | {"rope_theta": NAN}, "rope_theta is nan; it must be a number above 0"),

@@ -151,6 +151,26 @@ def test_the_decoding_layout_is_of_layers_apart_on_one_cpu():
         assert not is_output_major(load_model(GOLDEN / "gpt2", decoding=True, **options).params)
 
 
+@pytest.mark.parametrize("text", ["language_model.model.", "model.language_model."])
+def test_of_a_multimodal_checkpoint_the_text_part_is_read(text, checkpoint, caplog):
+    folder = checkpoint("gemma3_text")
+    plain = load_model(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    hf = {"model_type": "gemma3", "text_config": hf, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(hf))
+
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors[name.replace("model.", text, 1)] = tensors.pop(name)
+        tensors["vision_tower.patch"] = tensors["multi_modal_projector.norm"] = np.ones(3)
+
+    retouch(folder, wrap)
+    found = load_model(folder)
+    assert found.config == plain.config
+    assert_same_params(found.params, plain.params)
+    assert "only its text part is read; 2 tensors read images" in caplog.text
+
+
 def test_both_layouts_are_saved_alike(tmp_path):
     save_model(load_model(GOLDEN / "gpt2"), tmp_path / "layers")
     save_model(load_model(GOLDEN / "gpt2", scan_layers=True), tmp_path / "stacked")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.models.checkpoints import CASES, build, logits_of, rewrite_as_of_2024
-from w2s_jax.models.load import load_model
+from w2s_jax.models.load import load_model, load_reward_model
 from w2s_jax.models.save import save_model
 
 pytestmark = pytest.mark.parity
@@ -100,3 +100,38 @@ def test_bfloat16_weights_arrive_bit_for_bit(tmp_path):
     assert again.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("labels", [None, 3])
+def test_the_text_part_of_gemma3(labels, tmp_path):
+    import torch
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+        Gemma3Config,
+    )
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    hf = Gemma3Config(
+        text_config=CASES["gemma3_text"][1] | {"pad_token_id": 0},
+        vision_config=sizes | {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=1,
+        num_labels=labels or 2,
+    )
+    kind = AutoModelForSequenceClassification if labels else AutoModelForImageTextToText
+    torch.manual_seed(0)
+    theirs = kind.from_config(hf, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    theirs.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(1).integers(1, 53, (2, 17)).astype(np.int32)
+    expected = logits_of(theirs, tokens)
+    ours = (load_reward_model if labels else load_model)(tmp_path)
+    found = ours(tokens, np.ones(tokens.shape, bool)) if labels else ours(tokens)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    if not labels:
+        save_model(ours, tmp_path / "text")
+        np.testing.assert_allclose(
+            transformers_logits(tmp_path / "text", tokens), expected, **TOLERANCE
+        )

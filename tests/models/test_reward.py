@@ -339,6 +339,7 @@ def test_on_a_mesh_the_shards_and_the_rewards_are_the_same(run_python, tmp_path)
 PARITY = [
     "llama", "llama_grouped", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "gemma2",
     "phi3", "phi3_long", "gpt_neox", "gpt_neox_sequential", "opt", "opt_projected",
+    "gemma3_text", "gemma3_text_capped", "olmo", "olmo2", "olmo3", "smollm3",
 ]  # fmt: skip
 
 

@@ -21,7 +21,9 @@ from w2s_jax.train.logprobs import sequence_scores
 
 pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ("gpt_neox", "opt_projected", "phi3_long")
+CASES = (
+    "gemma3_text", "gpt_neox", "granite", "olmo", "olmo3", "opt_projected", "phi3_long", "smollm3",
+)  # fmt: skip
 PROMPTS = [[5, 9, 4, 11], [7] * 8]
 CONFIG = cbs(2, 2, 3, max_new_tokens=6, sampling=Sampling(1.0), slots=2)
 

@@ -42,7 +42,13 @@ KINDS = {
     },
 }
 CAPS = {"attention_softcap": 5.0, "final_softcap": 4.0, "norm_placement": "sandwich"}
-KINDS["windows, soft-caps"] = {"sliding_windows": (3, None), "rope_layers": (True, False), **CAPS}
+KINDS["windows, soft-caps"] = {
+    "sliding_windows": (3, None),
+    "rope_layers": (True, False),
+    "residual_multiplier": 0.7,
+    "logit_divisor": 1.3,
+    **CAPS,
+}
 KINDS["windows, soft-caps, stacked"] = KINDS["windows, soft-caps"] | {"scan_layers": True}
 # Each kind of layer and each way to attend meets another: ways to attend know nothing of a kind but
 # its windows, soft-caps and stacking.

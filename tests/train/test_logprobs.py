@@ -10,6 +10,7 @@ import pytest
 
 from tests.tiny import VOCAB, tiny_model
 from w2s_jax.models.model import Model, abstract_model
+from w2s_jax.ops.attention import Rope
 from w2s_jax.train.logprobs import scored_tokens, sequence_scores, weighted_logprob
 
 SEGMENTS = np.array(
@@ -24,6 +25,7 @@ KINDS = {
     },
     "soft-capped windows": {
         "final_softcap": 4.0, "attention_softcap": 3.0, "sliding_windows": (3, None),
+        "logit_divisor": 0.8, "sliding_rope": Rope(theta=50.0), "qkv_clip": 0.5,
     },
 }  # fmt: skip
 FIVE_ROWS = 5 * VOCAB * 4

@@ -106,6 +106,7 @@ class Family:
     up: interleaved says that they are so in each head, and else side by side. aliases: what files
     call fields that others have under the name behind it. sliding_theta: the field that holds the
     base of the plain rope of layers with a sliding window, where `rope_scaling` is for the others.
+    classifier: transformers' class of sequence classifiers, where it is not named after `name`.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Family:
     interleaved: bool = False
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     sliding_theta: str | None = None
+    classifier: str | None = None
 
 
 _NAMES = {"vocab_size": "vocab_size", "tied_embeddings": "tie_word_embeddings"}
@@ -173,7 +175,6 @@ _OLMO = _ROTARY | {
 }
 _GEMMA2_NAMES = _BIASED | {
     "activation": "hidden_activation",
-    "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
 _GEMMA2 = _GEMMA | {
@@ -181,8 +182,7 @@ _GEMMA2 = _GEMMA | {
     "sliding_window": 4096,
     "layer_types": None,
     "sliding_window_pattern": 2,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": None,
 }
 FAMILIES = {
     "gpt2": Family(
@@ -322,8 +322,8 @@ FAMILIES = {
     "gemma": Family("GemmaForCausalLM", _BIASED, _GEMMA, {"norm_offset": 1.0}),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _GEMMA2_NAMES,
-        _GEMMA2,
+        _GEMMA2_NAMES | {"attention_softcap": "attn_logit_softcapping"},
+        _GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         {"norm_offset": 1.0, "norm_placement": "sandwich"},
         _GEMMA2_TENSORS,
     ),
@@ -332,7 +332,6 @@ FAMILIES = {
         # The positions are those after the scaling.
         _GEMMA2_NAMES | {"max_positions": "max_position_embeddings"},
         _GEMMA2
-        | dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"))
         | {
             "sliding_window_pattern": 6,
             "rope_theta": 1e6,
@@ -346,6 +345,7 @@ FAMILIES = {
         {"norm_offset": 1.0, "norm_placement": "sandwich", "query_key_norm": "head"},
         _GEMMA2_TENSORS,
         sliding_theta="rope_local_base_freq",
+        classifier="Gemma3TextForSequenceClassification",
     ),
     "olmo": Family(
         "OlmoForCausalLM",

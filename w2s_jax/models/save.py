@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from w2s_jax.distributed import is_first, to_host
 from w2s_jax.errors import InputError, check_kind
 from w2s_jax.models.config_json import config_to_hf
+from w2s_jax.models.families import FAMILIES
 from w2s_jax.models.huggingface import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -82,9 +83,10 @@ def save_reward_model(
         InputError: When config.json cannot express the model or the directory is not writable.
     """
     hf = config_to_hf(model.config)
-    names = [re.sub("LMHeadModel|ForCausalLM", "", name) for name in hf["architectures"]]
+    family = FAMILIES[model.config.architecture]
+    usual = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", family.name)
     hf |= {
-        "architectures": [f"{name}ForSequenceClassification" for name in names],
+        "architectures": [family.classifier or usual],
         "torch_dtype": str(model.dtype),
         "id2label": {str(i): name for i, name in enumerate(model.labels)},
         "label2id": {name: i for i, name in enumerate(model.labels)},
