@@ -12,6 +12,12 @@ TINY = {
     "num_key_value_heads": 4, "intermediate_size": 512, "vocab_size": 1024,
     "max_position_embeddings": 512, "head_dim": 128,
 }  # fmt: skip
+# Layers that differ in windows and ropes, and norms over heads that a mesh splits.
+OLMO3 = TINY | {
+    "model_type": "olmo3", "sliding_window": 64, "eos_token_id": 2,
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 # Numbers in its weights.
 MLP, ATTENTION, VOCABULARY, NORMS = (
     2 * 3 * 256 * 512,
@@ -29,6 +35,7 @@ STEP = ["--model={0}/1024.json", "--topology=v6e:2x2", "--mesh=data=2,fsdp=2", *
 ON_TPUS = {
     "search 1024": [*SEARCH, "--tuned={0}/1024.json"],
     "search 4096": [*SEARCH, "--tuned={0}/4096.json"],
+    "search olmo3": [*SEARCH, "--policy={0}/olmo3.json", "--tuned={0}/olmo3.json"],
     "sft": ["sft", *STEP],
     "dpo": ["dpo", *STEP, "--lora-rank=4"],
     "ranked": [
@@ -69,6 +76,7 @@ def planned(plans, run_together, folder, **more):
     for vocabulary in (1024, 4096):
         path = folder / f"{vocabulary}.json"
         path.write_text(json.dumps(TINY | {"vocab_size": vocabulary}))
+    (folder / "olmo3.json").write_text(json.dumps(OLMO3))
     sources = {}
     for name, flags in plans.items():
         asked = ["plan", *(flag.format(folder) for flag in flags), f"--json={folder}/{name} plan"]
@@ -118,6 +126,16 @@ def test_a_small_search_is_compiled_for_a_slice(on_tpus, vocabulary):
         assert not one["refusal"]
         assert not one["gathered"], one
         assert 0 < one["arguments"] < 2**26
+
+
+@needs_libtpu
+def test_a_search_of_layers_that_differ_is_compiled_for_a_slice(on_tpus):
+    plan, _ = on_tpus("search olmo3")
+    assert plan["fits"]
+    assert "search_step" in {one["name"] for one in plan["programs"]}
+    for one in plan["programs"]:
+        assert not one["refusal"]
+        assert not one["gathered"], one
 
 
 @needs_libtpu
